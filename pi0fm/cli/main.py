@@ -1,0 +1,80 @@
+"""`pi0fm COMMAND [FILE.yaml] [--option value ...]`: find the command, decode its options, print its result.
+
+Owns: dispatch, help, exit codes, the last line of JSON. Does not know: what any command does.
+Each module in COMMANDS has `HELP`, `Options`, `ALIASES` and `run(options) -> result`; it is imported when it is called.
+"""
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from rich.console import Console
+from rich.table import Table
+
+from pi0fm import options
+from pi0fm.errors import ConfigError, Pi0fmError
+
+COMMANDS = {
+    "quickstart": "record, train, evaluate, serve and evaluate over the network, with one command",
+    "demos": "record scripted experts into a LeRobot data set",
+    "train": "train a policy on a LeRobot data set",
+    "eval": "judge a policy in simulation",
+    "serve": "answer robots over the openpi WebSocket protocol",
+    "bench": "measure pi0fm, and its peers beside it, on this machine",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Exit code 0; 1 for a fault the user can mend; 2 for a wrong option; 130 when interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        _print_commands()
+        return 0 if words else 2
+    name, rest = words[0], words[1:]
+    try:
+        if name not in COMMANDS:
+            raise ConfigError(f"unknown command {name!r}: {options.nearest(name, list(COMMANDS))}")
+        command = importlib.import_module(f"pi0fm.cli.{name}")
+        if "-h" in rest or "--help" in rest:
+            _print_options(name, command)
+            return 0
+        result = command.run(options.parse(command.Options, rest, command.ALIASES))
+    except Pi0fmError as error:
+        print(f"pi0fm: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("pi0fm: interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    if result is not None:
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+def _print_commands() -> None:
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for name, text in COMMANDS.items():
+        table.add_row(f"pi0fm {name}", text)
+    console = Console()
+    console.print("pi0fm: train, serve and evaluate pi0-style robot policies\n", highlight=False)
+    console.print(table)
+    console.print("\n`pi0fm COMMAND --help` lists every option of a command.", highlight=False)
+
+
+def _print_options(name: str, command: ModuleType) -> None:
+    table = Table(box=None, padding=(0, 2), header_style="")
+    for heading in ("option", "default", "meaning"):
+        table.add_column(heading, overflow="fold")
+    for row in options.describe(command.Options):
+        table.add_row(*row)
+    console = Console(width=max(100, int(os.environ.get("COLUMNS", "120"))), markup=False)
+    console.print(f"pi0fm {name} [FILE.yaml] [--option value ...]: {command.HELP}\n", highlight=False)
+    console.print(table)
+    for other, meaning in command.ALIASES.items():
+        console.print(f"  --{other} is another word for --{meaning}", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""From a YAML file and `--dotted.options` to one frozen dataclass; an option is honoured or refused.
+
+Owns: reading, merging, naming the nearest known option for an unknown one, the help text. draccus does the typed decoding.
+Does not know: what any option means; each component owns its dataclass and checks ranges in `__post_init__`.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+import draccus
+import yaml
+from draccus.utils import DecodingError
+
+from pi0fm.errors import ConfigError
+
+Tree = dict[str, Any]
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with a default (a callable makes a fresh one) and the line that `--help` shows."""
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+def required(text: str) -> Any:
+    """A dataclass field that must be given."""
+    return dataclasses.field(metadata={"help": text})
+
+
+def read_yaml(path: Path) -> Tree:
+    """The mapping in a YAML file. Raises ConfigError that names the file, and the line of a syntax error."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file at {path}; the shipped ones are in configs/") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of options, found {type(tree).__name__}")
+    return tree
+
+
+def parse[T](cls: type[T], arguments: Sequence[str], aliases: Mapping[str, str] | None = None, base: Tree | None = None) -> T:
+    """Decode `[FILE.yaml] --dotted.option value ...` into `cls`; later options win over the file, the file over `base`.
+
+    aliases: other words for an option (LeRobot's), each a dotted name to a dotted name.
+    Raises ConfigError for an unknown option, a value of another type, or a missing required one.
+    """
+    remaining = list(arguments)
+    tree = dict(base or {})
+    if remaining and not remaining[0].startswith("--"):
+        tree = merge(tree, read_yaml(Path(remaining.pop(0))))
+    for name, value in _pairs(remaining):
+        dotted = (aliases or {}).get(name, name)
+        tree = merge(tree, _nested(dotted.split("."), value))
+    return decode(cls, tree)
+
+
+def decode[T](cls: type[T], tree: Mapping[str, Any]) -> T:
+    """Decode a mapping into the dataclass `cls`, strictly."""
+    _refuse_unknown(cls, tree, "")
+    try:
+        return typing.cast(T, draccus.decode(cls, dict(tree)))
+    except ConfigError:
+        raise
+    except (DecodingError, TypeError, ValueError) as error:
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        raise ConfigError(f"an option has a value that cannot be used: {' '.join(str(error).split())}; {_hint(cls)}") from None
+
+
+def encode(config: Any) -> Tree:
+    """The plain mapping that `decode` turns back into an equal dataclass."""
+    return typing.cast(Tree, draccus.encode(config))
+
+
+def merge(base: Tree, over: Mapping[str, Any]) -> Tree:
+    """`base` with every leaf of `over` laid on it; neither is changed."""
+    merged = dict(base)
+    for key, value in over.items():
+        inner = merged.get(key)
+        merged[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """`; did you mean X?` and the known words, for the end of an error line."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    listed = ", ".join(sorted(known)[:60])
+    return f"did you mean {close[0]!r}? known: {listed}" if close else f"known: {listed}"
+
+
+def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(dotted option, default, help line) for every leaf of a configuration, in order."""
+    rows: list[tuple[str, str, str]] = []
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        inner = _dataclass_in(hints[field.name])
+        if inner is not None:
+            rows.extend(describe(inner, f"{prefix}{field.name}."))
+            continue
+        if field.default is not dataclasses.MISSING:
+            default = str(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            default = str(field.default_factory())
+        else:
+            default = "required"
+        rows.append((f"--{prefix}{field.name}", default, field.metadata.get("help", "")))
+    return rows
+
+
+def _pairs(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    position = 0
+    while position < len(arguments):
+        word = arguments[position]
+        position += 1
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(f"expected an option like --steps 100, found {word!r}; one configuration file may stand first")
+        name, equals, text = word[2:].partition("=")
+        if not equals:
+            if position < len(arguments) and not arguments[position].startswith("--"):
+                text = arguments[position]
+                position += 1
+            else:
+                text = "true"
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError:
+            value = text
+        pairs.append((name.replace("-", "_"), value))
+    return pairs
+
+
+def _nested(path: Sequence[str], value: Any) -> Tree:
+    for name in reversed(path):
+        value = {name: value}
+    return typing.cast(Tree, value)
+
+
+def _refuse_unknown(cls: type, tree: Mapping[str, Any], where: str) -> None:
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    for key, value in tree.items():
+        if key not in names:
+            raise ConfigError(f"unknown option {where}{key}: {nearest(str(key), names)}")
+        inner = _dataclass_in(hints[key])
+        if inner is None or value is None:
+            continue
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"option {where}{key} is a group: expected {where}{key}.NAME, found {value!r}; {_hint(inner)}")
+        _refuse_unknown(inner, value, f"{where}{key}.")
+    for field in dataclasses.fields(cls):
+        missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if missing and field.name not in tree:
+            raise ConfigError(f"option {where}{field.name} is required: {field.metadata.get('help', 'no default')}")
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass in `X` or `X | None`, else None."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+    found = [choice for choice in choices if isinstance(choice, type) and dataclasses.is_dataclass(choice)]
+    return found[0] if found else None
+
+
+def _hint(cls: type) -> str:
+    return "see --help for every option and its default" if not dataclasses.fields(cls) else f"options here: {', '.join(f.name for f in dataclasses.fields(cls))}"

@@ -1,0 +1,54 @@
+"""The robot-side nouns that every layer shares: numpy arrays in robot units, no torch.
+
+Owns: `Observation`, `ActionChunk`, `Policy`. Does not know: tensors, normalisation, where an observation came from.
+Shape letters: H action horizon, A robot action dim, S state dim.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a robot sees at one control step.
+
+    images: by the embodiment's camera name, uint8 [height, width, 3], RGB. A camera that is absent is missing, not black.
+    state: float32 [S], robot units.
+    prompt: the instruction, as the user wrote it.
+    """
+
+    images: Mapping[str, NDArray[np.uint8]]
+    state: NDArray[np.float32]
+    prompt: str
+
+
+@dataclass(frozen=True)
+class ActionChunk:
+    """What a policy answers.
+
+    actions: float32 [H, A], robot units; row k is meant for k control steps after the observation.
+    timings: milliseconds by stage, at least `infer_ms`.
+    """
+
+    actions: NDArray[np.float32]
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+
+class Policy(Protocol):
+    """Anything that turns observations into action chunks: a loaded bundle, or a server's client."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What a caller must know: `action_horizon`, `robot_action_dim`, `state_dim`, `cameras` (name -> key), `embodiment`."""
+        ...
+
+    def infer_batch(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> list[ActionChunk]:
+        """One chunk for each observation, in order.
+
+        noise_seeds: one for each observation; the same seed and observation give the same chunk. None draws fresh noise.
+        """
+        ...
