@@ -1,0 +1,206 @@
+"""The dual-stream decoder: a vision-language stream and an action stream under one softmax.
+
+Owns: the layer, its attention mask, the prefix cache. Does not know: what a token stands for, flow time, images.
+A stream that is absent is None, so that one `forward` encodes the prefix, moves a suffix against the cache, and does both in training:
+
+    prefix  suffix  cache          what it is
+    given   None    None      ->   encode the prefix, return the cache
+    None    given   given     ->   one evaluation of the velocity
+    given   given   None      ->   training: the same two computations in one pass
+
+Who sees whom (rows ask, columns answer). The prefix never looks at the suffix, so its cache is valid for every flow time:
+
+                 prefix   state   actions
+      prefix       x        .        .
+      state        x        x        .
+      actions      x        x        x
+
+Shape letters: B batch, P prefix tokens, Q suffix tokens, T tokens of one stream, D width, N heads, K head dim.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from pi0fm.models.attention import attend
+from pi0fm.models.layers import AdaptiveRMSNorm, GatedMLP, RMSNorm, Rotation, rotate, rotation
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Width of one stream's residual and of its MLP."""
+
+    width: int
+    mlp_width: int
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of the decoder; heads are shared, since both streams meet in one softmax. gelu: see GatedMLP."""
+
+    backbone: StreamConfig
+    action_expert: StreamConfig
+    depth: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    gelu: Literal["tanh", "none"] = "tanh"
+
+
+class KeyValue(NamedTuple):
+    """Rotated keys and values of the prefix in one layer, each [B, kv heads, P, K]."""
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """What a suffix needs to know of the prefix: one KeyValue a layer, and which prefix tokens are real.
+
+    mask: [B, P]; length: [B], the position of the first suffix token.
+    """
+
+    layers: tuple[KeyValue, ...]
+    mask: Bool[Tensor, "B P"]
+    length: Int64[Tensor, " B"]
+
+
+class Stream(nn.Module):
+    """One stream's own parameters in one layer: norms, projections, MLP.
+
+    keys_only: the last backbone layer, of which nothing but k and v is ever read; the rest would be dead weight.
+    """
+
+    def __init__(self, config: DecoderConfig, stream: StreamConfig, condition_width: int | None, keys_only: bool = False) -> None:
+        super().__init__()
+        self.num_heads = 0 if keys_only else config.num_heads
+        self.num_kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
+
+        def norm() -> nn.Module:
+            return RMSNorm(stream.width) if condition_width is None else AdaptiveRMSNorm(stream.width, condition_width)
+
+        self.attention_norm = norm()
+        self.qkv = nn.Linear(stream.width, (self.num_heads + 2 * config.num_kv_heads) * config.head_dim, bias=False)
+        if not keys_only:
+            self.out = nn.Linear(config.num_heads * config.head_dim, stream.width, bias=False)
+            self.mlp_norm = norm()
+            self.mlp = GatedMLP(stream.width, stream.mlp_width, config.gelu)
+
+    def project(self, x: Tensor, turn: Rotation, condition: Tensor | None) -> tuple[Tensor, KeyValue, Tensor | None]:
+        """Rotated queries [B, N, T, K], rotated keys and values, and the gate of the attention residual."""
+        normed, gate = self.attention_norm(x, condition)
+        heads = self.qkv(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        return rotate(query, turn), KeyValue(rotate(key, turn), value), gate
+
+    def finish(self, x: Tensor, attended: Tensor, gate: Tensor | None, condition: Tensor | None) -> Tensor:
+        """The two residuals: x + attention, then + MLP."""
+        x = residual(x, self.out(attended.transpose(1, 2).flatten(2)), gate)
+        normed, gate = self.mlp_norm(x, condition)
+        return residual(x, self.mlp(normed), gate)
+
+
+class JointDecoderLayer(nn.Module):
+    """One layer of both streams: the unit of sharding, of activation checkpointing and of compilation."""
+
+    def __init__(self, config: DecoderConfig, condition_width: int | None, last: bool) -> None:
+        super().__init__()
+        self.backbone = Stream(config, config.backbone, None, keys_only=last)
+        self.action_expert = Stream(config, config.action_expert, condition_width)
+        self.last = last
+
+    def forward(
+        self,
+        prefix: Tensor | None,
+        suffix: Tensor | None,
+        prefix_turn: Rotation | None,
+        suffix_turn: Rotation | None,
+        prefix_mask: Tensor | None,
+        suffix_mask: Tensor | None,
+        cached: KeyValue | None,
+        condition: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, KeyValue]:
+        """Both streams one layer further, and the prefix's keys and values.
+
+        prefix [B, P, D], suffix [B, Q, D']; prefix_mask [B, 1, 1, P] or None when every token is real;
+        suffix_mask [B, 1, Q, P + Q]; `cached` stands for a prefix that is absent.
+        """
+        if prefix is not None and prefix_turn is not None:
+            query, cached, gate = self.backbone.project(prefix, prefix_turn, None)
+            if not self.last:
+                prefix = self.backbone.finish(prefix, attend(query, cached.key, cached.value, prefix_mask), gate, None)
+        if cached is None:
+            raise ValueError("a layer needs either a prefix or its cache")
+        if suffix is not None and suffix_turn is not None:
+            query, own, gate = self.action_expert.project(suffix, suffix_turn, condition)
+            key, value = torch.cat((cached.key, own.key), dim=2), torch.cat((cached.value, own.value), dim=2)
+            suffix = self.action_expert.finish(suffix, attend(query, key, value, suffix_mask), gate, condition)
+        return prefix, suffix, cached
+
+
+class JointDecoder(nn.Module):
+    """All layers and the final norm of the action stream."""
+
+    def __init__(self, config: DecoderConfig, condition_width: int | None) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.layers = nn.ModuleList(JointDecoderLayer(config, condition_width, last=index == config.depth - 1) for index in range(config.depth))
+        width = config.action_expert.width
+        self.final_norm: nn.Module = RMSNorm(width) if condition_width is None else AdaptiveRMSNorm(width, condition_width)
+
+    def encode(self, prefix: Float[Tensor, "B P D"], mask: Bool[Tensor, "B P"]) -> PrefixCache:
+        """Run the prefix alone."""
+        return self._run(prefix, mask, None, 0, None, None)[1]
+
+    def decode(self, suffix: Float[Tensor, "B Q D"], cache: PrefixCache, num_state_tokens: int, condition: Tensor | None) -> Float[Tensor, "B Q D"]:
+        """Run a suffix against a cached prefix; its first `num_state_tokens` do not see the rest."""
+        return self._run(None, cache.mask, suffix, num_state_tokens, cache, condition)[0]
+
+    def forward(
+        self,
+        prefix: Float[Tensor, "B P D"],
+        mask: Bool[Tensor, "B P"],
+        suffix: Float[Tensor, "B Q E"],
+        num_state_tokens: int,
+        condition: Tensor | None,
+    ) -> Float[Tensor, "B Q E"]:
+        """Both streams in one pass, layer by layer: training."""
+        return self._run(prefix, mask, suffix, num_state_tokens, None, condition)[0]
+
+    def _run(
+        self, prefix: Tensor | None, mask: Tensor, suffix: Tensor | None, num_state_tokens: int, cache: PrefixCache | None, condition: Tensor | None
+    ) -> tuple[Tensor, PrefixCache]:
+        positions = mask.long().cumsum(dim=1) - 1  # padding and missing cameras take no position
+        length = mask.sum(dim=1)
+        prefix_turn = suffix_turn = suffix_mask = None
+        if prefix is not None:
+            prefix_turn = rotation(positions, self.head_dim)
+        if suffix is not None:
+            steps = torch.arange(suffix.shape[1], device=suffix.device)
+            suffix_turn = rotation(length[:, None] + steps, self.head_dim)
+            suffix_mask = suffix_attention_mask(mask, suffix.shape[1], num_state_tokens)
+        layers: list[KeyValue] = []
+        for index, layer in enumerate(self.layers):
+            cached = cache.layers[index] if cache else None
+            prefix, suffix, key_value = layer(prefix, suffix, prefix_turn, suffix_turn, mask[:, None, None], suffix_mask, cached, condition)
+            layers.append(key_value)
+        if suffix is not None:
+            suffix, _ = self.final_norm(suffix, condition)
+        return suffix, PrefixCache(tuple(layers), mask, length)
+
+
+def suffix_attention_mask(prefix_mask: Bool[Tensor, "B P"], num_tokens: int, num_state_tokens: int) -> Bool[Tensor, "B 1 Q P+Q"]:
+    """The two lower rows of the drawing above: True where the column may be seen."""
+    own = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=prefix_mask.device)
+    own[:num_state_tokens, num_state_tokens:] = False
+    batch = prefix_mask.shape[0]
+    return torch.cat((prefix_mask[:, None].expand(batch, num_tokens, -1), own.expand(batch, -1, -1)), dim=2)[:, None]
+
+
+def residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    """x + y, or x + gate * y under an adaptive norm."""
+    return x + y if gate is None else x + gate * y

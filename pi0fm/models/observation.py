@@ -1,0 +1,40 @@
+"""The model-side nouns: what a network is given, in tensors and normalised units.
+
+Owns: `ModelObservation`, the passage of pictures from uint8 to [-1, 1]. Does not know: robots, files, units.
+Shape letters: B batch, C cameras, L prompt tokens, S padded state dim.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ModelObservation:
+    """One batch of observations.
+
+    images: uint8 [B, C, height, width, 3]; they stay uint8 until they are on the device, a quarter of the bytes to move.
+    image_mask: [B, C], False where a camera is missing.
+    prompt_tokens, prompt_mask: [B, L], False on padding.
+    state: [B, S], normalised, zero on padded dimensions.
+    """
+
+    images: UInt8[Tensor, "B C height width 3"]
+    image_mask: Bool[Tensor, "B C"]
+    prompt_tokens: Int64[Tensor, "B L"]
+    prompt_mask: Bool[Tensor, "B L"]
+    state: Float[Tensor, "B S"]
+
+    def to(self, device: torch.device) -> "ModelObservation":
+        """The same observation on `device`; from pinned memory the copies do not block."""
+        return ModelObservation(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})
+
+    def __len__(self) -> int:
+        return self.state.shape[0]
+
+
+def pixels(images: UInt8[Tensor, "*n height width 3"]) -> Float[Tensor, "*n 3 height width"]:
+    """uint8 [..., height, width, 3] in 0..255 to float32 [..., 3, height, width] in [-1, 1], SigLIP's range."""
+    return images.movedim(-1, -3).float() * (2.0 / 255.0) - 1.0

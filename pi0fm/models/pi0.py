@@ -1,0 +1,140 @@
+"""pi0 and pi0.5 at any size: (observation, x_t, t) -> velocity.
+
+Owns: how an observation becomes prefix tokens, how noisy actions and flow time become suffix tokens, the head, and the reversed
+clock of released weights. Does not know: probability paths, solvers, losses, robots.
+Sources: Black et al. 2024 (arXiv 2410.24164), pi0.5 (arXiv 2504.16054), RT-sized facts in the released weights.
+
+    pictures -> SigLIP -> \\
+                           prefix -> backbone stream --\\ one softmax a layer
+    prompt   -> embed  -> /                             |
+    state    -> linear -> \\                             |
+                           suffix -> action stream  ---/  -> linear -> velocity
+    x_t, t   -> MLP    -> /
+
+Shape letters: B batch, C cameras, V tokens of a picture, L prompt tokens, P = C V + L, H horizon, A action dim, Q suffix tokens.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pi0fm.errors import ConfigError
+from pi0fm.models.joint_decoder import DecoderConfig, JointDecoder, PrefixCache
+from pi0fm.models.layers import AdaptiveRMSNorm, time_embedding
+from pi0fm.models.observation import ModelObservation, pixels
+from pi0fm.models.vision import VisionConfig, VisionTower
+
+
+@dataclass(frozen=True)
+class Pi0Config:
+    """Everything that fixes the network's shape.
+
+    state_input: "token" puts the state before the actions (pi0); "prompt" expects it written into the prompt (pi0.5).
+    time_conditioning: "concatenate" joins the time to every action token (pi0); "adaptive_norm" feeds it to the norms (pi0.5).
+    action_dim, state_dim: padded widths, at least the robot's.
+    """
+
+    vision: VisionConfig
+    decoder: DecoderConfig
+    vocab_size: int
+    max_prompt_tokens: int
+    action_dim: int
+    state_dim: int
+    action_horizon: int
+    state_input: Literal["token", "prompt"] = "token"
+    time_conditioning: Literal["concatenate", "adaptive_norm"] = "concatenate"
+
+    def __post_init__(self) -> None:
+        if self.decoder.num_heads % self.decoder.num_kv_heads:
+            raise ConfigError(f"num_heads must be a multiple of num_kv_heads, found {self.decoder.num_heads} and {self.decoder.num_kv_heads}")
+        if self.decoder.head_dim % 2:
+            raise ConfigError(f"head_dim must be even for rotary positions, found {self.decoder.head_dim}")
+
+
+class Pi0(nn.Module):
+    """The vector field of pi0."""
+
+    def __init__(self, config: Pi0Config) -> None:
+        super().__init__()
+        self.config = config
+        backbone, expert = config.decoder.backbone.width, config.decoder.action_expert.width
+        adaptive = config.time_conditioning == "adaptive_norm"
+        self.vision = VisionTower(config.vision, backbone)
+        self.prompt_embedding = nn.Embedding(config.vocab_size, backbone)
+        self.decoder = JointDecoder(config.decoder, expert if adaptive else None)
+        self.action_in = nn.Linear(config.action_dim, expert)
+        self.action_out = nn.Linear(expert, config.action_dim)
+        if config.state_input == "token":
+            self.state_in = nn.Linear(config.state_dim, expert)
+        # pi0: (action, time) -> token. pi0.5: time -> condition of the norms.
+        self.time_mlp_in = nn.Linear(expert if adaptive else 2 * expert, expert)
+        self.time_mlp_out = nn.Linear(expert, expert)
+        self._initialise()
+
+    def encode_prefix(self, observation: ModelObservation) -> PrefixCache:
+        """Run pictures and prompt through the backbone once; the cache serves every flow time."""
+        return self.decoder.encode(*self._prefix(observation))
+
+    def velocity(self, cache: PrefixCache, state: Float[Tensor, "B S"], x_t: Float[Tensor, "B H A"], t: Float[Tensor, " B"]) -> Float[Tensor, "B H A"]:
+        """dx/dt at (x_t, t) for the cached observation; t in [0, 1] from noise to data; float32."""
+        suffix, num_state_tokens, condition = self._suffix(state, x_t, t)
+        return self._head(self.decoder.decode(suffix, cache, num_state_tokens, condition))
+
+    def forward(self, observation: ModelObservation, x_t: Float[Tensor, "B H A"], t: Float[Tensor, " B"]) -> Float[Tensor, "B H A"]:
+        """Training: `velocity` of `encode_prefix` in one pass."""
+        suffix, num_state_tokens, condition = self._suffix(observation.state, x_t, t)
+        return self._head(self.decoder(*self._prefix(observation), suffix, num_state_tokens, condition))
+
+    def _prefix(self, observation: ModelObservation) -> tuple[Tensor, Tensor]:
+        batch, cameras = observation.image_mask.shape
+        pictures = self.vision(pixels(observation.images.flatten(0, 1)))
+        tokens_per_image = pictures.shape[1]
+        # scaled in float32: bfloat16 would round sqrt(width) itself
+        words = self.prompt_embedding(observation.prompt_tokens) * math.sqrt(self.prompt_embedding.embedding_dim)
+        tokens = torch.cat((pictures.unflatten(0, (batch, cameras)).flatten(1, 2).to(words.dtype), words), dim=1)
+        mask = torch.cat((observation.image_mask.repeat_interleave(tokens_per_image, dim=1), observation.prompt_mask), dim=1)
+        return tokens, mask
+
+    def _suffix(self, state: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, int, Tensor | None]:
+        expert = self.action_in.out_features
+        actions = self.action_in(x_t)
+        # released weights count time from data to noise: their clock is 1 - t
+        time = time_embedding(1.0 - t, expert).to(actions.dtype)
+        condition = None
+        if self.config.time_conditioning == "adaptive_norm":
+            condition = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time))))
+        else:
+            joined = torch.cat((actions, time[:, None].expand_as(actions)), dim=-1)
+            actions = self.time_mlp_out(F.silu(self.time_mlp_in(joined)))
+        if self.config.state_input == "prompt":
+            return actions, 0, condition
+        return torch.cat((self.state_in(state)[:, None], actions), dim=1), 1, condition
+
+    def _head(self, suffix: Tensor) -> Tensor:
+        # float32 from here on: the solver adds many small velocities
+        with torch.autocast(suffix.device.type, enabled=False):
+            head = self.action_out(suffix[:, -self.config.action_horizon :].to(self.action_out.weight.dtype))
+        return -head.float()  # the head of released weights points from data to noise
+
+    def _initialise(self) -> None:
+        """Unit-variance tokens, and residual branches that start small; SigLIP keeps transformers' own initialisation."""
+        for module in (self.decoder, self.action_in, self.time_mlp_in, self.time_mlp_out):
+            for linear in module.modules():
+                if isinstance(linear, nn.Linear):
+                    nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+                    if linear.bias is not None:
+                        nn.init.zeros_(linear.bias)
+        for module in self.decoder.modules():
+            if isinstance(module, AdaptiveRMSNorm):
+                module.reset_parameters()
+        nn.init.normal_(self.prompt_embedding.weight, std=self.prompt_embedding.embedding_dim**-0.5)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameters, trainable or not."""
+    return sum(parameter.numel() for parameter in model.parameters())

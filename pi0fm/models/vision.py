@@ -1,0 +1,64 @@
+"""Pictures to prefix tokens: transformers' SigLIP tower and a linear projector.
+
+Owns: the tower's configuration and its call. Does not know: cameras, prompts, the decoder's sizes but one width.
+Shape letters: B pictures, V tokens of a picture, D backbone width.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, SiglipVisionConfig, SiglipVisionModel
+
+from pi0fm.errors import ConfigError
+from pi0fm.models.attention import siglip_attention
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the tower; a picture gives (image_size / patch_size)^2 tokens."""
+
+    width: int
+    depth: int
+    num_heads: int
+    mlp_width: int
+    patch_size: int
+    image_size: int
+    gelu: Literal["tanh", "none"] = "tanh"
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ConfigError(f"image_size must be a multiple of patch_size, found {self.image_size} and {self.patch_size}")
+        if self.width % self.num_heads:
+            raise ConfigError(f"the vision width must be a multiple of its heads, found {self.width} and {self.num_heads}")
+
+    @property
+    def tokens_per_image(self) -> int:
+        """V."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class VisionTower(nn.Module):
+    """SigLIP without pooling, then a projection to the backbone's width."""
+
+    def __init__(self, config: VisionConfig, backbone_width: int) -> None:
+        super().__init__()
+        AttentionInterface.register("pi0fm", siglip_attention)
+        siglip = SiglipVisionConfig(
+            hidden_size=config.width,
+            intermediate_size=config.mlp_width,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.num_heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            hidden_act="gelu_pytorch_tanh" if config.gelu == "tanh" else "gelu",
+            vision_use_head=False,
+            attn_implementation="pi0fm",
+        )
+        self.tower = SiglipVisionModel(siglip)
+        self.projector = nn.Linear(config.width, backbone_width)
+
+    def forward(self, pictures: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B V D"]:
+        """pictures in [-1, 1] to tokens; unlike word embeddings they are not scaled."""
+        return self.projector(self.tower(pixel_values=pictures).last_hidden_state)
