@@ -1,0 +1,64 @@
+"""An instruction to token ids.
+
+Owns: the prompt's dialect and the tokenizer. Does not know: embeddings, robots.
+`byt5` is transformers' byte tokenizer and needs no file; anything else is a directory with a tokenizer that the user has, such as
+PaliGemma's, which is gated and never fetched here.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+
+from pi0fm.errors import ConfigError, ObservationError
+
+BYTES = "byt5"
+
+
+def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
+    """`byt5`, or the tokenizer in a local directory. Raises ConfigError when it is not there or does not fit the embedding."""
+    if name == BYTES:
+        tokenizer: PreTrainedTokenizerBase = ByT5Tokenizer()
+    elif (Path(name) / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
+    else:
+        raise ConfigError(
+            f"tokenizer must be 'byt5' or a directory with tokenizer_config.json, found {name!r}; PaliGemma's is gated: accept its licence, "
+            "download google/paligemma-3b-pt-224 and give the directory"
+        )
+    if len(tokenizer) > vocab_size:
+        raise ConfigError(f"tokenizer {name!r} has {len(tokenizer)} tokens, but the model embeds {vocab_size}; choose a larger model.vocab_size")
+    return tokenizer
+
+
+class PromptTokenizer:
+    """Instruction -> ids [L] and mask [L], padded to max_tokens; each distinct instruction is tokenised once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self._encode = lru_cache(maxsize=4096)(self._encode_one)
+
+    def __call__(self, prompts: list[str]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """(ids, mask), each [B, L]. Raises ObservationError for a prompt that does not fit: it is never cut silently."""
+        rows = [self._encode(prompt) for prompt in prompts]
+        return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
+
+    def _encode_one(self, prompt: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        ids = self.tokenizer.encode(clean(prompt) + "\n", add_special_tokens=False)
+        if self.tokenizer.bos_token_id is not None:
+            ids = [self.tokenizer.bos_token_id, *ids]
+        if len(ids) > self.max_tokens:
+            raise ObservationError(f"the prompt must fit into {self.max_tokens} tokens, found {len(ids)}: {prompt!r:.120}; shorten it")
+        padded = np.zeros(self.max_tokens, dtype=np.int64)
+        padded[: len(ids)] = ids
+        return padded, np.arange(self.max_tokens) < len(ids)
+
+
+def clean(prompt: str) -> str:
+    """pi0's dialect: stripped, underscores and line ends as spaces. An empty instruction is refused."""
+    cleaned = " ".join(prompt.replace("_", " ").split())
+    if not cleaned:
+        raise ObservationError(f"the prompt must say something, found {prompt!r}")
+    return cleaned

@@ -1,0 +1,78 @@
+"""Which sample is seen when, and its random numbers: pure functions of (seed, epoch, sample index, draw).
+
+Owns: the keyed permutation, the stream of global batches, the counter-based noise. Does not know: what a sample holds, how many
+workers there are beyond the slice it is asked for. Nothing here has state, so nothing is lost at a restart.
+
+    position in the stream:   0 ........ N-1 | N ........ 2N-1 | ...          one epoch is one permutation of 0..N-1
+    step s takes positions    s G .. s G + G - 1                              G = global batch; a batch may span two epochs
+    rank r of W takes         s G + r G/W .. s G + (r+1) G/W - 1              so the union over ranks is the same for every W
+
+Shape letters: B samples asked for, H horizon, A action dim.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROUNDS = 6
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Places in the stream: which epoch, and which sample of it; int64 [B] each."""
+
+    epoch: NDArray[np.int64]
+    index: NDArray[np.int64]
+
+
+def slots(seed: int, num_samples: int, first: int, count: int) -> Slots:
+    """The samples at stream positions first .. first + count - 1 of a data set with num_samples."""
+    positions = np.arange(first, first + count, dtype=np.int64)
+    epoch, offset = np.divmod(positions, num_samples)
+    index = np.empty_like(offset)
+    for value in np.unique(epoch):
+        here = epoch == value
+        index[here] = permute(offset[here], num_samples, seed, int(value))
+    return Slots(epoch, index)
+
+
+def permute(offsets: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """A permutation of 0..size-1 keyed by (seed, epoch), evaluated at `offsets` with O(1) memory.
+
+    A balanced Feistel network on the next even power of two, walked until the image falls below `size` (format-preserving
+    encryption's cycle walking, Black and Rogaway 2002).
+    """
+    half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.Philox(key=[seed & 0xFFFFFFFFFFFFFFFF, epoch], counter=[0, 0, 0, 1]).random_raw(ROUNDS)
+    values = offsets.astype(np.uint64)
+    pending = np.ones(len(values), dtype=bool)
+    while pending.any():
+        left, right = values[pending] >> half, values[pending] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        values[pending] = (left << half) | right
+        pending = values >= np.uint64(size)
+    return values.astype(np.int64)
+
+
+def draw(seed: int, epoch: int, index: int, number: int, shape: tuple[int, int]) -> tuple[NDArray[np.float32], np.float32]:
+    """Draw `number` of one sample in one epoch: noise [H, A] ~ N(0, I), and a uniform number in [0, 1) for its flow time."""
+    generator = np.random.Generator(np.random.Philox(key=[seed & 0xFFFFFFFFFFFFFFFF, epoch], counter=[0, index, number, 2]))
+    return generator.standard_normal(shape, dtype=np.float32), np.float32(generator.random(dtype=np.float32))
+
+
+def draws(seed: int, at: Slots, number: int, shape: tuple[int, int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """`draw` for every slot: noise [B, H, A] and uniform [B]."""
+    pairs = [draw(seed, int(epoch), int(index), number, shape) for epoch, index in zip(at.epoch, at.index, strict=True)]
+    return np.stack([noise for noise, _ in pairs]), np.array([uniform for _, uniform in pairs], dtype=np.float32)
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64's finaliser: every input bit changes every output bit half of the time."""
+    values = values + _MIX
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
