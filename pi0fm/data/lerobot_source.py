@@ -26,6 +26,7 @@ from pi0fm.errors import ConfigError, DatasetError
 from pi0fm.options import option
 
 FORMAT = "v3."
+RECORDING = "meta/pi0fm_recording.json"  # what `pi0fm demos` leaves beside LeRobot's own files
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class LeRobotSource:
     """The whole data set but its pictures.
 
     state [N, S], action [N, A] float32; episode, task and end [N] int64, `end` being the index behind each frame's episode;
-    frames: the indices to train on; clips: by camera name, one for each episode with video; picture_columns: pictures kept in parquet.
+    frames: the indices to train on; clips: by camera name, one for each episode with video; stored_pictures: cameras kept in parquet.
+    demonstration_seeds: by task, lowest and highest; camera_sources: by camera; both only from a recording that says so.
     """
 
     root: Path
@@ -78,6 +80,7 @@ class LeRobotSource:
     clips: dict[str, tuple[Clip, ...]]
     stored_pictures: tuple[str, ...]
     demonstration_seeds: dict[str, list[int]]
+    camera_sources: dict[str, str]
     fingerprint: str
 
     def norm_stats(self, action_horizon: int) -> NormStats:
@@ -122,6 +125,8 @@ def open_source(config: DatasetConfig, embodiment: Embodiment) -> LeRobotSource:
     tasks = _tasks(root)
     task = _integers(table, "task_index")
     videos = [name for name in pictures if features[name]["dtype"] == "video"]
+    recording = _json(root / RECORDING) if (root / RECORDING).is_file() else {}
+    names = {prompt: name for name, prompt in recording.get("prompts", {}).items()}
     cameras = embodiment.cameras.items()
     fps = float(info["fps"])
     return LeRobotSource(
@@ -138,7 +143,8 @@ def open_source(config: DatasetConfig, embodiment: Embodiment) -> LeRobotSource:
         tasks=tasks,
         clips={name: _clips(root, info, episodes, column, fps) for name, column in cameras if column in videos},
         stored_pictures=tuple(name for name, column in cameras if column not in videos),
-        demonstration_seeds=_seed_ranges(_integers(table, "seed"), task, tasks) if "seed" in features else {},
+        demonstration_seeds=_seed_ranges(_integers(table, "seed"), task, [names.get(text, text) for text in tasks]) if "seed" in features else {},
+        camera_sources=_camera_sources(recording, embodiment),
         fingerprint=_fingerprint(root),
     )
 
@@ -249,7 +255,14 @@ def _clips(root: Path, info: dict[str, Any], episodes: Any, column: str, fps: fl
     return tuple(Clip(path, round(float(start) * fps), int(first), int(length)) for path, start, first, length in paths)
 
 
-def _seed_ranges(seeds: NDArray[np.int64], task: NDArray[np.int64], tasks: tuple[str, ...]) -> dict[str, list[int]]:
+def _camera_sources(recording: dict[str, Any], embodiment: Embodiment) -> dict[str, str]:
+    """By camera of the embodiment, where the simulator that recorded it finds it."""
+    sources = dict(text.split("=", 1) for text in recording.get("cameras", []))
+    by_column = {f"observation.images.{name}": source for name, source in sources.items()}
+    return {name: by_column[column] for name, column in embodiment.cameras.items() if column in by_column}
+
+
+def _seed_ranges(seeds: NDArray[np.int64], task: NDArray[np.int64], tasks: list[str]) -> dict[str, list[int]]:
     return {text: [int(seeds[task == index].min()), int(seeds[task == index].max())] for index, text in enumerate(tasks) if (task == index).any()}
 
 

@@ -73,6 +73,13 @@ class Collator:
         arrays = (sample.actions, mask, noise * real, uniform)
         return Batch(observation, *(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
+    def valid_elements(self, first: int, count: int) -> int:
+        """How many True entries `action_mask` has over stream positions first .. first + count - 1, whoever trains on them."""
+        at = slots(self.seed, len(self.source.frames), first, count)
+        frames = self.source.frames[at.index]
+        steps = np.minimum(self.source.end[frames] - frames, self.action_horizon)
+        return int(steps.sum()) * self.chain.embodiment.dims()[1]
+
 
 def action_chunks(
     action: NDArray[np.float32], end: NDArray[np.int64], frames: NDArray[np.int64], horizon: int

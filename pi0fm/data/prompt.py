@@ -34,26 +34,41 @@ def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
 
 
 class PromptTokenizer:
-    """Instruction -> ids [L] and mask [L], padded to max_tokens; each distinct instruction is tokenised once."""
+    """Instructions -> ids [B, L] and mask [B, L], padded to max_tokens; each distinct text is tokenised once.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+    with_state: pi0.5's dialect, which writes the normalised state into the prompt, one of 256 bins a dimension.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, with_state: bool = False) -> None:
+        self.tokenizer, self.max_tokens, self.with_state = tokenizer, max_tokens, with_state
         self._encode = lru_cache(maxsize=4096)(self._encode_one)
 
-    def __call__(self, prompts: list[str]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """(ids, mask), each [B, L]. Raises ObservationError for a prompt that does not fit: it is never cut silently."""
-        rows = [self._encode(prompt) for prompt in prompts]
+    def __call__(self, prompts: list[str], state: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """(ids, mask), each [B, L], of prompts and normalised states [B, S].
+
+        Raises ObservationError for a prompt that does not fit: it is never cut silently.
+        """
+        if self.with_state:
+            texts = [f"Task: {clean(prompt)}, State: {bins(row)};\nAction: " for prompt, row in zip(prompts, state, strict=True)]
+        else:
+            texts = [clean(prompt) + "\n" for prompt in prompts]
+        rows = [self._encode(text) for text in texts]
         return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
 
-    def _encode_one(self, prompt: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        ids = self.tokenizer.encode(clean(prompt) + "\n", add_special_tokens=False)
+    def _encode_one(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
         if self.tokenizer.bos_token_id is not None:
             ids = [self.tokenizer.bos_token_id, *ids]
         if len(ids) > self.max_tokens:
-            raise ObservationError(f"the prompt must fit into {self.max_tokens} tokens, found {len(ids)}: {prompt!r:.120}; shorten it")
+            raise ObservationError(f"the prompt must fit into {self.max_tokens} tokens, found {len(ids)}: {text!r:.120}; shorten it")
         padded = np.zeros(self.max_tokens, dtype=np.int64)
         padded[: len(ids)] = ids
         return padded, np.arange(self.max_tokens) < len(ids)
+
+
+def bins(state: NDArray[np.float32]) -> str:
+    """256 equal bins of [-1, 1] as numbers: -1 below the range, 255 at its end and beyond (openpi's convention)."""
+    return " ".join(str(number) for number in np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1)
 
 
 def clean(prompt: str) -> str:

@@ -160,7 +160,7 @@ class Chain:
 
     def to_model(self, images: NDArray[np.uint8], image_mask: NDArray[np.bool_], state: NDArray[np.float32], prompts: list[str]) -> ModelObservation:
         """Pictures [B, C, size, size, 3], their mask [B, C], transformed state [B, S] and prompts to tensors; prompt padding is trimmed."""
-        tokens, mask = self.tokenizer(prompts)
+        tokens, mask = self.tokenizer(prompts, state[:, : self.embodiment.dims()[0]])
         longest = int(mask.sum(axis=1).max())
         kept = min(tokens.shape[1], -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
         arrays = (images, image_mask, tokens[:, :kept].copy(), mask[:, :kept].copy(), state)

@@ -7,6 +7,7 @@ Shape letters: B pictures, V tokens of a picture, D backbone width.
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, SiglipVisionConfig, SiglipVisionModel
@@ -58,6 +59,11 @@ class VisionTower(nn.Module):
         )
         self.tower = SiglipVisionModel(siglip)
         self.projector = nn.Linear(config.width, backbone_width)
+
+    def reset_buffers(self) -> None:
+        """Make anew what no checkpoint holds: a model that was laid out without memory has nothing in its buffers."""
+        embeddings = self.tower.vision_model.embeddings
+        embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
 
     def forward(self, pictures: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B V D"]:
         """pictures in [-1, 1] to tokens; unlike word embeddings they are not scaled."""

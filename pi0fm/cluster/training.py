@@ -1,0 +1,162 @@
+"""A training run on Ray workers, in this process, or under torchrun: three thin ways to call `train.loop.train`.
+
+Owns: who starts the workers and what they are given; drawing their progress from metrics.jsonl. Does not know: what training is.
+
+    num_workers 0              train() here                     (torchrun sets RANK and WORLD_SIZE: then each of its processes does)
+    num_workers N    driver -> TorchTrainer -> N x train()      gloo on CPUs, nccl on GPUs
+                       `---- reads metrics.jsonl, draws the bar
+"""
+
+import math
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pi0fm import options, progress
+from pi0fm.cluster.runtime import ray_session, require_resources
+from pi0fm.errors import ConfigError, Pi0fmError
+from pi0fm.options import option
+from pi0fm.train.config import TrainConfig
+from pi0fm.train.loop import TrainResult, train
+from pi0fm.train.metrics import read_last
+from pi0fm.train.output import claim
+from pi0fm.train.parallel import Context, context_from_environment
+
+
+@dataclass(frozen=True)
+class TrainingRun(TrainConfig):
+    """A run and where it runs."""
+
+    num_workers: int = option(1, "Ray workers; 0 trains in the calling process, and under torchrun in each of its processes")
+    gpus_per_worker: float | None = option(None, "GPUs of each Ray worker; empty takes 1 where the cluster has GPUs")
+    cpus_per_worker: int | None = option(None, "CPUs of each Ray worker; empty shares out the machine, or takes 1 on a larger cluster")
+    max_failures: int = option(3, "how often Ray restarts the workers from the newest checkpoint")
+    ray_address: str | None = option(None, "address of a running Ray cluster; without it one is started here")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_workers < 0 or self.max_failures < 0:
+            raise ConfigError(f"num_workers and max_failures must be >= 0, found {self.num_workers} and {self.max_failures}")
+        if self.cpus_per_worker is not None and self.cpus_per_worker < 1:
+            raise ConfigError(f"cpus_per_worker must be >= 1, found {self.cpus_per_worker}")
+        if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
+            raise ConfigError(f"gpus_per_worker must be >= 0, found {self.gpus_per_worker}")
+        if self.num_workers:
+            self.micro_batch(self.num_workers)
+
+
+def run_training(run: TrainingRun) -> TrainResult:
+    """Claim the output folder, train where `run` says, and return what was reached."""
+    if run.num_workers == 0:
+        context = context_from_environment()
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        if context.is_first and not restarted:
+            claim(run)
+        return train(context, run)
+    claim(run)
+    with ray_session(run.ray_address):
+        return _on_ray(run)
+
+
+def _on_ray(run: TrainingRun) -> TrainResult:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cluster = ray.cluster_resources()
+    gpus = (1.0 if cluster.get("GPU", 0) else 0.0) if run.gpus_per_worker is None else run.gpus_per_worker
+    each = {"CPU": float(run.cpus_per_worker or _share_of_cpus(run.num_workers, gpus)), **({"GPU": gpus} if gpus else {})}
+    require_resources(each, run.num_workers)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"run": options.encode(_absolute(run))},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=300),
+        scaling_config=ScalingConfig(num_workers=run.num_workers, use_gpu=bool(gpus), resources_per_worker=each),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(run.output_dir.absolute()),
+            failure_config=FailureConfig(max_failures=run.max_failures),
+        ),
+    )
+    began = time.perf_counter()
+    with _Watcher(run):
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise _cause(error) from error
+    last = read_last(run.output_dir) or {}
+    return TrainResult(run.output_dir / "bundle", run.steps, float(last.get("loss", math.nan)), time.perf_counter() - began)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """What Ray runs in every worker; its process group exists already."""
+    from ray import train as ray_train
+
+    run = options.decode(TrainingRun, config["run"])
+    place = ray_train.get_context()
+    train(Context(place.get_world_rank(), place.get_world_size(), shown=False), run)
+
+
+def _share_of_cpus(num_workers: int, gpus: float) -> int:
+    """On one machine the workers share its cores; on a cluster the loader's threads want a few beside each GPU."""
+    import ray
+
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1:
+        return max(1, int(nodes[0]) // num_workers)
+    return 4 if gpus else 1
+
+
+def _absolute(run: TrainingRun) -> TrainingRun:
+    """Ray's workers have another working directory."""
+    from dataclasses import replace
+
+    dataset = run.dataset
+    paths = {name: getattr(dataset, name).absolute() for name in ("root", "cache_dir") if getattr(dataset, name) is not None}
+    return replace(run, output_dir=run.output_dir.absolute(), dataset=replace(dataset, **paths))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The fault of ours inside Ray's wrapping, or Ray's own error."""
+    failures = getattr(error, "worker_failures", None)
+    inner = next(iter(failures.values())) if failures else None
+    for candidate in (inner, getattr(inner, "cause", None), error.__cause__, getattr(error, "cause", None)):
+        if isinstance(candidate, Pi0fmError):
+            return candidate
+    return error
+
+
+class _Watcher:
+    """Draws the workers' progress bar in the driver, from the metrics that the first worker writes to the shared output folder."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run, self._stop = run, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        directory: Path = self._run.output_dir
+        before = int((read_last(directory) or {}).get("step", 0))
+        progress.say(f"starting {self._run.num_workers} Ray training worker{'s' if self._run.num_workers > 1 else ''}")
+        while not self._stop.wait(0.5):
+            if int((read_last(directory) or {}).get("step", 0)) > before:
+                break
+        with progress.step("train", self._run.steps, start=before) as bar:
+            shown = before
+            while True:
+                last = read_last(directory) or {}
+                now = int(last.get("step", 0))
+                if now != shown:
+                    bar.advance(now - shown, note=f"loss {last['loss']:.4f}")
+                    shown = now
+                if self._stop.wait(1.0):
+                    return

@@ -1,0 +1,38 @@
+"""Where bfloat16 is worth having.
+
+Owns: the answer for a device. Does not know: models, training.
+"""
+
+import torch
+
+from pi0fm.errors import ConfigError
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device multiplies it in hardware, else float32. Raises ConfigError for another word."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, found {precision!r}")
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else torch.float32
+    return torch.float32
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or the best that works: cuda, else cpu. Raises ConfigError when the named one is not there."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name is None else _named(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r} is not available on this machine; leave it out, or type cpu")
+    return device
+
+
+def _named(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device must be cpu, cuda or cuda:N, found {name!r}") from None

@@ -1,0 +1,110 @@
+"""The options of a training run.
+
+Owns: `TrainConfig` and its ranges, the network that it names, what may change at a resume. Does not know: how a run is started.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pi0fm import options
+from pi0fm.data.embodiment import Embodiment
+from pi0fm.data.lerobot_source import DatasetConfig
+from pi0fm.data.prompt import BYTES
+from pi0fm.errors import ConfigError
+from pi0fm.flow.matching import FlowConfig
+from pi0fm.models.pi0 import Pi0Config
+from pi0fm.models.presets import preset
+from pi0fm.options import option
+from pi0fm.policy.precision import PRECISIONS
+from pi0fm.train.optim import OptimizerConfig
+
+FREE_AT_RESUME = ("output_dir", "resume", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "micro_batch_size", "threads")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. The global batch is fixed; how it is split over workers and micro batches changes nothing but speed and memory."""
+
+    output_dir: Path = option(Path("outputs/train"), "folder of the run: checkpoints, metrics, and the bundle at the end")
+    resume: bool = option(False, "go on from the newest checkpoint in output_dir")
+    seed: int = option(0, "fixes initial weights, order of the data, noise and flow times")
+    steps: int = option(30_000, "optimiser steps")
+    global_batch_size: int = option(32, "samples a step over all workers")
+    micro_batch_size: int | None = option(None, "samples a forward pass; empty takes a worker's whole share")
+    dataset: DatasetConfig = option(DatasetConfig, "")
+    embodiment: Embodiment = option(Embodiment, "")
+    model: dict[str, Any] = option(lambda: {"preset": "tiny"}, "preset (tiny, pi0, pi05), and any field of it to change")
+    flow: FlowConfig = option(FlowConfig, "")
+    optimizer: OptimizerConfig = option(OptimizerConfig, "")
+    ema_decay: float | None = option(0.999, "decay of the moving average of the weights that goes into the bundle; null for none")
+    precision: str = option("auto", "auto (bfloat16 where the hardware has it), float32 or bfloat16; weights and moments are float32")
+    normalization: str = option("z_score", "z_score or quantile (q01..q99 to [-1, 1]) of state and action")
+    norm_floor: float = option(1e-3, "least spread that a dimension is divided by, in robot units")
+    tokenizer: str = option(BYTES, "byt5, or the directory of a tokenizer")
+    execution_horizon: int = option(8, "actions executed of each chunk before planning anew, kept in the bundle")
+    camera_sources: dict[str, str] = option(dict, "camera -> SOURCE:WIDTHxHEIGHT in a simulator, kept in the bundle")
+    log_every: int = option(20, "steps between lines of metrics.jsonl")
+    checkpoint_every: int = option(1000, "steps between checkpoints")
+    keep_checkpoints: int = option(2, "newest checkpoints that are kept")
+    threads: int | None = option(None, "CPU threads of each worker; empty takes its share of the machine")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size", "execution_horizon", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be >= 1, found {getattr(self, name)}")
+        for name in ("micro_batch_size", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be >= 1, found {getattr(self, name)}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be >= 0, found {self.seed}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(f"ema_decay must lie in (0, 1) or be null, found {self.ema_decay}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, found {self.precision!r}")
+        if self.normalization not in ("z_score", "quantile"):
+            raise ConfigError(f"normalization must be z_score or quantile, found {self.normalization!r}")
+        if self.norm_floor <= 0:
+            raise ConfigError(f"norm_floor must be > 0, found {self.norm_floor}")
+        horizon = self.network().action_horizon
+        if self.execution_horizon > horizon:
+            raise ConfigError(f"execution_horizon must be <= the model's action_horizon {horizon}, found {self.execution_horizon}")
+
+    def network(self) -> Pi0Config:
+        """The preset with its changed fields. Raises ConfigError for an unknown preset or field."""
+        tree = dict(self.model)
+        base = preset(str(tree.pop("preset", "tiny")))
+        return options.decode(Pi0Config, options.merge(options.encode(base), tree))
+
+    def micro_batch(self, world_size: int) -> int:
+        """Samples a forward pass of each of `world_size` workers. Raises ConfigError when the global batch cannot be split so."""
+        share, rest = divmod(self.global_batch_size, world_size)
+        if rest or share == 0:
+            raise ConfigError(f"global_batch_size must be a multiple of the {world_size} workers, found {self.global_batch_size}")
+        micro = min(self.micro_batch_size or share, share)
+        if share % micro:
+            raise ConfigError(f"each worker's share of {share} samples must be a multiple of micro_batch_size, found {micro}")
+        return micro
+
+
+def refuse_other_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
+    """Raise ConfigError that names what differs between the run in `where` and the one asked for, but for what may change."""
+    flat_old, flat_new = _flat(old), _flat(new)
+    known = set(_flat(options.encode(TrainConfig())))
+    differences = [
+        f"{name} was {flat_old.get(name)!r}, now {flat_new.get(name)!r}"
+        for name in sorted(flat_old.keys() | flat_new.keys())
+        if (name in known or name.split(".")[0] in ("model", "embodiment", "camera_sources"))
+        and name.split(".")[0] not in FREE_AT_RESUME
+        and name not in ("dataset.cache_dir", "dataset.cache_limit_gib", "dataset.video_decoder")
+        and flat_old.get(name) != flat_new.get(name)
+    ]
+    if differences:
+        raise ConfigError(f"{where} holds a run with another configuration: {'; '.join(differences)}; resume it as it was, or choose another output_dir")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

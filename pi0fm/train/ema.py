@@ -1,0 +1,29 @@
+"""The moving average of the weights.
+
+Owns: its tensors and its update. Does not know: the optimiser.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """`average <- d average + (1 - d) weights`, with d = min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not
+    averaged with its random start. decay None follows the weights exactly and keeps no copy.
+    """
+
+    def __init__(self, model: nn.Module, decay: float | None) -> None:
+        self.decay = decay
+        self._live = dict(model.named_parameters())
+        self.average: dict[str, Tensor] = {} if decay is None else {name: value.detach().clone() for name, value in self._live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after step `step` (counted from 0)."""
+        if self.decay is not None:
+            decay = min(self.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(self.average.values()), list(self._live.values()), 1.0 - decay)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The averaged parameters by name; the live ones where no average is kept."""
+        return self.average if self.decay is not None else {name: value.detach() for name, value in self._live.items()}

@@ -1,0 +1,54 @@
+"""What a run says about itself: JSON lines for programs, TensorBoard for people.
+
+Owns: the two files. Does not know: what the numbers mean.
+"""
+
+import json
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from pi0fm import files
+
+
+class Metrics:
+    """Appends to `<output_dir>/metrics.jsonl`, one object a line with `step`, and to TensorBoard files beside it.
+
+    first_step: lines of later steps belong to a run that was killed before its next checkpoint; they are dropped.
+    """
+
+    def __init__(self, output_dir: Path, first_step: int) -> None:
+        path = output_dir / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
+            files.write_text(path, "".join(f"{line}\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line, flushed at once: a driver on another machine draws its progress bar from it."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush both."""
+        self._file.close()
+        self._board.close()
+
+
+def read_last(output_dir: Path) -> dict[str, float] | None:
+    """The last whole line of metrics.jsonl, or None."""
+    path = output_dir / "metrics.jsonl"
+    if not path.exists():
+        return None
+    lines = [line for line in path.read_text().splitlines() if _step_of(line) >= 0]
+    return dict(json.loads(lines[-1])) if lines else None
+
+
+def _step_of(line: str) -> int:
+    """The step of a line; a line that was cut by a kill counts as later than any."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 2**62 if line.strip() else -1

@@ -1,0 +1,37 @@
+"""Whose output folder it is.
+
+Owns: the claim on a folder before any worker starts. Does not know: what is written there later.
+"""
+
+import json
+from typing import Any
+
+from pi0fm import files, options
+from pi0fm.errors import OutputError
+from pi0fm.train.config import TrainConfig, refuse_other_run
+
+
+def claim(config: TrainConfig) -> None:
+    """Write `run.json` into an empty or new `output_dir`; under `resume` it must be there and say the same, but for what may change.
+
+    Raises OutputError or ConfigError otherwise, with nothing touched.
+    """
+    directory = config.output_dir
+    record = directory / "run.json"
+    if record.exists():
+        if not config.resume:
+            raise OutputError(f"{directory} holds a run; add --resume true to go on with it, or choose another --output_dir")
+        refuse_other_run(_read(config), options.encode(config), directory)
+    elif config.resume:
+        raise OutputError(f"nothing to resume in {directory}: it has no run.json; leave --resume out, or correct --output_dir")
+    elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise OutputError(f"{directory} exists and is not a run of pi0fm; choose another --output_dir")
+    files.write_json(record, options.encode(config))
+
+
+def _read(config: TrainConfig) -> dict[str, Any]:
+    record = config.output_dir / "run.json"
+    try:
+        return dict(json.loads(record.read_text()))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{record} is not readable ({error}); choose another --output_dir") from None

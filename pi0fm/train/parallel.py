@@ -1,0 +1,61 @@
+"""Who I am among the workers, and what accelerate does for each of them.
+
+Owns: `Context`, and the one place that touches accelerate: device, precision, wrapping, accumulation, clipping.
+Does not know: what is trained, who started the workers.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from pi0fm.policy.precision import compute_dtype
+
+
+@dataclass(frozen=True)
+class Context:
+    """One worker's place. `shown`: this process draws the progress bar (a Ray worker's terminal is the driver's affair)."""
+
+    rank: int = 0
+    world_size: int = 1
+    shown: bool = True
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this worker writes what only one may write."""
+        return self.rank == 0
+
+
+def context_from_environment(shown: bool = True) -> Context:
+    """RANK and WORLD_SIZE as torchrun and Ray Train set them; alone when they are not set."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return Context(rank, world_size, shown and rank == 0)
+
+
+def make_accelerator(precision: str, accumulation_steps: int, allow_cuda: bool = True) -> Accelerator:
+    """accelerate for this worker: nccl on GPUs, gloo on CPUs; autocast to the precision that the device is fast in."""
+    on_cuda = allow_cuda and torch.cuda.is_available()
+    dtype = compute_dtype(precision, torch.device("cuda" if on_cuda else "cpu"))
+    return Accelerator(
+        cpu=not on_cuda,
+        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+        gradient_accumulation_steps=accumulation_steps,
+        # each parameter has one gradient a step, so the buckets may be the gradients themselves
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+
+
+def barrier(context: Context) -> None:
+    """Wait for all workers."""
+    if context.world_size > 1:
+        torch.distributed.barrier()
+
+
+def all_sum(context: Context, value: torch.Tensor) -> torch.Tensor:
+    """The sum over workers; a copy when alone."""
+    total = value.detach().clone()
+    if context.world_size > 1:
+        torch.distributed.all_reduce(total)
+    return total

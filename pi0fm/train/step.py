@@ -1,0 +1,51 @@
+"""One optimiser step: the thirty lines to read first.
+
+    Batch -> t = times(uniform) -> training_pair(actions, t, noise) -> model(observation, x_t, t) -> masked sum of squares
+          -> / valid elements of the whole global batch -> gradients, averaged over workers -> clip -> AdamW
+
+Owns: the loss's normalisation. Does not know: where batches come from, when to log or save.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from pi0fm.data.loader import Batch
+from pi0fm.flow.matching import FlowMatching
+from pi0fm.models.pi0 import Pi0
+
+
+def train_step(
+    model: Pi0,
+    flow: FlowMatching,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    batches: Iterator[Batch],
+    valid_elements: int,
+    clip_norm: float,
+) -> tuple[Tensor, Tensor]:
+    """Train on the next `gradient_accumulation_steps` batches: (this worker's part of the mean loss, norm of the gradient), on the device.
+
+    valid_elements: of the whole global batch, over all workers and micro batches, so that the gradient does not depend on the split.
+    """
+    micro_steps = accelerator.gradient_accumulation_steps
+    # accelerate divides by the micro steps and the workers' gradients are averaged: both are undone here
+    scale = micro_steps * accelerator.num_processes / valid_elements
+    part = torch.zeros((), device=accelerator.device)
+    norm = torch.zeros((), device=accelerator.device)
+    for _ in range(micro_steps):
+        batch = next(batches).to(accelerator.device)
+        with accelerator.accumulate(model):
+            t = flow.times(batch.uniform)
+            pair = flow.training_pair(batch.actions, t, batch.noise)
+            predicted = model(batch.observation, pair.x_t, t)
+            total, _ = flow.loss(predicted, pair.target, batch.action_mask, t)
+            accelerator.backward(total * scale)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        part += total.detach() / valid_elements
+    return part, norm
