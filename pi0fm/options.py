@@ -56,9 +56,9 @@ def parse[T](cls: type[T], arguments: Sequence[str], aliases: Mapping[str, str] 
     tree = dict(base or {})
     if remaining and not remaining[0].startswith("--"):
         tree = merge(tree, read_yaml(Path(remaining.pop(0))))
-    for name, value in _pairs(remaining):
-        dotted = (aliases or {}).get(name, name)
-        tree = merge(tree, _nested(dotted.split("."), value))
+    for name, text in _pairs(remaining):
+        path = (aliases or {}).get(name, name).split(".")
+        tree = merge(tree, _nested(path, text if _is_text(cls, path) else _typed(text)))
     return decode(cls, tree)
 
 
@@ -116,8 +116,8 @@ def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
     return rows
 
 
-def _pairs(arguments: Sequence[str]) -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
+def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
     position = 0
     while position < len(arguments):
         word = arguments[position]
@@ -131,12 +131,28 @@ def _pairs(arguments: Sequence[str]) -> list[tuple[str, Any]]:
                 position += 1
             else:
                 text = "true"
-        try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError:
-            value = text
-        pairs.append((name.replace("-", "_"), value))
+        pairs.append((name.replace("-", "_"), text))
     return pairs
+
+
+def _typed(text: str) -> Any:
+    """A word of the command line as YAML reads it: 3, true, null, [a, b]."""
+    try:
+        return yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        return text
+
+
+def _is_text(cls: type, path: Sequence[str]) -> bool:
+    """Whether the option holds text or a path: then `0123`, `null` and `true` are those very letters."""
+    hint: Any = cls
+    for name in path:
+        inner = _dataclass_in(hint)
+        hints = typing.get_type_hints(inner) if inner is not None else {}
+        if name not in hints:
+            return False
+        hint = hints[name]
+    return set(_choices(hint)) - {type(None)} <= {str, Path}
 
 
 def _nested(path: Sequence[str], value: Any) -> Tree:
@@ -165,9 +181,12 @@ def _refuse_unknown(cls: type, tree: Mapping[str, Any], where: str) -> None:
 
 def _dataclass_in(hint: Any) -> type | None:
     """The dataclass in `X` or `X | None`, else None."""
-    choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
-    found = [choice for choice in choices if isinstance(choice, type) and dataclasses.is_dataclass(choice)]
+    found = [choice for choice in _choices(hint) if isinstance(choice, type) and dataclasses.is_dataclass(choice)]
     return found[0] if found else None
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
 
 
 def _hint(cls: type) -> str:

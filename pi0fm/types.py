@@ -6,7 +6,7 @@ Shape letters: H action horizon, A robot action dim, S state dim.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ class ActionChunk:
     timings: Mapping[str, float] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Anything that turns observations into action chunks: a loaded bundle, or a server's client."""
 

@@ -27,7 +27,7 @@ class TrainConfig:
     """One run. The global batch is fixed; how it is split over workers and micro batches changes nothing but speed and memory."""
 
     output_dir: Path = option(Path("outputs/train"), "folder of the run: checkpoints, metrics, and the bundle at the end")
-    resume: bool = option(False, "go on from the newest checkpoint in output_dir")
+    resume: str = option("false", "true goes on from the newest checkpoint in output_dir; auto does when it holds this run, else begins it")
     seed: int = option(0, "fixes initial weights, order of the data, noise and flow times")
     steps: int = option(30_000, "optimiser steps")
     global_batch_size: int = option(32, "samples a step over all workers")
@@ -56,6 +56,9 @@ class TrainConfig:
         for name in ("micro_batch_size", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, found {getattr(self, name)}")
+        object.__setattr__(self, "resume", self.resume.lower())  # a YAML file says true without quotes
+        if self.resume not in ("true", "false", "auto"):
+            raise ConfigError(f"resume must be true, false or auto, found {self.resume!r}")
         if self.seed < 0:
             raise ConfigError(f"seed must be >= 0, found {self.seed}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

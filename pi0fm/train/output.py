@@ -19,10 +19,10 @@ def claim(config: TrainConfig) -> None:
     directory = config.output_dir
     record = directory / "run.json"
     if record.exists():
-        if not config.resume:
+        if config.resume == "false":
             raise OutputError(f"{directory} holds a run; add --resume true to go on with it, or choose another --output_dir")
         refuse_other_run(_read(config), options.encode(config), directory)
-    elif config.resume:
+    elif config.resume == "true":
         raise OutputError(f"nothing to resume in {directory}: it has no run.json; leave --resume out, or correct --output_dir")
     elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise OutputError(f"{directory} exists and is not a run of pi0fm; choose another --output_dir")

@@ -13,6 +13,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from pi0fm.policy.precision import compute_dtype
 
+__all__ = ["Accelerator", "Context", "all_sum", "barrier", "context_from_environment", "make_accelerator"]
+
 
 @dataclass(frozen=True)
 class Context:

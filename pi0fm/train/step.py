@@ -9,12 +9,12 @@ Owns: the loss's normalisation. Does not know: where batches come from, when to 
 from collections.abc import Iterator
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from pi0fm.data.loader import Batch
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0
+from pi0fm.train.parallel import Accelerator
 
 
 def train_step(

@@ -1,0 +1,47 @@
+# One command makes everything: `make quickstart` or `make test`. `make help` lists the rest.
+BIN := .venv/bin
+STAMP := .venv/.made-from-lock
+
+.PHONY: help install quickstart test unit journeys lint format types contracts clean
+
+help:
+	@echo "make quickstart   record, train, evaluate, serve: one policy in about ten minutes"
+	@echo "make test         unit tests, then the journeys through the command line"
+	@echo "make unit | journeys | lint | format | types | contracts | install | clean"
+
+# Made again when the lock or the dependencies change; otherwise a second run starts at once.
+$(STAMP): uv.lock pyproject.toml
+	@.ci/install
+	@touch $@
+
+install: $(STAMP)
+
+quickstart: $(STAMP)
+	@$(BIN)/pi0fm quickstart
+
+test: $(STAMP)
+	@$(BIN)/pytest
+
+unit: $(STAMP)
+	@$(BIN)/pytest -m "not journey"
+
+journeys: $(STAMP)
+	@$(BIN)/pytest -m journey
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: $(STAMP)
+	@$(BIN)/mypy
+
+contracts: $(STAMP)
+	@$(BIN)/lint-imports --no-cache
+
+clean:
+	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	find pi0fm tests -name __pycache__ -type d -prune -exec rm -rf {} +

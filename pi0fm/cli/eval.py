@@ -1,0 +1,51 @@
+"""`pi0fm eval`: judge a policy in simulation.
+
+Owns: what is printed for the person who watches. Does not know: how the evaluation runs.
+"""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pi0fm import progress
+from pi0fm.cluster.evaluation import Evaluation, evaluate
+from pi0fm.eval.config import EvalConfig
+from pi0fm.eval.report import percent
+from pi0fm.eval.statistics import Interval
+
+HELP = "judge a policy in simulation"
+Options = EvalConfig
+ALIASES: dict[str, str] = {"policy.path": "policy", "eval.n_episodes": "episodes", "env.task": "tasks"}
+
+
+def run(options: EvalConfig) -> dict[str, Any]:
+    """Evaluate, print a table, return the figures."""
+    evaluation = evaluate(options)
+    show(evaluation)
+    return evaluation.json()
+
+
+def show(evaluation: Evaluation) -> None:
+    """The table of tasks on standard error, crashes said aloud."""
+    summary = evaluation.summary
+    table = Table(box=None, padding=(0, 2), header_style="")
+    for heading, side in (("task", "left"), ("success", "right"), ("95 % interval", "right"), ("episodes", "right"), ("crashes", "right")):
+        table.add_column(heading, justify=side)  # type: ignore[arg-type]
+    for task in summary.tasks:
+        rate, interval = _texts(task.interval)
+        table.add_row(task.task, rate, interval, str(task.trials), f"[bold red]{task.crashes}[/]" if task.crashes else "0")
+    rate, interval = _texts(summary.mean)
+    trials = sum(task.trials for task in summary.tasks)
+    table.add_row("[bold]mean over tasks[/]", f"[bold]{rate}[/]", interval, str(trials), str(summary.crashes))
+    console = Console(stderr=True, highlight=False)
+    console.print(table)
+    for line in summary.warnings():
+        console.print(f"[bold red]CRASHES[/] {line}")
+    progress.say(f"report: {evaluation.report}")
+
+
+def _texts(interval: Interval | None) -> tuple[str, str]:
+    if interval is None:
+        return "unknown", ""
+    return percent(interval.rate), f"{percent(interval.low)} to {percent(interval.high)}"

@@ -1,0 +1,212 @@
+"""`pi0fm quickstart`: the five commands one after the other, as a cluster would run them with another configuration.
+
+Owns: the order, the last screen, the figures of the whole. Does not know: how any of the five works.
+
+    demos -> train -> eval --------------------> report
+                 `-> serve (a process of its own) -> eval over the socket
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from pi0fm import options, progress
+from pi0fm.cli import eval as eval_command
+from pi0fm.cli.memory import PeakMemory
+from pi0fm.cluster.evaluation import Evaluation, evaluate
+from pi0fm.cluster.recording import record_demonstrations
+from pi0fm.cluster.runtime import ray_session
+from pi0fm.cluster.training import TrainingRun, run_training
+from pi0fm.demos.config import DatasetName, DemosConfig
+from pi0fm.errors import ConfigError, OutputError, ServingError
+from pi0fm.eval.config import EvalConfig
+from pi0fm.eval.filmstrip import write_filmstrip
+from pi0fm.options import option
+from pi0fm.train.metrics import read_last
+
+HELP = "record, train, evaluate, serve and evaluate over the network, with one command"
+ALIASES: dict[str, str] = {}
+SERVER_START_SECONDS = 180.0
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """Options of `pi0fm quickstart`."""
+
+    output_dir: Path = option(Path("outputs/quickstart"), "folder of everything: data set, run, bundle, reports")
+    resume: bool = option(False, "go on with an interrupted quickstart in output_dir")
+    config: Path | None = option(None, "the training configuration; configs/quickstart.yaml when not given")
+    tasks: tuple[str, ...] = option(
+        ("button-press-topdown-v3", "drawer-open-v3", "handle-press-v3"), "Meta-World tasks of the one policy"
+    )
+    demonstrations: int = option(50, "demonstrations of each task")
+    episodes: int = option(20, "evaluation episodes of each task, on seeds that no demonstration used")
+    served_episodes: int = option(4, "episodes of each task over the socket")
+    steps: int | None = option(None, "training steps; the configuration's when not given")
+    seed: int = option(0, "seed of the training")
+    num_workers: int | None = option(None, "processes that simulate; every core when not given")
+    ablate: bool = option(False, "evaluate too with the picture frozen and with the sentences swapped")
+
+    def __post_init__(self) -> None:
+        for name in ("demonstrations", "episodes", "served_episodes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be >= 1, found {getattr(self, name)}")
+
+
+Options = QuickstartConfig
+
+
+def run(config: QuickstartConfig) -> dict[str, Any]:
+    """Run the five and return the figures of the whole."""
+    root = config.output_dir.absolute()
+    if root.exists() and any(root.iterdir()) and not config.resume:
+        raise OutputError(f"{root} is not empty; add --resume true to go on with it, or choose another --output_dir")
+    with PeakMemory() as memory, ray_session():
+        _heading(1, f"{config.demonstrations} demonstrations of each task, by scripted experts")
+        dataset = DatasetName("local/quickstart", str(root / "dataset"))
+        demos = DemosConfig(tasks=config.tasks, episodes=config.demonstrations, dataset=dataset)
+        demos = demos if config.num_workers is None else replace(demos, num_workers=config.num_workers)
+        record_demonstrations(demos)
+
+        _heading(2, "training on Ray")
+        trained = _train(config, root)
+
+        _heading(3, f"evaluation in simulation, {config.episodes} new start positions a task")
+        judge = EvalConfig(
+            policy=str(trained),
+            tasks=config.tasks,
+            episodes=config.episodes,
+            output_dir=str(_fresh(root / "eval")),
+            num_workers=config.num_workers,
+            metrics=str(trained.parent / "metrics.jsonl"),
+        )
+        reached = _evaluate(judge)
+        changes = {}
+        for change in ("frozen_image", "swapped_prompt") if config.ablate else ():
+            progress.say(f"\nablation: {change.replace('_', ' ')}")
+            changes[change] = _evaluate(replace(judge, observation_change=change, output_dir=str(_fresh(root / f"eval-{change}"))))
+
+        _heading(4, "serving the policy")
+        with _server(trained) as url:
+            progress.say(f"ready at {url}")
+            _heading(5, f"evaluation over the socket, {config.served_episodes} start positions a task")
+            over_socket = replace(judge, policy=url, episodes=config.served_episodes, output_dir=str(_fresh(root / "eval-served")))
+            served = _evaluate(over_socket)
+    picture = write_filmstrip(reached.output_dir, root / "filmstrip.png")
+    result = {
+        "mean_success": _rounded(reached),
+        "success": reached.json()["success"],
+        "seconds": round(time.time() - psutil.Process().create_time(), 1),
+        "peak_memory_bytes": memory.peak,
+        "bundle": str(trained),
+        "report": str(reached.report),
+        "served_mean_success": _rounded(served),
+        "dataset": str(root / "dataset"),
+        "filmstrip": str(picture),
+        **{name: _rounded(change) for name, change in changes.items()},
+    }
+    _last_screen(config, result, reached, served, changes)
+    return result
+
+
+def shipped_config(name: str) -> Path:
+    """A file of configs/, in a checkout or in an installed package."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package.parent / "configs", package / "configs"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(f"configs/{name} is not installed beside pi0fm; give --config FILE")
+
+
+def _train(config: QuickstartConfig, root: Path) -> Path:
+    """The bundle. A run that is whole already is not run again."""
+    folder = root / "train"
+    tree = options.read_yaml(config.config or shipped_config("quickstart.yaml"))
+    over: dict[str, Any] = {"output_dir": str(folder), "dataset": {"root": str(root / "dataset")}, "seed": config.seed}
+    if config.steps is not None:
+        over["steps"] = config.steps
+    run = options.decode(TrainingRun, options.merge(tree, over))
+    done = int((read_last(folder) or {}).get("step", 0)) >= run.steps and (folder / "bundle").exists()
+    if done:
+        progress.say(f"the run in {folder} is complete")
+        return folder / "bundle"
+    return run_training(replace(run, resume="auto")).bundle
+
+
+def _evaluate(config: EvalConfig) -> Evaluation:
+    evaluation = evaluate(config)
+    eval_command.show(evaluation)
+    return evaluation
+
+
+@contextlib.contextmanager
+def _server(bundle: Path) -> Iterator[str]:
+    """`pi0fm serve` as a robot's operator would start it, on a free port; its url once it is warm."""
+    command = [sys.executable, "-m", "pi0fm.cli.main", "serve", "--bundle", str(bundle), "--port", "0"]
+    with (bundle.parent / "serve.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()  # one line when warm, or the end of a process that could not start
+        if not line:
+            raise ServingError(f"the server did not start; {bundle.parent / 'serve.log'} says why")
+        yield json.loads(line)["url"]
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _fresh(folder: Path) -> Path:
+    """`folder`, or the next free name behind it: an evaluation is never overwritten."""
+    number, candidate = 2, folder
+    while candidate.exists():
+        candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+    return candidate
+
+
+def _rounded(evaluation: Evaluation) -> float | None:
+    mean = evaluation.json()["mean_success"]
+    return None if mean is None else round(float(mean), 4)
+
+
+def _heading(number: int, text: str) -> None:
+    progress.say(f"\n[{number}/5] {text}")
+
+
+def _last_screen(config: QuickstartConfig, result: dict[str, Any], reached: Evaluation, served: Evaluation, changes: dict[str, Evaluation]) -> None:
+    table = Table(box=None, padding=(0, 2), header_style="")
+    for heading in ("task", "in process", "over the socket", *(name.replace("_", " ") for name in changes)):
+        table.add_column(heading)
+    for task in config.tasks:
+        table.add_row(task, *(_cell(evaluation, task) for evaluation in (reached, served, *changes.values())))
+    where = {
+        "policy": result["bundle"],
+        "report": result["report"],
+        "picture": result["filmstrip"],
+        "data set": result["dataset"],
+        "serve it": f"pi0fm serve --bundle {result['bundle']}",
+    }
+    console = Console(stderr=True, highlight=False)
+    console.print()
+    console.print(Panel(table, title=f"{result['seconds'] / 60:.1f} minutes, peak {result['peak_memory_bytes'] / 2**30:.1f} GiB", expand=False))
+    for name, place in where.items():
+        progress.say(f"{name:>9}  {place}")
+
+
+def _cell(evaluation: Evaluation, task: str) -> str:
+    row = next(row for row in evaluation.summary.tasks if row.task == task)
+    return f"{row.successes}/{row.trials}" + (f" ({row.crashes} crashed)" if row.crashes else "")

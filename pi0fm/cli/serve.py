@@ -1,0 +1,90 @@
+"""`pi0fm serve`: a bundle on a port.
+
+Owns: the options, and the line that says ready. Does not know: the protocol, what is in a bundle.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pi0fm.errors import ConfigError
+from pi0fm.options import option, required
+from pi0fm.progress import say
+from pi0fm.serve import app as application
+from pi0fm.serve import server
+
+HELP = "answer robots over the openpi WebSocket protocol"
+ALIASES = {"policy.path": "bundle"}
+TOKEN_VARIABLE = "PI0FM_TOKEN"  # noqa: S105 - the name, not the key
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Options of `pi0fm serve`."""
+
+    bundle: Path = required("folder of the policy, as pi0fm train wrote it")
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens it to every network, so give a token with it")
+    port: int = option(8000, "port to listen on; 0 takes a free one, which the ready line names")
+    token: str | None = option(
+        None, f"key that clients must send; others can read it in the list of processes, so prefer ${TOKEN_VARIABLE}"
+    )
+    max_batch_size: int = option(8, "most observations in one inference")
+    max_queue: int = option(64, "most requests that wait; a further one is refused")
+    num_flow_steps: int | None = option(None, "solver steps from noise to actions; the bundle's own when not given")
+    solver: str | None = option(None, "euler, midpoint, heun or rk4; the bundle's own when not given")
+    device: str | None = option(None, "cpu, cuda or cuda:N; the best one that works when not given")
+    precision: str = option("auto", "auto, float32 or bfloat16, of the towers' matrices")
+    threads: int | None = option(None, "CPU threads of one inference; torch's choice when not given")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port must lie in 0..65535, found {self.port}: 8000 is the default, 0 takes a free one")
+        for name in ("max_batch_size", "max_queue", "num_flow_steps", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} must be >= 1, found {value}")
+
+
+Options = ServeConfig
+
+
+def run(options: ServeConfig) -> None:
+    """Serve until SIGINT or SIGTERM. The only line on standard output is the JSON that says ready; a parent process may wait for it."""
+    token = options.token if options.token is not None else os.environ.get(TOKEN_VARIABLE)
+    application.check_token(token)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    with server.until_stopped(), server.reserve(options.host, options.port) as reserved:
+        url = server.url_of(reserved)
+        if token is None and options.host not in ("127.0.0.1", "localhost", "::1"):
+            say(f"anyone who reaches {options.host} can use this policy: set {TOKEN_VARIABLE} to ask for a key")
+        say(f"loading {options.bundle}")
+        # Imported here: torch takes seconds, and a port in use should be told at once.
+        from pi0fm.policy.bundle import load
+
+        policy = load(
+            options.bundle,
+            device=options.device,
+            precision=options.precision,
+            num_flow_steps=options.num_flow_steps,
+            solver=options.solver,
+            threads=options.threads,
+        )
+        app = application.create_app(
+            policy,
+            to_observation=policy.observation,
+            metadata=policy.metadata,
+            token=token,
+            max_batch_size=options.max_batch_size,
+            max_queue=options.max_queue,
+        )
+
+        def announce(seconds: float) -> None:
+            print(json.dumps({"ready": True, "url": url, "bundle": str(options.bundle), "warm_up_seconds": round(seconds, 3)}), flush=True)
+            say(f"serving {options.bundle} on {url}; ^C stops it")
+
+        asyncio.run(server.serve(server.make_server(app), app, reserved, announce))
+    say("stopped serving")

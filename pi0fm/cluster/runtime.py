@@ -1,0 +1,106 @@
+"""Starting Ray, joining it, and leaving it as it was found.
+
+Owns: the options of `ray.init` that keep a laptop quiet and small, the environment of one-threaded workers, the check that a
+request for resources can be met. Does not know: what runs on Ray.
+"""
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pi0fm.errors import ConfigError
+
+OBJECT_STORE_BYTES = 256 * 2**20
+SMALLEST_OBJECT_STORE_BYTES = 80 * 2**20  # Ray refuses less than 75 MiB
+
+# For `.options(runtime_env=ONE_THREAD)`: a worker that simulates or loads must not start one thread a core beside its siblings.
+ONE_THREAD: Mapping[str, Any] = {"env_vars": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}}
+
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+
+
+@contextmanager
+def ray_session(
+    address: str | None = None,
+    num_cpus: int | None = None,
+    resources: Mapping[str, float] | None = None,
+    object_store_bytes: int = OBJECT_STORE_BYTES,
+) -> Iterator[None]:
+    """Have Ray inside the block; stop it afterwards only if this call started it.
+
+    A Ray that this process already initialised is used as it is. Otherwise:
+    address: of a running cluster (`auto`, `HOST:PORT`, `ray://HOST:PORT`); None takes RAY_ADDRESS, and without that starts Ray here.
+    num_cpus, resources: what the Ray that is started here claims to have; None means the machine's cores. Ignored when joining.
+    object_store_bytes: upper bound of its shared memory, lowered to half of what /dev/shm has left. Ignored when joining.
+    Raises ConfigError when the address does not answer.
+    """
+    # Ray reads this when it is imported: without it `uv run` as driver zips the working directory and starts every worker through uv.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        store = _object_store_that_fits(object_store_bytes)
+        claimed = dict(resources) if resources else None
+        ray.init("local", num_cpus=num_cpus, resources=claimed, object_store_memory=store, include_dashboard=False, **_QUIET)
+    else:
+        _join(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def require_resources(each: Mapping[str, float], count: int = 1) -> None:
+    """Refuse what the running Ray can never give, before Ray waits for it without end.
+
+    each: what one worker asks for, such as `{"CPU": 1, "GPU": 1}`; it must fit on one node. count: workers at the same time.
+    Nodes that an autoscaler would add later are not counted. Raises ConfigError that names the resource, the need and what is there.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for name, amount in each.items():
+        largest = max((node.get(name, 0.0) for node in nodes), default=0.0)
+        if amount > largest:
+            raise ConfigError(
+                f"each worker needs {amount:g} {name}, but the largest Ray node has {largest:g}; ask for less, or join a larger cluster"
+            )
+    room = sum(
+        min((int(node.get(name, 0.0) / amount + 1e-9) for name, amount in each.items() if amount > 0), default=count) for node in nodes
+    )
+    if count > room:
+        wanted = ", ".join(f"{amount:g} {name}" for name, amount in each.items())
+        raise ConfigError(
+            f"{count} workers with {wanted} each are asked for, but Ray has room for {room}; lower the number of workers, or add nodes"
+        )
+
+
+def _join(address: str) -> None:
+    import ray
+
+    advice = "start one with `ray start --head`, or leave the address out"
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address != "auto":
+        try:  # Ray itself waits ten minutes for a host that is not there
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except (OSError, ValueError, OverflowError) as error:
+            raise ConfigError(f"no Ray cluster answers at {address!r} ({error}); {advice}") from None
+    try:
+        ray.init(address, **_QUIET)
+    except ConnectionError as error:
+        raise ConfigError(f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); {advice}") from None
+
+
+def _object_store_that_fits(wanted: int) -> int:
+    """Shared memory is 64 MB in a plain container, and a store larger than what is free falls back to a slow disk."""
+    shared = Path("/dev/shm")
+    free = shutil.disk_usage(shared).free // 2 if shared.is_dir() else wanted
+    return max(SMALLEST_OBJECT_STORE_BYTES, min(wanted, free))

@@ -1,0 +1,56 @@
+"""One demonstration: a scripted expert with noise on what is executed.
+
+Owns: `Episode`, the noise, the clean-action rule. Does not know: which simulator, who stores the episode, Ray.
+Shape letters: T steps, A action dim, S state dim.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi0fm.sim.env import Environment
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A successful demonstration; row t is what was seen before step t, and what the expert wanted then.
+
+    images: by camera name, uint8 [T, height, width, 3]. state: float32 [T, S]. action: float32 [T, A], without noise.
+    """
+
+    task: str
+    prompt: str
+    seed: int
+    images: Mapping[str, NDArray[np.uint8]]
+    state: NDArray[np.float32]
+    action: NDArray[np.float32]
+
+
+def record_episode(environment: Environment, seed: int, noise: float) -> Episode | None:
+    """Let the expert act from the start that `seed` gives; None when it does not succeed within `max_steps`.
+
+        observe ── expert ── clean action ──┬── stored
+                                            └── + noise * N(0, 1), clipped to [-1, 1] ── executed
+    The noise drives the arm off the expert's path, and what is stored shows the way back. It is a function of (seed, step) alone.
+    """
+    environment.reset(seed)
+    observations, actions = [], []
+    for step in range(environment.max_steps):
+        observations.append(environment.observe())
+        clean = environment.expert_action()
+        actions.append(clean)
+        result = environment.step(np.clip(clean + noise * noise_at(seed, step, environment.action_dim), -1.0, 1.0).astype(np.float32))
+        if result.success:
+            images = {camera.name: np.stack([seen.images[camera.name] for seen in observations]) for camera in environment.cameras}
+            state = np.stack([seen.state for seen in observations])
+            return Episode(environment.task, environment.prompt, seed, images, state, np.stack(actions))
+        if result.done:
+            break
+    return None
+
+
+def noise_at(seed: int, step: int, size: int) -> NDArray[np.float32]:
+    """Standard normal float32 [size], the same for the same (seed, step) on every machine and in any order (Philox with a key)."""
+    return np.random.Generator(np.random.Philox(key=[seed, step])).standard_normal(size, dtype=np.float32)

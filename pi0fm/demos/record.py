@@ -1,0 +1,90 @@
+"""Recording a data set: which seeds to try, in which order, and what to keep.
+
+Owns: the plan from what is there to what is asked, the order, giving up on a hopeless task. Does not know: Ray; it is handed `submit`.
+
+    submit ahead, at most `window`          taken in seed order, one task after the other
+    seed 1000  1001  1002  1003   ...  -->  1000 ok -> kept   1001 failed -> skipped   1002 ok -> kept
+Whatever finishes first, the data set is the same.
+"""
+
+import functools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pi0fm import progress
+from pi0fm.demos.config import DemosConfig
+from pi0fm.demos.dataset import Recording
+from pi0fm.demos.episode import Episode, record_episode
+from pi0fm.errors import SimulationError
+from pi0fm.sim.env import CameraSpec, Environment
+from pi0fm.sim.metaworld import make_environment
+
+Submit = Callable[[str, int], Callable[[], Episode | None]]
+"""(task, seed) -> a call that waits for the episode."""
+HOPELESS_FAILURES = 20
+_ENVIRONMENTS_KEPT = 2
+
+
+def record(config: DemosConfig, submit: Submit, window: int) -> dict[str, object]:
+    """Record what `config` asks for and is not there yet; returns episodes, frames, seconds, root and the expert's success rate.
+
+    window: episodes asked for ahead of the one that is written next (1 when `submit` simulates in this process).
+    Raises OutputError for a folder with something else in it, SimulationError when an expert fails 20 times in a row.
+    """
+    began = time.monotonic()
+    total = config.episodes * len(config.task_names)
+    with Recording(Path(config.dataset.folder), config) as recording:
+        with progress.step("demonstrations", total, start=min(total, recording.episodes)) as bar:
+            for task in config.task_names:
+                for episode in _successes(task, config, recording, submit, window):
+                    recording.add(episode)
+                    bar.advance(note=f"{task}, {len(episode.action)} steps")
+        recording.publish()
+        tried = {task: max(recording.seeds(task)[-1] - config.first_seed + 1, 1) for task in config.task_names}
+        kept = {task: len(recording.seeds(task)) for task in config.task_names}
+        return {
+            "episodes": recording.episodes,
+            "frames": recording.frames,
+            "seconds": round(time.monotonic() - began, 1),
+            "root": str(recording.root),
+            "expert_success": {task: round(kept[task] / tried[task], 4) for task in config.task_names},
+        }
+
+
+def _successes(task: str, config: DemosConfig, recording: Recording, submit: Submit, window: int) -> Iterator[Episode]:
+    """The episodes that `task` still lacks, in seed order."""
+    seeds = recording.seeds(task)
+    wanted = config.episodes - len(seeds)
+    next_seed = seeds[-1] + 1 if seeds else config.first_seed
+    ahead: deque[Callable[[], Episode | None]] = deque()
+    failures = 0
+    while wanted > 0:
+        while len(ahead) < min(window, wanted):
+            ahead.append(submit(task, next_seed))
+            next_seed += 1
+        episode = ahead.popleft()()
+        if episode is not None:
+            wanted, failures = wanted - 1, 0
+            yield episode
+            continue
+        failures += 1
+        if failures == HOPELESS_FAILURES:
+            advice = f"lower noise ({config.noise}), or raise max_steps ({config.max_steps})"
+            raise SimulationError(f"the expert of {task} failed {failures} times in a row; {advice}")
+
+
+def submit_here(config: DemosConfig) -> Submit:
+    """Simulate in the calling process, when the episode is asked for."""
+    return lambda task, seed: functools.partial(simulate, task, config.camera_specs, config.max_steps, seed, config.noise)
+
+
+def simulate(task: str, cameras: tuple[CameraSpec, ...], max_steps: int, seed: int, noise: float) -> Episode | None:
+    """`record_episode` in an environment that this process keeps: building one takes longer than some episodes."""
+    return record_episode(_environment(task, cameras, max_steps), seed, noise)
+
+
+@functools.lru_cache(maxsize=_ENVIRONMENTS_KEPT)
+def _environment(task: str, cameras: tuple[CameraSpec, ...], max_steps: int) -> Environment:
+    return make_environment(task, cameras, max_steps)

@@ -1,0 +1,119 @@
+"""The options of an evaluation.
+
+Owns: `EvalConfig`, its ranges, the list of its episodes, the refusal of seeds that were demonstrated. Does not know: how episodes run.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from pi0fm.errors import ConfigError
+from pi0fm.eval.episode import Episode
+from pi0fm.options import option, required
+
+DEFAULT_CAMERAS = ("base=corner2:96x96",)
+DEFAULT_EXECUTION_HORIZON = 8
+LEAST = {
+    "episodes": 1,
+    "first_seed": 0,
+    "max_steps": 1,
+    "execution_horizon": 1,
+    "num_workers": 0,
+    "environments_per_worker": 1,
+    "videos_per_task": 0,
+    "num_flow_steps": 1,
+    "gpus_per_worker": 0,
+}
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What to judge, on what, and where the report goes. After construction `tasks` and `cameras` are tuples."""
+
+    policy: str = required("a bundle's directory, or the ws:// address of a server")
+    tasks: str | tuple[str, ...] = required("tasks to run, as a list or with commas between")
+    episodes: int = option(20, "episodes of each task, one seed each")
+    first_seed: int = option(1, "seed of the first episode; the others follow one by one")
+    allow_seen_seeds: bool = option(False, "accept start positions that the policy saw in its demonstrations")
+    cameras: str | tuple[str, ...] = option((), "NAME=SOURCE:WIDTHxHEIGHT,...; the policy's own when not given, else base=corner2:96x96")
+    max_steps: int = option(400, "an episode that has not succeeded by then is a failure")
+    execution_horizon: int | None = option(None, "actions executed of each chunk; the policy's own when not given, else 8")
+    num_workers: int | None = option(None, "Ray actors; every core of the cluster when not given, 0 runs in this process")
+    gpus_per_worker: float = option(0.0, "of a GPU for each actor's policy, such as 0.25; 0 infers on the CPU")
+    environments_per_worker: int = option(10, "environments that step together, and the policy's batch")
+    videos_per_task: int = option(1, "episodes of each task that are filmed, from the first on")
+    output_dir: str = option("outputs/eval", "folder for report.html, summary.json, episodes.json and videos/")
+    num_flow_steps: int | None = option(None, "integration steps of the sampler; the policy's own when not given")
+    solver: str | None = option(None, "ODE solver of the sampler; the policy's own when not given")
+    seed: int = option(0, "seed of the policy's noise")
+    metrics: str | None = option(None, "a run's metrics.jsonl, whose loss curve goes into the report")
+    observation_change: str = option("none", "ablation: none, frozen_image (of another seed) or swapped_prompt (of the next task)")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", _names(self.tasks))
+        object.__setattr__(self, "cameras", _names(self.cameras))
+        if not self.tasks:
+            raise ConfigError("an evaluation needs one task or more; type --tasks button-press-topdown-v3,drawer-open-v3")
+        doubled = sorted({task for task in self.tasks if self.tasks.count(task) > 1})
+        if doubled:
+            raise ConfigError(f"each task can be named once, found {doubled[0]} more than once; use --episodes for more episodes")
+        for name, bound in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ConfigError(f"{name} must be {bound} or more, found {value}; type --{name} {bound} or leave it out")
+        if self.num_workers == 0 and self.gpus_per_worker:
+            raise ConfigError(
+                f"gpus_per_worker is for Ray actors, found {self.gpus_per_worker:g} with --num_workers 0, which takes what it finds"
+            )
+        if self.remote and (self.num_flow_steps is not None or self.solver is not None):
+            raise ConfigError(
+                f"num_flow_steps and solver belong to the server {self.policy}, which runs the model; give them to pi0fm serve"
+            )
+
+    @property
+    def remote(self) -> bool:
+        """Whether the policy is a server's address."""
+        return self.policy.startswith(("ws://", "wss://"))
+
+
+def plan(config: EvalConfig) -> list[Episode]:
+    """Every episode, seed after seed of one task after the other; the first `videos_per_task` of each task are filmed."""
+    numbers = range(config.episodes)
+    return [Episode(task, config.first_seed + k, record=k < config.videos_per_task) for task in config.tasks for k in numbers]
+
+
+def camera_texts(config: EvalConfig, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """`NAME=SOURCE:WIDTHxHEIGHT` of each camera: as given, else as the policy's `camera_sources` say, else the default.
+
+    `camera_sources` is a mapping of a camera's name to SOURCE:WIDTHxHEIGHT.
+    """
+    if config.cameras:
+        return tuple(config.cameras)
+    sources = metadata.get("camera_sources") or {}
+    return tuple(f"{name}={source}" for name, source in sources.items()) or DEFAULT_CAMERAS
+
+
+def refuse_seen_seeds(config: EvalConfig, metadata: Mapping[str, Any]) -> None:
+    """Raise ConfigError when an episode's seed lies in the policy's `demonstration_seeds` (task -> [lowest, highest])."""
+    if config.allow_seen_seeds:
+        return
+    last = config.first_seed + config.episodes - 1
+    seen: Mapping[str, Sequence[int]] = metadata.get("demonstration_seeds") or {}
+    for task in config.tasks:
+        if task not in seen:
+            continue
+        low, high = seen[task]
+        if config.first_seed <= high and low <= last:
+            raise ConfigError(
+                f"an evaluation must use start positions that no demonstration used: {task} was demonstrated with seeds {low} to {high}, "
+                f"asked for {config.first_seed} to {last}; type --first_seed {high + 1}, or --allow_seen_seeds"
+            )
+
+
+def _names(value: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(value, str) and value.startswith("["):
+        value = yaml.safe_load(value)
+    names = value.split(",") if isinstance(value, str) else value
+    return tuple(str(name).strip() for name in names if str(name).strip())

@@ -1,0 +1,101 @@
+"""The nouns of an evaluation: what is to be judged, how, and what came of it.
+
+Owns: `Episode`, `EpisodeResult`, `RolloutSettings`, the seed of a policy call. Does not know: environments, policies, where anything runs.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pi0fm.errors import ConfigError
+
+Outcome = Literal["success", "failure", "crash"]
+OBSERVATION_CHANGES = ("none", "frozen_image", "swapped_prompt")
+OTHER_SEED_OFFSET = 500_000
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One start position of one task; `record` asks for a video of it."""
+
+    task: str
+    seed: int
+    record: bool = False
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """What came of an episode.
+
+    steps: actions that were executed. seconds: wall time of this episode's own reset, steps and pictures, not of the policy.
+    error: one line, for a crash only. video: mp4 bytes, for a recorded episode that did not crash.
+    """
+
+    task: str
+    seed: int
+    outcome: Outcome
+    steps: int
+    seconds: float
+    error: str | None = None
+    video: bytes | None = None
+
+    def row(self, video_path: str | None) -> dict[str, Any]:
+        """The line of episodes.json; `video_path` is where the video was written."""
+        return {
+            "task": self.task,
+            "seed": self.seed,
+            "outcome": self.outcome,
+            "steps": self.steps,
+            "seconds": round(self.seconds, 3),
+            "error": self.error,
+            "video": video_path,
+        }
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How episodes are run.
+
+    execution_horizon: actions executed of each chunk before a new one is asked for.
+    seed: of the policy's noise. observation_change: an ablation; `tasks` is the ring that `swapped_prompt` goes round.
+    video_every: control steps between two pictures. video_side: pixels.
+    """
+
+    execution_horizon: int = 8
+    seed: int = 0
+    observation_change: str = "none"
+    tasks: tuple[str, ...] = ()
+    video_every: int = 2
+    video_side: int = 256
+
+    def __post_init__(self) -> None:
+        if self.execution_horizon < 1:
+            raise ConfigError(f"execution_horizon must be 1 or more, found {self.execution_horizon}; type --execution_horizon 8")
+        if self.observation_change not in OBSERVATION_CHANGES:
+            raise ConfigError(f"observation_change must be one of {', '.join(OBSERVATION_CHANGES)}, found {self.observation_change!r}")
+        if self.observation_change == "swapped_prompt" and len(self.tasks) < 2:
+            raise ConfigError(
+                f"swapped_prompt takes the sentence of another task, found {len(self.tasks)} task; name two or more in --tasks"
+            )
+
+    def prompt_task(self, task: str) -> str:
+        """The task whose sentence is shown: `task` itself, or the next one of the ring."""
+        if self.observation_change != "swapped_prompt":
+            return task
+        return self.tasks[(self.tasks.index(task) + 1) % len(self.tasks)]
+
+
+def other_seed(seed: int) -> int:
+    """The seed whose start picture stands in for every image of a frozen episode; never `seed` itself."""
+    return seed + OTHER_SEED_OFFSET
+
+
+def noise_seed(evaluation_seed: int, task: str, seed: int, step: int) -> int:
+    """The noise of one policy call, in [0, 2**63): a pure function of what is judged, not of batches, order or workers."""
+    text = f"{evaluation_seed}/{task}/{seed}/{step}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def one_line(error: BaseException) -> str:
+    """`Class: message` on one line, at most 300 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

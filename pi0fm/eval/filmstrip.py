@@ -1,0 +1,48 @@
+"""One picture of an evaluation: a row of frames for each task.
+
+Owns: the picture. Does not know: how episodes ran; it reads the videos that were kept.
+"""
+
+import io
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from pi0fm import files
+
+FRAMES, MARGIN, CAPTION = 6, 8, 26
+
+
+def write_filmstrip(output_dir: Path, target: Path) -> Path:
+    """A PNG with the first filmed episode of each task of the evaluation in `output_dir`; returns `target`. Nothing is written without videos."""
+    rows = json.loads((output_dir / "episodes.json").read_text())
+    filmed: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row["video"]:
+            filmed.setdefault(row["task"], row)
+    strips = [(f"{task}, seed {row['seed']}: {row['outcome']}", _frames(output_dir / row["video"])) for task, row in filmed.items()]
+    if not strips:
+        return target
+    height, width = strips[0][1][0].shape[:2]
+    canvas = Image.new("RGB", (FRAMES * (width + MARGIN) + MARGIN, len(strips) * (height + CAPTION + MARGIN) + MARGIN), "white")
+    draw = ImageDraw.Draw(canvas)
+    for row, (caption, frames) in enumerate(strips):
+        top = MARGIN + row * (height + CAPTION + MARGIN)
+        draw.text((MARGIN, top), caption, fill="black", font=ImageFont.load_default(16))
+        for column, frame in enumerate(frames):
+            canvas.paste(Image.fromarray(frame), (MARGIN + column * (width + MARGIN), top + CAPTION))
+    held = io.BytesIO()
+    canvas.save(held, "PNG", optimize=True)
+    files.write_bytes(target, held.getvalue())
+    return target
+
+
+def _frames(video: Path) -> list[NDArray[np.uint8]]:
+    """FRAMES frames, evenly spaced from the first to the last."""
+    with av.open(str(video)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return [frames[round(index)] for index in np.linspace(0, len(frames) - 1, FRAMES)]

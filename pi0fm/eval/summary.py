@@ -1,0 +1,90 @@
+"""From episodes to figures: success by task and over tasks, with intervals; crashes apart.
+
+Owns: `Summary`. Does not know: how it is shown.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pi0fm.eval.episode import EpisodeResult
+from pi0fm.eval.statistics import Interval, mean_over_tasks, wilson
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """One task. `interval` is None when every episode crashed: then nothing is known about the policy."""
+
+    task: str
+    successes: int
+    failures: int
+    crashes: int
+    interval: Interval | None
+    mean_steps: float | None
+
+    @property
+    def trials(self) -> int:
+        """Episodes that ended by themselves; a crash says nothing about the policy and is not among them."""
+        return self.successes + self.failures
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All tasks. `mean` is None when a task has no episode that ended: a mean over the others would flatter or slander."""
+
+    tasks: tuple[TaskSummary, ...]
+    mean: Interval | None
+    crashes: int
+    episodes: int
+
+    def json(self) -> dict[str, Any]:
+        """The figures as summary.json and the last line of the command hold them."""
+        return {
+            "mean_success": self.mean and round(self.mean.rate, 6),
+            "mean_interval": _ends(self.mean),
+            "success": {task.task: task.interval and round(task.interval.rate, 6) for task in self.tasks},
+            "interval": {task.task: _ends(task.interval) for task in self.tasks},
+            "crashes": self.crashes,
+            "episodes": self.episodes,
+        }
+
+    def warnings(self) -> list[str]:
+        """What must be said aloud beside the figures: one line for each task with crashes."""
+        lines = []
+        for task in self.tasks:
+            if task.crashes and task.trials:
+                lines.append(
+                    f"{task.task}: {task.crashes} of {task.trials + task.crashes} episodes crashed and are not in its success rate"
+                )
+            elif task.crashes:
+                lines.append(f"{task.task}: every episode crashed; its success rate, and the mean over tasks, are not known")
+        return lines
+
+
+def summarize(results: Sequence[EpisodeResult], tasks: Sequence[str]) -> Summary:
+    """Count `results` by task, in the order of `tasks`; each task must have a result."""
+    rows = tuple(_task(task, [result for result in results if result.task == task]) for task in tasks)
+    counts = [(row.successes, row.trials) for row in rows]
+    mean = mean_over_tasks(counts) if all(row.trials for row in rows) else None
+    return Summary(rows, mean, sum(row.crashes for row in rows), len(results))
+
+
+def _task(task: str, results: Sequence[EpisodeResult]) -> TaskSummary:
+    if not results:
+        raise ValueError(f"no result for the task {task}")
+    count = Counter(result.outcome for result in results)
+    trials = count["success"] + count["failure"]
+    steps = [result.steps for result in results if result.outcome == "success"]
+    return TaskSummary(
+        task,
+        count["success"],
+        count["failure"],
+        count["crash"],
+        wilson(count["success"], trials) if trials else None,
+        sum(steps) / len(steps) if steps else None,
+    )
+
+
+def _ends(interval: Interval | None) -> list[float] | None:
+    return [round(interval.low, 6), round(interval.high, 6)] if interval is not None else None

@@ -1,0 +1,188 @@
+"""The density of what a flow samples: `log p_1` of action chunks.
+
+Owns: the joint integration of a state and its log-density, forwards (sample and density in one pass) and backwards (density
+of given chunks). Does not know: networks, observations, robots.
+
+The instantaneous change of variables (Chen et al. 2018, arXiv 1806.07366, Theorem 1; used for flows in arXiv 2210.02747):
+
+    d/dt x_t = v_t(x_t)      d/dt log p_t(x_t) = - div v_t(x_t)
+    log p_1(x_1) = log p_0(x_0) - int_0^1 div v_t(x_t) dt
+
+    push_forward    noise ----> actions       push_backward    noise <---- actions
+                    log p_0 - int div                          the same, from the data end
+
+p_0 is N(0, prior_scale^2 I). For CondOT and cosine that is the path's own p_0; for VP and VE it is the usual approximation,
+and `log_prior` takes a better one. Densities are in nats, of the normalised chunk, over its unmasked entries.
+Gradients flow if the caller has them enabled; under torch.no_grad all works, under torch.inference_mode it cannot.
+Shape letters: B batch, H action horizon, A action dim.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from pi0fm.flow.checks import FlowError, check_finite, check_mask
+from pi0fm.flow.divergence import exact_divergence, hutchinson_divergence
+from pi0fm.flow.matching import FlowMatching
+from pi0fm.flow.solver import Velocity, integrate
+
+
+@final
+@dataclass(frozen=True)
+class Pushed:
+    """Chunks at both ends of the flow.
+
+    noise: at t = 0, divided by prior_scale, so that a typical chunk has norm sqrt(number of entries).
+    actions: at t = 1. log_prob: log-density of `actions`, nats. Masked entries are 0.
+    """
+
+    noise: Float[Tensor, "B *rest"]
+    actions: Float[Tensor, "B *rest"]
+    log_prob: Float[Tensor, " B"]
+
+    @property
+    def noise_norm(self) -> Float[Tensor, " B"]:
+        """Euclidean norm of the noise of each chunk."""
+        return self.noise.flatten(1).square().sum(1).sqrt()
+
+
+@dataclass(frozen=True)
+class DensityOptions:
+    """How a density is computed; every field has a working default.
+
+    probes: [n, B, ...] of `rademacher_probes` for Hutchinson's estimate, one set for the whole trajectory; None is exact.
+    num_flow_steps, solver, times: instead of the flow's own; `times` increases from noise to data.
+    chunk_size: products run at once by the exact divergence; None runs all.
+    float64: state and integral in float64. The network is called in float64 and must answer in it (`module.double()`).
+    log_prior: log p_0 of a state [B, ...] at t = 0, instead of N(0, prior_scale^2 I).
+    """
+
+    probes: Tensor | None = None
+    num_flow_steps: int | None = None
+    solver: str | None = None
+    times: Sequence[float] | None = None
+    chunk_size: int | None = None
+    float64: bool = False
+    log_prior: Callable[[Tensor], Tensor] | None = None
+
+
+def log_prob(
+    flow: FlowMatching,
+    network: Velocity,
+    actions: Float[Tensor, "B *rest"],
+    mask: Bool[Tensor, "B *rest"] | None = None,
+    options: DensityOptions | None = None,
+) -> Float[Tensor, " B"]:
+    """log p_1 of each chunk over its unmasked entries, in nats. See `push_backward`, which returns the noise too."""
+    return push_backward(flow, network, actions, mask, options).log_prob
+
+
+def push_backward(
+    flow: FlowMatching,
+    network: Velocity,
+    actions: Float[Tensor, "B *rest"],
+    mask: Bool[Tensor, "B *rest"] | None = None,
+    options: DensityOptions | None = None,
+) -> Pushed:
+    """The noise that the flow carries to `actions`, and their log-density.
+
+    mask: entries that are False are held at 0 and leave density and divergence; they may hold anything, NaN included.
+    Raises FlowError for actions or a result that are not finite, a mask or probes of another shape, and a network that does not
+    answer in float64 when asked to.
+    """
+    options = options or DensityOptions()
+    grid = _grid(flow, options)
+    check_finite("actions", actions, mask)
+    x_1 = _prepared(actions, mask, options)
+    x_0, integral = _integrated(flow, network, x_1, mask, options, grid[::-1])
+    # The integral runs from data to noise, so it is minus the one of the formula.
+    return _pushed(flow, x_0, x_1, -integral, mask, options)
+
+
+def push_forward(
+    flow: FlowMatching,
+    network: Velocity,
+    noise: Float[Tensor, "B *rest"],
+    mask: Bool[Tensor, "B *rest"] | None = None,
+    options: DensityOptions | None = None,
+) -> Pushed:
+    """Sampling and log-density in one pass; the sample is that of `flow.sample` from the same N(0, I) noise."""
+    options = options or DensityOptions()
+    grid = _grid(flow, options)
+    check_finite("noise", noise, mask)
+    x_0 = flow.path.prior_scale * _prepared(noise, mask, options)
+    x_1, integral = _integrated(flow, network, x_0, mask, options, grid)
+    return _pushed(flow, x_0, x_1, integral, mask, options)
+
+
+def gaussian_log_prob(x: Float[Tensor, "B *rest"], scale: float, mask: Bool[Tensor, "B *rest"] | None = None) -> Float[Tensor, " B"]:
+    """log N(x; 0, scale^2 I) over the unmasked entries, nats."""
+    each = -(x**2) / (2 * scale**2) - math.log(scale * math.sqrt(2 * math.pi))
+    each = each if mask is None else torch.where(mask, each, torch.zeros_like(each))
+    return each.flatten(1).sum(1)
+
+
+def _grid(flow: FlowMatching, options: DensityOptions) -> list[float]:
+    grid = flow.grid(options.num_flow_steps) if options.times is None else list(options.times)
+    if grid[0] > grid[-1]:
+        raise FlowError(f"the times of a density must increase from noise to data, found {grid[0]:g} to {grid[-1]:g}")
+    return grid
+
+
+def _prepared(x: Tensor, mask: Tensor | None, options: DensityOptions) -> Tensor:
+    """In the precision of the integration, 0 where masked; probes and mask of the right shape."""
+    if options.probes is not None and (options.probes.ndim < 1 or options.probes.shape[1:] != x.shape):
+        raise FlowError(f"probes must be of shape [n, {', '.join(map(str, x.shape))}], found {list(options.probes.shape)}")
+    x = x.to(torch.float64 if options.float64 else torch.promote_types(x.dtype, torch.float32))
+    if mask is None:
+        return x
+    check_mask(mask, x)
+    return torch.where(mask, x, torch.zeros_like(x))
+
+
+def _integrated(
+    flow: FlowMatching, network: Velocity, x: Tensor, mask: Tensor | None, options: DensityOptions, grid: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """(state at the end of the grid, integral of the divergence along the way)."""
+    field = flow.velocity_field(_answering_in_float64(network) if options.float64 else network, mask)
+    # One wait for the device, before the loop: padded dimensions of a chunk then cost no product.
+    entries = None if mask is None or options.probes is not None else mask.flatten(1).any(0).nonzero().flatten().tolist()
+    probes = None if options.probes is None else options.probes.to(x)
+    if probes is not None and mask is not None:
+        # A probe's masked entries would add the variance of derivatives that the density does not hold.
+        probes = torch.where(mask, probes, torch.zeros_like(probes))
+
+    def joint(state: Tensor, t: Tensor) -> Tensor:
+        position = state[:, :-1].reshape(x.shape)
+        if probes is None:
+            velocity, divergence = exact_divergence(lambda y: field(y, t), position, entries, options.chunk_size)
+        else:
+            velocity, divergence = hutchinson_divergence(lambda y: field(y, t), position, probes)
+        return torch.cat([velocity.flatten(1), divergence[:, None]], dim=1)
+
+    # The integral of the divergence is one more coordinate of the state, so any solver, dopri5 too, carries both.
+    start = torch.cat([x.flatten(1), x.new_zeros(x.shape[0], 1)], dim=1)
+    end = integrate(joint, start, grid, options.solver or flow.solver, flow.tolerance)
+    return end[:, :-1].reshape(x.shape), end[:, -1]
+
+
+def _pushed(flow: FlowMatching, x_0: Tensor, x_1: Tensor, integral: Tensor, mask: Tensor | None, options: DensityOptions) -> Pushed:
+    prior = options.log_prior(x_0) if options.log_prior is not None else gaussian_log_prob(x_0, flow.path.prior_scale, mask)
+    density = prior - integral
+    check_finite("log_prob (or the network's answer)", density)
+    return Pushed(noise=x_0 / flow.path.prior_scale, actions=x_1, log_prob=density)
+
+
+def _answering_in_float64(network: Velocity) -> Velocity:
+    def checked(x: Tensor, t: Tensor) -> Tensor:
+        answer = network(x, t)
+        if answer.dtype != torch.float64:
+            raise FlowError(f"a float64 density needs a network that answers in float64, found {answer.dtype}; call module.double() first")
+        return answer
+
+    return checked

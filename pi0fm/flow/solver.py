@@ -1,0 +1,140 @@
+"""Solvers of `dx/dt = v(x, t)` on a grid of times.
+
+Owns: Euler, midpoint, Heun and RK4 on any monotone grid, and dopri5 through torchdiffeq; how many evaluations each needs.
+Does not know: what v is; whether a state is an action chunk or a state with its log-density beside it.
+
+    one step of size dt, from t to t + dt; each * is one evaluation of v
+      euler      *                       order 1
+      midpoint   *     *                 order 2
+      heun       *           *           order 2
+      rk4        *    * *    *           order 4
+
+The grid is a list of Python floats, and a time tensor is filled on the device: no loop here waits for the device.
+Shape letters: B batch.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torchdiffeq import odeint
+
+from pi0fm.errors import ConfigError
+from pi0fm.flow.checks import check_grid, check_same_shape
+from pi0fm.options import nearest
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""(x [B, ...], t [B]) -> [B, ...]."""
+
+
+def _euler(velocity: Velocity, x: Tensor, t: float, dt: float) -> Tensor:
+    return x + dt * velocity(x, _filled(t, x))
+
+
+def _midpoint(velocity: Velocity, x: Tensor, t: float, dt: float) -> Tensor:
+    half = x + dt / 2 * velocity(x, _filled(t, x))
+    return x + dt * velocity(half, _filled(t + dt / 2, x))
+
+
+def _heun(velocity: Velocity, x: Tensor, t: float, dt: float) -> Tensor:
+    first = velocity(x, _filled(t, x))
+    second = velocity(x + dt * first, _filled(t + dt, x))
+    return x + dt / 2 * (first + second)
+
+
+def _rk4(velocity: Velocity, x: Tensor, t: float, dt: float) -> Tensor:
+    middle = _filled(t + dt / 2, x)
+    k1 = velocity(x, _filled(t, x))
+    k2 = velocity(x + dt / 2 * k1, middle)
+    k3 = velocity(x + dt / 2 * k2, middle)
+    k4 = velocity(x + dt * k3, _filled(t + dt, x))
+    return x + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+
+_STEPS = {"euler": _euler, "midpoint": _midpoint, "heun": _heun, "rk4": _rk4}
+_EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
+FIXED_GRID_SOLVERS = tuple(_STEPS)
+SOLVERS = (*FIXED_GRID_SOLVERS, "dopri5")
+
+
+def integrate(
+    velocity: Velocity, x: Float[Tensor, "B *rest"], times: Sequence[float], solver: str = "euler", tolerance: float = 1e-5
+) -> Float[Tensor, "B *rest"]:
+    """The state at `times[-1]` of the flow of `velocity` that stands at x at `times[0]`.
+
+    times: strictly increasing or decreasing Python floats in [0, 1]; a decreasing grid integrates backwards.
+    solver: one of SOLVERS. dopri5 (Chen et al. 2018, arXiv 1806.07366) chooses its own steps within `tolerance`, relative and
+        absolute; the first step that it tries is that of the grid.
+    A state of less than 32 bits is integrated in float32: ten steps of bfloat16 would lose the small ones.
+    Raises ConfigError for an unknown solver, FlowError for a grid that is not monotone and a velocity of another shape.
+    """
+    check_solver(solver)
+    check_grid(times)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def checked(state: Tensor, t: Tensor) -> Tensor:
+        value = velocity(state, t)
+        check_same_shape("the velocity", value, state)
+        return value
+
+    if solver == "dopri5":
+        return _dopri5(checked, x, times, tolerance)
+    step = _STEPS[solver]
+    for t, following in itertools.pairwise(times):
+        x = step(checked, x, t, following - t)
+    return x
+
+
+def uniform_grid(num_steps: int, start: float = 0.0, stop: float = 1.0) -> list[float]:
+    """`num_steps + 1` equally spaced times, ends exact. Raises ConfigError for less than one step."""
+    if num_steps < 1:
+        raise ConfigError(f"a flow needs at least 1 step, found num_flow_steps {num_steps}; pi0 uses 10")
+    return [start + (stop - start) * k / num_steps for k in range(num_steps)] + [stop]
+
+
+def check_solver(solver: str) -> None:
+    """Raise ConfigError that names the known solvers when `solver` is not one of them."""
+    if solver not in SOLVERS:
+        raise ConfigError(f"unknown solver {solver!r}: {nearest(solver, SOLVERS)}")
+
+
+def num_evaluations(solver: str, num_steps: int) -> int:
+    """How often a fixed-grid solver calls the velocity. Raises ConfigError for dopri5, which cannot know: use `Counted`."""
+    check_solver(solver)
+    if solver not in _EVALUATIONS:
+        raise ConfigError(f"solver {solver!r} chooses its own steps: wrap the velocity in Counted and read num_evaluations after")
+    return _EVALUATIONS[solver] * num_steps
+
+
+@final
+class Counted:
+    """A velocity that counts its evaluations; `num_evaluations` is right for every solver, adaptive ones included."""
+
+    def __init__(self, velocity: Velocity) -> None:
+        self._velocity = velocity
+        self.num_evaluations = 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """The velocity at (x, t)."""
+        self.num_evaluations += 1
+        return self._velocity(x, t)
+
+
+def _filled(t: float, x: Tensor) -> Tensor:
+    """The time t once for each state; a fill on the device, no copy from the host."""
+    return torch.full((x.shape[0],), t, dtype=x.dtype, device=x.device)
+
+
+def _dopri5(velocity: Velocity, x: Tensor, times: Sequence[float], tolerance: float) -> Tensor:
+    ends = torch.tensor([times[0], times[-1]], dtype=torch.float64, device=x.device)
+    # step_t: without it the last step runs past the end and is interpolated back, and the network would see t > 1.
+    options = {"first_step": abs(times[1] - times[0]), "dtype": torch.float64, "step_t": ends[1:]}
+
+    def field(t: Tensor, state: Tensor) -> Tensor:
+        return velocity(state, t.to(state.dtype).expand(state.shape[0]))
+
+    solution: Tensor = odeint(field, x, ends, rtol=tolerance, atol=tolerance, method="dopri5", options=options)
+    return solution[-1]

@@ -1,0 +1,235 @@
+"""The robot's side: ask a policy server for actions, with numpy, msgpack and websockets alone.
+
+Owns: asking, time-outs, reconnection, and `RemotePolicy`, which looks like a local policy. Does not know: torch, the server's insides,
+how a server is reached (connection.py). It also speaks to an openpi server.
+
+    infer  --send--> reply in time             -> the reply
+                     text                      -> ServingError with the server's line
+                     nothing in time           -> ServingError; the connection is dropped, a late reply could pass for the next one
+                     connection lost           -> connect again (0.1 s, 0.2 s, .. 2 s apart), send once more; lost again -> ServingError
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection
+
+from pi0fm.errors import ObservationError, ServingError
+from pi0fm.serve import connection, protocol
+from pi0fm.types import ActionChunk, Observation
+
+_CLOSE_TOO_BIG = 1009
+
+
+@final
+class PolicyClient:
+    """One connection to a policy server, for one thread at a time.
+
+    url: `ws://HOST:PORT` or `wss://...`; no proxy of the environment is used. token: the server's key.
+    timeout_seconds: for one answer. connect_timeout_seconds: for a connection, during which a server may still be starting.
+    reconnect: connect again, and send once more, when the connection is lost; an inference changes nothing on a server, so that is safe.
+    Raises ServingError when no policy server can be reached in time; it connects at once, so that `metadata` is known.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        timeout_seconds: float = 10.0,
+        connect_timeout_seconds: float = 60.0,
+        reconnect: bool = True,
+    ) -> None:
+        self._url, self._reconnect = url, reconnect
+        self._timeout_seconds = timeout_seconds
+        self._address = connection.Address(url, token, timeout_seconds, connect_timeout_seconds)
+        self._connection: ClientConnection | None
+        self._connection, self._greeting = connection.reach(self._address)
+        self._metadata = self._decode(self._greeting)
+        self._open = True
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the server said of its policy when the connection was made."""
+        return self._metadata
+
+    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        """The server's reply to one observation: `actions` float32 [H, A], `server_timing` and `policy_timing` in milliseconds.
+
+        observation: the server's own keys to arrays, text and numbers; `noise_seed` (int >= 0) makes a pi0fm server's reply reproducible.
+        Raises ObservationError for what cannot be sent, ServingError for everything that goes wrong on the way or over there.
+        """
+        frame = protocol.pack(observation)
+        limit = self._metadata.get("max_frame_bytes", protocol.MAX_FRAME_BYTES)
+        if len(frame) > limit:
+            raise ObservationError(f"an observation may take {limit} bytes on {self._url}, found {len(frame)}: send smaller images")
+        reply = self._exchange(frame)
+        if isinstance(reply, str):
+            self._drop()
+            raise ServingError(f"{self._url} answered: {reply}")
+        decoded = self._decode(reply)
+        if not isinstance(decoded.get("actions"), np.ndarray):
+            raise ServingError(f"{self._url} answered without actions (keys {sorted(decoded)[:8]}): is it a policy server?")
+        return decoded
+
+    def close(self) -> None:
+        """Say goodbye to the server; the client cannot be used afterwards."""
+        self._open = False
+        self._drop()
+
+    def __enter__(self) -> "PolicyClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _exchange(self, frame: bytes) -> bytes | str:
+        """Send and receive, once more after a lost connection."""
+        if not self._open:
+            raise ServingError(f"this client of {self._url} was closed: make a new PolicyClient")
+        if self._connection is not None:
+            try:
+                return self._send_and_receive(self._connection, frame)
+            except ConnectionClosed as error:
+                self._drop()
+                self._refuse_too_big(error, frame)
+                if not self._reconnect:
+                    raise ServingError(
+                        f"{self._url} closed the connection ({connection.reason(error)}): look at the server's log"
+                    ) from None
+        elif not self._reconnect:
+            raise ServingError(f"the connection to {self._url} is gone and reconnect is off: make a new PolicyClient")
+        fresh, greeting = connection.reach(self._address)
+        if greeting != self._greeting:
+            fresh.close()
+            raise ServingError(f"{self._url} now serves another policy: make a new PolicyClient, and reset the robot first")
+        self._connection = fresh
+        try:
+            return self._send_and_receive(fresh, frame)
+        except ConnectionClosed as error:
+            self._drop()
+            self._refuse_too_big(error, frame)
+            raise ServingError(
+                f"{self._url} closed the connection twice for one observation ({connection.reason(error)}): look at its log"
+            ) from None
+
+    def _send_and_receive(self, open_connection: ClientConnection, frame: bytes) -> bytes | str:
+        deadline = time.monotonic() + self._timeout_seconds
+        try:
+            open_connection.send(frame)
+            return open_connection.recv(timeout=max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            pass
+        except ConnectionClosed as error:
+            if not connection.send_timed_out(error):
+                raise
+        self._drop()
+        raise ServingError(
+            f"{self._url} gave no answer in {self._timeout_seconds:g} s: see GET /healthz and its load, or raise timeout_seconds"
+        )
+
+    def _decode(self, frame: bytes) -> dict[str, Any]:
+        try:
+            return protocol.unpack(frame)
+        except ObservationError as error:
+            self._drop()
+            raise ServingError(f"{self._url} is no policy server, or speaks another protocol: {error}") from None
+
+    def _refuse_too_big(self, error: ConnectionClosed, frame: bytes) -> None:
+        if error.rcvd is not None and error.rcvd.code == _CLOSE_TOO_BIG:
+            raise ObservationError(f"{self._url} takes no frame of {len(frame)} bytes: send smaller images") from None
+
+    def _drop(self) -> None:
+        lost, self._connection = self._connection, None
+        if lost is not None:
+            lost.close()
+
+
+@final
+class RemotePolicy:
+    """A `pi0fm.types.Policy` on a server: a batch goes over up to `connections` at once, so the server infers it as one.
+
+    url, token, timeout_seconds, connect_timeout_seconds: as for PolicyClient. Raises what PolicyClient raises, and ServingError when
+    the metadata does not say which keys an observation has (an openpi server's does not: use PolicyClient there).
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        connections: int = 8,
+        token: str | None = None,
+        timeout_seconds: float = 10.0,
+        connect_timeout_seconds: float = 60.0,
+    ) -> None:
+        self._options: dict[str, Any] = {
+            "token": token,
+            "timeout_seconds": timeout_seconds,
+            "connect_timeout_seconds": connect_timeout_seconds,
+        }
+        self._url = url
+        self._clients = [PolicyClient(url, **self._options)]
+        self._threads = ThreadPoolExecutor(max_workers=max(1, connections), thread_name_prefix="pi0fm-remote")
+        self._connections = max(1, connections)
+        missing = [name for name in ("cameras", "state_key") if name not in self.metadata]
+        if missing:
+            self.close()
+            raise ServingError(f"{url} does not say {' and '.join(missing)} in its metadata: use PolicyClient with the server's own keys")
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The policy's metadata, as the server sent it."""
+        return self._clients[0].metadata
+
+    def infer_batch(self, observations: Sequence[Observation], noise_seeds: Sequence[int | None] | None = None) -> list[ActionChunk]:
+        """One chunk for each observation, in order; `timings` holds `infer_ms` of the policy, `server_ms` and `round_trip_ms`."""
+        if noise_seeds is not None and len(noise_seeds) != len(observations):
+            raise ObservationError(f"a batch needs one noise seed for each observation, found {len(noise_seeds)} for {len(observations)}")
+        seeds = [None] * len(observations) if noise_seeds is None else list(noise_seeds)
+        messages = [self._message(observation, seed) for observation, seed in zip(observations, seeds, strict=True)]
+        width = min(self._connections, len(messages))
+        while len(self._clients) < width:
+            self._clients.append(PolicyClient(self._url, **self._options))
+        shares = [self._threads.submit(_infer_all, self._clients[lane], messages[lane::width]) for lane in range(width)]
+        faults = [fault for share in shares if (fault := share.exception()) is not None]
+        if faults:
+            raise faults[0]
+        return [shares[index % width].result()[index // width] for index in range(len(messages))]
+
+    def close(self) -> None:
+        """Close every connection."""
+        for client in self._clients:
+            client.close()
+        self._threads.shutdown(wait=False)
+
+    def __enter__(self) -> "RemotePolicy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _message(self, observation: Observation, noise_seed: int | None) -> dict[str, Any]:
+        keys: Mapping[str, str] = self.metadata["cameras"]
+        unknown = sorted(set(observation.images) - set(keys))
+        if unknown:
+            raise ObservationError(f"the policy on {self._url} has the cameras {sorted(keys)}, found {unknown}: rename or leave them out")
+        message: dict[str, Any] = {keys[name]: image for name, image in observation.images.items()}
+        message |= {self.metadata["state_key"]: observation.state, "prompt": observation.prompt}
+        return message if noise_seed is None else message | {"noise_seed": int(noise_seed)}
+
+
+def _infer_all(client: PolicyClient, messages: Sequence[Mapping[str, Any]]) -> list[ActionChunk]:
+    chunks: list[ActionChunk] = []
+    for message in messages:
+        began = time.perf_counter()
+        reply = client.infer(message)
+        actions: NDArray[np.float32] = np.asarray(reply["actions"], np.float32)
+        server_ms = reply.get("server_timing", {}).get("infer_ms", 0.0)
+        timings = {"infer_ms": server_ms, "server_ms": server_ms, **reply.get("policy_timing", {})}
+        chunks.append(ActionChunk(actions, timings | {"round_trip_ms": (time.perf_counter() - began) * 1e3}))
+    return chunks

@@ -1,0 +1,112 @@
+"""What a simulated robot is to the rest of pi0fm.
+
+Owns: `Environment`, `StepResult`, `CameraSpec` and its text form `NAME=SOURCE:WIDTHxHEIGHT`. Does not know: any simulator.
+Shape letters: A robot action dim, S state dim.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi0fm.errors import ConfigError
+from pi0fm.types import Observation
+
+_CAMERA_TEXT = re.compile(r"(?P<name>[A-Za-z0-9_]+)=(?P<source>[^=:,]+):(?P<width>\d{1,4})x(?P<height>\d{1,4})")
+LARGEST_PICTURE = 2048
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """success: the task is solved in this step. done: the episode is over, by success or by its last step."""
+
+    success: bool
+    done: bool
+
+
+@dataclass(frozen=True)
+class CameraSpec:
+    """A picture that an observation holds.
+
+    name: what the embodiment calls it. source: what the simulator calls the camera.
+    height, width: pixels, 8 to 2048, even because video needs it.
+    Raises ConfigError for a size out of range.
+    """
+
+    name: str
+    source: str
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        for side in (self.height, self.width):
+            if not 8 <= side <= LARGEST_PICTURE or side % 2:
+                raise ConfigError(
+                    f"camera {self.name!r}: width and height are even numbers from 8 to {LARGEST_PICTURE}, found {self.width}x{self.height}"
+                )
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.source}:{self.width}x{self.height}"
+
+
+def parse_camera(text: str) -> CameraSpec:
+    """`base=corner2:96x96` as a CameraSpec. Raises ConfigError that shows the form."""
+    found = _CAMERA_TEXT.fullmatch(str(text).strip())
+    if found is None:
+        raise ConfigError(f"a camera is NAME=SOURCE:WIDTHxHEIGHT, such as base=corner2:96x96, found {text!r}")
+    return CameraSpec(found["name"], found["source"], height=int(found["height"]), width=int(found["width"]))
+
+
+def parse_cameras(texts: str | Iterable[str]) -> tuple[CameraSpec, ...]:
+    """Every camera in a tuple of texts, or in one text with commas. Raises ConfigError when there is none, or a name comes twice."""
+    words = texts.split(",") if isinstance(texts, str) else [word for text in texts for word in str(text).split(",")]
+    cameras = tuple(parse_camera(word) for word in words if word.strip())
+    names = [camera.name for camera in cameras]
+    if not cameras:
+        raise ConfigError("at least one camera is needed, such as base=corner2:96x96")
+    if len(set(names)) != len(names):
+        raise ConfigError(f"every camera needs a name of its own, found {', '.join(names)}")
+    return cameras
+
+
+class Environment(ABC):
+    """One task in one simulator, in the calling process and thread.
+
+    reset(seed) -> observe() -> step(action) -> step(action) -> ... -> done
+                      '- renders now, so a policy that looks every 8 steps pays for one picture in 8
+    """
+
+    task: str
+    prompt: str
+    fps: int  # control steps in a simulated second
+    action_dim: int
+    state_dim: int
+    max_steps: int
+    cameras: tuple[CameraSpec, ...]
+
+    @abstractmethod
+    def reset(self, seed: int) -> None:
+        """Begin an episode; the same seed gives the same start, whatever came before."""
+
+    @abstractmethod
+    def step(self, action: NDArray[np.float32]) -> StepResult:
+        """Execute one action, float32 [A]; values outside [-1, 1] are clipped. Raises SimulationError when the episode is over."""
+
+    @abstractmethod
+    def observe(self) -> Observation:
+        """Render every camera now and read the state, float32 [S]."""
+
+    @abstractmethod
+    def picture(self, height: int, width: int) -> NDArray[np.uint8]:
+        """uint8 [height, width, 3] from the first camera, for a video that a person watches."""
+
+    @abstractmethod
+    def expert_action(self) -> NDArray[np.float32]:
+        """What the scripted expert does in this state, float32 [A] in [-1, 1]. Raises SimulationError where there is no expert."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back the simulator's memory; further calls are errors, closing again is not."""

@@ -1,0 +1,51 @@
+"""What every test shares: shape checks on, one thread, no network, journeys last.
+
+The environment is set before any library that reads it once is imported; nothing here imports torch, so that a test of the
+command line or of deploy/ starts at once.
+"""
+
+import os
+from pathlib import Path
+
+# Two torch threads in every process on two cores are several times slower than one. Child processes inherit all of these.
+for name, value in {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "agg",
+    # Ray: start workers without `uv run`, notice failures fast, and send no usage statistics.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+}.items():
+    os.environ.setdefault(name, value)
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Every annotated shape and type of pi0fm is checked at every call under test, and only there.
+install_import_hook("pi0fm", "runtime_checks.check")
+
+ROOT = Path(__file__).resolve().parent.parent
+JOURNEYS = ROOT / "tests" / "journeys"
+JOURNEY_TIMEOUT_SECONDS = 420
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The folder that holds pyproject.toml."""
+    return ROOT
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what lies in tests/journeys, give it time, and run it after every unit test."""
+    for item in items:
+        if item.path.is_relative_to(JOURNEYS) and item.get_closest_marker("journey") is None:
+            item.add_marker(pytest.mark.journey)
+        if item.get_closest_marker("journey") is not None and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(JOURNEY_TIMEOUT_SECONDS))
+    items.sort(key=lambda item: item.get_closest_marker("journey") is not None)

@@ -1,0 +1,69 @@
+"""Options of an evaluation: lists, ranges, cameras, seeds that were demonstrated."""
+
+import pytest
+
+from pi0fm import options
+from pi0fm.errors import ConfigError
+from pi0fm.eval.config import EvalConfig, camera_texts, plan, refuse_seen_seeds
+from pi0fm.eval.episode import Episode
+
+
+def config(**changes):
+    return EvalConfig(**({"policy": "bundle", "tasks": ("a",)} | changes))
+
+
+@pytest.mark.parametrize("words", [["--tasks", "a,b"], ["--tasks", "[a, b]"], ["--tasks", "a, b,"]])
+def test_tasks_on_the_command_line(words):
+    parsed = options.parse(EvalConfig, ["--policy", "x", *words, "--cameras", "base=corner:9x9"])
+    assert parsed.tasks == ("a", "b")
+    assert parsed.cameras == ("base=corner:9x9",)
+
+
+def test_tasks_from_yaml_or_python_survive_a_round_trip():
+    first = options.decode(EvalConfig, {"policy": "x", "tasks": ["a", "b"]})
+    assert first == EvalConfig(policy="x", tasks=("a", "b")) == options.decode(EvalConfig, options.encode(first))
+
+
+def test_the_plan_films_the_first_episodes_of_each_task():
+    found = plan(config(tasks="a,b", episodes=3, first_seed=7, videos_per_task=2))
+    assert found == [Episode(task, seed, seed < 9) for task in ("a", "b") for seed in (7, 8, 9)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tasks": ","}, "one task or more"),
+        ({"tasks": "a,b,a"}, "found a more than once"),
+        ({"episodes": 0}, "episodes must be 1 or more, found 0"),
+        ({"execution_horizon": 0}, "execution_horizon must be 1 or more"),
+        ({"num_workers": -1}, "num_workers must be 0 or more"),
+        ({"gpus_per_worker": 0.5, "num_workers": 0}, "takes what it finds"),
+        ({"policy": "ws://robot:8000", "num_flow_steps": 3}, "give them to pi0fm serve"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        config(**changes)
+
+
+@pytest.mark.parametrize("first", [1, 41, 50, 59])
+def test_seeds_of_demonstrations_are_refused(first):
+    seen = {"demonstration_seeds": {"b": [60, 99], "a": [20, 59]}}
+    asked = config(tasks="a", first_seed=first, episodes=20)
+    with pytest.raises(ConfigError, match=r"a was demonstrated with seeds 20 to 59.*--first_seed 60, or --allow_seen_seeds"):
+        refuse_seen_seeds(asked, seen)
+    refuse_seen_seeds(config(tasks="a", first_seed=first, episodes=20, allow_seen_seeds=True), seen)
+
+
+@pytest.mark.parametrize("first", [0, 60])
+def test_fresh_seeds_and_unknown_ones_pass(first):
+    refuse_seen_seeds(config(first_seed=first, episodes=20), {"demonstration_seeds": {"a": [20, 59]}})
+    refuse_seen_seeds(config(first_seed=first, episodes=20), {"demonstration_seeds": {"b": [0, 99]}})
+    refuse_seen_seeds(config(first_seed=first), {})
+
+
+def test_cameras_come_from_the_command_the_policy_or_the_default():
+    sources = {"camera_sources": {"base": "corner2:96x96", "wrist": "gripperPOV:64x80"}}
+    assert camera_texts(config(), sources) == ("base=corner2:96x96", "wrist=gripperPOV:64x80")
+    assert camera_texts(config(cameras="base=topview:32x32"), sources) == ("base=topview:32x32",)
+    assert camera_texts(config(), {}) == ("base=corner2:96x96",)

@@ -1,0 +1,121 @@
+"""Dispatch: exit codes, one-line errors on standard error, one JSON line on standard output."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from pi0fm.cli import main as command_line
+from pi0fm.errors import ConfigError, DatasetError, Pi0fmError
+from pi0fm.options import option
+
+
+@dataclass(frozen=True)
+class Options:
+    steps: int = option(3, "how many")
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Options], Any]], None]]:
+    """Give the function that makes `pi0fm probe` run another function."""
+
+    def install(run: Callable[[Options], Any]) -> None:
+        module = ModuleType("pi0fm.cli.probe")
+        module.__dict__.update(HELP="a command of this test", Options=Options, ALIASES={"count": "steps"}, run=run)
+        monkeypatch.setitem(sys.modules, "pi0fm.cli.probe", module)
+        monkeypatch.setitem(command_line.COMMANDS, "probe", module.HELP)
+
+    yield install
+
+
+def fail_with(error: BaseException) -> Callable[[Options], None]:
+    def run(_: Options) -> None:
+        raise error
+
+    return run
+
+
+def test_the_last_line_of_standard_output_is_the_result(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    command(lambda options: {"steps": options.steps})
+    assert command_line.main(["probe", "--count", "5"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out.splitlines()[-1]) == {"steps": 5}
+    assert captured.err == ""
+
+
+def test_a_command_without_a_result_prints_nothing(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    command(lambda _: None)
+    assert command_line.main(["probe"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (DatasetError("no camera\n  'wrist'"), 1, "pi0fm: no camera 'wrist'\n"),
+        (Pi0fmError("something"), 1, "pi0fm: something\n"),
+        (ConfigError("steps must be above 0"), 2, "pi0fm: steps must be above 0\n"),
+        (KeyboardInterrupt(), 130, "pi0fm: interrupted; what was finished is kept\n"),
+    ],
+    ids=["dataset", "base", "config", "interrupt"],
+)
+def test_a_fault_is_one_line_and_an_exit_code(
+    command: Any, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
+) -> None:
+    command(fail_with(error))
+    assert command_line.main(["probe"]) == code
+    assert capsys.readouterr() == ("", line)
+
+
+def test_a_fault_of_ours_is_not_hidden(command: Any) -> None:
+    command(fail_with(ZeroDivisionError("a bug")))
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        command_line.main(["probe"])
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["trian"], "pi0fm: unknown command 'trian': did you mean 'train'? known: "),
+        (["probe", "--stpes", "3"], "pi0fm: unknown option stpes: did you mean 'steps'? known: steps"),
+        (["probe", "--steps", "many"], "pi0fm: an option has a value that cannot be used: "),
+    ],
+)
+def test_wrong_words_exit_with_2(command: Any, capsys: pytest.CaptureFixture[str], words: list[str], line: str) -> None:
+    command(lambda _: pytest.fail("the command ran"))
+    assert command_line.main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(line)
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 2), (["--help"], 0), (["-h"], 0)])
+def test_the_list_of_commands(capsys: pytest.CaptureFixture[str], words: list[str], code: int) -> None:
+    assert command_line.main(words) == code
+    shown = capsys.readouterr().out
+    assert all(f"pi0fm {name}" in shown for name in ("quickstart", "demos", "train", "eval", "serve", "bench"))
+
+
+def test_help_of_a_command_names_options_defaults_and_aliases(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    command(lambda _: pytest.fail("help ran the command"))
+    assert command_line.main(["probe", "--steps", "many", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "a command of this test" in shown
+    assert ["--steps", "3", "how", "many"] in [line.split() for line in shown.splitlines()]
+    assert "--count is another word for --steps" in shown
+
+
+def test_the_installed_program_and_the_module_agree_and_start_without_torch() -> None:
+    code = (
+        "import sys; from pi0fm.cli.main import main; code = main(['nothing']); print({'torch', 'ray'} & set(sys.modules)); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    module = subprocess.run([sys.executable, "-m", "pi0fm.cli.main", "nothing"], capture_output=True, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stdout) == (2, "set()\n")
+    assert (module.returncode, module.stdout, module.stderr) == (2, "", done.stderr)

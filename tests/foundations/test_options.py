@@ -1,0 +1,148 @@
+"""An option is honoured or refused: every way to write one, and every way to get one wrong."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pi0fm import options
+from pi0fm.errors import ConfigError
+from pi0fm.options import option, required
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    learning_rate: float = option(1e-3, "peak")
+    betas: tuple[float, float] = option((0.9, 0.95), "moments")
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ConfigError(f"learning_rate must be above 0, found {self.learning_rate}; type --optimizer.learning_rate 0.001")
+
+
+@dataclass(frozen=True)
+class Run:
+    output: str = required("folder of the run")
+    steps: int = option(100, "optimiser steps")
+    tasks: tuple[str, ...] = option((), "task names")
+    resume: bool = option(False, "go on where a run stopped")
+    seed: int | None = option(None, "of everything")
+    optimizer: Optimizer = option(Optimizer, "AdamW")
+
+
+ALIASES = {"policy.optimizer_lr": "optimizer.learning_rate"}
+
+
+def parse(*words: str, **base: object) -> Run:
+    return options.parse(Run, words, ALIASES, base)
+
+
+def test_defaults_stand_when_only_the_required_option_is_given() -> None:
+    assert parse("--output", "runs/a") == Run(output="runs/a")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--steps", "7"], Run("x", steps=7)),
+        (["--steps=7"], Run("x", steps=7)),
+        (["--resume"], Run("x", resume=True)),
+        (["--resume", "--steps", "7"], Run("x", steps=7, resume=True)),
+        (["--resume", "false"], Run("x")),
+        (["--tasks", "[reach-v3, push-v3]"], Run("x", tasks=("reach-v3", "push-v3"))),
+        (["--seed", "3"], Run("x", seed=3)),
+        (["--seed", "null"], Run("x")),
+        (["--optimizer.learning_rate", "0.5"], Run("x", optimizer=Optimizer(0.5))),
+        (["--optimizer.learning-rate", "0.5"], Run("x", optimizer=Optimizer(0.5))),
+        (["--policy.optimizer_lr", "0.5"], Run("x", optimizer=Optimizer(0.5))),
+        (["--steps", "7", "--steps", "8"], Run("x", steps=8)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_every_way_to_write_an_option(words: list[str], expected: Run) -> None:
+    assert parse("--output", "x", *words) == expected
+
+
+def test_command_line_wins_over_the_file_and_the_file_over_the_base(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("output: file\nsteps: 2\noptimizer:\n  learning_rate: 0.25\n")
+    run = parse(str(path), "--steps", "3", output="base", seed=1)
+    assert run == Run("file", steps=3, seed=1, optimizer=Optimizer(0.25))
+
+
+def test_encode_is_the_inverse_of_decode() -> None:
+    run = Run("x", steps=9, tasks=("a", "b"), seed=4, optimizer=Optimizer(0.125, (0.5, 0.75)))
+    assert options.decode(Run, options.encode(run)) == run
+
+
+def test_merge_changes_neither_side() -> None:
+    base, over = {"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}
+    assert options.merge(base, over) == {"a": {"b": 3, "c": 2}}
+    assert (base, over) == ({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--stesp", "7"], r"unknown option stesp: did you mean 'steps'\?"),
+        (["--optimizer.learning_rat", "1"], r"unknown option optimizer\.learning_rat: did you mean 'learning_rate'\?"),
+        (["--zzz", "7"], "unknown option zzz: known: optimizer, output, resume, seed, steps, tasks"),
+        (["--steps", "many"], "many"),
+        (["--steps", "1.5"], "1.5"),
+        (["--optimizer", "adam"], r"option optimizer is a group: expected optimizer\.NAME, found 'adam'"),
+        (["--optimizer.learning_rate", "-1"], "^learning_rate must be above 0, found -1.0; type --optimizer.learning_rate 0.001$"),
+        (["steps", "7"], "expected an option like --steps 100, found 'steps'"),
+        (["--", "7"], "expected an option like --steps 100, found '--'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_every_way_to_get_an_option_wrong(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse("--output", "x", *words)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_required_option_is_named() -> None:
+    with pytest.raises(ConfigError, match="option output is required: folder of the run"):
+        parse()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [1", "not readable YAML"),
+        ("- 1", "must hold a mapping of options, found list"),
+        ("", "must hold a mapping of options, found NoneType"),
+    ],
+)
+def test_a_file_that_is_no_configuration(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse(str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no configuration file at .*absent\.yaml; the shipped ones are in configs/"):
+        parse(str(tmp_path / "absent.yaml"))
+
+
+def test_describe_lists_every_leaf_with_its_default() -> None:
+    assert options.describe(Run) == [
+        ("--output", "required", "folder of the run"),
+        ("--steps", "100", "optimiser steps"),
+        ("--tasks", "()", "task names"),
+        ("--resume", "False", "go on where a run stopped"),
+        ("--seed", "None", "of everything"),
+        ("--optimizer.learning_rate", "0.001", "peak"),
+        ("--optimizer.betas", "(0.9, 0.95)", "moments"),
+    ]
+
+
+@pytest.mark.parametrize(("word", "guess"), [("train", "train"), ("trian", "train"), ("eavl", "eval"), ("qqqq", None)])
+def test_nearest(word: str, guess: str | None) -> None:
+    line = options.nearest(word, ["train", "eval", "serve"])
+    assert line.endswith("known: eval, serve, train")
+    assert line.startswith(f"did you mean {guess!r}?") if guess else "did you mean" not in line

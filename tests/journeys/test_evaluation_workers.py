@@ -1,0 +1,72 @@
+"""Evaluation on real Ray actors: the same results as in the calling process, an actor that dies, faults that arrive as themselves."""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import eval_fakes
+import pytest
+from eval_fakes import point_setup
+
+from pi0fm.cluster.evaluation import run, stream
+from pi0fm.cluster.runtime import ray_session
+from pi0fm.errors import ConfigError, SimulationError
+from pi0fm.eval.episode import Episode
+
+EPISODES = [Episode(task, seed, record=seed == 1) for task in ("a", "b") for seed in range(1, 9)]
+pytestmark = pytest.mark.journey
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_cores():
+    """One Ray for the file; actors find nothing of tests/ on their path, so the fakes travel by value."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(eval_fakes)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with ray_session(num_cpus=2):
+        yield
+    cloudpickle.unregister_pickle_by_value(eval_fakes)
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def unrendered(where, seed, step):
+    if where == "observe":
+        raise SimulationError("no renderer on this machine")
+
+
+def verdicts(results):
+    return sorted((result.task, result.seed, result.outcome, result.steps) for result in results)
+
+
+def test_two_workers_find_what_the_calling_process_finds():
+    assert verdicts(stream(EPISODES, point_setup(), 2)) == verdicts(stream(EPISODES, point_setup(), 0))
+
+
+def test_an_episode_that_kills_its_worker_is_a_crash_and_takes_no_other_along(tmp_path):
+    deaths = Path(tmp_path) / "deaths"
+
+    def fault(where, seed, step):
+        if (where, seed, step) == ("step", 3, 2):
+            with deaths.open("a") as file:
+                file.write("x")
+            os._exit(1)
+
+    rows, summary = run(EPISODES[:8], ("a",), point_setup(fault), 2, tmp_path)
+    assert deaths.read_text() == "xx", "tried twice"
+    healthy = {row[1]: row[2:] for row in verdicts(stream(EPISODES[:8], point_setup(), 0))}
+    assert [row["seed"] for row in rows if row["outcome"] == "crash"] == [3]
+    assert "its worker died twice" in rows[2]["error"]
+    assert all((row["outcome"], row["steps"]) == healthy[row["seed"]] for row in rows if row["seed"] != 3)
+    assert summary.crashes == 1
+
+
+def test_a_fault_of_the_user_arrives_as_itself_on_one_line():
+    with pytest.raises(SimulationError) as caught:
+        list(stream(EPISODES, point_setup(unrendered), 1))
+    assert str(caught.value) == "no renderer on this machine"
+    with pytest.raises(ConfigError, match="Ray has room for 2"):
+        list(stream(EPISODES, point_setup(), 3))
+    with pytest.raises(ConfigError, match="needs 1 GPU"):
+        list(stream(EPISODES, replace(point_setup(), gpus_per_worker=1.0), 1))

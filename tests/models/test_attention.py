@@ -1,0 +1,55 @@
+"""The folded attention of the CPU against torch's scaled_dot_product_attention, values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pi0fm.models.attention import attend, siglip_attention
+
+
+def inputs(heads: int, kv_heads: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    shapes = ((2, heads, 5, 6), (2, kv_heads, 7, 6), (2, kv_heads, 7, 6))
+    query, key, value = (torch.randn(shape, generator=random, dtype=dtype).requires_grad_() for shape in shapes)
+    return query, key, value
+
+
+def masks() -> dict[str, torch.Tensor | None]:
+    random = torch.Generator().manual_seed(1)
+    pairs = torch.rand(2, 1, 5, 7, generator=random) < 0.6
+    pairs[..., 0] = True  # a row that sees nothing has no softmax
+    return {"none": None, "by key": pairs[:, :, :1], "by pair": pairs}
+
+
+@pytest.mark.parametrize("mask", ["none", "by key", "by pair"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+def test_folded_attention_is_torchs(heads, kv_heads, mask):
+    arguments = inputs(heads, kv_heads)
+    found = attend(*arguments, masks()[mask])
+    expected = F.scaled_dot_product_attention(*arguments, attn_mask=masks()[mask], enable_gqa=True)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    gradients = torch.autograd.grad((found * weights).sum(), arguments)
+    for ours, theirs in zip(gradients, torch.autograd.grad((expected * weights).sum(), arguments), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_gradients_are_those_of_finite_differences():
+    mask = masks()["by pair"]
+    assert torch.autograd.gradcheck(lambda query, key, value: attend(query, key, value, mask), inputs(4, 2))
+
+
+def test_bfloat16_stays_bfloat16_and_near():
+    arguments = inputs(4, 1, torch.float32)
+    found = attend(*(tensor.bfloat16() for tensor in arguments), masks()["by pair"])
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - attend(*arguments, masks()["by pair"])).abs().max() < 0.05
+
+
+def test_the_vision_tower_gets_heads_behind_tokens_and_may_not_mask():
+    query, key, value = inputs(4, 4)
+    found, weights = siglip_attention(torch.nn.Identity(), query, key, value, None, scaling=1.0)
+    assert weights is None
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(query, key, value).transpose(1, 2))
+    with pytest.raises(ValueError, match="no attention mask"):
+        siglip_attention(torch.nn.Identity(), query, key, value, torch.ones(1))

@@ -1,0 +1,108 @@
+"""`pi0fm serve` up to the point where a bundle is loaded: ports, options, keys."""
+
+import asyncio
+import socket
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pi0fm.cli import serve as command
+from pi0fm.cli.main import main
+from pi0fm.errors import BundleError, ConfigError, ServingError
+from pi0fm.options import parse
+from pi0fm.serve import server
+from pi0fm.serve.app import create_app
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Every call of the bundle's `load`, which finds no bundle."""
+    calls: list[dict[str, Any]] = []
+
+    def load(path: Path, **options: Any) -> None:
+        calls.append({"path": path, **options})
+        raise BundleError(f"no bundle at {path}")
+
+    stand_in = types.ModuleType("pi0fm.policy.bundle")
+    stand_in.load = load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pi0fm.policy.bundle", stand_in)
+    return calls
+
+
+def test_a_port_in_use_is_one_line_before_anything_is_loaded(loads: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        assert main(["serve", "--bundle", "run/bundle", "--port", str(port)]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert f"port {port} on 127.0.0.1 is in use" in err and "--port" in err
+    assert loads == []
+
+
+def test_options_reach_the_bundle_and_its_fault_the_user(loads: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--policy.path", "b", "--port", "0", "--num_flow_steps", "5", "--solver", "heun", "--device", "cpu", "--threads", "1"]
+    assert main(["serve", *words]) == 1
+    wanted = {"num_flow_steps": 5, "solver": "heun", "device": "cpu", "precision": "auto", "threads": 1}
+    assert loads == [{"path": Path("b"), **wanted}]
+    assert "no bundle at b" in capsys.readouterr().err
+
+
+def test_the_port_is_free_again_after_a_fault(loads: list[Any]) -> None:
+    with server.reserve("127.0.0.1", 0) as probe:
+        port = probe.getsockname()[1]
+    for _ in range(2):
+        assert main(["serve", "--bundle", "b", "--port", str(port)]) == 1
+    assert len(loads) == 2
+
+
+@pytest.mark.parametrize("option", ["port", "max_batch_size", "max_queue", "num_flow_steps", "threads"])
+def test_numbers_out_of_range_are_refused(option: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{option} must"):
+        parse(command.Options, ["--bundle", "b", f"--{option}", "-1"])
+
+
+def test_a_bundle_must_be_named() -> None:
+    with pytest.raises(ConfigError, match="bundle is required"):
+        parse(command.Options, [])
+
+
+@pytest.mark.parametrize(("words", "variable"), [(["--token", "two words"], None), ([], ""), ([], "two words")])
+def test_a_key_that_protects_nothing_is_refused(
+    loads: list[Any], monkeypatch: pytest.MonkeyPatch, words: list[str], variable: str | None
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv(command.TOKEN_VARIABLE, variable)
+    with pytest.raises(ConfigError, match="token"):
+        command.run(parse(command.Options, ["--bundle", "b", "--port", "0", *words]))
+    assert loads == []
+
+
+def test_a_port_for_everyone_without_a_key_is_told(loads: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    main(["serve", "--bundle", "b", "--port", "0", "--host", "0.0.0.0"])
+    assert "anyone who reaches 0.0.0.0" in capsys.readouterr().err
+
+
+def test_addresses_that_this_machine_does_not_have_are_refused() -> None:
+    with pytest.raises(ServingError, match=r"cannot listen on 192\.0\.2\.1"):
+        server.reserve("192.0.2.1", 0)
+    with pytest.raises(ServingError, match="is no address of this machine"):
+        server.reserve("no such host", 0)
+
+
+def test_two_servers_that_warm_up_for_one_port_end_as_one(fake_policy: Any, start_server: Any) -> None:
+    """Two sockets may be bound to one port while neither listens; the later listener is told as if it had looked at once."""
+    with server.reserve("127.0.0.1", 0) as late:
+        port = late.getsockname()[1]
+        start_server(port=port)
+        policy = fake_policy()
+        app = create_app(policy, to_observation=policy.observation, metadata=policy.metadata)
+        with pytest.raises(ServingError, match=f"port {port} on 127.0.0.1 is in use"):
+            asyncio.run(server.serve(server.make_server(app), app, late, lambda seconds: pytest.fail("announced")))
+
+
+def test_the_url_is_one_that_this_machine_reaches() -> None:
+    with server.reserve("0.0.0.0", 0) as reserved:
+        assert server.url_of(reserved) == f"ws://127.0.0.1:{reserved.getsockname()[1]}"
