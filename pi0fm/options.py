@@ -66,7 +66,7 @@ def decode[T](cls: type[T], tree: Mapping[str, Any]) -> T:
     """Decode a mapping into the dataclass `cls`, strictly."""
     _refuse_unknown(cls, tree, "")
     try:
-        return typing.cast(T, draccus.decode(cls, dict(tree)))
+        return typing.cast(T, draccus.decode(cls, _split_lists(cls, tree)))
     except ConfigError:
         raise
     except (DecodingError, TypeError, ValueError) as error:
@@ -177,6 +177,20 @@ def _refuse_unknown(cls: type, tree: Mapping[str, Any], where: str) -> None:
         missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if missing and field.name not in tree:
             raise ConfigError(f"option {where}{field.name} is required: {field.metadata.get('help', 'no default')}")
+
+
+def _split_lists(cls: type, tree: Mapping[str, Any]) -> Tree:
+    """`a,b` for an option that holds several becomes [a, b]: draccus would take a text for the list of its letters."""
+    hints = typing.get_type_hints(cls)
+    split: Tree = {}
+    for key, value in tree.items():
+        inner = _dataclass_in(hints[key])
+        if inner is not None and isinstance(value, Mapping):
+            value = _split_lists(inner, value)
+        elif typing.get_origin(hints[key]) is tuple and isinstance(value, str | int | float):
+            value = [word.strip() for word in str(value).split(",") if word.strip()]
+        split[key] = value
+    return split
 
 
 def _dataclass_in(hint: Any) -> type | None:

@@ -59,7 +59,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
     """Judge a policy and write the report.
 
     Raises OutputError for a folder with another evaluation, BundleError or ServingError for the policy, ConfigError for seeds that were
-    demonstrated and for tasks that do not fit the policy, SimulationError for an unknown task or camera or a machine that cannot render.
+    demonstrated, an unknown task or camera, and tasks that do not fit the policy, SimulationError for a machine that cannot render.
     """
     began = time.monotonic()
     output_dir = Path(config.output_dir)

@@ -33,9 +33,11 @@ class Embodiment:
     def __post_init__(self) -> None:
         if len(set(self.cameras.values())) != len(self.cameras):
             raise ConfigError(f"embodiment.cameras names one column twice: {self.cameras}")
+        # an action dimension without the state's same dimension has nothing to differ from
+        limit = min((width for width in (self.state_dim, self.robot_action_dim) if width is not None), default=None)
         for dim in self.delta_actions:
-            if dim < 0 or (self.robot_action_dim is not None and dim >= self.robot_action_dim):
-                raise ConfigError(f"embodiment.delta_actions must lie in 0..robot_action_dim-1, found {dim}")
+            if dim < 0 or (limit is not None and dim >= limit):
+                raise ConfigError(f"embodiment.delta_actions must be dimensions of state and action, below {limit}, found {dim}")
 
     def dims(self) -> tuple[int, int]:
         """(state_dim, robot_action_dim) of an embodiment that was resolved against a data set."""
@@ -89,6 +91,8 @@ def resolve(embodiment: Embodiment, columns: Mapping[str, tuple[int, ...]], pict
     Raises ConfigError when it names a column that is not there, or a width that differs.
     """
     cameras = dict(embodiment.cameras) or {column.rsplit(".", 1)[-1]: column for column in picture_columns}
+    if not cameras:
+        raise ConfigError(f"{where} must hold at least one picture column, found: {', '.join(columns)}")
     for name, column in cameras.items():
         if column not in picture_columns:
             raise ConfigError(f"camera {name!r} wants column {column!r}, which {where} does not hold: {nearest(column, picture_columns)}")

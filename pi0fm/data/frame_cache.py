@@ -2,8 +2,10 @@
 
 Owns: building it in threads, under a lock that all processes of a node share, and its shape on disk. Does not know: training.
 
-    <cache_dir>/<fingerprint of data set and size>/<camera>.u8     uint8 [N, size, size, 3]
-                                                  cache.json       written last: a directory without it is rebuilt
+    <cache_dir>/<fingerprint of data set>-<columns>-<size>/<column>.u8     uint8 [N, size, size, 3]
+                                                          cache.json       written last: a directory without it is rebuilt
+
+Files are named by the data set's column: two embodiments may give one column different names, or swap two names.
 """
 
 import fcntl
@@ -44,14 +46,14 @@ class FrameCache:
 def open_cache(source: LeRobotSource, config: DatasetConfig, size: int) -> FrameCache:
     """Open the cache, building what is missing. Raises DatasetError when it would exceed the limit, or a video is unreadable."""
     directory = cache_directory(config) / f"{source.fingerprint}-{'+'.join(sorted(source.embodiment.cameras.values())).replace('/', '_')}-{size}"
-    names = tuple(source.embodiment.cameras)
+    columns = tuple(source.embodiment.cameras.values())
     count = len(source.state)
     with _locked(directory):
         if not (directory / "cache.json").is_file():
-            _check_room(directory, count * len(names) * size * size * 3, config.cache_limit_gib)
+            _check_room(directory, count * len(columns) * size * size * 3, config.cache_limit_gib)
             _build(source, config, directory, size)
     shape = (count, size, size, 3)
-    return FrameCache(tuple(np.memmap(directory / f"{name}.u8", dtype=np.uint8, mode="r", shape=shape) for name in names))
+    return FrameCache(tuple(np.memmap(_file(directory, column), dtype=np.uint8, mode="r", shape=shape) for column in columns))
 
 
 def cache_directory(config: DatasetConfig) -> Path:
@@ -64,8 +66,8 @@ def _build(source: LeRobotSource, config: DatasetConfig, directory: Path, size: 
     decoder = choose_decoder(config.video_decoder)
     count = len(source.state)
     with files.new_directory(directory) as aside, progress.step("decode frames", count * len(source.embodiment.cameras)) as bar:
-        for camera in source.embodiment.cameras:
-            target = np.memmap(aside / f"{camera}.u8", dtype=np.uint8, mode="w+", shape=(count, size, size, 3))
+        for camera, column in source.embodiment.cameras.items():
+            target = np.memmap(_file(aside, column), dtype=np.uint8, mode="w+", shape=(count, size, size, 3))
             if camera in source.stored_pictures:
                 for index, encoded in source.stored(camera):
                     target[index] = resize_with_padding(np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))[None], size)[0]
@@ -79,7 +81,11 @@ def _build(source: LeRobotSource, config: DatasetConfig, directory: Path, size: 
                     for job in jobs:
                         job.result()
             target.flush()
-        files.write_json(aside / "cache.json", {"frames": count, "size": size, "cameras": list(source.embodiment.cameras)})
+        files.write_json(aside / "cache.json", {"frames": count, "size": size, "columns": list(source.embodiment.cameras.values())})
+
+
+def _file(directory: Path, column: str) -> Path:
+    return directory / f"{column.replace('/', '_')}.u8"
 
 
 def _decode_file(

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,9 @@ class LeRobotSource:
         """(frame index, encoded picture) of a camera whose pictures lie in the parquet files."""
         column = self.embodiment.cameras[camera]
         for path in data_files(self.root):
-            file = _parquet(path)
-            for batch in file.iter_batches(batch_size=256, columns=["index", column]):
-                yield from ((int(row["index"]), row[column]["bytes"]) for row in batch.to_pylist())
+            with _reading(path):
+                for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=["index", column]):
+                    yield from ((int(row["index"]), row[column]["bytes"]) for row in batch.to_pylist())
 
 
 def open_source(config: DatasetConfig, embodiment: Embodiment) -> LeRobotSource:
@@ -111,6 +112,9 @@ def open_source(config: DatasetConfig, embodiment: Embodiment) -> LeRobotSource:
             f"{root} is a LeRobot data set {version}, v3.0 is needed; convert it: "
             f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={config.repo_id or root.name}"
         )
+    lacking = [key for key in ("features", "fps", "total_frames") if key not in info]
+    if lacking:
+        raise DatasetError(f"{root / 'meta' / 'info.json'} lacks {', '.join(lacking)}; record or download the data set again")
     features: dict[str, Any] = info["features"]
     pictures = [name for name, feature in features.items() if feature["dtype"] in ("video", "image")]
     columns = {name: tuple(feature["shape"]) for name, feature in features.items() if name not in pictures}
@@ -181,21 +185,30 @@ def _download(repo_id: str) -> Path:
 def _json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise DatasetError(f"{path} is not readable ({' '.join(str(error).split()):.120}); record or download the data set again") from None
 
 
-def _parquet(path: Path) -> pq.ParquetFile:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What pyarrow raises for a file that is cut, damaged or lacks a column, as one line."""
     try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+        yield
+    except (pa.ArrowException, OSError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise DatasetError(f"{path} is cut or damaged ({reason:.120}); record or download the data set again") from None
 
 
+def _read_table(path: Path, names: list[str] | None = None) -> pa.Table:
+    """The named columns of a parquet file, in this order; all of them without names."""
+    with _reading(path):
+        table = pq.ParquetFile(path).read(columns=names)
+        return table if names is None else table.select(names)
+
+
 def _read_columns(root: Path, names: list[str], num_frames: int) -> pa.Table:
     files = data_files(root)
-    table = pa.concat_tables(_parquet(path).read(columns=names).select(names) for path in files) if files else None
+    table = pa.concat_tables(_read_table(path, names) for path in files) if files else None
     if table is None or len(table) != num_frames:
         found = 0 if table is None else len(table)
         raise DatasetError(f"{root} promises {num_frames} frames in meta/info.json, but its parquet files hold {found}; record or download it again")
@@ -221,13 +234,14 @@ def _episodes(root: Path) -> Any:
     files = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
     if not files:
         raise DatasetError(f"{root} has no meta/episodes; record or download it again")
-    wanted = [name for name in _parquet(files[0]).schema_arrow.names if not name.startswith("stats/")]
-    table = pa.concat_tables((_parquet(path).read(columns=wanted) for path in files), promote_options="default")
+    with _reading(files[0]):
+        wanted = [name for name in pq.ParquetFile(files[0]).schema_arrow.names if not name.startswith("stats/")]
+    table = pa.concat_tables((_read_table(path, wanted) for path in files), promote_options="default")
     return table.sort_by("episode_index").to_pandas()
 
 
 def _tasks(root: Path) -> tuple[str, ...]:
-    frame = _parquet(root / "meta" / "tasks.parquet").read().to_pandas().reset_index()
+    frame = _read_table(root / "meta" / "tasks.parquet").to_pandas().reset_index()
     text = next(name for name in frame.columns if name != "task_index")
     return tuple(str(task) for task in frame.sort_values("task_index")[text])
 

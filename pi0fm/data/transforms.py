@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pi0fm.data.embodiment import Embodiment
+from pi0fm.data.embodiment import Embodiment, picture, vector
 from pi0fm.data.images import resize_with_padding
 from pi0fm.data.norm_stats import ColumnStats, NormStats
 from pi0fm.data.prompt import PromptTokenizer
@@ -145,7 +145,10 @@ class Chain:
         return sample
 
     def observe(self, observations: Sequence[Observation]) -> ModelObservation:
-        """Robot-side observations to one batch for the network. A camera that an observation lacks is masked."""
+        """Robot-side observations to one batch for the network. A camera that an observation lacks is masked.
+
+        Raises ObservationError for an unknown camera, none at all, or an array of another shape, type or range.
+        """
         names = list(self.embodiment.cameras)
         images = np.zeros((len(observations), len(names), self.image_size, self.image_size, 3), dtype=np.uint8)
         mask = np.zeros((len(observations), len(names)), dtype=bool)
@@ -153,9 +156,10 @@ class Chain:
             self._refuse_unknown_cameras(observation.images)
             for column, name in enumerate(names):
                 if name in observation.images:
-                    images[row, column] = resize_with_padding(observation.images[name][None], self.image_size)[0]
+                    images[row, column] = resize_with_padding(picture(observation.images[name], name)[None], self.image_size)[0]
                     mask[row, column] = True
-        state = np.stack([observation.state for observation in observations])
+        width, key = self.embodiment.dims()[0], self.embodiment.state
+        state = np.stack([vector(observation.state, width, key) for observation in observations])
         return self.to_model(images, mask, self.forward(Sample(state, None)).state, [observation.prompt for observation in observations])
 
     def to_model(self, images: NDArray[np.uint8], image_mask: NDArray[np.bool_], state: NDArray[np.float32], prompts: list[str]) -> ModelObservation:

@@ -88,7 +88,7 @@ class _Run:
 class Lockstep:
     """Up to `slots` episodes that advance together; the caller hands in new ones between rounds.
 
-    open_environment: makes the environment of a task; a Pi0fmError from it (an unknown task), and a SimulationError from the first
+    open_environment: makes the environment of a task; a Pi0fmError from it (an unknown camera), and a SimulationError from the first
     picture (no renderer), are passed on: every episode would meet them. Any other fault of an environment is a crash.
     At most `slots` environments are open at a time; one that ended well is used again for the next episode of its task.
     """

@@ -158,7 +158,9 @@ class JointDecoder(nn.Module):
 
     def decode(self, suffix: Float[Tensor, "B Q D"], cache: PrefixCache, num_state_tokens: int, condition: Tensor | None) -> Float[Tensor, "B Q D"]:
         """Run a suffix against a cached prefix; its first `num_state_tokens` do not see the rest."""
-        return self._run(None, cache.mask, suffix, num_state_tokens, cache, condition)[0]
+        moved, _ = self._run(None, cache.mask, suffix, num_state_tokens, cache, condition)
+        assert moved is not None
+        return moved
 
     def forward(
         self,
@@ -169,11 +171,13 @@ class JointDecoder(nn.Module):
         condition: Tensor | None,
     ) -> Float[Tensor, "B Q E"]:
         """Both streams in one pass, layer by layer: training."""
-        return self._run(prefix, mask, suffix, num_state_tokens, None, condition)[0]
+        moved, _ = self._run(prefix, mask, suffix, num_state_tokens, None, condition)
+        assert moved is not None
+        return moved
 
     def _run(
         self, prefix: Tensor | None, mask: Tensor, suffix: Tensor | None, num_state_tokens: int, cache: PrefixCache | None, condition: Tensor | None
-    ) -> tuple[Tensor, PrefixCache]:
+    ) -> tuple[Tensor | None, PrefixCache]:
         positions = mask.long().cumsum(dim=1) - 1  # padding and missing cameras take no position
         length = mask.sum(dim=1)
         prefix_turn = suffix_turn = suffix_mask = None

@@ -103,6 +103,8 @@ class Renderer:
         if height > self._size[0] or width > self._size[1]:
             self._size = (max(height, self._size[0]), max(width, self._size[1]))
             mujoco.mjr_resizeOffscreen(self._size[1], self._size[0], self._context)
+        # another renderer of this process may have bound its own buffer: without this the picture would be drawn there
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._camera.fixedcamid = camera
         unseen = outside_view(
             data.geom_xpos, model.geom_rbound, data.cam_xpos[camera], data.cam_xmat[camera], model.cam_fovy[camera], width / height

@@ -62,10 +62,10 @@ def test_the_integral_of_the_divergence_of_one_gaussian_is_its_closed_form(path)
 
 def test_hutchinson_is_unbiased_within_its_standard_error():
     flow, field, _, truth = case("cond_ot", steps=10)
-    x = points(1).expand(2000, 2).contiguous()
+    x = points(1).expand(800, 2).contiguous()
     options = DensityOptions(probes=rademacher_probes(1, x, torch.Generator().manual_seed(3)))
     estimates = log_prob(flow, field, x, options=options)
-    error = float(estimates.std()) / math.sqrt(2000)
+    error = float(estimates.std()) / math.sqrt(800)
     assert error > 1e-6
     assert abs(float(estimates.mean() - truth(x[:1])[0])) < 4 * error
 
@@ -102,4 +102,4 @@ def test_the_continuity_equation_holds(path):
     velocity = field(x, t)
     divergence = sum(torch.autograd.grad(velocity[:, k].sum(), x, retain_graph=True)[0][:, k] for k in range(2))
     residual = in_time + (velocity * in_space).sum(1) + divergence
-    assert float((residual / (1 + divergence.abs())).abs().max()) < 1e-9
+    assert float((residual / (1 + divergence.abs())).detach().abs().max()) < 1e-9
