@@ -4,11 +4,14 @@ The data set is written once a session, through LeRobot's own API: three episode
 camera whose pictures lie in the parquet files.
 """
 
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from pi0fm import options
+from pi0fm.models.pi0 import Pi0Config
+from pi0fm.models.presets import preset
 
 FPS = 10
 LENGTHS = (12, 9, 7)
@@ -35,15 +38,28 @@ NETWORK = {
 }
 
 
-@cache
+def network() -> Pi0Config:
+    """NETWORK as the configuration that it stands for."""
+    tree = {name: value for name, value in NETWORK.items() if name != "preset"}
+    return options.decode(Pi0Config, options.merge(options.encode(preset(str(NETWORK["preset"]))), tree))
+
+
+_written: list[Path] = []
+
+
 def written(factory: pytest.TempPathFactory) -> Path:
-    """The folder of the data set; it is not to be changed, copy it first."""
+    """The folder of the data set, written at the first call; it is not to be changed, copy it first."""
+    if not _written:
+        _written.append(_write(factory.mktemp("tiny") / "set"))
+    return _written[0]
+
+
+def _write(root: Path) -> Path:
     import av
     from lerobot.configs.video import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     av.logging.set_libav_level(av.logging.ERROR)
-    root = factory.mktemp("tiny") / "set"
     features = {
         "observation.state": {"dtype": "float32", "shape": (STATE_DIM,), "names": None},
         "action": {"dtype": "float32", "shape": (ACTION_DIM,), "names": None},

@@ -1,7 +1,7 @@
 """LeRobot's training loop for one CPU process, stopped when its processor time is spent.
 
-Owns: the order of operations of LeRobot's `lerobot_train`, the length of the schedule for a budget, the batches of a LeRobotDataset.
-Does not know: how the policy is judged, what pi0fm's side does.
+Owns: the order of operations of LeRobot's `lerobot_train`, the batches of a LeRobotDataset.
+Does not know: how time is counted (bench/budget), how the policy is judged, what pi0fm's side does.
 
 Like LeRobot: global seed, then the policy; its optimiser and scheduler presets (AdamW, clipping at 1, warm-up that scales with the
 number of steps, cosine to a tenth); float32, no compilation; steps past an episode's end count in the loss, since LeRobot's PI0 does not
@@ -12,13 +12,9 @@ pretrained parameters.
 Fairness. `LeRobotDataset` spends about 80 % of a laptop's processor time on queries in Python. A comparison of learning would measure that.
 So the source of batches is an argument: `next_batch(step)` hands out frames that both sides hold decoded in memory; `dataset_source`
 is what a LeRobot user has, to measure the whole. The budget pays for batches, processors and updates; not for building and calibration.
-
-    seed -> policy -> [calibration on a copy: seconds a step -> length of the schedule] -> loop until the seconds are spent
-                              not charged                                                     charged
 """
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,47 +29,13 @@ from lerobot.utils.random_utils import seeded_context
 from lerobot.utils.utils import cycle
 from torch import Tensor
 
-from pi0fm import progress
-from pi0fm.bench.cpu_time import cpu_seconds_of_tree
+from pi0fm.bench.budget import TrainingPlan, TrainingResult, spend, steps_in_budget
 from pi0fm.bench.lerobot_pi0 import Processors, RobotFeatures, ShrunkPI0, ShrunkSize, policy_config, processors
-from pi0fm.errors import ConfigError
 
 # A batch as LeRobot's DataLoader makes it: observation.images.NAME uint8 or float32 in [0, 1] [B, 3, height, width],
 # observation.state [B, S], action [B, H, A], task (list of B sentences); robot units, not normalised.
 Batch = dict[str, Any]
 BatchSource = Callable[[int], Batch]
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """What a run may spend.
-
-    cpu_seconds: of the process tree. max_steps: when given, the schedule's length too, as `--steps`; no calibration then.
-    calibration_steps: steps on a thrown-away copy that tell how many steps the budget holds.
-    """
-
-    cpu_seconds: float
-    learning_rate: float = 1e-3
-    seed: int = 1000
-    max_steps: int | None = None
-    calibration_steps: int = 3
-
-    def __post_init__(self) -> None:
-        if self.cpu_seconds <= 0:
-            raise ConfigError(f"cpu_seconds must be above 0, found {self.cpu_seconds}")
-        if self.calibration_steps < 1 or (self.max_steps is not None and self.max_steps < 1):
-            raise ConfigError(f"calibration_steps and max_steps must be at least 1, found {self.calibration_steps} and {self.max_steps}")
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a run did. `scheduled_steps` is the length of the learning-rate schedule; later steps keep the last rate."""
-
-    steps: int
-    samples: int
-    scheduled_steps: int
-    cpu_seconds: float
-    losses: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -98,46 +60,33 @@ def train_lerobot(
         policy = ShrunkPI0(config, size)
         steps_around = processors(config, stats)
         with seeded_context(plan.seed):  # what calibration draws must not change the run
-            scheduled = plan.max_steps or _steps_in_budget(policy, steps_around, next_batch, plan)
-        result = _run(policy, steps_around, next_batch, plan, scheduled)
+            scheduled = plan.max_steps or _calibrated(policy, steps_around, next_batch, plan)
+        updater = _Updater(policy, steps_around, next_batch, scheduled)
+        result = spend("LeRobot PI0", updater.update, plan, scheduled)
     return TrainedPolicy(policy.eval(), steps_around, robot, result)
 
 
 class _Updater:
     """LeRobot's `update_policy` on one process: forward, backward, clip, optimiser, scheduler, in this order."""
 
-    def __init__(self, policy: ShrunkPI0, scheduled_steps: int) -> None:
+    def __init__(self, policy: ShrunkPI0, steps_around: Processors, next_batch: BatchSource, scheduled_steps: int) -> None:
         preset = policy.config.get_optimizer_preset()
-        self._policy = policy
+        self._policy, self._steps_around, self._next_batch = policy, steps_around, next_batch
         self._clip = preset.grad_clip_norm
         self._optimizer = preset.build(policy.get_optim_params())
         self._scheduler = policy.config.get_scheduler_preset().build(self._optimizer, scheduled_steps)
 
-    def update(self, batch: Batch) -> float:
-        """One step on a processed batch; returns the loss."""
+    def update(self, step: int) -> tuple[float, int]:
+        """One step on the batch of `step`; returns the loss and the number of samples."""
+        raw = self._next_batch(step)
         self._policy.train()
-        loss, _ = self._policy.forward(batch)
+        loss, _ = self._policy.forward(_prepared(raw, self._steps_around))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._policy.parameters(), self._clip)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._scheduler.step()
-        return float(loss.item())
-
-
-def _run(policy: ShrunkPI0, steps_around: Processors, next_batch: BatchSource, plan: TrainingPlan, scheduled_steps: int) -> TrainingResult:
-    updater = _Updater(policy, scheduled_steps)
-    losses: list[float] = []
-    samples, shown, spent, began = 0, 0, 0.0, cpu_seconds_of_tree()
-    with progress.step("LeRobot PI0, CPU-seconds", math.ceil(plan.cpu_seconds)) as bar:
-        while spent < plan.cpu_seconds and (plan.max_steps is None or len(losses) < plan.max_steps):
-            raw = next_batch(len(losses))
-            losses.append(updater.update(_prepared(raw, steps_around)))
-            samples += len(raw["task"])
-            spent = cpu_seconds_of_tree() - began
-            bar.advance(min(int(spent), math.ceil(plan.cpu_seconds)) - shown, f"loss {losses[-1]:.3f}")
-            shown = min(int(spent), math.ceil(plan.cpu_seconds))
-    return TrainingResult(len(losses), samples, scheduled_steps, spent, tuple(losses))
+        return float(loss.item()), len(raw["task"])
 
 
 def _prepared(raw: Batch, steps_around: Processors) -> Batch:
@@ -149,15 +98,10 @@ def _prepared(raw: Batch, steps_around: Processors) -> Batch:
     return dict(steps_around[0](batch))
 
 
-def _steps_in_budget(policy: ShrunkPI0, steps_around: Processors, next_batch: BatchSource, plan: TrainingPlan) -> int:
-    """How many steps `plan.cpu_seconds` hold, from a few on a copy; the first, which pays for allocation, is not counted."""
-    updater = _Updater(copy.deepcopy(policy), plan.calibration_steps + 1)
-    updater.update(_prepared(next_batch(0), steps_around))
-    began = cpu_seconds_of_tree()
-    for step in range(1, plan.calibration_steps + 1):
-        updater.update(_prepared(next_batch(step), steps_around))
-    seconds_a_step = (cpu_seconds_of_tree() - began) / plan.calibration_steps
-    return max(1, round(plan.cpu_seconds / seconds_a_step))
+def _calibrated(policy: ShrunkPI0, steps_around: Processors, next_batch: BatchSource, plan: TrainingPlan) -> int:
+    """The length of the schedule, from steps of a copy."""
+    updater = _Updater(copy.deepcopy(policy), steps_around, next_batch, plan.calibration_steps + 1)
+    return steps_in_budget(updater.update, plan)
 
 
 def open_dataset(repo_id: str, root: Path | None, config: PI0Config) -> LeRobotDataset:

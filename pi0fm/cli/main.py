@@ -1,14 +1,15 @@
 """`pi0fm COMMAND [FILE.yaml] [--option value ...]`: find the command, decode its options, print its result.
 
 Owns: dispatch, help, exit codes, the last line of JSON. Does not know: what any command does.
-Each module in COMMANDS has `HELP`, `Options`, `ALIASES` and `run(options) -> result`; it is imported when it is called.
+Each command is a module of pi0fm/cli with `HELP`, `Options`, `ALIASES` and `run(options) -> result`, imported when it is called; or with
+`SUBCOMMANDS`, name -> help line, each of which is a module COMMAND_NAME.
 """
 
 import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from rich.console import Console
@@ -30,37 +31,47 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Exit code 0; 1 for a fault the user can mend; 2 for a wrong option; 130 when interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        _print_commands()
-        return 0 if words else 2
-    name, rest = words[0], words[1:]
     try:
-        if name not in COMMANDS:
-            raise ConfigError(f"unknown command {name!r}: {options.nearest(name, list(COMMANDS))}")
-        command = importlib.import_module(f"pi0fm.cli.{name}")
-        if "-h" in rest or "--help" in rest:
-            _print_options(name, command)
-            return 0
-        result = command.run(options.parse(command.Options, rest, command.ALIASES))
+        return _dispatch((), COMMANDS, words)
     except Pi0fmError as error:
         print(f"pi0fm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print("pi0fm: interrupted; what was finished is kept", file=sys.stderr)
         return 130
+
+
+def _dispatch(path: tuple[str, ...], commands: Mapping[str, str], words: Sequence[str]) -> int:
+    """Run the one of `commands` that the first word names; where that has sub-commands, the next word names one of those."""
+    if not words or words[0] in ("-h", "--help"):
+        _print_commands(path, commands)
+        return 0 if words else 2
+    name, rest = " ".join((*path, words[0])), words[1:]
+    if words[0] not in commands:
+        raise ConfigError(f"unknown command {name!r}: {options.nearest(words[0], list(commands))}")
+    path = (*path, words[0])
+    command = importlib.import_module(f"pi0fm.cli.{'_'.join(path)}")
+    if hasattr(command, "SUBCOMMANDS"):
+        return _dispatch(path, command.SUBCOMMANDS, rest)
+    if "-h" in rest or "--help" in rest:
+        _print_options(name, command)
+        return 0
+    result = command.run(options.parse(command.Options, rest, command.ALIASES))
     if result is not None:
         print(json.dumps(result), flush=True)
     return 0
 
 
-def _print_commands() -> None:
+def _print_commands(path: tuple[str, ...], commands: Mapping[str, str]) -> None:
+    command = " ".join(("pi0fm", *path))
     table = Table(box=None, show_header=False, padding=(0, 2))
-    for name, text in COMMANDS.items():
-        table.add_row(f"pi0fm {name}", text)
+    for name, text in commands.items():
+        table.add_row(f"{command} {name}", text)
     console = Console()
-    console.print("pi0fm: train, serve and evaluate pi0-style robot policies\n", highlight=False)
+    heading = f"{command}: {COMMANDS[path[0]]}" if path else "pi0fm: train, serve and evaluate pi0-style robot policies"
+    console.print(f"{heading}\n", highlight=False)
     console.print(table)
-    console.print("\n`pi0fm COMMAND --help` lists every option of a command.", highlight=False)
+    console.print(f"\n`{command} {'NAME' if path else 'COMMAND'} --help` lists every option of a command.", highlight=False)
 
 
 def _print_options(name: str, command: ModuleType) -> None:

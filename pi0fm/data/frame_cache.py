@@ -70,7 +70,7 @@ def _build(source: LeRobotSource, config: DatasetConfig, directory: Path, size: 
             target = np.memmap(_file(aside, column), dtype=np.uint8, mode="w+", shape=(count, size, size, 3))
             if camera in source.stored_pictures:
                 for index, encoded in source.stored(camera):
-                    target[index] = resize_with_padding(np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))[None], size)[0]
+                    target[index] = resize_with_padding(np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))[None], size)[0]
                     bar.advance()
             else:
                 by_file: dict[Path, list[Clip]] = {}

@@ -46,7 +46,7 @@ def permute(offsets: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDA
     """
     half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = np.random.Philox(key=[seed & 0xFFFFFFFFFFFFFFFF, epoch], counter=[0, 0, 0, 1]).random_raw(ROUNDS)
+    keys = _philox(seed, epoch, (0, 0, 0, 1)).random_raw(ROUNDS)
     values = offsets.astype(np.uint64)
     pending = np.ones(len(values), dtype=bool)
     while pending.any():
@@ -60,7 +60,7 @@ def permute(offsets: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDA
 
 def draw(seed: int, epoch: int, index: int, number: int, shape: tuple[int, int]) -> tuple[NDArray[np.float32], np.float32]:
     """Draw `number` of one sample in one epoch: noise [H, A] ~ N(0, I), and a uniform number in [0, 1) for its flow time."""
-    generator = np.random.Generator(np.random.Philox(key=[seed & 0xFFFFFFFFFFFFFFFF, epoch], counter=[0, index, number, 2]))
+    generator = np.random.Generator(_philox(seed, epoch, (0, index, number, 2)))
     return generator.standard_normal(shape, dtype=np.float32), np.float32(generator.random(dtype=np.float32))
 
 
@@ -68,6 +68,12 @@ def draws(seed: int, at: Slots, number: int, shape: tuple[int, int]) -> tuple[ND
     """`draw` for every slot: noise [B, H, A] and uniform [B]."""
     pairs = [draw(seed, int(epoch), int(index), number, shape) for epoch, index in zip(at.epoch, at.index, strict=True)]
     return np.stack([noise for noise, _ in pairs]), np.array([uniform for _, uniform in pairs], dtype=np.float32)
+
+
+def _philox(seed: int, epoch: int, counter: tuple[int, int, int, int]) -> np.random.Philox:
+    # as a list, numpy would take a key of 2^63 or more for float64, in which neighbouring seeds are one
+    key = np.array([seed & 0xFFFFFFFFFFFFFFFF, epoch], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=np.array(counter, dtype=np.uint64))
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

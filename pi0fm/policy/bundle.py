@@ -189,7 +189,9 @@ def _describe(file: Path) -> dict[str, Any]:
 def _check(path: Path) -> None:
     if not path.is_dir():
         raise BundleError(f"no bundle at {path}; train one with pi0fm train, its last line names the directory")
-    listed = _json(path / "manifest.json").get("files", {})
+    listed = _json(path / "manifest.json").get("files")
+    if not isinstance(listed, dict) or not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in listed.values()):
+        raise BundleError(f"{path / 'manifest.json'} must say bytes and sha256 of each file; copy the bundle again")
     for name in ("config.json", "norm_stats.json", "model.safetensors", *listed):
         file = path / name
         if name not in listed or not file.resolve().is_relative_to(path.resolve()):
@@ -201,6 +203,11 @@ def _check(path: Path) -> None:
             raise BundleError(f"{file} has {size} bytes, the manifest says {listed[name]['bytes']}; it is cut: copy the bundle again")
         if size <= SMALL and _describe(file)["sha256"] != listed[name]["sha256"]:
             raise BundleError(f"{file} differs from the manifest's SHA-256; it was changed or damaged: copy the bundle again")
+    # A tokenizer reads whatever lies in its folder. Hidden files are those of file managers and downloads.
+    found = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    extra = sorted(str(name) for name in found if str(name) not in (*listed, "manifest.json") and not any(part.startswith(".") for part in name.parts))
+    if extra:
+        raise BundleError(f"the bundle {path} holds {', '.join(extra[:5])}, which its manifest does not list; move it elsewhere")
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -208,5 +215,5 @@ def _json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError:
         raise BundleError(f"the bundle {path.parent} lacks {path.name}; copy it again, all files") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise BundleError(f"{path} is not readable ({' '.join(str(error).split()):.120}); copy the bundle again") from None

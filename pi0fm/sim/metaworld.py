@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pi0fm.errors import ConfigError, SimulationError
 from pi0fm.options import nearest
+from pi0fm.sim.coarse_mesh import coarsen
 from pi0fm.sim.env import CameraSpec, Environment, StepResult
 from pi0fm.sim.metaworld_prompts import TASK_PROMPTS
 from pi0fm.sim.renderer import Renderer, load_mujoco
@@ -21,6 +22,7 @@ from pi0fm.types import Observation
 FPS: Final = 80
 MAX_STEPS: Final = 400
 LONGEST_EPISODE: Final = 500  # Meta-World refuses a step beyond
+FIELD_OF_VIEW: Final = 1.2  # metres that a picture spans at the robot: fixes how fine meshes need to be
 STATE_NAMES: Final = ("x", "y", "z", "gripper_opening")
 ACTION_NAMES: Final = ("dx", "dy", "dz", "gripper_effort")
 CAMERAS: Final = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
@@ -127,6 +129,8 @@ class MetaWorld(Environment):
         if self._renderer is None:
             rows = max(camera.height for camera in self.cameras)
             columns = max(camera.width for camera in self.cameras)
+            # before the renderer copies the meshes; by the cameras alone, so that a film of an episode does not change what the policy sees
+            coarsen(self._env.model, FIELD_OF_VIEW / 2 / max(rows, columns))
             self._renderer = Renderer(self._env.model, max(rows, height), max(columns, width))
         pixels = self._renderer.render(self._env.data, self._camera_ids[source], height, width)
         # the four corner cameras are mounted upside down

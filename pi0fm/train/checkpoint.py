@@ -10,6 +10,9 @@ The position in the data needs no file of its own: it is the step (data/sampler.
 """
 
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,8 @@ def save(directory: Path, step: int, state: dict[str, Any], context: Context, ke
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     barrier(context)
-    dcp.save(state, checkpoint_id=aside, no_dist=context.world_size == 1)
+    with _alone_without_warning():
+        dcp.save(state, checkpoint_id=aside, no_dist=context.world_size == 1)
     barrier(context)
     if context.is_first:
         files.write_text(aside / COMMIT, f"{step}\n")
@@ -62,8 +66,17 @@ def load(directory: Path, step: int, state: dict[str, Any], context: Context) ->
     """Read the checkpoint of `step` into the tensors of `state`, in place, and return it."""
     path = directory / f"step-{step:09d}"
     try:
-        dcp.load(state, checkpoint_id=path, no_dist=context.world_size == 1)
+        with _alone_without_warning():
+            dcp.load(state, checkpoint_id=path, no_dist=context.world_size == 1)
     except (dcp.CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
         reason = " ".join(str(error).split())
         raise OutputError(f"checkpoint {path} cannot be read ({reason:.160}); remove it to go on from an older one") from error
     return state
+
+
+@contextmanager
+def _alone_without_warning() -> Iterator[None]:
+    """One process is what `no_dist` asks for; torch warns of it at every call all the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)", category=UserWarning)
+        yield

@@ -27,7 +27,7 @@ from pi0fm.policy import bundle
 from pi0fm.train import checkpoint
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.ema import Ema
-from pi0fm.train.metrics import Metrics
+from pi0fm.train.metrics import Metrics, read_last
 from pi0fm.train.optim import learning_rate, make_optimizer, set_learning_rate
 from pi0fm.train.parallel import Context, all_sum, barrier, make_accelerator
 from pi0fm.train.step import train_step
@@ -70,7 +70,8 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
 
     metrics = Metrics(config.output_dir, first) if context.is_first else None
     batches = micro_batches(collator, first, config.steps, config.global_batch_size, context.rank, context.world_size, micro)
-    began, loss = time.perf_counter(), float("nan")
+    began = time.perf_counter()
+    loss = float((read_last(config.output_dir) or {}).get("loss", "nan"))  # of a resumed run that has no step left
     log = _Log(context, metrics, config, first)
     if context.shown:
         progress.say(f"train {parameter_count(model) / 1e6:.2f} M parameters on {len(source.frames)} frames, steps {first}..{config.steps}")
@@ -123,7 +124,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> dict
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             held = optimizer.state.get(parameter) or {
-                "step": torch.zeros(()),
+                "step": torch.zeros((), device=parameter.device),  # the fused kernel wants it beside its parameter
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }

@@ -33,5 +33,5 @@ def _read(config: TrainConfig) -> dict[str, Any]:
     record = config.output_dir / "run.json"
     try:
         return dict(json.loads(record.read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise OutputError(f"{record} is not readable ({error}); choose another --output_dir") from None

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from pi0fm.bench.budget import TrainingResult
 from pi0fm.bench.lerobot_pi0 import RobotFeatures, ShrunkPI0, ShrunkSize, image_key, policy_config, processors
 from pi0fm.bench.lerobot_policy import LeRobotPolicy
-from pi0fm.bench.lerobot_training import TrainedPolicy, TrainingResult
+from pi0fm.bench.lerobot_training import TrainedPolicy
 from pi0fm.errors import ObservationError
 from pi0fm.types import Observation, Policy
 
@@ -23,7 +24,7 @@ STATS = {"observation.state": {"mean": torch.zeros(4), "std": torch.ones(4)}, "a
 def trained() -> TrainedPolicy:
     torch.manual_seed(0)
     config = policy_config(SIZE, ROBOT)
-    return TrainedPolicy(ShrunkPI0(config, SIZE), processors(config, STATS), ROBOT, TrainingResult(0, 0, 0, 0.0, ()))
+    return TrainedPolicy(ShrunkPI0(config, SIZE), processors(config, STATS), ROBOT, TrainingResult(0, 0, 0, 0.0, (), ()))
 
 
 @pytest.fixture

@@ -37,7 +37,9 @@ def test_cached_prefix_is_the_joint_pass(name):
 def test_one_row_does_not_see_another(name):
     model, seen, (x_t, t) = network(BOTH[name]), observation(), question()
     with torch.no_grad():
-        alone = model(ModelObservation(**{field.name: getattr(seen, field.name)[1:2] for field in dataclasses.fields(seen)}), x_t[1:2], t[1:2])
+        alone = model(
+            ModelObservation(**{field.name: getattr(seen, field.name)[1:2] for field in dataclasses.fields(seen)}), x_t[1:2], t[1:2]
+        )
         torch.testing.assert_close(model(seen, x_t, t)[1:2], alone, rtol=0, atol=1e-6)
 
 

@@ -1,0 +1,43 @@
+"""What a comparison of learning is asked to be.
+
+Owns: `LearningConfig` and its ranges. Does not know: how anything is trained or judged; it imports nothing heavy.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pi0fm.data.lerobot_source import DatasetConfig
+from pi0fm.errors import ConfigError
+from pi0fm.options import option
+from pi0fm.sim.metaworld import check_task
+
+
+@dataclass(frozen=True)
+class LearningConfig:
+    """Options of `pi0fm bench learning`. Raises ConfigError for a value out of range."""
+
+    task: str = option("button-press-topdown-v3", "Meta-World task that both sides learn")
+    cpu_seconds: float = option(240.0, "processor seconds of each training, of all its threads and processes")
+    seeds: int = option(3, "trainings of each side, with seeds 0 to K - 1")
+    demonstrations: int = option(50, "episodes to record when no data set is named")
+    episodes: int = option(20, "start positions that judge each policy; none of them was demonstrated")
+    first_seed: int = option(1, "seed of the first start position; the others follow one by one")
+    max_steps: int = option(400, "an episode that has not succeeded by then is a failure")
+    threads: int = option(1, "torch's CPU threads, of both sides")
+    config: Path | None = option(None, "training configuration of pi0fm's side; configs/quickstart.yaml when not given")
+    dataset: DatasetConfig = option(DatasetConfig, "")
+    output_dir: Path = option(Path("outputs/bench-learning"), "folder of learning.json, and of the recorded data set")
+
+    def __post_init__(self) -> None:
+        check_task(self.task)
+        if not 0 < self.cpu_seconds < float("inf"):
+            raise ConfigError(f"cpu_seconds must be above 0, found {self.cpu_seconds:g}; type --cpu_seconds 240")
+        for name, least in {"seeds": 1, "demonstrations": 1, "episodes": 1, "first_seed": 0, "max_steps": 1, "threads": 1}.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ConfigError(f"{name} must be {least} or more, found {value}; type --{name} {least} or leave it out")
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the demonstrations are this command's own."""
+        return self.dataset.root is None and not self.dataset.repo_id

@@ -1,0 +1,126 @@
+"""`pi0fm bench learning`: success of pi0fm and of LeRobot's own PI0 after the same processor time.
+
+Owns: the order demonstrations -> trainings and evaluations -> table and learning.json. Does not know: how either side trains.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pi0fm import files, options, progress
+from pi0fm.bench.learning_config import LearningConfig
+from pi0fm.cli.quickstart import shipped_config
+from pi0fm.cluster import evaluation
+from pi0fm.cluster.recording import record_demonstrations
+from pi0fm.cluster.training import TrainingRun
+from pi0fm.demos.config import DatasetName, DemosConfig
+from pi0fm.errors import OutputError
+from pi0fm.eval import machine
+from pi0fm.eval.config import EvalConfig, camera_texts, plan, refuse_seen_seeds
+from pi0fm.eval.report import percent
+from pi0fm.eval.summary import Summary
+from pi0fm.policy.bundle import PolicyConfig
+from pi0fm.sim import metaworld
+from pi0fm.sim.env import Environment, parse_cameras
+from pi0fm.sim.metaworld_prompts import TASK_PROMPTS
+from pi0fm.types import Policy
+
+HELP = "one task, the same data and processor time: pi0fm against LeRobot's own PI0"
+Options = LearningConfig
+ALIASES = {"tasks": "task", "repo_id": "dataset.repo_id", "root": "dataset.root"}
+RESULT = "learning.json"
+
+
+def run(config: LearningConfig) -> dict[str, Any]:
+    """Record what is lacking, train and judge both sides, print the table; the result is what learning.json holds, but for the curves."""
+    written = config.output_dir / RESULT
+    if config.output_dir.exists() and not config.output_dir.is_dir():
+        raise OutputError(f"output_dir must be a folder, found a file at {config.output_dir}; type --output_dir ANOTHER")
+    if written.exists():
+        raise OutputError(
+            f"a comparison is never overwritten, and {written} is there; type --output_dir ANOTHER, and --dataset.root to reuse data"
+        )
+    base = options.decode(TrainingRun, options.read_yaml(config.config or shipped_config("quickstart.yaml")))
+    config = _with_demonstrations(config)
+    progress.say("loading LeRobot")
+    from pi0fm.bench import learning, shared_data  # LeRobot's import alone takes many seconds
+
+    trained = learning.comparable(base, config)
+    data = shared_data.open_shared(trained, TASK_PROMPTS[config.task])
+    judge = _judge(config, trained.execution_horizon, data.policy)
+    sizes = learning.parameters(data)
+    progress.say(f"parameters: {sizes['pi0fm']:,} here; {sizes['lerobot']:,} there, of which {sizes['lerobot_used']:,} take part")
+    outcomes = learning.compare(config, trained, data, judge)
+    result = {
+        "task": config.task,
+        **learning.figures(outcomes),
+        "parameters": sizes,
+        "machine": machine.describe_machine(),
+        "versions": machine.describe_versions(),
+    }
+    background = {"command": machine.command_line(), "training": options.encode(trained), "notes": learning.__doc__}
+    files.write_json(written, result | {"curves": learning.curves(outcomes)} | background)
+    _show(config, result)
+    return result
+
+
+def _with_demonstrations(config: LearningConfig) -> LearningConfig:
+    """`config` with a data set; recorded beside the result when none was named, going on with what is there."""
+    if not config.recorded:
+        return config
+    root = config.output_dir / "dataset"
+    # in this process: what Ray leaves behind would run beside the trainings
+    name = DatasetName("local/bench-learning", str(root))
+    record_demonstrations(DemosConfig(config.task, config.demonstrations, dataset=name, num_workers=0))
+    return replace(config, dataset=replace(config.dataset, root=root))
+
+
+def _judge(config: LearningConfig, execution_horizon: int, policy: PolicyConfig) -> Callable[[Policy], Summary]:
+    """The evaluation that both sides go through. Raises ConfigError for start positions that were demonstrated."""
+    asked = EvalConfig(
+        policy="both sides",
+        tasks=(config.task,),
+        episodes=config.episodes,
+        first_seed=config.first_seed,
+        max_steps=config.max_steps,
+        execution_horizon=execution_horizon,
+        videos_per_task=0,
+    )
+    metadata = policy.metadata()
+    refuse_seen_seeds(asked, metadata)
+    cameras = camera_texts(asked, metadata)
+
+    def open_environment(task: str) -> Environment:
+        return metaworld.make_environment(task, parse_cameras(cameras), max_steps=config.max_steps)
+
+    def judge(judged: Policy) -> Summary:
+        setup = evaluation.Setup(lambda: judged, open_environment, evaluation.settings_for(asked, metadata), asked.environments_per_worker)
+        rows, summary = evaluation.run(plan(asked), (config.task,), setup, 0, config.output_dir)
+        for row in rows:
+            if row["error"] is not None:
+                progress.say(f"CRASHED seed {row['seed']}: {row['error']}")
+        return summary
+
+    return judge
+
+
+def _show(config: LearningConfig, result: dict[str, Any]) -> None:
+    table = Table(box=None, padding=(0, 2), header_style="")
+    table.add_column("seed")
+    for side in ("pi0fm", "LeRobot PI0"):
+        for heading in (f"{side} success", "CPU-seconds", "steps"):
+            table.add_column(heading, justify="right")
+    for seed in range(config.seeds):
+        table.add_row(str(seed), *(cell for side in ("pi0fm", "lerobot") for cell in _cells(result[side], seed)))
+    console = Console(stderr=True, highlight=False, width=max(100, Console(stderr=True).width))
+    console.print()
+    console.print(table)
+    progress.say(f"{config.task}, {config.episodes} start positions; loss curves and conditions: {config.output_dir / RESULT}")
+
+
+def _cells(side: dict[str, list[Any]], seed: int) -> tuple[str, str, str]:
+    success = side["success"][seed]
+    return "unknown" if success is None else percent(success), f"{side['cpu_seconds'][seed]:.1f}", str(side["steps"][seed])

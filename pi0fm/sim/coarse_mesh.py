@@ -1,0 +1,37 @@
+"""Visual meshes with as many triangles as a small picture can show.
+
+Owns: vertex clustering of a MuJoCo model's meshes. Does not know: cameras, tasks, physics.
+A software renderer spends its time on vertices: Meta-World's robot has 68 000 triangles and covers some thousand pixels of a 96 px
+picture. Vertices in one cell of a grid become one (Rossignac and Borrel 1993); triangles that collapse are left out. Only the lists of
+faces change, which rendering alone reads: collisions use convex hulls made at compilation.
+"""
+
+from typing import Any
+
+import numpy as np
+
+
+def coarsen(model: Any, cell: float) -> int:
+    """Cluster every mesh of `model` (mujoco.MjModel) on a grid of `cell` metres, in place; the number of triangles left.
+
+    Call it before the model's MjrContext is made, which copies the meshes to the renderer.
+    """
+    left = 0
+    for mesh in range(model.nmesh):
+        first, count = int(model.mesh_faceadr[mesh]), int(model.mesh_facenum[mesh])
+        start = int(model.mesh_vertadr[mesh])
+        vertices = model.mesh_vert[start : start + int(model.mesh_vertnum[mesh])]
+        _, representative, cluster = np.unique(np.round(vertices / cell).astype(np.int64), axis=0, return_index=True, return_inverse=True)
+        moved = representative[cluster.reshape(-1)]  # each vertex -> the one that stands for its cell
+        faces = moved[model.mesh_face[first : first + count]]
+        whole = (faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])
+        _, unique = np.unique(np.sort(faces, axis=1), axis=0, return_index=True)
+        kept = np.intersect1d(np.flatnonzero(whole), unique)
+        place = slice(first, first + len(kept))
+        model.mesh_face[place] = faces[kept]
+        for attribute in ("mesh_facenormal", "mesh_facetexcoord"):  # corner -> its own normal and texture point, as before
+            corners = getattr(model, attribute)
+            corners[place] = corners[first + kept]
+        model.mesh_facenum[mesh] = len(kept)
+        left += len(kept)
+    return left

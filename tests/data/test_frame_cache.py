@@ -1,0 +1,153 @@
+"""Decoded frames: built once, whole or not at all, and never taken for those of another data set or camera."""
+
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import tiny_dataset
+
+from pi0fm.data import frame_cache
+from pi0fm.data.embodiment import Embodiment
+from pi0fm.data.frame_cache import open_cache
+from pi0fm.data.lerobot_source import open_source
+from pi0fm.data.video import choose_decoder, decode
+from pi0fm.errors import ConfigError, DatasetError
+
+SIZE = 16
+FRAMES = np.arange(sum(tiny_dataset.LENGTHS))
+
+
+def folders(config) -> list[Path]:
+    return sorted(path for path in config.cache_dir.iterdir() if path.is_dir())
+
+
+@pytest.fixture
+def builds(monkeypatch) -> list[Path]:
+    """The folders that were built, in order."""
+    built: list[Path] = []
+    build = frame_cache._build
+
+    def counted(source, config, directory, size):
+        built.append(directory)
+        return build(source, config, directory, size)
+
+    monkeypatch.setattr(frame_cache, "_build", counted)
+    return built
+
+
+@pytest.fixture
+def broken(tiny_config, tmp_path):
+    """(its configuration, its video) of a copy that may be damaged."""
+    root = Path(shutil.copytree(tiny_config.root, tmp_path / "broken"))
+    return replace(tiny_config, root=root), next(iter(root.rglob("*.mp4")))
+
+
+def test_the_second_opening_reads_what_the_first_built(tiny_source, tiny_config, builds):
+    first, second = (open_cache(tiny_source, tiny_config, SIZE).gather(FRAMES) for _ in range(2))
+    assert np.array_equal(first, second)
+    assert len(builds) == 1
+    assert sorted(path.name for path in folders(tiny_config)[0].iterdir()) == [
+        "cache.json",
+        "observation.images.base.u8",
+        "observation.images.wrist.u8",
+    ]
+    with pytest.raises(ValueError, match="read-only"):
+        open_cache(tiny_source, tiny_config, SIZE).cameras[0][0] = 0
+
+
+def test_an_interrupted_build_is_done_again(tiny_source, tiny_config, builds):
+    whole = open_cache(tiny_source, tiny_config, SIZE).gather(FRAMES)
+    (folder,) = folders(tiny_config)
+    (folder / "cache.json").unlink()
+    (folder / "observation.images.base.u8").write_bytes(b"half")
+    assert np.array_equal(open_cache(tiny_source, tiny_config, SIZE).gather(FRAMES), whole)
+    assert len(builds) == 2
+
+
+def test_two_that_build_at_once_build_once(tiny_source, tiny_config, builds):
+    """flock holds between any two openings of the lock file, in one process or in two."""
+    start = threading.Barrier(2)
+
+    def both(_: int) -> np.ndarray:
+        start.wait()
+        return open_cache(tiny_source, tiny_config, SIZE).gather(FRAMES)
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(both, range(2))
+    assert np.array_equal(first, second)
+    assert len(builds) == 1
+
+
+def test_names_of_cameras_are_not_mixed_up(tiny_config):
+    """The same columns under other names, or swapped names, are other cameras: the second must not read the first one's files."""
+    base, wrist = "observation.images.base", "observation.images.wrist"
+    found = {}
+    for cameras in ({"a": base, "b": wrist}, {"a": wrist, "b": base}, {"left": base, "right": wrist}):
+        source = open_source(tiny_config, Embodiment(cameras=cameras))
+        pictures = open_cache(source, tiny_config, SIZE).gather(FRAMES)
+        for place, column in enumerate(cameras.values()):
+            assert np.array_equal(found.setdefault(column, pictures[:, place]), pictures[:, place])
+    assert not np.array_equal(found[base], found[wrist])
+
+
+def test_another_size_is_another_cache(tiny_source, tiny_config, builds):
+    assert open_cache(tiny_source, tiny_config, 8).gather(FRAMES).shape[2:] == (8, 8, 3)
+    assert open_cache(tiny_source, tiny_config, SIZE).gather(FRAMES).shape[2:] == (SIZE, SIZE, 3)
+    assert len(builds) == 2
+
+
+def refused(config) -> str:
+    """The line; no cache may be left behind."""
+    with pytest.raises(DatasetError) as caught:
+        open_cache(open_source(config, Embodiment()), config, SIZE)
+    assert "\n" not in str(caught.value)
+    assert folders(config) == []
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.95])
+def test_a_truncated_video(broken, keep):
+    config, video = broken
+    video.write_bytes(video.read_bytes()[: int(keep * video.stat().st_size)])
+    assert str(video) in refused(config)
+
+
+def test_a_missing_video(broken):
+    config, video = broken
+    video.unlink()
+    assert "is missing; download or record" in refused(config)
+
+
+def test_a_video_with_too_few_frames(broken):
+    """It decodes without any fault, but ends early."""
+    config, video = broken
+    with av.open(str(video), "w") as container:
+        stream = container.add_stream("libx264", rate=tiny_dataset.FPS, options={"g": "4"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for grey in range(20):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), grey * 10, np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    assert f"video {video} holds 20 of the 28 frames" in refused(config)
+
+
+def test_a_cache_beyond_the_limit_is_refused(tiny_config):
+    assert "dataset.cache_limit_gib is 1e-06; raise it" in refused(replace(tiny_config, cache_limit_gib=1e-6))
+
+
+def test_torchcodec_decodes_the_same_or_says_why_it_cannot(tiny_root):
+    video = next(iter(tiny_root.rglob("*.mp4")))
+    try:
+        decoder = choose_decoder("torchcodec")
+    except ConfigError as error:
+        assert "install ffmpeg" in str(error)
+        assert choose_decoder("auto") == "pyav"
+        return
+    assert choose_decoder("auto") == "torchcodec"
+    pairs = list(zip(decode(video, tiny_dataset.FPS, "pyav"), decode(video, tiny_dataset.FPS, decoder), strict=True))
+    assert [ours[0] for ours, _ in pairs] == [theirs[0] for _, theirs in pairs] == FRAMES.tolist()
+    assert max(np.abs(ours[1].astype(int) - theirs[1]).max() for ours, theirs in pairs) <= 1

@@ -1,0 +1,230 @@
+"""Bundles: what was saved is what is loaded, and anything else is refused in one line."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import ByT5Tokenizer
+
+import pi0fm
+from pi0fm import files
+from pi0fm.errors import BundleError, ConfigError, ObservationError
+from pi0fm.policy import bundle
+
+FILES = ["config.json", "manifest.json", "model.safetensors", "norm_stats.json"]
+FLAT = {
+    "observation/images/base": np.zeros((32, 32, 3), np.uint8),
+    "observation/state": np.zeros(4, np.float32),
+    "prompt": "press",
+}
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(BundleError) as caught:
+        bundle.load(path, device="cpu", precision="float32")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def relist(path: Path) -> None:
+    """Make the manifest fit what lies there."""
+    listed = {name: bundle._describe(path / name) for name in FILES if name != "manifest.json"}
+    files.write_json(path / "manifest.json", {"format": bundle.FORMAT, "files": listed})
+
+
+def test_round_trip(small_policy, saved, observations):
+    """The same actions before and after, for the same noise."""
+    assert sorted(path.name for path in saved.iterdir()) == FILES
+    loaded = bundle.load(saved, device="cpu", precision="float32")
+    for seed, observation in enumerate(observations):
+        before = small_policy.in_memory().infer(observation, noise_seed=seed)
+        assert np.array_equal(loaded.infer(observation, noise_seed=seed).actions, before.actions)
+    assert loaded.metadata == small_policy.config.metadata()
+    assert bundle.read(saved)[0] == small_policy.config
+
+
+def test_metadata_says_what_a_caller_must_know(saved):
+    known = bundle.load(saved, device="cpu").metadata
+    expected = {
+        "action_horizon": 4,
+        "execution_horizon": 2,
+        "robot_action_dim": 3,
+        "state_dim": 4,
+        "num_flow_steps": 4,
+        "image_size": [32, 32],
+    }
+    assert {name: known[name] for name in expected} == expected
+    assert known["cameras"] == {"base": "observation.images.base", "wrist": "observation.images.wrist"}
+    assert json.loads(json.dumps(known)) == known
+
+
+def test_three_lines_of_python(saved):
+    policy = pi0fm.load(str(saved), device="cpu")
+    chunk = policy.infer(FLAT)
+    assert chunk.actions.shape == (4, 3)
+    assert chunk.actions.dtype == np.float32
+    assert chunk.timings["infer_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"observation/images/bose": FLAT["observation/images/base"]},
+        {"observation/state": np.zeros(3)},
+        {"observation/state": np.full(4, np.nan)},
+    ],
+)
+def test_a_flat_map_with_a_fault_is_refused(saved, change):
+    with pytest.raises(ObservationError):
+        pi0fm.load(str(saved), device="cpu").infer(FLAT | change)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file(copy, name):
+    (copy / name).unlink()
+    assert f"lacks {name}" in refused(copy)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("keep", [0.5, 0.0])
+def test_a_cut_file(copy, name, keep):
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[: int(keep * len(content))])
+    assert ("not readable" if name == "manifest.json" else "it is cut") in refused(copy)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "manifest.json"])
+def test_a_changed_file_of_the_same_size(copy, name):
+    content = bytearray((copy / name).read_bytes())
+    content[-20] ^= 1
+    (copy / name).write_bytes(bytes(content))
+    assert "differs from the manifest's SHA-256" in refused(copy)
+
+
+def test_an_extra_file_but_not_a_hidden_one(copy):
+    (copy / ".DS_Store").write_text("")
+    (copy / ".cache").mkdir()
+    (copy / ".cache/huggingface").write_text("")
+    assert bundle.load(copy, device="cpu")
+    (copy / "added_tokens.json").write_text("{}")
+    assert "holds added_tokens.json, which its manifest does not list" in refused(copy)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"files": []}', '{"files": {"config.json": 3}}', '{"files": {}}', "{"])
+def test_a_manifest_that_is_none(copy, content):
+    (copy / "manifest.json").write_text(content)
+    assert "manifest.json" in refused(copy)
+
+
+def test_a_manifest_may_not_point_outside(copy):
+    tree = json.loads((copy / "manifest.json").read_text())
+    (copy.parent / "secret").write_text("x")
+    tree["files"]["../secret"] = bundle._describe(copy.parent / "secret")
+    (copy / "manifest.json").write_text(json.dumps(tree))
+    assert "must list ../secret inside the bundle" in refused(copy)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    assert "no bundle at" in refused(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda weights: weights.pop("action_out.bias"), r"missing ['action_out.bias']"),
+        (lambda weights: weights.update(extra=torch.zeros(1)), r"unexpected ['extra']"),
+        (lambda weights: weights.update({"action_out.bias": torch.zeros(6)}), r"of another shape ['action_out.bias [6] for [5]']"),
+    ],
+)
+def test_weights_that_do_not_fit(copy, change, words):
+    weights = load_file(copy / "model.safetensors")
+    change(weights)
+    save_file(weights, copy / "model.safetensors")
+    relist(copy)
+    assert words in refused(copy)
+
+
+def test_weights_that_are_not_safetensors(copy):
+    (copy / "model.safetensors").write_bytes(b"\x80\x04pickled?" * 10)
+    relist(copy)
+    assert "model.safetensors is cut or damaged" in refused(copy)
+
+
+def test_another_format_and_a_configuration_of_another_version(copy):
+    tree = json.loads((copy / "config.json").read_text())
+    files.write_json(copy / "config.json", tree | {"format": 2})
+    relist(copy)
+    assert "format 2, this pi0fm reads 1" in refused(copy)
+    files.write_json(copy / "config.json", tree | {"policy": tree["policy"] | {"colour": "red"}})
+    relist(copy)
+    assert "unknown option colour" in refused(copy)
+
+
+def test_a_missing_statistic(copy):
+    tree = json.loads((copy / "norm_stats.json").read_text())
+    del tree["action"]["std"]
+    files.write_json(copy / "norm_stats.json", tree)
+    relist(copy)
+    assert "lacks action.std" in refused(copy)
+
+
+def test_save_refuses_what_exists(small_policy, tmp_path):
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle/thesis.txt").write_text("chapter one")
+    with pytest.raises(BundleError, match="exists; remove it or choose another"):
+        bundle.save(tmp_path / "bundle", small_policy.weights, small_policy.config, small_policy.stats)
+    assert [path.name for path in tmp_path.rglob("*")] == ["bundle", "thesis.txt"]
+
+
+def test_a_save_that_fails_leaves_nothing(small_policy, tmp_path):
+    config = replace(small_policy.config, tokenizer=str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError):
+        bundle.save(tmp_path / "bundle", small_policy.weights, config, small_policy.stats)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_are_saved_in_float32(small_policy, tmp_path):
+    halved = {name: tensor.bfloat16() for name, tensor in small_policy.weights.items()}
+    bundle.save(tmp_path / "bundle", halved, small_policy.config, small_policy.stats)
+    assert {tensor.dtype for tensor in bundle.load_weights(tmp_path / "bundle").values()} == {torch.float32}
+
+
+def test_a_tokenizer_of_its_own_travels_along(small_policy, tmp_path, observations):
+    """A bundle that was trained with a tokenizer in a folder opens after that folder is gone, and from another place."""
+    ByT5Tokenizer().save_pretrained(tmp_path / "tokens")
+    config = replace(small_policy.config, tokenizer=str(tmp_path / "tokens"))
+    bundle.save(tmp_path / "bundle", small_policy.weights, config, small_policy.stats)
+    shutil.rmtree(tmp_path / "tokens")
+    (tmp_path / "bundle").rename(tmp_path / "moved")
+    found = bundle.load(tmp_path / "moved", device="cpu", precision="float32").infer(observations[0], noise_seed=1)
+    assert np.array_equal(found.actions, small_policy.in_memory().infer(observations[0], noise_seed=1).actions)
+
+
+def test_sampling_can_be_changed_at_loading(saved, observations):
+    changed = bundle.load(saved, device="cpu", precision="float32", num_flow_steps=1, solver="heun")
+    assert changed.metadata["num_flow_steps"] == 1
+    assert changed.metadata["solver"] == "heun"
+    usual = bundle.load(saved, device="cpu", precision="float32")
+    assert not np.allclose(changed.infer(observations[0], 1).actions, usual.infer(observations[0], 1).actions)
+
+
+@pytest.mark.parametrize("wrong", [{"threads": 0}, {"precision": "float16"}, {"device": "tpu?"}, {"num_flow_steps": 0}, {"solver": "eulr"}])
+def test_options_out_of_range(saved, wrong):
+    with pytest.raises(ConfigError):
+        bundle.load(saved, **wrong)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the test misses")
+def test_a_device_that_is_not_there(saved):
+    with pytest.raises(ConfigError, match="'cuda' is not available"):
+        bundle.load(saved, device="cuda")

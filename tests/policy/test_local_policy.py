@@ -1,0 +1,106 @@
+"""One batched inference: a chunk depends on its own observation and seed, and on nothing else."""
+
+import numpy as np
+import pytest
+import torch
+
+from pi0fm.data.sampler import draw
+from pi0fm.data.transforms import Sample
+from pi0fm.errors import ObservationError
+from pi0fm.types import Observation
+
+SEEDS = [11, 12, 13, 14]
+
+
+def test_a_chunk_does_not_depend_on_its_batch(small_policy, observations):
+    policy = small_policy.in_memory()
+    together = policy.infer_batch(observations, SEEDS)
+    for chunk, observation, seed in zip(together, observations, SEEDS, strict=True):
+        alone = policy.infer(observation, seed).actions
+        np.testing.assert_allclose(chunk.actions, alone, rtol=0, atol=1e-4)
+    turned = policy.infer_batch(observations[::-1], SEEDS[::-1])[::-1]
+    for chunk, other in zip(together, turned, strict=True):
+        np.testing.assert_allclose(chunk.actions, other.actions, rtol=0, atol=1e-4)
+
+
+def test_seeds_fix_the_chunk_and_no_seed_draws_fresh_noise(small_policy, observations):
+    policy = small_policy.in_memory()
+    assert np.array_equal(policy.infer(observations[0], 5).actions, policy.infer(observations[0], 5).actions)
+    assert not np.allclose(policy.infer(observations[0], 5).actions, policy.infer(observations[0], 6).actions)
+    assert not np.allclose(policy.infer(observations[0]).actions, policy.infer(observations[0]).actions)
+
+
+def test_a_chunk_is_euler_steps_from_the_seeds_noise(small_policy, observations):
+    """Written out once more: padded dimensions held at 0, four Euler steps, the inverse chain."""
+    policy, observation = small_policy.in_memory(), observations[0]
+    inputs = policy.chain.observe([observation])
+    real = torch.arange(5) < 3
+    x = torch.from_numpy(draw(21, 0, 0, 0, (4, 5))[0])[None] * real
+    with torch.no_grad():
+        for step in range(4):
+            x = x + 0.25 * policy.model(inputs, x, torch.tensor([step / 4])) * real
+    expected = policy.chain.inverse(Sample(inputs.state.numpy(), x.numpy())).actions[0]
+    np.testing.assert_allclose(policy.infer(observation, 21).actions, expected, atol=1e-4)
+
+
+def test_actions_are_in_robot_units(small_policy, observations):
+    """Dimension 0 is trained as a difference: an action that stays means the state's own value."""
+    policy = small_policy.in_memory()
+    moved = Observation(observations[0].images, observations[0].state.copy(), observations[0].prompt)
+    chunk = policy.infer(moved, 1).actions
+    state = policy.chain.observe([moved]).state.numpy()
+    normal = policy.chain.forward(Sample(moved.state[None], chunk[None])).actions
+    assert np.abs(normal[..., :3]).max() < 10
+    assert state.shape == (1, 6)
+
+
+def test_bfloat16_is_near_float32(small_policy, observations):
+    exact = small_policy.in_memory().infer_batch(observations, SEEDS)
+    rough = small_policy.in_memory(torch.bfloat16).infer_batch(observations, SEEDS)
+    differences = [np.abs(a.actions - b.actions).max() for a, b in zip(exact, rough, strict=True)]
+    spread = small_policy.stats.action.std.max()
+    assert 0 < max(differences) < 0.1 * spread
+    assert all(chunk.actions.dtype == np.float32 for chunk in rough)
+
+
+def test_no_observation_no_chunk(small_policy):
+    assert small_policy.in_memory().infer_batch([]) == []
+
+
+@pytest.mark.parametrize(
+    ("images", "state", "prompt", "words"),
+    [
+        (None, np.zeros(3, np.float32), "press", r"numbers \[4\]"),
+        (None, np.zeros(1, np.float32), "press", r"numbers \[4\]"),
+        (None, np.array([0, np.nan, 0, 0], np.float32), "press", "finite"),
+        ({}, np.zeros(4, np.float32), "press", "must hold pictures"),
+        ({"head": np.zeros((4, 4, 3), np.uint8)}, np.zeros(4, np.float32), "press", "head"),
+        ({"base": np.zeros((4, 4), np.uint8)}, np.zeros(4, np.float32), "press", "uint8"),
+        (None, np.zeros(4, np.float32), " ", "must say something"),
+        (None, np.zeros(4, np.float32), "a" * 24, "must fit into 24 tokens, found 25"),
+    ],
+)
+def test_wrong_observations(small_policy, observations, images, state, prompt, words):
+    wrong = Observation(observations[0].images if images is None else images, state, prompt)
+    with pytest.raises(ObservationError, match=words):
+        small_policy.in_memory().infer_batch([observations[0], wrong])
+
+
+def test_one_seed_for_each(small_policy, observations):
+    with pytest.raises(ObservationError, match="expected 2, found 1"):
+        small_policy.in_memory().infer_batch(observations[:2], [1])
+
+
+def test_another_solver_with_the_same_weights(small_policy, observations):
+    policy = small_policy.in_memory()
+    finer, finest = (policy.with_sampling(steps, None).infer(observations[0], 3).actions for steps in (64, 128))
+    coarse = policy.infer(observations[0], 3).actions
+    assert np.abs(finer - finest).max() < np.abs(coarse - finest).max()
+    fourth_order = policy.with_sampling(8, "rk4").infer(observations[0], 3).actions
+    assert np.abs(fourth_order - finest).max() < np.abs(coarse - finest).max()
+
+
+def test_a_policy_takes_no_gradient(small_policy):
+    policy = small_policy.in_memory()
+    assert not any(parameter.requires_grad for parameter in policy.model.parameters())
+    assert not policy.model.training

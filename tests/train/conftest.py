@@ -1,0 +1,61 @@
+"""A run of ten steps on the tiny data set, a second or two long."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_dataset
+
+from pi0fm.data.embodiment import Embodiment
+from pi0fm.data.lerobot_source import DatasetConfig
+from pi0fm.train.config import TrainConfig
+from pi0fm.train.optim import OptimizerConfig
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory) -> Path:
+    """The data set of tests/tiny_dataset.py; copy it before changing it."""
+    return tiny_dataset.written(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def frames(tmp_path_factory) -> Path:
+    """One frame cache for all runs."""
+    return tmp_path_factory.mktemp("frames")
+
+
+@pytest.fixture
+def run(tiny_root, frames, tmp_path) -> Callable[..., TrainConfig]:
+    """`run("name", steps=3, ...)`: the configuration of a run in `tmp_path/name`."""
+
+    def configured(name: str, **change: Any) -> TrainConfig:
+        options = {
+            "steps": 10,
+            "global_batch_size": 8,
+            "dataset": DatasetConfig(root=tiny_root, cache_dir=frames, video_decoder="pyav"),
+            "embodiment": Embodiment(cameras={"base": "observation.images.base"}),
+            "model": tiny_dataset.NETWORK,
+            "optimizer": OptimizerConfig(learning_rate=2e-3, warmup_steps=1),
+            "ema_decay": 0.9,
+            "precision": "float32",
+            "execution_horizon": 2,
+            "log_every": 1,
+            "checkpoint_every": 5,
+            "threads": 1,
+        }
+        return TrainConfig(output_dir=tmp_path / name, **(options | change))
+
+    return configured
+
+
+@pytest.fixture
+def curve() -> Callable[[Path], list[dict[str, float]]]:
+    """The lines of a run's metrics, without what depends on the machine."""
+
+    def read(output_dir: Path) -> list[dict[str, float]]:
+        lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+        return [{name: line[name] for name in ("step", "loss", "grad_norm", "learning_rate")} for line in lines]
+
+    return read

@@ -1,0 +1,153 @@
+"""Whole runs: resumed = uninterrupted, any micro batch the same curve, and the loss goes down."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pi0fm.errors import OutputError
+from pi0fm.policy import bundle
+from pi0fm.train import checkpoint, loop
+from pi0fm.train.loop import train
+from pi0fm.train.metrics import read_last
+from pi0fm.train.output import claim
+from pi0fm.train.parallel import Context
+
+ALONE = Context(shown=False)
+
+
+def start(config) -> loop.TrainResult:
+    claim(config)
+    return train(ALONE, config)
+
+
+def weights(result: loop.TrainResult) -> dict[str, torch.Tensor]:
+    return load_file(result.bundle / "model.safetensors")
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """`killed(config, 7)`: a run that dies in its eighth step."""
+
+    def start_and_die(config, step: int) -> None:
+        claim(config)
+        with monkeypatch.context() as patch:
+            calls, real = iter(range(step)), loop.train_step
+
+            def mortal(*arguments):
+                if next(calls, None) is None:
+                    raise KeyboardInterrupt
+                return real(*arguments)
+
+            patch.setattr(loop, "train_step", mortal)
+            with pytest.raises(KeyboardInterrupt):
+                train(ALONE, config)
+
+    return start_and_die
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(run, curve, killed):
+    """Bit by bit: weights, average and curve. It died after two steps that no checkpoint holds."""
+    whole = run("whole")
+    expected = start(whole)
+    broken = run("broken")
+    killed(broken, 7)
+    assert len(curve(broken.output_dir)) == 7
+    found = start(run("broken", resume="true"))
+    assert_same(weights(found), weights(expected))
+    assert curve(broken.output_dir) == curve(whole.output_dir)
+    assert found.loss == expected.loss
+    assert checkpoint.whole(broken.output_dir / "checkpoints") == [5, 10]
+
+
+def test_a_torn_checkpoint_costs_its_steps_only(run, curve, killed, capsys):
+    whole, broken = run("whole"), run("broken", checkpoint_every=3)
+    expected = start(whole)
+    killed(broken, 8)
+    (broken.output_dir / "checkpoints/step-000000006" / checkpoint.COMMIT).unlink()
+    found = start(run("broken", checkpoint_every=3, resume="true"))
+    assert "is torn" in capsys.readouterr().err
+    assert_same(weights(found), weights(expected))
+    assert curve(broken.output_dir) == curve(whole.output_dir)
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(run):
+    first, second, third = (start(run(name, steps=3, seed=seed)) for name, seed in (("a", 4), ("b", 4), ("c", 5)))
+    assert_same(weights(second), weights(first))
+    assert first.loss == second.loss != third.loss
+
+
+@pytest.mark.parametrize("micro", [4, 2])
+def test_micro_batches_change_nothing(run, curve, micro):
+    expected, found = run("whole", steps=6), run("split", steps=6, micro_batch_size=micro)
+    start(expected)
+    start(found)
+    for ours, theirs in zip(curve(found.output_dir), curve(expected.output_dir), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_the_loss_of_a_small_data_set_goes_down(run, curve):
+    config = run("learns", steps=150, checkpoint_every=150, dataset=run("x").dataset.__class__(**{**vars(run("x").dataset), "episodes": (2,)}))
+    start(config)
+    lines = curve(config.output_dir)
+    losses = [line["loss"] for line in lines]
+    assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:5])
+    assert np.isfinite([line["grad_norm"] for line in lines]).all()
+    assert max(line["learning_rate"] for line in lines) == pytest.approx(2e-3)
+
+
+def test_the_bundle_holds_the_average_and_the_facts(run, tiny_root):
+    config = run("facts", steps=2)
+    result = start(config)
+    policy, stats = bundle.read(result.bundle)
+    assert policy.training["steps"] == "2"
+    assert policy.demonstration_seeds == {"press the button": [100, 102], "open_the drawer ": [101, 101]}
+    assert policy.embodiment.dims() == (4, 3)
+    assert policy.fps == 10
+    assert stats.num_frames == 28
+    without = start(run("live", steps=2, ema_decay=None))
+    different = [name for name, tensor in weights(without).items() if not torch.equal(weights(result)[name], tensor)]
+    assert "action_out.weight" in different
+    assert bundle.load(result.bundle, device="cpu").infer_batch([]) == []
+
+
+def test_a_finished_run_goes_on_for_more_steps_and_keeps_its_bundle(run):
+    first = start(run("run", steps=2))
+    old = weights(first)
+    second = start(run("run", steps=4, resume="true"))
+    assert second.steps == 4
+    assert bundle.read(second.bundle)[0].training["steps"] == "4"
+    assert_same(load_file(second.bundle.with_name("bundle-2") / "model.safetensors"), old)
+
+
+def test_a_finished_run_resumed_says_its_last_loss(run):
+    first = start(run("run", steps=2))
+    again = start(run("run", steps=2, resume="true"))
+    assert again.loss == first.loss
+    json.dumps({"loss": again.loss}, allow_nan=False)
+
+
+def test_a_checkpoint_beyond_the_steps_is_refused(run):
+    start(run("run", steps=3))
+    with pytest.raises(OutputError, match="checkpoint of step 3, beyond steps 2; raise --steps"):
+        start(run("run", steps=2, resume="true"))
+
+
+def test_metrics_are_whole_lines(run, tmp_path):
+    config = run("run", steps=5, log_every=2)
+    start(config)
+    path = config.output_dir / "metrics.jsonl"
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4, 5]
+    assert list((config.output_dir / "tensorboard").iterdir())
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')
+    assert read_last(config.output_dir)["step"] == 5
+    assert read_last(tmp_path / "missing") is None

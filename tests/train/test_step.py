@@ -1,0 +1,134 @@
+"""One step: the loss and the gradient of the whole global batch, however it is split; padded entries have no part in them."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny_dataset
+import torch
+
+from pi0fm.data.loader import Batch
+from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.models.observation import ModelObservation
+from pi0fm.models.pi0 import Pi0
+from pi0fm.train.parallel import make_accelerator
+from pi0fm.train.step import train_step
+
+FLOW = FlowMatching.from_config(FlowConfig())
+
+
+def batch() -> Batch:
+    """Eight samples of 4 steps and 5 dimensions, of which 3 are real; sample k has 1 + k % 4 valid steps."""
+    random = torch.Generator().manual_seed(0)
+    observation = ModelObservation(
+        images=torch.randint(0, 256, (8, 1, 32, 32, 3), dtype=torch.uint8, generator=random),
+        image_mask=torch.ones(8, 1, dtype=torch.bool),
+        prompt_tokens=torch.randint(3, 200, (8, 8), generator=random),
+        prompt_mask=torch.ones(8, 8, dtype=torch.bool),
+        state=torch.randn(8, 6, generator=random),
+    )
+    real = torch.arange(5) < 3
+    mask = (torch.arange(4) <= torch.arange(8)[:, None] % 4)[:, :, None] & real
+    actions, noise = (torch.randn(8, 4, 5, generator=random) * real for _ in range(2))
+    return Batch(observation, actions, mask, noise, torch.rand(8, generator=random))
+
+
+def parts(whole: Batch, size: int) -> Iterator[Batch]:
+    def cut(value, start):
+        return value[start : start + size]
+
+    for start in range(0, 8, size):
+        seen = ModelObservation(**{name: cut(value, start) for name, value in vars(whole.observation).items()})
+        yield Batch(seen, *(cut(getattr(whole, name), start) for name in ("actions", "action_mask", "noise", "uniform")))
+
+
+def model() -> Pi0:
+    torch.manual_seed(0)
+    return Pi0(tiny_dataset.network())
+
+
+def step(whole: Batch, micro: int) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """(loss, norm, gradients): with a rate of 1 and no clipping, plain descent moves each weight by its gradient."""
+    network, accelerator = model(), make_accelerator("float32", 8 // micro, allow_cuda=False)
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    wrapped, optimizer = accelerator.prepare(network, torch.optim.SGD(network.parameters(), lr=1.0))
+    loss, norm = train_step(wrapped, FLOW, optimizer, accelerator, parts(whole, micro), int(whole.action_mask.sum()), 1e9)
+    return float(loss), float(norm), {name: before[name] - parameter.detach() for name, parameter in network.named_parameters()}
+
+
+def by_hand(whole: Batch) -> tuple[torch.Tensor, Pi0]:
+    """The mean over the valid elements of the whole batch, in one pass."""
+    network = model()
+    t = FLOW.times(whole.uniform)
+    x_t = (1 - t)[:, None, None] * whole.noise + t[:, None, None] * whole.actions
+    errors = (network(whole.observation, x_t, t) - (whole.actions - whole.noise)) ** 2
+    return errors[whole.action_mask].mean(), network
+
+
+@pytest.mark.parametrize("micro", [8, 4, 2, 1])
+def test_loss_and_gradient_are_those_of_the_whole_batch(micro):
+    loss, norm, gradients = step(batch(), micro)
+    expected, network = by_hand(batch())
+    expected.backward()
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    total = torch.sqrt(sum(parameter.grad.square().sum() for parameter in network.parameters()))
+    assert norm == pytest.approx(float(total), rel=1e-4)
+    for name, parameter in network.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert float((gradients[name] - parameter.grad).abs().max()) < 2e-5 * max(1.0, float(parameter.grad.abs().max())), name
+
+
+def test_padded_dimensions_teach_nothing():
+    _, _, gradients = step(batch(), 8)
+    assert not gradients["action_out.weight"][3:].any()
+    assert not gradients["action_out.bias"][3:].any()
+    assert gradients["action_out.weight"][:3].any()
+    assert not gradients["action_in.weight"][:, 3:].any()
+
+
+def test_what_is_aimed_at_in_padded_entries_is_not_read():
+    """With the network's inputs held, other targets behind the mask give the same loss and gradient."""
+    whole = batch()
+    t = FLOW.times(whole.uniform)
+    pair = FLOW.training_pair(whole.actions, t, whole.noise)
+    found = []
+    for wild in (0.0, 1e6, float("nan")):
+        network = model()
+        target = torch.where(whole.action_mask, pair.target, torch.full_like(pair.target, wild))
+        total, count = FLOW.loss(network(whole.observation, pair.x_t, t), target, whole.action_mask, t)
+        (total / count).backward()
+        found.append([float(total / count), *(parameter.grad for parameter in network.parameters())])
+    for other in found[1:]:
+        assert other[0] == found[0][0]
+        assert all(torch.equal(a, b) for a, b in zip(found[0][1:], other[1:], strict=True))
+
+
+def test_every_valid_element_weighs_the_same():
+    """A sample with one valid step counts a quarter of one with four: not the mean of the samples' means."""
+    whole = batch()
+    errors = []
+    with torch.no_grad():
+        for one in parts(whole, 1):
+            errors.append((float(by_hand(one)[0]), int(one.action_mask.sum())))
+    weighted = sum(error * count for error, count in errors) / sum(count for _, count in errors)
+    assert step(whole, 8)[0] == pytest.approx(weighted, rel=1e-5)
+    assert abs(weighted - float(np.mean([error for error, _ in errors]))) > 1e-4
+
+
+def test_clipping_bounds_the_step():
+    whole, network, accelerator = batch(), model(), make_accelerator("float32", 1, allow_cuda=False)
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    wrapped, optimizer = accelerator.prepare(network, torch.optim.SGD(network.parameters(), lr=1.0))
+    _, norm = train_step(wrapped, FLOW, optimizer, accelerator, iter([whole]), int(whole.action_mask.sum()), 0.01)
+    moved = torch.sqrt(sum((a - b).square().sum() for a, b in zip(before, network.parameters(), strict=True)))
+    assert float(norm) > 0.01, "the norm is that before clipping"
+    assert float(moved) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_batch_without_one_camera_trains():
+    whole = batch()
+    blind = replace(whole, observation=replace(whole.observation, image_mask=torch.zeros(8, 1, dtype=torch.bool)))
+    loss, _, gradients = step(blind, 8)
+    assert np.isfinite(loss)
+    assert not gradients["vision.projector.weight"].any()
