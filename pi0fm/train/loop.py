@@ -25,6 +25,7 @@ from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0, parameter_count
 from pi0fm.policy import bundle
 from pi0fm.train import checkpoint
+from pi0fm.train.allocator import keep_freed_memory
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.ema import Ema
 from pi0fm.train.metrics import Metrics, read_last
@@ -48,6 +49,7 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
 
     Called by every worker. Raises the errors of the data set, of the configuration, and OutputError for an unreadable checkpoint.
     """
+    keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     micro = config.micro_batch(context.world_size)

@@ -10,6 +10,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pi0fm import files
 
+CUT = 2**62  # the step of a line that was cut by a kill: later than any
+
 
 class Metrics:
     """Appends to `<output_dir>/metrics.jsonl`, one object a line with `step`, and to TensorBoard files beside it.
@@ -42,13 +44,13 @@ def read_last(output_dir: Path) -> dict[str, float] | None:
     path = output_dir / "metrics.jsonl"
     if not path.exists():
         return None
-    lines = [line for line in path.read_text().splitlines() if _step_of(line) >= 0]
+    lines = [line for line in path.read_text().splitlines() if 0 <= _step_of(line) < CUT]
     return dict(json.loads(lines[-1])) if lines else None
 
 
 def _step_of(line: str) -> int:
-    """The step of a line; a line that was cut by a kill counts as later than any."""
+    """The step of a line, CUT of one that is not whole, -1 of an empty one."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return 2**62 if line.strip() else -1
+        return CUT if line.strip() else -1
