@@ -1,7 +1,7 @@
 """pi0fm: train, serve and evaluate pi0-style flow-matching robot policies.
 
     import pi0fm
-    policy = pi0fm.load("outputs/quickstart/bundle")
+    policy = pi0fm.load("outputs/quickstart/train/bundle")
     chunk = policy.infer(observation)
 
 Nothing heavy is imported before it is used: `pi0fm.serve.client` runs on a robot's computer without torch.

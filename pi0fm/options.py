@@ -204,4 +204,8 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 
 def _hint(cls: type) -> str:
-    return "see --help for every option and its default" if not dataclasses.fields(cls) else f"options here: {', '.join(f.name for f in dataclasses.fields(cls))}"
+    return (
+        "see --help for every option and its default"
+        if not dataclasses.fields(cls)
+        else f"options here: {', '.join(f.name for f in dataclasses.fields(cls))}"
+    )

@@ -8,7 +8,9 @@ import numpy as np
 
 from pi0fm import options
 from pi0fm.demos.config import DemosConfig
+from pi0fm.demos.encoding import EncodedEpisode, encode
 from pi0fm.demos.episode import Episode
+from pi0fm.sim.metaworld import FPS
 from pi0fm.sim.metaworld_prompts import TASK_PROMPTS
 
 
@@ -32,6 +34,10 @@ def episode(task: str, seed: int, length: int = 8) -> Episode:
     )
 
 
-def submit(task: str, seed: int) -> Callable[[], Episode | None]:
+def encoded(task: str, seed: int, length: int = 8) -> EncodedEpisode:
+    return encode(episode(task, seed, length), FPS)
+
+
+def submit(task: str, seed: int) -> Callable[[], EncodedEpisode | None]:
     """Every seed that ends in 6 fails."""
-    return lambda: None if seed % 10 == 6 else episode(task, seed)
+    return lambda: None if seed % 10 == 6 else encoded(task, seed)

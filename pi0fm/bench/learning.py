@@ -7,7 +7,7 @@ Does not know: simulators (it is handed `judge`), how the demonstrations came ab
 
 Alike: the parameters that take part (8 query heads on both sides, since LeRobot's PI0 runs no other number), the frames decoded in
 memory, the samples of each step, the batch size, the peak learning rate, the threads, the calibration that stretches each side's own
-schedule over the budget, the start positions, the policy's noise seeds' rule, the execution horizon, 10 Euler steps.
+schedule over the budget, the start positions, the rule of the noise seeds, the execution horizon, 10 Euler steps.
 Charged to each: making its batches, forward, backward, optimiser, average. Charged to neither: imports, building, decoding,
 calibration, evaluation.
 Not alike, because each side runs as shipped: bfloat16 where the processor has it and a moving average of the weights here, float32 and the
@@ -33,6 +33,7 @@ from pi0fm.bench.pi0fm_training import train_pi0fm
 from pi0fm.bench.shared_data import SharedData, lerobot_batch
 from pi0fm.eval.summary import Summary
 from pi0fm.models.pi0 import Pi0, parameter_count
+from pi0fm.train.allocator import keep_freed_memory
 from pi0fm.train.config import TrainConfig
 from pi0fm.types import Policy
 
@@ -69,6 +70,7 @@ def comparable(run: TrainConfig, config: LearningConfig) -> TrainConfig:
 def compare(config: LearningConfig, run: TrainConfig, data: SharedData, judge: Judge) -> list[Outcome]:
     """Train and judge both sides with each seed, in turn. run: what `comparable` returned, and what `data` was opened with."""
     torch.set_num_threads(config.threads)
+    keep_freed_memory()  # a setting of the process: pi0fm's training makes it, and LeRobot's is to gain from it as well
     outcomes = []
     for seed in range(config.seeds):
         plan = TrainingPlan(config.cpu_seconds, run.optimizer.learning_rate, seed, calibration_steps=CALIBRATION_STEPS)

@@ -47,9 +47,7 @@ class QuickstartConfig:
     output_dir: Path = option(Path("outputs/quickstart"), "folder of everything: data set, run, bundle, reports")
     resume: bool = option(False, "go on with an interrupted quickstart in output_dir")
     config: Path | None = option(None, "the training configuration; configs/quickstart.yaml when not given")
-    tasks: tuple[str, ...] = option(
-        ("button-press-topdown-v3", "drawer-open-v3", "handle-press-v3"), "Meta-World tasks of the one policy"
-    )
+    tasks: tuple[str, ...] = option(("button-press-topdown-v3", "drawer-open-v3", "handle-press-v3"), "Meta-World tasks of the one policy")
     demonstrations: int = option(50, "demonstrations of each task")
     episodes: int = option(20, "evaluation episodes of each task, on seeds that no demonstration used")
     served_episodes: int = option(4, "episodes of each task over the socket")
@@ -187,7 +185,9 @@ def _heading(number: int, text: str) -> None:
     progress.say(f"\n[{number}/5] {text}")
 
 
-def _last_screen(config: QuickstartConfig, result: dict[str, Any], reached: Evaluation, served: Evaluation, changes: dict[str, Evaluation]) -> None:
+def _last_screen(
+    config: QuickstartConfig, result: dict[str, Any], reached: Evaluation, served: Evaluation, changes: dict[str, Evaluation]
+) -> None:
     table = Table(box=None, padding=(0, 2), header_style="")
     for heading in ("task", "in process", "over the socket", *(name.replace("_", " ") for name in changes)):
         table.add_column(heading)
@@ -202,7 +202,9 @@ def _last_screen(config: QuickstartConfig, result: dict[str, Any], reached: Eval
     }
     console = Console(stderr=True, highlight=False)
     console.print()
-    console.print(Panel(table, title=f"{result['seconds'] / 60:.1f} minutes, peak {result['peak_memory_bytes'] / 2**30:.1f} GiB", expand=False))
+    console.print(
+        Panel(table, title=f"{result['seconds'] / 60:.1f} minutes, peak {result['peak_memory_bytes'] / 2**30:.1f} GiB", expand=False)
+    )
     for name, place in where.items():
         progress.say(f"{name:>9}  {place}")
 

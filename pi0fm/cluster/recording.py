@@ -1,10 +1,10 @@
-"""Recording demonstrations on Ray: many processes simulate, the calling one writes.
+"""Recording demonstrations on Ray: many processes simulate and encode, the calling one writes.
 
 Owns: the simulating actors and how episodes are dealt to them. Does not know: seeds, order, data sets.
 
     driver ── submit(task, seed), in turn ──┬─> actor 1: [running][waiting]
        ^                                    └─> actor 2: [running][waiting]
-       └── episodes of a few MB through the object store, taken in seed order ──┘
+       └── episodes of some 100 kB through the object store, in seed order    ──┘
 """
 
 import functools
@@ -14,7 +14,8 @@ from contextlib import contextmanager
 
 from pi0fm.cluster.runtime import ONE_THREAD, ray_session, require_resources
 from pi0fm.demos.config import DemosConfig
-from pi0fm.demos.episode import Episode
+from pi0fm.demos.encoding import EncodedEpisode
+from pi0fm.demos.interrupt import sigterm_interrupts
 from pi0fm.demos.record import Submit, record, simulate, submit_here
 
 EPISODES_AHEAD = 2  # for each actor: one runs and one waits; more would only fill the object store
@@ -23,20 +24,22 @@ EPISODES_AHEAD = 2  # for each actor: one runs and one waits; more would only fi
 def record_demonstrations(config: DemosConfig) -> dict[str, object]:
     """`demos.record` with `config.num_workers` Ray actors of one core each, or in this process when that is 0.
 
-    Raises ConfigError when Ray has fewer cores than that, and what `record` raises.
+    SIGTERM acts like Ctrl-C meanwhile. Raises ConfigError when Ray has fewer cores than that, and what `record` raises.
     """
     if config.num_workers == 0:
-        return record(config, submit_here(config), window=1)
-    with ray_session(config.ray_address), simulators(config) as submit:
+        with sigterm_interrupts():
+            return record(config, submit_here(config), window=1)
+    # inside Ray's session: Ray takes the signal for itself when it starts
+    with ray_session(config.ray_address), sigterm_interrupts(), simulators(config) as submit:
         return record(config, submit, window=EPISODES_AHEAD * config.num_workers)
 
 
 class Simulator:
     """What an actor runs; it keeps its environments from one episode to the next."""
 
-    def episode(self, config: DemosConfig, task: str, seed: int) -> Episode | None:
+    def episode(self, config: DemosConfig, task: str, seed: int) -> EncodedEpisode | None:
         """One attempt of the expert."""
-        return simulate(task, config.camera_specs, config.max_steps, seed, config.noise)
+        return simulate(config, task, seed)
 
 
 @contextmanager
@@ -49,7 +52,7 @@ def simulators(config: DemosConfig) -> Iterator[Submit]:
     actors = [kind.remote() for _ in range(config.num_workers)]
     turn = itertools.cycle(actors)
 
-    def submit(task: str, seed: int) -> functools.partial[Episode | None]:
+    def submit(task: str, seed: int) -> functools.partial[EncodedEpisode | None]:
         return functools.partial(_wait, next(turn).episode.remote(config, task, seed))
 
     try:
@@ -59,12 +62,12 @@ def simulators(config: DemosConfig) -> Iterator[Submit]:
             ray.kill(actor)
 
 
-def _wait(reference: object) -> Episode | None:
+def _wait(reference: object) -> EncodedEpisode | None:
     """The episode, or the fault as the simulator raised it: a Pi0fmError arrives as itself, so the user reads its line."""
     import ray
 
     try:
-        episode: Episode | None = ray.get(reference)
+        episode: EncodedEpisode | None = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, Exception):
             raise error.cause from None

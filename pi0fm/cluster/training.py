@@ -11,6 +11,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pi0fm.options import option
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.loop import TrainResult, train
 from pi0fm.train.metrics import read_last
-from pi0fm.train.output import claim
+from pi0fm.train.output import RAY_FOLDER, claim, release
 from pi0fm.train.parallel import Context, context_from_environment
 
 
@@ -55,10 +56,18 @@ def run_training(run: TrainingRun) -> TrainResult:
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         if context.is_first and not restarted:
             claim(run)
-        return train(context, run)
+        return _released_on_fault(run, lambda: train(context, run)) if context.world_size == 1 else train(context, run)
     claim(run)
     with ray_session(run.ray_address):
-        return _on_ray(run)
+        return _released_on_fault(run, lambda: _on_ray(run))
+
+
+def _released_on_fault(run: TrainingRun, start: Callable[[], TrainResult]) -> TrainResult:
+    try:
+        return start()
+    except Pi0fmError:
+        release(run)
+        raise
 
 
 def _on_ray(run: TrainingRun) -> TrainResult:
@@ -76,7 +85,7 @@ def _on_ray(run: TrainingRun) -> TrainResult:
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=300),
         scaling_config=ScalingConfig(num_workers=run.num_workers, use_gpu=bool(gpus), resources_per_worker=each),
         run_config=RunConfig(
-            name="ray",
+            name=RAY_FOLDER,
             storage_path=str(run.output_dir.absolute()),
             failure_config=FailureConfig(max_failures=run.max_failures),
         ),

@@ -96,15 +96,19 @@ def resolve(embodiment: Embodiment, columns: Mapping[str, tuple[int, ...]], pict
     for name, column in cameras.items():
         if column not in picture_columns:
             raise ConfigError(f"camera {name!r} wants column {column!r}, which {where} does not hold: {nearest(column, picture_columns)}")
-    widths = {}
+    widths: dict[str, Any] = {}
     for field, column, stated in (
         ("state_dim", embodiment.state, embodiment.state_dim),
         ("robot_action_dim", embodiment.action, embodiment.robot_action_dim),
     ):
         shape = columns.get(column)
         if shape is None or len(shape) != 1:
-            raise ConfigError(f"{where} must hold a one-dimensional column {column!r}, found shape {shape}: {nearest(column, list(columns))}")
+            raise ConfigError(
+                f"{where} must hold a one-dimensional column {column!r}, found shape {shape}: {nearest(column, list(columns))}"
+            )
         if stated not in (None, shape[0]):
-            raise ConfigError(f"embodiment.{field} is {stated}, but column {column!r} of {where} is {shape[0]} wide; leave it out or correct it")
+            raise ConfigError(
+                f"embodiment.{field} is {stated}, but column {column!r} of {where} is {shape[0]} wide; leave it out or correct it"
+            )
         widths[field] = shape[0]
     return replace(embodiment, cameras=cameras, **widths)

@@ -45,7 +45,9 @@ class FrameCache:
 
 def open_cache(source: LeRobotSource, config: DatasetConfig, size: int) -> FrameCache:
     """Open the cache, building what is missing. Raises DatasetError when it would exceed the limit, or a video is unreadable."""
-    directory = cache_directory(config) / f"{source.fingerprint}-{'+'.join(sorted(source.embodiment.cameras.values())).replace('/', '_')}-{size}"
+    directory = (
+        cache_directory(config) / f"{source.fingerprint}-{'+'.join(sorted(source.embodiment.cameras.values())).replace('/', '_')}-{size}"
+    )
     columns = tuple(source.embodiment.cameras.values())
     count = len(source.state)
     with _locked(directory):
@@ -116,16 +118,22 @@ def _decode_file(
     missing = np.flatnonzero((place >= 0) & ~seen)
     if len(missing):
         found = int(seen.sum())
-        raise DatasetError(f"video {path} holds {found} of the {found + len(missing)} frames that its episodes name; download or record it again")
+        raise DatasetError(
+            f"video {path} holds {found} of the {found + len(missing)} frames that its episodes name; download or record it again"
+        )
 
 
 def _check_room(directory: Path, needed: int, limit_gib: float) -> None:
     if needed > limit_gib * 2**30:
-        raise DatasetError(f"decoded frames need {needed / 2**30:.1f} GiB, dataset.cache_limit_gib is {limit_gib}; raise it or use a smaller image_size")
+        raise DatasetError(
+            f"decoded frames need {needed / 2**30:.1f} GiB, dataset.cache_limit_gib is {limit_gib}; raise it or use a smaller image_size"
+        )
     place = directory.parent
     free = shutil.disk_usage(place).free
     if needed > free:
-        raise DatasetError(f"decoded frames need {needed / 2**30:.1f} GiB, {place} has {free / 2**30:.1f} GiB free; set dataset.cache_dir to another disk")
+        raise DatasetError(
+            f"decoded frames need {needed / 2**30:.1f} GiB, {place} has {free / 2**30:.1f} GiB free; set dataset.cache_dir to another disk"
+        )
 
 
 @contextmanager

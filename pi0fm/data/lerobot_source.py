@@ -147,7 +147,9 @@ def open_source(config: DatasetConfig, embodiment: Embodiment) -> LeRobotSource:
         tasks=tasks,
         clips={name: _clips(root, info, episodes, column, fps) for name, column in cameras if column in videos},
         stored_pictures=tuple(name for name, column in cameras if column not in videos),
-        demonstration_seeds=_seed_ranges(_integers(table, "seed"), task, [names.get(text, text) for text in tasks]) if "seed" in features else {},
+        demonstration_seeds=_seed_ranges(_integers(table, "seed"), task, [names.get(text, text) for text in tasks])
+        if "seed" in features
+        else {},
         camera_sources=_camera_sources(recording, embodiment),
         fingerprint=_fingerprint(root),
     )
@@ -157,7 +159,9 @@ def locate(config: DatasetConfig) -> Path:
     """The data set's directory: `root`, else `$HF_LEROBOT_HOME/repo_id`, else a download by lerobot."""
     if config.root is not None:
         if not (config.root / "meta" / "info.json").is_file():
-            raise DatasetError(f"dataset.root must be a LeRobot data set, but {config.root} has no meta/info.json; record one with pi0fm demos")
+            raise DatasetError(
+                f"dataset.root must be a LeRobot data set, but {config.root} has no meta/info.json; record one with pi0fm demos"
+            )
         return config.root
     if not config.repo_id:
         raise ConfigError("which data set? give --dataset.repo_id NAME, or --dataset.root DIRECTORY")
@@ -173,13 +177,15 @@ def data_files(root: Path) -> list[Path]:
 
 
 def _download(repo_id: str) -> Path:
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset  # noqa: PLC0415  (its import costs many CPU-seconds)
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     try:
         return Path(LeRobotDataset(repo_id).root)
     except Exception as error:  # the hub's client raises a dozen unrelated classes for one meaning
         reason = " ".join(str(error).split())
-        raise DatasetError(f"data set {repo_id!r} is neither on this disk nor to be downloaded ({reason:.120}); give --dataset.root") from error
+        raise DatasetError(
+            f"data set {repo_id!r} is neither on this disk nor to be downloaded ({reason:.120}); give --dataset.root"
+        ) from error
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -211,7 +217,9 @@ def _read_columns(root: Path, names: list[str], num_frames: int) -> pa.Table:
     table = pa.concat_tables(_read_table(path, names) for path in files) if files else None
     if table is None or len(table) != num_frames:
         found = 0 if table is None else len(table)
-        raise DatasetError(f"{root} promises {num_frames} frames in meta/info.json, but its parquet files hold {found}; record or download it again")
+        raise DatasetError(
+            f"{root} promises {num_frames} frames in meta/info.json, but its parquet files hold {found}; record or download it again"
+        )
     table = table.sort_by("index")
     if not np.array_equal(_integers(table, "index"), np.arange(num_frames)):
         raise DatasetError(f"the column 'index' of {root} must count 0..{num_frames - 1}; record or download it again")
@@ -277,7 +285,11 @@ def _camera_sources(recording: dict[str, Any], embodiment: Embodiment) -> dict[s
 
 
 def _seed_ranges(seeds: NDArray[np.int64], task: NDArray[np.int64], tasks: list[str]) -> dict[str, list[int]]:
-    return {text: [int(seeds[task == index].min()), int(seeds[task == index].max())] for index, text in enumerate(tasks) if (task == index).any()}
+    return {
+        text: [int(seeds[task == index].min()), int(seeds[task == index].max())]
+        for index, text in enumerate(tasks)
+        if (task == index).any()
+    }
 
 
 def _fingerprint(root: Path) -> str:

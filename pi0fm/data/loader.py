@@ -31,19 +31,19 @@ class Batch:
     """What one forward pass needs.
 
     actions: [B, H, A] normalised and padded; action_mask: [B, H, A], False past the episode's end and on padded dimensions;
-    noise: [B, H, A]; uniform: [B] in [0, 1), from which the time density makes t.
+    noise: [B, K, H, A], K flow draws of each observation; uniform: [B, K] in [0, 1), from which the time density makes t.
     """
 
     observation: ModelObservation
     actions: Float[Tensor, "B H A"]
     action_mask: Bool[Tensor, "B H A"]
-    noise: Float[Tensor, "B H A"]
-    uniform: Float[Tensor, " B"]
+    noise: Float[Tensor, "B K H A"]
+    uniform: Float[Tensor, "B K"]
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        moved = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: value.to(device) if isinstance(value, ModelObservation) else value.to(device, non_blocking=True) for name, value in moved.items()})
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "observation"}
+        return Batch(self.observation.to(device), **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Collator:
     action_horizon: int
     action_dim: int
     seed: int
+    flow_draws: int = 1
 
     def __call__(self, first: int, count: int) -> Batch:
         """The samples at stream positions first .. first + count - 1."""
@@ -68,7 +69,8 @@ class Collator:
         observation = self.chain.to_model(images, np.ones(images.shape[:2], dtype=bool), sample.state, prompts)
         real = np.arange(self.action_dim) < self.chain.embodiment.dims()[1]
         mask = inside[:, :, None] & real
-        noise, uniform = draws(self.seed, at, 0, (self.action_horizon, self.action_dim))
+        drawn = [draws(self.seed, at, number, (self.action_horizon, self.action_dim)) for number in range(self.flow_draws)]
+        noise, uniform = np.stack([pair[0] for pair in drawn], axis=1), np.stack([pair[1] for pair in drawn], axis=1)
         assert sample.actions is not None
         arrays = (sample.actions, mask, noise * real, uniform)
         return Batch(observation, *(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
@@ -90,14 +92,18 @@ def action_chunks(
     return action[np.minimum(steps, last)], steps <= last
 
 
-def micro_batches(collator: Collator, first_step: int, num_steps: int, global_batch_size: int, rank: int, world_size: int, micro_batch_size: int) -> Iterator[Batch]:
+def micro_batches(
+    collator: Collator, first_step: int, num_steps: int, global_batch_size: int, rank: int, world_size: int, micro_batch_size: int
+) -> Iterator[Batch]:
     """This rank's micro batches of steps first_step .. num_steps - 1, in order, two ahead of their use.
 
     Every rank takes an equal, contiguous share of each global batch, so the union is the same for any number of ranks.
     """
     share = global_batch_size // world_size
     starts = [
-        step * global_batch_size + rank * share + offset for step in range(first_step, num_steps) for offset in range(0, share, micro_batch_size)
+        step * global_batch_size + rank * share + offset
+        for step in range(first_step, num_steps)
+        for offset in range(0, share, micro_batch_size)
     ]
     return _prefetch(collator, starts, micro_batch_size)
 

@@ -36,7 +36,9 @@ class NormStats:
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists."""
-        columns = {name: {f.name: getattr(getattr(self, name), f.name).tolist() for f in fields(ColumnStats)} for name in ("state", "action")}
+        columns = {
+            name: {f.name: getattr(getattr(self, name), f.name).tolist() for f in fields(ColumnStats)} for name in ("state", "action")
+        }
         return {**columns, "num_frames": self.num_frames}
 
 
@@ -66,12 +68,23 @@ def column_stats(values: NDArray[np.float32], name: str) -> ColumnStats:
         row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
         raise DatasetError(f"column {name!r} must be finite, found {values[row].tolist()} in row {row}")
     low, high = np.quantile(values, (0.01, 0.99), axis=0)
-    arrays = (values.mean(axis=0, dtype=np.float64), values.std(axis=0, dtype=np.float64), low, high, values.min(axis=0), values.max(axis=0))
+    arrays = (
+        values.mean(axis=0, dtype=np.float64),
+        values.std(axis=0, dtype=np.float64),
+        low,
+        high,
+        values.min(axis=0),
+        values.max(axis=0),
+    )
     return ColumnStats(*(np.asarray(array, dtype=np.float32) for array in arrays))
 
 
 def compute_norm_stats(
-    state: NDArray[np.float32], action: NDArray[np.float32], episode_end: NDArray[np.int64], delta_actions: tuple[int, ...], action_horizon: int
+    state: NDArray[np.float32],
+    action: NDArray[np.float32],
+    episode_end: NDArray[np.int64],
+    delta_actions: tuple[int, ...],
+    action_horizon: int,
 ) -> NormStats:
     """Statistics of state [N, S] and action [N, A]; episode_end [N] is the index behind each frame's episode.
 

@@ -29,7 +29,9 @@ def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
             "download google/paligemma-3b-pt-224 and give the directory"
         )
     if len(tokenizer) > vocab_size:
-        raise ConfigError(f"tokenizer {name!r} has {len(tokenizer)} tokens, but the model embeds {vocab_size}; choose a larger model.vocab_size")
+        raise ConfigError(
+            f"tokenizer {name!r} has {len(tokenizer)} tokens, but the model embeds {vocab_size}; choose a larger model.vocab_size"
+        )
     return tokenizer
 
 

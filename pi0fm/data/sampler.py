@@ -48,7 +48,7 @@ def permute(offsets: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDA
     mask = (np.uint64(1) << half) - np.uint64(1)
     keys = _philox(seed, epoch, (0, 0, 0, 1)).random_raw(ROUNDS)
     values = offsets.astype(np.uint64)
-    pending = np.ones(len(values), dtype=bool)
+    pending: NDArray[np.bool_] = np.ones(len(values), dtype=bool)
     while pending.any():
         left, right = values[pending] >> half, values[pending] & mask
         for key in keys:

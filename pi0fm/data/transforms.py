@@ -118,8 +118,8 @@ def affine(stats: ColumnStats, kind: str, floor: float) -> tuple[NDArray[np.floa
     if kind == "z_score":
         return stats.mean, np.maximum(stats.std, np.float32(floor))
     if kind == "quantile":
-        half = np.maximum((stats.q99 - stats.q01) / 2, np.float32(floor))
-        return (stats.q99 + stats.q01) / 2, half
+        half = np.maximum((stats.q99 - stats.q01) / np.float32(2), np.float32(floor))
+        return (stats.q99 + stats.q01) / np.float32(2), half
     raise ConfigError(f"normalization must be 'z_score' or 'quantile', found {kind!r}")
 
 
@@ -162,7 +162,9 @@ class Chain:
         state = np.stack([vector(observation.state, width, key) for observation in observations])
         return self.to_model(images, mask, self.forward(Sample(state, None)).state, [observation.prompt for observation in observations])
 
-    def to_model(self, images: NDArray[np.uint8], image_mask: NDArray[np.bool_], state: NDArray[np.float32], prompts: list[str]) -> ModelObservation:
+    def to_model(
+        self, images: NDArray[np.uint8], image_mask: NDArray[np.bool_], state: NDArray[np.float32], prompts: list[str]
+    ) -> ModelObservation:
         """Pictures [B, C, size, size, 3], their mask [B, C], transformed state [B, S] and prompts to tensors; prompt padding is trimmed."""
         tokens, mask = self.tokenizer(prompts, state[:, : self.embodiment.dims()[0]])
         longest = int(mask.sum(axis=1).max())

@@ -10,6 +10,7 @@ from typing import Literal
 
 import av
 import av.error
+import av.logging
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,7 +28,9 @@ def choose_decoder(wanted: Decoder) -> Literal["pyav", "torchcodec"]:
             importlib.import_module("torchcodec.decoders")
         except (ImportError, OSError, RuntimeError) as error:
             if wanted == "torchcodec":
-                raise ConfigError(f"torchcodec does not load here ({str(error).splitlines()[0]:.120}); install ffmpeg, or set pyav") from None
+                raise ConfigError(
+                    f"torchcodec does not load here ({str(error).splitlines()[0]:.120}); install ffmpeg, or set pyav"
+                ) from None
         else:
             return "torchcodec"
     if wanted == "torchcodec":
@@ -46,10 +49,13 @@ def decode(path: Path, fps: float, decoder: Literal["pyav", "torchcodec"]) -> It
         yield from _pyav(path, fps) if decoder == "pyav" else _torchcodec(path, fps)
     except (av.error.FFmpegError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise DatasetError(f"the data set's video {path} cannot be decoded ({reason:.160}); download or record the data set again") from None
+        raise DatasetError(
+            f"the data set's video {path} cannot be decoded ({reason:.160}); download or record the data set again"
+        ) from None
 
 
 def _pyav(path: Path, fps: float) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    av.logging.set_libav_level(av.logging.PANIC)  # its lines on standard error say once more what the one raised here says
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"

@@ -1,14 +1,14 @@
 """A LeRobot data set that opens at every moment of its recording.
 
-Owns: features, codec, the published folder and the one that is being written. Does not know: where episodes come from.
+Owns: the published folder and the one that is being written. Does not know: the files' format, where episodes come from.
 
-LeRobot writes in place: until `finalize` its parquet files have no footer, and a video is rewritten with every episode. So episodes go, a
-segment of ten at a time, into a copy beside the data set, and the finished copy takes the place of the data set in one step:
+Rows, videos and metadata of a data set must change together. So episodes go, a segment of ten at a time, into a copy beside the data
+set, and the finished copy takes the place of the data set in one step:
 
     ROOT/                    the data set, always whole                 <──┐ swapped (renameat2 EXCHANGE)
-    .NAME.recording/next/    hard links to ROOT's files + new segment   ───┘ finalized, fsynced, then
+    .NAME.recording/next/    hard links to ROOT's files + new segment   ───┘ fsynced, then
     .NAME.recording/lock     held while a process records; the system drops it when that process dies
-LeRobot's `resume` never touches an old data or video file, so links are safe; the few files in meta/ that it rewrites are copied.
+A segment only adds files, and replaces the few small ones in meta/ by new ones: no file that is linked ever changes.
 """
 
 import fcntl
@@ -19,20 +19,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 from pyarrow import parquet
 
 from pi0fm.demos.config import DemosConfig
-from pi0fm.demos.episode import Episode
+from pi0fm.demos.encoding import EncodedEpisode
+from pi0fm.demos.lerobot_writer import Layout, Written, read_written, write_segment
 from pi0fm.demos.swap import swap_directories
 from pi0fm.errors import OutputError
 from pi0fm.files import fsync_directory, write_json
-from pi0fm.sim.metaworld import ACTION_NAMES, LONGEST_EPISODE, STATE_NAMES
+from pi0fm.sim.metaworld import ACTION_NAMES, STATE_NAMES
 
 SEGMENT_EPISODES = 10
 SETTINGS_FILE = "meta/pi0fm_recording.json"
-# A key frame every 4 frames: random access decodes at most 4 frames. Never `auto`, which picks a GPU's codec where there is no GPU.
-CODEC = {"vcodec": "h264", "pix_fmt": "yuv420p", "g": 4, "crf": 18, "preset": "veryfast"}
 
 
 class Recording:
@@ -44,11 +42,11 @@ class Recording:
         self._config = config
         self._work = self.root.parent / f".{self.root.name}.recording"
         self._settings = recording_settings(config)
-        self._next: Any = None  # LeRobotDataset in writing mode
-        self._pending, self._whole = 0, True
+        self._layout = layout_of(config)
+        self._written = Written()  # what `root` holds
+        self._pending: list[EncodedEpisode] = []
         self._lock = -1
         self._seeds: dict[str, list[int]] = {task: [] for task in config.task_names}
-        self.frames = 0
 
     def __enter__(self) -> Self:
         refuse_foreign(self.root, self._settings)
@@ -60,11 +58,8 @@ class Recording:
             os.close(self._lock)
             raise OutputError(f"{self.root} is being recorded by another process; wait for it, or choose another --dataset.root") from None
         try:
-            previous = self._work / "previous"
-            if previous.exists() and not self.root.exists():
-                previous.rename(self.root)  # killed between the two renames of a file system that cannot swap
-                refuse_foreign(self.root, self._settings)
-            shutil.rmtree(self._work / "next", ignore_errors=True)
+            self._mend()
+            refuse_foreign(self.root, self._settings)
             if (self.root / SETTINGS_FILE).exists():
                 self._read_what_is_there()
         except BaseException:
@@ -74,10 +69,8 @@ class Recording:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            if self._whole:
-                self.publish()
+            self.publish()
         finally:
-            self._next = None
             self._leave()
 
     @property
@@ -85,75 +78,56 @@ class Recording:
         """Episodes in the data set, those of the unpublished segment too."""
         return sum(len(seeds) for seeds in self._seeds.values())
 
+    @property
+    def frames(self) -> int:
+        """Frames in the data set, those of the unpublished segment too."""
+        return self._written.frames + sum(len(episode.action) for episode in self._pending)
+
     def seeds(self, task: str) -> tuple[int, ...]:
         """The seeds of `task` that are kept, in order."""
         return tuple(self._seeds[task])
 
-    def add(self, episode: Episode) -> None:
-        """Write one episode; every tenth publishes."""
-        import datasets
-
-        self._whole = False
-        if self._next is None:
-            self._next = self._open_next()
-        for row, (state, action) in enumerate(zip(episode.state, episode.action, strict=True)):
-            images = {f"observation.images.{name}": frames[row] for name, frames in episode.images.items()}
-            seed = np.array([episode.seed], np.int64)
-            self._next.add_frame({"observation.state": state, "action": action, "seed": seed, "task": episode.prompt, **images})
-        datasets.disable_progress_bars()  # one bar an episode; LeRobot turns them on again whenever it loads metadata
-        self._next.save_episode(parallel_encoding=False)
+    def add(self, episode: EncodedEpisode) -> None:
+        """Take one episode; every tenth publishes."""
+        self._pending.append(episode)
         self._seeds[episode.task].append(episode.seed)
-        self.frames += len(episode.action)
-        self._pending += 1
-        self._whole = True
-        if self._pending == SEGMENT_EPISODES:
+        if len(self._pending) >= SEGMENT_EPISODES:
             self.publish()
 
     def publish(self) -> None:
-        """Make every added episode part of the data set at `root`; nothing happens when there is none."""
-        if self._pending == 0:
+        """Make every added episode part of the data set at `root`; nothing happens when there is none.
+
+        One that Ctrl-C cuts short is done again, from the start, by `__exit__`: nothing is kept of the first attempt, unless the swap was
+        its last act.
+        """
+        if not self._pending:
             return
-        self._whole = False  # a second Ctrl-C in here must not publish again
-        self._next.finalize()
-        self._next, self._pending = None, 0
+        self._mend()
+        if published_episodes(self.root) == self.episodes:
+            self._written, self._pending = read_written(self.root, self._layout), []
+            return
         folder = self._work / "next"
-        shutil.rmtree(folder / "images", ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        link_tree(self.root, folder)
+        written, files = write_segment(folder, self._layout, self._written, self._pending)
         write_json(folder / SETTINGS_FILE, self._settings)
-        for file in folder.rglob("*"):
-            if file.is_file() and file.stat().st_nlink == 1:
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
+        for file in files:
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
         swap_directories(folder, self.root, aside=self._work / "previous")
+        self._written, self._pending = written, []
         fsync_directory(self.root.parent)
-        self._whole = True
+
+    def _mend(self) -> None:
+        """After an end between the two renames of a file system that cannot swap, the data set lies aside."""
+        previous = self._work / "previous"
+        if previous.exists() and not self.root.exists():
+            previous.rename(self.root)
 
     def _leave(self) -> None:
+        self._mend()
         shutil.rmtree(self._work, ignore_errors=True)
         os.close(self._lock)
-
-    def _open_next(self) -> Any:
-        # LeRobot takes seconds to import, and a command that refuses its options should not wait for it.
-        import av
-        from lerobot.configs.video import RGBEncoderConfig
-        from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-        av.logging.set_libav_level(av.logging.ERROR)  # twenty lines from every encoder would bury the progress line
-        folder = self._work / "next"
-        # Streaming drops frames when its queue is full: the queue holds a whole episode.
-        how: dict[str, Any] = {"streaming_encoding": True, "encoder_queue_maxsize": LONGEST_EPISODE + 1, "encoder_threads": 1}
-        how |= {"rgb_encoder": RGBEncoderConfig(**CODEC), "video_backend": "pyav"}
-        if not (self.root / SETTINGS_FILE).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            return LeRobotDataset.create(
-                self._config.dataset.repo_id,
-                fps=self._config.fps,
-                features=features_of(self._config),
-                root=folder,
-                robot_type="sawyer",
-                **how,
-            )
-        link_tree(self.root, folder)
-        return LeRobotDataset.resume(self._config.dataset.repo_id, root=folder, **how)
 
     def _read_what_is_there(self) -> None:
         kept = read_seeds(self.root, {prompt: task for task, prompt in self._settings["prompts"].items()})
@@ -162,7 +136,7 @@ class Recording:
                 found = f"{self.root} already holds {len(seeds)} episodes of {task}, more than episodes={self._config.episodes}"
                 raise OutputError(f"{found}; ask for more, or choose another --dataset.root")
             self._seeds[task] = seeds
-        self.frames = json.loads((self.root / "meta/info.json").read_text())["total_frames"]
+        self._written = read_written(self.root, self._layout)
 
 
 def recording_settings(config: DemosConfig) -> dict[str, Any]:
@@ -197,17 +171,16 @@ def refuse_foreign(root: Path, settings: dict[str, Any]) -> None:
             raise OutputError(f"{difference}; give the same settings, or choose another --dataset.root")
 
 
-def features_of(config: DemosConfig) -> dict[str, Any]:
-    """LeRobot's features. `seed` is a column of the frames: unlike metadata of ours, every LeRobot tool that copies or merges keeps it."""
-    features: dict[str, Any] = {
-        "observation.state": {"dtype": "float32", "shape": (len(STATE_NAMES),), "names": list(STATE_NAMES)},
-        "action": {"dtype": "float32", "shape": (len(ACTION_NAMES),), "names": list(ACTION_NAMES)},
-        "seed": {"dtype": "int64", "shape": (1,), "names": None},
-    }
-    for camera in config.camera_specs:
-        shape = (camera.height, camera.width, 3)
-        features[f"observation.images.{camera.name}"] = {"dtype": "video", "shape": shape, "names": ["height", "width", "channels"]}
-    return features
+def layout_of(config: DemosConfig) -> Layout:
+    """The data set's shape, as far as it is settled before the first episode."""
+    cameras = {camera.name: (camera.height, camera.width) for camera in config.camera_specs}
+    return Layout(config.fps, "sawyer", STATE_NAMES, ACTION_NAMES, cameras)
+
+
+def published_episodes(root: Path) -> int:
+    """The number of episodes in a data set, 0 when there is none."""
+    info = root / "meta/info.json"
+    return int(json.loads(info.read_text())["total_episodes"]) if info.exists() else 0
 
 
 def read_seeds(root: Path, task_of_prompt: dict[str, str]) -> dict[str, list[int]]:
@@ -225,17 +198,15 @@ def read_seeds(root: Path, task_of_prompt: dict[str, str]) -> dict[str, list[int
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Copy a data set without copying its data: hard links, except for what LeRobot rewrites in place."""
+    """Copy a folder, which may be missing, without copying what its files hold: hard links."""
+    target.mkdir(parents=True)
     for file in source.rglob("*"):
         copy = target / file.relative_to(source)
         if file.is_dir():
             copy.mkdir(parents=True, exist_ok=True)
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
-        if file.parent.name != "meta":
-            try:
-                os.link(file, copy)
-                continue
-            except OSError:
-                pass  # a file system without hard links: the copy below is slower and as good
-        shutil.copy2(file, copy)
+        try:
+            os.link(file, copy)
+        except OSError:
+            shutil.copy2(file, copy)  # a file system without hard links: slower and as good

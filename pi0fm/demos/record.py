@@ -16,13 +16,14 @@ from pathlib import Path
 from pi0fm import progress
 from pi0fm.demos.config import DemosConfig
 from pi0fm.demos.dataset import Recording
-from pi0fm.demos.episode import Episode, record_episode
+from pi0fm.demos.encoding import EncodedEpisode, encode
+from pi0fm.demos.episode import record_episode
 from pi0fm.errors import SimulationError
 from pi0fm.sim.env import CameraSpec, Environment
 from pi0fm.sim.metaworld import make_environment
 
-Submit = Callable[[str, int], Callable[[], Episode | None]]
-"""(task, seed) -> a call that waits for the episode."""
+Submit = Callable[[str, int], Callable[[], EncodedEpisode | None]]
+"""(task, seed) -> a call that waits for the episode, encoded."""
 HOPELESS_FAILURES = 20
 _ENVIRONMENTS_KEPT = 2
 
@@ -53,12 +54,12 @@ def record(config: DemosConfig, submit: Submit, window: int) -> dict[str, object
         }
 
 
-def _successes(task: str, config: DemosConfig, recording: Recording, submit: Submit, window: int) -> Iterator[Episode]:
+def _successes(task: str, config: DemosConfig, recording: Recording, submit: Submit, window: int) -> Iterator[EncodedEpisode]:
     """The episodes that `task` still lacks, in seed order."""
     seeds = recording.seeds(task)
     wanted = config.episodes - len(seeds)
     next_seed = seeds[-1] + 1 if seeds else config.first_seed
-    ahead: deque[Callable[[], Episode | None]] = deque()
+    ahead: deque[Callable[[], EncodedEpisode | None]] = deque()
     failures = 0
     while wanted > 0:
         while len(ahead) < min(window, wanted):
@@ -76,13 +77,14 @@ def _successes(task: str, config: DemosConfig, recording: Recording, submit: Sub
 
 
 def submit_here(config: DemosConfig) -> Submit:
-    """Simulate in the calling process, when the episode is asked for."""
-    return lambda task, seed: functools.partial(simulate, task, config.camera_specs, config.max_steps, seed, config.noise)
+    """Simulate and encode in the calling process, when the episode is asked for."""
+    return lambda task, seed: functools.partial(simulate, config, task, seed)
 
 
-def simulate(task: str, cameras: tuple[CameraSpec, ...], max_steps: int, seed: int, noise: float) -> Episode | None:
-    """`record_episode` in an environment that this process keeps: building one takes longer than some episodes."""
-    return record_episode(_environment(task, cameras, max_steps), seed, noise)
+def simulate(config: DemosConfig, task: str, seed: int) -> EncodedEpisode | None:
+    """`record_episode` and `encode`, in an environment that this process keeps: building one takes longer than some episodes."""
+    episode = record_episode(_environment(task, config.camera_specs, config.max_steps), seed, config.noise)
+    return None if episode is None else encode(episode, config.fps)
 
 
 @functools.lru_cache(maxsize=_ENVIRONMENTS_KEPT)

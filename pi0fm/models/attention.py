@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 
 def attend(
-    query: Float[Tensor, "B N T K"], key: Float[Tensor, "B kv J K"], value: Float[Tensor, "B kv J K"], mask: Bool[Tensor, "B #1 #T J"] | None
+    query: Float[Tensor, "B N T K"],
+    key: Float[Tensor, "B kv J K"],
+    value: Float[Tensor, "B kv J K"],
+    mask: Bool[Tensor, "B #1 #T J"] | None,
 ) -> Float[Tensor, "B N T K"]:
     """softmax(query key^T / sqrt(K)) value; True in the mask where a key may be seen. N is a multiple of kv."""
     if query.device.type == "cpu":
@@ -25,7 +28,9 @@ def attend(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=key.shape[1] != query.shape[1])
 
 
-def siglip_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: object) -> tuple[Tensor, None]:
+def siglip_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: object
+) -> tuple[Tensor, None]:
     """`attend` in the form that transformers' attention interface calls: heads last but one on return, no weights."""
     if attention_mask is not None:
         raise ValueError("the vision tower takes no attention mask: every token of a picture is real")

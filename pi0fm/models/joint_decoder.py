@@ -56,6 +56,10 @@ class KeyValue(NamedTuple):
     key: Tensor
     value: Tensor
 
+    def repeated(self, times: int) -> "KeyValue":
+        """Each observation's entries `times` times in a row: several suffixes look at one prefix."""
+        return self if times == 1 else KeyValue(self.key.repeat_interleave(times, dim=0), self.value.repeat_interleave(times, dim=0))
+
 
 @dataclass(frozen=True)
 class PrefixCache:
@@ -137,7 +141,8 @@ class JointDecoderLayer(nn.Module):
             raise ValueError("a layer needs either a prefix or its cache")
         if suffix is not None and suffix_turn is not None:
             query, own, gate = self.action_expert.project(suffix, suffix_turn, condition)
-            key, value = torch.cat((cached.key, own.key), dim=2), torch.cat((cached.value, own.value), dim=2)
+            seen = cached.repeated(suffix.shape[0] // cached.key.shape[0])
+            key, value = torch.cat((seen.key, own.key), dim=2), torch.cat((seen.value, own.value), dim=2)
             suffix = self.action_expert.finish(suffix, attend(query, key, value, suffix_mask), gate, condition)
         return prefix, suffix, cached
 
@@ -148,7 +153,9 @@ class JointDecoder(nn.Module):
     def __init__(self, config: DecoderConfig, condition_width: int | None) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.layers = nn.ModuleList(JointDecoderLayer(config, condition_width, last=index == config.depth - 1) for index in range(config.depth))
+        self.layers = nn.ModuleList(
+            JointDecoderLayer(config, condition_width, last=index == config.depth - 1) for index in range(config.depth)
+        )
         width = config.action_expert.width
         self.final_norm: nn.Module = RMSNorm(width) if condition_width is None else AdaptiveRMSNorm(width, condition_width)
 
@@ -156,7 +163,9 @@ class JointDecoder(nn.Module):
         """Run the prefix alone."""
         return self._run(prefix, mask, None, 0, None, None)[1]
 
-    def decode(self, suffix: Float[Tensor, "B Q D"], cache: PrefixCache, num_state_tokens: int, condition: Tensor | None) -> Float[Tensor, "B Q D"]:
+    def decode(
+        self, suffix: Float[Tensor, "B Q D"], cache: PrefixCache, num_state_tokens: int, condition: Tensor | None
+    ) -> Float[Tensor, "B Q D"]:
         """Run a suffix against a cached prefix; its first `num_state_tokens` do not see the rest."""
         moved, _ = self._run(None, cache.mask, suffix, num_state_tokens, cache, condition)
         assert moved is not None
@@ -166,17 +175,23 @@ class JointDecoder(nn.Module):
         self,
         prefix: Float[Tensor, "B P D"],
         mask: Bool[Tensor, "B P"],
-        suffix: Float[Tensor, "B Q E"],
+        suffix: Float[Tensor, "BK Q E"],
         num_state_tokens: int,
         condition: Tensor | None,
-    ) -> Float[Tensor, "B Q E"]:
-        """Both streams in one pass, layer by layer: training."""
+    ) -> Float[Tensor, "BK Q E"]:
+        """Both streams in one pass, layer by layer: training. The suffix may hold K rows for each row of the prefix, in its order."""
         moved, _ = self._run(prefix, mask, suffix, num_state_tokens, None, condition)
         assert moved is not None
         return moved
 
     def _run(
-        self, prefix: Tensor | None, mask: Tensor, suffix: Tensor | None, num_state_tokens: int, cache: PrefixCache | None, condition: Tensor | None
+        self,
+        prefix: Tensor | None,
+        mask: Tensor,
+        suffix: Tensor | None,
+        num_state_tokens: int,
+        cache: PrefixCache | None,
+        condition: Tensor | None,
     ) -> tuple[Tensor | None, PrefixCache]:
         positions = mask.long().cumsum(dim=1) - 1  # padding and missing cameras take no position
         length = mask.sum(dim=1)
@@ -184,9 +199,10 @@ class JointDecoder(nn.Module):
         if prefix is not None:
             prefix_turn = rotation(positions, self.head_dim)
         if suffix is not None:
+            draws = suffix.shape[0] // mask.shape[0]
             steps = torch.arange(suffix.shape[1], device=suffix.device)
-            suffix_turn = rotation(length[:, None] + steps, self.head_dim)
-            suffix_mask = suffix_attention_mask(mask, suffix.shape[1], num_state_tokens)
+            suffix_turn = rotation(length.repeat_interleave(draws)[:, None] + steps, self.head_dim)
+            suffix_mask = suffix_attention_mask(mask.repeat_interleave(draws, dim=0), suffix.shape[1], num_state_tokens)
         layers: list[KeyValue] = []
         for index, layer in enumerate(self.layers):
             cached = cache.layers[index] if cache else None

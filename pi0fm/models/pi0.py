@@ -51,7 +51,9 @@ class Pi0Config:
 
     def __post_init__(self) -> None:
         if self.decoder.num_heads % self.decoder.num_kv_heads:
-            raise ConfigError(f"num_heads must be a multiple of num_kv_heads, found {self.decoder.num_heads} and {self.decoder.num_kv_heads}")
+            raise ConfigError(
+                f"num_heads must be a multiple of num_kv_heads, found {self.decoder.num_heads} and {self.decoder.num_kv_heads}"
+            )
         if self.decoder.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary positions, found {self.decoder.head_dim}")
 
@@ -80,14 +82,17 @@ class Pi0(nn.Module):
         """Run pictures and prompt through the backbone once; the cache serves every flow time."""
         return self.decoder.encode(*self._prefix(observation))
 
-    def velocity(self, cache: PrefixCache, state: Float[Tensor, "B S"], x_t: Float[Tensor, "B H A"], t: Float[Tensor, " B"]) -> Float[Tensor, "B H A"]:
+    def velocity(
+        self, cache: PrefixCache, state: Float[Tensor, "B S"], x_t: Float[Tensor, "B H A"], t: Float[Tensor, " B"]
+    ) -> Float[Tensor, "B H A"]:
         """dx/dt at (x_t, t) for the cached observation; t in [0, 1] from noise to data; float32."""
         suffix, num_state_tokens, condition = self._suffix(state, x_t, t)
         return self._head(self.decoder.decode(suffix, cache, num_state_tokens, condition))
 
-    def forward(self, observation: ModelObservation, x_t: Float[Tensor, "B H A"], t: Float[Tensor, " B"]) -> Float[Tensor, "B H A"]:
-        """Training: `velocity` of `encode_prefix` in one pass."""
-        suffix, num_state_tokens, condition = self._suffix(observation.state, x_t, t)
+    def forward(self, observation: ModelObservation, x_t: Float[Tensor, "BK H A"], t: Float[Tensor, " BK"]) -> Float[Tensor, "BK H A"]:
+        """Training: `velocity` of `encode_prefix` in one pass. K rows of x_t and t for each observation, in its order: one prefix serves all."""
+        state = observation.state.repeat_interleave(x_t.shape[0] // len(observation), dim=0)
+        suffix, num_state_tokens, condition = self._suffix(state, x_t, t)
         return self._head(self.decoder(*self._prefix(observation), suffix, num_state_tokens, condition))
 
     def _prefix(self, observation: ModelObservation) -> tuple[Tensor, Tensor]:
@@ -129,9 +134,9 @@ class Pi0(nn.Module):
                     nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
                     if linear.bias is not None:
                         nn.init.zeros_(linear.bias)
-        for module in self.decoder.modules():
-            if isinstance(module, AdaptiveRMSNorm):
-                module.reset_parameters()
+        for norm in self.decoder.modules():
+            if isinstance(norm, AdaptiveRMSNorm):
+                norm.reset_parameters()
         nn.init.normal_(self.prompt_embedding.weight, std=self.prompt_embedding.embedding_dim**-0.5)
 
 

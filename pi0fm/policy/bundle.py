@@ -105,7 +105,11 @@ def save(path: Path, weights: Mapping[str, Tensor], config: PolicyConfig, stats:
         if config.tokenizer != BYTES:
             load_tokenizer(config.tokenizer, config.model.vocab_size).save_pretrained(aside / "tokenizer")
             config = replace(config, tokenizer="tokenizer")
-        tree = {"format": FORMAT, "policy": options.encode(config), "versions": {name: version(name) for name in ("pi0fm", "torch", "transformers")}}
+        tree = {
+            "format": FORMAT,
+            "policy": options.encode(config),
+            "versions": {name: version(name) for name in ("pi0fm", "torch", "transformers")},
+        }
         files.write_json(aside / "config.json", tree)
         files.write_json(aside / "norm_stats.json", stats.to_json())
         listed = {str(file.relative_to(aside)): _describe(file) for file in sorted(aside.rglob("*")) if file.is_file()}
@@ -129,7 +133,7 @@ def load(
     """
     path = Path(path)
     config, stats = read(path)
-    overrides = {"num_flow_steps": num_flow_steps, "solver": solver}
+    overrides: dict[str, Any] = {"num_flow_steps": num_flow_steps, "solver": solver}
     flow = replace(config.flow, **{name: value for name, value in overrides.items() if value is not None})
     config = replace(config, flow=flow)
     if threads is not None:
@@ -190,7 +194,9 @@ def _check(path: Path) -> None:
     if not path.is_dir():
         raise BundleError(f"no bundle at {path}; train one with pi0fm train, its last line names the directory")
     listed = _json(path / "manifest.json").get("files")
-    if not isinstance(listed, dict) or not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in listed.values()):
+    if not isinstance(listed, dict) or not all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in listed.values()
+    ):
         raise BundleError(f"{path / 'manifest.json'} must say bytes and sha256 of each file; copy the bundle again")
     for name in ("config.json", "norm_stats.json", "model.safetensors", *listed):
         file = path / name
@@ -205,7 +211,9 @@ def _check(path: Path) -> None:
             raise BundleError(f"{file} differs from the manifest's SHA-256; it was changed or damaged: copy the bundle again")
     # A tokenizer reads whatever lies in its folder. Hidden files are those of file managers and downloads.
     found = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
-    extra = sorted(str(name) for name in found if str(name) not in (*listed, "manifest.json") and not any(part.startswith(".") for part in name.parts))
+    extra = sorted(
+        str(name) for name in found if str(name) not in (*listed, "manifest.json") and not any(part.startswith(".") for part in name.parts)
+    )
     if extra:
         raise BundleError(f"the bundle {path} holds {', '.join(extra[:5])}, which its manifest does not list; move it elsewhere")
 

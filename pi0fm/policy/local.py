@@ -8,7 +8,6 @@ Owns: one batched inference. Does not know: files, sockets, simulators.
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, final
 
 import numpy as np
@@ -28,7 +27,9 @@ from pi0fm.types import ActionChunk, Observation
 class LocalPolicy:
     """A loaded policy. Not thread-safe: a server calls it from one thread."""
 
-    def __init__(self, model: Pi0, flow: FlowMatching, chain: Chain, metadata: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Pi0, flow: FlowMatching, chain: Chain, metadata: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.model, self.flow, self.chain, self.metadata = model.to(device).eval().requires_grad_(False), flow, chain, metadata
         self.device, self.dtype = device, dtype
         if dtype != torch.float32:
@@ -66,11 +67,6 @@ class LocalPolicy:
         actions = self._to_robot(inputs.state.cpu().numpy(), sampled.float().cpu().numpy())
         timings = {"infer_ms": 1e3 * (time.perf_counter() - began)}
         return [ActionChunk(chunk, timings) for chunk in actions]
-
-    def with_sampling(self, num_flow_steps: int | None, solver: str | None) -> "LocalPolicy":
-        """The same weights under another solver or number of steps."""
-        flow = replace(self.flow, num_flow_steps=num_flow_steps or self.flow.num_flow_steps, solver=solver or self.flow.solver)
-        return LocalPolicy(self.model, flow, self.chain, self.metadata, self.device, self.dtype)
 
     def _to_robot(self, state: NDArray[np.float32], actions: NDArray[np.float32]) -> NDArray[np.float32]:
         robot = self.chain.inverse(Sample(state, actions)).actions

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 
 from pi0fm import files, progress
 from pi0fm.errors import OutputError
@@ -33,7 +34,7 @@ def save(directory: Path, step: int, state: dict[str, Any], context: Context, ke
         aside.mkdir(parents=True)
     barrier(context)
     with _alone_without_warning():
-        dcp.save(state, checkpoint_id=aside, no_dist=context.world_size == 1)
+        state_dict_saver.save(state, checkpoint_id=aside, no_dist=context.world_size == 1)
     barrier(context)
     if context.is_first:
         files.write_text(aside / COMMIT, f"{step}\n")
@@ -67,8 +68,8 @@ def load(directory: Path, step: int, state: dict[str, Any], context: Context) ->
     path = directory / f"step-{step:09d}"
     try:
         with _alone_without_warning():
-            dcp.load(state, checkpoint_id=path, no_dist=context.world_size == 1)
-    except (dcp.CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
+            state_dict_loader.load(state, checkpoint_id=path, no_dist=context.world_size == 1)
+    except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
         reason = " ".join(str(error).split())
         raise OutputError(f"checkpoint {path} cannot be read ({reason:.160}); remove it to go on from an older one") from error
     return state

@@ -31,6 +31,7 @@ class TrainConfig:
     seed: int = option(0, "fixes initial weights, order of the data, noise and flow times")
     steps: int = option(30_000, "optimiser steps")
     global_batch_size: int = option(32, "samples a step over all workers")
+    flow_draws_per_observation: int = option(1, "pairs of noise and flow time that train on one encoding of each observation")
     micro_batch_size: int | None = option(None, "samples a forward pass; empty takes a worker's whole share")
     dataset: DatasetConfig = option(DatasetConfig, "")
     embodiment: Embodiment = option(Embodiment, "")
@@ -50,7 +51,15 @@ class TrainConfig:
     threads: int | None = option(None, "CPU threads of each worker; empty takes its share of the machine")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_size", "execution_horizon", "log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in (
+            "steps",
+            "global_batch_size",
+            "flow_draws_per_observation",
+            "execution_horizon",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, found {getattr(self, name)}")
         for name in ("micro_batch_size", "threads"):
@@ -103,7 +112,9 @@ def refuse_other_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> N
         and flat_old.get(name) != flat_new.get(name)
     ]
     if differences:
-        raise ConfigError(f"{where} holds a run with another configuration: {'; '.join(differences)}; resume it as it was, or choose another output_dir")
+        raise ConfigError(
+            f"{where} holds a run with another configuration: {'; '.join(differences)}; resume it as it was, or choose another output_dir"
+        )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

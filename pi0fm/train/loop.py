@@ -20,7 +20,7 @@ from pi0fm import progress
 from pi0fm.data.frame_cache import open_cache
 from pi0fm.data.lerobot_source import LeRobotSource, open_source
 from pi0fm.data.loader import Batch, Collator, micro_batches
-from pi0fm.errors import OutputError
+from pi0fm.errors import BundleError, OutputError
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0, parameter_count
 from pi0fm.policy import bundle
@@ -59,7 +59,9 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
     stats = source.norm_stats(policy.model.action_horizon)
     chain = policy.chain(stats)
     cache = open_cache(source, config.dataset, policy.model.vision.image_size)
-    collator = Collator(source, cache, chain, policy.model.action_horizon, policy.model.action_dim, config.seed)
+    collator = Collator(
+        source, cache, chain, policy.model.action_horizon, policy.model.action_dim, config.seed, config.flow_draws_per_observation
+    )
 
     torch.manual_seed(config.seed)  # initial weights only; data, noise and times have counters of their own
     model = Pi0(policy.model)
@@ -82,7 +84,7 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
         for step in range(first, config.steps):
             rate = learning_rate(config.optimizer, step, config.steps)
             set_learning_rate(optimizer, rate)
-            valid = collator.valid_elements(step * config.global_batch_size, config.global_batch_size)
+            valid = collator.valid_elements(step * config.global_batch_size, config.global_batch_size) * config.flow_draws_per_observation
             part, norm = train_step(wrapped, flow, fast_optimizer, accelerator, _timed(batches, log), valid, config.optimizer.clip_norm)
             ema.update(step)
             loss = log.after(step, part, norm, rate, loss)
@@ -151,7 +153,10 @@ def _restore(config: TrainConfig, context: Context, model: nn.Module, optimizer:
 def _keep_older(path: Path) -> None:
     """A bundle of fewer steps stays, under its number of steps."""
     if path.exists():
-        steps = bundle.read(path)[0].training["steps"]
+        try:
+            steps = bundle.read(path)[0].training["steps"]
+        except BundleError:
+            steps = "unreadable"  # kept all the same: the run that just ended must not fail for it
         aside = path.with_name(f"{path.name}-{steps}")
         count = 1
         while aside.exists():
@@ -182,7 +187,10 @@ class _Log:
         elapsed = now - self._since
         if self._metrics is not None:
             values = {"loss": loss, "grad_norm": float(norm), "learning_rate": rate}
-            speed = {"samples_per_second": len(self._parts) * self._config.global_batch_size / elapsed, "waiting_for_data": self._waited / elapsed}
+            speed = {
+                "samples_per_second": len(self._parts) * self._config.global_batch_size / elapsed,
+                "waiting_for_data": self._waited / elapsed,
+            }
             self._metrics.write(step + 1, values | speed)
             if self._waited > 0.2 * elapsed and step + 1 > self._first + self._config.log_every:
                 progress.say(f"step {step + 1}: {100 * self._waited / elapsed:.0f} % of the time went on waiting for data")

@@ -4,11 +4,14 @@ Owns: the claim on a folder before any worker starts. Does not know: what is wri
 """
 
 import json
+import shutil
 from typing import Any
 
 from pi0fm import files, options
 from pi0fm.errors import OutputError
 from pi0fm.train.config import TrainConfig, refuse_other_run
+
+RAY_FOLDER = "ray"  # where Ray Train keeps its own notes of the run
 
 
 def claim(config: TrainConfig) -> None:
@@ -27,6 +30,16 @@ def claim(config: TrainConfig) -> None:
     elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise OutputError(f"{directory} exists and is not a run of pi0fm; choose another --output_dir")
     files.write_json(record, options.encode(config))
+
+
+def release(config: TrainConfig) -> None:
+    """Give up a claim under which nothing was trained: a corrected command may then use the folder. Called after a fault of the input."""
+    directory = config.output_dir
+    if not (directory / "metrics.jsonl").exists() and not (directory / "checkpoints").exists():
+        (directory / "run.json").unlink(missing_ok=True)
+        shutil.rmtree(directory / RAY_FOLDER, ignore_errors=True)
+        if not any(directory.iterdir()):
+            directory.rmdir()
 
 
 def _read(config: TrainConfig) -> dict[str, Any]:

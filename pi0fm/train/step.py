@@ -28,7 +28,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Train on the next `gradient_accumulation_steps` batches: (this worker's part of the mean loss, norm of the gradient), on the device.
 
-    valid_elements: of the whole global batch, over all workers and micro batches, so that the gradient does not depend on the split.
+    valid_elements: of the whole global batch, over all workers, micro batches and flow draws, so that the gradient does not depend on
+        the split.
     """
     micro_steps = accelerator.gradient_accumulation_steps
     # accelerate divides by the micro steps and the workers' gradients are averaged: both are undone here
@@ -38,10 +39,12 @@ def train_step(
     for _ in range(micro_steps):
         batch = next(batches).to(accelerator.device)
         with accelerator.accumulate(model):
-            t = flow.times(batch.uniform)
-            pair = flow.training_pair(batch.actions, t, batch.noise)
+            draws = batch.uniform.shape[1]  # pairs (noise, t) that train on one encoding of the observation
+            t = flow.times(batch.uniform.flatten())
+            actions, mask = batch.actions.repeat_interleave(draws, dim=0), batch.action_mask.repeat_interleave(draws, dim=0)
+            pair = flow.training_pair(actions, t, batch.noise.flatten(0, 1))
             predicted = model(batch.observation, pair.x_t, t)
-            total, _ = flow.loss(predicted, pair.target, batch.action_mask, t)
+            total, _ = flow.loss(predicted, pair.target, mask, t)
             accelerator.backward(total * scale)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), clip_norm)

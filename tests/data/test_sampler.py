@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
@@ -11,6 +11,7 @@ from pi0fm.data.sampler import Slots, draw, draws, permute, slots
 SHAPE = (4, 5)
 
 
+@settings(max_examples=40, deadline=None)
 @given(size=st.integers(1, 600), seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**31))
 def test_one_epoch_is_a_permutation(size, seed, epoch):
     assert sorted(permute(np.arange(size), size, seed, epoch)) == list(range(size))
@@ -41,6 +42,7 @@ def test_where_a_sample_lands_is_uniform():
     assert ((counts - 200) ** 2 / 200).sum() < 37.7
 
 
+@settings(max_examples=40, deadline=None)
 @given(num_samples=st.integers(1, 40), first=st.integers(0, 200), count=st.integers(1, 60), cut=st.integers(0, 60))
 def test_a_stretch_of_the_stream_is_the_sum_of_its_parts(num_samples, first, count, cut):
     cut = min(cut, count)

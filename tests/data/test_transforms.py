@@ -34,7 +34,7 @@ def numbers(*shape: int) -> st.SearchStrategy:
     return arrays(np.float32, shape, elements=st.floats(-1000, 1000, width=32))
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(state=numbers(2, 3), actions=numbers(2, 4, 2), kind=st.sampled_from(["z_score", "quantile"]))
 def test_round_trip(state, actions, kind):
     steps = chain(normalization=kind)

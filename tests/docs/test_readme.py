@@ -23,11 +23,17 @@ def module_of(words: list[str]) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("words", OURS, ids=" ".join)
-def test_every_option_is_one_of_the_program(words: list[str], monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
+# Imported while tests are collected: the first import of torch and transformers may take longer than a test may.
+MODULES = [module_of(words) for words in OURS]
+
+
+@pytest.mark.parametrize(("words", "module"), zip(OURS, MODULES, strict=True), ids=[" ".join(words) for words in OURS])
+def test_every_option_is_one_of_the_program(
+    words: list[str], module: ModuleType, monkeypatch: pytest.MonkeyPatch, repository: Path
+) -> None:
     monkeypatch.chdir(repository)  # where configs/quickstart.yaml is found
     decoded: list[object] = []
-    monkeypatch.setattr(module_of(words), "run", decoded.append)
+    monkeypatch.setattr(module, "run", decoded.append)
     assert main(words) == 0
     assert len(decoded) == 1
 

@@ -82,7 +82,9 @@ def test_the_three_journeys_are_drawn_with_names() -> None:
         assert sum(name in section for name in drawn_names()) >= least, heading
 
 
-@pytest.mark.parametrize("name", ["train.loop.no_such_function", "flow.path.CondOT.no_such_method", "flow.no_such_module.f", "train.loop.Path"])
+@pytest.mark.parametrize(
+    "name", ["train.loop.no_such_function", "flow.path.CondOT.no_such_method", "flow.no_such_module.f", "train.loop.Path"]
+)
 def test_a_name_that_is_gone_is_found_out(name: str) -> None:
     assert not resolves(name)
 

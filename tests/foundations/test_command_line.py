@@ -33,6 +33,17 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Opt
     yield install
 
 
+@pytest.fixture
+def group(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pi0fm group probe`: a command with one sub-command, which returns its options."""
+    command(lambda options: {"steps": options.steps})
+    module = ModuleType("pi0fm.cli.group")
+    module.__dict__.update(HELP="commands of this test", SUBCOMMANDS={"probe": "a command of this test"})
+    monkeypatch.setitem(sys.modules, "pi0fm.cli.group", module)
+    monkeypatch.setitem(sys.modules, "pi0fm.cli.group_probe", sys.modules["pi0fm.cli.probe"])
+    monkeypatch.setitem(command_line.COMMANDS, "group", module.HELP)
+
+
 def fail_with(error: BaseException) -> Callable[[Options], None]:
     def run(_: Options) -> None:
         raise error
@@ -100,6 +111,36 @@ def test_the_list_of_commands(capsys: pytest.CaptureFixture[str], words: list[st
     assert command_line.main(words) == code
     shown = capsys.readouterr().out
     assert all(f"pi0fm {name}" in shown for name in ("quickstart", "demos", "train", "eval", "serve", "bench"))
+
+
+def test_a_sub_command_is_found_by_two_words(group: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["group", "probe", "--count", "5"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"steps": 5}
+    assert command_line.main(["group", "probe", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("pi0fm group probe [FILE.yaml] [--option value ...]: a command of this test")
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 2), (["--help"], 0), (["-h"], 0)])
+def test_the_list_of_sub_commands(group: None, capsys: pytest.CaptureFixture[str], words: list[str], code: int) -> None:
+    assert command_line.main(["group", *words]) == code
+    shown = capsys.readouterr().out
+    assert shown.startswith("pi0fm group: commands of this test")
+    assert "pi0fm group probe" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["group", "prob"], "pi0fm: unknown command 'group prob': did you mean 'probe'? known: probe\n"),
+        (["group", "--steps", "3"], "pi0fm: unknown command 'group --steps': known: probe\n"),
+        (["group_probe"], "pi0fm: unknown command 'group_probe': did you mean 'probe'? known: "),
+    ],
+)
+def test_wrong_words_for_a_sub_command(group: None, capsys: pytest.CaptureFixture[str], words: list[str], line: str) -> None:
+    assert command_line.main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(line)
 
 
 def test_help_of_a_command_names_options_defaults_and_aliases(command: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,13 +23,23 @@ from pi0fm.sim.metaworld import make_environment
 from pi0fm.sim.metaworld_prompts import TASK_PROMPTS
 
 pytestmark = pytest.mark.journey
+# An episode takes 10 ms, so that 400 of them outlast any moment of the kill below.
 KILLED = """
 import sys
+import time
 from pathlib import Path
 from demos_help import config, submit
+from pi0fm.demos.interrupt import sigterm_interrupts
 from pi0fm.demos.record import record
-record(config(Path(sys.argv[1]), episodes=200), submit, 2)
+
+def slowly(task, seed):
+    time.sleep(0.01)
+    return submit(task, seed)
+
+with sigterm_interrupts():
+    record(config(Path(sys.argv[1]), episodes=200), slowly, 2)
 """
+TERMINATED = ["--tasks", "handle-press-v3", "--episodes", "500", "--cameras", "base=corner2:32x32", "--root"]
 
 
 def columns(root: Path) -> dict[str, list[object]]:
@@ -43,7 +53,7 @@ def pixels(root: Path) -> list[np.ndarray]:
     return [data[index]["observation.images.base"].numpy() for index in range(len(data))]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_recording_opens_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     root = tmp_path / "set"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -72,6 +82,27 @@ def test_a_killed_recording_opens_and_goes_on(tmp_path: Path, number: signal.Sig
         assert columns(root)["seed"] == columns(whole)["seed"]
         assert columns(root)["action"] == columns(whole)["action"]
         assert all(np.array_equal(one, other) for one, other in zip(pixels(root), pixels(whole), strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_publishes_what_is_whole(tmp_path: Path, workers: int) -> None:
+    root = tmp_path / "set"
+    words = [sys.executable, "-m", "pi0fm.cli.main", "demos", *TERMINATED, str(root), "--num_workers", str(workers)]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.stderr is not None
+    try:
+        seen = ""
+        while "3/500" not in seen:
+            line = process.stderr.readline()
+            assert line, seen
+            seen += line
+        process.send_signal(signal.SIGTERM)
+        errors = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130 and errors.splitlines()[-1] == "pi0fm: interrupted; what was finished is kept"
+    assert 3 <= columns(root)["episode_index"][-1] + 1 < 10  # none of these was published before the signal
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 def test_the_data_set_is_the_same_whatever_the_number_of_workers(tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ def frames(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("frames")
 
 
-@pytest.fixture
-def run(tiny_root, frames, tmp_path) -> Callable[..., TrainConfig]:
-    """`run("name", steps=3, ...)`: the configuration of a run in `tmp_path/name`."""
+@pytest.fixture(scope="session")
+def configure(tiny_root, frames) -> Callable[..., TrainConfig]:
+    """`configure(folder, steps=3, ...)`: the configuration of a run in `folder`."""
 
-    def configured(name: str, **change: Any) -> TrainConfig:
+    def configured(folder: Path, **change: Any) -> TrainConfig:
         options = {
             "steps": 10,
             "global_batch_size": 8,
@@ -45,12 +45,18 @@ def run(tiny_root, frames, tmp_path) -> Callable[..., TrainConfig]:
             "checkpoint_every": 5,
             "threads": 1,
         }
-        return TrainConfig(output_dir=tmp_path / name, **(options | change))
+        return TrainConfig(output_dir=folder, **(options | change))
 
     return configured
 
 
 @pytest.fixture
+def run(configure, tmp_path) -> Callable[..., TrainConfig]:
+    """`run("name", steps=3, ...)`: the configuration of a run in `tmp_path/name`."""
+    return lambda name, **change: configure(tmp_path / name, **change)
+
+
+@pytest.fixture(scope="session")
 def curve() -> Callable[[Path], list[dict[str, float]]]:
     """The lines of a run's metrics, without what depends on the machine."""
 

@@ -83,14 +83,17 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
         shard.unlink()
     else:
         (tmp_path / "step-000000005/.metadata").write_bytes(b"")
-    with pytest.raises(OutputError, match="cannot be read.*go on from an older one") as caught:
+    with pytest.raises(OutputError, match=r"cannot be read.*go on from an older one") as caught:
         checkpoint.load(tmp_path, 5, state(0.0), ALONE)
     assert "\n" not in str(caught.value)
 
 
 def test_another_network_is_refused(tmp_path):
     save(tmp_path, 5)
-    for other in ({"model": {"weight": torch.zeros(4)}, "step": torch.zeros(())}, {"model": {"bias": torch.zeros(3)}, "step": torch.zeros(())}):
+    for other in (
+        {"model": {"weight": torch.zeros(4)}, "step": torch.zeros(())},
+        {"model": {"bias": torch.zeros(3)}, "step": torch.zeros(())},
+    ):
         with pytest.raises(OutputError, match="cannot be read"):
             checkpoint.load(tmp_path, 5, other, ALONE)
 
@@ -100,6 +103,8 @@ def test_a_run_that_has_not_stepped_has_room_for_its_moments():
     with torch.device("meta"):
         model = nn.Linear(3, 2)
     held = _state(model, make_optimizer(OptimizerConfig(), model), Ema(model, 0.9))
-    assert sorted(held["moments"]) == sorted(f"{name}/{moment}" for name in ("weight", "bias") for moment in ("step", "exp_avg", "exp_avg_sq"))
+    assert sorted(held["moments"]) == sorted(
+        f"{name}/{moment}" for name in ("weight", "bias") for moment in ("step", "exp_avg", "exp_avg_sq")
+    )
     assert all(tensor.is_meta for tensor in held["moments"].values())
     assert sorted(held["average"]) == ["bias", "weight"]

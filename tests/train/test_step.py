@@ -71,7 +71,7 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(micro):
     loss, norm, gradients = step(batch(), micro)
     expected, network = by_hand(batch())
     expected.backward()
-    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
     total = torch.sqrt(sum(parameter.grad.square().sum() for parameter in network.parameters()))
     assert norm == pytest.approx(float(total), rel=1e-4)
     for name, parameter in network.named_parameters():
@@ -98,7 +98,7 @@ def test_what_is_aimed_at_in_padded_entries_is_not_read():
         target = torch.where(whole.action_mask, pair.target, torch.full_like(pair.target, wild))
         total, count = FLOW.loss(network(whole.observation, pair.x_t, t), target, whole.action_mask, t)
         (total / count).backward()
-        found.append([float(total / count), *(parameter.grad for parameter in network.parameters())])
+        found.append([(total / count).item(), *(parameter.grad for parameter in network.parameters())])
     for other in found[1:]:
         assert other[0] == found[0][0]
         assert all(torch.equal(a, b) for a, b in zip(found[0][1:], other[1:], strict=True))
@@ -110,7 +110,7 @@ def test_every_valid_element_weighs_the_same():
     errors = []
     with torch.no_grad():
         for one in parts(whole, 1):
-            errors.append((float(by_hand(one)[0]), int(one.action_mask.sum())))
+            errors.append((by_hand(one)[0].item(), int(one.action_mask.sum())))
     weighted = sum(error * count for error, count in errors) / sum(count for _, count in errors)
     assert step(whole, 8)[0] == pytest.approx(weighted, rel=1e-5)
     assert abs(weighted - float(np.mean([error for error, _ in errors]))) > 1e-4
@@ -123,7 +123,7 @@ def test_clipping_bounds_the_step():
     _, norm = train_step(wrapped, FLOW, optimizer, accelerator, iter([whole]), int(whole.action_mask.sum()), 0.01)
     moved = torch.sqrt(sum((a - b).square().sum() for a, b in zip(before, network.parameters(), strict=True)))
     assert float(norm) > 0.01, "the norm is that before clipping"
-    assert float(moved) == pytest.approx(0.01, rel=1e-3)
+    assert moved.item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_batch_without_one_camera_trains():
