@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from pi0fm.errors import ConfigError, ObservationError
 
@@ -22,11 +23,13 @@ def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
     if name == BYTES:
         tokenizer: PreTrainedTokenizerBase = ByT5Tokenizer()
     elif (Path(name) / "tokenizer_config.json").is_file():
+        from transformers import AutoTokenizer  # two seconds of imports that the byte tokenizer does without
+
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
     else:
         raise ConfigError(
-            f"tokenizer must be 'byt5' or a directory with tokenizer_config.json, found {name!r}; PaliGemma's is gated: accept its licence, "
-            "download google/paligemma-3b-pt-224 and give the directory"
+            f"tokenizer must be 'byt5' or a directory with tokenizer_config.json, found {name!r}; PaliGemma's is gated: accept its "
+            "licence, download google/paligemma-3b-pt-224 and give the directory"
         )
     if len(tokenizer) > vocab_size:
         raise ConfigError(

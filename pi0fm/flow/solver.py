@@ -20,7 +20,6 @@ from typing import final
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchdiffeq import odeint
 
 from pi0fm.errors import ConfigError
 from pi0fm.flow.checks import check_grid, check_same_shape
@@ -129,6 +128,8 @@ def _filled(t: float, x: Tensor) -> Tensor:
 
 
 def _dopri5(velocity: Velocity, x: Tensor, times: Sequence[float], tolerance: float) -> Tensor:
+    from torchdiffeq import odeint  # it imports scipy, a second that no other solver should pay
+
     ends = torch.tensor([times[0], times[-1]], dtype=torch.float64, device=x.device)
     # step_t: without it the last step runs past the end and is interpolated back, and the network would see t > 1.
     options = {"first_step": abs(times[1] - times[0]), "dtype": torch.float64, "step_t": ends[1:]}
