@@ -8,6 +8,7 @@ Owns: the order, the last screen, the figures of the whole. Does not know: how a
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -135,6 +136,7 @@ def _train(config: QuickstartConfig, root: Path) -> Path:
     if config.steps is not None:
         over["steps"] = config.steps
     run = options.decode(TrainingRun, options.merge(tree, over))
+    run = replace(run, num_workers=min(run.num_workers, os.cpu_count() or 1))
     done = int((read_last(folder) or {}).get("step", 0)) >= run.steps and (folder / "bundle").exists()
     if done:
         progress.say(f"the run in {folder} is complete")
