@@ -1,9 +1,9 @@
-"""From (seed, step, rank) to a batch of tensors, prepared in a thread while the last one is trained on.
+r"""From (seed, step, rank) to a batch of tensors, prepared in a thread while the last one is trained on.
 
 Owns: `Batch`, collation, prefetching. Does not know: the model, devices beyond moving to one, the optimiser.
 
     position in the stream -> sample -> frame -> pictures (memory map), state and action chunk (one slice) -> chain -> tensors
-                                    \\-> noise and uniform number for the flow, by counter
+                                    \-> noise and uniform number for the flow, by counter
 
 Shape letters: B micro batch, H horizon, A action dim, C cameras.
 """

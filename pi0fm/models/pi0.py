@@ -1,13 +1,13 @@
-"""pi0 and pi0.5 at any size: (observation, x_t, t) -> velocity.
+r"""pi0 and pi0.5 at any size: (observation, x_t, t) -> velocity.
 
 Owns: how an observation becomes prefix tokens, how noisy actions and flow time become suffix tokens, the head, and the reversed
 clock of released weights. Does not know: probability paths, solvers, losses, robots.
 Sources: Black et al. 2024 (arXiv 2410.24164), pi0.5 (arXiv 2504.16054), RT-sized facts in the released weights.
 
-    pictures -> SigLIP -> \\
-                           prefix -> backbone stream --\\ one softmax a layer
+    pictures -> SigLIP -> \
+                           prefix -> backbone stream --\ one softmax a layer
     prompt   -> embed  -> /                             |
-    state    -> linear -> \\                             |
+    state    -> linear -> \                             |
                            suffix -> action stream  ---/  -> linear -> velocity
     x_t, t   -> MLP    -> /
 
@@ -90,7 +90,10 @@ class Pi0(nn.Module):
         return self._head(self.decoder.decode(suffix, cache, num_state_tokens, condition))
 
     def forward(self, observation: ModelObservation, x_t: Float[Tensor, "BK H A"], t: Float[Tensor, " BK"]) -> Float[Tensor, "BK H A"]:
-        """Training: `velocity` of `encode_prefix` in one pass. K rows of x_t and t for each observation, in its order: one prefix serves all."""
+        """Training: `velocity` of `encode_prefix` in one pass.
+
+        K rows of x_t and t for each observation, in its order: one prefix serves all.
+        """
         state = observation.state.repeat_interleave(x_t.shape[0] // len(observation), dim=0)
         suffix, num_state_tokens, condition = self._suffix(state, x_t, t)
         return self._head(self.decoder(*self._prefix(observation), suffix, num_state_tokens, condition))

@@ -9,6 +9,7 @@ faces change, which rendering alone reads: collisions use convex hulls made at c
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def coarsen(model: Any, cell: float) -> int:
@@ -21,11 +22,11 @@ def coarsen(model: Any, cell: float) -> int:
         first, count = int(model.mesh_faceadr[mesh]), int(model.mesh_facenum[mesh])
         start = int(model.mesh_vertadr[mesh])
         vertices = model.mesh_vert[start : start + int(model.mesh_vertnum[mesh])]
-        _, representative, cluster = np.unique(np.round(vertices / cell).astype(np.int64), axis=0, return_index=True, return_inverse=True)
+        _, representative, cluster = np.unique(_packed(np.round(vertices / cell).astype(np.int64)), return_index=True, return_inverse=True)
         moved = representative[cluster.reshape(-1)]  # each vertex -> the one that stands for its cell
         faces = moved[model.mesh_face[first : first + count]]
         whole = (faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])
-        _, unique = np.unique(np.sort(faces, axis=1), axis=0, return_index=True)
+        _, unique = np.unique(_packed(np.sort(faces, axis=1).astype(np.int64)), return_index=True)
         kept = np.intersect1d(np.flatnonzero(whole), unique)
         place = slice(first, first + len(kept))
         model.mesh_face[place] = faces[kept]
@@ -35,3 +36,8 @@ def coarsen(model: Any, cell: float) -> int:
         model.mesh_facenum[mesh] = len(kept)
         left += len(kept)
     return left
+
+
+def _packed(triples: NDArray[np.int64]) -> NDArray[np.int64]:
+    """One number for each row of three, each within +-2^20: numpy sorts numbers many times faster than rows."""
+    return ((triples[:, 0] << 42) + (triples[:, 1] << 21) + triples[:, 2]).astype(np.int64)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedDataParallelKwargs
 
+from pi0fm.errors import ConfigError
 from pi0fm.policy.precision import compute_dtype
 
 __all__ = ["Accelerator", "Context", "all_sum", "barrier", "context_from_environment", "make_accelerator"]
@@ -37,16 +39,29 @@ def context_from_environment(shown: bool = True) -> Context:
 
 
 def make_accelerator(precision: str, accumulation_steps: int, allow_cuda: bool = True) -> Accelerator:
-    """accelerate for this worker: nccl on GPUs, gloo on CPUs; autocast to the precision that the device is fast in."""
+    """accelerate for this worker: nccl on GPUs, gloo on CPUs; autocast to the precision that the device is fast in.
+
+    Raises ConfigError when an earlier run of this process had another precision or device, since accelerate keeps both to its end.
+    """
     on_cuda = allow_cuda and torch.cuda.is_available()
-    dtype = compute_dtype(precision, torch.device("cuda" if on_cuda else "cpu"))
+    device = "cuda" if on_cuda else "cpu"
+    mixed = "bf16" if compute_dtype(precision, torch.device(device)) == torch.bfloat16 else "no"
+    if is_initialized():
+        _check_same(AcceleratorState(), mixed, device)
     return Accelerator(
         cpu=not on_cuda,
-        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+        mixed_precision=mixed,
         gradient_accumulation_steps=accumulation_steps,
         # each parameter has one gradient a step, so the buckets may be the gradients themselves
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+
+
+def _check_same(earlier: AcceleratorState, mixed: str, device: str) -> None:
+    before, now = (earlier.mixed_precision, earlier.device.type), (mixed, device)
+    if before != now:
+        first, second = (f"{'bfloat16' if precision == 'bf16' else 'float32'} on {place}" for precision, place in (before, now))
+        raise ConfigError(f"all runs of a process share precision and device: the first had {first}, found {second}; start another process")
 
 
 def barrier(context: Context) -> None:

@@ -94,6 +94,24 @@ def test_mask_ends_with_the_episode_and_with_the_robots_dimensions(collator):
     assert batch.noise[..., :2].all()
 
 
+def test_every_flow_draw_is_another_and_the_first_ones_do_not_depend_on_their_number(collator):
+    """K draws: K x B noises and times that are all different; the rest of the batch is that of one draw."""
+    one, three = (dataclasses.replace(collator, flow_draws=draws)(5, 6) for draws in (1, 3))
+    assert three.noise.shape == (6, 3, 4, 5) and three.uniform.shape == (6, 3)
+    assert len(three.noise[..., :2].unique()) == 6 * 3 * 4 * 2
+    assert len(three.uniform.unique()) == 6 * 3
+    assert torch.equal(three.noise[:, :1], one.noise) and torch.equal(three.uniform[:, :1], one.uniform)
+    assert torch.equal(three.actions, one.actions) and torch.equal(three.action_mask, one.action_mask)
+    assert torch.equal(three.observation.images, one.observation.images)
+
+
+def test_flow_draws_are_the_same_for_any_ranks_and_micro_batches(collator):
+    several = dataclasses.replace(collator, flow_draws=3)
+    expected, found = stream(several, 1, GLOBAL_BATCH), stream(several, 2, 2)
+    for name, rows in expected.items():
+        assert torch.equal(found[name], rows), name
+
+
 @pytest.mark.parametrize(("first", "count"), [(0, 8), (5, 20), (13, 40)])
 def test_valid_elements_counts_the_mask(collator, first, count):
     assert collator.valid_elements(first, count) == int(collator(first, count).action_mask.sum())

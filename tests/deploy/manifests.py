@@ -7,6 +7,7 @@ Does not know: what the manifests say.
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,16 @@ def problems(document: Document) -> list[str]:
     """What is wrong with one object; empty when nothing is."""
     if document.get("kind") != "RayJob":
         return list(_core_problems(document))
-    schema = yaml.safe_load((HERE / "rayjob.schema.yaml").read_text())
-    found = [f"{error.json_path}: {error.message}" for error in jsonschema.Draft202012Validator(schema).iter_errors(document)]
+    found = [f"{error.json_path}: {error.message}" for error in _rayjob_validator().iter_errors(document)]
     for path in POD_TEMPLATES:
         for template in _at(document, path):
             found += _core_problems({"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "of-the-job"}, "template": template})
     return found
+
+
+@cache
+def _rayjob_validator() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(yaml.safe_load((HERE / "rayjob.schema.yaml").read_text()))
 
 
 def _core_problems(document: Document) -> Iterator[str]:

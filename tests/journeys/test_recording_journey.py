@@ -1,5 +1,6 @@
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -91,17 +92,19 @@ def test_sigterm_publishes_what_is_whole(tmp_path: Path, workers: int) -> None:
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert process.stderr is not None
     try:
-        seen = ""
-        while "3/500" not in seen:
+        seen, said = None, ""
+        while seen is None:
             line = process.stderr.readline()
-            assert line, seen
-            seen += line
+            said += line
+            assert line, f"it ended before its first line of progress: {said}"
+            seen = re.match(r"demonstrations (\d+)/500", line)
         process.send_signal(signal.SIGTERM)
         errors = process.communicate(timeout=120)[1]
     finally:
         process.kill()
     assert process.returncode == 130 and errors.splitlines()[-1] == "pi0fm: interrupted; what was finished is kept"
-    assert 3 <= columns(root)["episode_index"][-1] + 1 < 10  # none of these was published before the signal
+    assert int(seen[1]) <= columns(root)["episode_index"][-1] + 1 < 500  # those of the segment that was open, too
+    assert len(pixels(root)) == len(columns(root)["index"])
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 

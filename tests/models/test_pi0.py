@@ -7,6 +7,7 @@ import torch
 from small_pi0 import BOTH, LIKE_PI0, TOKENS_PER_IMAGE, network, observation, question
 
 from pi0fm.errors import ConfigError
+from pi0fm.flow.divergence import exact_divergence
 from pi0fm.models.joint_decoder import PrefixCache
 from pi0fm.models.observation import ModelObservation, pixels
 from pi0fm.models.pi0 import Pi0
@@ -131,6 +132,42 @@ def test_every_parameter_gets_a_gradient(name):
     # A softmax does not change when every key is moved by the same vector, so SigLIP's key bias has no gradient but rounding.
     assert [name for name in dead if not name.endswith("k_proj.bias")] == []
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@variants
+def test_several_rows_of_one_observation_share_its_prefix(name):
+    """K pairs (x_t, t) for each observation in one pass are K separate passes, in the observations' order."""
+    model, seen = network(BOTH[name]), observation()
+    questions = [question(), tuple(value.flip(0) * 0.7 for value in question())]
+    x_t, t = (torch.stack(values, dim=1).flatten(0, 1) for values in zip(*questions, strict=True))
+    with torch.no_grad():
+        found = model(seen, x_t, t).unflatten(0, (3, 2))
+        for number, (one, at) in enumerate(questions):
+            torch.testing.assert_close(found[:, number], model(seen, one, at), rtol=0, atol=2e-6)
+
+
+@variants
+def test_torch_func_differentiates_the_velocity_as_autograd_does(name):
+    """vjp alone, and vmap over its pullback with one row for each output: together the whole Jacobian."""
+    model, seen, (x_t, t) = network(BOTH[name]), observation(), question()
+    with torch.no_grad():
+        cache = model.encode_prefix(seen)
+
+    def field(x):
+        return model.velocity(cache, seen.state, x, t)
+
+    start = x_t.clone().requires_grad_()
+    value = field(start)
+    rows = torch.eye(20).reshape(20, 1, 4, 5).expand(20, *x_t.shape)
+    expected = torch.stack([torch.autograd.grad(value, start, row, retain_graph=True)[0] for row in rows])
+    found, pullback = torch.func.vjp(field, x_t)
+    torch.testing.assert_close(found, value.detach())
+    torch.testing.assert_close(pullback(rows[7])[0], expected[7], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.func.vmap(lambda row: pullback(row)[0])(rows), expected, rtol=1e-4, atol=1e-5)
+    assert expected.abs().amax(dim=(1, 2, 3)).min() > 1e-3
+
+    _, divergence = exact_divergence(field, x_t)
+    torch.testing.assert_close(divergence, expected.flatten(2).diagonal(dim1=0, dim2=2).sum(1), rtol=1e-4, atol=1e-4)
 
 
 def test_pi05s_expert_begins_as_the_identity():

@@ -9,6 +9,7 @@ import tiny_dataset
 import torch
 
 from pi0fm.data.loader import Batch
+from pi0fm.errors import ConfigError
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
@@ -18,8 +19,8 @@ from pi0fm.train.step import train_step
 FLOW = FlowMatching.from_config(FlowConfig())
 
 
-def batch() -> Batch:
-    """Eight samples of 4 steps and 5 dimensions, of which 3 are real; sample k has 1 + k % 4 valid steps."""
+def batch(draws: int = 1) -> Batch:
+    """Eight samples of 4 steps and 5 dimensions, of which 3 are real; sample k has 1 + k % 4 valid steps, and `draws` flow draws."""
     random = torch.Generator().manual_seed(0)
     observation = ModelObservation(
         images=torch.randint(0, 256, (8, 1, 32, 32, 3), dtype=torch.uint8, generator=random),
@@ -30,8 +31,14 @@ def batch() -> Batch:
     )
     real = torch.arange(5) < 3
     mask = (torch.arange(4) <= torch.arange(8)[:, None] % 4)[:, :, None] & real
-    actions, noise = (torch.randn(8, 4, 5, generator=random) * real for _ in range(2))
-    return Batch(observation, actions, mask, noise, torch.rand(8, generator=random))
+    actions = torch.randn(8, 4, 5, generator=random) * real
+    noise = torch.randn(8, draws, 4, 5, generator=random) * real
+    return Batch(observation, actions, mask, noise, torch.rand(8, draws, generator=random))
+
+
+def one_draw(whole: Batch, number: int) -> Batch:
+    """The batch with draw `number` alone."""
+    return replace(whole, noise=whole.noise[:, number : number + 1], uniform=whole.uniform[:, number : number + 1])
 
 
 def parts(whole: Batch, size: int) -> Iterator[Batch]:
@@ -53,23 +60,31 @@ def step(whole: Batch, micro: int) -> tuple[float, float, dict[str, torch.Tensor
     network, accelerator = model(), make_accelerator("float32", 8 // micro, allow_cuda=False)
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     wrapped, optimizer = accelerator.prepare(network, torch.optim.SGD(network.parameters(), lr=1.0))
-    loss, norm = train_step(wrapped, FLOW, optimizer, accelerator, parts(whole, micro), int(whole.action_mask.sum()), 1e9)
+    loss, norm = train_step(wrapped, FLOW, optimizer, accelerator, parts(whole, micro), valid_elements(whole), 1e9)
     return float(loss), float(norm), {name: before[name] - parameter.detach() for name, parameter in network.named_parameters()}
 
 
+def valid_elements(whole: Batch) -> int:
+    return int(whole.action_mask.sum()) * whole.uniform.shape[1]
+
+
 def by_hand(whole: Batch) -> tuple[torch.Tensor, Pi0]:
-    """The mean over the valid elements of the whole batch, in one pass."""
+    """The mean over the valid elements and the draws of the whole batch; a pass of its own for each draw."""
     network = model()
-    t = FLOW.times(whole.uniform)
-    x_t = (1 - t)[:, None, None] * whole.noise + t[:, None, None] * whole.actions
-    errors = (network(whole.observation, x_t, t) - (whole.actions - whole.noise)) ** 2
-    return errors[whole.action_mask].mean(), network
+    losses = []
+    for noise, uniform in zip(whole.noise.unbind(1), whole.uniform.unbind(1), strict=True):
+        t = FLOW.times(uniform)
+        x_t = (1 - t)[:, None, None] * noise + t[:, None, None] * whole.actions
+        errors = (network(whole.observation, x_t, t) - (whole.actions - noise)) ** 2
+        losses.append(errors[whole.action_mask].mean())
+    return torch.stack(losses).mean(), network
 
 
-@pytest.mark.parametrize("micro", [8, 4, 2, 1])
-def test_loss_and_gradient_are_those_of_the_whole_batch(micro):
-    loss, norm, gradients = step(batch(), micro)
-    expected, network = by_hand(batch())
+@pytest.mark.parametrize(("micro", "draws"), [(8, 1), (4, 1), (1, 1), (8, 3), (2, 3)])
+def test_loss_and_gradient_are_those_of_the_whole_batch(micro, draws):
+    """However it is cut, and with K draws on one encoding as with K separate passes."""
+    loss, norm, gradients = step(batch(draws), micro)
+    expected, network = by_hand(batch(draws))
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     total = torch.sqrt(sum(parameter.grad.square().sum() for parameter in network.parameters()))
@@ -77,6 +92,17 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(micro):
     for name, parameter in network.named_parameters():
         assert parameter.grad.isfinite().all(), name
         assert float((gradients[name] - parameter.grad).abs().max()) < 2e-5 * max(1.0, float(parameter.grad.abs().max())), name
+
+
+def test_the_gradient_of_several_draws_is_the_mean_of_theirs():
+    whole = batch(3)
+    loss, _, gradients = step(whole, 8)
+    alone = [step(one_draw(whole, number), 8) for number in range(3)]
+    assert len({round(one[0], 6) for one in alone}) == 3, "each draw has a loss of its own"
+    assert loss == pytest.approx(sum(one[0] for one in alone) / 3, rel=1e-5)
+    for name, found in gradients.items():
+        mean = sum(one[2][name] for one in alone) / 3
+        assert float((found - mean).abs().max()) < 2e-5 * max(1.0, float(mean.abs().max())), name
 
 
 def test_padded_dimensions_teach_nothing():
@@ -90,8 +116,8 @@ def test_padded_dimensions_teach_nothing():
 def test_what_is_aimed_at_in_padded_entries_is_not_read():
     """With the network's inputs held, other targets behind the mask give the same loss and gradient."""
     whole = batch()
-    t = FLOW.times(whole.uniform)
-    pair = FLOW.training_pair(whole.actions, t, whole.noise)
+    t = FLOW.times(whole.uniform[:, 0])
+    pair = FLOW.training_pair(whole.actions, t, whole.noise[:, 0])
     found = []
     for wild in (0.0, 1e6, float("nan")):
         network = model()
@@ -120,10 +146,20 @@ def test_clipping_bounds_the_step():
     whole, network, accelerator = batch(), model(), make_accelerator("float32", 1, allow_cuda=False)
     before = [parameter.detach().clone() for parameter in network.parameters()]
     wrapped, optimizer = accelerator.prepare(network, torch.optim.SGD(network.parameters(), lr=1.0))
-    _, norm = train_step(wrapped, FLOW, optimizer, accelerator, iter([whole]), int(whole.action_mask.sum()), 0.01)
+    _, norm = train_step(wrapped, FLOW, optimizer, accelerator, iter([whole]), valid_elements(whole), 0.01)
     moved = torch.sqrt(sum((a - b).square().sum() for a, b in zip(before, network.parameters(), strict=True)))
     assert float(norm) > 0.01, "the norm is that before clipping"
     assert moved.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_second_precision_in_one_process_is_refused_in_one_line():
+    make_accelerator("float32", 1, allow_cuda=False)
+    with pytest.raises(ConfigError) as caught:
+        make_accelerator("bfloat16", 1, allow_cuda=False)
+    assert str(caught.value) == (
+        "all runs of a process share precision and device: the first had float32 on cpu, found bfloat16 on cpu; start another process"
+    )
+    make_accelerator("float32", 2, allow_cuda=False)
 
 
 def test_a_batch_without_one_camera_trains():
