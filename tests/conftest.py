@@ -25,10 +25,9 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 import pytest
-from jaxtyping import install_import_hook
+import runtime_checks
 
-# Every annotated shape and type of pi0fm is checked at every call under test, and only there.
-install_import_hook("pi0fm", "runtime_checks.check")
+runtime_checks.install()
 
 ROOT = Path(__file__).resolve().parent.parent
 JOURNEYS = ROOT / "tests" / "journeys"
