@@ -5,6 +5,7 @@ command line or of deploy/ starts at once.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Two torch threads in every process on two cores are several times slower than one. Child processes inherit all of these.
@@ -24,6 +25,7 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+import jaxtyping
 import pytest
 import runtime_checks
 
@@ -38,6 +40,14 @@ JOURNEY_TIMEOUT_SECONDS = 420
 def repository() -> Path:
     """The folder that holds pyproject.toml."""
     return ROOT
+
+
+@pytest.fixture
+def shapes_unchecked() -> Iterator[None]:
+    """As in production: for thousands of small steps, where the looking is most of the time, and for what the library checks itself."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -52,7 +52,7 @@ class _Updater:
     def __init__(self, run: TrainConfig, data: SharedData, plan: TrainingPlan, scheduled_steps: int) -> None:
         self._run, self._data, self._scheduled_steps = run, data, scheduled_steps
         self._rates = replace(run.optimizer, learning_rate=plan.learning_rate)
-        self._collator = data.collator(plan.seed)
+        self._collator = data.collator(plan.seed, run.flow_draws_per_observation)
         micro = run.micro_batch(world_size=1)
         self._batches = (self._collator(first, micro) for first in itertools.count(0, micro))
         self._flow = FlowMatching.from_config(run.flow)
@@ -67,7 +67,7 @@ class _Updater:
         """One step, as in `train.loop`; returns the loss and the number of samples."""
         count = self._run.global_batch_size
         set_learning_rate(self._optimizer, learning_rate(self._rates, step, self._scheduled_steps))
-        valid = self._collator.valid_elements(step * count, count)
+        valid = self._collator.valid_elements(step * count, count) * self._run.flow_draws_per_observation
         model, optimizer = self._prepared
         loss, _ = train_step(model, self._flow, optimizer, self._accelerator, self._batches, valid, self._rates.clip_norm)
         self._ema.update(step)

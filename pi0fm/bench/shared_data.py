@@ -43,10 +43,10 @@ class SharedData:
         state_dim, action_dim = self.source.embodiment.dims()
         return RobotFeatures(tuple(self.source.embodiment.cameras), state_dim, action_dim)
 
-    def collator(self, seed: int) -> Collator:
+    def collator(self, seed: int, flow_draws: int = 1) -> Collator:
         """pi0fm's batches, in the order of `seed`."""
         model = self.policy.model
-        return Collator(self.source, self.cache, self.policy.chain(self.stats), model.action_horizon, model.action_dim, seed)
+        return Collator(self.source, self.cache, self.policy.chain(self.stats), model.action_horizon, model.action_dim, seed, flow_draws)
 
     def lerobot_stats(self) -> dict[str, dict[str, Any]]:
         """Mean and standard deviation as LeRobot's processors take them; the numbers that pi0fm normalises with, before its floor."""

@@ -152,7 +152,9 @@ class Cosine(ProbabilityPath):
 
     @override
     def likelihood_integral(self, t: Tensor) -> Tensor:
-        return -4 / math.pi**2 * torch.log(self.sigma(t))
+        # By alpha in the first half: near t = 0 sigma rounds to 1, and its logarithm has no digit left.
+        early = torch.log1p(-(self.alpha(t.clamp(max=0.5)) ** 2)) / 2
+        return -4 / math.pi**2 * torch.where(t < 0.5, early, torch.log(self.sigma(t)))
 
 
 @final

@@ -9,7 +9,7 @@ TASK_PROMPTS: dict[str, str] = {
     "basketball-v3": "drop the ball into the hoop",
     "bin-picking-v3": "move the cube from one bin to the other",
     "box-close-v3": "put the lid on the box",
-    "button-press-topdown-v3": "press the button from above",
+    "button-press-topdown-v3": "press the button down",
     "button-press-topdown-wall-v3": "reach over the wall and press the button from above",
     "button-press-v3": "push the button in",
     "button-press-wall-v3": "reach around the wall and push the button in",

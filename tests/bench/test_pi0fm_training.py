@@ -25,7 +25,8 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def run(learning_run):
-    run = learning_run(steps=STEPS, log_every=1, micro_batch_size=2, dataset=replace(learning_run().dataset, episodes=(0, 1, 2)))
+    dataset = replace(learning_run().dataset, episodes=(0, 1, 2))
+    run = learning_run(steps=STEPS, log_every=1, micro_batch_size=2, flow_draws_per_observation=2, dataset=dataset)
     return comparable(run, LearningConfig(task="reach-v3", dataset=run.dataset))
 
 

@@ -1,6 +1,5 @@
 import math
 
-import jaxtyping
 import pytest
 import torch
 
@@ -13,14 +12,6 @@ from pi0fm.flow.path import PATHS, CondOT, path_named
 from pi0fm.flow.solver import SOLVERS
 from pi0fm.flow.time_density import DENSITIES, Pi0, density_named
 from pi0fm.options import decode, describe
-
-
-@pytest.fixture
-def shapes_unchecked():
-    """As in production, where jaxtyping does not look and the library's own checks must speak."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def chunks(*shape, seed=0, dtype=torch.float32):
@@ -113,6 +104,7 @@ def test_masked_entries_do_not_change_the_sample_of_the_rest(solver):
     assert not torch.equal(first[mask], PI0.sample(lambda x, t: -x, noise, 5, solver, mask)[mask])
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize("prediction", QUANTITIES)
 @pytest.mark.parametrize("path", PATHS)
 def test_a_network_may_predict_any_quantity(path, prediction):
@@ -189,6 +181,7 @@ def test_likelihood_weighting_needs_the_times():
         flow.loss(x, x, torch.ones_like(x, dtype=torch.bool))
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_every_combination_of_words_trains_and_samples_finitely():
     x, noise, mask = chunks(8, 2, 2), chunks(8, 2, 2, seed=1), torch.ones(8, 2, 2, dtype=torch.bool)
     u = torch.linspace(0, 1 - 2**-24, 8)

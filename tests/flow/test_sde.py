@@ -34,6 +34,7 @@ def test_the_grid_is_uniform_in_the_log_ratio(name):
     assert grid[-1] == (1 if name == "ve" else 0.999)
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize("h", [0.0, 1.0, 1.6])
 @pytest.mark.parametrize("name", PATHS)
 def test_every_member_has_the_mean_and_variance_of_gaussian_data(name, h):

@@ -12,7 +12,7 @@ from pi0fm.sim.env import parse_cameras
 from pi0fm.sim.metaworld import MetaWorld, make_environment
 
 BASE = parse_cameras("base=corner2:96x96")
-TASKS = ("button-press-topdown-v3", "drawer-open-v3", "peg-insert-side-v3")
+TASKS = ("button-press-topdown-v3", "drawer-open-v3")
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def film(environment: MetaWorld, steps: int) -> list[NDArray[np.uint8]]:
 @pytest.mark.timeout(240)  # four environments are built: 5 CPU-seconds, and many more on a machine that others use too
 def test_two_environments_side_by_side_draw_what_each_draws_alone() -> None:
     alone = []
-    for task in TASKS[:2]:
+    for task in TASKS:
         with built(task) as environment:
             alone.append(film(environment, steps=4))
     with built(TASKS[0]) as one, built(TASKS[1]) as other:
@@ -51,7 +51,7 @@ def test_two_environments_side_by_side_draw_what_each_draws_alone() -> None:
     assert not np.array_equal(alone[0][2], alone[1][2]) and not np.array_equal(alone[0][0], alone[0][-1])
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["drawer-open-v3", "peg-insert-side-v3"])
 def test_coarse_meshes_look_the_same_with_fewer_faces(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with built(task) as environment:
         every = int(environment._env.model.mesh_facenum.sum())
@@ -65,9 +65,9 @@ def test_coarse_meshes_look_the_same_with_fewer_faces(task: str, monkeypatch: py
     assert 0 < difference.mean() < 2
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["peg-insert-side-v3"])
 def test_drawing_changes_no_physics(task: str) -> None:
-    """The expert presses and grasps here: contacts between the meshes that were made coarse."""
+    """The expert grasps here: contacts between the meshes that were made coarse."""
 
     def trajectory(environment: MetaWorld, draw: bool) -> NDArray[np.float64]:
         states = []

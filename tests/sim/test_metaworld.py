@@ -44,7 +44,7 @@ def test_what_is_seen(button: MetaWorld) -> None:
     assert seen.images["base"].shape == (96, 96, 3) and seen.images["wrist"].shape == (48, 64, 3)
     assert seen.images["base"].dtype == np.uint8 and seen.images["base"].std() > 20
     assert seen.state.shape == (4,) and seen.state.dtype == np.float32
-    assert seen.prompt == "press the button from above"
+    assert seen.prompt == "press the button down"
     assert button.picture(200, 160).shape == (200, 160, 3)
 
 
