@@ -52,8 +52,9 @@ def make_accelerator(precision: str, accumulation_steps: int, allow_cuda: bool =
         cpu=not on_cuda,
         mixed_precision=mixed,
         gradient_accumulation_steps=accumulation_steps,
-        # each parameter has one gradient a step, so the buckets may be the gradients themselves
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        # each parameter has one gradient a step, so the buckets may be the gradients themselves; no buffer of the network ever changes,
+        # so none is sent at every forward pass
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
 
 
