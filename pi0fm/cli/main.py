@@ -58,7 +58,9 @@ def _dispatch(path: tuple[str, ...], commands: Mapping[str, str], words: Sequenc
         return 0
     result = command.run(options.parse(command.Options, rest, command.ALIASES))
     if result is not None:
-        print(json.dumps(result), flush=True)
+        # one write: torchrun's workers share an unbuffered pipe, where print's newline may follow another worker's text
+        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.flush()
     return 0
 
 

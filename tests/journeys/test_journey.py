@@ -3,28 +3,40 @@
 Each step uses what the one before it left on disk, as a user's would. Sizes are the smallest that still go through every part.
 """
 
+import io
 import json
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pi0fm.cli.main import main
 from pi0fm.serve.client import PolicyClient
 
 TASK = "button-press-topdown-v3"
 PI0FM = (sys.executable, "-m", "pi0fm.cli.main")
 
 
-def command(*words: object, code: int = 0) -> tuple[dict[str, Any], str]:
-    """Run a command; its last line of standard output as JSON (empty when it failed as expected), and standard error."""
+def command(*words: object) -> tuple[dict[str, Any], str]:
+    """Run a command; its last line of standard output as JSON, and standard error."""
     done = subprocess.run([*PI0FM, *map(str, words)], capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == code, done.stderr[-3000:]
-    return (json.loads(done.stdout.splitlines()[-1]) if code == 0 else {}), done.stderr
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def refused(*words: object) -> tuple[int, str]:
+    """Exit code and the one line of a command that is refused; in this process, since it ends before anything is started."""
+    complaint = io.StringIO()
+    with redirect_stderr(complaint):
+        code = main([str(word) for word in words])
+    assert code != 0 and len(complaint.getvalue().strip().splitlines()) == 1
+    return code, complaint.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +57,8 @@ def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result["steps"] == 20 and "left" in shown
     first = json.loads((output / "bundle" / "config.json").read_text())
     assert first["policy"]["training"]["steps"] == "20"
-    refused, complaint = command(*words, "--steps", 25, "--num_workers", 0, code=1)
-    assert refused == {} and "--resume true" in complaint and len(complaint.strip().splitlines()) == 1
+    code, complaint = refused(*words, "--steps", 25, "--num_workers", 0)
+    assert code == 1 and "--resume true" in complaint
     result, shown = command(*words, "--steps", 25, "--num_workers", 0, "--resume", "true")
     assert result["steps"] == 25 and "resumed from step 20" in shown
     return output
@@ -75,8 +87,8 @@ def test_the_bundle_knows_which_seeds_were_demonstrated(run: Path) -> None:
     policy = json.loads((run / "bundle" / "config.json").read_text())["policy"]
     low, high = policy["demonstration_seeds"][TASK]
     assert high - low >= 3
-    _, complaint = command("eval", "--policy", run / "bundle", "--tasks", TASK, "--first_seed", low, "--output_dir", run / "no", code=2)
-    assert str(low) in complaint and not (run / "no").exists()
+    code, complaint = refused("eval", "--policy", run / "bundle", "--tasks", TASK, "--first_seed", low, "--output_dir", run / "no")
+    assert code == 2 and str(low) in complaint and not (run / "no").exists()
 
 
 def test_two_episodes_are_judged(run: Path, tmp_path: Path) -> None:
@@ -101,19 +113,6 @@ def test_a_served_policy_answers_and_is_judged_over_the_socket(run: Path, server
     with PolicyClient(server) as client:
         reply = client.infer({**observation, "noise_seed": 7})
     np.testing.assert_allclose(reply["actions"], local.infer(observation, noise_seed=7).actions, atol=1e-5)
-    result, _ = command(
-        "eval",
-        "--policy",
-        server,
-        "--tasks",
-        TASK,
-        "--episodes",
-        2,
-        "--max_steps",
-        24,
-        "--output_dir",
-        tmp_path / "served",
-        "--num_workers",
-        0,
-    )
+    words = ("eval", "--policy", server, "--tasks", TASK, "--episodes", 2, "--max_steps", 24, "--output_dir", tmp_path / "served")
+    result, _ = command(*words, "--num_workers", 0)
     assert result["episodes"] == 2 and result["crashes"] == 0

@@ -1,5 +1,7 @@
 """One batched inference: a chunk depends on its own observation and seed, and on nothing else."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from pi0fm.data.sampler import draw
 from pi0fm.data.transforms import Sample
 from pi0fm.errors import ObservationError
+from pi0fm.policy.local import LocalPolicy
 from pi0fm.types import Observation
 
 SEEDS = [11, 12, 13, 14]
@@ -93,10 +96,15 @@ def test_one_seed_for_each(small_policy, observations):
 
 def test_another_solver_with_the_same_weights(small_policy, observations):
     policy = small_policy.in_memory()
-    finer, finest = (policy.with_sampling(steps, None).infer(observations[0], 3).actions for steps in (64, 128))
+
+    def sampled(num_flow_steps, solver):
+        flow = replace(policy.flow, num_flow_steps=num_flow_steps, solver=solver)
+        return LocalPolicy(policy.model, flow, policy.chain, policy.metadata, policy.device, policy.dtype).infer(observations[0], 3).actions
+
+    finer, finest = sampled(64, "euler"), sampled(128, "euler")
     coarse = policy.infer(observations[0], 3).actions
     assert np.abs(finer - finest).max() < np.abs(coarse - finest).max()
-    fourth_order = policy.with_sampling(8, "rk4").infer(observations[0], 3).actions
+    fourth_order = sampled(8, "rk4")
     assert np.abs(fourth_order - finest).max() < np.abs(coarse - finest).max()
 
 
