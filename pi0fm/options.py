@@ -204,8 +204,4 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 
 def _hint(cls: type) -> str:
-    return (
-        "see --help for every option and its default"
-        if not dataclasses.fields(cls)
-        else f"options here: {', '.join(f.name for f in dataclasses.fields(cls))}"
-    )
+    return f"options here: {', '.join(field.name for field in dataclasses.fields(cls))}"

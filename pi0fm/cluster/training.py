@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,6 @@ def _share_of_cpus(num_workers: int, gpus: float) -> int:
 
 def _absolute(run: TrainingRun) -> TrainingRun:
     """Ray's workers have another working directory."""
-    from dataclasses import replace
-
     dataset = run.dataset
     paths = {name: getattr(dataset, name).absolute() for name in ("root", "cache_dir") if getattr(dataset, name) is not None}
     return replace(run, output_dir=run.output_dir.absolute(), dataset=replace(dataset, **paths))
