@@ -35,5 +35,9 @@ class ObservationError(Pi0fmError):
     """An observation that lacks a key, or holds an array of another shape, type or range."""
 
 
+class ClusterError(Pi0fmError):
+    """Ray, or one of its nodes, that does not start."""
+
+
 class ServingError(Pi0fmError):
     """A server that cannot start, cannot be reached, or answered with an error."""

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pi0fm.errors import ConfigError
+from pi0fm import progress
+from pi0fm.errors import ClusterError, ConfigError
 
 OBJECT_STORE_BYTES = 256 * 2**20
 SMALLEST_OBJECT_STORE_BYTES = 80 * 2**20  # Ray refuses less than 75 MiB
@@ -36,7 +37,7 @@ def ray_session(
     address: of a running cluster (`auto`, `HOST:PORT`, `ray://HOST:PORT`); None takes RAY_ADDRESS, and without that starts Ray here.
     num_cpus, resources: what the Ray that is started here claims to have; None means the machine's cores. Ignored when joining.
     object_store_bytes: upper bound of its shared memory, lowered to half of what /dev/shm has left. Ignored when joining.
-    Raises ConfigError when the address does not answer.
+    Raises ConfigError when the address does not answer, ClusterError when a Ray of its own does not start.
     """
     # Ray reads this when it is imported: without it `uv run` as driver zips the working directory and starts every worker through uv.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -47,9 +48,7 @@ def ray_session(
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
-        store = _object_store_that_fits(object_store_bytes)
-        claimed = dict(resources) if resources else None
-        ray.init("local", num_cpus=num_cpus, resources=claimed, object_store_memory=store, include_dashboard=False, **_QUIET)
+        _start(num_cpus, dict(resources) if resources else None, _object_store_that_fits(object_store_bytes))
     else:
         _join(address)
     try:
@@ -81,6 +80,26 @@ def require_resources(each: Mapping[str, float], count: int = 1) -> None:
         raise ConfigError(
             f"{count} workers with {wanted} each are asked for, but Ray has room for {room}; lower the number of workers, or add nodes"
         )
+
+
+def _start(num_cpus: int | None, resources: dict[str, float] | None, object_store_bytes: int) -> None:
+    """Ray on this machine; a second try when the first is too slow, as on a machine that is busy with something else."""
+    import ray
+
+    for last in (False, True):
+        try:
+            ray.init(
+                "local", num_cpus=num_cpus, resources=resources, object_store_memory=object_store_bytes, include_dashboard=False, **_QUIET
+            )
+            return
+        except Exception as error:  # noqa: BLE001  Ray raises a bare Exception for a node that is not up after 30 s
+            ray.shutdown()
+            why = " ".join(str(error).split())[:200]
+            if last:
+                raise ClusterError(
+                    f"Ray must start on this machine, but twice did not ({why}); close other programs and try again"
+                ) from None
+            progress.say(f"Ray did not start ({why}); trying once more")
 
 
 def _join(address: str) -> None:

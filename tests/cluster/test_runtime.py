@@ -1,0 +1,48 @@
+import os
+
+import pytest
+import ray
+
+from pi0fm.cluster.runtime import ray_session
+from pi0fm.errors import ClusterError
+
+
+class SlowRay:
+    """Ray's `init` that fails as a node on a busy machine does, `failures` times."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self.calls, self.stops = failures, 0, 0
+
+    def init(self, *_: object, **__: object) -> None:
+        self.calls += 1
+        if self.calls <= self.failures:
+            raise Exception("The current node timed out during startup.\nThis could happen because the raylet failed.")
+
+    def shutdown(self) -> None:
+        self.stops += 1
+
+
+@pytest.fixture
+def slow(monkeypatch, request):
+    fake = SlowRay(request.param)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", fake.init)
+    monkeypatch.setattr(ray, "shutdown", fake.shutdown)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    return fake
+
+
+@pytest.mark.parametrize("slow", [1], indirect=True)
+def test_a_node_that_is_slow_once_is_started_again(slow: SlowRay, capsys: pytest.CaptureFixture[str]) -> None:
+    with ray_session():
+        assert slow.calls == 2
+    assert slow.stops == 2  # what half stood, and what stood
+    assert "trying once more" in capsys.readouterr().err
+    assert os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0"
+
+
+@pytest.mark.parametrize("slow", [2], indirect=True)
+def test_a_node_that_never_starts_is_one_line(slow: SlowRay) -> None:
+    with pytest.raises(ClusterError, match="Ray must start on this machine") as caught, ray_session():
+        pass
+    assert slow.calls == 2 and "\n" not in str(caught.value)
