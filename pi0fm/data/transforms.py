@@ -25,8 +25,6 @@ from pi0fm.errors import ConfigError, ObservationError
 from pi0fm.models.observation import ModelObservation
 from pi0fm.types import Observation
 
-PROMPT_MULTIPLE = 8  # prompts are trimmed to the batch's longest, rounded up: few distinct shapes, little padding
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -165,12 +163,10 @@ class Chain:
     def to_model(
         self, images: NDArray[np.uint8], image_mask: NDArray[np.bool_], state: NDArray[np.float32], prompts: list[str]
     ) -> ModelObservation:
-        """Pictures [B, C, size, size, 3], their mask [B, C], transformed state [B, S] and prompts to tensors; prompt padding is trimmed."""
+        """Pictures [B, C, size, size, 3], their mask [B, C], transformed state [B, S] and prompts to tensors, `trimmed`."""
         tokens, mask = self.tokenizer(prompts, state[:, : self.embodiment.dims()[0]])
-        longest = int(mask.sum(axis=1).max())
-        kept = min(tokens.shape[1], -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
-        arrays = (images, image_mask, tokens[:, :kept].copy(), mask[:, :kept].copy(), state)
-        return ModelObservation(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+        arrays = (images, image_mask, tokens, mask, state)
+        return ModelObservation(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)).trimmed()
 
     def _refuse_unknown_cameras(self, images: Mapping[str, NDArray[np.uint8]]) -> None:
         unknown = set(images) - set(self.embodiment.cameras)

@@ -17,15 +17,22 @@ from torch import Tensor, nn
 
 
 def attend(
-    query: Float[Tensor, "B N T K"],
-    key: Float[Tensor, "B kv J K"],
-    value: Float[Tensor, "B kv J K"],
-    mask: Bool[Tensor, "B #1 #T J"] | None,
+    query: Float[Tensor, "B N T K"], key: Float[Tensor, "B kv J K"], value: Float[Tensor, "B kv J K"], mask: Tensor | None
 ) -> Float[Tensor, "B N T K"]:
-    """softmax(query key^T / sqrt(K)) value; True in the mask where a key may be seen. N is a multiple of kv."""
+    """softmax(query key^T / sqrt(K)) value. N is a multiple of kv.
+
+    mask: [B, 1, T or 1, J], boolean with True where a key may be seen, or what `additive` made of it; None when all are seen.
+    """
     if query.device.type == "cpu":
         return _folded(query, key, value, mask)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=key.shape[1] != query.shape[1])
+
+
+def additive(mask: Bool[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """0 where the mask is True, minus infinity elsewhere: made once for all the layers that share a mask."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
 def siglip_attention(
@@ -41,9 +48,13 @@ def _folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys = key.shape[1], key.shape[2]
     groups = heads // kv_heads
-    rows = (query * head_dim**-0.5).reshape(batch * kv_heads, groups * num_queries, head_dim)
-    scores = torch.bmm(rows, key.flatten(0, 1).transpose(1, 2))
-    if mask is not None:
-        bias = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, float("-inf"))
-        scores = (scores.view(batch, heads, num_queries, num_keys) + bias).view_as(scores)
+    rows = query.reshape(batch * kv_heads, groups * num_queries, head_dim)
+    columns = key.flatten(0, 1).transpose(1, 2)
+    # the scale and the mask ride along in the product: a pass over the scores each, saved
+    if mask is None:
+        scores = torch.baddbmm(rows.new_empty(()), rows, columns, beta=0.0, alpha=head_dim**-0.5)
+    else:
+        bias = (additive(mask) if mask.dtype == torch.bool else mask).to(rows.dtype)
+        wide = bias[:, :, None].expand(batch, kv_heads, groups if bias.shape[2] > 1 else 1, bias.shape[2], num_keys)
+        scores = torch.baddbmm(wide.reshape(batch * kv_heads, -1, num_keys), rows, columns, alpha=head_dim**-0.5)
     return torch.bmm(scores.softmax(dim=-1), value.flatten(0, 1)).view(batch, heads, num_queries, head_dim)

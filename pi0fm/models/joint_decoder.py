@@ -8,6 +8,10 @@ A stream that is absent is None, so that one `forward` encodes the prefix, moves
     None    given   given     ->   one evaluation of the velocity
     given   given   None      ->   training: the same two computations in one pass
 
+Sampling evaluates the velocity many times against one cache. What is the same each time is done once, in `context`:
+
+    prefix keys and values | state's keys and values | room for the actions' own, written anew by every evaluation
+
 Who sees whom (rows ask, columns answer). The prefix never looks at the suffix, so its cache is valid for every flow time:
 
                  prefix   state   actions
@@ -25,7 +29,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from pi0fm.models.attention import attend
+from pi0fm.models.attention import additive, attend
 from pi0fm.models.layers import AdaptiveRMSNorm, GatedMLP, RMSNorm, Rotation, rotate, rotation
 
 
@@ -56,9 +60,28 @@ class KeyValue(NamedTuple):
     key: Tensor
     value: Tensor
 
-    def repeated(self, times: int) -> "KeyValue":
-        """Each observation's entries `times` times in a row: several suffixes look at one prefix."""
-        return self if times == 1 else KeyValue(self.key.repeat_interleave(times, dim=0), self.value.repeat_interleave(times, dim=0))
+    def joined(self, own: "KeyValue") -> "KeyValue":
+        """These and the suffix's own behind them; the suffix may hold several rows, in order, for each row of these."""
+        times = own.key.shape[0] // self.key.shape[0]
+        seen = self if times == 1 else KeyValue(self.key.repeat_interleave(times, dim=0), self.value.repeat_interleave(times, dim=0))
+        return KeyValue(torch.cat((seen.key, own.key), dim=2), torch.cat((seen.value, own.value), dim=2))
+
+
+@dataclass(frozen=True)
+class Room:
+    """Keys and values [B, kv heads, J, K] of all that the actions see; the last `own` of J are theirs, and are written over in place."""
+
+    key: Tensor
+    value: Tensor
+    own: int
+
+    def joined(self, own: KeyValue) -> KeyValue:
+        """All J. Under autograd they are copied: what a gradient needs may not be written over."""
+        if torch.is_grad_enabled():
+            return KeyValue(self.key[:, :, : -self.own], self.value[:, :, : -self.own]).joined(own)
+        self.key[:, :, -self.own :] = own.key
+        self.value[:, :, -self.own :] = own.value
+        return KeyValue(self.key, self.value)
 
 
 @dataclass(frozen=True)
@@ -71,6 +94,18 @@ class PrefixCache:
     layers: tuple[KeyValue, ...]
     mask: Bool[Tensor, "B P"]
     length: Int64[Tensor, " B"]
+
+
+@dataclass(frozen=True)
+class ActionContext:
+    """All that action tokens need to know of the rest, for every flow time of one batch of observations.
+
+    layers: one Room a layer. turn: the rotary angles of the action tokens. bias: additive [B, 1, 1, J], None when every token is real.
+    """
+
+    layers: tuple[Room, ...]
+    turn: Rotation
+    bias: Tensor | None
 
 
 class Stream(nn.Module):
@@ -98,8 +133,9 @@ class Stream(nn.Module):
         """Rotated queries [B, N, T, K], rotated keys and values, and the gate of the attention residual."""
         normed, gate = self.attention_norm(x, condition)
         heads = self.qkv(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        return rotate(query, turn), KeyValue(rotate(key, turn), value), gate
+        turning, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
+        query, key = rotate(turning, turn).split((self.num_heads, self.num_kv_heads), dim=1)
+        return query, KeyValue(key, value), gate
 
     def finish(self, x: Tensor, attended: Tensor, gate: Tensor | None, condition: Tensor | None) -> Tensor:
         """The two residuals: x + attention, then + MLP."""
@@ -125,13 +161,13 @@ class JointDecoderLayer(nn.Module):
         suffix_turn: Rotation | None,
         prefix_mask: Tensor | None,
         suffix_mask: Tensor | None,
-        cached: KeyValue | None,
+        cached: KeyValue | Room | None,
         condition: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, KeyValue]:
-        """Both streams one layer further, and the prefix's keys and values.
+        """Both streams one layer further, and the keys and values of all that the last of them saw.
 
         prefix [B, P, D], suffix [B, Q, D']; prefix_mask [B, 1, 1, P] or None when every token is real;
-        suffix_mask [B, 1, Q, P + Q]; `cached` stands for a prefix that is absent.
+        suffix_mask [B, 1, Q or 1, P + Q]; `cached` stands for a prefix that is absent.
         """
         if prefix is not None and prefix_turn is not None:
             query, cached, gate = self.backbone.project(prefix, prefix_turn, None)
@@ -141,9 +177,9 @@ class JointDecoderLayer(nn.Module):
             raise ValueError("a layer needs either a prefix or its cache")
         if suffix is not None and suffix_turn is not None:
             query, own, gate = self.action_expert.project(suffix, suffix_turn, condition)
-            seen = cached.repeated(suffix.shape[0] // cached.key.shape[0])
-            key, value = torch.cat((seen.key, own.key), dim=2), torch.cat((seen.value, own.value), dim=2)
-            suffix = self.action_expert.finish(suffix, attend(query, key, value, suffix_mask), gate, condition)
+            cached = cached.joined(own)
+            suffix = self.action_expert.finish(suffix, attend(query, cached.key, cached.value, suffix_mask), gate, condition)
+        assert isinstance(cached, KeyValue)
         return prefix, suffix, cached
 
 
@@ -161,7 +197,8 @@ class JointDecoder(nn.Module):
 
     def encode(self, prefix: Float[Tensor, "B P D"], mask: Bool[Tensor, "B P"]) -> PrefixCache:
         """Run the prefix alone."""
-        return self._run(prefix, mask, None, 0, None, None)[1]
+        _, layers = self._run(prefix, mask, None, 0, None, None)
+        return PrefixCache(layers, mask, mask.sum(dim=1))
 
     def decode(
         self, suffix: Float[Tensor, "B Q D"], cache: PrefixCache, num_state_tokens: int, condition: Tensor | None
@@ -170,6 +207,29 @@ class JointDecoder(nn.Module):
         moved, _ = self._run(None, cache.mask, suffix, num_state_tokens, cache, condition)
         assert moved is not None
         return moved
+
+    def context(self, cache: PrefixCache, state: Float[Tensor, "B Z D"] | None, num_actions: int) -> ActionContext:
+        """What `move` needs, made once. The state's tokens see the prefix and themselves alone, so no flow time changes them."""
+        layers, mask = cache.layers, cache.mask
+        if state is not None:
+            _, layers = self._run(None, mask, state, state.shape[1], cache, None)
+            mask = torch.cat((mask, mask.new_ones(len(mask), state.shape[1])), dim=1)
+        steps = torch.arange(num_actions, device=mask.device)
+        room = tuple(
+            Room(*(torch.cat((seen, seen.new_zeros(*seen.shape[:2], num_actions, seen.shape[3])), dim=2) for seen in layer), num_actions)
+            for layer in layers
+        )
+        # a look at the mask is free on a CPU and a wait for the device elsewhere
+        whole = mask.device.type == "cpu" and bool(mask.all())
+        everything = torch.cat((mask, mask.new_ones(len(mask), num_actions)), dim=1)[:, None, None]
+        return ActionContext(room, rotation(mask.sum(dim=1)[:, None] + steps, self.head_dim), None if whole else additive(everything))
+
+    def move(self, actions: Float[Tensor, "B H D"], context: ActionContext, condition: Tensor | None) -> Float[Tensor, "B H D"]:
+        """Action tokens through all layers: `decode` of state and actions, but for the state's rows."""
+        suffix: Tensor | None = actions
+        for layer, room in zip(self.layers, context.layers, strict=True):
+            _, suffix, _ = layer(None, suffix, None, context.turn, None, context.bias, room, condition)
+        return self.final_norm(suffix, condition)[0]
 
     def forward(
         self,
@@ -192,25 +252,25 @@ class JointDecoder(nn.Module):
         num_state_tokens: int,
         cache: PrefixCache | None,
         condition: Tensor | None,
-    ) -> tuple[Tensor | None, PrefixCache]:
-        positions = mask.long().cumsum(dim=1) - 1  # padding and missing cameras take no position
-        length = mask.sum(dim=1)
-        prefix_turn = suffix_turn = suffix_mask = None
+    ) -> tuple[Tensor | None, tuple[KeyValue, ...]]:
+        """The suffix behind the final norm, and in each layer the keys and values of all that was seen there."""
+        prefix_turn = suffix_turn = prefix_mask = suffix_mask = None
         if prefix is not None:
-            prefix_turn = rotation(positions, self.head_dim)
+            prefix_turn = rotation(mask.long().cumsum(dim=1) - 1, self.head_dim)  # padding and missing cameras take no position
+            prefix_mask = additive(mask[:, None, None])
         if suffix is not None:
             draws = suffix.shape[0] // mask.shape[0]
             steps = torch.arange(suffix.shape[1], device=suffix.device)
-            suffix_turn = rotation(length.repeat_interleave(draws)[:, None] + steps, self.head_dim)
-            suffix_mask = suffix_attention_mask(mask.repeat_interleave(draws, dim=0), suffix.shape[1], num_state_tokens)
+            suffix_turn = rotation(mask.sum(dim=1).repeat_interleave(draws)[:, None] + steps, self.head_dim)
+            suffix_mask = additive(suffix_attention_mask(mask.repeat_interleave(draws, dim=0), suffix.shape[1], num_state_tokens))
         layers: list[KeyValue] = []
         for index, layer in enumerate(self.layers):
             cached = cache.layers[index] if cache else None
-            prefix, suffix, key_value = layer(prefix, suffix, prefix_turn, suffix_turn, mask[:, None, None], suffix_mask, cached, condition)
-            layers.append(key_value)
+            prefix, suffix, seen = layer(prefix, suffix, prefix_turn, suffix_turn, prefix_mask, suffix_mask, cached, condition)
+            layers.append(seen)
         if suffix is not None:
             suffix, _ = self.final_norm(suffix, condition)
-        return suffix, PrefixCache(tuple(layers), mask, length)
+        return suffix, tuple(layers)
 
 
 def suffix_attention_mask(prefix_mask: Bool[Tensor, "B P"], num_tokens: int, num_state_tokens: int) -> Bool[Tensor, "B 1 Q P+Q"]:

@@ -33,7 +33,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n D"], condition: Tensor | None = None) -> tuple[Float[Tensor, "*n D"], Tensor | None]:
         """The normed input, and None: a plain norm has no gate on its residual."""
-        return _RMSNorm.apply(x, 1.0 + self.scale)[0], None
+        weight = 1.0 + self.scale
+        # the closed-form gradient's frame costs more than a small norm itself
+        return (_RMSNorm.apply(x, weight)[0] if torch.is_grad_enabled() else _normed(x, weight)[0]), None
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -87,7 +89,7 @@ def rotation(positions: Int64[Tensor, "B T"], head_dim: int) -> Rotation:
 
 def rotate(x: Float[Tensor, "B N T K"], by: Rotation) -> Float[Tensor, "B N T K"]:
     """Rotate the pairs (i, i + K/2) of every head, in float32; the result has the type of x."""
-    return _Rotate.apply(x, by.cos, by.sin)
+    return _Rotate.apply(x, by.cos, by.sin) if torch.is_grad_enabled() else _turn(x, by.cos, by.sin)
 
 
 def inverse_rms(x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n 1"]:
@@ -107,8 +109,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        inverse = inverse_rms(x)
-        return ((x * inverse) * weight).to(x.dtype), inverse
+        return _normed(x, weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -142,6 +143,11 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _turn(gradient, cos, -sin), None, None
+
+
+def _normed(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    inverse = inverse_rms(x)
+    return ((x * inverse) * weight).to(x.dtype), inverse
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

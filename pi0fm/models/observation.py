@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
+PROMPT_MULTIPLE = 8  # prompts are trimmed to the batch's longest, rounded up: few distinct shapes, little padding
+
 
 @dataclass(frozen=True)
 class ModelObservation:
@@ -30,6 +32,19 @@ class ModelObservation:
     def to(self, device: torch.device) -> "ModelObservation":
         """The same observation on `device`; from pinned memory the copies do not block."""
         return ModelObservation(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})
+
+    def trimmed(self) -> "ModelObservation":
+        """Without the cameras that no row has and the prompt columns that no row uses, rounded up to PROMPT_MULTIPLE.
+
+        Masked tokens take no position and are seen by none, so no answer changes. Reads masks: call it on the host.
+        """
+        cameras = self.image_mask.any(dim=0)
+        longest = int(self.prompt_mask.sum(dim=1).max())
+        kept = min(self.prompt_mask.shape[1], -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
+        images, image_mask = self.images, self.image_mask
+        if not bool(cameras.all()):
+            images, image_mask = images[:, cameras], image_mask[:, cameras]
+        return ModelObservation(images, image_mask, self.prompt_tokens[:, :kept], self.prompt_mask[:, :kept], self.state)
 
     def __len__(self) -> int:
         return self.state.shape[0]

@@ -16,7 +16,7 @@ Shape letters: B batch, C cameras, V tokens of a picture, L prompt tokens, P = C
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pi0fm.errors import ConfigError
-from pi0fm.models.joint_decoder import DecoderConfig, JointDecoder, PrefixCache
+from pi0fm.models.joint_decoder import ActionContext, DecoderConfig, JointDecoder, PrefixCache
 from pi0fm.models.layers import AdaptiveRMSNorm, time_embedding
 from pi0fm.models.observation import ModelObservation, pixels
 from pi0fm.models.vision import VisionConfig, VisionTower
@@ -89,6 +89,10 @@ class Pi0(nn.Module):
         suffix, num_state_tokens, condition = self._suffix(state, x_t, t)
         return self._head(self.decoder.decode(suffix, cache, num_state_tokens, condition))
 
+    def field(self, observation: ModelObservation) -> "ActionField":
+        """The velocity of one batch of observations as a function of (x_t, t), for a sampler that asks many times."""
+        return ActionField(self, observation)
+
     def forward(self, observation: ModelObservation, x_t: Float[Tensor, "BK H A"], t: Float[Tensor, " BK"]) -> Float[Tensor, "BK H A"]:
         """Training: `velocity` of `encode_prefix` in one pass.
 
@@ -109,19 +113,28 @@ class Pi0(nn.Module):
         return tokens, mask
 
     def _suffix(self, state: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, int, Tensor | None]:
-        expert = self.action_in.out_features
-        actions = self.action_in(x_t)
-        # released weights count time from data to noise: their clock is 1 - t
-        time = time_embedding(1.0 - t, expert).to(actions.dtype)
-        condition = None
-        if self.config.time_conditioning == "adaptive_norm":
-            condition = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time))))
-        else:
-            joined = torch.cat((actions, time[:, None].expand_as(actions)), dim=-1)
-            actions = self.time_mlp_out(F.silu(self.time_mlp_in(joined)))
+        actions, condition = self._actions(x_t, self._time(t))
         if self.config.state_input == "prompt":
             return actions, 0, condition
         return torch.cat((self.state_in(state)[:, None], actions), dim=1), 1, condition
+
+    def _time(self, t: Tensor) -> Tensor:
+        """All that is made of the flow time alone: pi0.5's condition, or the time's half of the first product of pi0's MLP; [B, D]."""
+        width = self.action_in.out_features
+        # released weights count time from data to noise: their clock is 1 - t
+        time = time_embedding(1.0 - t, width).to(self.action_in.weight.dtype)
+        if self.config.time_conditioning == "adaptive_norm":
+            return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time))))
+        return F.linear(time, self.time_mlp_in.weight[:, width:], self.time_mlp_in.bias)
+
+    def _actions(self, x_t: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Action tokens [B, H, D], and the condition of adaptive norms."""
+        actions = self.action_in(x_t)
+        if self.config.time_conditioning == "adaptive_norm":
+            return actions, time
+        # MLP(concatenated action and time), the two halves of the product apart: the time's is the same for all H actions
+        joined = F.linear(actions, self.time_mlp_in.weight[:, : actions.shape[-1]]) + time[:, None]
+        return self.time_mlp_out(F.silu(joined)), None
 
     def _head(self, suffix: Tensor) -> Tensor:
         # float32 from here on: the solver adds many small velocities
@@ -141,6 +154,47 @@ class Pi0(nn.Module):
             if isinstance(norm, AdaptiveRMSNorm):
                 norm.reset_parameters()
         nn.init.normal_(self.prompt_embedding.weight, std=self.prompt_embedding.embedding_dim**-0.5)
+
+
+@final
+class ActionField:
+    """`Pi0.velocity` of one batch of observations, without doing anew what neither x_t nor t changes.
+
+        once a batch      pictures, prompt, state -> keys and values of all that the actions look at
+        once a time       t -> its embedding and the products behind it, kept by value of t
+        each evaluation   x_t -> action tokens -> layers -> head
+
+    Not for training: the times are kept as long as the field is. Under autograd (a density) all works, on copies.
+    """
+
+    def __init__(self, model: Pi0, observation: ModelObservation) -> None:
+        self._model, self._state, self._cache = model, observation.state, model.encode_prefix(observation)
+        config = model.config
+        # under adaptive norms a state token would change with the time: such a network keeps it in the suffix
+        self._context: ActionContext | None = None
+        if config.state_input == "prompt" or config.time_conditioning != "adaptive_norm":
+            state = None if config.state_input == "prompt" else model.state_in(observation.state)[:, None]
+            self._context = model.decoder.context(self._cache, state, config.action_horizon)
+        self._times: dict[float, Tensor] = {}
+
+    def __call__(self, x_t: Float[Tensor, "B H A"], t: Float[Tensor, " B"]) -> Float[Tensor, "B H A"]:
+        """dx/dt at (x_t, t), float32."""
+        if self._context is None:
+            return self._model.velocity(self._cache, self._state, x_t, t)
+        return self._at(x_t, self._model._time(t))
+
+    def at(self, x_t: Float[Tensor, "B H A"], t: float) -> Float[Tensor, "B H A"]:
+        """The same at one time for the whole batch, whose embedding is made at the first call and kept."""
+        if self._context is None or torch.is_grad_enabled():
+            return self(x_t, torch.full((len(x_t),), t, dtype=x_t.dtype, device=x_t.device))
+        if t not in self._times:
+            self._times[t] = self._model._time(torch.full((1,), t, dtype=x_t.dtype, device=x_t.device))
+        return self._at(x_t, self._times[t])
+
+    def _at(self, x_t: Tensor, time: Tensor) -> Tensor:
+        assert self._context is not None
+        actions, condition = self._model._actions(x_t, time)
+        return self._model._head(self._model.decoder.move(actions, self._context, condition))
 
 
 def parameter_count(model: nn.Module) -> int:

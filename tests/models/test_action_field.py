@@ -1,0 +1,97 @@
+"""Sampling's way through the network: what is kept between evaluations changes no velocity."""
+
+import dataclasses
+
+import pytest
+import torch
+from small_pi0 import BOTH, LIKE_PI0, TOKENS_PER_IMAGE, network, observation, question
+
+from pi0fm.flow.divergence import exact_divergence
+from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.models.attention import additive, attend
+
+# a state token under adaptive norms changes with the time, so nothing of it can be kept
+ALL = BOTH | {"state under adaptive norms": dataclasses.replace(LIKE_PI0, time_conditioning="adaptive_norm")}
+variants = pytest.mark.parametrize("name", list(ALL))
+MISSING = torch.tensor([[True, True], [True, False], [False, True]])
+
+
+@variants
+@torch.no_grad()
+def test_the_field_is_the_joint_pass_at_every_time_and_in_any_order(name):
+    model, seen, (x_t, t) = network(ALL[name]), dataclasses.replace(observation(), image_mask=MISSING), question()
+    field = model.field(seen)
+    first = field(x_t, t)
+    torch.testing.assert_close(first, model(seen, x_t, t), rtol=0, atol=1e-6)
+    torch.testing.assert_close(field(2 * x_t, 1 - t), model(seen, 2 * x_t, 1 - t), rtol=0, atol=1e-6)
+    assert torch.equal(field(x_t, t), first)  # what the evaluation between wrote is overwritten
+
+
+@variants
+@torch.no_grad()
+def test_one_time_for_all_is_each_rows_own(name):
+    model, (x_t, _) = network(ALL[name]), question()
+    field = model.field(observation())
+    for time in (0.0, 0.3, 0.3, 0.9):
+        expected = field(x_t, torch.full((3,), time))
+        torch.testing.assert_close(field.at(x_t, time), expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_when_every_token_is_real_no_mask_is_added():
+    model, (x_t, t) = network(LIKE_PI0), question()
+    whole = dataclasses.replace(observation(), prompt_mask=torch.ones(3, 8, dtype=torch.bool))
+    field = model.field(whole)
+    assert field._context is not None and field._context.bias is None
+    torch.testing.assert_close(field(x_t, t), model(whole, x_t, t), rtol=0, atol=1e-6)
+
+
+@variants
+def test_derivatives_go_through_it(name):
+    model, (x_t, t) = network(ALL[name]).double(), question()
+    model.requires_grad_(False)
+    seen = dataclasses.replace(observation(), state=observation().state.double())
+    x_t, t = x_t.double(), t.double()
+    field = model.field(seen)
+    value, divergence = exact_divergence(lambda x: field(x, t), x_t)
+    expected = exact_divergence(lambda x: model(seen, x, t), x_t)
+    torch.testing.assert_close(value, expected[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(divergence, expected[1], rtol=0, atol=1e-5)
+
+
+@variants
+@torch.no_grad()
+def test_a_missing_camera_and_padding_are_left_out_and_change_nothing(name):
+    model, (x_t, t) = network(ALL[name]), question()
+    seen = dataclasses.replace(observation(prompts=(3, 2, 1)), image_mask=torch.tensor([[True, False]] * 3))
+    seen = dataclasses.replace(
+        seen,
+        prompt_tokens=seen.prompt_tokens.repeat(1, 3),
+        prompt_mask=torch.cat((seen.prompt_mask, torch.zeros(3, 16, dtype=torch.bool)), 1),
+    )
+    kept = seen.trimmed()
+    assert kept.images.shape[1] == 1 and kept.prompt_tokens.shape == (3, 8)
+    assert model.encode_prefix(kept).mask.shape[1] == TOKENS_PER_IMAGE + 8
+    torch.testing.assert_close(model.field(kept)(x_t, t), model(seen, x_t, t), rtol=0, atol=1e-6)
+
+
+def test_what_all_rows_have_is_not_trimmed():
+    seen = dataclasses.replace(observation(), image_mask=MISSING)
+    kept = seen.trimmed()
+    assert kept.images is seen.images and torch.equal(kept.prompt_tokens, seen.prompt_tokens)
+
+
+@torch.no_grad()
+def test_a_sample_is_that_of_the_plain_velocity():
+    model, seen, (noise, _) = network(LIKE_PI0), observation(), question()
+    flow, cache = FlowMatching.from_config(FlowConfig()), model.encode_prefix(seen)
+    plain = flow.sample(lambda x, t: model.velocity(cache, seen.state, x, t), noise)
+    torch.testing.assert_close(flow.sample(model.field(seen), noise), plain, rtol=0, atol=1e-5)
+
+
+def test_an_additive_mask_is_the_boolean_one():
+    random = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 5, 4, generator=random) for heads in (4, 2, 2))
+    mask = torch.rand(2, 1, 1, 5, generator=random) < 0.7
+    mask[..., 0] = True
+    assert torch.equal(attend(query, key, value, additive(mask)), attend(query, key, value, mask))
