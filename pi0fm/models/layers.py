@@ -33,9 +33,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n D"], condition: Tensor | None = None) -> tuple[Float[Tensor, "*n D"], Tensor | None]:
         """The normed input, and None: a plain norm has no gate on its residual."""
-        weight = 1.0 + self.scale
-        # the closed-form gradient's frame costs more than a small norm itself
-        return (_RMSNorm.apply(x, weight)[0] if torch.is_grad_enabled() else _normed(x, weight)[0]), None
+        if torch.is_grad_enabled():
+            return _RMSNorm.apply(x, 1.0 + self.scale)[0], None
+        # without a gradient the frame of the closed form would cost more than a small norm itself
+        normed = F.rms_norm(x.float() if x.dtype.itemsize < 4 else x, x.shape[-1:], eps=NORM_EPSILON)
+        return torch.addcmul(normed, normed, self.scale).to(x.dtype), None
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -109,7 +111,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return _normed(x, weight)
+        inverse = inverse_rms(x)
+        return ((x * inverse) * weight).to(x.dtype), inverse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -143,11 +146,6 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _turn(gradient, cos, -sin), None, None
-
-
-def _normed(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    inverse = inverse_rms(x)
-    return ((x * inverse) * weight).to(x.dtype), inverse
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
