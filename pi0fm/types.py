@@ -32,10 +32,12 @@ class ActionChunk:
 
     actions: float32 [H, A], robot units; row k is meant for k control steps after the observation.
     timings: milliseconds by stage, at least `infer_ms`.
+    scores: `log_prob` (nats, of the normalised chunk) and `noise_norm`, where they were asked for; else empty.
     """
 
     actions: NDArray[np.float32]
     timings: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -42,6 +42,10 @@ def show(evaluation: Evaluation) -> None:
     console.print(table)
     for line in summary.warnings():
         console.print(f"[bold red]CRASHES[/] {line}")
+    for task in summary.tasks:
+        for scores in task.scores:
+            means = f"mean log-likelihood {scores.log_prob:.2f} nats, noise norm {scores.noise_norm:.3f}"
+            console.print(f"{task.task}, {scores.outcome}, {scores.episodes} episodes: {means}")
     progress.say(f"report: {evaluation.report}")
 
 

@@ -35,7 +35,10 @@ class ServeConfig:
     max_batch_size: int = option(8, "most observations in one inference")
     max_queue: int = option(64, "most requests that wait; a further one is refused")
     num_flow_steps: int | None = option(None, "solver steps from noise to actions; the bundle's own when not given")
-    solver: str | None = option(None, "euler, midpoint, heun or rk4; the bundle's own when not given")
+    solver: str | None = option(None, "euler, midpoint, heun, rk4, dopri5, euler_maruyama, ancestral; the bundle's own when not given")
+    noise_level: float | None = option(
+        None, "euler_maruyama's noise as a multiple of g, 1 the reverse diffusion; the bundle's own when not given"
+    )
     device: str | None = option(None, "cpu, cuda or cuda:N; the best one that works when not given")
     precision: str = option("auto", "auto, float32 or bfloat16, of the towers' matrices")
     threads: int | None = option(None, "CPU threads of one inference; torch's choice when not given")
@@ -71,6 +74,7 @@ def run(options: ServeConfig) -> None:
             precision=options.precision,
             num_flow_steps=options.num_flow_steps,
             solver=options.solver,
+            noise_level=options.noise_level,
             threads=options.threads,
         )
         app = application.create_app(

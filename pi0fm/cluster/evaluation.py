@@ -28,6 +28,8 @@ from pi0fm.sim import metaworld
 from pi0fm.sim.env import Environment, parse_cameras
 from pi0fm.types import Policy
 
+NOISY = "euler_maruyama"  # flow.solver.EULER_MARUYAMA: that module imports torch, which a driver of remote policies does without
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -67,7 +69,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
     for task in config.tasks:
         metaworld.check_task(task)
     losses = curve.read_losses(Path(config.metrics)) if config.metrics else []
-    open_policy = partial(_open_policy, config.policy, config.num_flow_steps, config.solver, config.environments_per_worker)
+    open_policy = partial(_open_policy, config)
     metadata = _read_metadata(config.policy)
     refuse_seen_seeds(config, metadata)
     cameras = camera_texts(config, metadata)
@@ -186,15 +188,20 @@ def _stream_on_ray(episodes: Sequence[Episode], setup: Setup, num_workers: int |
             ray.kill(handle)
 
 
-def _open_policy(address: str, num_flow_steps: int | None, solver: str | None, batch: int) -> Policy:
+def _open_policy(config: EvalConfig) -> Policy:
     """One thread also in the calling process: sums in another order would make results depend on the number of workers."""
-    if address.startswith(("ws://", "wss://")):
+    if config.remote:
         from pi0fm.serve.client import RemotePolicy
 
-        return RemotePolicy(address, connections=batch)
+        return RemotePolicy(config.policy, connections=config.environments_per_worker)
     from pi0fm.policy import bundle
+    from pi0fm.policy.local import Scoring
+    from pi0fm.policy.scores import ScoreOptions
 
-    return bundle.load(address, num_flow_steps=num_flow_steps, solver=solver, threads=1)
+    policy = bundle.load(
+        config.policy, num_flow_steps=config.num_flow_steps, solver=config.solver, noise_level=config.noise_level, threads=1
+    )
+    return Scoring(policy, ScoreOptions(config.score_probes)) if config.scores else policy
 
 
 def _read_metadata(address: str) -> dict[str, Any]:
@@ -222,13 +229,22 @@ def _last_line(error: Exception) -> str:
 
 
 def _settings_facts(config: EvalConfig, settings: RolloutSettings, cameras: Sequence[str], metadata: Mapping[str, Any]) -> dict[str, str]:
+    solver = config.solver or str(metadata.get("solver", "the policy's own"))
+    level = metadata.get("noise_level", 1.0) if config.noise_level is None else config.noise_level
     return {
         "seeds": f"{config.first_seed} to {config.first_seed + config.episodes - 1}",
         "max steps": str(config.max_steps),
         "execution horizon": str(settings.execution_horizon),
         "cameras": ", ".join(cameras),
         "flow steps": str(config.num_flow_steps or metadata.get("num_flow_steps", "the policy's own")),
-        "solver": config.solver or str(metadata.get("solver", "the policy's own")),
+        "solver": f"{solver}, noise level {level}" if solver == NOISY else solver,
+        "scores": _scores_fact(config),
         "noise seed": str(config.seed),
         "observation change": config.observation_change,
     }
+
+
+def _scores_fact(config: EvalConfig) -> str:
+    if not config.scores:
+        return "none"
+    return f"log-likelihood by Hutchinson's estimate, probes: {config.score_probes}" if config.score_probes else "exact log-likelihood"

@@ -24,6 +24,7 @@ LEAST = {
     "environments_per_worker": 1,
     "videos_per_task": 0,
     "num_flow_steps": 1,
+    "score_probes": 0,
     "gpus_per_worker": 0,
 }
 
@@ -46,7 +47,14 @@ class EvalConfig:
     videos_per_task: int = option(1, "episodes of each task that are filmed, from the first on")
     output_dir: str = option("outputs/eval", "folder for report.html, summary.json, episodes.json and videos/")
     num_flow_steps: int | None = option(None, "integration steps of the sampler; the policy's own when not given")
-    solver: str | None = option(None, "ODE solver of the sampler; the policy's own when not given")
+    solver: str | None = option(
+        None, "sampler: euler, midpoint, heun, rk4, dopri5, euler_maruyama, ancestral; the policy's own when not given"
+    )
+    noise_level: float | None = option(None, "euler_maruyama's noise as a multiple of g; the policy's own when not given")
+    scores: bool = option(
+        False, "log-likelihood and noise-space norm of every chunk, in the report and episodes.json; outcomes stay the same"
+    )
+    score_probes: int = option(1, "random probes of each log-likelihood; 0 computes it exactly, at the price of one product an entry")
     seed: int = option(0, "seed of the policy's noise")
     metrics: str | None = option(None, "a run's metrics.jsonl, whose loss curve goes into the report")
     observation_change: str = option("none", "ablation: none, frozen_image (of another seed) or swapped_prompt (of the next task)")
@@ -67,9 +75,19 @@ class EvalConfig:
             raise ConfigError(
                 f"gpus_per_worker is for Ray actors, found {self.gpus_per_worker:g} with --num_workers 0, which takes what it finds"
             )
-        if self.remote and (self.num_flow_steps is not None or self.solver is not None):
+        if self.score_probes != 1 and not self.scores:
+            raise ConfigError(f"score_probes belongs to --scores, found {self.score_probes} without it; type --scores, or leave it out")
+        if self.remote:
+            self._refuse_what_a_server_owns()
+
+    def _refuse_what_a_server_owns(self) -> None:
+        if any(value is not None for value in (self.num_flow_steps, self.solver, self.noise_level)):
             raise ConfigError(
-                f"num_flow_steps and solver belong to the server {self.policy}, which runs the model; give them to pi0fm serve"
+                f"num_flow_steps, solver and noise_level belong to the server {self.policy}, which runs the model; give them to pi0fm serve"
+            )
+        if self.scores:
+            raise ConfigError(
+                f"scores need the derivatives of the network, and {self.policy} sends actions only; give --policy the bundle's directory"
             )
 
     @property

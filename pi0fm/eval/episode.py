@@ -4,6 +4,7 @@ Owns: `Episode`, `EpisodeResult`, `RolloutSettings`, the seed of a policy call. 
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from pi0fm.errors import ConfigError
 Outcome = Literal["success", "failure", "crash"]
 OBSERVATION_CHANGES = ("none", "frozen_image", "swapped_prompt")
 OTHER_SEED_OFFSET = 500_000
+SCORES = ("log_prob", "noise_norm")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class EpisodeResult:
 
     steps: actions that were executed. seconds: wall time of this episode's own reset, steps and pictures, not of the policy.
     error: one line, for a crash only. video: mp4 bytes, for a recorded episode that did not crash.
+    scores: `ActionChunk.scores` of each policy call, in order; empty when none were asked for.
     """
 
     task: str
@@ -38,6 +41,11 @@ class EpisodeResult:
     seconds: float
     error: str | None = None
     video: bytes | None = None
+    scores: tuple[Mapping[str, float], ...] = ()
+
+    def mean_score(self, name: str) -> float:
+        """Mean of one of SCORES over the policy calls, of which there must be one."""
+        return sum(each[name] for each in self.scores) / len(self.scores)
 
     def row(self, video_path: str | None) -> dict[str, Any]:
         """The line of episodes.json; `video_path` is where the video was written."""
@@ -49,7 +57,12 @@ class EpisodeResult:
             "seconds": round(self.seconds, 3),
             "error": self.error,
             "video": video_path,
+            "scores": {name: self._described(name) for name in SCORES} if self.scores else None,
         }
+
+    def _described(self, name: str) -> dict[str, Any]:
+        calls = [round(each[name], 4) for each in self.scores]
+        return {"mean": round(self.mean_score(name), 4), "min": min(calls), "calls": calls}
 
 
 @dataclass(frozen=True)

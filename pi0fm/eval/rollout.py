@@ -69,6 +69,7 @@ class _Run:
     seconds: float = 0.0
     error: str | None = None
     frames: list[NDArray[np.uint8]] = field(default_factory=list)
+    scores: list[Mapping[str, float]] = field(default_factory=list)
 
     @contextmanager
     def guard(self, *pass_on: type[Exception]) -> Iterator[None]:
@@ -204,6 +205,8 @@ class Lockstep:
                 f"the policy must answer finite actions, found {actions[row, column]} in row {row}, column {column} at {where}; "
                 "look at its training loss and its norm stats"
             )
+        if chunk.scores:
+            run.scores.append(chunk.scores)
         return np.ascontiguousarray(actions[:horizon], dtype=np.float32)
 
     def _step(self, run: _Run, action: NDArray[np.float32]) -> None:
@@ -237,7 +240,8 @@ class Lockstep:
                 film = video.encode(run.frames, run.environment.fps / self._settings.video_every)
         else:
             self._discard(run)
-        return EpisodeResult(run.episode.task, run.episode.seed, run.outcome, run.steps, run.seconds, run.error, film)
+        scores = tuple(run.scores)
+        return EpisodeResult(run.episode.task, run.episode.seed, run.outcome, run.steps, run.seconds, run.error, film, scores)
 
     @staticmethod
     def _discard(run: _Run) -> None:

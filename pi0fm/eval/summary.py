@@ -8,13 +8,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pi0fm.eval.episode import EpisodeResult
+from pi0fm.eval.episode import SCORES, EpisodeResult
 from pi0fm.eval.statistics import Interval, mean_over_tasks, wilson
 
 
 @dataclass(frozen=True)
+class MeanScores:
+    """Scores of the episodes of one task that ended alike: the mean over episodes of each episode's mean over its policy calls."""
+
+    outcome: str
+    episodes: int
+    calls: int
+    log_prob: float
+    noise_norm: float
+
+    def json(self) -> dict[str, Any]:
+        """Counts beside the means."""
+        means = {name: round(getattr(self, name), 4) for name in SCORES}
+        return {"episodes": self.episodes, "calls": self.calls, **means}
+
+
+@dataclass(frozen=True)
 class TaskSummary:
-    """One task. `interval` is None when every episode crashed: then nothing is known about the policy."""
+    """One task. `interval` is None when every episode crashed: then nothing is known about the policy.
+
+    scores: of successes and of failures, where episodes were scored and there are any.
+    """
 
     task: str
     successes: int
@@ -22,6 +41,7 @@ class TaskSummary:
     crashes: int
     interval: Interval | None
     mean_steps: float | None
+    scores: tuple[MeanScores, ...] = ()
 
     @property
     def trials(self) -> int:
@@ -38,9 +58,15 @@ class Summary:
     crashes: int
     episodes: int
 
+    @property
+    def scored(self) -> bool:
+        """Whether any task has scores."""
+        return any(task.scores for task in self.tasks)
+
     def json(self) -> dict[str, Any]:
-        """The figures as summary.json and the last line of the command hold them."""
-        return {
+        """The figures as summary.json and the last line of the command hold them; `scores` only where there are some."""
+        scores = {task.task: {each.outcome: each.json() for each in task.scores} for task in self.tasks if task.scores}
+        figures = {
             "mean_success": self.mean and round(self.mean.rate, 6),
             "mean_interval": _ends(self.mean),
             "success": {task.task: task.interval and round(task.interval.rate, 6) for task in self.tasks},
@@ -48,6 +74,7 @@ class Summary:
             "crashes": self.crashes,
             "episodes": self.episodes,
         }
+        return figures | {"scores": scores} if scores else figures
 
     def warnings(self) -> list[str]:
         """What must be said aloud beside the figures: one line for each task with crashes."""
@@ -83,7 +110,16 @@ def _task(task: str, results: Sequence[EpisodeResult]) -> TaskSummary:
         count["crash"],
         wilson(count["success"], trials) if trials else None,
         sum(steps) / len(steps) if steps else None,
+        tuple(each for outcome in ("success", "failure") for each in _scores(outcome, results)),
     )
+
+
+def _scores(outcome: str, results: Sequence[EpisodeResult]) -> list[MeanScores]:
+    scored = [result for result in results if result.outcome == outcome and result.scores]
+    if not scored:
+        return []
+    means = {name: sum(result.mean_score(name) for result in scored) / len(scored) for name in SCORES}
+    return [MeanScores(outcome, len(scored), sum(len(result.scores) for result in scored), means["log_prob"], means["noise_norm"])]
 
 
 def _ends(interval: Interval | None) -> list[float] | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from pi0fm.errors import ConfigError
+from pi0fm.flow.checks import FlowError
 
 Field = Callable[[Tensor], Tensor]
 
@@ -44,6 +45,8 @@ def hutchinson_divergence(
     field: Field, x: Float[Tensor, "B *rest"], probes: Float[Tensor, "n B *rest"]
 ) -> tuple[Float[Tensor, "B *rest"], Float[Tensor, " B"]]:
     """(v(x), estimate of div v(x)): the mean of `e' J e` over the probes; one forward pass, one backward pass a probe."""
+    if len(probes) == 1 and not torch.is_grad_enabled():
+        return _by_one_backward_pass(field, x, probes[0])
     value, pullback = _value_and_pullback(field, x)
     if len(probes) == 1:
         # Without vmap a single probe runs on any kernel that has a backward pass.
@@ -64,6 +67,22 @@ def rademacher_probes(
     bits = torch.randint(0, 2, (num_probes, *like.shape), generator=generator, device=generator.device)
     probes = (2 * bits - 1).to(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
     return probes if mask is None else torch.where(mask, probes, torch.zeros_like(probes))
+
+
+def _by_one_backward_pass(field: Field, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by plain autograd, for a caller that wants no gradient: torch.func runs custom autograd functions on a slower path.
+
+    Raises FlowError under torch.inference_mode, where every derivative would silently be 0.
+    """
+    if torch.is_inference_mode_enabled():
+        raise FlowError("a divergence needs derivatives, found torch.inference_mode; use torch.no_grad")
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_(True)
+        value = field(leaf)
+    if not value.requires_grad:  # a field that does not read its state
+        return value, x.new_zeros(x.shape[0])
+    (pulled,) = torch.autograd.grad(value, leaf, probe, allow_unused=True, materialize_grads=True)
+    return value.detach(), (pulled * probe).flatten(1).sum(1)
 
 
 def _value_and_pullback(field: Field, x: Tensor) -> tuple[Tensor, Field]:

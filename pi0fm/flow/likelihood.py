@@ -27,9 +27,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pi0fm.flow.checks import FlowError, check_finite, check_mask
-from pi0fm.flow.divergence import exact_divergence, hutchinson_divergence
+from pi0fm.flow.divergence import Field, exact_divergence, hutchinson_divergence
 from pi0fm.flow.matching import FlowMatching
-from pi0fm.flow.solver import Velocity, integrate
+from pi0fm.flow.solver import STOCHASTIC_SOLVERS, Velocity, evaluate, integrate
+
+SOLVER_BESIDE_NOISE = "heun"
+"""Solves the probability-flow ODE of a flow that samples with noise: its marginals are the same, and only it has a density."""
 
 
 @final
@@ -56,7 +59,8 @@ class DensityOptions:
     """How a density is computed; every field has a working default.
 
     probes: [n, B, ...] of `rademacher_probes` for Hutchinson's estimate, one set for the whole trajectory; None is exact.
-    num_flow_steps, solver, times: instead of the flow's own; `times` increases from noise to data.
+    num_flow_steps, solver, times: instead of the flow's own; `times` increases from noise to data. A flow whose own solver is
+        stochastic is integrated with SOLVER_BESIDE_NOISE.
     chunk_size: products run at once by the exact divergence; None runs all.
     float64: state and integral in float64. The network is called in float64 and must answer in it (`module.double()`).
     log_prior: log p_0 of a state [B, ...] at t = 0, instead of N(0, prior_scale^2 I).
@@ -127,6 +131,13 @@ def gaussian_log_prob(x: Float[Tensor, "B *rest"], scale: float, mask: Bool[Tens
     return each.flatten(1).sum(1)
 
 
+def density_solver(flow: FlowMatching, options: DensityOptions | None = None) -> str:
+    """The ODE solver that a density is computed with: as the options say, else the flow's own, else SOLVER_BESIDE_NOISE."""
+    if options is not None and options.solver is not None:
+        return options.solver
+    return SOLVER_BESIDE_NOISE if flow.solver in STOCHASTIC_SOLVERS else flow.solver
+
+
 def _grid(flow: FlowMatching, options: DensityOptions) -> list[float]:
     grid = flow.grid(options.num_flow_steps) if options.times is None else list(options.times)
     if grid[0] > grid[-1]:
@@ -157,18 +168,38 @@ def _integrated(
         # A probe's masked entries would add the variance of derivatives that the density does not hold.
         probes = torch.where(mask, probes, torch.zeros_like(probes))
 
-    def joint(state: Tensor, t: Tensor) -> Tensor:
-        position = state[:, :-1].reshape(x.shape)
-        if probes is None:
-            velocity, divergence = exact_divergence(lambda y: field(y, t), position, entries, options.chunk_size)
-        else:
-            velocity, divergence = hutchinson_divergence(lambda y: field(y, t), position, probes)
-        return torch.cat([velocity.flatten(1), divergence[:, None]], dim=1)
-
     # The integral of the divergence is one more coordinate of the state, so any solver, dopri5 too, carries both.
     start = torch.cat([x.flatten(1), x.new_zeros(x.shape[0], 1)], dim=1)
-    end = integrate(joint, start, grid, options.solver or flow.solver, flow.tolerance)
+    joint = _Joint(field, x.shape, probes, entries, options.chunk_size)
+    end = integrate(joint, start, grid, density_solver(flow, options), flow.tolerance)
     return end[:, :-1].reshape(x.shape), end[:, -1]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Joint:
+    """(velocity, divergence) as the velocity of a state [B, D + 1] whose last entry is the integral of the divergence."""
+
+    field: Velocity
+    shape: torch.Size
+    probes: Tensor | None
+    entries: Sequence[int] | None
+    chunk_size: int | None
+
+    def __call__(self, state: Tensor, t: Tensor) -> Tensor:
+        return self._velocity(state, lambda y: self.field(y, t))
+
+    def at(self, state: Tensor, t: float) -> Tensor:
+        """At one time for all rows: the field is asked as sampling asks it, so that both go through the same numbers."""
+        return self._velocity(state, lambda y: evaluate(self.field, y, t))
+
+    def _velocity(self, state: Tensor, field: Field) -> Tensor:
+        position = state[:, :-1].reshape(self.shape)
+        if self.probes is None:
+            velocity, divergence = exact_divergence(field, position, self.entries, self.chunk_size)
+        else:
+            velocity, divergence = hutchinson_divergence(field, position, self.probes)
+        return torch.cat([velocity.flatten(1), divergence[:, None]], dim=1)
 
 
 def _pushed(flow: FlowMatching, x_0: Tensor, x_1: Tensor, integral: Tensor, mask: Tensor | None, options: DensityOptions) -> Pushed:

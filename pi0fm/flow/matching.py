@@ -12,6 +12,7 @@ Shape letters: B batch, H action horizon, A action dim. The methods work on any 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,8 +22,8 @@ from pi0fm.errors import ConfigError
 from pi0fm.flow.checks import check_finite, check_mask, check_same_shape
 from pi0fm.flow.conversion import DATA, NOISE, QUANTITIES, SCORE, VELOCITY, convert
 from pi0fm.flow.path import PATHS, ProbabilityPath, expand, path_named
-from pi0fm.flow.solver import SOLVERS, Velocity, integrate, uniform_grid
-from pi0fm.flow.time_density import DENSITIES, Likelihood, TimeDensity, density_named
+from pi0fm.flow.solver import EULER_MARUYAMA, SOLVERS, STOCHASTIC_SOLVERS, Velocity, evaluate, integrate, uniform_grid
+from pi0fm.flow.time_density import DENSITIES, Likelihood, LogitNormal, TimeDensity, density_named
 from pi0fm.options import nearest, option
 
 LOSS_WEIGHTINGS = ("none", "likelihood")
@@ -34,7 +35,10 @@ class FlowConfig:
 
     path: str = option("cond_ot", "probability path from noise to data: cond_ot (pi0), cosine, vp (DDPM), ve")
     time_density: str = option("pi0", "density of the training times: pi0, uniform, logit_normal, likelihood")
-    solver: str = option("euler", "solver of the sampling: euler, midpoint, heun, rk4, dopri5")
+    logit_normal_mu: float = option(0.0, "centre of the logit of t under logit_normal; above 0 leans to data")
+    logit_normal_s: float = option(1.0, "spread of the logit of t under logit_normal, above 0")
+    solver: str = option("euler", "of the sampling: euler, midpoint, heun, rk4, dopri5; or with noise: euler_maruyama, ancestral (DDPM's)")
+    noise_level: float = option(1.0, "euler_maruyama's noise as a multiple of g, 0 or more; 0 is the ODE, 1 the reverse diffusion")
     num_flow_steps: int = option(10, "steps of the sampling, at least 1; for dopri5 the first step tried is its inverse")
     prediction: str = option("velocity", "what the network answers: velocity, noise, data, score")
     loss_weighting: str = option("none", "none, or likelihood: weigh times as maximum likelihood does, whatever the time density")
@@ -44,7 +48,7 @@ class FlowConfig:
     def __post_init__(self) -> None:
         _check_word("path", self.path, PATHS)
         _check_word("time_density", self.time_density, DENSITIES)
-        _check_word("solver", self.solver, SOLVERS)
+        _check_word("solver", self.solver, (*SOLVERS, *STOCHASTIC_SOLVERS))
         _check_word("prediction", self.prediction, QUANTITIES)
         _check_word("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
         if self.num_flow_steps < 1:
@@ -53,6 +57,20 @@ class FlowConfig:
             raise ConfigError(f"flow option time_margin must lie in (0, 0.5), found {self.time_margin}; the default is 0.001")
         if not 0 < self.tolerance < math.inf:
             raise ConfigError(f"flow option tolerance must be above 0, found {self.tolerance}; the default is 1e-5")
+        if not 0 <= self.noise_level < math.inf:
+            raise ConfigError(f"flow option noise_level must be 0 or more, found {self.noise_level}; 1 is the reverse diffusion")
+        self._refuse_unused()
+
+    def _refuse_unused(self) -> None:
+        """An option is honoured or refused: what the chosen density or solver would not read must stand at its default."""
+        if self.solver != EULER_MARUYAMA and self.noise_level != 1:
+            rule = f"flow option noise_level belongs to solver {EULER_MARUYAMA}, found {self.noise_level} with {self.solver}"
+            raise ConfigError(f"{rule}; set solver to {EULER_MARUYAMA}, or leave noise_level out")
+        if self.time_density != "logit_normal" and (self.logit_normal_mu, self.logit_normal_s) != (0, 1):
+            found = f"{self.logit_normal_mu} and {self.logit_normal_s} with {self.time_density}"
+            rule = f"flow options logit_normal_mu and logit_normal_s belong to time_density logit_normal, found {found}"
+            raise ConfigError(f"{rule}; set time_density to logit_normal, or leave them out")
+        LogitNormal(self.logit_normal_mu, self.logit_normal_s)  # refuses what is out of range
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,8 @@ class FlowMatching:
     prediction: what the network answers, one of QUANTITIES.
     loss_weighting: "none", or "likelihood" to estimate the maximum-likelihood bound (arXiv 2101.09258) under any time density.
     time_margin: the distance kept from t = 0 and t = 1 where a conversion or the likelihood weight is singular.
+    solver: a word of SOLVERS, which `sample` runs, or of STOCHASTIC_SOLVERS: flow/sampling.py runs all of them.
+    noise_level: h of euler_maruyama, as a multiple of g.
     """
 
     path: ProbabilityPath
@@ -91,22 +111,15 @@ class FlowMatching:
     loss_weighting: str = "none"
     time_margin: float = 1e-3
     tolerance: float = 1e-5
+    noise_level: float = 1.0
 
     @classmethod
     def from_config(cls, config: FlowConfig) -> "FlowMatching":
         """The flow that a configuration names."""
         path = path_named(config.path)
-        density = density_named(config.time_density, path, config.time_margin)
-        return cls(
-            path,
-            density,
-            config.solver,
-            config.num_flow_steps,
-            config.prediction,
-            config.loss_weighting,
-            config.time_margin,
-            config.tolerance,
-        )
+        density = density_named(config.time_density, path, config.time_margin, config.logit_normal_mu, config.logit_normal_s)
+        alike = ("solver", "num_flow_steps", "prediction", "loss_weighting", "time_margin", "tolerance", "noise_level")
+        return cls(path, density, **{name: getattr(config, name) for name in alike})
 
     def times(self, uniform_B: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         """Training times from uniform numbers in [0, 1); one uniform number, one time."""
@@ -206,7 +219,7 @@ class FlowMatching:
         times: Sequence[float] | None = None,
         check: bool = True,
     ) -> Float[Tensor, "B *rest"]:
-        """x at t = 1 of the flow that stands at `prior_scale * noise` at t = 0.
+        """x at t = 1 of the flow that stands at `prior_scale * noise` at t = 0, by a solver of the ODE.
 
         velocity: the network, (x [B, ...], t [B]) -> the quantity named by `prediction`.
         noise_BHA: from N(0, I), drawn by the caller. num_flow_steps, solver: instead of this object's own.
@@ -245,15 +258,7 @@ class FlowMatching:
 
     def velocity_field(self, network: Velocity, mask: Bool[Tensor, "B *rest"] | None = None) -> Velocity:
         """The network as a velocity: converted from its prediction, and 0 where the mask is False."""
-
-        def field(x: Tensor, t: Tensor) -> Tensor:
-            answer = network(x, t)
-            check_same_shape("the network's answer", answer, x)
-            # Unchecked: the grid of `interval` keeps away from the singular ends, and a look at t would wait for the device.
-            value = convert(self.path, answer.to(x.dtype), x, t, self.prediction, VELOCITY, check=False)
-            return value if mask is None else _masked(value, mask)
-
-        return field
+        return _VelocityField(self.path, self.prediction, network, mask)
 
     def _velocity_per_unit(self, t: Tensor) -> Tensor:
         """|d velocity / d prediction| at fixed x_t: the error of a velocity made from a prediction that is wrong by 1."""
@@ -263,6 +268,34 @@ class FlowMatching:
         if self.prediction == NOISE:
             return lam / sigma
         return lam * alpha / sigma**2
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _VelocityField:
+    """A network's answer as a velocity, 0 where the mask is False."""
+
+    path: ProbabilityPath
+    prediction: str
+    network: Velocity
+    mask: Tensor | None
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return self._velocity(self.network(x, t), x, t)
+
+    def at(self, x: Tensor, t: float) -> Tensor:
+        """The same at one time for every row; a velocity needs no conversion, so that no time tensor is made."""
+        if self.prediction != VELOCITY:
+            return self(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device))
+        return self._velocity(evaluate(self.network, x, t), x, None)
+
+    def _velocity(self, answer: Tensor, x: Tensor, t: Tensor | None) -> Tensor:
+        check_same_shape("the network's answer", answer, x)
+        value = answer.to(x.dtype)
+        if t is not None:
+            # Unchecked: the grid of `interval` keeps away from the singular ends, and a look at t would wait for the device.
+            value = convert(self.path, value, x, t, self.prediction, VELOCITY, check=False)
+        return value if self.mask is None else _masked(value, self.mask)
 
 
 def _masked(x: Tensor, mask: Tensor) -> Tensor:

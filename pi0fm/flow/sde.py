@@ -61,8 +61,8 @@ def sample_sde(
     levels = _levels(flow.path, h, grid)
     if generator is None and increments is None and any(levels):
         raise ConfigError("an SDE with h > 0 needs randomness: pass generator=torch.Generator().manual_seed(...) or increments")
-    if increments is not None and increments.shape != (len(grid) - 1, *noise.shape):
-        raise FlowError(f"increments must be of shape {[len(grid) - 1, *noise.shape]}, one for every step, found {list(increments.shape)}")
+    if increments is not None:
+        check_increments(increments, len(grid) - 1, noise)
     if mask is not None:
         check_mask(mask, noise)
     real = torch.ones_like(noise, dtype=torch.bool) if mask is None else mask
@@ -78,7 +78,7 @@ def sample_sde(
             drift = drift + levels[k] ** 2 / 2 * score
         x = x + (following - t) * drift
         if levels[k] > 0:
-            z = increments[k].to(x) if increments is not None else _normal_like(x, generator)
+            z = increments[k].to(x) if increments is not None else normal_like(x, generator)
             x = x + levels[k] * math.sqrt(following - t) * z
         x = torch.where(real, x, torch.zeros_like(x))
     check_finite("the sample (or its noise, or the network's answer)", x)
@@ -100,6 +100,18 @@ def sde_grid(flow: FlowMatching, num_steps: int) -> list[float]:
         below = _log_ratio(path, middle) < target
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return [start, *((low + high) / 2).tolist()[1:-1], stop]
+
+
+def check_increments(increments: Tensor, num_steps: int, noise: Tensor) -> None:
+    """Refuse increments that are not one for every step and entry. Reads shapes only."""
+    if increments.shape != (num_steps, *noise.shape):
+        raise FlowError(f"increments must be of shape {[num_steps, *noise.shape]}, one for every step, found {list(increments.shape)}")
+
+
+def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers in the shape, type and place of x, drawn where the generator lives."""
+    device = generator.device if generator is not None else x.device
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
 
 
 def _log_ratio(path: ProbabilityPath, t: Tensor) -> Tensor:
@@ -124,8 +136,3 @@ def _levels(path: ProbabilityPath, h: NoiseLevel, grid: Sequence[float]) -> list
             raise ConfigError(f"an SDE with h > 0 runs from noise to data: its grid must increase, found {grid[0]:g} to {grid[-1]:g}")
         check_conversion(path, t, VELOCITY, SCORE)
     return levels
-
-
-def _normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = generator.device if generator is not None else x.device
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)

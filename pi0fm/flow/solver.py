@@ -26,30 +26,38 @@ from pi0fm.flow.checks import check_grid, check_same_shape
 from pi0fm.options import nearest
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(x [B, ...], t [B]) -> [B, ...]."""
+"""(x [B, ...], t [B]) -> [B, ...]. One that has a method `at(x, t: float)` too is asked by that where all rows share a time."""
+
+
+def evaluate(velocity: Velocity, x: Float[Tensor, "B *rest"], t: float) -> Float[Tensor, "B *rest"]:
+    """The velocity of every row at the one time t. Raises FlowError for an answer of another shape."""
+    at = getattr(velocity, "at", None)
+    value: Tensor = velocity(x, _filled(t, x)) if at is None else at(x, t)
+    check_same_shape("the velocity", value, x)
+    return value
 
 
 def _euler(velocity: Velocity, x: Tensor, t: float, dt: float) -> Tensor:
-    return x + dt * velocity(x, _filled(t, x))
+    return x + dt * evaluate(velocity, x, t)
 
 
 def _midpoint(velocity: Velocity, x: Tensor, t: float, dt: float) -> Tensor:
-    half = x + dt / 2 * velocity(x, _filled(t, x))
-    return x + dt * velocity(half, _filled(t + dt / 2, x))
+    half = x + dt / 2 * evaluate(velocity, x, t)
+    return x + dt * evaluate(velocity, half, t + dt / 2)
 
 
 def _heun(velocity: Velocity, x: Tensor, t: float, dt: float) -> Tensor:
-    first = velocity(x, _filled(t, x))
-    second = velocity(x + dt * first, _filled(t + dt, x))
+    first = evaluate(velocity, x, t)
+    second = evaluate(velocity, x + dt * first, t + dt)
     return x + dt / 2 * (first + second)
 
 
 def _rk4(velocity: Velocity, x: Tensor, t: float, dt: float) -> Tensor:
-    middle = _filled(t + dt / 2, x)
-    k1 = velocity(x, _filled(t, x))
-    k2 = velocity(x + dt / 2 * k1, middle)
-    k3 = velocity(x + dt / 2 * k2, middle)
-    k4 = velocity(x + dt * k3, _filled(t + dt, x))
+    middle = t + dt / 2
+    k1 = evaluate(velocity, x, t)
+    k2 = evaluate(velocity, x + dt / 2 * k1, middle)
+    k3 = evaluate(velocity, x + dt / 2 * k2, middle)
+    k4 = evaluate(velocity, x + dt * k3, t + dt)
     return x + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
 
 
@@ -57,6 +65,9 @@ _STEPS = {"euler": _euler, "midpoint": _midpoint, "heun": _heun, "rk4": _rk4}
 _EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 FIXED_GRID_SOLVERS = tuple(_STEPS)
 SOLVERS = (*FIXED_GRID_SOLVERS, "dopri5")
+EULER_MARUYAMA, ANCESTRAL = "euler_maruyama", "ancestral"
+STOCHASTIC_SOLVERS = (EULER_MARUYAMA, ANCESTRAL)
+"""Words of the samplers that solve no ODE; flow/sampling.py runs them."""
 
 
 def integrate(
@@ -73,17 +84,11 @@ def integrate(
     check_solver(solver)
     check_grid(times)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-
-    def checked(state: Tensor, t: Tensor) -> Tensor:
-        value = velocity(state, t)
-        check_same_shape("the velocity", value, state)
-        return value
-
     if solver == "dopri5":
-        return _dopri5(checked, x, times, tolerance)
+        return _dopri5(velocity, x, times, tolerance)
     step = _STEPS[solver]
     for t, following in itertools.pairwise(times):
-        x = step(checked, x, t, following - t)
+        x = step(velocity, x, t, following - t)
     return x
 
 
@@ -96,6 +101,8 @@ def uniform_grid(num_steps: int, start: float = 0.0, stop: float = 1.0) -> list[
 
 def check_solver(solver: str) -> None:
     """Raise ConfigError that names the known solvers when `solver` is not one of them."""
+    if solver in STOCHASTIC_SOLVERS:
+        raise ConfigError(f"solver {solver!r} draws random numbers and solves no ODE, which is needed here: known: {', '.join(SOLVERS)}")
     if solver not in SOLVERS:
         raise ConfigError(f"unknown solver {solver!r}: {nearest(solver, SOLVERS)}")
 
@@ -121,6 +128,11 @@ class Counted:
         self.num_evaluations += 1
         return self._velocity(x, t)
 
+    def at(self, x: Tensor, t: float) -> Tensor:
+        """The velocity of every row at the one time t."""
+        self.num_evaluations += 1
+        return evaluate(self._velocity, x, t)
+
 
 def _filled(t: float, x: Tensor) -> Tensor:
     """The time t once for each state; a fill on the device, no copy from the host."""
@@ -135,7 +147,9 @@ def _dopri5(velocity: Velocity, x: Tensor, times: Sequence[float], tolerance: fl
     options = {"first_step": abs(times[1] - times[0]), "dtype": torch.float64, "step_t": ends[1:]}
 
     def field(t: Tensor, state: Tensor) -> Tensor:
-        return velocity(state, t.to(state.dtype).expand(state.shape[0]))
+        value = velocity(state, t.to(state.dtype).expand(state.shape[0]))
+        check_same_shape("the velocity", value, state)
+        return value
 
     solution: Tensor = odeint(field, x, ends, rtol=tolerance, atol=tolerance, method="dopri5", options=options)
     return solution[-1]

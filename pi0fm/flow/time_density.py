@@ -136,8 +136,8 @@ class Likelihood(TimeDensity):
 DENSITIES = ("uniform", "pi0", "logit_normal", "likelihood")
 
 
-def density_named(name: str, path: ProbabilityPath | None = None, eps: float = 1e-3) -> TimeDensity:
-    """The time density with its default constants; `path` (CondOT by default) and `eps` shape `likelihood` only.
+def density_named(name: str, path: ProbabilityPath | None = None, eps: float = 1e-3, mu: float = 0.0, s: float = 1.0) -> TimeDensity:
+    """The time density of that name; `path` (CondOT by default) and `eps` shape `likelihood` only, `mu` and `s` `logit_normal` only.
 
     Raises ConfigError that names the known ones: uniform, pi0, logit_normal, likelihood.
     """
@@ -146,7 +146,7 @@ def density_named(name: str, path: ProbabilityPath | None = None, eps: float = 1
     if name == "pi0":
         return Pi0()
     if name == "logit_normal":
-        return LogitNormal()
+        return LogitNormal(mu, s)
     if name == "likelihood":
         return Likelihood(eps, path or CondOT())
     raise ConfigError(f"unknown time density {name!r}: {nearest(name, DENSITIES)}")

@@ -28,6 +28,7 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pi0fm.models.attention import additive, attend
 from pi0fm.models.layers import AdaptiveRMSNorm, GatedMLP, RMSNorm, Rotation, rotate, rotation
@@ -189,6 +190,7 @@ class JointDecoder(nn.Module):
     def __init__(self, config: DecoderConfig, condition_width: int | None) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.activation_checkpointing = False
         self.layers = nn.ModuleList(
             JointDecoderLayer(config, condition_width, last=index == config.depth - 1) for index in range(config.depth)
         )
@@ -215,10 +217,7 @@ class JointDecoder(nn.Module):
             _, layers = self._run(None, mask, state, state.shape[1], cache, None)
             mask = torch.cat((mask, mask.new_ones(len(mask), state.shape[1])), dim=1)
         steps = torch.arange(num_actions, device=mask.device)
-        room = tuple(
-            Room(*(torch.cat((seen, seen.new_zeros(*seen.shape[:2], num_actions, seen.shape[3])), dim=2) for seen in layer), num_actions)
-            for layer in layers
-        )
+        room = tuple(Room(_with_room(layer.key, num_actions), _with_room(layer.value, num_actions), num_actions) for layer in layers)
         # a look at the mask is free on a CPU and a wait for the device elsewhere
         whole = mask.device.type == "cpu" and bool(mask.all())
         everything = torch.cat((mask, mask.new_ones(len(mask), num_actions)), dim=1)[:, None, None]
@@ -264,13 +263,22 @@ class JointDecoder(nn.Module):
             suffix_turn = rotation(mask.sum(dim=1).repeat_interleave(draws)[:, None] + steps, self.head_dim)
             suffix_mask = additive(suffix_attention_mask(mask.repeat_interleave(draws, dim=0), suffix.shape[1], num_state_tokens))
         layers: list[KeyValue] = []
+        recomputed = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
             cached = cache.layers[index] if cache else None
-            prefix, suffix, seen = layer(prefix, suffix, prefix_turn, suffix_turn, prefix_mask, suffix_mask, cached, condition)
+            inputs = (prefix, suffix, prefix_turn, suffix_turn, prefix_mask, suffix_mask, cached, condition)
+            # nothing here is random, so no generator's state is kept
+            prefix, suffix, seen = (
+                checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False) if recomputed else layer(*inputs)
+            )
             layers.append(seen)
         if suffix is not None:
             suffix, _ = self.final_norm(suffix, condition)
         return suffix, tuple(layers)
+
+
+def _with_room(seen: Tensor, more: int) -> Tensor:
+    return torch.cat((seen, seen.new_zeros(*seen.shape[:2], more, seen.shape[3])), dim=2)
 
 
 def suffix_attention_mask(prefix_mask: Bool[Tensor, "B P"], num_tokens: int, num_state_tokens: int) -> Bool[Tensor, "B 1 Q P+Q"]:

@@ -33,11 +33,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n D"], condition: Tensor | None = None) -> tuple[Float[Tensor, "*n D"], Tensor | None]:
         """The normed input, and None: a plain norm has no gate on its residual."""
+        weight = 1.0 + self.scale
         if torch.is_grad_enabled():
-            return _RMSNorm.apply(x, 1.0 + self.scale)[0], None
-        # without a gradient the frame of the closed form would cost more than a small norm itself
-        normed = F.rms_norm(x.float() if x.dtype.itemsize < 4 else x, x.shape[-1:], eps=NORM_EPSILON)
-        return torch.addcmul(normed, normed, self.scale).to(x.dtype), None
+            return _RMSNorm.apply(x, weight)[0], None
+        # the same numbers; without a gradient the frame of the closed form would cost more than a small norm itself
+        return F.rms_norm(at_least_float32(x), x.shape[-1:], weight, NORM_EPSILON).to(x.dtype), None
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -59,8 +59,8 @@ class AdaptiveRMSNorm(nn.Module):
         """`normed(x) * (1 + scale) + shift` and the gate [B, 1, D] of the residual `x + gate * y`."""
         if condition is None:
             raise ValueError("an adaptive norm needs the condition made from the flow time")
-        scale, shift, gate = self.modulation(condition)[:, None].float().chunk(3, dim=-1)
-        normed = x.float() * inverse_rms(x)
+        scale, shift, gate = at_least_float32(self.modulation(condition)[:, None]).chunk(3, dim=-1)
+        normed = at_least_float32(x) * inverse_rms(x)
         return (normed * (1.0 + scale) + shift).to(x.dtype), gate.to(x.dtype)
 
 
@@ -94,9 +94,14 @@ def rotate(x: Float[Tensor, "B N T K"], by: Rotation) -> Float[Tensor, "B N T K"
     return _Rotate.apply(x, by.cos, by.sin) if torch.is_grad_enabled() else _turn(x, by.cos, by.sin)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """float32 of anything shorter; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def inverse_rms(x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n 1"]:
     """`1 / sqrt(mean(x^2) + 1e-6)` in float32 (float64 for float64)."""
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = at_least_float32(x)
     return torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + NORM_EPSILON)
 
 
@@ -149,7 +154,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = at_least_float32(x)
     first, second = wide.chunk(2, dim=-1)
     turned = (torch.addcmul(first * cos, second, sin, value=-1.0), torch.addcmul(second * cos, first, sin))
     return torch.cat(turned, dim=-1).to(x.dtype)

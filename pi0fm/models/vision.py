@@ -65,6 +65,10 @@ class VisionTower(nn.Module):
         embeddings = self.tower.vision_model.embeddings
         embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
 
+    def checkpoint_activations(self) -> None:
+        """In training, keep only what enters each layer; see `Pi0.checkpoint_activations`."""
+        self.tower.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+
     def forward(self, pictures: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B V D"]:
         """pictures in [-1, 1] to tokens; unlike word embeddings they are not scaled."""
         return self.projector(self.tower(pixel_values=pictures).last_hidden_state)

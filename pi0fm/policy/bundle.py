@@ -6,7 +6,7 @@ Owns: the bundle's files, their check, loading and saving. Does not know: traini
       manifest.json        written last: size and SHA-256 of every other file; a bundle without it is not one
       config.json          network, flow, embodiment, normalisation, how it was trained, versions
       norm_stats.json
-      model.safetensors    float32 (the moving average of training, when there is one)
+      model.safetensors    float32 (the moving average of training, when there is one); converted weights as their source has them
       tokenizer/           only for a tokenizer that is not byt5
 """
 
@@ -30,6 +30,7 @@ from pi0fm.data.prompt import BYTES, PromptTokenizer, load_tokenizer
 from pi0fm.data.transforms import Chain, make_chain
 from pi0fm.errors import BundleError, ConfigError
 from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.sampling import overridden
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.precision import choose_device, compute_dtype
@@ -44,6 +45,7 @@ class PolicyConfig:
 
     demonstration_seeds: by task, the lowest and highest seed that its data set holds; an evaluation must not use them.
     camera_sources: by camera, where a simulator finds it (`corner2:96x96`). training: free facts about the run.
+    padded_noise: the weights know noise in the dimensions that the robot lacks (released ones do); else these are held at 0.
     """
 
     model: Pi0Config
@@ -57,6 +59,7 @@ class PolicyConfig:
     demonstration_seeds: dict[str, list[int]] = options.option(dict, "")
     camera_sources: dict[str, str] = options.option(dict, "")
     training: dict[str, str] = options.option(dict, "")
+    padded_noise: bool = False
 
     def chain(self, stats: NormStats, tokenizer: str | None = None) -> Chain:
         """The transform chain; `tokenizer` stands for the configured one (a bundle's own directory)."""
@@ -88,6 +91,7 @@ class PolicyConfig:
             "execution_horizon": self.execution_horizon,
             "num_flow_steps": self.flow.num_flow_steps,
             "solver": self.flow.solver,
+            "noise_level": self.flow.noise_level,
             "image_size": [size, size],
             "fps": self.fps,
             "demonstration_seeds": dict(self.demonstration_seeds),
@@ -123,18 +127,19 @@ def load(
     precision: str = "auto",
     num_flow_steps: int | None = None,
     solver: str | None = None,
+    noise_level: float | None = None,
     threads: int | None = None,
 ) -> LocalPolicy:
     """The policy in a bundle.
 
     device: the best that works when None. precision: `auto`, `float32` or `bfloat16`, of the towers' matrices.
-    num_flow_steps, solver: in place of the bundle's. threads: torch's CPU threads, a setting of the whole process.
+    num_flow_steps, solver, noise_level: in place of the bundle's; noise_level belongs to solver euler_maruyama.
+    threads: torch's CPU threads, a setting of the whole process.
     Raises BundleError for a missing, cut or mismatched file, ConfigError for an option that cannot be honoured.
     """
     path = Path(path)
     config, stats = read(path)
-    overrides: dict[str, Any] = {"num_flow_steps": num_flow_steps, "solver": solver}
-    flow = replace(config.flow, **{name: value for name, value in overrides.items() if value is not None})
+    flow = overridden(config.flow, num_flow_steps, solver, noise_level)
     config = replace(config, flow=flow)
     if threads is not None:
         if threads < 1:
@@ -146,7 +151,9 @@ def load(
     _fill(model, load_weights(path), path)
     model.vision.reset_buffers()
     chain = config.chain(stats, None if config.tokenizer == BYTES else str(path / config.tokenizer))
-    return LocalPolicy(model, FlowMatching.from_config(flow), chain, config.metadata(), chosen, compute_dtype(precision, chosen))
+    return LocalPolicy(
+        model, FlowMatching.from_config(flow), chain, config.metadata(), chosen, compute_dtype(precision, chosen), config.padded_noise
+    )
 
 
 def read(path: Path) -> tuple[PolicyConfig, NormStats]:
@@ -182,7 +189,8 @@ def _fill(model: Pi0, weights: dict[str, Tensor], path: Path) -> None:
         raise BundleError(
             f"the weights in {path} do not fit its configuration: missing {missing}, unexpected {unexpected}, of another shape {shapes}"
         )
-    model.load_state_dict(weights, assign=True)
+    # converted weights may be bfloat16: computing begins in float32, whatever is stored
+    model.load_state_dict({name: weights.pop(name).float() for name in list(weights)}, assign=True)
 
 
 def _describe(file: Path) -> dict[str, Any]:

@@ -1,25 +1,32 @@
 """A policy in this process: chain + network + flow -> ActionChunk.
 
-Owns: one batched inference. Does not know: files, sockets, simulators.
+Owns: one batched inference, and the score of given chunks. Does not know: files, sockets, simulators.
 
     observations -> chain -> encode_prefix once -> num_flow_steps velocities against the cache -> inverse chain -> chunks
+    observations, chunks -> chain -> encode_prefix once -> the same velocities and their divergence, backwards -> Scores
 """
 
+import copy
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from pi0fm.data.sampler import draw
 from pi0fm.data.transforms import Chain, Sample
 from pi0fm.errors import ObservationError
+from pi0fm.flow.likelihood import push_backward
 from pi0fm.flow.matching import FlowMatching
+from pi0fm.flow.sampling import num_increments, sample
+from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
+from pi0fm.policy import noise
+from pi0fm.policy.scores import ScoreOptions, Scores, conditioned, make_scores, observe_given, sample_and_score
 from pi0fm.types import ActionChunk, Observation
 
 
@@ -28,7 +35,14 @@ class LocalPolicy:
     """A loaded policy. Not thread-safe: a server calls it from one thread."""
 
     def __init__(
-        self, model: Pi0, flow: FlowMatching, chain: Chain, metadata: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+        self,
+        model: Pi0,
+        flow: FlowMatching,
+        chain: Chain,
+        metadata: Mapping[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+        padded_noise: bool = False,
     ) -> None:
         self.model, self.flow, self.chain, self.metadata = model.to(device).eval().requires_grad_(False), flow, chain, metadata
         self.device, self.dtype = device, dtype
@@ -36,42 +50,158 @@ class LocalPolicy:
             halve_matrices(self.model, dtype)
         horizon, width = model.config.action_horizon, model.config.action_dim
         self._shape = (horizon, width)
-        self._real = torch.arange(width, device=device).expand(horizon, width) < chain.embodiment.dims()[1]
+        self._real = torch.arange(width, device=device).expand(horizon, width) < (width if padded_noise else chain.embodiment.dims()[1])
 
     def observation(self, flat: Mapping[str, Any]) -> Observation:
         """The observation in a flat map of keys; see `Embodiment.observation` for the keys and the errors."""
         return self.chain.embodiment.observation(flat)
 
-    def infer(self, observation: Observation | Mapping[str, Any], noise_seed: int | None = None) -> ActionChunk:
+    def infer(
+        self, observation: Observation | Mapping[str, Any], noise_seed: int | None = None, scores: ScoreOptions | bool = False
+    ) -> ActionChunk:
         """One chunk, from an `Observation` or a flat map of keys."""
         given = observation if isinstance(observation, Observation) else self.observation(observation)
-        return self.infer_batch([given], None if noise_seed is None else [noise_seed])[0]
+        return self.infer_batch([given], None if noise_seed is None else [noise_seed], scores)[0]
 
-    def infer_batch(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> list[ActionChunk]:
+    def infer_batch(
+        self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None, scores: ScoreOptions | bool = False
+    ) -> list[ActionChunk]:
         """One chunk for each observation: actions float32 [H, robot_action_dim] in robot units, `infer_ms` of the whole batch.
 
-        noise_seeds: the starting noise of each chunk is a function of its seed alone. Raises ObservationError for a wrong observation.
+        noise_seeds: all random numbers of a chunk are a function of its seed alone. scores: give each chunk its `scores` too,
+        True for the default options; its actions stay the same. Raises ObservationError for a wrong observation.
         """
         if not observations:
             return []
         began = time.perf_counter()
-        seeds = [secrets.randbits(63) for _ in observations] if noise_seeds is None else list(noise_seeds)
-        if len(seeds) != len(observations):
-            raise ObservationError(f"one noise seed for each observation: expected {len(observations)}, found {len(seeds)}")
+        seeds = _seeds(observations, noise_seeds)
         inputs = self.chain.observe(observations).to(self.device)
-        noise = torch.from_numpy(np.stack([draw(seed, 0, 0, 0, self._shape)[0] for seed in seeds])).to(self.device)
-        mask = self._real.expand(len(observations), -1, -1)
-        with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            cache = self.model.encode_prefix(inputs)
-            sampled = self.flow.sample(lambda x, t: self.model.velocity(cache, inputs.state, x, t), noise, mask=mask)
+        each: list[dict[str, float]] = [{} for _ in observations]
+        if scores is False:
+            with torch.inference_mode(), self._precision():
+                sampled = self._sample(inputs, seeds)
+        else:
+            # not inference_mode: the divergence is a derivative
+            with torch.no_grad(), self._precision():
+                sampled, found = self._sample_and_score(inputs, seeds, ScoreOptions() if scores is True else scores)
+            each = found.each()
         actions = self._to_robot(inputs.state.cpu().numpy(), sampled.float().cpu().numpy())
         timings = {"infer_ms": 1e3 * (time.perf_counter() - began)}
-        return [ActionChunk(chunk, timings) for chunk in actions]
+        return [ActionChunk(chunk, timings, row) for chunk, row in zip(actions, each, strict=True)]
+
+    def log_prob(
+        self,
+        observations: Sequence[Observation],
+        actions: Sequence[NDArray[np.float32]] | NDArray[np.float32],
+        noise_seeds: Sequence[int] | None = None,
+        options: ScoreOptions | None = None,
+    ) -> Scores:
+        """How likely the policy finds a given chunk for each observation; scores.py says which density this is.
+
+        actions: [H, robot_action_dim] for each observation, robot units. noise_seeds: of Hutchinson's probes, fresh when None.
+        Raises ObservationError for a wrong observation or chunk.
+        """
+        options = options or ScoreOptions()
+        chunks = self._chunks(observations, actions)
+        seeds = _seeds(observations, noise_seeds)
+        inputs, normal = observe_given(self.chain, observations, chunks)
+        with torch.no_grad(), self._precision():
+            inputs = inputs.to(self.device)
+            velocity = conditioned(self._scoring_model(options), self.model.encode_prefix(inputs), inputs.state)
+            density = options.density(self._probes(seeds, options))
+            pushed = push_backward(self.flow, velocity, normal.to(self.device), self._mask(len(seeds)), density)
+        return make_scores(pushed, self.chain, self._shape[0])
+
+    def _sample(self, inputs: ModelObservation, seeds: Sequence[int]) -> Tensor:
+        velocity = conditioned(self.model, self.model.encode_prefix(inputs), inputs.state)
+        start, increments = self._noise(seeds)
+        return sample(self.flow, velocity, start, self._mask(len(seeds)), increments=increments)
+
+    def _sample_and_score(self, inputs: ModelObservation, seeds: Sequence[int], options: ScoreOptions) -> tuple[Tensor, Scores]:
+        cache = self.model.encode_prefix(inputs)
+        start, increments = self._noise(seeds)
+        pushed = sample_and_score(
+            self.flow,
+            conditioned(self.model, cache, inputs.state),
+            conditioned(self._scoring_model(options), cache, inputs.state),
+            start,
+            self._mask(len(seeds)),
+            options,
+            probes=self._probes(seeds, options),
+            increments=increments,
+        )
+        return pushed.actions, make_scores(pushed, self.chain, self._shape[0])
+
+    def _noise(self, seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Starting noise, and the increments of a stochastic solver."""
+        increments = noise.increments(seeds, num_increments(self.flow), self._shape)
+        return noise.starting_noise(seeds, self._shape).to(self.device), None if increments is None else increments.to(self.device)
+
+    def _probes(self, seeds: Sequence[int], options: ScoreOptions) -> Tensor | None:
+        probes = noise.probes(seeds, options.num_probes, self._shape)
+        return None if probes is None else probes.to(self.device)
+
+    def _mask(self, batch: int) -> Tensor:
+        return self._real.expand(batch, -1, -1)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _scoring_model(self, options: ScoreOptions) -> Pi0:
+        return self._in_float64 if options.float64 else self.model
+
+    @cached_property
+    def _in_float64(self) -> Pi0:
+        """A second copy of the weights, made by the first call that asks for it."""
+        return copy.deepcopy(self.model).double()
+
+    def _chunks(
+        self, observations: Sequence[Observation], actions: Sequence[NDArray[np.float32]] | NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """[B, H, robot_action_dim], finite; a ragged list is refused as one of another shape."""
+        shape = (self._shape[0], self.chain.embodiment.dims()[1])
+        if not len(observations):
+            raise ObservationError("scores need one observation or more, found none")
+        found = [np.shape(chunk) for chunk in actions]
+        wrong = [each for each in found if each != shape]
+        if wrong or len(found) != len(observations):
+            what = f"{len(found)} of them, one of shape {list(wrong[0])}" if wrong else f"{len(found)} of them"
+            raise ObservationError(
+                f"scores need one chunk of shape {list(shape)} for each of {len(observations)} observations, found {what}"
+            )
+        chunks = np.stack([np.asarray(chunk, dtype=np.float32) for chunk in actions])
+        if not np.isfinite(chunks).all():
+            raise ObservationError("a chunk to score must be finite, found NaN or infinity in it")
+        return chunks
 
     def _to_robot(self, state: NDArray[np.float32], actions: NDArray[np.float32]) -> NDArray[np.float32]:
         robot = self.chain.inverse(Sample(state, actions)).actions
         assert robot is not None
         return robot.astype(np.float32, copy=False)
+
+
+@final
+class Scoring:
+    """A `types.Policy` whose every chunk carries its scores; the actions are those of the policy without them."""
+
+    def __init__(self, policy: LocalPolicy, options: ScoreOptions) -> None:
+        self._policy, self._options = policy, options
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The policy's."""
+        return self._policy.metadata
+
+    def infer_batch(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> list[ActionChunk]:
+        """As the policy's, with scores."""
+        return self._policy.infer_batch(observations, noise_seeds, self._options)
+
+
+def _seeds(observations: Sequence[Observation], given: Sequence[int] | None) -> list[int]:
+    seeds = [secrets.randbits(63) for _ in observations] if given is None else list(given)
+    if len(seeds) != len(observations):
+        raise ObservationError(f"one noise seed for each observation: expected {len(observations)}, found {len(seeds)}")
+    return seeds
 
 
 def halve_matrices(model: nn.Module, dtype: torch.dtype) -> None:

@@ -89,8 +89,8 @@ def faked(monkeypatch):
     """`evaluate` with the numpy policy for a bundle and points for a simulator; the list holds what was asked for."""
     asked = []
 
-    def open_policy(address, *_):
-        asked.append(f"open {address}")
+    def open_policy(config):
+        asked.append(f"open {config.policy}")
         return PointPolicy()
 
     def read_metadata(address):

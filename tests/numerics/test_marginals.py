@@ -4,6 +4,7 @@ import pytest
 import scipy.stats
 import torch
 
+from pi0fm.flow.ancestral import sample_ancestral
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.oracle import GaussianMixture
 from pi0fm.flow.path import PATHS
@@ -35,6 +36,7 @@ def test_ode_and_sde_samples_have_the_same_marginals(path):
     data = MIXTURE.sample(NUM, generator)
     ode = flow.sample(field, noise(), 60, "heun")
     samples = {"ode": ode} | {f"h = {h} g": sample_sde(flow, field, noise(), h, 120, generator=generator) for h in (0.5, 1.0, 1.5)}
+    samples["ancestral"] = sample_ancestral(flow, field, noise(), 250, generator=generator)
     for name, found in samples.items():
         assert min(p_values(found, data)) > 0.01 / 3, name
         assert min(p_values(found, ode)) > 0.01 / 3, name

@@ -1,0 +1,125 @@
+"""Low-rank adapters: y = W x + (alpha / rank) B A x, with W frozen and B = 0 at the start (Hu et al. 2021, arXiv 2106.09685).
+
+Owns: which modules are meant by a target, their wrapping by peft and its proof, and the way back to plain weights.
+Does not know: what else of the network trains.
+
+    decoder.layers.3.backbone.qkv.weight        before, and in every bundle
+    decoder.layers.3.backbone.qkv.base_layer.weight, .lora_A.default.weight [rank, in], .lora_B.default.weight [out, rank]      inside a run
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from pi0fm.errors import ConfigError
+from pi0fm.models.parts import Part, part_of
+from pi0fm.models.pi0 import Pi0
+from pi0fm.options import nearest, option
+
+ADAPTABLE: tuple[Part, ...] = ("vision", "backbone", "action_expert")
+_BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The adapters of a run; none at rank 0."""
+
+    rank: int = option(0, "rank of the low-rank adapters; 0 for none")
+    alpha: float = option(16.0, "the adapters' product is multiplied by alpha / rank")
+    targets: tuple[str, ...] = option(
+        ("backbone", "action_expert"),
+        "what is adapted: vision, backbone, action_expert, or names of linear layers with *; the rest of such a part is frozen",
+    )
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ConfigError(f"lora.rank must be >= 0, found {self.rank}; type --lora.rank 16, or 0 for none")
+        if self.alpha <= 0:
+            raise ConfigError(f"lora.alpha must be > 0, found {self.alpha}; type --lora.alpha 16")
+        if self.rank and not self.targets:
+            raise ConfigError(
+                f"lora.rank {self.rank} needs something to adapt, found no targets; type --lora.targets backbone,action_expert"
+            )
+
+    @property
+    def scaling(self) -> float:
+        """What the product B A is multiplied by."""
+        return self.alpha / self.rank
+
+
+def target_modules(model: Pi0, targets: Iterable[str]) -> tuple[str, ...]:
+    """The exact names of all linear layers that `targets` mean, in the network's order.
+
+    A part means every linear layer in it. Raises ConfigError for a target that means none.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    adaptable = [name for name in linears if part_of(name) in ADAPTABLE]
+    chosen: set[str] = set()
+    for target in targets:
+        if target in ADAPTABLE:
+            chosen.update(name for name in adaptable if part_of(name) == target)
+            continue
+        matched = [name for name in linears if fnmatchcase(name, target)]
+        if not matched:
+            known = nearest(target, [*ADAPTABLE, *sorted({_any_layer(name) for name in adaptable})])
+            raise ConfigError(f"lora.targets must name linear layers of this network, found {target!r}, which names none: {known}")
+        small = [name for name in matched if name not in adaptable]
+        if small:
+            raise ConfigError(f"lora.targets must leave out {', '.join(small)}, found in {target!r}: they are small and train whole")
+        chosen.update(matched)
+    return tuple(name for name in adaptable if name in chosen)
+
+
+def attach(model: Pi0, config: LoraConfig) -> frozenset[Part]:
+    """Wrap the targets in adapters that change nothing yet, and return the parts that now hold some.
+
+    Every parameter but the adapters' is frozen by this. Raises ConfigError for a target that means nothing, RuntimeError when peft
+    wrapped anything but exactly the targets: it is silent about a name that it does not find.
+    """
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    names = target_modules(model, config.targets)
+    inject_adapter_in_model(
+        PeftConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, bias="none", target_modules=list(names)), model
+    )
+    wrapped = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if wrapped != set(names):
+        raise RuntimeError(f"peft must wrap exactly the targets, found the differences {sorted(wrapped.symmetric_difference(names))}")
+    return frozenset(part_of(name) for name in names)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter `name` is half of an adapter."""
+    return name.endswith((_A, _B))
+
+
+def merged(weights: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    """Plain weights under plain names: W + scaling B A in float32 for every adapted layer, the rest as it is.
+
+    weights: a state dict of an adapted network, or of a plain one, which comes back unchanged.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if is_adapter(name):
+            continue
+        if _BASE not in name:
+            plain[name] = value
+            continue
+        layer, kind = name.split(_BASE)
+        plain[f"{layer}.{kind}"] = value if kind == "bias" else _with_adapter(value, weights[layer + _A], weights[layer + _B], scaling)
+    return plain
+
+
+@torch.no_grad()
+def _with_adapter(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling)
+
+
+def _any_layer(name: str) -> str:
+    """`decoder.layers.3.backbone.qkv` as `decoder.layers.*.backbone.qkv`."""
+    return ".".join("*" if word.isdigit() else word for word in name.split("."))
