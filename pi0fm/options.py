@@ -46,17 +46,25 @@ def read_yaml(path: Path) -> Tree:
     return tree
 
 
-def parse[T](cls: type[T], arguments: Sequence[str], aliases: Mapping[str, str] | None = None, base: Tree | None = None) -> T:
+def parse[T](
+    cls: type[T],
+    arguments: Sequence[str],
+    aliases: Mapping[str, str] | None = None,
+    base: Tree | None = None,
+    positional: str | None = None,
+) -> T:
     """Decode `[FILE.yaml] --dotted.option value ...` into `cls`; later options win over the file, the file over `base`.
 
     aliases: other words for an option (LeRobot's), each a dotted name to a dotted name.
+    positional: the option whose value may stand first, in the place of the file.
     Raises ConfigError for an unknown option, a value of another type, or a missing required one.
     """
     remaining = list(arguments)
     tree = dict(base or {})
     if remaining and not remaining[0].startswith("--"):
-        tree = merge(tree, read_yaml(Path(remaining.pop(0))))
-    for name, text in _pairs(remaining):
+        first = remaining.pop(0)
+        tree = merge(tree, read_yaml(Path(first)) if positional is None else {positional: first})
+    for name, text in _pairs(remaining, "configuration file" if positional is None else positional):
         path = (aliases or {}).get(name, name).split(".")
         tree = merge(tree, _nested(path, text if _is_text(cls, path) else _typed(text)))
     return decode(cls, tree)
@@ -116,14 +124,14 @@ def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
     return rows
 
 
-def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
+def _pairs(arguments: Sequence[str], first: str) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     position = 0
     while position < len(arguments):
         word = arguments[position]
         position += 1
         if not word.startswith("--") or word == "--":
-            raise ConfigError(f"expected an option like --steps 100, found {word!r}; one configuration file may stand first")
+            raise ConfigError(f"expected an option like --steps 100, found {word!r}; one {first} may stand first")
         name, equals, text = word[2:].partition("=")
         if not equals:
             if position < len(arguments) and not arguments[position].startswith("--"):

@@ -2,7 +2,8 @@
 
 Owns: dispatch, help, exit codes, the last line of JSON. Does not know: what any command does.
 Each command is a module of pi0fm/cli with `HELP`, `Options`, `ALIASES` and `run(options) -> result`, imported when it is called; or with
-`SUBCOMMANDS`, name -> help line, each of which is a module COMMAND_NAME.
+`SUBCOMMANDS`, name -> help line, each of which is a module COMMAND_NAME. `POSITIONAL` names an option that may stand first without its
+name, where other commands have FILE.yaml.
 """
 
 import importlib
@@ -23,7 +24,9 @@ COMMANDS = {
     "demos": "record scripted experts into a LeRobot data set",
     "train": "train a policy on a LeRobot data set",
     "eval": "judge a policy in simulation",
+    "convert": "openpi's and LeRobot's weights to a bundle, and back",
     "serve": "answer robots over the openpi WebSocket protocol",
+    "flow": "see and measure the flows that policies are made of",
     "bench": "measure pi0fm, and its peers beside it, on this machine",
 }
 
@@ -56,12 +59,17 @@ def _dispatch(path: tuple[str, ...], commands: Mapping[str, str], words: Sequenc
     if "-h" in rest or "--help" in rest:
         _print_options(name, command)
         return 0
-    result = command.run(options.parse(command.Options, rest, command.ALIASES))
+    result = command.run(options.parse(command.Options, rest, command.ALIASES, positional=_positional(command)))
     if result is not None:
         # one write: torchrun's workers share an unbuffered pipe, where print's newline may follow another worker's text
         sys.stdout.write(json.dumps(result) + "\n")
         sys.stdout.flush()
     return 0
+
+
+def _positional(command: ModuleType) -> str | None:
+    name: str | None = getattr(command, "POSITIONAL", None)
+    return name
 
 
 def _print_commands(path: tuple[str, ...], commands: Mapping[str, str]) -> None:
@@ -83,7 +91,8 @@ def _print_options(name: str, command: ModuleType) -> None:
     for row in options.describe(command.Options):
         table.add_row(*row)
     console = Console(width=max(100, int(os.environ.get("COLUMNS", "120"))), markup=False)
-    console.print(f"pi0fm {name} [FILE.yaml] [--option value ...]: {command.HELP}\n", highlight=False)
+    first = _positional(command)
+    console.print(f"pi0fm {name} {first.upper() if first else '[FILE.yaml]'} [--option value ...]: {command.HELP}\n", highlight=False)
     console.print(table)
     for other, meaning in command.ALIASES.items():
         console.print(f"  --{other} is another word for --{meaning}", highlight=False)

@@ -152,6 +152,16 @@ def test_help_of_a_command_names_options_defaults_and_aliases(command: Any, caps
     assert "--count is another word for --steps" in shown
 
 
+def test_a_command_may_take_one_option_without_its_name(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    command(lambda options: {"steps": options.steps})
+    sys.modules["pi0fm.cli.probe"].__dict__["POSITIONAL"] = "steps"
+    for words in (["probe", "5"], ["probe", "--steps", "5"], ["probe", "4", "--count", "5"]):
+        assert command_line.main(words) == 0
+        assert json.loads(capsys.readouterr().out) == {"steps": 5}
+    assert command_line.main(["probe", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("pi0fm probe STEPS [--option value ...]: a command of this test")
+
+
 def test_the_installed_program_and_the_module_agree_and_start_without_torch() -> None:
     code = (
         "import sys; from pi0fm.cli.main import main; code = main(['nothing']); print({'torch', 'ray'} & set(sys.modules)); sys.exit(code)"

@@ -102,6 +102,19 @@ def test_every_way_to_get_an_option_wrong(words: list[str], message: str) -> Non
     assert "\n" not in str(caught.value)
 
 
+def test_one_value_may_stand_first_in_the_place_of_the_file() -> None:
+    def positional(*words: str) -> Run:
+        return options.parse(Run, words, ALIASES, positional="output")
+
+    assert positional("runs/0123", "--steps", "7") == Run("runs/0123", steps=7)
+    assert positional("--output", "x") == Run("x")
+    assert positional("first", "--output", "x") == Run("x"), "a later option wins"
+    with pytest.raises(ConfigError, match="found 'second'; one output may stand first"):
+        positional("first", "second")
+    with pytest.raises(ConfigError, match="option output is required"):
+        positional("--steps", "7")
+
+
 def test_a_missing_required_option_is_named() -> None:
     with pytest.raises(ConfigError, match="option output is required: folder of the run"):
         parse()
