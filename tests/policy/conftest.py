@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_tokenizer
 import tiny_dataset
 import torch
 from torch import Tensor
@@ -86,3 +87,9 @@ def observations() -> list[Observation]:
         one(("wrist",), 40, "x"),
         one(("base", "wrist"), 40, "press the button!"),
     ]
+
+
+@pytest.fixture(scope="session")
+def character_tokenizer(tmp_path_factory) -> Path:
+    """A directory with 24 characters, called as PaliGemma's."""
+    return small_tokenizer.write(tmp_path_factory.mktemp("words") / "tokenizer")

@@ -1,0 +1,21 @@
+"""`pi0fm convert`: weights of openpi and LeRobot to a bundle, and back.
+
+Owns: the command's result. Does not know: any format.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from pi0fm.policy import convert
+from pi0fm.policy.convert_facts import ConvertConfig
+
+HELP = "openpi's or LeRobot's weights to a bundle; a bundle to LeRobot's or openpi's"
+Options = ConvertConfig
+ALIASES: dict[str, str] = {}
+POSITIONAL = "source"
+
+
+def run(options: ConvertConfig) -> dict[str, Any]:
+    """Convert; the result names the directory."""
+    result = convert.convert(options)
+    return {**asdict(result), "path": str(result.path)}
