@@ -4,4 +4,10 @@ Owns: the list of measurements; each is a module `bench_NAME` beside this one. D
 """
 
 HELP = "measure pi0fm, and its peers beside it, on this machine"
-SUBCOMMANDS = {"learning": "one task, the same data and processor time: pi0fm against LeRobot's own PI0"}
+SUBCOMMANDS = {
+    "loading": "samples a processor second: frame cache and stream beside LeRobot's loader, copying and decoding",
+    "learning": "one task, the same data and processor time: pi0fm against LeRobot's own PI0",
+    "inference": "ten Euler steps for one observation: LeRobot's own PI0 against ours",
+    "training": "one optimiser step on the same batch: LeRobot's own PI0 against ours",
+    "density": "a chunk's log-likelihood beside its sampling, with the same evaluations",
+}

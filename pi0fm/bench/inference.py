@@ -1,0 +1,98 @@
+"""Ten Euler steps for one observation: LeRobot's PI0 against ours, in one process, with the same weights and noise.
+
+Owns: what lies within the two clocks, the two modes, the bounds within which the chunks must agree. Does not know: the table.
+
+    inside both clocks     pictures, prompt and state to keys and values once; ten velocities; the chunk, normalised
+    only inside ours       masked cameras and unused prompt columns left out, pictures from uint8 to [-1, 1]
+    inside neither         resizing, tokenizing, normalising, drawing noise, actions to robot units
+
+LeRobot's side is `PI0Pytorch.sample_actions` with the arguments that its `predict_action_chunk` passes on; ours is what `LocalPolicy` does
+with an observation that its chain has made. Both are eager.
+
+    like_for_like   float32 on both sides, torch's default for products, the same threads
+    as_shipped      LeRobot's configuration on a CPU is float32; `pi0fm.load` takes bfloat16 for the towers' matrices where the processor
+                    multiplies it in hardware, and float32 elsewhere
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pi0fm import progress
+from pi0fm.bench.paired import paired_ratio
+from pi0fm.bench.peer_cases import case_named, make_noise, make_observation, their_prefix
+from pi0fm.bench.peer_config import MODES, InferenceConfig
+from pi0fm.bench.peer_pair import PeerPair, build_pair, check_alike, displacement_difference
+from pi0fm.bench.peer_report import Speed, summary
+from pi0fm.bench.products import Roofline, bare, measure_roofline, products_of, synchronized, work_of
+from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.sampling import sample
+from pi0fm.models.observation import ModelObservation
+from pi0fm.models.pi0 import Pi0
+from pi0fm.policy.local import halve_matrices
+from pi0fm.policy.precision import choose_device, compute_dtype
+
+FLOW_STEPS = 10
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""Of `displacement_difference`, by the type of our matrices. bfloat16 keeps 8 bits, and ten steps through some ten layers add up."""
+
+
+def compare_inference(config: InferenceConfig) -> dict[str, Any]:
+    """Both modes of every case. Raises Pi0fmError when the two sides differ, ConfigError for a device that is not there."""
+    device = choose_device(config.device)
+    torch.set_num_threads(config.threads)
+    roofline = measure_roofline(device, BOUNDS)
+    rows: dict[str, dict[str, dict[str, Any]]] = {mode: {} for mode in MODES}
+    with progress.step("calls compared", len(config.cases) * len(MODES)) as bar:
+        for name in config.cases:
+            pair = build_pair(case_named(name), config.seed, device)
+            for mode in MODES:
+                rows[mode][name] = _measured(pair, mode, config, device, roofline)
+                bar.advance(1, f"{name} {mode}")
+    return summary(rows, roofline)
+
+
+def sampler(model: Pi0, observation: ModelObservation, noise: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """A call of ours: one chunk [B, H, A] from `observation`, which lies on the host as the chain leaves it. dtype: of the matrices."""
+    flow = FlowMatching.from_config(FlowConfig(solver="euler", num_flow_steps=FLOW_STEPS))
+    mask = torch.ones_like(noise, dtype=torch.bool)
+
+    def ours() -> Tensor:
+        with torch.inference_mode(), torch.autocast(noise.device.type, dtype, enabled=dtype != torch.float32):
+            return sample(flow, model.field(observation.trimmed().to(noise.device)), noise, mask)
+
+    return ours
+
+
+def their_sampler(pair: PeerPair, observation: ModelObservation, noise: Tensor) -> Callable[[], Tensor]:
+    """A call of LeRobot's, on tensors that are on the device."""
+    model, prefix, state = pair.theirs.eval().model, their_prefix(observation, noise.device), observation.state.to(noise.device)
+
+    def theirs() -> Tensor:
+        return model.sample_actions(*prefix, state, noise=noise, num_steps=FLOW_STEPS)
+
+    return theirs
+
+
+def _measured(pair: PeerPair, mode: str, config: InferenceConfig, device: torch.device, roofline: Roofline) -> dict[str, Any]:
+    observation, noise = make_observation(pair.case, 1, config.seed), make_noise(pair.case, 1, config.seed).to(device)
+    dtype = torch.float32 if mode == MODES[0] else compute_dtype("auto", device)
+    model = copy.deepcopy(pair.ours).eval().requires_grad_(False)
+    if dtype != torch.float32:
+        halve_matrices(model, dtype)
+    ours, theirs = sampler(model, observation, noise, dtype), their_sampler(pair, observation, noise)
+    difference = displacement_difference(ours(), theirs(), noise)
+    check_alike(pair.case.name, mode, "action chunks", difference, BOUNDS[dtype])
+    products = products_of(ours, model.parameters())
+    our_call, their_call, bare_call = (synchronized(call, device) for call in (ours, theirs, bare(products)))
+    return Speed(
+        peer=paired_ratio(their_call, our_call, config.rounds),
+        products=paired_ratio(our_call, bare_call, config.rounds),
+        difference=difference,
+        bound=BOUNDS[dtype],
+        work=work_of(products),
+        peer_flops=work_of(products_of(theirs, pair.theirs.parameters())).total_flops,
+    ).row(roofline)

@@ -1,0 +1,73 @@
+"""The drawn data set is a data set, and the options of the measurement are checked; the measurement itself is a journey."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pi0fm.bench import loading
+from pi0fm.bench.loading import LoadingConfig
+from pi0fm.bench.loading_data import EPISODE_FRAMES, FPS, draw_episode, write_dataset
+from pi0fm.data.embodiment import Embodiment
+from pi0fm.data.frame_cache import open_cache
+from pi0fm.data.lerobot_source import DatasetConfig, open_source
+from pi0fm.errors import ConfigError
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> DatasetConfig:
+    folder = tmp_path_factory.mktemp("drawn")
+    write_dataset(folder / "set", 2 * EPISODE_FRAMES - 1, SIZE)
+    return DatasetConfig(root=folder / "set", cache_dir=folder / "cache", video_decoder="pyav")
+
+
+def test_a_drawn_data_set_holds_the_episodes_that_were_drawn(drawn):
+    source = open_source(drawn, Embodiment())
+    assert (len(source.state), source.fps, source.embodiment.dims()) == (2 * EPISODE_FRAMES, FPS, (4, 4))
+    pictures = np.asarray(open_cache(source, drawn, SIZE).cameras[0])
+    for seed in range(2):
+        own = slice(seed * EPISODE_FRAMES, (seed + 1) * EPISODE_FRAMES)
+        episode = draw_episode(seed, SIZE)
+        assert np.array_equal(source.state[own], episode.state) and np.array_equal(source.action[own], episode.action)
+        assert np.abs(pictures[own].astype(int) - episode.images["base"]).mean() < 6  # what the codec costs
+
+
+def test_episodes_differ_and_move(drawn):
+    first, second = (draw_episode(seed, SIZE).images["base"] for seed in range(2))
+    assert not np.array_equal(first[0], second[0])
+    assert (first[0] != first[-1]).any()
+
+
+def test_batches_have_the_width_of_pi0(drawn):
+    config = LoadingConfig(size=SIZE, batch_size=4, action_horizon=50)
+    source = open_source(drawn, Embodiment())
+    batch = loading.make_collator(source, open_cache(source, drawn, SIZE), config)(0, 4)
+    assert batch.actions.shape == batch.noise[:, 0].shape == (4, 50, 32)
+    assert batch.observation.images.shape == (4, 1, SIZE, SIZE, 3)
+
+
+def test_a_ratio_of_unequal_work_is_scaled():
+    ratio = loading._scaled(loading.Ratio(2.0, 1.0, 3.0, 10.0, 5.0), 20)
+    assert (ratio.median, ratio.low, ratio.high, ratio.first_seconds, ratio.second_seconds) == (40.0, 20.0, 60.0, 10.0, 5.0)
+
+
+def test_statistics_are_scaled_to_a_million_frames(monkeypatch):
+    clock = iter([5.0, 5.5])
+    monkeypatch.setattr(loading, "cpu_seconds_of_tree", lambda: next(clock))
+    assert loading.norm_stats_seconds(1000) == pytest.approx(500.0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("frames", 10), ("rounds", 0), ("lerobot_workers", -1), ("size", 129)])
+def test_options_out_of_range_are_refused(name, value):
+    with pytest.raises(ConfigError, match=f"--{name} must be"):
+        LoadingConfig(**{name: value})
+
+
+def test_the_command_is_listed():
+    from pi0fm.cli import bench, bench_loading
+
+    assert "loading" in bench.SUBCOMMANDS
+    assert bench_loading.Options is LoadingConfig
+    assert Path(bench_loading.__file__).name == "bench_loading.py"
