@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pi0fm.errors import ConfigError
 from pi0fm.flow.matching import FlowConfig
+from pi0fm.flow.solver import check_solver
 from pi0fm.options import nearest, option
 from pi0fm.plane import methods
 from pi0fm.plane.datasets import DATASETS, dataset_named
@@ -37,6 +38,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         dataset_named(self.dataset)
+        check_solver(self.solver)
         if self.method not in METHODS:
             raise ConfigError(f"unknown method {self.method!r}: {nearest(self.method, METHODS)}")
         idle = [name for name in FLOW_ONLY if getattr(self, name) is not None]
