@@ -2,12 +2,12 @@
 BIN := .venv/bin
 STAMP := .venv/.made-from-lock
 
-.PHONY: help install quickstart test unit journeys lint format types contracts clean
+.PHONY: help install quickstart test unit journeys long lint format types contracts clean
 
 help:
 	@echo "make quickstart   record, train, evaluate, serve: one policy in about ten minutes"
 	@echo "make test         unit tests, then the journeys through the command line"
-	@echo "make unit | journeys | lint | format | types | contracts | install | clean"
+	@echo "make unit | journeys | long | lint | format | types | contracts | install | clean"
 
 # Made again when the lock or the dependencies change; otherwise a second run starts at once.
 $(STAMP): uv.lock pyproject.toml
@@ -23,10 +23,13 @@ test: $(STAMP)
 	@$(BIN)/pytest
 
 unit: $(STAMP)
-	@$(BIN)/pytest -m "not journey"
+	@$(BIN)/pytest -m "not journey and not long"
 
 journeys: $(STAMP)
-	@$(BIN)/pytest -m journey
+	@$(BIN)/pytest -m "journey and not long"
+
+long: $(STAMP)
+	@$(BIN)/pytest -m long
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

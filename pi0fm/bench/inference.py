@@ -32,8 +32,8 @@ from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.sampling import sample
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
-from pi0fm.policy.local import halve_matrices
-from pi0fm.policy.precision import choose_device, compute_dtype
+from pi0fm.policy.local import arrange_matrices
+from pi0fm.policy.precision import choose_device, inference_dtype
 
 FLOW_STEPS = 10
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -79,10 +79,9 @@ def their_sampler(pair: PeerPair, observation: ModelObservation, noise: Tensor) 
 
 def _measured(pair: PeerPair, mode: str, config: InferenceConfig, device: torch.device, roofline: Roofline) -> dict[str, Any]:
     observation, noise = make_observation(pair.case, 1, config.seed), make_noise(pair.case, 1, config.seed).to(device)
-    dtype = torch.float32 if mode == MODES[0] else compute_dtype("auto", device)
+    dtype = torch.float32 if mode == MODES[0] else inference_dtype("auto", device, pair.ours.config.decoder.backbone.width)
     model = copy.deepcopy(pair.ours).eval().requires_grad_(False)
-    if dtype != torch.float32:
-        halve_matrices(model, dtype)
+    arrange_matrices(model, dtype, device)
     ours, theirs = sampler(model, observation, noise, dtype), their_sampler(pair, observation, noise)
     difference = displacement_difference(ours(), theirs(), noise)
     check_alike(pair.case.name, mode, "action chunks", difference, BOUNDS[dtype])

@@ -62,4 +62,4 @@ def _show(rows: dict[str, tuple[str, Ratio, float]], found: LoadingFigures) -> N
     for text, ratio, target in rows.values():
         table.add_row(text, f"{ratio.median:.2f}", f"{ratio.low:.2f} to {ratio.high:.2f}", f"{target:g}")
     table.add_row("seconds for statistics of a million frames", f"{found.norm_stats_seconds:.1f}", "", "at most 20")
-    Console(stderr=True, highlight=False).print(table)
+    Console(stderr=True, highlight=False, width=max(100, Console(stderr=True).width)).print(table)

@@ -32,13 +32,13 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Exit code 0; 1 for a fault the user can mend; 2 for a wrong option; 130 when interrupted."""
+    """Run one command. Exit code 0; 1 for a fault the user can mend; 2 for a wrong option; 130 when interrupted, 143 when told to stop."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch((), COMMANDS, words)
     except Pi0fmError as error:
         print(f"pi0fm: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return int(getattr(error, "exit_code", 2 if isinstance(error, ConfigError) else 1))
     except KeyboardInterrupt:
         print("pi0fm: interrupted; what was finished is kept", file=sys.stderr)
         return 130

@@ -1,61 +1,89 @@
-"""Every picture of a data set, decoded once to the network's size and kept as one memory-mapped array a camera.
+"""Every picture of a data set, decoded once to the network's size and kept in memory-mapped shards.
 
-Owns: building it in threads, under a lock that all processes of a node share, and its shape on disk. Does not know: training.
+Owns: which shard holds which frames, building what is missing under a lock that all processes of a node share, its check.
+Does not know: training, how a shard is laid out, how a video is decoded.
 
-    <cache_dir>/<fingerprint of data set>-<columns>-<size>/<column>.u8     uint8 [N, size, size, 3]
-                                                          cache.json       written last: a directory without it is rebuilt
+    <cache_dir>/<fingerprint of data set>-<columns>-<size>-<format>/<column>/00003.u8     a stretch of whole episodes
+                                                                   verified-<host>.json   what was checked since the machine started
+    open    size and count of every shard; sums of those that changed, or that a restart of the machine may have torn
+    build   what is missing or torn, so that an interrupted build goes on where it was
 
-Files are named by the data set's column: two embodiments may give one column different names, or swap two names.
+Folders are named by the data set's column: two embodiments may give one column different names, or swap two names.
 """
 
 import fcntl
 import io
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 from PIL import Image
 
 from pi0fm import files, progress
+from pi0fm.data.decoding import Job, Stretch, cores, write_jobs
 from pi0fm.data.images import resize_with_padding
-from pi0fm.data.lerobot_source import Clip, DatasetConfig, LeRobotSource
-from pi0fm.data.video import choose_decoder, decode
+from pi0fm.data.lerobot_source import DatasetConfig, LeRobotSource
+from pi0fm.data.order import Order, Shuffled
+from pi0fm.data.pictures import Pictures
+from pi0fm.data.shards import SUFFIX, CacheFormat, ShardedFrames, is_whole, open_shard, write_shard
+from pi0fm.data.video import choose_decoder
 from pi0fm.errors import DatasetError
 
-BATCH = 64
+SHARD_BYTES = 64 * 2**20
+MOST_SHARDS = 4096  # a camera: each is a memory map, of which a process may have some ten thousand
+JPEG_SHARE = 0.2  # of the raw bytes, at quality 95; only to guess the room
 
 
 @dataclass(frozen=True)
-class FrameCache:
+class FrameCache(Pictures):
     """Pictures by camera, in the embodiment's order; each uint8 [N, size, size, 3], read-only."""
 
-    cameras: tuple[NDArray[np.uint8], ...]
+    cameras: tuple[NDArray[np.uint8] | ShardedFrames, ...]
+
+    @property
+    def order(self) -> Order:
+        """Any order is as good as another."""
+        return Shuffled()
 
     def gather(self, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
         """uint8 [B, C, size, size, 3] of the frames asked for."""
-        return np.stack([camera[frames] for camera in self.cameras], axis=1)
+        out = np.empty((len(frames), len(self.cameras), *self.cameras[0].shape[1:]), np.uint8)
+        for number, camera in enumerate(self.cameras):
+            if isinstance(camera, ShardedFrames):
+                camera.read(frames, out[:, number])
+            else:
+                out[:, number] = camera[frames]
+        return out
 
 
-def open_cache(source: LeRobotSource, config: DatasetConfig, size: int) -> FrameCache:
+def open_cache(source: LeRobotSource, config: DatasetConfig, size: int, form: CacheFormat = "uint8") -> FrameCache:
     """Open the cache, building what is missing. Raises DatasetError when it would exceed the limit, or a video is unreadable."""
-    directory = (
-        cache_directory(config) / f"{source.fingerprint}-{'+'.join(sorted(source.embodiment.cameras.values())).replace('/', '_')}-{size}"
-    )
-    columns = tuple(source.embodiment.cameras.values())
-    count = len(source.state)
+    directory = cache_folder(source, config, size, form)
+    firsts = shard_firsts(source, size)
+    cache = _Folder(directory, source, firsts, size, form)
     with _locked(directory):
-        if not (directory / "cache.json").is_file():
-            _check_room(directory, count * len(columns) * size * size * 3, config.cache_limit_gib)
-            _build(source, config, directory, size)
-    shape = (count, size, size, 3)
-    return FrameCache(tuple(np.memmap(_file(directory, column), dtype=np.uint8, mode="r", shape=shape) for column in columns))
+        missing = cache.missing()
+        if missing:
+            _check_room(directory, sum(cache.count(number) for _, number in missing) * size * size * 3, config.cache_limit_gib, form)
+            cache.build(config, missing)
+        cache.note_verified()
+    columns = source.embodiment.cameras.values()
+    return FrameCache(tuple(cache.open(column) for column in columns))
+
+
+def cache_folder(source: LeRobotSource, config: DatasetConfig, size: int, form: CacheFormat = "uint8") -> Path:
+    """Where the frames of one data set are kept at one size."""
+    columns = "+".join(sorted(source.embodiment.cameras.values())).replace("/", "_")
+    return cache_directory(config) / f"{source.fingerprint}-{columns}-{size}-{form}"
 
 
 def cache_directory(config: DatasetConfig) -> Path:
@@ -63,67 +91,165 @@ def cache_directory(config: DatasetConfig) -> Path:
     return config.cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pi0fm" / "frames"
 
 
-def _build(source: LeRobotSource, config: DatasetConfig, directory: Path, size: int) -> None:
-    shutil.rmtree(directory, ignore_errors=True)  # without its cache.json it is the rest of an interrupted build
-    decoder = choose_decoder(config.video_decoder)
-    count = len(source.state)
-    with files.new_directory(directory) as aside, progress.step("decode frames", count * len(source.embodiment.cameras)) as bar:
-        for camera, column in source.embodiment.cameras.items():
-            target = np.memmap(_file(aside, column), dtype=np.uint8, mode="w+", shape=(count, size, size, 3))
-            if camera in source.stored_pictures:
-                for index, encoded in source.stored(camera):
-                    target[index] = resize_with_padding(np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))[None], size)[0]
-                    bar.advance()
-            else:
-                by_file: dict[Path, list[Clip]] = {}
-                for clip in source.clips[camera]:
-                    by_file.setdefault(clip.file, []).append(clip)
-                with ThreadPoolExecutor(os.cpu_count()) as threads:
-                    jobs = [threads.submit(_decode_file, path, clips, source.fps, decoder, target, bar) for path, clips in by_file.items()]
-                    for job in jobs:
-                        job.result()
-            target.flush()
-        files.write_json(aside / "cache.json", {"frames": count, "size": size, "columns": list(source.embodiment.cameras.values())})
+def cache_bytes(source: LeRobotSource, size: int, form: CacheFormat = "uint8") -> int:
+    """What the whole cache takes on the disk; of JPEG a guess."""
+    raw = len(source.state) * len(source.embodiment.cameras) * size * size * 3
+    return raw if form == "uint8" else int(JPEG_SHARE * raw)
 
 
-def _file(directory: Path, column: str) -> Path:
-    return directory / f"{column.replace('/', '_')}.u8"
+def shard_firsts(source: LeRobotSource, size: int) -> tuple[int, ...]:
+    """The first frame of every shard: whole episodes, about SHARD_BYTES."""
+    per_shard = max(SHARD_BYTES // (size * size * 3), -(-len(source.state) // MOST_SHARDS), 1)
+    firsts = [0]
+    for end in np.unique(source.end).tolist():
+        if end - firsts[-1] >= per_shard and end < len(source.state):
+            firsts.append(end)
+    return tuple(firsts)
 
 
-def _decode_file(
-    path: Path, clips: list[Clip], fps: float, decoder: Literal["pyav", "torchcodec"], target: NDArray[np.uint8], bar: progress.Step
-) -> None:
-    """Write every frame of one file to its place; a frame that the episodes expect and the file lacks is an error."""
-    size = target.shape[1]
-    length = max(clip.offset + clip.count for clip in clips)
-    place = np.full(length, -1, dtype=np.int64)  # frame number in the file -> frame of the data set
-    for clip in clips:
-        place[clip.offset : clip.offset + clip.count] = np.arange(clip.first, clip.first + clip.count)
-    seen = np.zeros(length, dtype=bool)
-    pending: list[tuple[int, NDArray[np.uint8]]] = []
-
-    def write() -> None:
-        if pending:
-            target[[index for index, _ in pending]] = resize_with_padding(np.stack([frame for _, frame in pending]), size)
-            bar.advance(len(pending))
-            pending.clear()
-
-    for number, frame in decode(path, fps, decoder):
-        if number < length and place[number] >= 0 and not seen[number]:
-            seen[number] = True
-            pending.append((int(place[number]), frame))
-            if len(pending) == BATCH:
-                write()
-    write()
-    missing = np.flatnonzero((place >= 0) & ~seen)
-    if len(missing):
-        found = int(seen.sum())
-        raise DatasetError(
-            f"video {path} holds {found} of the {found + len(missing)} frames that its episodes name; download or record it again"
-        )
+def stretches(source: LeRobotSource, camera: str, first: int, stop: int) -> tuple[Stretch, ...]:
+    """Where the video frames of one camera lie that the data set's frames first .. stop - 1 show."""
+    found = []
+    for clip in source.clips[camera]:
+        begin, end = max(clip.first, first), min(clip.first + clip.count, stop)
+        if begin < end:
+            found.append(Stretch(str(clip.file), clip.offset + begin - clip.first, begin - first, end - begin))
+    return tuple(found)
 
 
-def _check_room(directory: Path, needed: int, limit_gib: float) -> None:
+@dataclass(frozen=True)
+class _Folder:
+    """The shards of one data set at one size; `missing` and `build` are called under the lock."""
+
+    directory: Path
+    source: LeRobotSource
+    firsts: tuple[int, ...]
+    size: int
+    form: CacheFormat
+
+    def count(self, number: int) -> int:
+        """Pictures in a shard."""
+        return ((*self.firsts, len(self.source.state)))[number + 1] - self.firsts[number]
+
+    def path(self, column: str, number: int) -> Path:
+        """The file of a shard."""
+        return self.directory / column.replace("/", "_") / f"{number:05d}.{SUFFIX[self.form]}"
+
+    def open(self, column: str) -> ShardedFrames:
+        """One camera's pictures."""
+        shards = [open_shard(self.path(column, number), self.size, self.form) for number in range(len(self.firsts))]
+        return ShardedFrames(self.firsts, shards, self.size)
+
+    def missing(self) -> list[tuple[str, int]]:
+        """(camera, shard) of every shard that is not there as a whole; a torn one is named on standard error."""
+        trusted = self._verified()
+        wanted = [(camera, number) for camera in self.source.embodiment.cameras for number in range(len(self.firsts))]
+
+        def whole(item: tuple[str, int]) -> bool:
+            path = self.path(self.source.embodiment.cameras[item[0]], item[1])
+            known = trusted.get(self._name(path)) == _stamp(path)
+            return is_whole(path, self.count(item[1]), self.size, self.form, sums=not known)
+
+        with ThreadPoolExecutor(cores()) as threads:
+            lacking = [item for item, good in zip(wanted, threads.map(whole, wanted), strict=True) if not good]
+        for camera, number in lacking:
+            path = self.path(self.source.embodiment.cameras[camera], number)
+            if path.exists():
+                progress.say(f"{path} is torn or was changed; decoding its {self.count(number)} frames again")
+        return lacking
+
+    def build(self, config: DatasetConfig, missing: Sequence[tuple[str, int]]) -> None:
+        """Decode what is missing. A data set that cannot be read loses its folder: mended, it has another fingerprint."""
+        work = []
+        decoder = choose_decoder(config.video_decoder)
+        ends = (*self.firsts[1:], len(self.source.state))
+        for camera, number in missing:
+            if camera not in self.source.stored_pictures:
+                found = stretches(self.source, camera, self.firsts[number], ends[number])
+                job = Job(found, self.count(number), self.size, self.source.fps, decoder)
+                work.append((self.path(self.source.embodiment.cameras[camera], number), job))
+        try:
+            with progress.step("decode frames", sum(self.count(number) for _, number in missing)) as bar:
+                for job in write_jobs(work, self.form):
+                    bar.advance(job.count)
+                for camera in self.source.stored_pictures:
+                    self._unpack(camera, {number for name, number in missing if name == camera}, bar)
+        except DatasetError:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            raise
+
+    def note_verified(self) -> None:
+        """Remember what the shards look like now that they are known to be whole."""
+        shards = (self.path(column, number) for column in self.source.embodiment.cameras.values() for number in range(len(self.firsts)))
+        stamps = {self._name(path): _stamp(path) for path in shards}
+        if stamps != self._verified():
+            files.write_json(self._record, {"boot": _boot(), "shards": stamps})
+
+    @property
+    def _record(self) -> Path:
+        return self.directory / f"verified-{socket.gethostname()}.json"
+
+    def _verified(self) -> dict[str, list[int]]:
+        """By shard, what it looked like when its sums were last right, since this machine started."""
+        try:
+            record = json.loads(self._record.read_text())
+        except (OSError, ValueError):
+            return {}
+        return dict(record["shards"]) if record.get("boot") == _boot() else {}
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.directory).as_posix()
+
+    def _unpack(self, camera: str, wanted: set[int], bar: progress.Step) -> None:
+        """The shards of a camera whose pictures lie encoded in the parquet files."""
+        if not wanted:
+            return
+        column = self.source.embodiment.cameras[camera]
+        pending: list[bytes] = []
+        number = 0
+        with ThreadPoolExecutor(cores()) as threads:
+            for _, encoded in _in_order(self.source.stored(camera)):
+                pending.append(encoded)
+                if len(pending) == self.count(number):
+                    if number in wanted:
+                        pictures = threads.map(lambda content: _decode_picture(content, self.size), pending)
+                        write_shard(self.path(column, number), pictures, self.size, self.form)
+                        bar.advance(len(pending))
+                    pending, number = [], number + 1
+
+
+def _in_order(rows: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    """The same rows by index; files that hold whole episodes are a permutation of a few stretches."""
+    held: dict[int, bytes] = {}
+    following = 0
+    for index, encoded in rows:
+        held[index] = encoded
+        while following in held:
+            yield following, held.pop(following)
+            following += 1
+
+
+def _decode_picture(encoded: bytes, size: int) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(encoded)) as picture:
+        return resize_with_padding(np.array(picture.convert("RGB"))[None], size)[0]
+
+
+def _stamp(path: Path) -> list[int]:
+    """Changes when a file is written to."""
+    if not path.is_file():
+        return []
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _boot() -> str:
+    """Changes when this machine starts: only then can a file that was fsynced be torn without a new time."""
+    known = Path("/proc/sys/kernel/random/boot_id")
+    return known.read_text().strip() if known.is_file() else str(round(psutil.boot_time()))
+
+
+def _check_room(directory: Path, needed: int, limit_gib: float, form: CacheFormat) -> None:
+    needed = needed if form == "uint8" else int(JPEG_SHARE * needed)
     if needed > limit_gib * 2**30:
         raise DatasetError(
             f"decoded frames need {needed / 2**30:.1f} GiB, dataset.cache_limit_gib is {limit_gib}; raise it or use a smaller image_size"

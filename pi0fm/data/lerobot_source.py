@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -39,13 +39,19 @@ class DatasetConfig:
     episodes: tuple[int, ...] = option((), "train on these episodes only; empty takes all")
     video_decoder: Decoder = option("auto", "pyav, torchcodec, or auto: torchcodec when it loads")
     cache_dir: Path | None = option(None, "where decoded frames are kept; default ~/.cache/pi0fm/frames")
-    cache_limit_gib: float = option(64.0, "refuse to decode a data set whose frames would take more than this")
+    cache_limit_gib: float = option(64.0, "a data set whose decoded frames would take more is streamed from its videos instead")
+    cache_format: Literal["uint8", "jpeg"] = option("uint8", "decoded frames as they are, or as JPEG: a tenth of the space, slower to read")
+    stream_buffer_gib: float = option(4.0, "memory of the shuffle buffer of a data set that is streamed")
 
     def __post_init__(self) -> None:
         if self.video_decoder not in ("auto", "pyav", "torchcodec"):
             raise ConfigError(f"dataset.video_decoder must be auto, pyav or torchcodec, found {self.video_decoder!r}")
         if self.cache_limit_gib <= 0:
             raise ConfigError(f"dataset.cache_limit_gib must be > 0, found {self.cache_limit_gib}")
+        if self.cache_format not in ("uint8", "jpeg"):
+            raise ConfigError(f"dataset.cache_format must be uint8 or jpeg, found {self.cache_format!r}")
+        if self.stream_buffer_gib <= 0:
+            raise ConfigError(f"dataset.stream_buffer_gib must be > 0, found {self.stream_buffer_gib}")
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,22 @@
-r"""From (seed, step, rank) to a batch of tensors, prepared in a thread while the last one is trained on.
+r"""From (seed, step, rank) to a batch of tensors, prepared in threads while the last one is trained on.
 
 Owns: `Batch`, collation, prefetching. Does not know: the model, devices beyond moving to one, the optimiser.
 
     position in the stream -> sample -> frame -> pictures (memory map), state and action chunk (one slice) -> chain -> tensors
-                                    \-> noise and uniform number for the flow, by counter
+                                    \-> noise and uniform number for the flow, numbers for augmentation, by counter
+
+    starts   0   1   2   3   4   5   6        one queue of places: batches leave in the order of the stream,
+    thread A [0]     [2]     [4]              whichever thread is done first
+    thread B     [1]     [3]     [5]          at most `threads + ahead` batches exist at a time
 
 Shape letters: B micro batch, H horizon, A action dim, C cameras.
 """
 
-import queue
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -19,11 +24,32 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pi0fm.data.frame_cache import FrameCache
+from pi0fm.data.augment import Augmentation, AugmentConfig, augment, numbers
 from pi0fm.data.lerobot_source import LeRobotSource
-from pi0fm.data.sampler import draws, slots
+from pi0fm.data.order import Order, Places
+from pi0fm.data.pictures import Pictures
+from pi0fm.data.sampler import Slots, draws
 from pi0fm.data.transforms import Chain, Sample
+from pi0fm.errors import ConfigError
 from pi0fm.models.observation import ModelObservation
+from pi0fm.options import option
+
+_COUNTS_KEPT = 64
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How batches are prepared; it changes speed and memory, never a number in a batch."""
+
+    threads: int = option(1, "threads that prepare batches, beside the one that trains")
+    ahead: int = option(2, "finished batches that wait for their use")
+    pin_memory: bool = option(False, "keep batches in page-locked memory, so that copying to a GPU does not wait")
+    prefetch_to_device: bool = option(False, "copy a batch to the device while the one before it is trained on")
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "ahead"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"loader.{name} must be >= 1, found {getattr(self, name)}; leave it out for the default")
 
 
 @dataclass(frozen=True)
@@ -31,7 +57,8 @@ class Batch:
     """What one forward pass needs.
 
     actions: [B, H, A] normalised and padded; action_mask: [B, H, A], False past the episode's end and on padded dimensions;
-    noise: [B, K, H, A], K flow draws of each observation; uniform: [B, K] in [0, 1), from which the time density makes t.
+    noise: [B, K, H, A], K flow draws of each observation; uniform: [B, K] in [0, 1), from which the time density makes t;
+    augmentation: what is to be done to the pictures on the device, None for nothing.
     """
 
     observation: ModelObservation
@@ -39,48 +66,142 @@ class Batch:
     action_mask: Bool[Tensor, "B H A"]
     noise: Float[Tensor, "B K H A"]
     uniform: Float[Tensor, "B K"]
+    augmentation: Augmentation | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "observation"}
-        return Batch(self.observation.to(device), **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()}
+        augmentation = None if self.augmentation is None else self.augmentation.to(device)
+        return Batch(self.observation.to(device), **moved, augmentation=augmentation)
+
+    def pinned(self) -> "Batch":
+        """The same batch in page-locked memory."""
+        seen = {item.name: getattr(self.observation, item.name).pin_memory() for item in fields(self.observation)}
+        moved = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
+        return Batch(ModelObservation(**seen), **moved, augmentation=self.augmentation)
+
+    def augmented(self) -> "Batch":
+        """The batch with its augmentation done, on the device where it lies; itself where there is none to do."""
+        if self.augmentation is None:
+            return self
+        seen = replace(self.observation, images=augment(self.observation.images, self.augmentation))
+        return replace(self, observation=seen, augmentation=None)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        seen = [getattr(self.observation, item.name) for item in fields(self.observation)]
+        changes = [] if self.augmentation is None else [getattr(self.augmentation, item.name) for item in fields(self.augmentation)]
+        return [*self._tensors().values(), *seen, *changes]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("actions", "action_mask", "noise", "uniform")}
+
+
+class BatchMaker(ABC):
+    """What `micro_batches` asks: one data set (`Collator`), or several (`mixture.MixtureCollator`)."""
+
+    @abstractmethod
+    def __call__(self, first: int, count: int) -> Batch:
+        """The samples at stream positions first .. first + count - 1."""
+
+    @abstractmethod
+    def valid_elements(self, first: int, count: int) -> int:
+        """How many True entries `action_mask` has over stream positions first .. first + count - 1, whoever trains on them."""
+
+    @abstractmethod
+    def count_ahead(self, first: int, count: int) -> None:
+        """Have `valid_elements` of this stretch ready, so that the thread that trains need not look samples up."""
+
+    @abstractmethod
+    def expect_after(self, first: int, count: int) -> None:
+        """A hint that the stretch first .. first + count - 1 is being used: what follows it by the pictures' `look_ahead` comes next."""
 
 
 @dataclass(frozen=True)
-class Collator:
-    """Makes the batch of any stretch of the stream."""
+class Collator(BatchMaker):
+    """Makes the batch of any stretch of the stream of one data set. order: other than the one that suits the pictures best.
+
+    padded_noise: keep noise in the dimensions that the robot lacks, for weights that know it there (PolicyConfig.padded_noise).
+    """
 
     source: LeRobotSource
-    cache: FrameCache
+    cache: Pictures
     chain: Chain
     action_horizon: int
     action_dim: int
     seed: int
     flow_draws: int = 1
+    augmentation: AugmentConfig | None = None
+    order: Order | None = None
+    padded_noise: bool = False
+    _counts: dict[tuple[int, int], int] = field(init=False, default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.order is not None and self.cache.look_ahead:
+            raise ConfigError("sample weights need every picture at hand, but this data set is streamed; raise --dataset.cache_limit_gib")
 
     def __call__(self, first: int, count: int) -> Batch:
         """The samples at stream positions first .. first + count - 1."""
-        at = slots(self.seed, len(self.source.frames), first, count)
+        return self.collate(np.arange(first, first + count))
+
+    def collate(self, positions: NDArray[np.int64]) -> Batch:
+        """The samples at these positions of the stream."""
+        at = self.places(positions)
         frames = self.source.frames[at.index]
         actions, inside = action_chunks(self.source.action, self.source.end, frames, self.action_horizon)
         sample = self.chain.forward(Sample(self.source.state[frames], actions))
-        prompts = [self.source.tasks[task] for task in self.source.task[frames]]
+        prompts = [self.source.tasks[task] for task in self.source.task[frames].tolist()]
         images = self.cache.gather(frames)
         observation = self.chain.to_model(images, np.ones(images.shape[:2], dtype=bool), sample.state, prompts)
         real = np.arange(self.action_dim) < self.chain.embodiment.dims()[1]
         mask = inside[:, :, None] & real
-        drawn = [draws(self.seed, at, number, (self.action_horizon, self.action_dim)) for number in range(self.flow_draws)]
+        keys = Slots(at.epoch, at.number)
+        drawn = [draws(self.seed, keys, number, (self.action_horizon, self.action_dim)) for number in range(self.flow_draws)]
         noise, uniform = np.stack([pair[0] for pair in drawn], axis=1), np.stack([pair[1] for pair in drawn], axis=1)
+        if not self.padded_noise:
+            noise *= real.astype(np.float32)
         assert sample.actions is not None
-        arrays = (sample.actions, mask, noise * real, uniform)
-        return Batch(observation, *(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+        arrays = {"actions": sample.actions, "action_mask": mask, "noise": noise, "uniform": uniform}
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        augmentation = None
+        if self.augmentation is not None:
+            augmentation = numbers(self.augmentation, self.seed, keys, tuple(self.source.embodiment.cameras))
+        return Batch(observation, **tensors, augmentation=augmentation)
+
+    def places(self, positions: NDArray[np.int64]) -> Places:
+        """What stands at these positions."""
+        return (self.order or self.cache.order).places(self.seed, len(self.source.frames), positions)
+
+    def expect_after(self, first: int, count: int) -> None:
+        """Nothing, where the pictures are all there."""
+        if self.cache.look_ahead:
+            self.expect(np.arange(first, first + count) + self.cache.look_ahead)
+
+    def expect(self, positions: NDArray[np.int64]) -> None:
+        """A hint to the pictures that these positions will be asked for."""
+        self.cache.expect(self.source.frames[self.places(positions).index])
 
     def valid_elements(self, first: int, count: int) -> int:
-        """How many True entries `action_mask` has over stream positions first .. first + count - 1, whoever trains on them."""
-        at = slots(self.seed, len(self.source.frames), first, count)
-        frames = self.source.frames[at.index]
+        """Counted ahead, or now."""
+        known = self._counts.pop((first, count), None)
+        return self.count_valid(np.arange(first, first + count)) if known is None else known
+
+    def count_ahead(self, first: int, count: int) -> None:
+        """Kept until it is asked for, or until many others are."""
+        keep_count(self._counts, (first, count), self.count_valid(np.arange(first, first + count)))
+
+    def count_valid(self, positions: NDArray[np.int64]) -> int:
+        """`valid_elements` of any positions."""
+        frames = self.source.frames[self.places(positions).index]
         steps = np.minimum(self.source.end[frames] - frames, self.action_horizon)
         return int(steps.sum()) * self.chain.embodiment.dims()[1]
+
+
+def keep_count(counts: dict[tuple[int, int], int], stretch: tuple[int, int], valid: int) -> None:
+    """Add to a table of counts that stays small when nobody asks for them."""
+    while len(counts) >= _COUNTS_KEPT:
+        counts.pop(list(counts)[0], None)  # noqa: RUF015  (an iterator would stumble over another thread's entry)
+    counts[stretch] = valid
 
 
 def action_chunks(
@@ -93,50 +214,76 @@ def action_chunks(
 
 
 def micro_batches(
-    collator: Collator, first_step: int, num_steps: int, global_batch_size: int, rank: int, world_size: int, micro_batch_size: int
+    collator: BatchMaker,
+    first_step: int,
+    num_steps: int,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    config: LoaderConfig = LoaderConfig(),
+    device: torch.device | None = None,
 ) -> Iterator[Batch]:
-    """This rank's micro batches of steps first_step .. num_steps - 1, in order, two ahead of their use.
+    """This rank's micro batches of steps first_step .. num_steps - 1, in order, some ahead of their use.
 
     Every rank takes an equal, contiguous share of each global batch, so the union is the same for any number of ranks.
+    device: where `config.prefetch_to_device` copies to; None or a CPU copies nothing.
     """
     share = global_batch_size // world_size
-    starts = [
-        step * global_batch_size + rank * share + offset
+    starts = (
+        (step, step * global_batch_size + rank * share + offset, offset == 0)
         for step in range(first_step, num_steps)
         for offset in range(0, share, micro_batch_size)
-    ]
-    return _prefetch(collator, starts, micro_batch_size)
+    )
+
+    def prepare(step: int, start: int, begins: bool) -> Batch:
+        if begins:
+            collator.count_ahead(step * global_batch_size, global_batch_size)
+        batch = collator(start, micro_batch_size)
+        collator.expect_after(start, micro_batch_size)
+        return batch.pinned() if config.pin_memory else batch
+
+    batches = _in_threads(prepare, starts, config)
+    ahead = config.prefetch_to_device and device is not None and device.type == "cuda"
+    return _on_device(batches, device) if ahead and device is not None else batches
 
 
-def _prefetch(collator: Collator, starts: list[int], count: int, depth: int = 2) -> Iterator[Batch]:
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
-    stop = threading.Event()
+def _in_threads(
+    prepare: Callable[[int, int, bool], Batch], starts: Iterator[tuple[int, int, bool]], config: LoaderConfig
+) -> Iterator[Batch]:
+    """`prepare` of every start, in order; the threads end with the last batch, with an error, or when nobody asks any more."""
+    threads = ThreadPoolExecutor(config.threads, thread_name_prefix="pi0fm-loader")
+    under_way: deque[Future[Batch]] = deque()
 
-    def put(item: Batch | BaseException | None) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
+    def submit() -> None:
+        start = next(starts, None)
+        if start is not None:
+            under_way.append(threads.submit(prepare, *start))
 
-    def work() -> None:
-        try:
-            for start in starts:
-                if not put(collator(start, count)):
-                    return
-            put(None)
-        except BaseException as error:  # noqa: BLE001  (it is raised again in the thread that asks)
-            put(error)
-
-    thread = threading.Thread(target=work, name="pi0fm-loader", daemon=True)
-    thread.start()
     try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        for _ in range(config.threads + config.ahead):
+            submit()
+        while under_way:
+            batch = under_way.popleft().result()
+            submit()
+            yield batch
     finally:
-        stop.set()
-        thread.join()
+        threads.shutdown(wait=True, cancel_futures=True)
+
+
+def _on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches on a GPU, each copied on a stream of its own while the one before it is trained on."""
+    copying = torch.cuda.Stream(device)
+
+    def copied(batch: Batch | None) -> Batch | None:
+        with torch.cuda.stream(copying):
+            return None if batch is None else batch.to(device)
+
+    following = copied(next(batches, None))
+    while following is not None:
+        batch, done = following, copying.record_event()
+        following = copied(next(batches, None))
+        torch.cuda.current_stream(device).wait_event(done)
+        for tensor in batch.tensors():
+            tensor.record_stream(torch.cuda.current_stream(device))  # else its memory is reused while the step still reads it
+        yield batch

@@ -1,6 +1,13 @@
-"""An instruction to token ids.
+r"""An instruction to token ids.
 
-Owns: the prompt's dialect and the tokenizer. Does not know: embeddings, robots.
+Owns: the prompt's dialects and the tokenizer. Does not know: embeddings, robots.
+
+    "pick_up\n it "     pi0: the state is a token    pi0.5: the state is in the prompt
+    openpi             "pick up  it\n"              "Task: pick up  it, State: 12 -1 255;\nAction: "
+    lerobot            "pick_up\n it \n"            "Task: pick up  it, State: 12 -1 255;\nAction: "
+    openpi_stateless   refused                      "pick up  it\n"
+
+A policy must be asked in the dialect that it was trained in. openpi's own pi05_libero is stateless.
 `byt5` is transformers' byte tokenizer and needs no file; anything else is a directory with a tokenizer that the user has, such as
 PaliGemma's, which is gated and never fetched here.
 """
@@ -14,8 +21,11 @@ from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from pi0fm.errors import ConfigError, ObservationError
+from pi0fm.options import nearest
 
 BYTES = "byt5"
+OPENPI, LEROBOT, STATELESS = "openpi", "lerobot", "openpi_stateless"
+DIALECTS = (OPENPI, LEROBOT, STATELESS)
 
 
 def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -41,11 +51,13 @@ def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
 class PromptTokenizer:
     """Instructions -> ids [B, L] and mask [B, L], padded to max_tokens; each distinct text is tokenised once.
 
-    with_state: pi0.5's dialect, which writes the normalised state into the prompt, one of 256 bins a dimension.
+    with_state: pi0.5's form, which writes the normalised state into the prompt, one of 256 bins a dimension.
+    dialect: one of DIALECTS, see above. Raises ConfigError for another word, and for a network that the dialect would leave without state.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, with_state: bool = False) -> None:
-        self.tokenizer, self.max_tokens, self.with_state = tokenizer, max_tokens, with_state
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, with_state: bool = False, dialect: str = OPENPI) -> None:
+        refuse_dialect(dialect, with_state)
+        self.tokenizer, self.max_tokens, self.with_state, self.dialect = tokenizer, max_tokens, with_state, dialect
         self._encode = lru_cache(maxsize=4096)(self._encode_one)
 
     def __call__(self, prompts: list[str], state: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -53,12 +65,18 @@ class PromptTokenizer:
 
         Raises ObservationError for a prompt that does not fit: it is never cut silently.
         """
-        if self.with_state:
-            texts = [f"Task: {clean(prompt)}, State: {bins(row)};\nAction: " for prompt, row in zip(prompts, state, strict=True)]
-        else:
-            texts = [clean(prompt) + "\n" for prompt in prompts]
-        rows = [self._encode(text) for text in texts]
+        rows = [self._encode(self.text(prompt, row)) for prompt, row in zip(prompts, state, strict=True)]
         return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
+
+    def text(self, prompt: str, state: NDArray[np.float32]) -> str:
+        """What is tokenised for one instruction and its normalised state [S]. Raises ObservationError for an empty instruction."""
+        if not clean(prompt).strip():
+            raise ObservationError(f"the prompt must say something, found {prompt!r}")
+        if self.with_state and self.dialect != STATELESS:
+            return f"Task: {clean(prompt)}, State: {bins(state)};\nAction: "
+        if self.dialect == LEROBOT:
+            return prompt if prompt.endswith("\n") else prompt + "\n"
+        return clean(prompt) + "\n"
 
     def _encode_one(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
@@ -77,8 +95,16 @@ def bins(state: NDArray[np.float32]) -> str:
 
 
 def clean(prompt: str) -> str:
-    """pi0's dialect: stripped, underscores and line ends as spaces. An empty instruction is refused."""
-    cleaned = " ".join(prompt.replace("_", " ").split())
-    if not cleaned:
-        raise ObservationError(f"the prompt must say something, found {prompt!r}")
-    return cleaned
+    """Stripped, then each underscore and line end a space. Spaces are not merged: a weight learned from two of them."""
+    return prompt.strip().replace("_", " ").replace("\n", " ")
+
+
+def refuse_dialect(dialect: str, with_state: bool) -> None:
+    """Raise ConfigError for a dialect that does not exist, or that does not fit where the network takes its state."""
+    if dialect not in DIALECTS:
+        raise ConfigError(f"prompt_dialect must be a known word, found {dialect!r}: {nearest(dialect, DIALECTS)}")
+    if dialect == STATELESS and not with_state:
+        raise ConfigError(
+            "prompt_dialect openpi_stateless leaves the state out of the prompt, found a network whose state is a token of its own; "
+            "type --prompt_dialect openpi"
+        )

@@ -10,6 +10,7 @@ workers there are beyond the slice it is asked for. Nothing here has state, so n
 Shape letters: B samples asked for, H horizon, A action dim.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,8 +67,28 @@ def draw(seed: int, epoch: int, index: int, number: int, shape: tuple[int, int])
 
 def draws(seed: int, at: Slots, number: int, shape: tuple[int, int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """`draw` for every slot: noise [B, H, A] and uniform [B]."""
-    pairs = [draw(seed, int(epoch), int(index), number, shape) for epoch, index in zip(at.epoch, at.index, strict=True)]
-    return np.stack([noise for noise, _ in pairs]), np.array([uniform for _, uniform in pairs], dtype=np.float32)
+    noise = np.empty((len(at.index), *shape), dtype=np.float32)
+    uniform = np.empty(len(at.index), dtype=np.float32)
+    for row, generator in enumerate(_generators(seed, at, number, 2)):
+        generator.standard_normal(dtype=np.float32, out=noise[row])
+        uniform[row] = generator.random(dtype=np.float32)
+    return noise, uniform
+
+
+def uniforms(seed: int, at: Slots, purpose: int, count: int) -> NDArray[np.float32]:
+    """float32 [B, count] in [0, 1) for every slot. purpose: 3 or more, another stream of numbers for each use; noise is 2, order 1."""
+    return np.stack([generator.random(count, dtype=np.float32) for generator in _generators(seed, at, 0, purpose)])
+
+
+def _generators(seed: int, at: Slots, number: int, purpose: int) -> Iterator[np.random.Generator]:
+    """For each slot in turn, the generator of `_philox`. It is one object that is set back: a new one asks the system for entropy first."""
+    bits = _philox(seed, 0, (0, 0, 0, 0))
+    generator, state = np.random.Generator(bits), bits.state
+    for epoch, index in zip(at.epoch.tolist(), at.index.tolist(), strict=True):
+        state["state"]["key"][1] = epoch
+        state["state"]["counter"][:] = (0, index, number, purpose)
+        bits.state = state
+        yield generator
 
 
 def _philox(seed: int, epoch: int, counter: tuple[int, int, int, int]) -> np.random.Philox:

@@ -1,8 +1,15 @@
-"""A video file to frames, in order.
+"""A video file to frames, in order, from any frame on.
 
 Owns: sequential decoding with PyAV, or torchcodec where it loads. Does not know: episodes, data sets.
+
+    key frame       K . . . K . . . K . . . K
+    asked for                 [ start .. stop )
+    decoded                 K . . . K . .            from the last key frame at or before `start`; what lies before it is dropped
+
+One thread a call: callers read several files at once, and an idle pool of threads in every decoder costs a fifth of the work.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +19,13 @@ import av
 import av.error
 import av.logging
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from pi0fm.errors import ConfigError, DatasetError
 
 Decoder = Literal["auto", "pyav", "torchcodec"]
+Frames = Iterator[tuple[int, NDArray[np.uint8]]]
 
 
 def choose_decoder(wanted: Decoder) -> Literal["pyav", "torchcodec"]:
@@ -38,15 +47,20 @@ def choose_decoder(wanted: Decoder) -> Literal["pyav", "torchcodec"]:
     return "pyav"
 
 
-def decode(path: Path, fps: float, decoder: Literal["pyav", "torchcodec"]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(frame number = round(time * fps), uint8 [height, width, 3]) for every frame that can be read, in order.
+def decode(path: Path, fps: float, decoder: Literal["pyav", "torchcodec"], start: int = 0, stop: int | None = None) -> Frames:
+    """(frame number = round(time * fps), uint8 [height, width, 3]) for every frame in start .. stop - 1 that can be read, in order.
 
     Raises DatasetError for a file that is missing, or that cannot be opened or read on.
     """
     if not path.is_file():
         raise DatasetError(f"the data set's video {path} is missing; download or record the data set again")
+    read = _pyav if decoder == "pyav" else _torchcodec
     try:
-        yield from _pyav(path, fps) if decoder == "pyav" else _torchcodec(path, fps)
+        for number, frame in read(path, fps, start):
+            if stop is not None and number >= stop:
+                return
+            if number >= start:
+                yield number, frame
     except (av.error.FFmpegError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DatasetError(
@@ -54,18 +68,33 @@ def decode(path: Path, fps: float, decoder: Literal["pyav", "torchcodec"]) -> It
         ) from None
 
 
-def _pyav(path: Path, fps: float) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+def _pyav(path: Path, fps: float, start: int) -> Frames:
     av.logging.set_libav_level(av.logging.PANIC)  # its lines on standard error say once more what the one raised here says
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
+        stream.thread_type = "NONE"
+        stream.codec_context.thread_count = 1
+        converter = VideoReformatter()  # one for all frames: setting up a conversion costs as much as converting a small frame
+        if start:
+            container.seek(round(start / fps / float(stream.time_base or 1)), stream=stream)
+        first = True
         for frame in container.decode(stream):
-            yield round((frame.time or 0.0) * fps), frame.to_ndarray(format="rgb24")
+            number = round((frame.time or 0.0) * fps)
+            if first and number > start:  # the container's index and the frames' clock disagree
+                yield from _pyav(path, fps, 0)
+                return
+            first = False
+            if number >= start:
+                yield number, converter.reformat(frame, format="rgb24").to_ndarray()
 
 
-def _torchcodec(path: Path, fps: float) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+def _torchcodec(path: Path, fps: float, start: int) -> Frames:
     decoders = importlib.import_module("torchcodec.decoders")
-    video = decoders.VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=0)
-    for index in range(len(video)):
+    video = decoders.VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
+    for index in range(start, len(video)):
         frame = video.get_frame_at(index)
-        yield round(frame.pts_seconds * fps), frame.data.numpy()
+        number = round(frame.pts_seconds * fps)
+        if index == start and number > start:  # frames are missing in front: their place in the file is not their number
+            yield from _torchcodec(path, fps, 0)
+            return
+        yield number, frame.data.numpy()

@@ -18,7 +18,7 @@ ROPE_BASE = 10_000.0
 
 
 class Rotation(NamedTuple):
-    """cos and sin of the rotary angles, float32 [B, 1, T, K/2]: made once per forward, used by every layer."""
+    """cos, and sin with the sign of its half, of the rotary angles, float32 [B, 1, T, K]: made once per forward, used by every layer."""
 
     cos: Tensor
     sin: Tensor
@@ -33,11 +33,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n D"], condition: Tensor | None = None) -> tuple[Float[Tensor, "*n D"], Tensor | None]:
         """The normed input, and None: a plain norm has no gate on its residual."""
-        weight = 1.0 + self.scale
-        if torch.is_grad_enabled():
-            return _RMSNorm.apply(x, weight)[0], None
-        # the same numbers; without a gradient the frame of the closed form would cost more than a small norm itself
-        return F.rms_norm(at_least_float32(x), x.shape[-1:], weight, NORM_EPSILON).to(x.dtype), None
+        # the same numbers; without a gradient the frame of the closed form would cost as much as a small norm itself
+        return (_RMSNorm.apply(x, self.scale) if torch.is_grad_enabled() else _normed(x, self.scale))[0], None
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -86,7 +83,8 @@ def rotation(positions: Int64[Tensor, "B T"], head_dim: int) -> Rotation:
     """Rotary angles `position / base^(2 i / K)`; float32, since bfloat16 cannot tell neighbouring positions apart."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[:, None, :, None].float() * ROPE_BASE**-exponents
-    return Rotation(angles.cos(), angles.sin())
+    cos, sin = angles.cos(), angles.sin()
+    return Rotation(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 
 
 def rotate(x: Float[Tensor, "B N T K"], by: Rotation) -> Float[Tensor, "B N T K"]:
@@ -101,23 +99,23 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def inverse_rms(x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n 1"]:
     """`1 / sqrt(mean(x^2) + 1e-6)` in float32 (float64 for float64)."""
-    wide = at_least_float32(x)
-    return torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + NORM_EPSILON)
+    # four small operations: one pass over x, the rest on a number a row
+    norm = torch.linalg.vector_norm(at_least_float32(x), dim=-1, keepdim=True)
+    return torch.rsqrt(torch.addcmul(norm.new_full((), NORM_EPSILON), norm, norm, value=1.0 / x.shape[-1]))
 
 
 class _RMSNorm(torch.autograd.Function):
-    """`x * inverse_rms(x) * weight` with its gradient in closed form: fewer passes over memory, and x alone is kept (docs/adr/0006).
+    """`x * inverse_rms(x) * (1 + scale)` with its gradient in closed form: fewer passes over memory, and x alone is kept (docs/adr/0006).
 
-    With y = x r w and g the incoming gradient: dx = r (g w - n mean(g w n)), n = x r; dw = sum(g n). r is returned too, so that
-    torch.func can carry it from the forward pass to the backward one.
+    With y = x r w, w = 1 + scale, and g the incoming gradient: dx = r (g w - n mean(g w n)), n = x r; dscale = sum(g n). r is returned
+    too, so that torch.func can carry it from the forward pass to the backward one.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        inverse = inverse_rms(x)
-        return ((x * inverse) * weight).to(x.dtype), inverse
+    def forward(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return _normed(x, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -126,12 +124,12 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight, inverse = ctx.saved_tensors
+        x, scale, inverse = ctx.saved_tensors
         normed = x * inverse
-        to_weight = (gradient * normed).flatten(0, -2).sum(dim=0)
-        scaled = gradient * weight
+        to_scale = (gradient * normed).flatten(0, -2).sum(dim=0)
+        scaled = gradient * (1.0 + scale)
         mean = (scaled * normed).mean(dim=-1, keepdim=True)
-        return (torch.addcmul(scaled, normed, mean, value=-1.0) * inverse).to(x.dtype), to_weight
+        return (torch.addcmul(scaled, normed, mean, value=-1.0) * inverse).to(x.dtype), to_scale
 
 
 class _Rotate(torch.autograd.Function):
@@ -153,11 +151,16 @@ class _Rotate(torch.autograd.Function):
         return _turn(gradient, cos, -sin), None, None
 
 
+def _normed(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    inverse = inverse_rms(x)
+    normed = x * inverse
+    return torch.addcmul(normed, normed, scale).to(x.dtype), inverse
+
+
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = at_least_float32(x)
     first, second = wide.chunk(2, dim=-1)
-    turned = (torch.addcmul(first * cos, second, sin, value=-1.0), torch.addcmul(second * cos, first, sin))
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    return torch.addcmul(wide * cos, torch.cat((second, first), dim=-1), sin).to(x.dtype)
 
 
 def time_embedding(time: Float[Tensor, " B"], width: int, shortest: float = 4e-3, longest: float = 4.0) -> Float[Tensor, "B D"]:

@@ -26,14 +26,14 @@ from torch import Tensor
 from pi0fm import files, options
 from pi0fm.data.embodiment import Embodiment
 from pi0fm.data.norm_stats import NormStats, norm_stats_from_json
-from pi0fm.data.prompt import BYTES, PromptTokenizer, load_tokenizer
+from pi0fm.data.prompt import BYTES, OPENPI, PromptTokenizer, load_tokenizer
 from pi0fm.data.transforms import Chain, make_chain
 from pi0fm.errors import BundleError, ConfigError
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.sampling import overridden
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.policy.local import LocalPolicy
-from pi0fm.policy.precision import choose_device, compute_dtype
+from pi0fm.policy.precision import choose_device, inference_dtype
 
 FORMAT = 1
 SMALL = 64 * 2**20  # files up to here are hashed at every load; larger ones are told by their size and their own header
@@ -54,6 +54,7 @@ class PolicyConfig:
     normalization: str = "z_score"
     norm_floor: float = 1e-3
     tokenizer: str = BYTES
+    prompt_dialect: str = OPENPI
     execution_horizon: int = 8
     fps: float = 0.0
     demonstration_seeds: dict[str, list[int]] = options.option(dict, "")
@@ -67,7 +68,7 @@ class PolicyConfig:
         return make_chain(
             self.embodiment,
             stats,
-            PromptTokenizer(loaded, self.model.max_prompt_tokens, with_state=self.model.state_input == "prompt"),
+            PromptTokenizer(loaded, self.model.max_prompt_tokens, self.model.state_input == "prompt", self.prompt_dialect),
             normalization=self.normalization,
             floor=self.norm_floor,
             image_size=self.model.vision.image_size,
@@ -152,7 +153,13 @@ def load(
     model.vision.reset_buffers()
     chain = config.chain(stats, None if config.tokenizer == BYTES else str(path / config.tokenizer))
     return LocalPolicy(
-        model, FlowMatching.from_config(flow), chain, config.metadata(), chosen, compute_dtype(precision, chosen), config.padded_noise
+        model,
+        FlowMatching.from_config(flow),
+        chain,
+        config.metadata(),
+        chosen,
+        inference_dtype(precision, chosen, config.model.decoder.backbone.width),
+        config.padded_noise,
     )
 
 

@@ -3,23 +3,38 @@
 Owns: `TrainConfig` and its ranges, the network that it names, what may change at a resume. Does not know: how a run is started.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pi0fm import options
+from pi0fm.data.augment import AugmentConfig
 from pi0fm.data.embodiment import Embodiment
 from pi0fm.data.lerobot_source import DatasetConfig
-from pi0fm.data.prompt import BYTES
+from pi0fm.data.loader import LoaderConfig
+from pi0fm.data.prompt import BYTES, OPENPI, refuse_dialect
 from pi0fm.errors import ConfigError
 from pi0fm.flow.matching import FlowConfig
+from pi0fm.models.lora import LoraConfig
 from pi0fm.models.pi0 import Pi0Config
 from pi0fm.models.presets import preset
 from pi0fm.options import option
 from pi0fm.policy.precision import PRECISIONS
+from pi0fm.train.adaptation import Adaptation, refuse_for
 from pi0fm.train.optim import OptimizerConfig
+from pi0fm.train.validation import FREE_AT_RESUME as FREE_IN_VALIDATION
+from pi0fm.train.validation import ValidationConfig
 
-FREE_AT_RESUME = ("output_dir", "resume", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "micro_batch_size", "threads")
+FREE_AT_RESUME = (
+    *("output_dir", "resume", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "micro_batch_size", "threads"),
+    *("resume_changed", "checkpoint_dir", "on_nonfinite", "activation_checkpointing", "loader"),
+)
+ON_NONFINITE = ("stop", "skip")
+FREE_IN_GROUPS = (
+    *(f"dataset.{name}" for name in ("cache_dir", "video_decoder")),
+    *(f"validation.{name}" for name in FREE_IN_VALIDATION),
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,7 @@ class TrainConfig:
 
     output_dir: Path = option(Path("outputs/train"), "folder of the run: checkpoints, metrics, and the bundle at the end")
     resume: str = option("false", "true goes on from the newest checkpoint in output_dir; auto does when it holds this run, else begins it")
+    resume_changed: bool = option(False, "go on although options or the data set changed; the differences are said")
     seed: int = option(0, "fixes initial weights, order of the data, noise and flow times")
     steps: int = option(30_000, "optimiser steps")
     global_batch_size: int = option(32, "samples a step over all workers")
@@ -35,6 +51,12 @@ class TrainConfig:
     micro_batch_size: int | None = option(None, "samples a forward pass; empty takes a worker's whole share")
     dataset: DatasetConfig = option(DatasetConfig, "")
     embodiment: Embodiment = option(Embodiment, "")
+    pretrained: Path | None = option(None, "bundle to start from, such as pi0fm convert writes; empty starts from random weights")
+    pretrained_norm_stats: bool = option(False, "keep the bundle's statistics of state and action instead of the data set's own")
+    train_only: str = option("full", "full, frozen_vision (all but the vision tower) or expert_only (action expert, state, actions, time)")
+    lora: LoraConfig = option(LoraConfig, "")
+    frozen_bfloat16: bool = option(False, "keep frozen matrices in bfloat16, in a run that computes in it: half their memory")
+    activation_checkpointing: bool = option(False, "compute activations twice instead of keeping them: the same numbers, less memory")
     model: dict[str, Any] = option(lambda: {"preset": "tiny"}, "preset (tiny, pi0, pi05), and any field of it to change")
     flow: FlowConfig = option(FlowConfig, "")
     optimizer: OptimizerConfig = option(OptimizerConfig, "")
@@ -42,12 +64,19 @@ class TrainConfig:
     precision: str = option("auto", "auto (bfloat16 where the hardware has it), float32 or bfloat16; weights and moments are float32")
     normalization: str = option("z_score", "z_score or quantile (q01..q99 to [-1, 1]) of state and action")
     norm_floor: float = option(1e-3, "least spread that a dimension is divided by, in robot units")
-    tokenizer: str = option(BYTES, "byt5, or the directory of a tokenizer")
+    tokenizer: str = option(BYTES, "byt5, the directory of a tokenizer, or pretrained: the one of the bundle to start from")
+    prompt_dialect: str = option(OPENPI, "how an instruction is written out: openpi, lerobot or openpi_stateless (data/prompt.py)")
+    augment: bool = option(False, "change the pictures at random, each sample in its own way; augmentation.* says how far")
+    augmentation: AugmentConfig = option(AugmentConfig, "")
+    loader: LoaderConfig = option(LoaderConfig, "")
+    validation: ValidationConfig = option(ValidationConfig, "")
     execution_horizon: int = option(8, "actions executed of each chunk before planning anew, kept in the bundle")
     camera_sources: dict[str, str] = option(dict, "camera -> SOURCE:WIDTHxHEIGHT in a simulator, kept in the bundle")
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     checkpoint_every: int = option(1000, "steps between checkpoints")
+    checkpoint_dir: str = option("", "folder or s3://BUCKET/PREFIX that all workers see; empty takes output_dir/checkpoints")
     keep_checkpoints: int = option(2, "newest checkpoints that are kept")
+    on_nonfinite: str = option("stop", "a loss or gradient that is not finite: stop, or skip the step; its batch goes to output_dir/faults")
     threads: int | None = option(None, "CPU threads of each worker; empty takes its share of the machine")
 
     def __post_init__(self) -> None:
@@ -68,6 +97,10 @@ class TrainConfig:
         object.__setattr__(self, "resume", self.resume.lower())  # a YAML file says true without quotes
         if self.resume not in ("true", "false", "auto"):
             raise ConfigError(f"resume must be true, false or auto, found {self.resume!r}")
+        if self.on_nonfinite not in ON_NONFINITE:
+            raise ConfigError(f"on_nonfinite must be {' or '.join(ON_NONFINITE)}, found {self.on_nonfinite!r}")
+        if self.augmentation != AugmentConfig() and not self.augment:
+            raise ConfigError("augmentation.* says how pictures are changed, but augment is false; type --augment true, or leave them out")
         if self.seed < 0:
             raise ConfigError(f"seed must be >= 0, found {self.seed}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -78,9 +111,34 @@ class TrainConfig:
             raise ConfigError(f"normalization must be z_score or quantile, found {self.normalization!r}")
         if self.norm_floor <= 0:
             raise ConfigError(f"norm_floor must be > 0, found {self.norm_floor}")
-        horizon = self.network().action_horizon
-        if self.execution_horizon > horizon:
-            raise ConfigError(f"execution_horizon must be <= the model's action_horizon {horizon}, found {self.execution_horizon}")
+        network = self.network()
+        if self.execution_horizon > network.action_horizon:
+            raise ConfigError(
+                f"execution_horizon must be <= the model's action_horizon {network.action_horizon}, found {self.execution_horizon}"
+            )
+        refuse_dialect(self.prompt_dialect, network.state_input == "prompt")
+        self._refuse_fine_tuning(network)
+
+    def _refuse_fine_tuning(self, network: Pi0Config) -> None:
+        """Raise ConfigError for a fine-tuning that cannot be, before any data is opened."""
+        if self.pretrained_norm_stats and self.pretrained is None:
+            raise ConfigError(
+                "pretrained_norm_stats keeps a bundle's statistics, found no bundle; type --pretrained BUNDLE, or leave it out"
+            )
+        if self.frozen_bfloat16 and self.precision == "float32":
+            raise ConfigError("frozen_bfloat16 needs a run that computes in bfloat16, found precision float32; type --precision bfloat16")
+        if self.frozen_bfloat16 and self.validation.every:
+            raise ConfigError("validation measures in float32, but frozen_bfloat16 keeps weights in bfloat16; leave one of them out")
+        refuse_for(replace(network, action_horizon=1, max_prompt_tokens=1), self.adaptation())  # lengths change no module
+
+    def adaptation(self) -> Adaptation:
+        """What trains, and how it is kept. Raises ConfigError for what cannot be combined."""
+        return Adaptation(self.train_only, self.lora, self.frozen_bfloat16, self.activation_checkpointing)
+
+    @property
+    def checkpoint_place(self) -> Path | str:
+        """Where the checkpoints of this run lie."""
+        return self.checkpoint_dir or self.output_dir / "checkpoints"
 
     def network(self) -> Pi0Config:
         """The preset with its changed fields. Raises ConfigError for an unknown preset or field."""
@@ -100,24 +158,36 @@ class TrainConfig:
 
 
 def refuse_other_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
-    """Raise ConfigError that names what differs between the run in `where` and the one asked for, but for what may change."""
-    flat_old, flat_new = _flat(old), _flat(new)
-    known = set(_flat(options.encode(TrainConfig())))
-    differences = [
+    """Raise ConfigError that names what differs between the run in `where` and the one asked for, but for what may change.
+
+    Under `resume_changed` nothing is refused; the run itself says what changed when it goes on.
+    """
+    differences = [] if new.get("resume_changed") else changed_options(old, new)
+    if differences:
+        raise ConfigError(
+            f"{where} holds a run with another configuration: {'; '.join(differences)}; "
+            "resume it as it was, choose another output_dir, or add --resume_changed true"
+        )
+
+
+def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`NAME was X, now Y` for every option that differs between two runs and makes another run of it.
+
+    An option that the old run did not know had its default there.
+    """
+    known = _flat(options.encode(TrainConfig()))
+    flat_old, flat_new = known | _flat(old), known | _flat(new)
+    return [
         f"{name} was {flat_old.get(name)!r}, now {flat_new.get(name)!r}"
         for name in sorted(flat_old.keys() | flat_new.keys())
         if (name in known or name.split(".")[0] in ("model", "embodiment", "camera_sources"))
         and name.split(".")[0] not in FREE_AT_RESUME
-        and name not in ("dataset.cache_dir", "dataset.cache_limit_gib", "dataset.video_decoder")
+        and name not in FREE_IN_GROUPS
         and flat_old.get(name) != flat_new.get(name)
     ]
-    if differences:
-        raise ConfigError(
-            f"{where} holds a run with another configuration: {'; '.join(differences)}; resume it as it was, or choose another output_dir"
-        )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})

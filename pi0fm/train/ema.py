@@ -1,4 +1,4 @@
-"""The moving average of the weights.
+"""The moving average of the weights that train.
 
 Owns: its tensors and its update. Does not know: the optimiser.
 """
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 class Ema:
     """`average <- d average + (1 - d) weights`, with d = min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not
-    averaged with its random start. decay None follows the weights exactly and keeps no copy.
+    averaged with its random start. decay None follows the weights exactly and keeps no copy. What is frozen is its own average.
     """
 
     def __init__(self, model: nn.Module, decay: float | None) -> None:
         self.decay = decay
-        self._live = dict(model.named_parameters())
+        self._live = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.average: dict[str, Tensor] = {} if decay is None else {name: value.detach().clone() for name, value in self._live.items()}
 
     @torch.no_grad()
@@ -25,5 +25,5 @@ class Ema:
             torch._foreach_lerp_(list(self.average.values()), list(self._live.values()), 1.0 - decay)
 
     def weights(self) -> dict[str, Tensor]:
-        """The averaged parameters by name; the live ones where no average is kept."""
+        """The averaged parameters that train, by name; the live ones where no average is kept."""
         return self.average if self.decay is not None else {name: value.detach() for name, value in self._live.items()}

@@ -39,13 +39,15 @@ class Metrics:
         self._board.close()
 
 
-def read_last(output_dir: Path) -> dict[str, float] | None:
-    """The last whole line of metrics.jsonl, or None."""
+def read_last(output_dir: Path, metric: str = "loss") -> dict[str, float] | None:
+    """The last whole line of metrics.jsonl that holds `metric`, or None."""
     path = output_dir / "metrics.jsonl"
     if not path.exists():
         return None
-    lines = [line for line in path.read_text().splitlines() if 0 <= _step_of(line) < CUT]
-    return dict(json.loads(lines[-1])) if lines else None
+    for line in reversed(path.read_text().splitlines()):
+        if 0 <= _step_of(line) < CUT and metric in (values := json.loads(line)):
+            return dict(values)
+    return None
 
 
 def _step_of(line: str) -> int:

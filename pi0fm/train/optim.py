@@ -37,7 +37,7 @@ class OptimizerConfig:
 
 
 def make_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW in one fused kernel; the moments have the type of the weights, float32."""
+    """AdamW over what trains, in one fused kernel; the moments have the type of the weights, float32 under every precision."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": config.weight_decay},

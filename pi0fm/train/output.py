@@ -9,7 +9,9 @@ from typing import Any
 
 from pi0fm import files, options
 from pi0fm.errors import OutputError
+from pi0fm.train.checkpoint import whole
 from pi0fm.train.config import TrainConfig, refuse_other_run
+from pi0fm.train.signals import withdraw
 
 RAY_FOLDER = "ray"  # where Ray Train keeps its own notes of the run
 
@@ -25,11 +27,18 @@ def claim(config: TrainConfig) -> None:
         if config.resume == "false":
             raise OutputError(f"{directory} holds a run; add --resume true to go on with it, or choose another --output_dir")
         refuse_other_run(_read(config), options.encode(config), directory)
-    elif config.resume == "true":
-        raise OutputError(f"nothing to resume in {directory}: it has no run.json; leave --resume out, or correct --output_dir")
-    elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise OutputError(f"{directory} exists and is not a run of pi0fm; choose another --output_dir")
+    else:
+        foreign = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+        # another machine's run: what it was is held against this one when its checkpoint is read
+        elsewhere = not foreign and bool(config.checkpoint_dir) and bool(whole(config.checkpoint_dir))
+        if elsewhere and config.resume == "false":
+            raise OutputError(f"{config.checkpoint_dir} holds checkpoints of a run; add --resume true to go on, or choose another")
+        if not elsewhere and config.resume == "true":
+            raise OutputError(f"nothing to resume in {directory}: it has no run.json; leave --resume out, or correct --output_dir")
+        if foreign:
+            raise OutputError(f"{directory} exists and is not a run of pi0fm; choose another --output_dir")
     files.write_json(record, options.encode(config))
+    withdraw(directory)
 
 
 def release(config: TrainConfig) -> None:

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from pi0fm.errors import ConfigError
 from pi0fm.policy.precision import compute_dtype
 
-__all__ = ["Accelerator", "Context", "all_sum", "barrier", "context_from_environment", "make_accelerator"]
+__all__ = ["Accelerator", "Context", "all_sum", "barrier", "context_from_environment", "host_group", "make_accelerator"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,14 @@ def barrier(context: Context) -> None:
     """Wait for all workers."""
     if context.world_size > 1:
         torch.distributed.barrier()
+
+
+def host_group(context: Context) -> torch.distributed.ProcessGroup | None:
+    """A process group of its own on the hosts' network (gloo), for what must not wait for training's; None when alone.
+
+    Called by every worker in the same order.
+    """
+    return torch.distributed.new_group(backend="gloo") if context.world_size > 1 else None
 
 
 def all_sum(context: Context, value: torch.Tensor) -> torch.Tensor:

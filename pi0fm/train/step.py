@@ -6,7 +6,9 @@
 Owns: the loss's normalisation. Does not know: where batches come from, when to log or save.
 """
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Train on the next `gradient_accumulation_steps` batches: (this worker's part of the mean loss, norm of the gradient), on the device.
 
+    A norm that is not finite, the same on all workers, leaves weights and moments as they were; nobody waits for the device to know.
     valid_elements: of the whole global batch, over all workers, micro batches and flow draws, so that the gradient does not depend on
         the split.
     """
@@ -37,7 +40,7 @@ def train_step(
     part = torch.zeros((), device=accelerator.device)
     norm = torch.zeros((), device=accelerator.device)
     for _ in range(micro_steps):
-        batch = next(batches).to(accelerator.device)
+        batch = next(batches).to(accelerator.device).augmented()
         with accelerator.accumulate(model):
             draws = batch.uniform.shape[1]  # pairs (noise, t) that train on one encoding of the observation
             t = flow.times(batch.uniform.flatten())
@@ -45,10 +48,23 @@ def train_step(
             pair = flow.training_pair(actions, t, batch.noise.flatten(0, 1))
             predicted = model(batch.observation, pair.x_t, t)
             total, _ = flow.loss(predicted, pair.target, mask, t)
-            accelerator.backward(total * scale)
+            # a loss that is not finite makes every gradient so, on every worker: all see the same norm, and none takes the step
+            accelerator.backward(total * torch.where(total.detach().isfinite(), scale, math.nan))
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+                refuse_nonfinite(optimizer, norm)
             optimizer.step()
             optimizer.zero_grad()
         part += total.detach() / valid_elements
     return part, norm
+
+
+def refuse_nonfinite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Let the next `optimizer.step()` change nothing, moments and their count included, if `norm` is not finite.
+
+    The fused kernels look at `found_inf` on the device, as for torch.amp.GradScaler, so that the host need not wait for the norm. An
+    optimiser that is not fused is left alone.
+    """
+    inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper, or the optimiser itself
+    if inner.defaults.get("fused"):
+        inner.found_inf = (~norm.isfinite()).float()

@@ -57,7 +57,20 @@ def test_a_bundle_becomes_a_table_a_figure_and_a_line(saved, recorded_root, lear
 @pytest.mark.usefixtures("shapes_unchecked")
 def test_a_tolerance_that_nothing_reaches_is_said(saved, recorded_root, learning_run, tmp_path, capsys):
     words = ["--root", recorded_root, "--dataset.cache_dir", learning_run().dataset.cache_dir, "--output_dir", tmp_path / "out"]
-    words += ["--observations", 1, "--evaluations", "1", "--dopri5_tolerances", "0.01", "--reference_steps", 4, "--tolerance", "1e-12", "--threads", 1]
+    words += [
+        "--observations",
+        1,
+        "--evaluations",
+        "1",
+        "--dopri5_tolerances",
+        "0.01",
+        "--reference_steps",
+        4,
+        "--tolerance",
+        "1e-12",
+        "--threads",
+        1,
+    ]
     assert main(["flow", "steps", str(saved), *map(str, words)]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["cheapest"] == {"tolerance": 1e-12, "solver": None}

@@ -2,21 +2,25 @@
 
 import dataclasses
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
-from pi0fm.data.loader import Batch, action_chunks, micro_batches
+from pi0fm.data.augment import AugmentConfig
+from pi0fm.data.loader import Batch, Collator, LoaderConfig, action_chunks, micro_batches
 from pi0fm.data.sampler import slots
 from pi0fm.data.transforms import Sample
+from pi0fm.errors import ConfigError
 
 GLOBAL_BATCH, STEPS = 8, 5
 
 
 def joined(batches: list[Batch]) -> dict[str, torch.Tensor]:
     """All rows; prompts are padded to a common length first, since each batch trims its own."""
-    columns = {field.name: [getattr(batch, field.name) for batch in batches] for field in dataclasses.fields(Batch)}
+    names = [field.name for field in dataclasses.fields(Batch) if field.name != "augmentation"]
+    columns = {name: [getattr(batch, name) for batch in batches] for name in names}
     seen = columns.pop("observation")
     for field in dataclasses.fields(seen[0]):
         columns[field.name] = [getattr(one, field.name) for one in seen]
@@ -133,7 +137,7 @@ def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for(broken_co
 
 
 def loader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "pi0fm-loader"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("pi0fm-loader")]
 
 
 def test_the_thread_ends_when_its_reader_stops_early(collator):
@@ -153,3 +157,75 @@ def test_to_moves_every_tensor(collator):
     moved = collator(0, 2).to(torch.device("meta"))
     assert all(getattr(moved, name).is_meta for name in ("actions", "action_mask", "noise", "uniform"))
     assert moved.observation.images.is_meta
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing_but_speed(collator, threads):
+    expected = stream(collator, 1, GLOBAL_BATCH)
+    config = LoaderConfig(threads=threads, ahead=3)
+    found = joined(list(micro_batches(collator, 0, STEPS, GLOBAL_BATCH, 0, 1, 2, config)))
+    for name, rows in expected.items():
+        assert torch.equal(found[name], rows), name
+
+
+def test_no_more_batches_exist_than_was_said(collator):
+    made = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Counting(Collator):
+        def __call__(self, first: int, count: int) -> Batch:
+            made.append(first)
+            return super().__call__(first, count)
+
+    values = {item.name: getattr(collator, item.name) for item in dataclasses.fields(Collator) if item.init}
+    config = LoaderConfig(threads=2, ahead=3)
+    batches = micro_batches(Counting(**values), 0, 1000, GLOBAL_BATCH, 0, 1, 2, config)
+    for taken in range(1, 6):
+        next(batches)
+        assert len(made) <= taken + config.threads + config.ahead
+    batches.close()
+
+
+def test_counts_are_ready_when_the_step_asks(collator, monkeypatch):
+    batches = micro_batches(collator, 0, 3, GLOBAL_BATCH, 0, 1, GLOBAL_BATCH)
+    expected = [int(batch.action_mask.sum()) for batch in batches]
+    monkeypatch.setattr(Collator, "count_valid", lambda *_: pytest.fail("looked up again"))
+    assert [collator.valid_elements(step * GLOBAL_BATCH, GLOBAL_BATCH) for step in range(3)] == expected
+    assert not collator._counts
+
+
+def test_counts_that_nobody_asks_for_do_not_pile_up_and_another_source_has_its_own(collator):
+    for step in range(200):
+        collator.count_ahead(step, 1)
+    assert len(collator._counts) <= 64
+    assert not dataclasses.replace(collator)._counts
+
+
+def test_memory_stays_flat(collator, shapes_unchecked):
+    """What is allocated after 20 batches and after 100 differs by far less than the 80 batches between."""
+    batches = micro_batches(collator, 0, 105, GLOBAL_BATCH, 0, 1, GLOBAL_BATCH)
+    tracemalloc.start()
+    try:
+        held = []
+        for number, batch in enumerate(batches):
+            size = sum(tensor.nbytes for tensor in batch.tensors())
+            if number in (20, 100):
+                held.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert held[1] - held[0] < 80 * size / 4
+
+
+def test_augmentation_is_a_function_of_the_place_in_the_stream(collator):
+    augmented = dataclasses.replace(collator, augmentation=AugmentConfig())
+    whole = augmented(3, 6).augmented()
+    parts = [augmented(first, 2).augmented() for first in (3, 5, 7)]
+    assert torch.equal(whole.observation.images, torch.cat([part.observation.images for part in parts]))
+    assert not torch.equal(whole.observation.images, collator(3, 6).observation.images)
+    assert torch.equal(whole.actions, collator(3, 6).actions) and torch.equal(whole.noise, collator(3, 6).noise)
+    assert collator(0, 1).augmented().augmentation is None
+
+
+def test_options_of_the_loader_out_of_range():
+    with pytest.raises(ConfigError, match=r"loader\.threads must be >= 1"):
+        LoaderConfig(threads=0)

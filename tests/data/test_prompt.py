@@ -33,10 +33,11 @@ def test_ragged_prompts_are_padded_on_the_right():
 
 
 def test_cleaning_strips_and_turns_underscores_and_line_ends_into_spaces():
-    assert clean("  open_the\n drawer ") == "open the drawer"
+    assert clean("  open_the\ndrawer ") == "open the drawer"
+    assert clean("open  the\n drawer") == "open  the  drawer", "spaces are not merged: openpi does not"
     for empty in ("", " \n", "__"):
         with pytest.raises(ObservationError, match="must say something"):
-            clean(empty)
+            tokenizer()([empty], STATE)
 
 
 def test_a_prompt_that_does_not_fit_is_an_error_and_one_that_just_fits_is_not():
@@ -49,6 +50,39 @@ def test_pi05s_dialect_writes_the_state_into_the_prompt():
     state = np.array([[-1.0, 0.0, 0.999, -1.5, 3.0]], dtype=np.float32)
     ids, mask = tokenizer(80, with_state=True)(["press_it"], state)
     assert text_of(ids[0], mask[0]) == "Task: press it, State: 0 128 255 -1 255;\nAction: "
+
+
+ODD = "pick_up\n it "
+
+
+@pytest.mark.parametrize(
+    ("dialect", "with_state", "expected"),
+    [
+        ("openpi", False, "pick up  it\n"),
+        ("lerobot", False, "pick_up\n it \n"),
+        ("openpi", True, "Task: pick up  it, State: 0 128;\nAction: "),
+        ("lerobot", True, "Task: pick up  it, State: 0 128;\nAction: "),
+        ("openpi_stateless", True, "pick up  it\n"),
+    ],
+)
+def test_dialects_by_string(dialect, with_state, expected):
+    asked = PromptTokenizer(load_tokenizer("byt5", 384), 80, with_state, dialect)
+    state = np.array([-1.0, 0.0], dtype=np.float32)
+    assert asked.text(ODD, state) == expected
+    assert text_of(*(array[0] for array in asked([ODD], state[None]))) == expected
+
+
+def test_lerobots_line_end_is_not_doubled():
+    asked = PromptTokenizer(load_tokenizer("byt5", 384), 80, dialect="lerobot")
+    assert asked.text("press\n", STATE[0]) == "press\n"
+
+
+@pytest.mark.parametrize(
+    ("dialect", "with_state", "words"), [("openpy", True, "did you mean 'openpi'"), ("openpi_stateless", False, "token of its own")]
+)
+def test_a_dialect_that_does_not_fit(dialect, with_state, words):
+    with pytest.raises(ConfigError, match=words):
+        PromptTokenizer(load_tokenizer("byt5", 384), 80, with_state, dialect)
 
 
 def test_bins_are_256_equal_parts():

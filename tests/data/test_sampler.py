@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
-from pi0fm.data.sampler import Slots, draw, draws, permute, slots
+from pi0fm.data.sampler import Slots, draw, draws, permute, slots, uniforms
 
 SHAPE = (4, 5)
 
@@ -113,3 +113,20 @@ GOLDEN_ORDER = [0, 9, 4, 2, 1, 5, 3, 8, 6, 7]
 GOLDEN_SLOTS = [52, 87, 38, 11]
 GOLDEN_NOISE = [-1.6613995, -0.54550534, 0.78499967]
 GOLDEN_UNIFORM = 0.30753356
+
+
+def test_draws_are_those_of_each_sample_bit_for_bit():
+    """One generator that is set back stands for a fresh one a sample, whatever was drawn from it before."""
+    at = Slots(np.array([0, 3, 3, 2**31]), np.array([5, 0, 5, 2**40]))
+    noise, uniform = draws(2**63 + 1, at, 2, (3, 7))
+    for row, (epoch, index) in enumerate(zip(at.epoch.tolist(), at.index.tolist(), strict=True)):
+        alone, number = draw(2**63 + 1, epoch, index, 2, (3, 7))
+        assert np.array_equal(noise[row], alone) and uniform[row] == number
+
+
+def test_every_purpose_has_numbers_of_its_own():
+    at = Slots(np.zeros(4, np.int64), np.arange(4))
+    first, second = (uniforms(1, at, purpose, 5) for purpose in (3, 4))
+    assert first.shape == (4, 5) and not np.isin(first, second).any()
+    assert np.array_equal(uniforms(1, Slots(at.epoch[2:], at.index[2:]), 3, 5), first[2:])
+    assert (first >= 0).all() and (first < 1).all()

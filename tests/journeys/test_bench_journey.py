@@ -9,7 +9,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-pytestmark = pytest.mark.journey
+pytestmark = [pytest.mark.journey, pytest.mark.long]
 
 NUMBER = {"type": "number", "exclusiveMinimum": 0}
 BY_CASE = {"type": "object", "properties": {"tiny": NUMBER}, "required": ["tiny"], "additionalProperties": False}

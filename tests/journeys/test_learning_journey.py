@@ -14,7 +14,7 @@ from pi0fm.cli.main import main
 from pi0fm.demos.record import record
 from pi0fm.sim import metaworld
 
-pytestmark = pytest.mark.journey
+pytestmark = [pytest.mark.journey, pytest.mark.long]
 BUDGET, SEEDS = 1.0, 2
 
 

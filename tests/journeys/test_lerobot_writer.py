@@ -240,7 +240,7 @@ def test_our_reader_sees_what_lerobots_sees(ours: Path, tmp_path: Path) -> None:
     cache = open_cache(source, where, size=48)
     for camera, frames in zip(source.embodiment.cameras.values(), cache.cameras, strict=True):
         peers = np.round(pictures(ours, camera).transpose(0, 2, 3, 1) * 255).astype(np.uint8)
-        assert np.array_equal(frames[:, :, 8:40], peers)  # 48 x 32 in a square of 48: 8 columns of padding on each side
+        assert np.array_equal(np.asarray(frames)[:, :, 8:40], peers)  # 48 x 32 in a square of 48: 8 columns of padding on each side
 
 
 def test_the_chunk_after_the_thousandth_file(tmp_path: Path) -> None:

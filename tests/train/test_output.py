@@ -10,6 +10,7 @@ from pi0fm.data.embodiment import Embodiment
 from pi0fm.errors import ConfigError, OutputError
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.output import claim
+from pi0fm.train.validation import ValidationConfig
 
 
 def config(directory: Path, **change: object) -> TrainConfig:
@@ -43,9 +44,27 @@ def test_resume_may_change_what_does_not_change_the_run(tmp_path):
     assert json.loads(contents(tmp_path)["run.json"])["steps"] == 40_000
 
 
+def test_resume_may_look_at_the_held_out_episodes_in_another_way(tmp_path):
+    claim(config(tmp_path, validation=ValidationConfig(episodes=3)))
+    changed = ValidationConfig(every=9, episodes=3, samples=8, probes=5, num_flow_steps=7, solver="rk4")
+    claim(config(tmp_path, resume="true", validation=changed))
+    assert json.loads(contents(tmp_path)["run.json"])["validation"]["every"] == 9
+
+
+def test_an_option_that_an_older_run_did_not_know_had_its_default(tmp_path):
+    claim(config(tmp_path))
+    tree = json.loads((tmp_path / "run.json").read_text())
+    del tree["validation"]
+    (tmp_path / "run.json").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=r"validation\.episodes was 0, now 2"):
+        claim(config(tmp_path, resume="true", validation=ValidationConfig(episodes=2)))
+    claim(config(tmp_path, resume="true"))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"validation": ValidationConfig(episodes=4)}, r"validation\.episodes was 0, now 4"),
         ({"seed": 1}, "seed was 0, now 1"),
         ({"global_batch_size": 16}, "global_batch_size was 32, now 16"),
         ({"model": {"preset": "tiny", "action_dim": 9}}, r"model\.action_dim was None, now 9"),

@@ -1,0 +1,190 @@
+"""Where checkpoints lie: a folder that all workers see, or a bucket behind the S3 protocol.
+
+Owns: `Store`, names to byte strings; a name appears whole or not at all. Does not know: what a checkpoint is.
+
+    /disk/run/checkpoints       written aside, fsynced, renamed, the folder fsynced
+    s3://bucket/prefix          one PUT or one multipart upload a name; endpoint and keys from AWS's own variables (AWS_ENDPOINT_URL, ...)
+"""
+
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, final
+
+from pi0fm import files
+from pi0fm.errors import ConfigError
+
+SCHEME = "s3://"
+
+
+class Store(ABC):
+    """Byte strings by name below one place. Names use `/`. Every fault of the storage is an OSError."""
+
+    where: str
+
+    @abstractmethod
+    def write(self, name: str, parts: Sequence[memoryview]) -> None:
+        """Put the parts one behind the other under `name`, replacing what was there; durable on return."""
+
+    @abstractmethod
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
+        """Bytes start .. stop - 1 of `name`, to its end without `stop`; fewer where it is shorter. FileNotFoundError without it."""
+
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """Every name and its number of bytes; none where the place does not exist."""
+
+    @abstractmethod
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove names, in this order; one that is not there is no error."""
+
+
+def open_store(place: Path | str) -> Store:
+    """The store at a folder or an `s3://` address. Raises ConfigError for an address without a bucket, or without boto3."""
+    return Bucket(str(place)) if str(place).startswith(SCHEME) else Folder(Path(place))
+
+
+@final
+class Folder(Store):
+    """A directory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.where = path, str(path)
+
+    def write(self, name: str, parts: Sequence[memoryview]) -> None:
+        """Aside, fsync, rename, fsync of the folder; nothing is left of a write that failed."""
+        target = self._path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(descriptor, "wb", buffering=0) as file:
+                for part in parts:
+                    _write_all(file.fileno(), part)
+                os.fsync(file.fileno())
+            Path(aside).chmod(0o644)
+            Path(aside).rename(target)
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+        files.fsync_directory(target.parent)
+        files.fsync_directory(self._path)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
+        """One seek, one read."""
+        with (self._path / name).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            content = bytearray(max(0, min(size, size if stop is None else stop) - start))
+            file.seek(start)
+            read = file.readinto(content)
+        return content[:read]
+
+    def sizes(self) -> dict[str, int]:
+        """A file that vanishes meanwhile is not listed."""
+        found = {}
+        for folder, _, names in os.walk(self._path):
+            for name in names:
+                path = Path(folder) / name
+                try:
+                    found[path.relative_to(self._path).as_posix()] = path.stat().st_size
+                except FileNotFoundError:
+                    continue
+        return found
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Then the folders that are empty, but for the store's own."""
+        folders = set()
+        for name in names:
+            path = self._path / name
+            path.unlink(missing_ok=True)
+            folders.add(path.parent)
+        for folder in folders - {self._path}:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+@final
+class Bucket(Store):
+    """Objects below a prefix. boto3 reads endpoint, keys and region where every tool of AWS does."""
+
+    def __init__(self, address: str) -> None:
+        self._bucket, _, prefix = address.removeprefix(SCHEME).partition("/")
+        if not self._bucket:
+            raise ConfigError(f"an S3 address is s3://BUCKET/PREFIX, found {address!r}")
+        self._prefix, self.where = prefix.strip("/") + "/" if prefix.strip("/") else "", address.rstrip("/")
+        try:
+            import boto3
+            from botocore.config import Config
+        except ImportError as error:
+            raise ConfigError(f"{address} needs boto3, which is not installed; type: pip install 'pi0fm[s3]'") from error
+        # our own sums are in every checkpoint; older S3-compatible stores refuse the newer ones of the protocol
+        sums = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+        self._client: Any = boto3.client("s3", config=Config(retries={"max_attempts": 5, "mode": "standard"}, **sums))
+
+    def write(self, name: str, parts: Sequence[memoryview]) -> None:
+        """An object is there when its upload is complete; the pieces of a broken upload are dropped by boto3."""
+        with self._named(name):
+            self._client.upload_fileobj(_Joined(parts), self._bucket, self._prefix + name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
+        """A GET with a range."""
+        if stop is not None and stop <= start:
+            return bytearray()
+        with self._named(name):
+            span = f"bytes={start}-{'' if stop is None else stop - 1}"
+            part = {} if start == 0 and stop is None else {"Range": span}
+            return bytearray(self._client.get_object(Bucket=self._bucket, Key=self._prefix + name, **part)["Body"].read())
+
+    def sizes(self) -> dict[str, int]:
+        """As listed, a page of a thousand at a time."""
+        with self._named(""):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix)
+            return {found["Key"].removeprefix(self._prefix): int(found["Size"]) for page in pages for found in page.get("Contents", [])}
+
+    def remove(self, names: Iterable[str]) -> None:
+        """One by one: the order matters, and not every store knows the request for many."""
+        for name in names:
+            with self._named(name):
+                self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
+
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            yield
+        except (Boto3Error, BotoCoreError, ClientError) as error:
+            code = error.response.get("Error", {}).get("Code") if isinstance(error, ClientError) else None
+            kind = FileNotFoundError if code in ("NoSuchKey", "404") else OSError
+            raise kind(f"{self.where}/{name}: {' '.join(str(error).split())}") from error
+
+
+def _write_all(descriptor: int, part: memoryview) -> None:
+    """os.write takes at most 2 GiB, and may take less than it is given."""
+    rest = part.cast("B")
+    while len(rest):
+        rest = rest[os.write(descriptor, rest[: 1 << 26]) :]
+
+
+@final
+class _Joined:
+    """Parts as one file that is read once, so that no part is copied before it is sent."""
+
+    def __init__(self, parts: Sequence[memoryview]) -> None:
+        self._parts = [part.cast("B") for part in parts if part.nbytes]
+
+    def read(self, size: int = -1) -> bytes:
+        """The next `size` bytes, all of the rest without; none at the end."""
+        taken: list[memoryview] = []
+        wanted = sum(part.nbytes for part in self._parts) if size is None or size < 0 else size
+        while wanted and self._parts:
+            first = self._parts.pop(0)
+            if len(first) > wanted:
+                self._parts.insert(0, first[wanted:])
+                first = first[:wanted]
+            taken.append(first)
+            wanted -= len(first)
+        return b"".join(taken)

@@ -1,0 +1,9 @@
+"""The small run's loss curve is the one that was committed (tests/recorded_curve.py says how it is recorded)."""
+
+import pytest
+import recorded_curve
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_the_curve_is_the_recorded_one(tiny_root, tmp_path, micro_batch_size):
+    recorded_curve.assert_same(recorded_curve.trained(tiny_root, tmp_path, micro_batch_size), recorded_curve.recorded())
