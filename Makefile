@@ -2,12 +2,12 @@
 BIN := .venv/bin
 STAMP := .venv/.made-from-lock
 
-.PHONY: help install quickstart test unit journeys long lint format types contracts clean
+.PHONY: help install quickstart test unit numerics journeys long lint format types contracts clean
 
 help:
 	@echo "make quickstart   record, train, evaluate, serve: one policy in about ten minutes"
 	@echo "make test         unit tests, then the journeys through the command line"
-	@echo "make unit | journeys | long | lint | format | types | contracts | install | clean"
+	@echo "make unit | numerics | journeys | long | lint | format | types | contracts | install | clean"
 
 # Made again when the lock or the dependencies change; otherwise a second run starts at once.
 $(STAMP): uv.lock pyproject.toml
@@ -22,8 +22,12 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/pytest
 
+# What mirrors pi0fm/; closed forms, parity with LeRobot and measurements have a line of their own.
 unit: $(STAMP)
-	@$(BIN)/pytest -m "not journey and not long"
+	@$(BIN)/pytest -m "not journey and not long" --ignore=tests/numerics --ignore=tests/parity --ignore=tests/bench
+
+numerics: $(STAMP)
+	@$(BIN)/pytest -m "not journey and not long" tests/numerics tests/parity tests/bench
 
 journeys: $(STAMP)
 	@$(BIN)/pytest -m "journey and not long"

@@ -199,12 +199,13 @@ class _Watcher:
             if int((read_last(directory) or {}).get("step", 0)) > before:
                 break
         with progress.step("train", self._run.steps, start=before) as bar:
-            shown = before
+            shown, ended = before, False
             while True:
                 last = read_last(directory) or {}
                 now = int(last.get("step", 0))
                 if now != shown:
                     bar.advance(now - shown, note=f"loss {last['loss']:.4f}")
                     shown = now
-                if self._stop.wait(1.0):
+                if ended:
                     return
+                ended = self._stop.wait(1.0)  # the last lines may have been written since the look before it: one more look

@@ -64,7 +64,7 @@ def test_a_killed_recording_opens_and_goes_on(tmp_path: Path, number: signal.Sig
         while not (root / SETTINGS_FILE).exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        time.sleep(random.uniform(0, 3))  # any moment will do: within an episode, a segment's end, the swap
+        time.sleep(random.uniform(0, 1.5))  # any moment will do: within an episode, a segment's end, the swap
         process.send_signal(number)
         process.wait(60)
     finally:
