@@ -57,5 +57,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.journey)
         if item.get_closest_marker("journey") is not None and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(JOURNEY_TIMEOUT_SECONDS))
-    # the longest journey first: the others then fit beside it
-    items.sort(key=lambda item: (item.get_closest_marker("journey") is not None, item.path.name != "test_journey.py"))
+    items.sort(key=lambda item: item.get_closest_marker("journey") is not None)

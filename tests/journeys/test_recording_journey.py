@@ -26,7 +26,7 @@ from pi0fm.sim.metaworld_prompts import TASK_PROMPTS
 pytestmark = pytest.mark.journey
 # An episode takes 10 ms, so that 400 of them outlast any moment of the kill below.
 KILLED = """
-import sys
+import signal, sys
 import time
 from pathlib import Path
 from demos_help import config, submit
@@ -37,6 +37,8 @@ def slowly(task, seed):
     time.sleep(0.01)
     return submit(task, seed)
 
+# what starts the tests may ignore Ctrl-C, and a child inherits that; a terminal's program does not
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with sigterm_interrupts():
     record(config(Path(sys.argv[1]), episodes=200), slowly, 2)
 """
