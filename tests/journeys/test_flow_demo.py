@@ -19,6 +19,7 @@ def last_line(captured):
     return json.loads(captured.out.splitlines()[-1])
 
 
+@pytest.mark.long
 def test_the_demo_leaves_one_whole_page_and_can_be_run_again(tmp_path, capsys, shapes_unchecked):
     folder = tmp_path / "demo"
     command = ["flow", "demo", "--dataset", "eight_gaussians", "--steps", "60", "--solver", "heun", "--output_dir", str(folder)]

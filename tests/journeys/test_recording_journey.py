@@ -26,7 +26,8 @@ from pi0fm.sim.metaworld_prompts import TASK_PROMPTS
 pytestmark = pytest.mark.journey
 # An episode takes 10 ms, so that 400 of them outlast any moment of the kill below.
 KILLED = """
-import signal, sys
+import signal
+import sys
 import time
 from pathlib import Path
 from demos_help import config, submit
@@ -87,6 +88,7 @@ def test_a_killed_recording_opens_and_goes_on(tmp_path: Path, number: signal.Sig
         assert all(np.array_equal(one, other) for one, other in zip(pixels(root), pixels(whole), strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 1])
 def test_sigterm_publishes_what_is_whole(tmp_path: Path, workers: int) -> None:
     root = tmp_path / "set"
@@ -110,6 +112,7 @@ def test_sigterm_publishes_what_is_whole(tmp_path: Path, workers: int) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
+@pytest.mark.long
 def test_the_data_set_is_the_same_whatever_the_number_of_workers(tmp_path: Path) -> None:
     roots = [tmp_path / f"workers{count}" for count in (1, 2)]
     with ray_session(num_cpus=2):
