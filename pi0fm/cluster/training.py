@@ -16,8 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 from pi0fm import options, progress
 from pi0fm.cluster.runtime import ray_session, require_resources
@@ -28,7 +27,7 @@ from pi0fm.train.loop import TrainResult, train
 from pi0fm.train.metrics import read_last
 from pi0fm.train.output import RAY_FOLDER, claim, release
 from pi0fm.train.parallel import Context, context_from_environment
-from pi0fm.train.signals import HANDLED, StoppedError, TerminatedError, ask_to_stop
+from pi0fm.train.signals import NotedSignals, StoppedError, ask_to_stop, stopped
 
 
 @dataclass(frozen=True)
@@ -95,13 +94,15 @@ def _on_ray(run: TrainingRun) -> TrainResult:
         ),
     )
     began = time.perf_counter()
-    with _Watcher(run), _Stopping(run.output_dir) as stopping:
+    with _Watcher(run), NotedSignals(lambda: ask_to_stop(run.output_dir)) as noted:
         try:
             trainer.fit()
         except Exception as error:
             raise _cause(error) from error
     last = read_last(run.output_dir) or {}
-    stopping.raise_if_asked(run)
+    if noted.number and int(last.get("step", 0)) < run.steps:  # the workers saved and left
+        told = "Ctrl-C" if noted.number == signal.SIGINT else "SIGTERM"
+        raise stopped(noted.number, f"stopped by {told}, with a checkpoint in {run.checkpoint_place}; add --resume true to go on")
     return TrainResult(run.output_dir / "bundle", run.steps, float(last.get("loss", math.nan)), time.perf_counter() - began)
 
 
@@ -113,37 +114,6 @@ def _worker(config: dict[str, Any]) -> None:
     place = ray_train.get_context()
     with suppress(StoppedError):  # a fault would make Ray start the workers again
         train(Context(place.get_world_rank(), place.get_world_size(), shown=False), run)
-
-
-class _Stopping:
-    """Passes the driver's first SIGTERM or SIGINT on to the workers, who save and leave; a second one interrupts at once."""
-
-    def __init__(self, output_dir: Path) -> None:
-        self._output_dir, self._asked = output_dir, 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in HANDLED}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def raise_if_asked(self, run: TrainingRun) -> None:
-        """Raise StoppedError where the run was asked to stop before its end."""
-        if not self._asked or int((read_last(run.output_dir) or {}).get("step", 0)) >= run.steps:
-            return
-        told = "Ctrl-C" if self._asked == signal.SIGINT else "SIGTERM"
-        line = f"stopped by {told}, with a checkpoint in {run.checkpoint_place}; add --resume true to go on"
-        raise StoppedError(line) if self._asked == signal.SIGINT else TerminatedError(line)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = number
-        ask_to_stop(self._output_dir)
 
 
 def _share_of_cpus(num_workers: int, gpus: float) -> int:

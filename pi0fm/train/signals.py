@@ -51,20 +51,21 @@ def withdraw(output_dir: Path) -> None:
     (output_dir / STOP_FILE).unlink(missing_ok=True)
 
 
-@final
-class StopSignals:
-    """`with StopSignals(context, output_dir) as stop: ... number = stop.after_step()`; made by every worker.
+def stopped(number: int, line: str) -> StoppedError:
+    """The error of a run that the signal `number` stopped."""
+    return StoppedError(line) if number == signal.SIGINT else TerminatedError(line)
 
-    Handlers can be set in the main thread alone: a Ray worker, whose loop runs in another, listens to the file. The second signal of
-    an impatient person interrupts at once.
+
+@final
+class NotedSignals:
+    """`with NotedSignals(heard) as noted: ...`: SIGTERM and SIGINT are noted instead of obeyed, and `heard` is called for the first.
+
+    number: the first one's; 0 before. Handlers can be set in the main thread alone; elsewhere nothing is noted. The second signal of an
+    impatient person interrupts at once.
     """
 
-    def __init__(self, context: Context, output_dir: Path) -> None:
-        self._context, self._file = context, output_dir / STOP_FILE
-        self._group = host_group(context)
-        self._asked = 0
-        self._looked = 0.0
-        self._flag, self._sum = torch.zeros(1, dtype=torch.int32), None
+    def __init__(self, heard: Callable[[], None] | None = None) -> None:
+        self.number, self._heard = 0, heard
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def __enter__(self) -> Self:
@@ -77,37 +78,60 @@ class StopSignals:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
 
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+        if self._heard is not None:
+            self._heard()
+
+
+@final
+class StopSignals:
+    """`with StopSignals(context, output_dir) as stop: ... number = stop.after_step()`; made by every worker.
+
+    A Ray worker, whose loop does not run in the main thread, listens to the file.
+    """
+
+    def __init__(self, context: Context, output_dir: Path) -> None:
+        self._context, self._file = context, output_dir / STOP_FILE
+        self._group = host_group(context)
+        self._noted = NotedSignals()
+        self._looked = 0.0
+        self._flag, self._sum = torch.zeros(1, dtype=torch.int32), None
+
+    def __enter__(self) -> Self:
+        self._noted.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._noted.__exit__(kind, error, trace)
+
     def after_step(self) -> int:
         """0 to go on, else the signal's number, the same for all workers after the same step. Alone: without delay."""
         self._look_at_file()
         if self._group is None:
-            return self._asked
+            return self._noted.number
         agreed = 0
         if self._sum is not None:
             self._sum.wait()
             agreed = int(self._flag)
-        self._flag.fill_(self._asked)
+        self._flag.fill_(self._noted.number)
         self._sum = torch.distributed.all_reduce(self._flag, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed
 
     def error(self, number: int, step: int, steps: int) -> StoppedError:
         """The line for a run that leaves after `step`, its checkpoint written."""
         told = "Ctrl-C" if number == signal.SIGINT else "SIGTERM or its STOP file"
-        line = f"stopped by {told} after step {step} of {steps}, with a checkpoint; add --resume true to go on"
-        return StoppedError(line) if number == signal.SIGINT else TerminatedError(line)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = number
+        return stopped(number, f"stopped by {told} after step {step} of {steps}, with a checkpoint; add --resume true to go on")
 
     def _look_at_file(self) -> None:
         now = time.monotonic()
-        if self._asked or not self._context.is_first or now - self._looked < SECONDS_BETWEEN_LOOKS:
+        if self._noted.number or not self._context.is_first or now - self._looked < SECONDS_BETWEEN_LOOKS:
             return
         self._looked = now
         try:
             if self._file.exists():
-                self._asked = int(signal.SIGTERM)
+                self._noted.number = int(signal.SIGTERM)
         except OSError as error:
             raise OutputError(f"{self._file.parent} cannot be read ({error.strerror}); mount it again and add --resume true") from error
