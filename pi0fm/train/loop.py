@@ -63,7 +63,8 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
     Called by every worker. Raises the errors of the data set, of the configuration, and OutputError for an unreadable checkpoint.
     """
     keep_freed_memory()
-    torch.set_num_threads(config.threads or torch.get_num_threads())
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     micro = config.micro_batch(context.world_size)
     accelerator = make_accelerator(config.precision, config.global_batch_size // context.world_size // micro)
     data = _open_data(config)
@@ -89,8 +90,7 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
     validator = make_validator(config.validation, data.held_out, model, ema.weights(), flow, accelerator.device)
     watch = _Watch(context, metrics, config, validator, log)
     if context.shown:
-        progress.say(f"train {_parameters(model)} on {data.described()}, steps {first}..{config.steps}")
-        progress.say(memory_line(config, len(policy.embodiment.cameras), context.world_size, accelerator.device))
+        _say_what_begins(config, context, data, model, first, accelerator.device)
     shown = progress.step("train", config.steps, start=first) if context.shown else nullcontext()
     with guarded(config, context, checkpoints, collator, first, state, facts) as guard, shown as bar:
         watch.catch_up(first, bar)
@@ -135,6 +135,11 @@ class _Data:
         """The line for the person who watches."""
         held = len(self.held_out.source.frames)
         return f"{len(self.training.source.frames)} frames" + (f" ({held} more are held out)" if held else "")
+
+
+def _say_what_begins(config: TrainConfig, context: Context, data: _Data, model: Pi0, first: int, device: torch.device) -> None:
+    progress.say(f"train {_parameters(model)} on {data.described()}, steps {first}..{config.steps}")
+    progress.say(memory_line(config, len(data.policy.embodiment.cameras), context.world_size, device))
 
 
 def _parameters(model: Pi0) -> str:
