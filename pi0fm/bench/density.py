@@ -29,7 +29,7 @@ from pi0fm.options import nearest, option
 from pi0fm.policy import bundle, noise
 from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.policy.local import LocalPolicy
-from pi0fm.policy.scores import ScoreOptions, conditioned
+from pi0fm.policy.scores import ScoreOptions
 from pi0fm.types import Observation
 
 WIDTHS = {"state": 4, "action": 4}
@@ -83,7 +83,7 @@ def measure(config: DensityConfig) -> DensityCosts:
     probes = noise.probes(seeds, config.num_probes, shape)
     density = options.density(None if probes is None else probes.to(policy.device))
     with torch.no_grad(), torch.autocast(policy.device.type, policy.dtype, enabled=policy.dtype != torch.float32):
-        velocity = conditioned(policy.model, policy.model.encode_prefix(inputs), inputs.state)
+        velocity = policy.model.field(inputs)
         given = policy.flow.sample(velocity, start, mask=mask)
 
         def sampled() -> object:

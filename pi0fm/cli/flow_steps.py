@@ -146,11 +146,7 @@ def _solve(config: FlowStepsConfig, policy: "LocalPolicy", observations: list["O
     finest = flow_steps.Setting(flow_steps.REFERENCE, config.reference_steps).expected_evaluations
     total = finest + finest // 2 + sum(setting.expected_evaluations for setting in compared)
     with torch.inference_mode(), progress.step("solve", total) as bar:
-        cache = model.encode_prefix(inputs)
-
-        def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return model.velocity(cache, inputs.state, x, t)
-
+        velocity = model.field(inputs)
         reference = flow_steps.find_reference(flow, velocity, noise, mask, config.reference_steps, bar.advance)
         return reference, flow_steps.measure(flow, velocity, noise, mask, reference, compared, to_robot, bar.advance)
 

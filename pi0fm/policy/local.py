@@ -112,7 +112,7 @@ class LocalPolicy:
         return make_scores(pushed, self.chain, self._shape[0])
 
     def _sample(self, inputs: ModelObservation, seeds: Sequence[int]) -> Tensor:
-        velocity = conditioned(self.model, self.model.encode_prefix(inputs), inputs.state)
+        velocity = self.model.field(inputs)
         start, increments = self._noise(seeds)
         return sample(self.flow, velocity, start, self._mask(len(seeds)), increments=increments)
 

@@ -128,12 +128,7 @@ def averaged(model: Pi0, weights: Mapping[str, Tensor], device: torch.device) ->
 
 def encoder(model: Pi0) -> Encode:
     """The network as `Encode`; outside accelerate's wrapping, hence in the float32 of its weights."""
-
-    def encode(observation: ModelObservation) -> Velocity:
-        cache = model.encode_prefix(observation)
-        return lambda x, t: model.velocity(cache, observation.state, x, t)
-
-    return encode
+    return model.field
 
 
 def measure(validator: Validator, rank: int, world_size: int, notice: Callable[[str], None] | None = None) -> Float64[Tensor, "pieces 5"]:
