@@ -14,26 +14,31 @@ PaliGemma's, which is gated and never fetched here.
 
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from pi0fm.errors import ConfigError, ObservationError
 from pi0fm.options import nearest
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 BYTES = "byt5"
 OPENPI, LEROBOT, STATELESS = "openpi", "lerobot", "openpi_stateless"
 DIALECTS = (OPENPI, LEROBOT, STATELESS)
 
 
-def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, vocab_size: int) -> "PreTrainedTokenizerBase":
     """`byt5`, or the tokenizer in a local directory. Raises ConfigError when it is not there or does not fit the embedding."""
+    # seconds of imports that whoever only reads a configuration does without, and each tokenizer without the other's
     if name == BYTES:
+        from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
+
         tokenizer: PreTrainedTokenizerBase = ByT5Tokenizer()
     elif (Path(name) / "tokenizer_config.json").is_file():
-        from transformers import AutoTokenizer  # two seconds of imports that the byte tokenizer does without
+        from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
     else:
@@ -55,7 +60,7 @@ class PromptTokenizer:
     dialect: one of DIALECTS, see above. Raises ConfigError for another word, and for a network that the dialect would leave without state.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, with_state: bool = False, dialect: str = OPENPI) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int, with_state: bool = False, dialect: str = OPENPI) -> None:
         refuse_dialect(dialect, with_state)
         self.tokenizer, self.max_tokens, self.with_state, self.dialect = tokenizer, max_tokens, with_state, dialect
         self._encode = lru_cache(maxsize=4096)(self._encode_one)

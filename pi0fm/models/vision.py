@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AttentionInterface, SiglipVisionConfig, SiglipVisionModel
 
 from pi0fm.errors import ConfigError
 from pi0fm.models.attention import siglip_attention
@@ -45,6 +44,9 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: VisionConfig, backbone_width: int) -> None:
         super().__init__()
+        # four seconds of imports that whoever only reads a configuration does without
+        from transformers import AttentionInterface, SiglipVisionConfig, SiglipVisionModel
+
         AttentionInterface.register("pi0fm", siglip_attention)
         siglip = SiglipVisionConfig(
             hidden_size=config.width,
