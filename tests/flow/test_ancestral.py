@@ -80,7 +80,7 @@ def test_mean_and_variance_of_gaussian_data_converge_with_order_one(name, predic
     width = float(torch.sqrt(flow.path.sigma(start) ** 2 + SCALE**2 * flow.path.alpha(start) ** 2)) / flow.path.prior_scale
     centre = MEAN * float(flow.path.alpha(start)) / flow.path.prior_scale
     errors = []
-    for steps in (100, 200):
+    for steps in (50, 100):
         first = torch.full((steps + 2, 1), centre, dtype=torch.float64)
         first[1] += width
         increments = torch.zeros(steps, steps + 2, 1, dtype=torch.float64)
@@ -88,7 +88,7 @@ def test_mean_and_variance_of_gaussian_data_converge_with_order_one(name, predic
         answers = sample_ancestral(flow, oracle(flow), first, steps, increments=increments)
         assert float(answers[0]) == pytest.approx(MEAN, abs=2e-3)
         errors.append(abs(float((answers[1:] - answers[0]).square().sum()) - truth))
-    assert errors[1] < 0.08 * truth
+    assert errors[1] < 0.15 * truth
     assert errors[1] < 0.6 * errors[0]
 
 

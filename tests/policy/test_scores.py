@@ -68,7 +68,7 @@ def test_a_solver_that_chooses_its_steps_samples_without_looking_at_the_density(
     assert not torch.equal(found.actions, joint.actions)
 
 
-@pytest.mark.parametrize("options", [EXACT, ScoreOptions(2), ScoreOptions(0, 20, "heun"), ScoreOptions(0, float64=True)], ids=str)
+@pytest.mark.parametrize("options", [EXACT, ScoreOptions(2), ScoreOptions(0, 12, "heun"), ScoreOptions(0, float64=True)], ids=str)
 def test_one_pass_is_sampling_and_then_scoring(fine, observations, options):
     """Backwards the solver makes another error than forwards: both far below the tolerance with these steps."""
     chunks = fine.infer_batch(observations, SEEDS, options)
