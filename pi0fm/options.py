@@ -110,7 +110,7 @@ def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = []
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        inner = _dataclass_in(hints[field.name])
+        inner, named = _dataclass_in(hints[field.name]), _named_in(hints[field.name])
         if inner is not None:
             rows.extend(describe(inner, f"{prefix}{field.name}."))
             continue
@@ -121,6 +121,8 @@ def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
         else:
             default = "required"
         rows.append((f"--{prefix}{field.name}", default, field.metadata.get("help", "")))
+        if named is not None:
+            rows.extend(describe(named, f"{prefix}{field.name}.NAME."))
     return rows
 
 
@@ -155,6 +157,10 @@ def _is_text(cls: type, path: Sequence[str]) -> bool:
     """Whether the option holds text or a path: then `0123`, `null` and `true` are those very letters."""
     hint: Any = cls
     for name in path:
+        named = _named_in(hint)
+        if named is not None:
+            hint = named
+            continue
         inner = _dataclass_in(hint)
         hints = typing.get_type_hints(inner) if inner is not None else {}
         if name not in hints:
@@ -175,12 +181,19 @@ def _refuse_unknown(cls: type, tree: Mapping[str, Any], where: str) -> None:
     for key, value in tree.items():
         if key not in names:
             raise ConfigError(f"unknown option {where}{key}: {nearest(str(key), names)}")
-        inner = _dataclass_in(hints[key])
-        if inner is None or value is None:
+        inner, named = _dataclass_in(hints[key]), _named_in(hints[key])
+        if value is None or (inner is None and named is None):
             continue
         if not isinstance(value, Mapping):
-            raise ConfigError(f"option {where}{key} is a group: expected {where}{key}.NAME, found {value!r}; {_hint(inner)}")
-        _refuse_unknown(inner, value, f"{where}{key}.")
+            found = f"expected {where}{key}.NAME, found {value!r}" + (f"; {_hint(inner)}" if inner is not None else "")
+            raise ConfigError(f"option {where}{key} is a group: {found}")
+        if inner is not None:
+            _refuse_unknown(inner, value, f"{where}{key}.")
+        if named is not None:
+            for name, group in value.items():
+                if not isinstance(group, Mapping):
+                    raise ConfigError(f"option {where}{key}.{name} is a group: expected options in it, found {group!r}; {_hint(named)}")
+                _refuse_unknown(named, group, f"{where}{key}.{name}.")
     for field in dataclasses.fields(cls):
         missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if missing and field.name not in tree:
@@ -192,9 +205,11 @@ def _split_lists(cls: type, tree: Mapping[str, Any]) -> Tree:
     hints = typing.get_type_hints(cls)
     split: Tree = {}
     for key, value in tree.items():
-        inner = _dataclass_in(hints[key])
+        inner, named = _dataclass_in(hints[key]), _named_in(hints[key])
         if inner is not None and isinstance(value, Mapping):
             value = _split_lists(inner, value)
+        elif named is not None and isinstance(value, Mapping):
+            value = {name: _split_lists(named, group) for name, group in value.items()}
         elif typing.get_origin(hints[key]) is tuple and isinstance(value, str | int | float):
             value = [word.strip() for word in str(value).split(",") if word.strip()]
         split[key] = value
@@ -205,6 +220,11 @@ def _dataclass_in(hint: Any) -> type | None:
     """The dataclass in `X` or `X | None`, else None."""
     found = [choice for choice in _choices(hint) if isinstance(choice, type) and dataclasses.is_dataclass(choice)]
     return found[0] if found else None
+
+
+def _named_in(hint: Any) -> type | None:
+    """The dataclass in `dict[str, X]`: groups under names that the user gives. Else None."""
+    return _dataclass_in(typing.get_args(hint)[1]) if typing.get_origin(hint) is dict else None
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

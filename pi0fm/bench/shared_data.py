@@ -25,7 +25,7 @@ from pi0fm.data.sampler import slots
 from pi0fm.errors import ConfigError, DatasetError
 from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.train.config import TrainConfig
-from pi0fm.train.loop import policy_config
+from pi0fm.train.data import policy_config
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class ServeConfig:
     """Options of `pi0fm serve`."""
 
     bundle: Path = required("folder of the policy, as pi0fm train wrote it")
+    robot: str | None = option(None, "of a bundle that was trained on a mixture: the robot that is served; the first when not given")
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens it to every network, so give a token with it")
     port: int = option(8000, "port to listen on; 0 takes a free one, which the ready line names")
     token: str | None = option(
@@ -70,6 +71,7 @@ def run(options: ServeConfig) -> None:
 
         policy = load(
             options.bundle,
+            robot=options.robot,
             device=options.device,
             precision=options.precision,
             num_flow_steps=options.num_flow_steps,
@@ -87,8 +89,10 @@ def run(options: ServeConfig) -> None:
         )
 
         def announce(seconds: float) -> None:
-            print(json.dumps({"ready": True, "url": url, "bundle": str(options.bundle), "warm_up_seconds": round(seconds, 3)}), flush=True)
-            say(f"serving {options.bundle} on {url}; ^C stops it")
+            robot = {name: policy.metadata[name] for name in ("robot",) if name in policy.metadata}
+            ready = {"ready": True, "url": url, "bundle": str(options.bundle), **robot, "warm_up_seconds": round(seconds, 3)}
+            print(json.dumps(ready), flush=True)
+            say(f"serving {options.bundle}{''.join(f' for {name}' for name in robot.values())} on {url}; ^C stops it")
 
         asyncio.run(server.serve(server.make_server(app), app, reserved, announce))
     say("stopped serving")

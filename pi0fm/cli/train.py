@@ -7,9 +7,9 @@ from typing import Any
 
 from pi0fm.cluster import training
 
-HELP = "train a policy on a LeRobot data set"
+HELP = "train a policy on a LeRobot data set, or on a mixture of them"
 Options = training.TrainingRun
-ALIASES = {"batch_size": "global_batch_size", "policy.type": "model.preset"}
+ALIASES = {"batch_size": "global_batch_size", "policy.type": "model.preset", "policy.path": "pretrained"}
 
 
 def run(options: training.TrainingRun) -> dict[str, Any]:

@@ -2,34 +2,41 @@
 
 Owns: one task a node, and its faults. Does not know: how a cache is built; a node that shares its disk with another finds it built.
 
-    driver ── task on node A ──> open_cache: all cores of A decode, under A's lock
+    driver ── task on node A ──> open_cache of every data set of the run: all cores of A decode, under A's lock
            ── task on node B ──> the same on B
            <── seconds of each, or the line of the first fault ──
 Workers open the cache themselves, so a run without this is as right: the first worker of each node then builds while the others wait.
 """
 
 import time
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from pi0fm.cluster.runtime import ray_session
 from pi0fm.data.embodiment import Embodiment
 from pi0fm.data.frame_cache import cache_bytes, open_cache
 from pi0fm.data.lerobot_source import DatasetConfig, open_source
-from pi0fm.data.shards import CacheFormat
 from pi0fm.errors import Pi0fmError
 
 
 def cache_everywhere(
-    dataset: DatasetConfig, embodiment: Embodiment, size: int, form: CacheFormat = "uint8", ray_address: str | None = None
+    datasets: Sequence[tuple[DatasetConfig, Embodiment]],
+    size: int,
+    ray_address: str | None = None,
+    needs: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, float]:
-    """Build the cache on every node that is alive; by node, the seconds that it took. Paths of `dataset` must be absolute.
+    """Build the caches of all data sets of a run on every node that is alive; by node, the seconds that it took. Paths must be absolute.
 
-    A data set beyond `dataset.cache_limit_gib` is streamed, so nothing is built for it. Raises what `open_source` and `open_cache` do.
+    needs: resources of a worker; a node that has less, such as a head without CPUs, trains nothing and may not even see the data.
+    A data set beyond its `cache_limit_gib` is streamed, so nothing is built for it. Raises what `open_source` and `open_cache` do.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     with ray_session(ray_address):
-        nodes = [node for node in ray.nodes() if node["Alive"]]
+        nodes = [
+            node for node in ray.nodes() if node["Alive"] and all(node["Resources"].get(name, 0) >= each for name, each in needs.items())
+        ]
         task = ray.remote(build)
         running = {
             node["NodeManagerHostname"]: task.options(
@@ -37,7 +44,7 @@ def cache_everywhere(
                 num_cpus=0,
                 max_retries=1,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-            ).remote(dataset, embodiment, size, form)
+            ).remote(list(datasets), size)
             for node in nodes
         }
         try:
@@ -48,10 +55,11 @@ def cache_everywhere(
             raise
 
 
-def build(dataset: DatasetConfig, embodiment: Embodiment, size: int, form: CacheFormat) -> float:
+def build(datasets: Sequence[tuple[DatasetConfig, Embodiment]], size: int) -> float:
     """What a node does; the seconds that it took."""
     began = time.perf_counter()
-    source = open_source(dataset, embodiment)
-    if cache_bytes(source, size, form) <= dataset.cache_limit_gib * 2**30:
-        open_cache(source, dataset, size, form)
+    for dataset, embodiment in datasets:
+        source = open_source(dataset, embodiment)
+        if cache_bytes(source, size, dataset.cache_format) <= dataset.cache_limit_gib * 2**30:
+            open_cache(source, dataset, size, dataset.cache_format)
     return time.perf_counter() - began

@@ -70,7 +70,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
         metaworld.check_task(task)
     losses = curve.read_losses(Path(config.metrics)) if config.metrics else []
     open_policy = partial(_open_policy, config)
-    metadata = _read_metadata(config.policy)
+    metadata = _read_metadata(config)
     refuse_seen_seeds(config, metadata)
     cameras = camera_texts(config, metadata)
     open_environment = partial(_open_environment, cameras, config.max_steps)
@@ -199,24 +199,29 @@ def _open_policy(config: EvalConfig) -> Policy:
     from pi0fm.policy.scores import ScoreOptions
 
     policy = bundle.load(
-        config.policy, num_flow_steps=config.num_flow_steps, solver=config.solver, noise_level=config.noise_level, threads=1
+        config.policy,
+        robot=config.robot,
+        num_flow_steps=config.num_flow_steps,
+        solver=config.solver,
+        noise_level=config.noise_level,
+        threads=1,
     )
     return Scoring(policy, ScoreOptions(config.score_probes)) if config.scores else policy
 
 
-def _read_metadata(address: str) -> dict[str, Any]:
+def _read_metadata(config: EvalConfig) -> dict[str, Any]:
     """What the policy says of itself, without its weights: those are for the workers."""
-    if address.startswith(("ws://", "wss://")):
+    if config.remote:
         from pi0fm.serve.client import RemotePolicy
 
-        remote = RemotePolicy(address, connections=1)
+        remote = RemotePolicy(config.policy, connections=1)
         try:
             return dict(remote.metadata)
         finally:
             remote.close()
     from pi0fm.policy import bundle
 
-    return bundle.read(Path(address))[0].metadata()
+    return bundle.metadata(Path(config.policy), config.robot)
 
 
 def _open_environment(cameras: Sequence[str], max_steps: int, task: str) -> Environment:

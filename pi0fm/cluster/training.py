@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from pi0fm import options, progress
+from pi0fm.cluster.caching import cache_everywhere
 from pi0fm.cluster.runtime import ray_session, require_resources
+from pi0fm.data.lerobot_source import DatasetConfig
 from pi0fm.errors import ConfigError, Pi0fmError
 from pi0fm.options import option
 from pi0fm.train.config import TrainConfig
@@ -82,6 +84,9 @@ def _on_ray(run: TrainingRun) -> TrainResult:
     gpus = (1.0 if cluster.get("GPU", 0) else 0.0) if run.gpus_per_worker is None else run.gpus_per_worker
     each = {"CPU": float(run.cpus_per_worker or _share_of_cpus(run.num_workers, gpus)), **({"GPU": gpus} if gpus else {})}
     require_resources(each, run.num_workers)
+    if sum(node["Alive"] for node in ray.nodes()) > 1:  # on one machine the first worker builds, while the others wait for its lock
+        found = _absolute(run).entries().values()
+        cache_everywhere([(entry.dataset, entry.embodiment) for entry in found], run.network().vision.image_size, needs=each)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"run": options.encode(_absolute(run))},
@@ -128,13 +133,18 @@ def _share_of_cpus(num_workers: int, gpus: float) -> int:
 
 def _absolute(run: TrainingRun) -> TrainingRun:
     """Ray's workers have another working directory."""
-    dataset, tokenizer = run.dataset, Path(run.tokenizer)
-    paths = {name: getattr(dataset, name).absolute() for name in ("root", "cache_dir") if getattr(dataset, name) is not None}
+    tokenizer = Path(run.tokenizer)
     if run.pretrained is not None:
         run = replace(run, pretrained=run.pretrained.absolute())
     if run.tokenizer not in ("byt5", "pretrained") and tokenizer.is_dir():
         run = replace(run, tokenizer=str(tokenizer.absolute()))
-    return replace(run, output_dir=run.output_dir.absolute(), dataset=replace(dataset, **paths))
+    mixture = {name: replace(entry, dataset=_found_anywhere(entry.dataset)) for name, entry in run.mixture.items()}
+    return replace(run, output_dir=run.output_dir.absolute(), dataset=_found_anywhere(run.dataset), mixture=mixture)
+
+
+def _found_anywhere(dataset: DatasetConfig) -> DatasetConfig:
+    paths = {name: getattr(dataset, name).absolute() for name in ("root", "cache_dir") if getattr(dataset, name) is not None}
+    return replace(dataset, **paths)
 
 
 def _cause(error: BaseException) -> BaseException:

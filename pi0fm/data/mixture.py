@@ -1,7 +1,7 @@
 """Several data sets in one stream, each with its own robot, statistics and weight.
 
-Owns: which data set stands at a position, filters of episodes, weights of samples, one batch out of several. Does not know: how a
-data set is read, how a network is chosen.
+Owns: the options of a data set in a mixture, which data set stands at a position, filters of episodes, weights of samples, one batch out
+of several. Does not know: how a data set is read, how a network is chosen.
 
     position     0    1    2    3    4    5    6    7        weights 4 : 2 : 1
     data set     A    B    A    C    A    B    A    A        A's share of the first p positions is 4 p / 7, less than one off
@@ -12,7 +12,9 @@ a function of the position, so that neither workers nor restarts change anything
 Shape letters: B batch, C cameras of the mixture, H horizon, A action dim, L prompt tokens.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -26,7 +28,7 @@ from pi0fm.data.embodiment import Embodiment
 from pi0fm.data.lerobot_source import DatasetConfig, LeRobotSource, data_files
 from pi0fm.data.loader import Batch, BatchMaker, Collator, keep_count
 from pi0fm.data.order import Weighted, weighted
-from pi0fm.errors import ConfigError, DatasetError
+from pi0fm.errors import ConfigError, DatasetError, Pi0fmError
 from pi0fm.models.observation import ModelObservation
 from pi0fm.options import nearest, option
 
@@ -45,12 +47,38 @@ class MixtureEntry:
     min_frames: int = option(1, "leave out episodes that are shorter")
     task_weights: dict[str, float] = option(dict, "instruction -> weight of its samples against others of this data set; 1 where unnamed")
     weight_column: str | None = option(None, "column of the data set with the weight of each frame")
+    camera_sources: dict[str, str] = option(dict, "camera -> SOURCE:WIDTHxHEIGHT in a simulator, kept in the bundle for this robot")
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):
             raise ConfigError(f"a mixture's weight must be > 0, found {self.weight}; leave the data set out instead of giving it 0")
         if self.min_frames < 1:
             raise ConfigError(f"min_frames must be >= 1, found {self.min_frames}; leave it out for all episodes")
+
+
+def refuse_entries(mixture: Mapping[str, MixtureEntry]) -> None:
+    """Raise ConfigError for names that cannot be typed, an entry without a data set, or weights too far apart; nothing is opened."""
+    for name, entry in mixture.items():
+        if not re.fullmatch(r"\w+", name, re.ASCII):
+            raise ConfigError(f"a mixture's names are letters, digits and _, found {name!r}; it is typed in options and after --robot")
+        if not entry.dataset.repo_id and entry.dataset.root is None:
+            raise ConfigError(
+                f"mixture.{name} must name a data set, found none; type --mixture.{name}.dataset.repo_id NAME, or .root DIRECTORY"
+            )
+    if mixture:
+        deal([entry.weight for entry in mixture.values()], np.zeros(1, dtype=np.int64))
+
+
+@contextmanager
+def entry_named(name: str) -> Iterator[None]:
+    """A fault inside the block is told with the entry that it is of, and with the options as they are typed for it; "" for no mixture."""
+    try:
+        yield
+    except Pi0fmError as error:
+        if not name:
+            raise
+        text = str(error).replace("--dataset.", f"--mixture.{name}.dataset.").replace("--embodiment.", f"--mixture.{name}.embodiment.")
+        raise type(error)(f"mixture.{name}: {text}") from error
 
 
 def filtered(source: LeRobotSource, entry: MixtureEntry) -> LeRobotSource:

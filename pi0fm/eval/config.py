@@ -35,6 +35,7 @@ class EvalConfig:
 
     policy: str = required("a bundle's directory, or the ws:// address of a server")
     tasks: str | tuple[str, ...] = required("tasks to run, as a list or with commas between")
+    robot: str | None = option(None, "of a bundle that was trained on a mixture: the robot that acts; the first when not given")
     episodes: int = option(20, "episodes of each task, one seed each")
     first_seed: int = option(1, "seed of the first episode; the others follow one by one")
     allow_seen_seeds: bool = option(False, "accept start positions that the policy saw in its demonstrations")
@@ -85,6 +86,8 @@ class EvalConfig:
             raise ConfigError(
                 f"num_flow_steps, solver and noise_level belong to the server {self.policy}, which runs the model; give them to pi0fm serve"
             )
+        if self.robot is not None:
+            raise ConfigError(f"robot belongs to the server {self.policy}, which serves one; give it to pi0fm serve")
         if self.scores:
             raise ConfigError(
                 f"scores need the derivatives of the network, and {self.policy} sends actions only; give --policy the bundle's directory"

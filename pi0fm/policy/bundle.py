@@ -6,6 +6,7 @@ Owns: the bundle's files, their check, loading and saving. Does not know: traini
       manifest.json        written last: size and SHA-256 of every other file; a bundle without it is not one
       config.json          network, flow, embodiment, normalisation, how it was trained, versions
       norm_stats.json
+      robots.json          only of a mixture: what each of its robots has of its own (policy/robots.py)
       model.safetensors    float32 (the moving average of training, when there is one); converted weights as their source has them
       tokenizer/           only for a tokenizer that is not byt5
 """
@@ -32,8 +33,10 @@ from pi0fm.errors import BundleError, ConfigError
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.sampling import overridden
 from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.policy import robots
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.precision import choose_device, inference_dtype
+from pi0fm.policy.robots import Robots
 
 FORMAT = 1
 SMALL = 64 * 2**20  # files up to here are hashed at every load; larger ones are told by their size and their own header
@@ -101,8 +104,11 @@ class PolicyConfig:
         }
 
 
-def save(path: Path, weights: Mapping[str, Tensor], config: PolicyConfig, stats: NormStats) -> None:
-    """Write a bundle to `path`, which must not exist; a reader sees all of it or nothing. Raises BundleError when it exists."""
+def save(path: Path, weights: Mapping[str, Tensor], config: PolicyConfig, stats: NormStats, own: Robots | None = None) -> None:
+    """Write a bundle to `path`, which must not exist; a reader sees all of it or nothing. Raises BundleError when it exists.
+
+    own: of a mixture, its robots by name; `config` and `stats` are then those of the first.
+    """
     if path.exists():
         raise BundleError(f"a bundle is written to a new directory, but {path} exists; remove it or choose another")
     with files.new_directory(path) as aside:
@@ -117,6 +123,8 @@ def save(path: Path, weights: Mapping[str, Tensor], config: PolicyConfig, stats:
         }
         files.write_json(aside / "config.json", tree)
         files.write_json(aside / "norm_stats.json", stats.to_json())
+        if own:
+            files.write_json(aside / robots.FILE, robots.to_json(own))
         listed = {str(file.relative_to(aside)): _describe(file) for file in sorted(aside.rglob("*")) if file.is_file()}
         files.write_json(aside / "manifest.json", {"format": FORMAT, "files": listed})
 
@@ -124,6 +132,7 @@ def save(path: Path, weights: Mapping[str, Tensor], config: PolicyConfig, stats:
 def load(
     path: str | Path,
     *,
+    robot: str | None = None,
     device: str | None = None,
     precision: str = "auto",
     num_flow_steps: int | None = None,
@@ -133,13 +142,14 @@ def load(
 ) -> LocalPolicy:
     """The policy in a bundle.
 
+    robot: of a mixture's bundle, the name of the robot that it is to serve; the first when None.
     device: the best that works when None. precision: `auto`, `float32` or `bfloat16`, of the towers' matrices.
     num_flow_steps, solver, noise_level: in place of the bundle's; noise_level belongs to solver euler_maruyama.
     threads: torch's CPU threads, a setting of the whole process.
     Raises BundleError for a missing, cut or mismatched file, ConfigError for an option that cannot be honoured.
     """
     path = Path(path)
-    config, stats = read(path)
+    config, stats = read(path, robot)
     flow = overridden(config.flow, num_flow_steps, solver, noise_level)
     config = replace(config, flow=flow)
     if threads is not None:
@@ -156,15 +166,18 @@ def load(
         model,
         FlowMatching.from_config(flow),
         chain,
-        config.metadata(),
+        config.metadata() | _robot_facts(path, robot),
         chosen,
         inference_dtype(precision, chosen, config.model.decoder.backbone.width),
         config.padded_noise,
     )
 
 
-def read(path: Path) -> tuple[PolicyConfig, NormStats]:
-    """Configuration and statistics of a bundle whose files were checked against its manifest."""
+def read(path: Path, robot: str | None = None) -> tuple[PolicyConfig, NormStats]:
+    """Configuration and statistics of a bundle whose files were checked against its manifest; of a mixture's for one robot.
+
+    Raises ConfigError for a robot that it does not hold. A bundle of one data set knows its robot by `embodiment.name`.
+    """
     _check(path)
     tree = _json(path / "config.json")
     if tree.get("format") != FORMAT:
@@ -173,7 +186,37 @@ def read(path: Path) -> tuple[PolicyConfig, NormStats]:
         config = options.decode(PolicyConfig, tree["policy"])
     except ConfigError as error:
         raise BundleError(f"{path / 'config.json'} does not fit this version of pi0fm: {error}") from None
-    return config, norm_stats_from_json(_json(path / "norm_stats.json"), str(path / "norm_stats.json"))
+    stats = norm_stats_from_json(_json(path / "norm_stats.json"), str(path / "norm_stats.json"))
+    if robot is None:
+        return config, stats
+    own = _robots(path)
+    robots.refuse_unknown(robot, list(own) or [config.embodiment.name], str(path))
+    if not own:
+        return config, stats
+    chosen, stats = own[robot]
+    return replace(config, **vars(chosen)), stats
+
+
+def robot_names(path: Path) -> tuple[str, ...]:
+    """The robots that a bundle serves, the one that is taken by default first."""
+    return tuple(_robots(path)) or (read(path)[0].embodiment.name,)
+
+
+def metadata(path: Path, robot: str | None = None) -> dict[str, Any]:
+    """What the policy that `load` makes says of itself, without its weights."""
+    return read(path, robot)[0].metadata() | _robot_facts(path, robot)
+
+
+def _robots(path: Path) -> Robots:
+    """Of a mixture's bundle its robots, of another none."""
+    file = path / robots.FILE
+    return robots.from_json(_json(file), str(file)) if file.is_file() else {}
+
+
+def _robot_facts(path: Path, robot: str | None) -> dict[str, Any]:
+    """Of a mixture's bundle, which robot is served, which others could be, and the seeds that any of them demonstrated."""
+    own = _robots(path)
+    return {"robot": robot or next(iter(own)), "robots": list(own), "demonstration_seeds": robots.demonstrated(own)} if own else {}
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 Owns: `TrainConfig` and its ranges, the network that it names, what may change at a resume. Does not know: how a run is started.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pi0fm.data.augment import AugmentConfig
 from pi0fm.data.embodiment import Embodiment
 from pi0fm.data.lerobot_source import DatasetConfig
 from pi0fm.data.loader import LoaderConfig
+from pi0fm.data.mixture import MixtureEntry, refuse_entries
 from pi0fm.data.prompt import BYTES, OPENPI, refuse_dialect
 from pi0fm.errors import ConfigError
 from pi0fm.flow.matching import FlowConfig
@@ -51,6 +53,9 @@ class TrainConfig:
     micro_batch_size: int | None = option(None, "samples a forward pass; empty takes a worker's whole share")
     dataset: DatasetConfig = option(DatasetConfig, "")
     embodiment: Embodiment = option(Embodiment, "")
+    mixture: dict[str, MixtureEntry] = option(
+        dict, "several data sets in place of dataset.* and embodiment.*: a NAME each, which serve, eval and load take as --robot NAME"
+    )
     pretrained: Path | None = option(None, "bundle to start from, such as pi0fm convert writes; empty starts from random weights")
     pretrained_norm_stats: bool = option(False, "keep the bundle's statistics of state and action instead of the data set's own")
     train_only: str = option("full", "full, frozen_vision (all but the vision tower) or expert_only (action expert, state, actions, time)")
@@ -118,6 +123,22 @@ class TrainConfig:
             )
         refuse_dialect(self.prompt_dialect, network.state_input == "prompt")
         self._refuse_fine_tuning(network)
+        self._refuse_beside_mixture()
+        refuse_entries(self.mixture)
+
+    def _refuse_beside_mixture(self) -> None:
+        """Raise ConfigError for an option of one data set beside a mixture, where every entry has its own."""
+        for name in ("dataset", "embodiment", "camera_sources") if self.mixture else ():
+            given = _changed_from_default(name, getattr(self, name))
+            if given:
+                raise ConfigError(
+                    f"{given} is of one data set, but the run has a mixture of {', '.join(self.mixture)}; "
+                    f"type --mixture.{next(iter(self.mixture))}.{given} instead"
+                )
+
+    def entries(self) -> dict[str, MixtureEntry]:
+        """The data sets by name; without a mixture the one of `dataset` and `embodiment`, under the empty name."""
+        return self.mixture or {"": MixtureEntry(self.dataset, self.embodiment, camera_sources=self.camera_sources)}
 
     def _refuse_fine_tuning(self, network: Pi0Config) -> None:
         """Raise ConfigError for a fine-tuning that cannot be, before any data is opened."""
@@ -173,18 +194,36 @@ def refuse_other_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> N
 def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`NAME was X, now Y` for every option that differs between two runs and makes another run of it.
 
-    An option that the old run did not know had its default there.
+    An option that the old run did not know had its default there. Of a mixture first the entries are compared, whose order counts, then
+    what those that are in both say.
     """
     known = _flat(options.encode(TrainConfig()))
-    flat_old, flat_new = known | _flat(old), known | _flat(new)
+    both = (old.get("mixture") or {}).keys() & (new.get("mixture") or {}).keys()
+    flat_old, flat_new = (known | _comparable(tree, both) for tree in (old, new))
     return [
         f"{name} was {flat_old.get(name)!r}, now {flat_new.get(name)!r}"
         for name in sorted(flat_old.keys() | flat_new.keys())
-        if (name in known or name.split(".")[0] in ("model", "embodiment", "camera_sources"))
+        if (name in known or name.split(".")[0] in ("model", "embodiment", "camera_sources", "mixture"))
         and name.split(".")[0] not in FREE_AT_RESUME
-        and name not in FREE_IN_GROUPS
+        and re.sub(r"^mixture\.\w+\.", "", name) not in FREE_IN_GROUPS
         and flat_old.get(name) != flat_new.get(name)
     ]
+
+
+def _comparable(tree: Mapping[str, Any], entries: Collection[str]) -> dict[str, Any]:
+    """The options of a run by dotted name; of its mixture the names in order, and what `entries` say."""
+    mixture = tree.get("mixture") or {}
+    flat = _flat({name: value for name, value in tree.items() if name != "mixture"}) | {"mixture": ", ".join(mixture)}
+    defaults = options.encode(MixtureEntry())
+    for name in entries:
+        flat |= _flat(options.merge(defaults, mixture[name]), f"mixture.{name}.")
+    return flat
+
+
+def _changed_from_default(name: str, value: Any) -> str | None:
+    """The dotted name of the first option of a group that is not as it is when nothing is given."""
+    default = _flat(options.encode(TrainConfig()))
+    return next((key for key, found in _flat({name: options.encode(value)}).items() if found != default.get(key)), None)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pi0fm.data.prompt import BYTES, load_tokenizer
 from pi0fm.errors import BundleError, ConfigError
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.models.presets import PRESETS
+from pi0fm.options import nearest
 from pi0fm.policy import bundle
 from pi0fm.policy.bundle import PolicyConfig
 
@@ -71,15 +72,25 @@ def refuse_other_policy(pretrained: Pretrained, run: PolicyConfig) -> None:
     _refuse_other_tokens(pretrained, run)
 
 
-def refuse_other_widths(pretrained: Pretrained, run: PolicyConfig) -> None:
-    """Raise ConfigError where the bundle's statistics are of another width than the robot of the run: they cannot be kept."""
-    columns = (pretrained.stats.state, pretrained.stats.action)
-    for what, column, width in zip(("state", "action"), columns, run.embodiment.dims(), strict=True):
+def kept_stats(pretrained: Pretrained, entry: str, run: PolicyConfig) -> NormStats:
+    """The bundle's statistics for a run's data set: those of its robot of the entry's name, of its only robot where there is no mixture.
+
+    Raises ConfigError where it is not said whose they are, or where they are of another width than the robot: they cannot be kept.
+    """
+    known = bundle.robot_names(pretrained.path)
+    whose = f"pretrained_norm_stats keeps a robot's statistics by its name, {pretrained.path} holds those of {', '.join(known)}"
+    if entry and entry not in known:
+        raise ConfigError(f"{whose}, found mixture.{entry}: {nearest(entry, known)}; leave it out to compute them from the data sets")
+    if not entry and len(known) > 1:
+        raise ConfigError(f"{whose}, found a run without names; write its data set as mixture.{known[0]}, or as that of another robot")
+    stats = bundle.read(pretrained.path, entry)[1] if entry else pretrained.stats
+    for what, column, width in zip(("state", "action"), (stats.state, stats.action), run.embodiment.dims(), strict=True):
         if len(column.mean) != width:
             raise ConfigError(
                 f"pretrained_norm_stats needs statistics of the robot's {what}, {width} wide, found {len(column.mean)} in "
                 f"{pretrained.path}; leave it out, so that they are computed from the data set"
             )
+    return stats
 
 
 def starting_network(pretrained: Pretrained | None, config: Pi0Config) -> Pi0:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pi0fm import options, progress
 from pi0fm.data.lerobot_source import LeRobotSource
 from pi0fm.data.norm_stats import NormStats
+from pi0fm.data.order import Weighted
 from pi0fm.errors import ConfigError, DatasetError, OutputError
 from pi0fm.train.checkpoint import Checkpoints
 from pi0fm.train.checkpoint_index import Index
@@ -58,8 +59,11 @@ def spread_count(optimizer: torch.optim.Optimizer) -> None:
         count.copy_(counts[0])
 
 
-def data_facts(source: LeRobotSource, stats: NormStats) -> dict[str, Any]:
-    """What a data set holds, wherever it lies: copied to another disk it is the same, with one more episode it is another."""
+def data_facts(source: LeRobotSource, stats: NormStats, order: Weighted | None = None) -> dict[str, Any]:
+    """What a data set holds, wherever it lies: copied to another disk it is the same, with one more episode it is another.
+
+    order: that of its samples, where they have weights.
+    """
     columns = hashlib.blake2b(digest_size=16)
     for column in (source.state, source.action, source.episode, source.task, source.end, source.frames):
         columns.update(np.ascontiguousarray(column))
@@ -75,6 +79,7 @@ def data_facts(source: LeRobotSource, stats: NormStats) -> dict[str, Any]:
         "tasks": _digest(source.tasks),
         "files": _digest(sorted(files.items())),
         "norm_stats": _digest(stats.to_json()),
+        **({} if order is None else {"sample_weights": _digest(order.cumulative.tolist())}),
     }
 
 

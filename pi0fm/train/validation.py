@@ -1,7 +1,7 @@
 r"""Held-out demonstrations as a metric of training: how likely the policy finds them, and its loss on them.
 
 Owns: `ValidationConfig`, the fixed chunks, probes, noise and times, and the numbers made of them.
-Does not know: which episodes are held out (data/held_out.py), when it is asked for (train/loop.py).
+Does not know: which episodes are held out (data/held_out.py), when it is asked for (train/watch.py).
 
     held-out frames --fixed order--> N chunks --pieces of 8--> piece 0 | piece 1 | piece 2 | piece 3 | ...
                                                                rank 0    rank 1    rank 0    rank 1        W = 2
@@ -45,8 +45,8 @@ class ValidationConfig:
     """What is held out of the training, and how it is looked at. Raises ConfigError for a value out of range."""
 
     every: int = option(0, "optimiser steps between two validations; the last step is validated too; 0 for none")
-    episodes: int = option(0, "episodes held out of training and its statistics, chosen by the seed, spread over the tasks")
-    samples: int = option(64, "held-out chunks that are looked at, always the same; all of them where there are fewer")
+    episodes: int = option(0, "episodes held out of training and its statistics, chosen by the seed, over all tasks; so many of each entry")
+    samples: int = option(64, "held-out chunks that are looked at, always the same, of each entry; all of them where there are fewer")
     probes: int = option(2, "random probes of Hutchinson's divergence for each chunk")
     num_flow_steps: int = option(16, "steps of the integral from a chunk back to its noise")
     solver: str = option("midpoint", "ODE solver of that integral: euler, midpoint, heun, rk4, dopri5")
@@ -73,13 +73,18 @@ Encode = Callable[[ModelObservation], Velocity]
 
 @dataclass(frozen=True)
 class Validator:
-    """The fixed chunks and all that judges them; `make_validator` puts one together."""
+    """The fixed chunks of one data set and all that judges them. entry: its name in a mixture, "" without one."""
 
     config: ValidationConfig
     encode: Encode
     flow: FlowMatching
     collator: Collator
     device: torch.device
+    entry: str = ""
+
+    def named(self, metric: str) -> str:
+        """A metric's name in metrics.jsonl, such as `validation_nll`, of a mixture `validation_nll/NAME`."""
+        return f"{metric}/{self.entry}" if self.entry else metric
 
     @property
     def num_chunks(self) -> int:
@@ -96,34 +101,46 @@ class Validator:
         notice: is told which piece is being looked at. A metric that is not finite is named on standard error and left out: a weight
         that is NaN must not cost the run its checkpoint or its bundle.
         """
-        metrics = summarize(all_sum(context, measure(self, context.rank, context.world_size, notice)))
+        found = summarize(all_sum(context, measure(self, context.rank, context.world_size, notice)))
+        metrics = {self.named(name): value for name, value in found.items()}
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken and context.is_first:
             progress.say(f"step {step}: {', '.join(broken)} of the held-out chunks is not finite, and is left out of metrics.jsonl")
         return {name: value for name, value in metrics.items() if name not in broken}
 
 
-def make_validator(
-    config: ValidationConfig, collator: Collator, model: Pi0, weights: Mapping[str, Tensor], flow: FlowMatching, device: torch.device
-) -> Validator | None:
-    """The validator of a run, None where it asks for none.
+def make_validators(
+    config: ValidationConfig,
+    collators: Mapping[str, Collator],
+    model: Pi0,
+    weights: Mapping[str, Tensor],
+    flow: FlowMatching,
+    device: torch.device,
+) -> tuple[Validator, ...]:
+    """A validator of each entry of a run, none where it asks for none; they share one averaged network.
 
-    collator: training's own, but of the held-out episodes. weights: of `Ema.weights`, followed as they change.
+    collators: training's own, but of the held-out episodes. weights: of `Ema.weights`, followed as they change.
     """
     if not config.every:
-        return None
-    other = replace(collator, seed=collator.seed ^ OTHER_STREAM, flow_draws=LOSS_DRAWS + config.probes)
-    return Validator(config, encoder(averaged(model, weights, device)), flow, other, device)
+        return ()
+    encode, draws = encoder(averaged(model, weights)), LOSS_DRAWS + config.probes
+    return tuple(
+        Validator(config, encode, flow, replace(collator, seed=collator.seed ^ OTHER_STREAM, flow_draws=draws), device, entry)
+        for entry, collator in collators.items()
+    )
 
 
-def averaged(model: Pi0, weights: Mapping[str, Tensor], device: torch.device) -> Pi0:
-    """`model` in evaluation mode with `weights` in place of its own. The memory is shared: it changes as they do, and costs none."""
+def averaged(model: Pi0, weights: Mapping[str, Tensor]) -> Pi0:
+    """`model` in evaluation mode with `weights` in place of its own. The memory is shared: it changes as they do, and costs none.
+
+    Both lie on the device already: `.to(device)` would copy, since several workers on CPUs are told cpu:0 and no tensor says so of itself.
+    """
     shared = {
         id(parameter): nn.Parameter(weights.get(name, parameter.detach()), requires_grad=False)
         for name, parameter in model.named_parameters()
     }
     # the same modules, adapters and all, around parameters that are given instead of copied
-    return copy.deepcopy(model, shared).to(device).eval()
+    return copy.deepcopy(model, shared).eval()
 
 
 def encoder(model: Pi0) -> Encode:

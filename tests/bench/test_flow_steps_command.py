@@ -11,7 +11,7 @@ from pi0fm.cli.main import main
 from pi0fm.data.lerobot_source import open_source
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy import bundle
-from pi0fm.train.loop import policy_config
+from pi0fm.train.data import policy_config
 
 
 @pytest.fixture(scope="module")

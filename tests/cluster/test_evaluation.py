@@ -93,8 +93,8 @@ def faked(monkeypatch):
         asked.append(f"open {config.policy}")
         return PointPolicy()
 
-    def read_metadata(address):
-        asked.append(f"read {address}")
+    def read_metadata(config):
+        asked.append(f"read {config.policy}")
         return {**PointPolicy().metadata, **KNOWN}
 
     def open_environment(cameras, max_steps, task):

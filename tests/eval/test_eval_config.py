@@ -40,6 +40,10 @@ def test_the_plan_films_the_first_episodes_of_each_task():
         ({"gpus_per_worker": 0.5, "num_workers": 0}, "takes what it finds"),
         ({"policy": "ws://robot:8000", "num_flow_steps": 3}, "give them to pi0fm serve"),
         ({"policy": "ws://robot:8000", "noise_level": 0.5}, "give them to pi0fm serve"),
+        (
+            {"policy": "ws://robot:8000", "robot": "arm"},
+            "robot belongs to the server ws://robot:8000, which serves one; give it to pi0fm serve",
+        ),
         ({"policy": "ws://robot:8000", "scores": True}, "ws://robot:8000 sends actions only; give --policy the bundle's directory"),
         ({"score_probes": 4}, "score_probes belongs to --scores, found 4 without it"),
         ({"scores": True, "score_probes": -1}, "score_probes must be 0 or more"),

@@ -30,6 +30,11 @@ class Run:
     optimizer: Optimizer = option(Optimizer, "AdamW")
 
 
+@dataclass(frozen=True)
+class Zoo:
+    animals: dict[str, Run] = option(dict, "NAME -> a run of its own")
+
+
 ALIASES = {"policy.optimizer_lr": "optimizer.learning_rate"}
 
 
@@ -152,6 +157,42 @@ def test_describe_lists_every_leaf_with_its_default() -> None:
         ("--optimizer.learning_rate", "0.001", "peak"),
         ("--optimizer.betas", "(0.9, 0.95)", "moments"),
     ]
+
+
+def test_groups_under_names_that_the_user_gives() -> None:
+    words = [
+        "--animals.cat.output",
+        "007",
+        "--animals.cat.tasks",
+        "a,b",
+        "--animals.dog.output",
+        "y",
+        "--animals.dog.optimizer.betas",
+        "1,2",
+    ]
+    zoo = options.parse(Zoo, words)
+    assert zoo == Zoo({"cat": Run("007", tasks=("a", "b")), "dog": Run("y", optimizer=Optimizer(betas=(1.0, 2.0)))})
+    assert options.decode(Zoo, options.encode(zoo)) == zoo
+    assert options.describe(Zoo)[:2] == [
+        ("--animals", "{}", "NAME -> a run of its own"),
+        ("--animals.NAME.output", "required", "folder of the run"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--animals.cat.stesp", "7"], r"unknown option animals\.cat\.stesp: did you mean 'steps'\?"),
+        (["--animals.cat.optimizer.beta", "7"], r"unknown option animals\.cat\.optimizer\.beta: did you mean 'betas'"),
+        (["--animals.cat.steps", "7"], r"option animals\.cat\.output is required"),
+        (["--animals.cat", "7"], r"option animals\.cat is a group: expected options in it, found 7; options here: output, "),
+        (["--animals", "7"], r"option animals is a group: expected animals\.NAME, found 7"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_named_group_is_as_strict(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        options.parse(Zoo, words)
 
 
 @pytest.mark.parametrize(("word", "guess"), [("train", "train"), ("trian", "train"), ("eavl", "eval"), ("qqqq", None)])

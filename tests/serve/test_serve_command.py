@@ -43,9 +43,32 @@ def test_a_port_in_use_is_one_line_before_anything_is_loaded(loads: list[Any], c
 
 
 def test_options_reach_the_bundle_and_its_fault_the_user(loads: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--policy.path", "b", "--port", "0", "--num_flow_steps", "5", "--solver", "heun", "--device", "cpu", "--threads", "1"]
+    words = [
+        "--policy.path",
+        "b",
+        "--port",
+        "0",
+        "--num_flow_steps",
+        "5",
+        "--robot",
+        "arm",
+        "--solver",
+        "heun",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+    ]
     assert main(["serve", *words]) == 1
-    wanted = {"num_flow_steps": 5, "solver": "heun", "noise_level": None, "device": "cpu", "precision": "auto", "threads": 1}
+    wanted = {
+        "robot": "arm",
+        "num_flow_steps": 5,
+        "solver": "heun",
+        "noise_level": None,
+        "device": "cpu",
+        "precision": "auto",
+        "threads": 1,
+    }
     assert loads == [{"path": Path("b"), **wanted}]
     assert "no bundle at b" in capsys.readouterr().err
 

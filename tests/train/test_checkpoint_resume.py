@@ -15,7 +15,7 @@ from torch import nn
 
 from pi0fm.data.lerobot_source import open_source
 from pi0fm.errors import ConfigError, DatasetError
-from pi0fm.train import checkpoint, loop, signals
+from pi0fm.train import checkpoint, data, loop, signals
 from pi0fm.train.ema import Ema
 from pi0fm.train.loop import train
 from pi0fm.train.optim import OptimizerConfig, make_optimizer
@@ -116,7 +116,7 @@ def test_a_data_set_that_moved_is_the_same_and_one_that_grew_is_not(run, tiny_ro
 
 def test_a_changed_data_set_is_refused_with_what_differs(run, tiny_root, tmp_path, monkeypatch, capsys):
     start(run("run", steps=2))
-    real = loop.open_source
+    real = data.open_source
 
     def changed(*arguments):
         source = real(*arguments)
@@ -124,7 +124,7 @@ def test_a_changed_data_set_is_refused_with_what_differs(run, tiny_root, tmp_pat
         action[3, 0] += np.float32(1e-3)
         return replace(source, action=action)
 
-    monkeypatch.setattr(loop, "open_source", changed)
+    monkeypatch.setattr(data, "open_source", changed)
     with pytest.raises(DatasetError, match=r"is not the one that .* was trained on: columns was \w+, now \w+; .* --resume_changed true"):
         start(run("run", steps=4, resume="true"))
     capsys.readouterr()

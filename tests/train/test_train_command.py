@@ -121,6 +121,12 @@ def test_wrong_options(refused, arguments, words):
     assert words in line
 
 
+def test_lerobots_word_for_the_weights_to_start_from(refused):
+    code, line = refused("--policy.path", "/nowhere/bundle")
+    assert code == 1
+    assert "no bundle at /nowhere/bundle" in line
+
+
 def test_a_missing_configuration_file(capsys):
     assert main(["train", "nowhere.yaml"]) == 2
     assert "no configuration file at nowhere.yaml" in capsys.readouterr().err

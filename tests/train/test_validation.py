@@ -15,6 +15,7 @@ from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.oracle import GaussianMixture
 from pi0fm.policy import bundle
 from pi0fm.train import checkpoint, loop
+from pi0fm.train.data import Part, open_data
 from pi0fm.train.ema import Ema
 from pi0fm.train.loop import train
 from pi0fm.train.metrics import read_last
@@ -27,8 +28,7 @@ from pi0fm.train.validation import (
     NLL_PER_DIM,
     ValidationConfig,
     Validator,
-    averaged,
-    make_validator,
+    make_validators,
     measure,
     summarize,
 )
@@ -40,9 +40,20 @@ OFTEN = ValidationConfig(every=2, episodes=1, samples=9, probes=1, num_flow_step
 
 
 @pytest.fixture(scope="module")
-def data(configure, tmp_path_factory) -> loop._Data:
+def data(configure, tmp_path_factory) -> Part:
     """One of three episodes is held out."""
-    return loop._open_data(configure(tmp_path_factory.mktemp("data"), validation=OFTEN))
+    return opened(configure(tmp_path_factory.mktemp("data"), validation=OFTEN))
+
+
+def opened(config) -> Part:
+    """The data set of a run without a mixture."""
+    (part,) = open_data(config).parts
+    return part
+
+
+def judge_of(collator, model) -> Validator:
+    (judge,) = make_validators(OFTEN, {"": collator}, model, {}, FLOW, CPU)
+    return judge
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +61,7 @@ def fast(shapes_unchecked):
     """Runs of many small steps."""
 
 
-def validator(data: loop._Data, encode, **change) -> Validator:
+def validator(data: Part, encode, **change) -> Validator:
     config = replace(OFTEN, **change)
     collator = replace(data.held_out, flow_draws=LOSS_DRAWS + config.probes)
     return Validator(config, encode, FLOW, collator, CPU)
@@ -105,7 +116,7 @@ def test_the_loss_is_trainings_own_at_fixed_noise(data):
 
 def test_any_number_of_workers_gives_the_same_numbers_to_the_bit(data):
     torch.manual_seed(0)
-    judge = make_validator(OFTEN, data.held_out, loop.Pi0(data.policy.model), {}, FLOW, CPU)
+    judge = judge_of(data.held_out, loop.Pi0(data.policy.model))
     alone = measure(judge, 0, 1)
     assert len(alone) == 2, "two pieces, so that two workers have something to share"
     shared = measure(judge, 0, 2) + measure(judge, 1, 2)
@@ -115,7 +126,7 @@ def test_any_number_of_workers_gives_the_same_numbers_to_the_bit(data):
 
 
 def test_noise_and_order_are_not_those_of_training(data):
-    judge = make_validator(OFTEN, data.training, model := loop.Pi0(data.policy.model), {}, FLOW, CPU)
+    judge = judge_of(data.training, model := loop.Pi0(data.policy.model))
     assert judge.collator.seed != data.training.seed
     assert model.training, "the network of the run is left as it is"
     a, b = judge.collator(0, 4), data.training(0, 4)
@@ -125,7 +136,8 @@ def test_noise_and_order_are_not_those_of_training(data):
 def test_the_averaged_network_follows_the_average_and_costs_no_memory(data):
     model = loop.Pi0(data.policy.model)
     ema = Ema(model, 0.5)
-    shadow = averaged(model, ema.weights(), CPU)
+    (judge,) = make_validators(OFTEN, {"": data.held_out}, model, ema.weights(), FLOW, torch.device("cpu", 0))
+    shadow = judge.encode.__self__
     with torch.no_grad():
         model.action_out.weight += 1
     ema.update(5)
@@ -139,7 +151,7 @@ def test_the_averaged_network_follows_the_average_and_costs_no_memory(data):
 def test_nothing_global_is_touched(data):
     model = loop.Pi0(data.policy.model)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
-    measure(make_validator(OFTEN, data.held_out, model, {}, FLOW, CPU), 0, 1)
+    measure(judge_of(data.held_out, model), 0, 1)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
     assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == []
@@ -161,7 +173,7 @@ def test_held_out_frames_are_in_no_batch_and_not_in_the_statistics(data, configu
     assert len(epoch) + len(data.held_out.source.frames) == len(source.state)
     rest = tuple(sorted({0, 1, 2} - {held}))
     config = configure(tmp_path / "rest")
-    chosen = loop._open_data(replace(config, dataset=replace(config.dataset, episodes=rest)))
+    chosen = opened(replace(config, dataset=replace(config.dataset, episodes=rest)))
     assert data.stats.to_json() == chosen.stats.to_json()
     assert data.policy.training["held_out_episodes"] == str(held)
     assert "held_out_episodes" not in chosen.policy.training

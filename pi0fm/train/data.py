@@ -1,0 +1,219 @@
+"""What a run trains on: its data set or its mixture, opened, with what is held out of each and what the bundle will say of each.
+
+Owns: `RunData` and the order in which it is opened. Does not know: the network that trains, steps, workers.
+
+    entry A: columns -> filters -> held-out episodes -> statistics -> chain    all that can be refused for any entry is refused here,
+    entry B: the same                                                          before a video is decoded
+    then A: frame cache or stream -> batches;  B: the same;  both dealt by weight into one stream (data/mixture.py)
+
+A run without a mixture has one entry without a name, and the order of its data set alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pi0fm.data import held_out
+from pi0fm.data.lerobot_source import LeRobotSource, open_source
+from pi0fm.data.loader import BatchMaker, Collator
+from pi0fm.data.mixture import MixtureCollator, MixtureEntry, entry_named, filtered, part_seed, sample_order
+from pi0fm.data.norm_stats import NormStats
+from pi0fm.data.order import Weighted
+from pi0fm.data.streaming import open_pictures
+from pi0fm.data.transforms import Chain
+from pi0fm.errors import ConfigError
+from pi0fm.policy.bundle import PolicyConfig
+from pi0fm.policy.robots import Robot
+from pi0fm.train.config import TrainConfig
+from pi0fm.train.pretrained import Pretrained, chosen_tokenizer, kept_stats, open_pretrained, refuse_other_policy
+from pi0fm.train.state import data_facts
+
+
+@dataclass(frozen=True)
+class Part:
+    """One data set of a run.
+
+    policy: what the bundle says of it; held_out: its episodes that nothing trains on, 0 or more; order: by sample weights, if it has any.
+    """
+
+    name: str
+    policy: PolicyConfig
+    stats: NormStats
+    training: Collator
+    held_out: Collator
+    order: Weighted | None = None
+
+    def described(self) -> str:
+        """Its frames, for the person who watches."""
+        held = len(self.held_out.source.frames)
+        return f"{len(self.training.source.frames)} frames" + (f" ({held} more are held out)" if held else "")
+
+
+@dataclass(frozen=True)
+class RunData:
+    """All data sets of a run, opened. training: the batches of all together."""
+
+    parts: tuple[Part, ...]
+    training: BatchMaker
+    pretrained: Pretrained | None
+
+    @property
+    def policy(self) -> PolicyConfig:
+        """The first entry's; network, flow and normalisation are those of all."""
+        return self.parts[0].policy
+
+    @property
+    def num_cameras(self) -> int:
+        """Pictures of a sample that the network is given, masked ones too."""
+        return len({camera for part in self.parts for camera in part.policy.embodiment.cameras})
+
+    def held_out(self) -> dict[str, Collator]:
+        """By entry, its held-out episodes."""
+        return {part.name: part.held_out for part in self.parts}
+
+    def robots(self) -> dict[str, tuple[Robot, NormStats]]:
+        """What the bundle of a mixture keeps of each entry; empty for a run without a mixture, whose bundle holds one robot."""
+        if not isinstance(self.training, MixtureCollator):
+            return {}
+        return {part.name: (_robot(part.policy), part.stats) for part in self.parts}
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint says of the data: of an entry under `mixture.NAME.`."""
+        return {
+            f"mixture.{part.name}.{name}" if part.name else name: value
+            for part in self.parts
+            for name, value in data_facts(part.training.source, part.stats, part.order).items()
+        }
+
+    def described(self) -> str:
+        """The data sets, for the person who watches: frames, of a mixture each entry's share of the samples and its control rate too."""
+        if not isinstance(self.training, MixtureCollator):
+            return self.parts[0].described()
+        each = zip(self.parts, shares(self.training.weights), strict=True)
+        return ", ".join(f"{part.name} {share} of samples from {part.described()} at {part.policy.fps:g} fps" for part, share in each)
+
+
+def open_data(config: TrainConfig) -> RunData:
+    """Open the data set of a run, or all of its mixture.
+
+    Raises the errors of data sets and configuration; of a mixture they name the entry.
+    """
+    pretrained = open_pretrained(config.pretrained)
+    config = replace(config, tokenizer=chosen_tokenizer(config.tokenizer, pretrained))
+    opened = _in_one_order_of_cameras({name: _read(name, entry) for name, entry in config.entries().items()})
+    checked = [_check(config, name, number, source, pretrained) for number, (name, source) in enumerate(opened.items())]
+    parts = tuple(_with_pictures(config, number, found) for number, found in enumerate(checked))
+    if not config.mixture:
+        return RunData(parts, parts[0].training, pretrained)
+    weights = tuple(entry.weight for entry in config.mixture.values())
+    return RunData(parts, MixtureCollator(tuple(part.training for part in parts), weights), pretrained)
+
+
+def policy_config(config: TrainConfig, source: LeRobotSource, held: tuple[int, ...] = ()) -> PolicyConfig:
+    """What the bundle of this run will say, against the data set that it was resolved with. held: episodes that it never saw."""
+    facts = {"repo_id": source.repo_id, "dataset": str(source.root), "dataset_fingerprint": source.fingerprint}
+    if config.pretrained is not None:
+        facts["pretrained"] = str(config.pretrained)
+    if config.train_only != "full" or config.lora.rank:
+        facts["trained"] = config.train_only + (f", lora of rank {config.lora.rank}" if config.lora.rank else "")
+    if held:
+        facts["held_out_episodes"] = ",".join(map(str, held))
+    if config.mixture:
+        each = zip(config.mixture, shares([entry.weight for entry in config.mixture.values()]), strict=True)
+        facts["mixture"] = ", ".join(f"{name} {share}" for name, share in each)
+    return PolicyConfig(
+        model=config.network(),
+        flow=config.flow,
+        embodiment=source.embodiment,
+        normalization=config.normalization,
+        norm_floor=config.norm_floor,
+        tokenizer=config.tokenizer,
+        prompt_dialect=config.prompt_dialect,
+        execution_horizon=config.execution_horizon,
+        fps=source.fps,
+        demonstration_seeds=source.demonstration_seeds,
+        camera_sources=config.camera_sources or source.camera_sources,
+        training={**facts, "steps": str(config.steps), "global_batch_size": str(config.global_batch_size), "seed": str(config.seed)},
+    )
+
+
+def shares(weights: Sequence[float]) -> list[str]:
+    """Each weight as a share of their sum, in words."""
+    return [f"{100 * weight / sum(weights):.1f} %" for weight in weights]
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """An entry whose columns were read and fit the network; no picture was looked at."""
+
+    name: str
+    entry: MixtureEntry
+    policy: PolicyConfig
+    stats: NormStats
+    chain: Chain
+    order: Weighted | None
+    source: LeRobotSource
+    unseen: LeRobotSource
+
+
+def _read(name: str, entry: MixtureEntry) -> LeRobotSource:
+    with entry_named(name):
+        return filtered(open_source(entry.dataset, entry.embodiment), entry)
+
+
+def _in_one_order_of_cameras(sources: Mapping[str, LeRobotSource]) -> dict[str, LeRobotSource]:
+    """Each robot's cameras in the order of the mixture: that in which the network saw them, and is given them when the robot is served."""
+    order = dict.fromkeys(camera for source in sources.values() for camera in source.embodiment.cameras)
+
+    def arranged(source: LeRobotSource) -> LeRobotSource:
+        own = source.embodiment.cameras
+        return replace(source, embodiment=replace(source.embodiment, cameras={name: own[name] for name in order if name in own}))
+
+    return {name: arranged(source) for name, source in sources.items()}
+
+
+def _check(config: TrainConfig, name: str, number: int, recorded: LeRobotSource, pretrained: Pretrained | None) -> _Checked:
+    entry = config.entries()[name]
+    with entry_named(name):
+        held = held_out.choose(recorded, config.validation.episodes, part_seed(config.seed, number))
+        source, unseen = held_out.split(recorded, held)
+        policy = replace(policy_config(config, source, held), padded_noise=pretrained is not None and pretrained.policy.padded_noise)
+        if entry.camera_sources:
+            policy = replace(policy, camera_sources=entry.camera_sources)
+        if pretrained is not None:
+            refuse_other_policy(pretrained, policy)
+        if pretrained is not None and config.pretrained_norm_stats:
+            stats = kept_stats(pretrained, name, policy)
+        else:
+            stats = source.norm_stats(policy.model.action_horizon)
+        return _Checked(name, entry, policy, stats, policy.chain(stats), sample_order(source, entry), source, unseen)
+
+
+def _with_pictures(config: TrainConfig, number: int, found: _Checked) -> Part:
+    model, dataset = found.policy.model, found.entry.dataset
+    with entry_named(found.name):
+        cache = open_pictures(
+            found.source, dataset, model.vision.image_size, config.global_batch_size, dataset.cache_format, dataset.stream_buffer_gib
+        )
+        if len(found.unseen.frames) and cache.look_ahead:
+            raise ConfigError(
+                "held-out episodes need every picture at hand, but this data set is streamed; raise --dataset.cache_limit_gib"
+            )
+        collator = Collator(
+            found.source,
+            cache,
+            found.chain,
+            model.action_horizon,
+            model.action_dim,
+            part_seed(config.seed, number),
+            config.flow_draws_per_observation,
+            augmentation=config.augmentation if config.augment else None,
+            order=found.order,
+            padded_noise=found.policy.padded_noise,
+        )
+    unseen = replace(collator, source=found.unseen, augmentation=None, order=None)
+    return Part(found.name, found.policy, found.stats, collator, unseen, found.order)
+
+
+def _robot(policy: PolicyConfig) -> Robot:
+    return Robot(policy.embodiment, policy.fps, policy.demonstration_seeds, policy.camera_sources, policy.training)
