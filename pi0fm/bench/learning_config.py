@@ -1,15 +1,23 @@
 """What a comparison of learning is asked to be.
 
-Owns: `LearningConfig` and its ranges. Does not know: how anything is trained or judged; it imports nothing heavy.
+Owns: `LearningConfig` and its ranges, what of a training configuration has no place in it. Does not know: how anything is trained or
+judged; it imports nothing heavy.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pi0fm.data.lerobot_source import DatasetConfig
 from pi0fm.errors import ConfigError
 from pi0fm.options import option
 from pi0fm.sim.metaworld import check_task
+
+# Of pi0fm's training configuration: what both sides' training from scratch, on all of one task's demonstrations, would pass over.
+PASSED_OVER = (
+    *("validation", "mixture", "pretrained", "pretrained_norm_stats", "train_only", "lora", "frozen_bfloat16"),
+    *("activation_checkpointing", "augment", "augmentation", "resume"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,3 +49,14 @@ class LearningConfig:
     def recorded(self) -> bool:
         """Whether the demonstrations are this command's own."""
         return self.dataset.root is None and not self.dataset.repo_id
+
+
+def refuse_passed_over(run: Any) -> None:
+    """Raise ConfigError for options of the training configuration `run` that a comparison would not honour."""
+    usual = type(run)()
+    given = [name for name in PASSED_OVER if getattr(run, name) != getattr(usual, name)]
+    if given:
+        raise ConfigError(
+            f"a comparison trains both sides from scratch on all of one task's demonstrations, and judges them in the simulator: "
+            f"found {', '.join(given)} in --config; leave {'it' if len(given) == 1 else 'them'} out"
+        )

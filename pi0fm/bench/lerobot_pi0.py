@@ -198,14 +198,15 @@ class _ShrunkStreams(PaliGemmaWithExpertModel):
         nn.Module.__init__(self)
         self.freeze_vision_encoder = False
         self.train_expert_only = False
-        self.paligemma = PaliGemmaForConditionalGenerationWithPiGemma(config=_paligemma_config(size))
-        self.gemma_expert = PiGemmaForCausalLM(config=_gemma_config(size, size.expert_width, size.expert_mlp))
+        self.paligemma = PaliGemmaForConditionalGenerationWithPiGemma(config=paligemma_config(size))
+        self.gemma_expert = PiGemmaForCausalLM(config=gemma_config(size, size.expert_width, size.expert_mlp))
         self.gemma_expert.model.embed_tokens = None
         self.to_bfloat16_for_selected_params("float32")
         self._set_requires_grad()
 
 
-def _gemma_config(size: ShrunkSize, width: int, mlp: int) -> GemmaConfig:
+def gemma_config(size: ShrunkSize, width: int, mlp: int) -> GemmaConfig:
+    """One stream's configuration, without adaptive norms."""
     return GemmaConfig(
         hidden_size=width,
         intermediate_size=mlp,
@@ -221,7 +222,8 @@ def _gemma_config(size: ShrunkSize, width: int, mlp: int) -> GemmaConfig:
     )
 
 
-def _paligemma_config(size: ShrunkSize) -> PaliGemmaConfig:
+def paligemma_config(size: ShrunkSize) -> PaliGemmaConfig:
+    """The vision tower and the backbone."""
     vision = SiglipVisionConfig(
         hidden_size=size.vision_width,
         intermediate_size=size.vision_mlp,
@@ -232,7 +234,7 @@ def _paligemma_config(size: ShrunkSize) -> PaliGemmaConfig:
         vision_use_head=False,
         dtype="float32",
     )
-    text = _gemma_config(size, size.width, size.mlp)
+    text = gemma_config(size, size.width, size.mlp)
     # No token stands for a picture here, so the index lies outside the vocabulary, as it does in LeRobot.
     return PaliGemmaConfig(
         vision_config=vision,

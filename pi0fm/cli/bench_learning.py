@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pi0fm import files, options, progress
-from pi0fm.bench.learning_config import LearningConfig
+from pi0fm.bench.learning_config import LearningConfig, refuse_passed_over
 from pi0fm.cli.quickstart import shipped_config
 from pi0fm.cluster import evaluation
 from pi0fm.cluster.recording import record_demonstrations
@@ -44,6 +44,7 @@ def run(config: LearningConfig) -> dict[str, Any]:
             f"a comparison is never overwritten, and {written} is there; type --output_dir ANOTHER, and --dataset.root to reuse data"
         )
     base = options.decode(TrainingRun, options.read_yaml(config.config or shipped_config("quickstart.yaml")))
+    refuse_passed_over(base)
     config = _with_demonstrations(config)
     progress.say("loading LeRobot")
     from pi0fm.bench import learning, shared_data  # LeRobot's import alone takes many seconds

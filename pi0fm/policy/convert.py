@@ -20,7 +20,7 @@ import torch
 
 from pi0fm import files, options
 from pi0fm.data.norm_stats import NormStats
-from pi0fm.data.prompt import BYTES, load_tokenizer
+from pi0fm.data.prompt import BYTES, STATELESS, load_tokenizer
 from pi0fm.errors import BundleError, ConfigError, OutputError
 from pi0fm.models.checkpoint_map import Kind, Layout, kinds_of, layout_of
 from pi0fm.models.checkpoint_shapes import Part, misfit, network_config, parts, tell_sizes
@@ -32,7 +32,7 @@ from pi0fm.policy.convert_lerobot import is_lerobot, read_lerobot
 from pi0fm.policy.convert_openpi import read_openpi
 from pi0fm.policy.convert_orbax import is_orbax, open_orbax
 from pi0fm.policy.convert_read import Checkpoint, open_safetensors, with_one_embedding
-from pi0fm.policy.convert_to import kind_of, refuse_what_peers_lack, write_openpi, write_weights
+from pi0fm.policy.convert_to import kind_of, refuse_other_prompts, refuse_what_peers_lack, write_openpi, write_weights
 from pi0fm.policy.convert_to_lerobot import PALIGEMMA, refuse_other_tokens, write_lerobot
 from pi0fm.policy.convert_write import Put, common_dtype, tensor_file
 from pi0fm.progress import say, step
@@ -68,6 +68,8 @@ def convert(config: ConvertConfig) -> Converted:
         raise ConfigError(
             f"--to {config.to} starts from a bundle, found foreign weights in {config.source}; convert them to a bundle first"
         )
+    if config.robot is not None:
+        raise ConfigError(f"--robot chooses among those of a bundle, found foreign weights in {config.source}; leave it out")
     return _enter(config)
 
 
@@ -84,6 +86,8 @@ def _enter(config: ConvertConfig) -> Converted:
     model, found = _network(config, facts, checkpoint, layout, kind)
     robots = robot(config, facts, kind)
     policy = policy_config(config, facts, model, robots, kind)
+    if facts.peer == "openpi" and kind == "pi05" and config.prompt_dialect is None:
+        say("openpi's weights do not say whether prompts hold the state: they do, unless --prompt_dialect openpi_stateless (pi05_libero)")
     policy.chain(robots[1].stats)  # refuses widths and tokenizers that do not fit, before anything is written
     if robots[1].stand_ins:
         say(f"absent from the statistics, and read by no {policy.normalization}: {', '.join(robots[1].stand_ins)}; neighbours stand in")
@@ -104,8 +108,12 @@ def _leave(config: ConvertConfig) -> Converted:
     """A bundle to a peer's directory."""
     if config.to == "bundle":
         raise ConfigError(f"{config.source} is a bundle already; type --to lerobot or --to openpi")
-    policy, stats = bundle.read(config.source)
+    known = bundle.robot_names(config.source)
+    if config.robot is None and len(known) > 1:
+        raise ConfigError(f"{config.to} knows one robot a policy, {config.source} holds {', '.join(known)}; choose with --robot {known[0]}")
+    policy, stats = bundle.read(config.source, config.robot)
     refuse_what_peers_lack(policy, config.to, config.any_size)
+    refuse_other_prompts(policy, config.to, config.prompt_dialect)
     weights = _bundle_weights(config.source, policy.model)
     stand_ins = tuple(name for name in policy.training.get("stand_in_statistics", "").split(",") if name)
     place = policy.tokenizer if policy.tokenizer == BYTES else str(config.source / policy.tokenizer)
@@ -114,6 +122,8 @@ def _leave(config: ConvertConfig) -> Converted:
     with files.new_directory(config.output_dir) as aside:
         if config.to == "openpi":
             write_openpi(aside, policy, stats, stand_ins)
+            if policy.prompt_dialect == STATELESS:
+                say("openpi must be told that no prompt holds the state: discrete_state_input=False in its configuration")
         else:
             refuse_other_tokens(tokenizer, policy.model.max_prompt_tokens)
             tokenizer.save_pretrained(aside / "tokenizer")
@@ -173,19 +183,20 @@ def _network(
 
 
 def _copy(checkpoint: Checkpoint, found: Mapping[str, tuple[Part, ...]], wanted: Mapping[str, tuple[int, ...]], put: Put) -> None:
-    """Read every foreign tensor once, and write what it gives of ours; one is held at a time."""
-    uses: dict[str, list[tuple[str, int, Part]]] = {}
+    """Read every foreign tensor once, a layer at a time where layers are stacked in it, and write what it gives of ours."""
+    uses: dict[str, dict[tuple[int, ...], list[tuple[str, int, Part]]]] = {}
     for ours, group in found.items():
         first = 0
         for part in group:
-            uses.setdefault(part.name, []).append((ours, first, part))
+            uses.setdefault(part.name, {}).setdefault(part.index, []).append((ours, first, part))
             first += part.count
     with step("reading tensors", len(uses)) as bar:
-        for name, places in uses.items():
-            tensor = checkpoint.read(name)
-            for ours, first, part in places:
-                put(ours, first, part.rows(tensor, wanted[ours][1:]))
-            del tensor  # else the next one is read beside it
+        for name, entries in uses.items():
+            for index, places in sorted(entries.items()):
+                entry = checkpoint.read(name, index)
+                for ours, first, part in places:
+                    put(ours, first, replace(part, index=()).rows(entry, wanted[ours][1:]))
+                del entry  # else the next one is read beside it
             bar.advance()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.prompt import BYTES
+from pi0fm.data.prompt import BYTES, DIALECTS, OPENPI, refuse_dialect
 from pi0fm.errors import ConfigError
 from pi0fm.flow.matching import FlowConfig
 from pi0fm.models.checkpoint_map import Kind
@@ -42,6 +42,10 @@ class ConvertConfig:
     norm_floor: float | None = option(None, "least scale of a dimension; empty takes the source's epsilon, so that nothing changes")
     tokenizer: str | None = option(None, "directory of the tokenizer, PaliGemma's for released weights; or byt5")
     tokenizer_name: str | None = option(None, "--to lerobot: where LeRobot finds the tokenizer; empty: Hugging Face's name of PaliGemma's")
+    prompt_dialect: str | None = option(
+        None, "how the source was trained to be asked: openpi, lerobot, openpi_stateless; --to: how it will be asked. Empty: its own"
+    )
+    robot: str | None = option(None, "--to lerobot or openpi, of a bundle of several robots: the one that goes out")
     num_heads: int = option(8, "query heads of the decoder; LeRobot and openpi know 8 only")
     vision_heads: int = option(16, "heads of the vision tower; LeRobot and openpi know 16 only")
     action_horizon: int | None = option(None, "actions predicted at once; empty takes the source's, else 50")
@@ -52,7 +56,12 @@ class ConvertConfig:
     any_size: bool = option(False, "--to lerobot or openpi: write sizes too that their own classes cannot load")
 
     def __post_init__(self) -> None:
-        for name, known in (("to", TARGETS), ("dtype", DTYPES), ("normalization", (None, "z_score", "quantile"))):
+        for name, known in (
+            ("to", TARGETS),
+            ("dtype", DTYPES),
+            ("normalization", (None, "z_score", "quantile")),
+            ("prompt_dialect", (None, *DIALECTS)),
+        ):
             if getattr(self, name) not in known:
                 listed = ", ".join(str(word) for word in known if word)
                 raise ConfigError(f"{name} must be one of {listed}, found {getattr(self, name)!r}; type --{name} {known[-1]}")
@@ -76,6 +85,7 @@ class ForeignFacts:
     normalization: str | None = None
     norm_floor: float = 1e-6
     tokenizer: str | None = None
+    prompt_dialect: str = OPENPI
     action_horizon: int | None = None
     execution_horizon: int | None = None
     max_prompt_tokens: int | None = None
@@ -140,6 +150,8 @@ def policy_config(
             f"execution_horizon must be at most action_horizon {model.action_horizon}, found {horizon}; "
             f"type --execution_horizon {model.action_horizon}"
         )
+    dialect = options.prompt_dialect or facts.prompt_dialect
+    refuse_dialect(dialect, model.state_input == "prompt")
     return PolicyConfig(
         model=model,
         flow=FlowConfig(num_flow_steps=options.num_flow_steps or facts.num_flow_steps or 10),
@@ -147,6 +159,7 @@ def policy_config(
         normalization=normalization,
         norm_floor=options.norm_floor or facts.norm_floor,
         tokenizer=tokenizer_of(options, facts),
+        prompt_dialect=dialect,
         execution_horizon=min(horizon, model.action_horizon),
         fps=options.fps,
         training=training,

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from pi0fm.data.embodiment import Embodiment
+from pi0fm.data.prompt import LEROBOT
 from pi0fm.errors import BundleError
 from pi0fm.models.checkpoint_map import Kind
 from pi0fm.policy.convert_facts import ForeignFacts
@@ -67,6 +68,7 @@ def _facts(path: Path, config: Mapping[str, Any]) -> ForeignFacts:
         normalization=_normalization(path, config),
         norm_floor=float(pre.get("normalizer_processor", {}).get("config", {}).get("eps", 1e-8)),
         tokenizer=tokenizer,
+        prompt_dialect=LEROBOT,
         action_horizon=int(config.get("chunk_size", 50)),
         execution_horizon=int(config.get("n_action_steps", 50)),
         max_prompt_tokens=int(config.get("tokenizer_max_length", 48 if config["type"] == "pi0" else 200)),

@@ -25,6 +25,7 @@ from pi0fm.models.checkpoint_map import EMBEDDING, LM_HEAD
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What DDP, torch.compile, FSDP and activation checkpointing put into names. No module of a policy is called so.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+Index = tuple[int, ...]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -32,13 +33,14 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 class Checkpoint:
     """Tensors by name, described by their headers, read one by one.
 
-    removed: the wrappers' words that were taken out of the names. read: the whole tensor of a name, on the CPU.
+    removed: the wrappers' words that were taken out of the names. read(name, index): entry `index` of the tensor's leading axes on the
+    CPU, all of it for (); raises BundleError for a file that is cut or damaged.
     """
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, torch.dtype]
-    read: Callable[[str], Tensor]
+    read: Callable[[str, Index], Tensor]
     removed: tuple[str, ...] = ()
 
 
@@ -69,11 +71,11 @@ def open_safetensors(path: Path) -> Checkpoint:
             f"weights must be floating-point numbers of 16 to 64 bits, {path} holds {', '.join(strange)}; save it without quantisation"
         )
 
-    def read(name: str) -> Tensor:
+    def read(name: str, index: Index) -> Tensor:
         file, stored = origin[name]
         # Opened for one tensor: the pages of a mapped file stay in memory until it is closed.
         with _opened(file) as opened:
-            tensor: Tensor = opened.get_tensor(stored)
+            tensor: Tensor = opened.get_slice(stored)[index] if index else opened.get_tensor(stored)
         return tensor
 
     shapes = {name: shape for name, (shape, _) in headers.items()}
@@ -102,7 +104,11 @@ def with_one_embedding(checkpoint: Checkpoint, tied: bool) -> tuple[Checkpoint, 
         alias = {EMBEDDING: LM_HEAD}
         shapes = {**checkpoint.shapes, EMBEDDING: checkpoint.shapes[LM_HEAD]}
         dtypes = {**checkpoint.dtypes, EMBEDDING: checkpoint.dtypes[LM_HEAD]}
-        found = replace(checkpoint, shapes=shapes, dtypes=dtypes, read=lambda name: checkpoint.read(alias.get(name, name)))
+
+        def read(name: str, index: Index) -> Tensor:
+            return checkpoint.read(alias.get(name, name), index)
+
+        found = replace(checkpoint, shapes=shapes, dtypes=dtypes, read=read)
         return found, "the embedding is stored as lm_head alone: it is read from there"
     if checkpoint.shapes[LM_HEAD] != checkpoint.shapes[EMBEDDING] or _digest(checkpoint, LM_HEAD) == _digest(checkpoint, EMBEDDING):
         return checkpoint, ""  # another shape is a misfit, and listed with the others
@@ -115,7 +121,7 @@ def with_one_embedding(checkpoint: Checkpoint, tied: bool) -> tuple[Checkpoint, 
 
 def _digest(checkpoint: Checkpoint, name: str) -> bytes:
     """Of a tensor's bytes: two are compared without both being in memory."""
-    return hashlib.sha256(memoryview(checkpoint.read(name).reshape(-1).view(torch.uint8).numpy())).digest()
+    return hashlib.sha256(memoryview(checkpoint.read(name, ()).reshape(-1).view(torch.uint8).numpy())).digest()
 
 
 def _files(path: Path) -> dict[Path, set[str] | None]:

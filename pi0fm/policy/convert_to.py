@@ -17,6 +17,7 @@ import torch
 
 from pi0fm import files
 from pi0fm.data.norm_stats import NormStats
+from pi0fm.data.prompt import LEROBOT, OPENPI, STATELESS
 from pi0fm.errors import BundleError
 from pi0fm.models.checkpoint_map import EMBEDDING, LM_HEAD, Kind
 from pi0fm.models.checkpoint_shapes import parts, sizes_of, unread_shapes
@@ -83,6 +84,36 @@ def refuse_what_peers_lack(config: PolicyConfig, peer: str, any_size: bool) -> N
         )
 
 
+def refuse_other_prompts(config: PolicyConfig, peer: str, asked: str | None) -> None:
+    """Raise BundleError where the peer would ask the policy in another dialect than it was trained in.
+
+    No file of a peer says how a prompt is written: its code does. asked: the dialect that the prompts in use allow, where one was typed.
+
+        bundle             openpi pi0   openpi pi0.5                   LeRobot pi0   LeRobot pi0.5
+        openpi             x            x                              .             x  the same text
+        lerobot            .            x  the same text               x             x
+        openpi_stateless   -            x  discrete_state_input False  -             .
+    """
+    kind, trained = kind_of(config.model), config.prompt_dialect
+    dialect = asked or trained
+    if dialect != trained and STATELESS in (dialect, trained):
+        raise BundleError(
+            f"prompts of this bundle {'lack' if trained == STATELESS else 'hold'} the state (prompt_dialect {trained}), "
+            f"found --prompt_dialect {dialect}; leave it out"
+        )
+    if dialect == STATELESS and peer == "lerobot":
+        raise BundleError(
+            "LeRobot writes the state into every prompt of a pi0.5, this bundle was trained without it (prompt_dialect openpi_stateless); "
+            "type --to openpi, or keep the bundle"
+        )
+    own = LEROBOT if peer == "lerobot" else OPENPI
+    if kind == "pi0" and dialect != own:
+        raise BundleError(
+            f"{peer} asks a pi0 in its own prompt dialect, this bundle was trained with {trained}, which writes _, line ends and blanks "
+            f"around a prompt otherwise; where your prompts have none of these type --prompt_dialect {own}"
+        )
+
+
 def write_weights(path: Path, weights: Checkpoint, config: PolicyConfig, peer: str, dtype: torch.dtype | None) -> int:
     """Write `path`, a safetensors file with the peer's full key set, tensor by tensor; returns the number of tensors.
 
@@ -106,7 +137,7 @@ def write_weights(path: Path, weights: Checkpoint, config: PolicyConfig, peer: s
             if name != LM_HEAD:
                 put(prefix + name, 0, torch.zeros(1).expand(shape))
         for ours, group in found.items():
-            tensor = weights.read(ours)
+            tensor = weights.read(ours, ())
             if ours == "action_in.weight" and not config.padded_noise:
                 tensor = tensor.clone()
                 tensor[:, config.embodiment.dims()[1] :] = 0

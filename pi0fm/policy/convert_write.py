@@ -21,7 +21,7 @@ from torch import Tensor
 from pi0fm.errors import OutputError
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-PIECE = 2**22  # entries that are cast and written at a time
+PIECE = 2**20  # entries that are cast and written at a time
 
 Entries = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 Put = Callable[[str, int, Tensor], None]

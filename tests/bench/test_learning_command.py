@@ -53,6 +53,24 @@ def test_a_folder_that_is_taken_is_left_alone(capsys, tmp_path, nothing_recorded
     assert (file.read_text(), nothing_recorded) == ("{}", [])
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("validation: {every: 5, episodes: 2}", "found validation in --config; leave it out"),
+        ("validation: {episodes: 2}", "found validation in --config"),
+        ("lora: {rank: 4}\naugment: true", "found lora, augment in --config; leave them out"),
+        ("train_only: expert_only", "found train_only in --config"),
+    ],
+)
+def test_what_a_comparison_would_pass_over_is_refused_before_anything_is_recorded(capsys, tmp_path, nothing_recorded, given, named):
+    (tmp_path / "run.yaml").write_text(given)
+    assert main(["bench", "learning", "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr().err
+    assert named in shown
+    assert shown.count("\n") == 1
+    assert (nothing_recorded, (tmp_path / "out").exists()) == ([], False)
+
+
 def test_without_a_data_set_the_demonstrations_are_recorded_here(nothing_recorded, tmp_path):
     """In this process: Ray's would still be around when the first training is timed."""
     assert main(["bench", "learning", "--task", "reach-v3", "--demonstrations", "7", "--output_dir", str(tmp_path / "out")]) == 130

@@ -21,7 +21,7 @@ from lerobot.processor import (
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import nn
 
-from pi0fm.bench.lerobot_pi0 import RobotFeatures, ShrunkPI0, ShrunkSize, _gemma_config, _paligemma_config, image_key, policy_config
+from pi0fm.bench.lerobot_pi0 import RobotFeatures, ShrunkPI0, ShrunkSize, gemma_config, image_key, paligemma_config, policy_config
 
 
 class ShrunkPI05(PI05Policy):
@@ -55,9 +55,9 @@ class _Streams(PaliGemmaWithExpertModel):
         nn.Module.__init__(self)
         self.freeze_vision_encoder = False
         self.train_expert_only = False
-        expert = _gemma_config(size, size.expert_width, size.expert_mlp)
+        expert = gemma_config(size, size.expert_width, size.expert_mlp)
         expert.use_adarms, expert.adarms_cond_dim = True, size.expert_width
-        self.paligemma = PaliGemmaForConditionalGenerationWithPiGemma(config=_paligemma_config(size))
+        self.paligemma = PaliGemmaForConditionalGenerationWithPiGemma(config=paligemma_config(size))
         self.gemma_expert = PiGemmaForCausalLM(config=expert)
         self.gemma_expert.model.embed_tokens = None
         self.to_bfloat16_for_selected_params("float32")

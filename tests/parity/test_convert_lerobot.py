@@ -94,14 +94,14 @@ def converted(saved, tmp_path_factory) -> Path:
 
 
 def observations() -> list[Observation]:
-    """One with both cameras, one without the second."""
+    """One with both cameras, one without the second; one with a sentence that openpi would write otherwise."""
     random = np.random.default_rng(4)
 
-    def one(*cameras: str) -> Observation:
+    def one(*cameras: str, prompt: str = "lift the red cup") -> Observation:
         images = {camera: random.integers(0, 256, (16, 16, 3), dtype=np.uint8) for camera in cameras}
-        return Observation(images, random.normal(size=4).astype(np.float32), "lift the red cup")
+        return Observation(images, random.normal(size=4).astype(np.float32), prompt)
 
-    return [one("base", "wrist"), one("base")]
+    return [one("base", "wrist"), one("base"), one("base", "wrist", prompt=" lift_the\nred  cup \n")]
 
 
 def assert_same_actions(theirs: Theirs, path: Path) -> None:
@@ -119,6 +119,7 @@ def test_a_converted_policy_acts_as_lerobots(kind, saved, converted):
     assert config.embodiment.cameras == {"base": "observation.images.base", "wrist": "observation.images.wrist"}
     assert config.embodiment.delta_actions == (0, 1, 2)
     assert config.normalization == {"pi0": "z_score", "pi05": "quantile"}[kind]
+    assert config.prompt_dialect == "lerobot"
     assert (config.model.action_horizon, config.execution_horizon, config.model.max_prompt_tokens) == (4, 4, 64)
 
 
@@ -143,7 +144,7 @@ def test_an_export_has_the_keys_and_shapes_of_lerobots_class(saved, converted, t
 def test_openpis_loader_takes_an_export(kind, saved, converted, tmp_path):
     """openpi loads with safetensors' strict load_model into a class that ties lm_head and embed_tokens; it refuses a file with both."""
     path = tmp_path / "openpi"
-    convert(ConvertConfig(source=converted, output_dir=path, to="openpi", any_size=True))
+    convert(ConvertConfig(source=converted, output_dir=path, to="openpi", any_size=True, prompt_dialect="openpi"))
     core = copy.deepcopy(saved[0].policy.model)
     core.paligemma_with_expert.paligemma.lm_head.weight = core.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight
     for parameter in core.parameters():

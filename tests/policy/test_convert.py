@@ -19,6 +19,7 @@ from pi0fm.models.pi0 import Pi0
 from pi0fm.policy import bundle
 from pi0fm.policy.convert import convert
 from pi0fm.policy.convert_facts import ConvertConfig
+from pi0fm.policy.robots import Robot
 
 KINDS = {"pi0": ("token", "concatenate", "z_score"), "pi05": ("prompt", "adaptive_norm", "quantile")}
 HEADS = {"num_heads": 2, "vision_heads": 2}
@@ -58,7 +59,7 @@ def peers(bundles, tmp_path_factory) -> dict[tuple[str, str], Path]:
     for kind, source in bundles.items():
         for peer in ("lerobot", "openpi"):
             made[kind, peer] = root / f"{kind}-{peer}"
-            convert(ConvertConfig(source=source, output_dir=made[kind, peer], to=peer, any_size=True))
+            convert(ConvertConfig(source=source, output_dir=made[kind, peer], to=peer, any_size=True, prompt_dialect=peer))
     return made
 
 
@@ -78,7 +79,7 @@ def enter(small_policy, character_tokenizer, tmp_path):
 
     def run(source: Path, **changes):
         given = {"embodiment": small_policy.config.embodiment, "tokenizer": str(character_tokenizer), "action_horizon": 4} | HEADS
-        return convert(ConvertConfig(source=source, output_dir=tmp_path / "bundle", **(given | changes)))
+        return convert(ConvertConfig(source=source, **({"output_dir": tmp_path / "bundle"} | given | changes)))
 
     return run
 
@@ -120,6 +121,7 @@ def test_there_and_back_is_bit_identical(kind, peer, bundles, peers, enter, tmp_
     assert after.model == before.model
     assert dataclasses.replace(after.embodiment, name="robot") == before.embodiment
     assert (after.flow, after.normalization, after.execution_horizon) == (before.flow, before.normalization, before.execution_horizon)
+    assert after.prompt_dialect == peer
     for column in ("state", "action"):
         for statistic in ("mean", "std", "q01", "q99") + (("min", "max") if peer == "lerobot" else ()):
             assert np.array_equal(getattr(getattr(found, column), statistic), getattr(getattr(stats, column), statistic))
@@ -406,8 +408,62 @@ def test_a_bundle_that_a_peer_would_run_otherwise(change, words, bundles, tmp_pa
         assert words in refused(convert, options)
 
 
+@pytest.mark.parametrize(
+    ("kind", "trained", "asked", "peer", "words"),
+    [
+        ("pi0", "openpi", None, "lerobot", "trained with openpi, which writes _, line ends and blanks around a prompt otherwise"),
+        ("pi0", "lerobot", None, "openpi", "type --prompt_dialect openpi"),
+        ("pi0", "lerobot", "openpi", "lerobot", "type --prompt_dialect lerobot"),
+        ("pi05", "openpi_stateless", None, "lerobot", "LeRobot writes the state into every prompt of a pi0.5"),
+        ("pi05", "openpi_stateless", "lerobot", "lerobot", "prompts of this bundle lack the state (prompt_dialect openpi_stateless)"),
+        ("pi05", "openpi", "openpi_stateless", "openpi", "prompts of this bundle hold the state (prompt_dialect openpi)"),
+        ("pi0", "lerobot", "openpi", "openpi", None),
+        ("pi0", "openpi", "lerobot", "lerobot", None),
+        ("pi05", "openpi", None, "lerobot", None),
+        ("pi05", "lerobot", None, "openpi", None),
+        ("pi05", "openpi_stateless", None, "openpi", None),
+    ],
+)
+def test_a_peer_that_would_ask_in_another_dialect(kind, trained, asked, peer, words, small_policy, character_tokenizer, tmp_path, capsys):
+    source = make(tmp_path / "bundle", kind, small_policy, character_tokenizer, prompt_dialect=trained)
+    options = ConvertConfig(source=source, output_dir=tmp_path / "out", to=peer, any_size=True, prompt_dialect=asked)
+    if words is None:
+        convert(options)
+        assert ("discrete_state_input=False" in capsys.readouterr().err) == (trained == "openpi_stateless")
+    else:
+        assert words in refused(convert, options)
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_dialect_that_no_file_of_openpis_says(peers, enter, tmp_path, capsys):
+    enter(peers["pi05", "openpi"])
+    assert "unless --prompt_dialect openpi_stateless" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "bundle")
+    enter(peers["pi05", "openpi"], prompt_dialect="openpi_stateless")
+    assert "openpi_stateless" not in capsys.readouterr().err
+    assert bundle.read(tmp_path / "bundle")[0].prompt_dialect == "openpi_stateless"
+    assert "whose state is a token of its own" in refused(
+        enter, peers["pi0", "openpi"], prompt_dialect="openpi_stateless", output_dir=tmp_path / "b"
+    )
+
+
+def test_a_peer_gets_one_robot_of_several(bundles, peers, enter, small_policy, tmp_path):
+    config, stats = bundle.read(bundles["pi05"])
+    config = dataclasses.replace(config, tokenizer=str(bundles["pi05"] / "tokenizer"))
+    own = {
+        name: (Robot(dataclasses.replace(config.embodiment, name=name)), dataclasses.replace(stats, num_frames=frames))
+        for name, frames in (("left", 1), ("right", 2))
+    }
+    bundle.save(tmp_path / "both", load_file(bundles["pi05"] / "model.safetensors"), config, stats, own)
+    options = ConvertConfig(source=tmp_path / "both", output_dir=tmp_path / "out", to="openpi", any_size=True)
+    assert "holds left, right; choose with --robot left" in refused(convert, options)
+    convert(dataclasses.replace(options, robot="right"))
+    assert (tmp_path / "out/assets/right/norm_stats.json").is_file()
+    assert "leave it out" in refused(enter, peers["pi05", "openpi"], robot="right")
+
+
 def test_sizes_that_a_peers_class_cannot_hold_need_a_word(bundles, tmp_path):
-    line = refused(convert, ConvertConfig(source=bundles["pi0"], output_dir=tmp_path / "out", to="lerobot"))
+    line = refused(convert, ConvertConfig(source=bundles["pi0"], output_dir=tmp_path / "out", to="lerobot", prompt_dialect="lerobot"))
     assert "would hand back random weights" in line
     assert "num_heads 2 for 8" in line
     assert "--any_size true" in line
@@ -416,7 +472,8 @@ def test_sizes_that_a_peers_class_cannot_hold_need_a_word(bundles, tmp_path):
 def test_a_tokenizer_that_lerobot_would_call_otherwise(small_policy, tmp_path):
     """ByT5's ends a text with </s> when LeRobot calls it."""
     source = make_bytes(tmp_path / "bundle", small_policy)
-    line = refused(convert, ConvertConfig(source=source, output_dir=tmp_path / "out", to="lerobot", any_size=True))
+    options = ConvertConfig(source=source, output_dir=tmp_path / "out", to="lerobot", any_size=True, prompt_dialect="lerobot")
+    line = refused(convert, options)
     assert "its actions would differ there" in line
 
 
@@ -449,6 +506,7 @@ def test_directions_that_do_not_exist(bundles, openpi, enter, tmp_path):
         {"to": "jax"},
         {"dtype": "float16"},
         {"normalization": "min_max"},
+        {"prompt_dialect": "klingon"},
         {"num_heads": 0},
         {"norm_floor": 0.0},
         {"norm_floor": float("nan")},

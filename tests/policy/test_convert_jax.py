@@ -128,6 +128,30 @@ def test_the_parameters_folder_alone_and_another_robots_statistics(tmp_path, cha
 
 
 @installed
+@pytest.mark.parametrize("tree", [True, False], ids=["ocdbt", "plain files"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_in_files_give_what_chunks_within_nodes_give(kind, tree, tmp_path, character_tokenizer):
+    """So small, the fixtures' numbers lie in the tree itself, where tensorstore reads them; those of a real policy never do."""
+    import tensorstore
+
+    def store(root: Path, tree: bool, **config):
+        base = {"driver": "file", "path": f"{root}/params/"}
+        spec = {"driver": "ocdbt", "base": base, "config": config} if tree else base
+        return tensorstore.KvStore.open(spec).result()
+
+    source = store(FIXTURES / kind, True)
+    copied = store(tmp_path / "copy", tree, max_inline_value_bytes=0, max_decoded_node_bytes=2000)
+    for key in source.list().result():
+        copied[key] = source[key]
+    shutil.copy(FIXTURES / kind / "params/_METADATA", tmp_path / "copy/params")
+    shutil.copytree(FIXTURES / kind / "assets", tmp_path / "copy/assets")
+    convert(options(FIXTURES / kind, tmp_path / "expected", character_tokenizer))
+    convert(options(tmp_path / "copy", tmp_path / "found", character_tokenizer))
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("expected", "found")]
+    assert weights[0] == weights[1]
+
+
+@installed
 @pytest.mark.parametrize("victim", ["data", "manifest", "everything"])
 def test_a_store_that_is_cut(tmp_path, character_tokenizer, victim):
     source = Path(shutil.copytree(FIXTURES / "pi05", tmp_path / "checkpoint"))

@@ -1,0 +1,67 @@
+"""The import contracts of pyproject.toml: all hold, and each sees the import that it is there to refuse."""
+
+import copy
+from functools import cache
+
+import grimp
+import pytest
+from importlinter.api import read_configuration
+from importlinter.contracts.forbidden import ForbiddenContract
+from importlinter.contracts.layers import LayersContract
+
+KINDS = {"forbidden": ForbiddenContract, "layers": LayersContract}
+# contract, by a word of its name -> imports that break it: who imports, and what
+BROKEN_BY = {
+    "layers": [
+        ("pi0fm.flow.path", "pi0fm.models.pi0"),
+        ("pi0fm.policy.local", "pi0fm.train.step"),
+        ("pi0fm.serve.app", "pi0fm.eval.rollout"),
+        ("pi0fm.bench.inference", "pi0fm.cluster.training"),
+        ("pi0fm.errors", "pi0fm.data.prompt"),
+    ],
+    "ray": [("pi0fm.train.loop", "ray"), ("pi0fm.cli.train", "ray")],
+    "accelerate": [("pi0fm.train.loop", "accelerate")],
+    "peft": [("pi0fm.train.adaptation", "peft"), ("pi0fm.models.pi0", "peft")],
+    "lerobot": [("pi0fm.policy.convert_lerobot", "lerobot"), ("pi0fm.data.loader", "lerobot")],
+    "simulators": [("pi0fm.eval.rollout", "mujoco"), ("pi0fm.demos.episode", "metaworld")],
+    "shared nouns": [("pi0fm.types", "torch"), ("pi0fm.cli.main", "ray"), ("pi0fm.options", "pi0fm.models.pi0")],
+    "robot's client": [("pi0fm.serve.client", "torch"), ("pi0fm.serve.protocol", "pi0fm.models.pi0")],
+}
+
+
+@cache
+def graph() -> grimp.ImportGraph:
+    """Who imports whom; a test copies it before it adds an import."""
+    return grimp.build_graph("pi0fm", include_external_packages=True, cache_dir=None)
+
+
+@cache
+def contracts(repository):
+    """By the word of BROKEN_BY that its name, or its kind, has."""
+    read = read_configuration(str(repository / "pyproject.toml"))
+    session = {"root_packages": ["pi0fm"], **read["session_options"]}
+    found = {}
+    for options in read["contracts_options"]:
+        words = [word for word in BROKEN_BY if word in options["name"] and (word != "ray" or "ray enters" in options["name"])]
+        assert len(words) == 1, f"{options['name']!r} has no import here that breaks it"
+        found[words[0]] = KINDS[options["type"]](name=options["name"], session_options=session, contract_options=options)
+    return found
+
+
+def test_every_contract_has_an_import_that_breaks_it(repository):
+    assert contracts(repository).keys() == BROKEN_BY.keys()
+
+
+@pytest.mark.parametrize("word", BROKEN_BY)
+def test_the_contract_holds(repository, word):
+    assert contracts(repository)[word].check(copy.deepcopy(graph()), verbose=False).kept
+
+
+@pytest.mark.parametrize(("word", "importer", "imported"), [(word, *pair) for word, pairs in BROKEN_BY.items() for pair in pairs])
+def test_the_contract_sees_an_import_that_breaks_it(repository, word, importer, imported):
+    changed = copy.deepcopy(graph())
+    assert importer in changed.modules
+    if not imported.startswith("pi0fm."):
+        changed.add_module(imported, is_squashed=True)  # as the graph has what lies outside; nobody may import it yet
+    changed.add_import(importer=importer, imported=imported, line_number=1, line_contents=f"import {imported}")
+    assert not contracts(repository)[word].check(changed, verbose=False).kept

@@ -1,0 +1,80 @@
+"""The memory of a conversion, every direction: the largest tensor that must exist once, and little beside it."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_tokenizer
+
+from pi0fm.bench.fresh_process import in_fresh_process, peak_resident
+from pi0fm.models.checkpoint_shapes import parts, unread_shapes
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="a process's peak is set back through /proc"),
+    pytest.mark.skipif(importlib.util.find_spec("tensorstore") is None, reason="tensorstore, extra jax, is not installed"),
+]
+# The embedding is the largest single tensor, 128 MiB; gating_einsum, all layers in one chunk as a single device saves it, is 192 MiB.
+SIZES = {
+    "B": 512, "F": 2048, "E": 128, "G": 256, "L": 24, "N": 4, "K": 1, "H": 64, "W": 65_536, "A": 8, "S": 8,
+    "D": 128, "M": 256, "T": 2, "X": 2, "Y": 64, "P": 14, "V": 256,
+}  # fmt: skip
+LARGEST = 4 * SIZES["W"] * SIZES["B"]
+HEADS = {"num_heads": 4, "vision_heads": 2}
+
+
+def write_jax(root: Path) -> None:
+    """A pi0 as orbax writes it, with numbers that cannot be packed."""
+    import tensorstore
+
+    random = np.random.default_rng(0)
+    shapes = {part.name: part.shape for group in parts("jax", "pi0", SIZES).values() for part in group} | unread_shapes("jax", "pi0", SIZES)
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{root}/params/"}}
+    for name, shape in shapes.items():
+        metadata = {"shape": shape, "chunks": shape, "dtype": "<f4", "compressor": {"id": "zstd", "level": 1}}
+        place = {**store, "path": f"params.{name.replace('/', '.')}/"}
+        array = tensorstore.open({"driver": "zarr", "kvstore": place, "metadata": metadata}, create=True).result()
+        array.write(random.standard_normal(shape, dtype=np.float32)).result()
+
+
+def convert_all(root: Path) -> dict[str, int]:
+    """Bytes above what the process held before, of each conversion; in a process of its own."""
+    from pi0fm.data.embodiment import Embodiment
+    from pi0fm.policy.convert import convert
+    from pi0fm.policy.convert_facts import ConvertConfig
+
+    said = {
+        "embodiment": Embodiment(cameras={"base": "observation.images.base"}),
+        "tokenizer": str(root / "tokenizer"),
+        "norm_stats": root / "stats.json",
+    }
+    fixture = Path(__file__).resolve().parents[1] / "policy" / "orbax" / "pi0"
+    convert(ConvertConfig(source=fixture, output_dir=root / "imports", **said))  # all libraries are in memory from here on
+    runs = {
+        "JAX to bundle": {"source": root / "jax", "output_dir": root / "bundle", **said},
+        "bundle to openpi": {"source": root / "bundle", "output_dir": root / "openpi", "to": "openpi", "any_size": True},
+        "openpi to bundle": {"source": root / "openpi", "output_dir": root / "from_openpi", **said, **HEADS},
+        "bundle to LeRobot": {"source": root / "bundle", "output_dir": root / "lerobot", "to": "lerobot", "any_size": True},
+        "LeRobot to bundle": {"source": root / "lerobot", "output_dir": root / "from_lerobot", **HEADS},
+    }
+    found = {}
+    for name, options in runs.items():
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
+        before = peak_resident()
+        convert(ConvertConfig(**options, **({"prompt_dialect": "lerobot"} if options.get("to") == "lerobot" else {})))
+        found[name] = peak_resident() - before
+    return found
+
+
+def test_the_largest_tensor_and_little_beside_it(tmp_path):
+    small_tokenizer.write(tmp_path / "tokenizer")
+    statistics = {name: [1.0] * 5 for name in ("mean", "std", "q01", "q99", "min", "max")}
+    (tmp_path / "stats.json").write_text(json.dumps({"state": statistics, "action": statistics}))
+    write_jax(tmp_path / "jax")
+    found = in_fresh_process(convert_all, tmp_path)
+    print({name: f"{peak / LARGEST:.2f}" for name, peak in found.items()})
+    assert {name: peak / LARGEST for name, peak in found.items() if not 0.2 < peak / LARGEST <= 1.3} == {}
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("bundle", "from_openpi", "from_lerobot")]
+    assert weights[0] == weights[1] == weights[2]
