@@ -9,5 +9,6 @@ SUBCOMMANDS = {
     "learning": "one task, the same data and processor time: pi0fm against LeRobot's own PI0",
     "inference": "ten Euler steps for one observation: LeRobot's own PI0 against ours",
     "training": "one optimiser step on the same batch: LeRobot's own PI0 against ours",
+    "checkpoint": "steps with an asynchronous checkpoint beside steps without",
     "density": "a chunk's log-likelihood beside its sampling, with the same evaluations",
 }

@@ -33,7 +33,7 @@ from pi0fm.errors import DatasetError, Pi0fmError
 
 BATCH = 64
 ONE_THREAD: Mapping[str, str] = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-FRAMES_WORTH_HELPERS = 20_000  # a helper's start costs as much as decoding a thousand; a few threads do as well until then
+FRAMES_WORTH_HELPERS = 100_000  # a helper's start and imports cost as much as decoding some 4 000; a few threads do as well until then
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _feed(
     package = str(Path(__file__).resolve().parents[2])
     found = os.environ.get("PYTHONPATH")
     environment = os.environ | ONE_THREAD | {"PYTHONPATH": package + (os.pathsep + found if found else "")}
-    command = [sys.executable, "-m", "pi0fm.data.decoding"]
+    command = [sys.executable, "-P", "-m", "pi0fm.data.decoding"]  # -P: the user's folder may hold a queue.py
     helper: subprocess.Popen | None = None
     while not stop.is_set():
         try:

@@ -17,11 +17,12 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -44,10 +45,40 @@ JPEG_SHARE = 0.2  # of the raw bytes, at quality 95; only to guess the room
 
 
 @dataclass(frozen=True)
+class ShardFolder:
+    """Where the shards of some columns at one size lie: all that it takes to open them, in any process."""
+
+    directory: Path
+    columns: tuple[str, ...]
+    firsts: tuple[int, ...]
+    size: int
+    form: CacheFormat
+
+    def path(self, column: str, number: int) -> Path:
+        """The file of a shard."""
+        return self.directory / column.replace("/", "_") / f"{number:05d}.{SUFFIX[self.form]}"
+
+    def open(self) -> "FrameCache":
+        """The pictures, of shards that are known to be whole."""
+        cameras = []
+        for column in self.columns:
+            shards = [open_shard(self.path(column, number), self.size, self.form) for number in range(len(self.firsts))]
+            cameras.append(ShardedFrames(self.firsts, shards, self.size))
+        return FrameCache(tuple(cameras), self)
+
+
+@dataclass(frozen=True)
 class FrameCache(Pictures):
-    """Pictures by camera, in the embodiment's order; each uint8 [N, size, size, 3], read-only."""
+    """Pictures by camera, in the embodiment's order; each uint8 [N, size, size, 3], read-only.
+
+    folder: where they lie; None for arrays in memory. A pickle of the cache holds the folder instead of the pictures.
+    """
 
     cameras: tuple[NDArray[np.uint8] | ShardedFrames, ...]
+    folder: ShardFolder | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., "FrameCache"], tuple[Any, ...]]:
+        return (FrameCache, (self.cameras,)) if self.folder is None else (ShardFolder.open, (self.folder,))
 
     @property
     def order(self) -> Order:
@@ -69,15 +100,14 @@ def open_cache(source: LeRobotSource, config: DatasetConfig, size: int, form: Ca
     """Open the cache, building what is missing. Raises DatasetError when it would exceed the limit, or a video is unreadable."""
     directory = cache_folder(source, config, size, form)
     firsts = shard_firsts(source, size)
-    cache = _Folder(directory, source, firsts, size, form)
+    cache = _Folder(ShardFolder(directory, tuple(source.embodiment.cameras.values()), firsts, size, form), source)
     with _locked(directory):
         missing = cache.missing()
         if missing:
             _check_room(directory, sum(cache.count(number) for _, number in missing) * size * size * 3, config.cache_limit_gib, form)
             cache.build(config, missing)
         cache.note_verified()
-    columns = source.embodiment.cameras.values()
-    return FrameCache(tuple(cache.open(column) for column in columns))
+    return cache.place.open()
 
 
 def cache_folder(source: LeRobotSource, config: DatasetConfig, size: int, form: CacheFormat = "uint8") -> Path:
@@ -121,39 +151,32 @@ def stretches(source: LeRobotSource, camera: str, first: int, stop: int) -> tupl
 class _Folder:
     """The shards of one data set at one size; `missing` and `build` are called under the lock."""
 
-    directory: Path
+    place: ShardFolder
     source: LeRobotSource
-    firsts: tuple[int, ...]
-    size: int
-    form: CacheFormat
 
     def count(self, number: int) -> int:
         """Pictures in a shard."""
-        return ((*self.firsts, len(self.source.state)))[number + 1] - self.firsts[number]
+        return ((*self.place.firsts, len(self.source.state)))[number + 1] - self.place.firsts[number]
 
-    def path(self, column: str, number: int) -> Path:
-        """The file of a shard."""
-        return self.directory / column.replace("/", "_") / f"{number:05d}.{SUFFIX[self.form]}"
-
-    def open(self, column: str) -> ShardedFrames:
-        """One camera's pictures."""
-        shards = [open_shard(self.path(column, number), self.size, self.form) for number in range(len(self.firsts))]
-        return ShardedFrames(self.firsts, shards, self.size)
+    @property
+    def directory(self) -> Path:
+        """Of the shards."""
+        return self.place.directory
 
     def missing(self) -> list[tuple[str, int]]:
         """(camera, shard) of every shard that is not there as a whole; a torn one is named on standard error."""
         trusted = self._verified()
-        wanted = [(camera, number) for camera in self.source.embodiment.cameras for number in range(len(self.firsts))]
+        wanted = [(camera, number) for camera in self.source.embodiment.cameras for number in range(len(self.place.firsts))]
 
         def whole(item: tuple[str, int]) -> bool:
-            path = self.path(self.source.embodiment.cameras[item[0]], item[1])
+            path = self.place.path(self.source.embodiment.cameras[item[0]], item[1])
             known = trusted.get(self._name(path)) == _stamp(path)
-            return is_whole(path, self.count(item[1]), self.size, self.form, sums=not known)
+            return is_whole(path, self.count(item[1]), self.place.size, self.place.form, sums=not known)
 
         with ThreadPoolExecutor(cores()) as threads:
             lacking = [item for item, good in zip(wanted, threads.map(whole, wanted), strict=True) if not good]
         for camera, number in lacking:
-            path = self.path(self.source.embodiment.cameras[camera], number)
+            path = self.place.path(self.source.embodiment.cameras[camera], number)
             if path.exists():
                 progress.say(f"{path} is torn or was changed; decoding its {self.count(number)} frames again")
         return lacking
@@ -162,15 +185,15 @@ class _Folder:
         """Decode what is missing. A data set that cannot be read loses its folder: mended, it has another fingerprint."""
         work = []
         decoder = choose_decoder(config.video_decoder)
-        ends = (*self.firsts[1:], len(self.source.state))
+        ends = (*self.place.firsts[1:], len(self.source.state))
         for camera, number in missing:
             if camera not in self.source.stored_pictures:
-                found = stretches(self.source, camera, self.firsts[number], ends[number])
-                job = Job(found, self.count(number), self.size, self.source.fps, decoder)
-                work.append((self.path(self.source.embodiment.cameras[camera], number), job))
+                found = stretches(self.source, camera, self.place.firsts[number], ends[number])
+                job = Job(found, self.count(number), self.place.size, self.source.fps, decoder)
+                work.append((self.place.path(self.source.embodiment.cameras[camera], number), job))
         try:
             with progress.step("decode frames", sum(self.count(number) for _, number in missing)) as bar:
-                for job in write_jobs(work, self.form):
+                for job in write_jobs(work, self.place.form):
                     bar.advance(job.count)
                 for camera in self.source.stored_pictures:
                     self._unpack(camera, {number for name, number in missing if name == camera}, bar)
@@ -180,7 +203,11 @@ class _Folder:
 
     def note_verified(self) -> None:
         """Remember what the shards look like now that they are known to be whole."""
-        shards = (self.path(column, number) for column in self.source.embodiment.cameras.values() for number in range(len(self.firsts)))
+        shards = (
+            self.place.path(column, number)
+            for column in self.source.embodiment.cameras.values()
+            for number in range(len(self.place.firsts))
+        )
         stamps = {self._name(path): _stamp(path) for path in shards}
         if stamps != self._verified():
             files.write_json(self._record, {"boot": _boot(), "shards": stamps})
@@ -212,8 +239,8 @@ class _Folder:
                 pending.append(encoded)
                 if len(pending) == self.count(number):
                     if number in wanted:
-                        pictures = threads.map(lambda content: _decode_picture(content, self.size), pending)
-                        write_shard(self.path(column, number), pictures, self.size, self.form)
+                        pictures = threads.map(lambda content: _decode_picture(content, self.place.size), pending)
+                        write_shard(self.place.path(column, number), pictures, self.place.size, self.place.form)
                         bar.advance(len(pending))
                     pending, number = [], number + 1
 

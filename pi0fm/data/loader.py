@@ -1,6 +1,6 @@
-r"""From (seed, step, rank) to a batch of tensors, prepared in threads while the last one is trained on.
+r"""From (seed, step, rank) to a batch of tensors, prepared in threads or worker processes while the last one is trained on.
 
-Owns: `Batch`, collation, prefetching. Does not know: the model, devices beyond moving to one, the optimiser.
+Owns: collation, prefetching. Does not know: the model, devices beyond moving to one, the optimiser, how processes are spoken to.
 
     position in the stream -> sample -> frame -> pictures (memory map), state and action chunk (one slice) -> chain -> tensors
                                     \-> noise and uniform number for the flow, numbers for augmentation, by counter
@@ -9,30 +9,36 @@ Owns: `Batch`, collation, prefetching. Does not know: the model, devices beyond 
     thread A [0]     [2]     [4]              whichever thread is done first
     thread B     [1]     [3]     [5]          at most `threads + ahead` batches exist at a time
 
-Shape letters: B micro batch, H horizon, A action dim, C cameras.
+With `processes` the makers are processes (loader_processes.py), `processes + ahead` of their batches exist at a time, and one thread
+copies them, page-locked where that is asked, two at a time.
+
+Shape letters: B micro batch, H horizon, A action dim.
 """
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
 from numpy.typing import NDArray
-from torch import Tensor
 
-from pi0fm.data.augment import Augmentation, AugmentConfig, augment, numbers
+from pi0fm.data.augment import AugmentConfig, numbers
+from pi0fm.data.batch import Batch
 from pi0fm.data.lerobot_source import LeRobotSource
+from pi0fm.data.loader_processes import in_processes
 from pi0fm.data.order import Order, Places
 from pi0fm.data.pictures import Pictures
 from pi0fm.data.sampler import Slots, draws
 from pi0fm.data.transforms import Chain, Sample
 from pi0fm.errors import ConfigError
-from pi0fm.models.observation import ModelObservation
 from pi0fm.options import option
+
+__all__ = ["Batch", "BatchMaker", "Collator", "LoaderConfig", "action_chunks", "keep_count", "micro_batches"]
 
 _COUNTS_KEPT = 64
 
@@ -42,6 +48,7 @@ class LoaderConfig:
     """How batches are prepared; it changes speed and memory, never a number in a batch."""
 
     threads: int = option(1, "threads that prepare batches, beside the one that trains")
+    processes: int = option(0, "worker processes that prepare batches instead of threads; 0 for none")
     ahead: int = option(2, "finished batches that wait for their use")
     pin_memory: bool = option(False, "keep batches in page-locked memory, so that copying to a GPU does not wait")
     prefetch_to_device: bool = option(False, "copy a batch to the device while the one before it is trained on")
@@ -50,51 +57,13 @@ class LoaderConfig:
         for name in ("threads", "ahead"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"loader.{name} must be >= 1, found {getattr(self, name)}; leave it out for the default")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one forward pass needs.
-
-    actions: [B, H, A] normalised and padded; action_mask: [B, H, A], False past the episode's end and on padded dimensions;
-    noise: [B, K, H, A], K flow draws of each observation; uniform: [B, K] in [0, 1), from which the time density makes t;
-    augmentation: what is to be done to the pictures on the device, None for nothing.
-    """
-
-    observation: ModelObservation
-    actions: Float[Tensor, "B H A"]
-    action_mask: Bool[Tensor, "B H A"]
-    noise: Float[Tensor, "B K H A"]
-    uniform: Float[Tensor, "B K"]
-    augmentation: Augmentation | None = None
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`."""
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()}
-        augmentation = None if self.augmentation is None else self.augmentation.to(device)
-        return Batch(self.observation.to(device), **moved, augmentation=augmentation)
-
-    def pinned(self) -> "Batch":
-        """The same batch in page-locked memory."""
-        seen = {item.name: getattr(self.observation, item.name).pin_memory() for item in fields(self.observation)}
-        moved = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
-        return Batch(ModelObservation(**seen), **moved, augmentation=self.augmentation)
-
-    def augmented(self) -> "Batch":
-        """The batch with its augmentation done, on the device where it lies; itself where there is none to do."""
-        if self.augmentation is None:
-            return self
-        seen = replace(self.observation, images=augment(self.observation.images, self.augmentation))
-        return replace(self, observation=seen, augmentation=None)
-
-    def tensors(self) -> list[Tensor]:
-        """All of them."""
-        seen = [getattr(self.observation, item.name) for item in fields(self.observation)]
-        changes = [] if self.augmentation is None else [getattr(self.augmentation, item.name) for item in fields(self.augmentation)]
-        return [*self._tensors().values(), *seen, *changes]
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("actions", "action_mask", "noise", "uniform")}
+        if self.processes < 0:
+            raise ConfigError(f"loader.processes must be >= 0, found {self.processes}; leave it out to prepare batches in threads")
+        if self.processes and self.threads > 1:
+            raise ConfigError(
+                f"batches are prepared by threads or by processes, found loader.threads {self.threads} and loader.processes "
+                f"{self.processes}; leave one of them out"
+            )
 
 
 class BatchMaker(ABC):
@@ -157,9 +126,9 @@ class Collator(BatchMaker):
         mask = inside[:, :, None] & real
         keys = Slots(at.epoch, at.number)
         drawn = [draws(self.seed, keys, number, (self.action_horizon, self.action_dim)) for number in range(self.flow_draws)]
-        noise, uniform = np.stack([pair[0] for pair in drawn], axis=1), np.stack([pair[1] for pair in drawn], axis=1)
+        noise, uniform = (_side_by_side([pair[part] for pair in drawn]) for part in (0, 1))
         if not self.padded_noise:
-            noise *= real.astype(np.float32)
+            noise[..., ~real] = 0
         assert sample.actions is not None
         arrays = {"actions": sample.actions, "action_mask": mask, "noise": noise, "uniform": uniform}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
@@ -197,6 +166,11 @@ class Collator(BatchMaker):
         return int(steps.sum()) * self.chain.embodiment.dims()[1]
 
 
+def _side_by_side(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """np.stack along axis 1; one array is not copied."""
+    return arrays[0][:, None] if len(arrays) == 1 else np.stack(arrays, axis=1)
+
+
 def keep_count(counts: dict[tuple[int, int], int], stretch: tuple[int, int], valid: int) -> None:
     """Add to a table of counts that stays small when nobody asks for them."""
     while len(counts) >= _COUNTS_KEPT:
@@ -223,36 +197,58 @@ def micro_batches(
     micro_batch_size: int,
     config: LoaderConfig = LoaderConfig(),
     device: torch.device | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """This rank's micro batches of steps first_step .. num_steps - 1, in order, some ahead of their use.
 
     Every rank takes an equal, contiguous share of each global batch, so the union is the same for any number of ranks.
     device: where `config.prefetch_to_device` copies to; None or a CPU copies nothing.
     """
     share = global_batch_size // world_size
-    starts = (
-        (step, step * global_batch_size + rank * share + offset, offset == 0)
-        for step in range(first_step, num_steps)
-        for offset in range(0, share, micro_batch_size)
-    )
+
+    def starts() -> Iterator[tuple[int, int, bool]]:
+        for step in range(first_step, num_steps):
+            for offset in range(0, share, micro_batch_size):
+                yield step, step * global_batch_size + rank * share + offset, offset == 0
+
+    workers = None
+    if config.processes:
+        tasks = ((start, micro_batch_size) for _, start, _ in starts())
+        workers = in_processes(partial(_arrays, collator), tasks, config.processes, config.processes + config.ahead)
 
     def prepare(step: int, start: int, begins: bool) -> Batch:
         if begins:
             collator.count_ahead(step * global_batch_size, global_batch_size)
-        batch = collator(start, micro_batch_size)
-        collator.expect_after(start, micro_batch_size)
-        return batch.pinned() if config.pin_memory else batch
+        if workers is None:
+            batch = collator(start, micro_batch_size)
+            collator.expect_after(start, micro_batch_size)
+            return batch.pinned() if config.pin_memory else batch
+        batch = Batch.of({name: torch.from_numpy(array) for name, array in next(workers).items()})  # of the same start: both count alike
+        return batch.pinned() if config.pin_memory else batch.copied()  # out of memory that a worker fills again
 
-    batches = _in_threads(prepare, starts, config)
+    if workers is None:
+        batches = _in_threads(prepare, starts(), config.threads, config.threads + config.ahead)
+    else:
+        batches = _closing(workers, _in_threads(prepare, starts(), 1, 2))
     ahead = config.prefetch_to_device and device is not None and device.type == "cuda"
     return _on_device(batches, device) if ahead and device is not None else batches
 
 
+def _arrays(maker: BatchMaker, first: int, count: int) -> dict[str, NDArray]:
+    """In a worker process: a batch by name, on its way into shared memory."""
+    return {name: tensor.numpy() for name, tensor in maker(first, count).named().items()}
+
+
+def _closing(workers: Generator[dict[str, NDArray]], batches: Iterator[Batch]) -> Generator[Batch]:
+    """The same batches; worker processes end with the last, or when nobody asks any more."""
+    with closing(workers):
+        yield from batches
+
+
 def _in_threads(
-    prepare: Callable[[int, int, bool], Batch], starts: Iterator[tuple[int, int, bool]], config: LoaderConfig
-) -> Iterator[Batch]:
-    """`prepare` of every start, in order; the threads end with the last batch, with an error, or when nobody asks any more."""
-    threads = ThreadPoolExecutor(config.threads, thread_name_prefix="pi0fm-loader")
+    prepare: Callable[[int, int, bool], Batch], starts: Iterator[tuple[int, int, bool]], num_threads: int, most: int
+) -> Generator[Batch]:
+    """`prepare` of every start, in order, `most` at a time; the threads end with the last, with an error, or when nobody asks any more."""
+    threads = ThreadPoolExecutor(num_threads, thread_name_prefix="pi0fm-loader")
     under_way: deque[Future[Batch]] = deque()
 
     def submit() -> None:
@@ -261,7 +257,7 @@ def _in_threads(
             under_way.append(threads.submit(prepare, *start))
 
     try:
-        for _ in range(config.threads + config.ahead):
+        for _ in range(most):
             submit()
         while under_way:
             batch = under_way.popleft().result()
@@ -271,7 +267,7 @@ def _in_threads(
         threads.shutdown(wait=True, cancel_futures=True)
 
 
-def _on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def _on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch]:
     """The same batches on a GPU, each copied on a stream of its own while the one before it is trained on."""
     copying = torch.cuda.Stream(device)
 

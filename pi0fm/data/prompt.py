@@ -65,6 +65,10 @@ class PromptTokenizer:
         self.tokenizer, self.max_tokens, self.with_state, self.dialect = tokenizer, max_tokens, with_state, dialect
         self._encode = lru_cache(maxsize=4096)(self._encode_one)
 
+    def __reduce__(self) -> "tuple[type[PromptTokenizer], tuple[PreTrainedTokenizerBase, int, bool, str]]":
+        """Made anew in another process: its table of known texts stays here."""
+        return PromptTokenizer, (self.tokenizer, self.max_tokens, self.with_state, self.dialect)
+
     def __call__(self, prompts: list[str], state: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """(ids, mask), each [B, L], of prompts and normalised states [B, S].
 

@@ -13,6 +13,7 @@ The order is a function of the position, so a run that goes on needs no saved bu
 
 import threading
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +59,14 @@ class FrameStream(Pictures):
         self._threads = ThreadPoolExecutor(min(cores(), 8), thread_name_prefix="pi0fm-stream")
         self._held: dict[int, Future[NDArray[np.uint8]]] = {}
         self._used: dict[int, int] = {}  # group -> when it is used last, on the clock of samples that were gathered
-        self._clock, self._frames_held, self._lock = 0, 0, threading.Lock()
+        self._clock, self._frames_held, self._frames_decoded, self._lock = 0, 0, 0, threading.Lock()
+
+    def __reduce__(self) -> NoReturn:
+        """A worker process would have a buffer of its own, and decode every video once more. Raises ConfigError."""
+        raise ConfigError(
+            "loader.processes needs decoded frames on the disk, but this data set is streamed, and each process would decode all of it; "
+            "type --loader.threads instead (decoders let other threads run), or raise --dataset.cache_limit_gib"
+        )
 
     @property
     def order(self) -> Order:
@@ -75,6 +83,11 @@ class FrameStream(Pictures):
     def frames_held(self) -> int:
         """Frames in memory or being decoded; at most `capacity`."""
         return self._frames_held
+
+    @property
+    def frames_decoded(self) -> int:
+        """Frames of one camera that were decoded so far, those that were dropped and decoded again as often."""
+        return self._frames_decoded
 
     def gather(self, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
         """uint8 [B, C, size, size, 3] of the frames asked for; waits for those that are not there. Raises DatasetError."""
@@ -153,6 +166,8 @@ class FrameStream(Pictures):
 
     def _decode(self, group: int) -> NDArray[np.uint8]:
         first, count = self._first(group), self._count(group)
+        with self._lock:
+            self._frames_decoded += count
         cameras = []
         for camera in self._source.embodiment.cameras:
             found = stretches(self._source, camera, first, first + count)

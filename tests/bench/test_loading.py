@@ -1,13 +1,17 @@
 """The drawn data set is a data set, and the options of the measurement are checked; the measurement itself is a journey."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pi0fm.bench import loading
-from pi0fm.bench.loading import LoadingConfig
+from pi0fm.bench.loading_config import LoadingConfig, make_collator
 from pi0fm.bench.loading_data import EPISODE_FRAMES, FPS, draw_episode, write_dataset
+from pi0fm.bench.loading_memory import memory_over
+from pi0fm.bench.loading_sides import compare_streaming, scaled
+from pi0fm.bench.paired import Ratio
 from pi0fm.data.embodiment import Embodiment
 from pi0fm.data.frame_cache import open_cache
 from pi0fm.data.lerobot_source import DatasetConfig, open_source
@@ -43,14 +47,40 @@ def test_episodes_differ_and_move(drawn):
 def test_batches_have_the_width_of_pi0(drawn):
     config = LoadingConfig(size=SIZE, batch_size=4, action_horizon=50)
     source = open_source(drawn, Embodiment())
-    batch = loading.make_collator(source, open_cache(source, drawn, SIZE), config)(0, 4)
+    batch = make_collator(source, open_cache(source, drawn, SIZE), config)(0, 4)
     assert batch.actions.shape == batch.noise[:, 0].shape == (4, 50, 32)
     assert batch.observation.images.shape == (4, 1, SIZE, SIZE, 3)
 
 
 def test_a_ratio_of_unequal_work_is_scaled():
-    ratio = loading._scaled(loading.Ratio(2.0, 1.0, 3.0, 10.0, 5.0), 20)
-    assert (ratio.median, ratio.low, ratio.high, ratio.first_seconds, ratio.second_seconds) == (40.0, 20.0, 60.0, 10.0, 5.0)
+    """Ten seconds for 4 samples against five seconds for 80."""
+    ratio = scaled(Ratio(2.0, 1.0, 3.0, 10.0, 5.0), 4, 80)
+    assert (ratio.median, ratio.low, ratio.high) == (40.0, 20.0, 60.0)
+    assert (ratio.first_seconds, ratio.second_seconds) == (2.5, 0.0625)
+
+
+def test_memory_is_looked_at_from_a_tenth_to_the_end(drawn, monkeypatch):
+    source = open_source(drawn, Embodiment())
+    config = LoadingConfig(size=SIZE, batch_size=4, action_horizon=4, memory_batches=20)
+    found = iter([5.0, 9.0, *[6.0] * 16, 7.0])
+    monkeypatch.setattr("pi0fm.bench.loading_memory.anonymous_mib", lambda: next(found))
+    use = memory_over(make_collator(source, open_cache(source, drawn, SIZE), config), config)
+    assert (use.start, use.end, use.peak) == (5.0, 7.0, 9.0)
+    assert next(found, None) is None
+
+
+def test_a_stream_is_measured_in_the_middle_of_an_epoch(drawn, monkeypatch, shapes_unchecked):
+    """Every frame is decoded about once there, although the buffer holds half of the data set and several epochs are read."""
+    source = open_source(drawn, Embodiment())
+    monkeypatch.setattr("pi0fm.data.streaming.SHORTEST_GROUP", 2)
+    config = LoadingConfig(size=SIZE, batch_size=4, action_horizon=4, rounds=1)
+    found = compare_streaming(source, drawn, config)
+    assert found.pictures.median > 0 and found.batches.median > 0
+    assert (
+        0.7 < found.frames_a_sample < 1.7
+    )  # 200 frames in groups of some 6: a few more or less at either end, and a cut decodes one twice
+    with pytest.raises(ConfigError, match="raise --frames"):
+        compare_streaming(source, drawn, replace(config, batch_size=64))
 
 
 def test_statistics_are_scaled_to_a_million_frames(monkeypatch):
@@ -59,7 +89,7 @@ def test_statistics_are_scaled_to_a_million_frames(monkeypatch):
     assert loading.norm_stats_seconds(1000) == pytest.approx(500.0)
 
 
-@pytest.mark.parametrize(("name", "value"), [("frames", 10), ("rounds", 0), ("lerobot_workers", -1), ("size", 129)])
+@pytest.mark.parametrize(("name", "value"), [("frames", 10), ("rounds", 0), ("lerobot_workers", -1), ("processes", -1), ("size", 129)])
 def test_options_out_of_range_are_refused(name, value):
     with pytest.raises(ConfigError, match=f"--{name} must be"):
         LoadingConfig(**{name: value})

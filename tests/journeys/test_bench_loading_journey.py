@@ -30,17 +30,27 @@ def test_the_last_line_has_every_figure(capsys):
         assert math.isfinite(last[name]) and 0 < low <= last[name] <= high
     assert last["cached_ratio"] > 5  # a smoke test of the order of magnitude: the claim itself is 30, at the full size
     assert last["norm_stats_seconds_per_million_frames"] > 0
-    assert (last["frames"], last["action_horizon"], last["lerobot_workers"]) == (1400, 8, 0)
+    assert (last["frames"], last["action_horizon"], last["lerobot_workers"], last["processes"]) == (1400, 8, 0, 0)
+    memory = last["memory_mib"]
+    assert 0 < memory["start"] <= memory["peak"] and 0 < memory["end"] <= memory["peak"]
+    assert last["streamed_batch_of_decode"] > 0 and 0.5 < last["streamed_frames_a_sample"] < 2
     assert "building the cache : decoding in order" in err
+
+
+def test_worker_processes_on_both_sides(capsys):
+    assert main(["bench", "loading", *SMALL, "--processes", "1", "--lerobot_workers", "2"]) == 0
+    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (last["lerobot_workers"], last["processes"]) == (2, 1)
+    assert last["cached_ratio"] > 0 and last["memory_mib"]["peak"] > 0
 
 
 def test_a_task_of_ray_builds_what_workers_then_open(tmp_path_factory, tmp_path, monkeypatch):
     root = tiny_dataset.written(tmp_path_factory)
     config = DatasetConfig(root=root, cache_dir=tmp_path / "cache", video_decoder="pyav")
-    (seconds,) = cache_everywhere(config, Embodiment(), 64).values()
+    (seconds,) = cache_everywhere([(config, Embodiment())], 64).values()
     assert seconds > 0
     monkeypatch.setattr(frame_cache._Folder, "build", lambda *_: pytest.fail("built again"))
     cache = open_cache(open_source(config, Embodiment()), config, 64)
     assert cache.gather(np.arange(sum(tiny_dataset.LENGTHS))).any()
     with pytest.raises(DatasetError, match="must be a LeRobot data set"):
-        cache_everywhere(DatasetConfig(root=Path("/nowhere")), Embodiment(), 64)
+        cache_everywhere([(DatasetConfig(root=Path("/nowhere")), Embodiment())], 64)
