@@ -78,11 +78,11 @@ def measure(config: DensityConfig) -> DensityCosts:
     chunks = [chunk.actions for chunk in policy.infer_batch(observations, seeds)]
     inputs = policy.chain.observe(observations).to(policy.device)
     shape = (policy.model.config.action_horizon, policy.model.config.action_dim)
-    mask = (torch.arange(shape[1]) < policy.chain.embodiment.dims()[1]).expand(config.batch_size, *shape).to(policy.device)
+    mask = policy.mask(config.batch_size)
     start = noise.starting_noise(seeds, shape).to(policy.device)
     probes = noise.probes(seeds, config.num_probes, shape)
     density = options.density(None if probes is None else probes.to(policy.device))
-    with torch.no_grad(), torch.autocast(policy.device.type, policy.dtype, enabled=policy.dtype != torch.float32):
+    with torch.no_grad(), policy.sampler.precision():
         velocity = policy.model.field(inputs)
         given = policy.flow.sample(velocity, start, mask=mask)
 

@@ -7,7 +7,7 @@ Owns: what lies within the two clocks, the two modes, the bounds within which th
     inside neither         resizing, tokenizing, normalising, drawing noise, actions to robot units
 
 LeRobot's side is `PI0Pytorch.sample_actions` with the arguments that its `predict_action_chunk` passes on; ours is what `LocalPolicy` does
-with an observation that its chain has made. Both are eager.
+with an observation that its chain has made. Both are eager, unless ours is told to compile.
 
     like_for_like   float32 on both sides, torch's default for products, the same threads
     as_shipped      LeRobot's configuration on a CPU is float32; `pi0fm.load` takes bfloat16 for the towers' matrices where the processor
@@ -16,6 +16,7 @@ with an observation that its chain has made. Both are eager.
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,11 +30,10 @@ from pi0fm.bench.peer_pair import PeerPair, build_pair, check_alike, displacemen
 from pi0fm.bench.peer_report import Speed, summary
 from pi0fm.bench.products import Roofline, bare, measure_roofline, products_of, synchronized, work_of
 from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.flow.sampling import sample
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
-from pi0fm.policy.local import arrange_matrices
 from pi0fm.policy.precision import choose_device, inference_dtype
+from pi0fm.policy.sampler import Sampler
 
 FLOW_STEPS = 10
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -55,16 +55,23 @@ def compare_inference(config: InferenceConfig) -> dict[str, Any]:
     return summary(rows, roofline)
 
 
-def sampler(model: Pi0, observation: ModelObservation, noise: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """A call of ours: one chunk [B, H, A] from `observation`, which lies on the host as the chain leaves it. dtype: of the matrices."""
+@dataclass(frozen=True)
+class OurCall:
+    """A call of ours: one chunk [B, H, A] from `observation`, which lies on the host as the chain leaves it."""
+
+    sampler: Sampler
+    observation: ModelObservation
+    noise: Tensor
+
+    def __call__(self) -> Tensor:
+        """The chunk."""
+        return self.sampler(self.observation.trimmed(), self.noise, torch.ones_like(self.noise, dtype=torch.bool))
+
+
+def our_sampler(model: Pi0, observation: ModelObservation, noise: Tensor, dtype: torch.dtype, compile: str = "off") -> OurCall:
+    """On a copy of the model. dtype: of the matrices. compile: a word of `policy.sampler.COMPILE`."""
     flow = FlowMatching.from_config(FlowConfig(solver="euler", num_flow_steps=FLOW_STEPS))
-    mask = torch.ones_like(noise, dtype=torch.bool)
-
-    def ours() -> Tensor:
-        with torch.inference_mode(), torch.autocast(noise.device.type, dtype, enabled=dtype != torch.float32):
-            return sample(flow, model.field(observation.trimmed().to(noise.device)), noise, mask)
-
-    return ours
+    return OurCall(Sampler(copy.deepcopy(model), flow, noise.device, dtype, compile), observation, noise)
 
 
 def their_sampler(pair: PeerPair, observation: ModelObservation, noise: Tensor) -> Callable[[], Tensor]:
@@ -80,12 +87,12 @@ def their_sampler(pair: PeerPair, observation: ModelObservation, noise: Tensor) 
 def _measured(pair: PeerPair, mode: str, config: InferenceConfig, device: torch.device, roofline: Roofline) -> dict[str, Any]:
     observation, noise = make_observation(pair.case, 1, config.seed), make_noise(pair.case, 1, config.seed).to(device)
     dtype = torch.float32 if mode == MODES[0] else inference_dtype("auto", device, pair.ours.config.decoder.backbone.width)
-    model = copy.deepcopy(pair.ours).eval().requires_grad_(False)
-    arrange_matrices(model, dtype, device)
-    ours, theirs = sampler(model, observation, noise, dtype), their_sampler(pair, observation, noise)
+    ours, theirs = our_sampler(pair.ours, observation, noise, dtype, config.compile), their_sampler(pair, observation, noise)
     difference = displacement_difference(ours(), theirs(), noise)
     check_alike(pair.case.name, mode, "action chunks", difference, BOUNDS[dtype])
-    products = products_of(ours, model.parameters())
+    # what compiled kernels multiply cannot be seen from outside; it is what the same network multiplies uncompiled
+    plain = ours if config.compile == "off" else our_sampler(pair.ours, observation, noise, dtype)
+    products = products_of(plain, plain.sampler.model.parameters())
     our_call, their_call, bare_call = (synchronized(call, device) for call in (ours, theirs, bare(products)))
     return Speed(
         peer=paired_ratio(their_call, our_call, config.rounds),

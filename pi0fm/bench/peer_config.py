@@ -16,6 +16,7 @@ PI0_PROPORTIONS = "pi0_proportions"
 DRAW_CASES = (*PEER_CASES, PI0_PROPORTIONS)
 DEVICES = ("cpu", "cuda")
 MODES = ("like_for_like", "as_shipped")
+COMPILE = ("off", "kernels", "graph")  # policy.sampler.COMPILE, which imports torch
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,15 @@ class InferenceConfig:
     rounds: int = option(20, "pairs of calls, ours and LeRobot's, behind each ratio")
     threads: int = option(1, "torch's CPU threads, of both sides")
     device: str = option("cpu", "cpu or cuda, of both sides")
+    compile: str = option("off", "what ours compiles, of off, kernels, graph (CUDA alone); as shipped it is off")
     seed: int = option(0, "of weights, inputs and noise")
     output_dir: Path | None = option(None, "folder of inference.json; nothing is written when not given")
 
     def __post_init__(self) -> None:
         check_words("cases", self.cases, PEER_CASES)
+        check_words("compile", (self.compile,), COMPILE)
+        if self.compile == "graph" and self.device != "cuda":
+            raise ConfigError(f"compile graph records CUDA graphs, found device {self.device}; type --device cuda, or --compile kernels")
         check_words("device", (self.device,), DEVICES)
         check_least(self, {"rounds": 1, "threads": 1, "seed": 0})
 

@@ -135,7 +135,7 @@ def _solve(config: FlowStepsConfig, policy: "LocalPolicy", observations: list["O
     compared = flow_steps.settings(config.evaluations, (*config.dopri5_tolerances, flow.tolerance), flow.num_flow_steps)
     inputs = policy.chain.observe(observations).to(policy.device)
     noise = torch.from_numpy(np.stack([draw(config.seed, 0, index, 0, shape)[0] for index in range(len(observations))])).to(policy.device)
-    mask = (torch.arange(shape[1], device=policy.device) < policy.chain.embodiment.dims()[1]).expand_as(noise)
+    mask = policy.mask(len(observations))
     state = inputs.state.cpu().numpy()
 
     def to_robot(actions: torch.Tensor) -> torch.Tensor:

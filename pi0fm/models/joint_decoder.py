@@ -1,6 +1,6 @@
 """The dual-stream decoder: a vision-language stream and an action stream under one softmax.
 
-Owns: the layer, its attention mask, the prefix cache. Does not know: what a token stands for, flow time, images.
+Owns: the layer, its attention mask. Does not know: what a token stands for, flow time, images.
 A stream that is absent is None, so that one `forward` encodes the prefix, moves a suffix against the cache, and does both in training:
 
     prefix  suffix  cache          what it is
@@ -8,9 +8,7 @@ A stream that is absent is None, so that one `forward` encodes the prefix, moves
     None    given   given     ->   one evaluation of the velocity
     given   given   None      ->   training: the same two computations in one pass
 
-Sampling evaluates the velocity many times against one cache. What is the same each time is done once, in `context`:
-
-    prefix keys and values | state's keys and values | room for the actions' own, written anew by every evaluation
+What is kept between the evaluations of a sampler is in prefix_cache.py.
 
 Who sees whom (rows ask, columns answer). The prefix never looks at the suffix, so its cache is valid for every flow time:
 
@@ -23,15 +21,16 @@ Shape letters: B batch, P prefix tokens, Q suffix tokens, T tokens of one stream
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pi0fm.models.attention import additive, attend
-from pi0fm.models.layers import AdaptiveRMSNorm, GatedMLP, RMSNorm, Rotation, rotate, rotation
+from pi0fm.models.layers import AdaptiveRMSNorm, GatedMLP, Modulation, RMSNorm, Rotation, rotate, rotation
+from pi0fm.models.prefix_cache import ActionContext, KeyValue, Modulations, PrefixCache, Room
 
 
 @dataclass(frozen=True)
@@ -55,58 +54,8 @@ class DecoderConfig:
     gelu: Literal["tanh", "none"] = "tanh"
 
 
-class KeyValue(NamedTuple):
-    """Rotated keys and values of the prefix in one layer, each [B, kv heads, P, K]."""
-
-    key: Tensor
-    value: Tensor
-
-    def joined(self, own: "KeyValue") -> "KeyValue":
-        """These and the suffix's own behind them; the suffix may hold several rows, in order, for each row of these."""
-        times = own.key.shape[0] // self.key.shape[0]
-        seen = self if times == 1 else KeyValue(self.key.repeat_interleave(times, dim=0), self.value.repeat_interleave(times, dim=0))
-        return KeyValue(torch.cat((seen.key, own.key), dim=2), torch.cat((seen.value, own.value), dim=2))
-
-
-@dataclass(frozen=True)
-class Room:
-    """Keys and values [B, kv heads, J, K] of all that the actions see; the last `own` of J are theirs, and are written over in place."""
-
-    key: Tensor
-    value: Tensor
-    own: int
-
-    def joined(self, own: KeyValue) -> KeyValue:
-        """All J. Under autograd they are copied: what a gradient needs may not be written over."""
-        if torch.is_grad_enabled():
-            return KeyValue(self.key[:, :, : -self.own], self.value[:, :, : -self.own]).joined(own)
-        self.key[:, :, -self.own :] = own.key
-        self.value[:, :, -self.own :] = own.value
-        return KeyValue(self.key, self.value)
-
-
-@dataclass(frozen=True)
-class PrefixCache:
-    """What a suffix needs to know of the prefix: one KeyValue a layer, and which prefix tokens are real.
-
-    mask: [B, P]; length: [B], the position of the first suffix token.
-    """
-
-    layers: tuple[KeyValue, ...]
-    mask: Bool[Tensor, "B P"]
-    length: Int64[Tensor, " B"]
-
-
-@dataclass(frozen=True)
-class ActionContext:
-    """All that action tokens need to know of the rest, for every flow time of one batch of observations.
-
-    layers: one Room a layer. turn: the rotary angles of the action tokens. bias: additive [B, 1, 1, J], None when every token is real.
-    """
-
-    layers: tuple[Room, ...]
-    turn: Rotation
-    bias: Tensor | None
+LayerCondition = Tensor | tuple[Modulation, Modulation] | None
+"""For adaptive norms: the flow time's condition [B, D], or what a layer's two norms make of it; None for plain norms."""
 
 
 class Stream(nn.Module):
@@ -130,18 +79,18 @@ class Stream(nn.Module):
             self.mlp_norm = norm()
             self.mlp = GatedMLP(stream.width, stream.mlp_width, config.gelu)
 
-    def project(self, x: Tensor, turn: Rotation, condition: Tensor | None) -> tuple[Tensor, KeyValue, Tensor | None]:
+    def project(self, x: Tensor, turn: Rotation, condition: LayerCondition) -> tuple[Tensor, KeyValue, Tensor | None]:
         """Rotated queries [B, N, T, K], rotated keys and values, and the gate of the attention residual."""
-        normed, gate = self.attention_norm(x, condition)
+        normed, gate = self.attention_norm(x, condition[0] if isinstance(condition, tuple) else condition)
         heads = self.qkv(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         turning, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
         query, key = rotate(turning, turn).split((self.num_heads, self.num_kv_heads), dim=1)
         return query, KeyValue(key, value), gate
 
-    def finish(self, x: Tensor, attended: Tensor, gate: Tensor | None, condition: Tensor | None) -> Tensor:
+    def finish(self, x: Tensor, attended: Tensor, gate: Tensor | None, condition: LayerCondition) -> Tensor:
         """The two residuals: x + attention, then + MLP."""
         x = residual(x, self.out(attended.transpose(1, 2).flatten(2)), gate)
-        normed, gate = self.mlp_norm(x, condition)
+        normed, gate = self.mlp_norm(x, condition[1] if isinstance(condition, tuple) else condition)
         return residual(x, self.mlp(normed), gate)
 
 
@@ -163,7 +112,7 @@ class JointDecoderLayer(nn.Module):
         prefix_mask: Tensor | None,
         suffix_mask: Tensor | None,
         cached: KeyValue | Room | None,
-        condition: Tensor | None,
+        condition: LayerCondition,
     ) -> tuple[Tensor | None, Tensor | None, KeyValue]:
         """Both streams one layer further, and the keys and values of all that the last of them saw.
 
@@ -217,18 +166,28 @@ class JointDecoder(nn.Module):
             _, layers = self._run(None, mask, state, state.shape[1], cache, None)
             mask = torch.cat((mask, mask.new_ones(len(mask), state.shape[1])), dim=1)
         steps = torch.arange(num_actions, device=mask.device)
-        room = tuple(Room(_with_room(layer.key, num_actions), _with_room(layer.value, num_actions), num_actions) for layer in layers)
+        room = tuple(layer.with_room(num_actions) for layer in layers)
         # a look at the mask is free on a CPU and a wait for the device elsewhere
         whole = mask.device.type == "cpu" and bool(mask.all())
         everything = torch.cat((mask, mask.new_ones(len(mask), num_actions)), dim=1)[:, None, None]
         return ActionContext(room, rotation(mask.sum(dim=1)[:, None] + steps, self.head_dim), None if whole else additive(everything))
 
-    def move(self, actions: Float[Tensor, "B H D"], context: ActionContext, condition: Tensor | None) -> Float[Tensor, "B H D"]:
+    def modulations(self, condition: Float[Tensor, "B D"]) -> Modulations:
+        """What every adaptive norm of the action stream makes of one flow time; a third of what a step of pi0.5 reads from memory."""
+        experts = [layer.action_expert for layer in self.layers]
+        layers = tuple((expert.attention_norm.modulate(condition), expert.mlp_norm.modulate(condition)) for expert in experts)
+        return Modulations(layers, self.final_norm.modulate(condition))
+
+    def move(
+        self, actions: Float[Tensor, "B H D"], context: ActionContext, condition: Tensor | Modulations | None
+    ) -> Float[Tensor, "B H D"]:
         """Action tokens through all layers: `decode` of state and actions, but for the state's rows."""
         suffix: Tensor | None = actions
-        for layer, room in zip(self.layers, context.layers, strict=True):
-            _, suffix, _ = layer(None, suffix, None, context.turn, None, context.bias, room, condition)
-        return self.final_norm(suffix, condition)[0]
+        made = isinstance(condition, Modulations)
+        for index, (layer, room) in enumerate(zip(self.layers, context.layers, strict=True)):
+            own = condition.layers[index] if made else condition
+            _, suffix, _ = layer(None, suffix, None, context.turn, None, context.bias, room, own)
+        return self.final_norm(suffix, condition.final if made else condition)[0]
 
     def forward(
         self,
@@ -275,10 +234,6 @@ class JointDecoder(nn.Module):
         if suffix is not None:
             suffix, _ = self.final_norm(suffix, condition)
         return suffix, tuple(layers)
-
-
-def _with_room(seen: Tensor, more: int) -> Tensor:
-    return torch.cat((seen, seen.new_zeros(*seen.shape[:2], more, seen.shape[3])), dim=2)
 
 
 def suffix_attention_mask(prefix_mask: Bool[Tensor, "B P"], num_tokens: int, num_state_tokens: int) -> Bool[Tensor, "B 1 Q P+Q"]:

@@ -15,8 +15,9 @@ Shape letters: B batch, C cameras, V tokens of a picture, L prompt tokens, P = C
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pi0fm.errors import ConfigError
-from pi0fm.models.joint_decoder import ActionContext, DecoderConfig, JointDecoder, PrefixCache
+from pi0fm.models.joint_decoder import DecoderConfig, JointDecoder
 from pi0fm.models.layers import AdaptiveRMSNorm, at_least_float32, time_embedding
 from pi0fm.models.observation import ModelObservation, pixels
+from pi0fm.models.prefix_cache import ActionContext, Modulations, PrefixCache
 from pi0fm.models.vision import VisionConfig, VisionTower
 
 
@@ -56,6 +58,16 @@ class Pi0Config:
             )
         if self.decoder.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary positions, found {self.decoder.head_dim}")
+
+
+class FlowTime(NamedTuple):
+    """All that is made of one flow time alone.
+
+    embedded: [B or 1, D], what `_time` gives; modulations: what the adaptive norms make of it, None for plain norms.
+    """
+
+    embedded: Tensor
+    modulations: Modulations | None = None
 
 
 class Pi0(nn.Module):
@@ -89,9 +101,24 @@ class Pi0(nn.Module):
         suffix, num_state_tokens, condition = self._suffix(state, x_t, t)
         return self._head(self.decoder.decode(suffix, cache, num_state_tokens, condition))
 
-    def field(self, observation: ModelObservation) -> "ActionField":
-        """The velocity of one batch of observations as a function of (x_t, t), for a sampler that asks many times."""
-        return ActionField(self, self.encode_prefix(observation), observation.state)
+    def field(self, observation: ModelObservation, times: dict[float, FlowTime] | None = None) -> "ActionField":
+        """The velocity of one batch of observations as a function of (x_t, t), for a sampler that asks many times.
+
+        times: where what is made of a flow time is kept, for whoever samples again with the same weights in the same precision.
+        """
+        return ActionField(self, self.encode_prefix(observation), observation.state, times)
+
+    def flow_time(self, t: float) -> FlowTime:
+        """One flow time for a whole batch, without gradient."""
+        with torch.no_grad():
+            embedded = self._time(torch.full((1,), t, dtype=self.action_in.weight.dtype, device=self.action_in.weight.device))
+            adaptive = self.config.time_conditioning == "adaptive_norm"
+            return FlowTime(embedded, self.decoder.modulations(embedded) if adaptive else None)
+
+    def move(self, x_t: Float[Tensor, "B H A"], time: FlowTime, context: ActionContext) -> Float[Tensor, "B H A"]:
+        """One evaluation of the velocity in a sampler: `velocity`, but for what does not change with x_t."""
+        actions, condition = self._actions(x_t, time.embedded)
+        return self._head(self.decoder.move(actions, context, condition if time.modulations is None else time.modulations))
 
     def forward(self, observation: ModelObservation, x_t: Float[Tensor, "BK H A"], t: Float[Tensor, " BK"]) -> Float[Tensor, "BK H A"]:
         """Training: `velocity` of `encode_prefix` in one pass.
@@ -171,41 +198,43 @@ class ActionField:
     """`Pi0.velocity` of one batch of observations, without doing anew what neither x_t nor t changes.
 
         once a batch      pictures, prompt, state -> keys and values of all that the actions look at
-        once a time       t -> its embedding and the products behind it, kept by value of t
+        once a time       t -> its embedding, the products behind it, scales and gates of adaptive norms; kept by value of t
         each evaluation   x_t -> action tokens -> layers -> head
 
     Not for training: what is made of a time is kept, without its gradient. The gradient in x_t, which a density needs, is whole.
+    move: `model.move`, or a compiled form of it. times: see `Pi0.field`.
     """
 
-    def __init__(self, model: Pi0, cache: PrefixCache, state: Float[Tensor, "B S"]) -> None:
-        self._model, self._cache, self._state = model, cache, state
+    def __init__(
+        self,
+        model: Pi0,
+        cache: PrefixCache,
+        state: Float[Tensor, "B S"],
+        times: dict[float, FlowTime] | None = None,
+        move: Callable[[Tensor, FlowTime, ActionContext], Tensor] | None = None,
+    ) -> None:
+        self._model, self._cache, self._state, self._move = model, cache, state, move or model.move
         config = model.config
         # under adaptive norms a state token would change with the time: such a network keeps it in the suffix
         self._context: ActionContext | None = None
         if config.state_input == "prompt" or config.time_conditioning != "adaptive_norm":
             tokens = None if config.state_input == "prompt" else model.state_in(state)[:, None]
             self._context = model.decoder.context(cache, tokens, config.action_horizon)
-        self._times: dict[float, Tensor] = {}
+        self._times = {} if times is None else times
 
     def __call__(self, x_t: Float[Tensor, "B H A"], t: Float[Tensor, " B"]) -> Float[Tensor, "B H A"]:
         """dx/dt at (x_t, t), float32."""
         if self._context is None:
             return self._model.velocity(self._cache, self._state, x_t, t)
-        return self._at(x_t, self._model._time(t))
+        return self._move(x_t, FlowTime(self._model._time(t)), self._context)
 
     def at(self, x_t: Float[Tensor, "B H A"], t: float) -> Float[Tensor, "B H A"]:
-        """The same at one time for the whole batch, whose embedding is made at the first call and kept."""
+        """The same at one time for the whole batch, of which all that does not depend on x_t is made at the first call and kept."""
         if self._context is None:
             return self(x_t, torch.full((len(x_t),), t, dtype=x_t.dtype, device=x_t.device))
         if t not in self._times:
-            with torch.no_grad():
-                self._times[t] = self._model._time(torch.full((1,), t, dtype=x_t.dtype, device=x_t.device))
-        return self._at(x_t, self._times[t])
-
-    def _at(self, x_t: Tensor, time: Tensor) -> Tensor:
-        assert self._context is not None
-        actions, condition = self._model._actions(x_t, time)
-        return self._model._head(self._model.decoder.move(actions, self._context, condition))
+            self._times[t] = self._model.flow_time(t)
+        return self._move(x_t, self._times[t], self._context)
 
 
 def parameter_count(model: nn.Module) -> int:

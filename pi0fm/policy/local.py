@@ -16,16 +16,17 @@ from typing import Any, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from pi0fm.data.transforms import Chain, Sample
-from pi0fm.errors import ObservationError
+from pi0fm.errors import ConfigError, ObservationError
 from pi0fm.flow.likelihood import push_backward
 from pi0fm.flow.matching import FlowMatching
-from pi0fm.flow.sampling import num_increments, sample
+from pi0fm.flow.sampling import num_increments
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy import noise
+from pi0fm.policy.sampler import Sampler
 from pi0fm.policy.scores import ScoreOptions, Scores, conditioned, make_scores, observe_given, sample_and_score
 from pi0fm.types import ActionChunk, Observation
 
@@ -43,10 +44,11 @@ class LocalPolicy:
         device: torch.device,
         dtype: torch.dtype,
         padded_noise: bool = False,
+        compile: str = "off",
     ) -> None:
-        self.model, self.flow, self.chain, self.metadata = model.to(device).eval().requires_grad_(False), flow, chain, metadata
+        self.sampler = Sampler(model, flow, device, dtype, compile)
+        self.model, self.flow, self.chain, self.metadata = self.sampler.model, flow, chain, metadata
         self.device, self.dtype = device, dtype
-        arrange_matrices(self.model, dtype, device)
         horizon, width = model.config.action_horizon, model.config.action_dim
         self._shape = (horizon, width)
         self._real = torch.arange(width, device=device).expand(horizon, width) < (width if padded_noise else chain.embodiment.dims()[1])
@@ -54,6 +56,10 @@ class LocalPolicy:
     def observation(self, flat: Mapping[str, Any]) -> Observation:
         """The observation in a flat map of keys; see `Embodiment.observation` for the keys and the errors."""
         return self.chain.embodiment.observation(flat)
+
+    def mask(self, batch: int) -> Tensor:
+        """[batch, H, A], True where the policy samples; elsewhere a chunk is held at 0."""
+        return self._real.expand(batch, -1, -1)
 
     def infer(
         self, observation: Observation | Mapping[str, Any], noise_seed: int | None = None, scores: ScoreOptions | bool = False
@@ -74,14 +80,16 @@ class LocalPolicy:
             return []
         began = time.perf_counter()
         seeds = _seeds(observations, noise_seeds)
-        inputs = self.chain.observe(observations).to(self.device)
+        inputs = self.chain.observe(observations)
         each: list[dict[str, float]] = [{} for _ in observations]
         if scores is False:
-            with torch.inference_mode(), self._precision():
-                sampled = self._sample(inputs, seeds)
+            start, increments = self._noise(seeds)
+            sampled = self.sampler(inputs, start, self.mask(len(seeds)), increments)
         else:
+            self._refuse_scores()
+            inputs = inputs.to(self.device)
             # not inference_mode: the divergence is a derivative
-            with torch.no_grad(), self._precision():
+            with torch.no_grad(), self.sampler.precision():
                 sampled, found = self._sample_and_score(inputs, seeds, ScoreOptions() if scores is True else scores)
             each = found.each()
         actions = self._to_robot(inputs.state.cpu().numpy(), sampled.float().cpu().numpy())
@@ -104,17 +112,12 @@ class LocalPolicy:
         chunks = self._chunks(observations, actions)
         seeds = _seeds(observations, noise_seeds)
         inputs, normal = observe_given(self.chain, observations, chunks)
-        with torch.no_grad(), self._precision():
+        with torch.no_grad(), self.sampler.precision():
             inputs = inputs.to(self.device)
             velocity = conditioned(self._scoring_model(options), self.model.encode_prefix(inputs), inputs.state)
             density = options.density(self._probes(seeds, options))
-            pushed = push_backward(self.flow, velocity, normal.to(self.device), self._mask(len(seeds)), density)
+            pushed = push_backward(self.flow, velocity, normal.to(self.device), self.mask(len(seeds)), density)
         return make_scores(pushed, self.chain, self._shape[0])
-
-    def _sample(self, inputs: ModelObservation, seeds: Sequence[int]) -> Tensor:
-        velocity = self.model.field(inputs)
-        start, increments = self._noise(seeds)
-        return sample(self.flow, velocity, start, self._mask(len(seeds)), increments=increments)
 
     def _sample_and_score(self, inputs: ModelObservation, seeds: Sequence[int], options: ScoreOptions) -> tuple[Tensor, Scores]:
         cache = self.model.encode_prefix(inputs)
@@ -124,7 +127,7 @@ class LocalPolicy:
             conditioned(self.model, cache, inputs.state),
             conditioned(self._scoring_model(options), cache, inputs.state),
             start,
-            self._mask(len(seeds)),
+            self.mask(len(seeds)),
             options,
             probes=self._probes(seeds, options),
             increments=increments,
@@ -140,11 +143,12 @@ class LocalPolicy:
         probes = noise.probes(seeds, options.num_probes, self._shape)
         return None if probes is None else probes.to(self.device)
 
-    def _mask(self, batch: int) -> Tensor:
-        return self._real.expand(batch, -1, -1)
-
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+    def _refuse_scores(self) -> None:
+        if self.sampler.compile != "off":
+            raise ConfigError(
+                f"scores need a policy that is not compiled, since they never change an action, found compile {self.sampler.compile}; "
+                "load it with compile off"
+            )
 
     def _scoring_model(self, options: ScoreOptions) -> Pi0:
         return self._in_float64 if options.float64 else self.model
@@ -201,26 +205,3 @@ def _seeds(observations: Sequence[Observation], given: Sequence[int] | None) -> 
     if len(seeds) != len(observations):
         raise ObservationError(f"one noise seed for each observation: expected {len(observations)}, found {len(seeds)}")
     return seeds
-
-
-def arrange_matrices(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Keep the matrices as inference multiplies them fastest: see `halve_matrices`; in float32 on a CPU, with their columns together.
-
-    A product of the few rows of an action chunk with a matrix takes 0.4 to 0.9 of the time so (docs/LOG.md); shapes and values stay.
-    """
-    if dtype != torch.float32:
-        halve_matrices(model, dtype)
-    elif device.type == "cpu":
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.data = module.weight.data.t().contiguous().t()
-
-
-def halve_matrices(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the towers' matrices in the type that they are multiplied in, so that no call casts them again.
-
-    Norms, embeddings and the action head stay float32.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.startswith(("vision.", "decoder.layers.")) and "modulation" not in name:
-            module.to(dtype)

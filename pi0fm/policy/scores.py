@@ -29,9 +29,9 @@ from pi0fm.flow.likelihood import DensityOptions, Pushed, density_solver, push_b
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import sample
 from pi0fm.flow.solver import FIXED_GRID_SOLVERS, Velocity, check_solver
-from pi0fm.models.joint_decoder import KeyValue, PrefixCache
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import ActionField, Pi0
+from pi0fm.models.prefix_cache import KeyValue, PrefixCache
 from pi0fm.types import Observation
 
 

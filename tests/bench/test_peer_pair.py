@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pi0fm.bench import inference
-from pi0fm.bench.inference import compare_inference, sampler, their_sampler
+from pi0fm.bench.inference import compare_inference, our_sampler, their_sampler
 from pi0fm.bench.peer_cases import Case, case_named, make_batch, make_noise, make_observation
 from pi0fm.bench.peer_config import DRAW_CASES, PEER_CASES, InferenceConfig
 from pi0fm.bench.peer_pair import build_pair, check_alike, displacement_difference, gradient_difference, translated
@@ -43,7 +43,7 @@ def pair():
 @pytest.mark.parametrize("batch", [1, 2])
 def test_both_sides_make_the_same_chunk(pair, batch):
     observation, noise = make_observation(SMALL, batch, 3), make_noise(SMALL, batch, 3)
-    ours = sampler(pair.ours.eval(), observation, noise, torch.float32)()
+    ours = our_sampler(pair.ours.eval(), observation, noise, torch.float32)()
     theirs = their_sampler(pair, observation, noise)()
     assert displacement_difference(ours, theirs, noise) < 1e-5
     assert (theirs - noise).abs().max() > 0.1  # the network has a say
@@ -54,7 +54,7 @@ def test_a_weight_that_differs_is_found(pair):
     with torch.no_grad():
         pair.ours.action_in.weight[0, 0] += 0.05
     difference = displacement_difference(
-        sampler(pair.ours, observation, noise, torch.float32)(), their_sampler(pair, observation, noise)(), noise
+        our_sampler(pair.ours, observation, noise, torch.float32)(), their_sampler(pair, observation, noise)(), noise
     )
     assert difference > inference.BOUNDS[torch.float32]
 
@@ -65,7 +65,7 @@ def test_a_missing_camera_is_no_product_of_ours(pair):
     whole = replace(observation, image_mask=torch.ones_like(observation.image_mask))
 
     def flops(seen) -> tuple[int, int]:
-        ours, theirs = sampler(pair.ours, seen, noise, torch.float32), their_sampler(pair, seen, noise)
+        ours, theirs = our_sampler(pair.ours, seen, noise, torch.float32), their_sampler(pair, seen, noise)
         return work_of(products_of(ours, ())).total_flops, work_of(products_of(theirs, ())).total_flops
 
     (ours, theirs), (ours_whole, theirs_whole) = flops(observation), flops(whole)

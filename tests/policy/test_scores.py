@@ -37,7 +37,7 @@ def fine(small_policy):
 
 
 def real(policy, batch):
-    return policy._real.expand(batch, -1, -1)
+    return policy.mask(batch)
 
 
 @pytest.mark.parametrize(("solver", "dtype"), SAMPLED)

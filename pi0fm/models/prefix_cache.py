@@ -1,0 +1,84 @@
+"""What a sampler keeps between its evaluations of the velocity, and nothing that one of them would change.
+
+Owns: keys and values of the prefix, with room for the actions' own behind them; what flow times make of adaptive norms. Does not know:
+how they are computed.
+
+    prefix keys and values | state's keys and values | room for the actions' own, written anew by every evaluation
+
+Shape letters: B batch, P prefix tokens, J keys that the actions see, D width, K head dim.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from pi0fm.models.layers import Modulation, Rotation
+
+
+class KeyValue(NamedTuple):
+    """Rotated keys and values of the prefix in one layer, each [B, kv heads, P, K]."""
+
+    key: Tensor
+    value: Tensor
+
+    def joined(self, own: "KeyValue") -> "KeyValue":
+        """These and the suffix's own behind them; the suffix may hold several rows, in order, for each row of these."""
+        times = own.key.shape[0] // self.key.shape[0]
+        seen = self if times == 1 else KeyValue(self.key.repeat_interleave(times, dim=0), self.value.repeat_interleave(times, dim=0))
+        return KeyValue(torch.cat((seen.key, own.key), dim=2), torch.cat((seen.value, own.value), dim=2))
+
+    def with_room(self, more: int) -> "Room":
+        """These, and room for `more` behind them."""
+        longer = (torch.cat((seen, seen.new_zeros(*seen.shape[:2], more, seen.shape[3])), dim=2) for seen in self)
+        return Room(*longer, own=more)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Keys and values [B, kv heads, J, K] of all that the actions see; the last `own` of J are theirs, and are written over in place."""
+
+    key: Tensor
+    value: Tensor
+    own: int
+
+    def joined(self, own: KeyValue) -> KeyValue:
+        """All J. Under autograd they are copied: what a gradient needs may not be written over."""
+        if torch.is_grad_enabled():
+            return KeyValue(self.key[:, :, : -self.own], self.value[:, :, : -self.own]).joined(own)
+        self.key[:, :, -self.own :] = own.key
+        self.value[:, :, -self.own :] = own.value
+        return KeyValue(self.key, self.value)
+
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """What a suffix needs to know of the prefix: one KeyValue a layer, and which prefix tokens are real.
+
+    mask: [B, P]; length: [B], the position of the first suffix token.
+    """
+
+    layers: tuple[KeyValue, ...]
+    mask: Bool[Tensor, "B P"]
+    length: Int64[Tensor, " B"]
+
+
+class Modulations(NamedTuple):
+    """Every adaptive norm of the action stream at one flow time; layers: the norm before attention and the one before the MLP."""
+
+    layers: tuple[tuple[Modulation, Modulation], ...]
+    final: Modulation
+
+
+@dataclass(frozen=True)
+class ActionContext:
+    """All that action tokens need to know of the rest, for every flow time of one batch of observations.
+
+    layers: one Room a layer. turn: the rotary angles of the action tokens. bias: additive [B, 1, 1, J], None when every token is real.
+    """
+
+    layers: tuple[Room, ...]
+    turn: Rotation
+    bias: Tensor | None

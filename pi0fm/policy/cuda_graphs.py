@@ -1,0 +1,79 @@
+"""A whole chunk as one CUDA graph: recorded once for each shape of its inputs, then replayed without Python between its kernels.
+
+Owns: the buffers that a graph reads, which graphs are kept. Does not know: what is recorded.
+
+    first call of a shape    inputs -> buffers -> warm-up calls on a side stream -> record -> replay
+    later calls              inputs -> buffers ----------------------------------------------> replay -> copy of the output
+                             one place of memory for all graphs: they never run at the same time
+
+A shape is (batch, cameras, prompt tokens). Prompts come in multiples of 8 tokens, so a robot with a few instructions needs few graphs.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import fields
+from typing import final
+
+import torch
+from torch import Tensor
+
+from pi0fm.models.observation import ModelObservation
+
+KEPT = 16
+_WARM_UP = 3
+
+Call = Callable[[ModelObservation, Tensor, Tensor], Tensor]
+Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+"""From a call on fixed buffers to one that repeats it."""
+
+
+@final
+class Graphs:
+    """`call` by replay. At most KEPT shapes are kept, the least recently used leaves. record: other than by CUDA, for tests."""
+
+    def __init__(self, call: Call, device: torch.device, record: Record | None = None) -> None:
+        self._call, self._device, self._record = call, device, record or Recorder(device)
+        self._kept: OrderedDict[tuple[torch.Size, ...], tuple[list[Tensor], Callable[[], Tensor]]] = OrderedDict()
+
+    def __call__(self, observation: ModelObservation, noise: Tensor, mask: Tensor) -> Tensor:
+        """The call's answer, a tensor of its own."""
+        given = [*(getattr(observation, item.name) for item in fields(observation)), noise, mask]
+        shape = tuple(tensor.shape for tensor in given)
+        if shape not in self._kept:
+            while len(self._kept) >= KEPT:
+                self._kept.popitem(last=False)
+            buffers = [tensor.to(self._device, copy=True) for tensor in given]
+            seen = ModelObservation(*buffers[:-2])
+            self._kept[shape] = buffers, self._record(lambda: self._call(seen, *buffers[-2:]))
+        self._kept.move_to_end(shape)
+        buffers, replay = self._kept[shape]
+        for buffer, tensor in zip(buffers, given, strict=True):
+            buffer.copy_(tensor, non_blocking=True)
+        return replay().clone()
+
+
+@final
+class Recorder:
+    """CUDA's way: some calls on a side stream settle allocations and libraries, then one is recorded. All graphs share one memory pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._pool = device, torch.cuda.graph_pool_handle()
+
+    def __call__(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """A function that repeats `call` on whatever its buffers hold by then, and returns where the answer lies."""
+        with torch.cuda.device(self._device):
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                for _ in range(_WARM_UP):
+                    call()
+            torch.cuda.current_stream().wait_stream(beside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                answer = call()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return answer
+
+        return replay

@@ -1,0 +1,123 @@
+"""A network made ready for sampling: (observation, noise) -> chunk, in normalised units.
+
+Owns: how its matrices are kept, in which precision it multiplies, what it compiles and records. Does not know: robots, seeds, files.
+
+    compile    the prefix, and a velocity                    a whole chunk                      where
+    off        operation by operation                        the solver calls the velocity      anywhere
+    kernels    torch.compile: fewer, larger kernels          the same                           anywhere
+    graph      the same kernels                              a CUDA graph for each shape        CUDA, solvers of fixed steps without noise
+"""
+
+from collections.abc import Callable
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from pi0fm.errors import ConfigError
+from pi0fm.flow.checks import check_finite
+from pi0fm.flow.matching import FlowMatching
+from pi0fm.flow.sampling import sample
+from pi0fm.flow.solver import FIXED_GRID_SOLVERS
+from pi0fm.models.observation import ModelObservation
+from pi0fm.models.pi0 import ActionField, FlowTime, Pi0
+from pi0fm.options import nearest
+from pi0fm.policy.cuda_graphs import Graphs
+
+COMPILE = ("off", "kernels", "graph")
+
+
+@final
+class Sampler:
+    """Chunks of one network by one flow. The model is changed in place: no gradients, matrices as `arrange_matrices` says.
+
+    dtype: of the towers' matrices. compile: a word of COMPILE. Raises ConfigError for another word, and for graphs where there are none.
+    """
+
+    def __init__(self, model: Pi0, flow: FlowMatching, device: torch.device, dtype: torch.dtype, compile: str = "off") -> None:
+        refuse_compile(compile, device, flow)
+        self.model, self.flow, self.device, self.dtype, self.compile = (
+            model.to(device).eval().requires_grad_(False),
+            flow,
+            device,
+            dtype,
+            compile,
+        )
+        arrange_matrices(self.model, dtype, device)
+        self._times: dict[float, FlowTime] = {}
+        self._encode: Callable[[ModelObservation], object] = model.encode_prefix
+        self._move = model.move
+        if compile != "off":
+            self._encode, self._move = torch.compile(model.encode_prefix), torch.compile(model.move)
+        self._graphs = Graphs(self._recorded, device) if compile == "graph" else None
+
+    def __call__(
+        self,
+        observation: ModelObservation,
+        noise: Float[Tensor, "B H A"],
+        mask: Bool[Tensor, "B H A"],
+        increments: Float[Tensor, "K B H A"] | None = None,
+    ) -> Float[Tensor, "B H A"]:
+        """The chunks that `noise` flows to, on the device, float32. mask: False where they are held at 0. increments: see flow/sampling.
+
+        All of it may lie on the host; an observation that is `trimmed` costs nothing for what is not there.
+        """
+        if self._graphs is not None:
+            chunk = self._graphs(observation, noise, mask)
+            check_finite("the sample (or its noise, or the network's answer)", chunk)
+            return chunk
+        noise, mask = noise.to(self.device), mask.to(self.device)
+        increments = None if increments is None else increments.to(self.device)
+        with torch.inference_mode(), self.precision():
+            return sample(self.flow, self.field(observation.to(self.device)), noise, mask, increments=increments)
+
+    def field(self, observation: ModelObservation) -> ActionField:
+        """The velocity, for whoever solves by himself; under `precision()` and inference_mode."""
+        cache = self._encode(observation)
+        return ActionField(self.model, cache, observation.state, self._times, self._move)
+
+    def precision(self) -> torch.autocast:
+        """The context in which the network is called. No cast of a matrix is kept: they lie in their type already."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=self.compile != "graph")
+
+    def _recorded(self, observation: ModelObservation, noise: Tensor, mask: Tensor) -> Tensor:
+        """What a graph holds: nothing in it may wait for the device."""
+        with torch.inference_mode(), self.precision():
+            return self.flow.sample(self.field(observation), noise, mask=mask, check=False)
+
+
+def refuse_compile(word: str, device: torch.device, flow: FlowMatching) -> None:
+    """Raise ConfigError for a word that is not known, or that this device or solver cannot do."""
+    if word not in COMPILE:
+        raise ConfigError(f"compile must be off, kernels or graph, found {word!r}: {nearest(word, COMPILE)}")
+    if word == "graph" and device.type != "cuda":
+        raise ConfigError(f"compile graph records CUDA graphs, found device {device.type}; type --compile kernels, or off")
+    if word == "graph" and flow.solver not in FIXED_GRID_SOLVERS:
+        raise ConfigError(
+            f"compile graph needs a solver of fixed steps without noise, one of {', '.join(FIXED_GRID_SOLVERS)}, found {flow.solver}; "
+            "type --compile kernels"
+        )
+
+
+def arrange_matrices(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Keep the matrices as inference multiplies them fastest: see `halve_matrices`; in float32 on a CPU, with their columns together.
+
+    A product of the few rows of an action chunk with a matrix takes 0.4 to 0.9 of the time so (docs/LOG.md); shapes and values stay.
+    """
+    if dtype != torch.float32:
+        halve_matrices(model, dtype)
+    elif device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = module.weight.data.t().contiguous().t()
+
+
+def halve_matrices(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the towers' matrices in the type that they are multiplied in, so that no call casts them again.
+
+    Norms, embeddings and the action head stay float32.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.startswith(("vision.", "decoder.layers.")) and "modulation" not in name:
+            module.to(dtype)
