@@ -7,7 +7,8 @@ Does not know: simulators (it is handed `judge`), how the demonstrations came ab
 
 Alike: the parameters that take part (8 query heads on both sides, since LeRobot's PI0 runs no other number), the frames decoded in
 memory, the samples of each step, the batch size, the peak learning rate, the threads, the calibration that stretches each side's own
-schedule over the budget, the start positions, the rule of the noise seeds, the execution horizon, 10 Euler steps.
+schedule over its budget (the same one, unless LeRobot is given another), the start positions, the rule of the noise seeds, the
+execution horizon, 10 Euler steps.
 Charged to each: making its batches, forward, backward, optimiser, average. Charged to neither: imports, building, decoding,
 calibration, evaluation.
 Not alike, because each side runs as shipped: bfloat16 where the processor has it and a moving average of the weights here, float32 and the
@@ -73,8 +74,8 @@ def compare(config: LearningConfig, run: TrainConfig, data: SharedData, judge: J
     keep_freed_memory()  # a setting of the process: pi0fm's training makes it, and LeRobot's is to gain from it as well
     outcomes = []
     for seed in range(config.seeds):
-        plan = TrainingPlan(config.cpu_seconds, run.optimizer.learning_rate, seed, calibration_steps=CALIBRATION_STEPS)
         for side in SIDES:
+            plan = TrainingPlan(config.budget(side), run.optimizer.learning_rate, seed, calibration_steps=CALIBRATION_STEPS)
             progress.say(f"\n{side}, seed {seed} of 0 to {config.seeds - 1}")
             policy, result = _train(side, run, data, plan)
             outcomes.append(Outcome(side, seed, result, judge(policy)))

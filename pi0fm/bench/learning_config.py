@@ -26,6 +26,7 @@ class LearningConfig:
 
     task: str = option("button-press-topdown-v3", "Meta-World task that both sides learn")
     cpu_seconds: float = option(240.0, "processor seconds of each training, of all its threads and processes")
+    lerobot_cpu_seconds: float | None = option(None, "processor seconds of LeRobot's trainings; empty takes cpu_seconds")
     seeds: int = option(3, "trainings of each side, with seeds 0 to K - 1")
     demonstrations: int = option(50, "episodes to record when no data set is named")
     episodes: int = option(20, "start positions that judge each policy; none of them was demonstrated")
@@ -40,10 +41,16 @@ class LearningConfig:
         check_task(self.task)
         if not 0 < self.cpu_seconds < float("inf"):
             raise ConfigError(f"cpu_seconds must be above 0, found {self.cpu_seconds:g}; type --cpu_seconds 240")
+        if self.lerobot_cpu_seconds is not None and not 0 < self.lerobot_cpu_seconds < float("inf"):
+            raise ConfigError(f"lerobot_cpu_seconds must be above 0, found {self.lerobot_cpu_seconds:g}; leave it out for cpu_seconds")
         for name, least in {"seeds": 1, "demonstrations": 1, "episodes": 1, "first_seed": 0, "max_steps": 1, "threads": 1}.items():
             value = getattr(self, name)
             if value < least:
                 raise ConfigError(f"{name} must be {least} or more, found {value}; type --{name} {least} or leave it out")
+
+    def budget(self, side: str) -> float:
+        """CPU-seconds of one training of `side`, pi0fm or lerobot."""
+        return self.lerobot_cpu_seconds if side == "lerobot" and self.lerobot_cpu_seconds is not None else self.cpu_seconds
 
     @property
     def recorded(self) -> bool:

@@ -167,10 +167,9 @@ class JointDecoder(nn.Module):
             mask = torch.cat((mask, mask.new_ones(len(mask), state.shape[1])), dim=1)
         steps = torch.arange(num_actions, device=mask.device)
         room = tuple(layer.with_room(num_actions) for layer in layers)
-        # a look at the mask is free on a CPU and a wait for the device elsewhere
-        whole = mask.device.type == "cpu" and bool(mask.all())
         everything = torch.cat((mask, mask.new_ones(len(mask), num_actions)), dim=1)[:, None, None]
-        return ActionContext(room, rotation(mask.sum(dim=1)[:, None] + steps, self.head_dim), None if whole else additive(everything))
+        turn = rotation(mask.sum(dim=1)[:, None] + steps, self.head_dim)
+        return ActionContext(room, turn, None if _whole(mask) else additive(everything))
 
     def modulations(self, condition: Float[Tensor, "B D"]) -> Modulations:
         """What every adaptive norm of the action stream makes of one flow time; a third of what a step of pi0.5 reads from memory."""
@@ -215,7 +214,7 @@ class JointDecoder(nn.Module):
         prefix_turn = suffix_turn = prefix_mask = suffix_mask = None
         if prefix is not None:
             prefix_turn = rotation(mask.long().cumsum(dim=1) - 1, self.head_dim)  # padding and missing cameras take no position
-            prefix_mask = additive(mask[:, None, None])
+            prefix_mask = None if suffix is None and _whole(mask) else additive(mask[:, None, None])
         if suffix is not None:
             draws = suffix.shape[0] // mask.shape[0]
             steps = torch.arange(suffix.shape[1], device=suffix.device)
@@ -234,6 +233,11 @@ class JointDecoder(nn.Module):
         if suffix is not None:
             suffix, _ = self.final_norm(suffix, condition)
         return suffix, tuple(layers)
+
+
+def _whole(mask: Tensor) -> bool:
+    """Whether no mask need be added. A look at it is free on a CPU and a wait for the device elsewhere, where the answer is no."""
+    return mask.device.type == "cpu" and bool(mask.all())
 
 
 def suffix_attention_mask(prefix_mask: Bool[Tensor, "B P"], num_tokens: int, num_state_tokens: int) -> Bool[Tensor, "B 1 Q P+Q"]:

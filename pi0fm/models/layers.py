@@ -41,8 +41,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n D"], condition: Tensor | None = None) -> tuple[Float[Tensor, "*n D"], Tensor | None]:
         """The normed input, and None: a plain norm has no gate on its residual."""
-        # without a gradient the frame of the closed form would cost as much as a small norm itself
-        return _RMSNorm.apply(x, self.scale)[0] if torch.is_grad_enabled() else _normed_without_gradient(x, self.scale), None
+        # the same numbers; without a gradient the frame of the closed form would cost as much as a small norm itself
+        return (_RMSNorm.apply(x, self.scale) if torch.is_grad_enabled() else _normed(x, self.scale))[0], None
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -122,8 +122,8 @@ def inverse_rms(x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n 1"]:
 class _RMSNorm(torch.autograd.Function):
     """`x * inverse_rms(x) * (1 + scale)` with its gradient in closed form: fewer passes over memory, and x alone is kept (docs/adr/0006).
 
-    With y = x r w, w = 1 + scale, and g the incoming gradient: dx = r (g w - n mean(g w n)), n = x r; dscale = sum(g n). r is returned
-    too, so that torch.func can carry it from the forward pass to the backward one.
+    With y = x w / m, w = 1 + scale, and g the incoming gradient: dx = (g w - n mean(g w n)) / m, n = x / m; dscale = sum(g n). m is
+    returned too, so that torch.func can carry it from the forward pass to the backward one.
     """
 
     generate_vmap_rule = True
@@ -139,7 +139,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        x, scale, inverse = ctx.saved_tensors
+        x, scale, rms = ctx.saved_tensors
+        inverse = rms.reciprocal()
         normed = x * inverse
         to_scale = (gradient * normed).flatten(0, -2).sum(dim=0)
         scaled = gradient * (1.0 + scale)
@@ -167,17 +168,11 @@ class _Rotate(torch.autograd.Function):
 
 
 def _normed(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    inverse = inverse_rms(x)
-    normed = x * inverse
-    return torch.addcmul(normed, normed, scale).to(x.dtype), inverse
-
-
-def _normed_without_gradient(x: Tensor, scale: Tensor) -> Tensor:
-    """The same to rounding, in half the time for a few rows: a sampler's norms are all overhead."""
+    """The output, and the root of the mean square. Four small operations, and two passes over x."""
     wide = at_least_float32(x)
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     rms = torch.addcmul(norm.new_full((), NORM_EPSILON), norm, norm, value=1.0 / x.shape[-1]).sqrt_()
-    return torch.addcmul(wide, wide, scale).div_(rms).to(x.dtype)
+    return torch.addcmul(wide, wide, scale).div_(rms).to(x.dtype), rms
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -33,14 +33,14 @@ class ModelObservation:
         """The same observation on `device`; from pinned memory the copies do not block."""
         return ModelObservation(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})
 
-    def trimmed(self) -> "ModelObservation":
-        """Without the cameras that no row has and the prompt columns that no row uses, rounded up to PROMPT_MULTIPLE.
+    def trimmed(self, multiple: int = PROMPT_MULTIPLE) -> "ModelObservation":
+        """Without the cameras that no row has and the prompt columns that no row uses, rounded up to a multiple.
 
         Masked tokens take no position and are seen by none, so no answer changes. Reads masks: call it on the host.
         """
         cameras = self.image_mask.any(dim=0)
         longest = int(self.prompt_mask.sum(dim=1).max())
-        kept = min(self.prompt_mask.shape[1], -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
+        kept = min(self.prompt_mask.shape[1], -(-longest // multiple) * multiple)
         images, image_mask = self.images, self.image_mask
         if not bool(cameras.all()):
             images, image_mask = images[:, cameras], image_mask[:, cameras]

@@ -78,6 +78,8 @@ class LocalPolicy:
         """
         if not observations:
             return []
+        if scores is not False:
+            self._refuse_scores()
         began = time.perf_counter()
         seeds = _seeds(observations, noise_seeds)
         inputs = self.chain.observe(observations)
@@ -86,8 +88,7 @@ class LocalPolicy:
             start, increments = self._noise(seeds)
             sampled = self.sampler(inputs, start, self.mask(len(seeds)), increments)
         else:
-            self._refuse_scores()
-            inputs = inputs.to(self.device)
+            inputs = self.sampler.prepared(inputs)
             # not inference_mode: the divergence is a derivative
             with torch.no_grad(), self.sampler.precision():
                 sampled, found = self._sample_and_score(inputs, seeds, ScoreOptions() if scores is True else scores)
@@ -113,7 +114,7 @@ class LocalPolicy:
         seeds = _seeds(observations, noise_seeds)
         inputs, normal = observe_given(self.chain, observations, chunks)
         with torch.no_grad(), self.sampler.precision():
-            inputs = inputs.to(self.device)
+            inputs = self.sampler.prepared(inputs)
             velocity = conditioned(self._scoring_model(options), self.model.encode_prefix(inputs), inputs.state)
             density = options.density(self._probes(seeds, options))
             pushed = push_backward(self.flow, velocity, normal.to(self.device), self.mask(len(seeds)), density)
