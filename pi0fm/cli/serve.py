@@ -4,6 +4,7 @@ Owns: the options, and the line that says ready. Does not know: the protocol, wh
 """
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -43,6 +44,7 @@ class ServeConfig:
     device: str | None = option(None, "cpu, cuda or cuda:N; the best one that works when not given")
     precision: str = option("auto", "auto, float32 or bfloat16, of the towers' matrices")
     threads: int | None = option(None, "CPU threads of one inference; torch's choice when not given")
+    compile: str = option("off", "off; kernels: torch.compile, a minute before it is ready; graph: the same and CUDA graphs, on a GPU")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -78,6 +80,7 @@ def run(options: ServeConfig) -> None:
             solver=options.solver,
             noise_level=options.noise_level,
             threads=options.threads,
+            compile=options.compile,
         )
         app = application.create_app(
             policy,
@@ -89,6 +92,9 @@ def run(options: ServeConfig) -> None:
         )
 
         def announce(seconds: float) -> None:
+            # a collection of garbage would look at a million objects of the libraries, a third of a second in which no robot is answered
+            gc.collect()
+            gc.freeze()
             robot = {name: policy.metadata[name] for name in ("robot",) if name in policy.metadata}
             ready = {"ready": True, "url": url, "bundle": str(options.bundle), **robot, "warm_up_seconds": round(seconds, 3)}
             print(json.dumps(ready), flush=True)

@@ -205,6 +205,7 @@ def _open_policy(config: EvalConfig) -> Policy:
         solver=config.solver,
         noise_level=config.noise_level,
         threads=1,
+        compile=config.compile,
     )
     return Scoring(policy, ScoreOptions(config.score_probes)) if config.scores else policy
 

@@ -52,6 +52,7 @@ class EvalConfig:
         None, "sampler: euler, midpoint, heun, rk4, dopri5, euler_maruyama, ancestral; the policy's own when not given"
     )
     noise_level: float | None = option(None, "euler_maruyama's noise as a multiple of g; the policy's own when not given")
+    compile: str = option("off", "off; kernels: torch.compile, a minute before it begins; graph: the same and CUDA graphs, on a GPU")
     scores: bool = option(
         False, "log-likelihood and noise-space norm of every chunk, in the report and episodes.json; outcomes stay the same"
     )
@@ -78,6 +79,8 @@ class EvalConfig:
             )
         if self.score_probes != 1 and not self.scores:
             raise ConfigError(f"score_probes belongs to --scores, found {self.score_probes} without it; type --scores, or leave it out")
+        if self.scores and self.compile != "off":
+            raise ConfigError(f"scores need a policy that is not compiled, found compile {self.compile}; leave one of them out")
         if self.remote:
             self._refuse_what_a_server_owns()
 
@@ -86,6 +89,8 @@ class EvalConfig:
             raise ConfigError(
                 f"num_flow_steps, solver and noise_level belong to the server {self.policy}, which runs the model; give them to pi0fm serve"
             )
+        if self.compile != "off":
+            raise ConfigError(f"compile belongs to the server {self.policy}, which runs the model; give it to pi0fm serve")
         if self.robot is not None:
             raise ConfigError(f"robot belongs to the server {self.policy}, which serves one; give it to pi0fm serve")
         if self.scores:

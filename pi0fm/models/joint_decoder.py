@@ -132,6 +132,12 @@ class JointDecoderLayer(nn.Module):
         assert isinstance(cached, KeyValue)
         return prefix, suffix, cached
 
+    def modulations(self, condition: Float[Tensor, "B D"]) -> tuple[Modulation, Modulation]:
+        """What the two adaptive norms of the action stream make of one flow time."""
+        before_attention, before_mlp = self.action_expert.attention_norm, self.action_expert.mlp_norm
+        assert isinstance(before_attention, AdaptiveRMSNorm) and isinstance(before_mlp, AdaptiveRMSNorm)
+        return before_attention.modulate(condition), before_mlp.modulate(condition)
+
 
 class JointDecoder(nn.Module):
     """All layers and the final norm of the action stream."""
@@ -173,8 +179,8 @@ class JointDecoder(nn.Module):
 
     def modulations(self, condition: Float[Tensor, "B D"]) -> Modulations:
         """What every adaptive norm of the action stream makes of one flow time; a third of what a step of pi0.5 reads from memory."""
-        experts = [layer.action_expert for layer in self.layers]
-        layers = tuple((expert.attention_norm.modulate(condition), expert.mlp_norm.modulate(condition)) for expert in experts)
+        layers = tuple(layer.modulations(condition) for layer in self.layers if isinstance(layer, JointDecoderLayer))
+        assert isinstance(self.final_norm, AdaptiveRMSNorm)
         return Modulations(layers, self.final_norm.modulate(condition))
 
     def move(
@@ -182,11 +188,11 @@ class JointDecoder(nn.Module):
     ) -> Float[Tensor, "B H D"]:
         """Action tokens through all layers: `decode` of state and actions, but for the state's rows."""
         suffix: Tensor | None = actions
-        made = isinstance(condition, Modulations)
+        made = condition if isinstance(condition, Modulations) else None
         for index, (layer, room) in enumerate(zip(self.layers, context.layers, strict=True)):
-            own = condition.layers[index] if made else condition
+            own = made.layers[index] if made else condition
             _, suffix, _ = layer(None, suffix, None, context.turn, None, context.bias, room, own)
-        return self.final_norm(suffix, condition.final if made else condition)[0]
+        return self.final_norm(suffix, made.final if made else condition)[0]
 
     def forward(
         self,

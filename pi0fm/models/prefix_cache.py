@@ -32,8 +32,8 @@ class KeyValue(NamedTuple):
 
     def with_room(self, more: int) -> "Room":
         """These, and room for `more` behind them."""
-        longer = (torch.cat((seen, seen.new_zeros(*seen.shape[:2], more, seen.shape[3])), dim=2) for seen in self)
-        return Room(*longer, own=more)
+        key, value = (torch.cat((seen, seen.new_zeros(*seen.shape[:2], more, seen.shape[3])), dim=2) for seen in self)
+        return Room(key, value, more)
 
 
 @dataclass(frozen=True)

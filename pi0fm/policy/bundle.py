@@ -37,6 +37,7 @@ from pi0fm.policy import robots
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.precision import choose_device, inference_dtype
 from pi0fm.policy.robots import Robots
+from pi0fm.policy.sampler import refuse_compile
 
 FORMAT = 1
 SMALL = 64 * 2**20  # files up to here are hashed at every load; larger ones are told by their size and their own header
@@ -139,13 +140,14 @@ def load(
     solver: str | None = None,
     noise_level: float | None = None,
     threads: int | None = None,
+    compile: str = "off",
 ) -> LocalPolicy:
     """The policy in a bundle.
 
     robot: of a mixture's bundle, the name of the robot that it is to serve; the first when None.
     device: the best that works when None. precision: `auto`, `float32` or `bfloat16`, of the towers' matrices.
     num_flow_steps, solver, noise_level: in place of the bundle's; noise_level belongs to solver euler_maruyama.
-    threads: torch's CPU threads, a setting of the whole process.
+    threads: torch's CPU threads, a setting of the whole process. compile: off, kernels or graph; see policy/sampler.py.
     Raises BundleError for a missing, cut or mismatched file, ConfigError for an option that cannot be honoured.
     """
     path = Path(path)
@@ -157,6 +159,7 @@ def load(
             raise ConfigError(f"threads must be >= 1, found {threads}")
         torch.set_num_threads(threads)
     chosen = choose_device(device)
+    refuse_compile(compile, chosen, FlowMatching.from_config(flow))
     with torch.device("meta"):
         model = Pi0(config.model)
     _fill(model, load_weights(path), path)
@@ -170,6 +173,7 @@ def load(
         chosen,
         inference_dtype(precision, chosen, config.model.decoder.backbone.width),
         config.padded_noise,
+        compile,
     )
 
 
@@ -250,7 +254,9 @@ def _describe(file: Path) -> dict[str, Any]:
 
 def _check(path: Path) -> None:
     if not path.is_dir():
-        raise BundleError(f"no bundle at {path}; train one with pi0fm train, its last line names the directory")
+        raise BundleError(
+            f"no bundle at {path}; train one with pi0fm train, whose last line names the directory, or convert weights with pi0fm convert"
+        )
     listed = _json(path / "manifest.json").get("files")
     if not isinstance(listed, dict) or not all(
         isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in listed.values()

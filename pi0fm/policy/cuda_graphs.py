@@ -62,7 +62,7 @@ class Recorder:
     def __call__(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """A function that repeats `call` on whatever its buffers hold by then, and returns where the answer lies."""
         with torch.cuda.device(self._device):
-            beside = torch.cuda.Stream()
+            beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             beside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(beside):
                 for _ in range(_WARM_UP):

@@ -22,6 +22,7 @@ from pi0fm.flow.sampling import sample
 from pi0fm.flow.solver import FIXED_GRID_SOLVERS
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import ActionField, FlowTime, Pi0
+from pi0fm.models.prefix_cache import PrefixCache
 from pi0fm.options import nearest
 from pi0fm.policy.cuda_graphs import Graphs
 
@@ -46,7 +47,7 @@ class Sampler:
         )
         arrange_matrices(self.model, dtype, device)
         self._times: dict[float, FlowTime] = {}
-        self._encode: Callable[[ModelObservation], object] = model.encode_prefix
+        self._encode: Callable[[ModelObservation], PrefixCache] = model.encode_prefix
         self._move = model.move
         if compile != "off":
             self._encode, self._move = torch.compile(model.encode_prefix), torch.compile(model.move)

@@ -70,7 +70,9 @@ class TrainConfig:
     normalization: str = option("z_score", "z_score or quantile (q01..q99 to [-1, 1]) of state and action")
     norm_floor: float = option(1e-3, "least spread that a dimension is divided by, in robot units")
     tokenizer: str = option(BYTES, "byt5, the directory of a tokenizer, or pretrained: the one of the bundle to start from")
-    prompt_dialect: str = option(OPENPI, "how an instruction is written out: openpi, lerobot or openpi_stateless (data/prompt.py)")
+    prompt_dialect: str = option(
+        OPENPI, "how an instruction is written out: openpi, lerobot, openpi_stateless; pretrained takes the bundle's"
+    )
     augment: bool = option(False, "change the pictures at random, each sample in its own way; augmentation.* says how far")
     augmentation: AugmentConfig = option(AugmentConfig, "")
     loader: LoaderConfig = option(LoaderConfig, "")
@@ -121,7 +123,8 @@ class TrainConfig:
             raise ConfigError(
                 f"execution_horizon must be <= the model's action_horizon {network.action_horizon}, found {self.execution_horizon}"
             )
-        refuse_dialect(self.prompt_dialect, network.state_input == "prompt")
+        if self.prompt_dialect != "pretrained":
+            refuse_dialect(self.prompt_dialect, network.state_input == "prompt")
         self._refuse_fine_tuning(network)
         self._refuse_beside_mixture()
         refuse_entries(self.mixture)

@@ -25,7 +25,7 @@ from pi0fm.errors import ConfigError
 from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.policy.robots import Robot
 from pi0fm.train.config import TrainConfig
-from pi0fm.train.pretrained import Pretrained, chosen_tokenizer, kept_stats, open_pretrained, refuse_other_policy
+from pi0fm.train.pretrained import Pretrained, chosen_dialect, chosen_tokenizer, kept_stats, open_pretrained, refuse_other_policy
 from pi0fm.train.state import data_facts
 
 
@@ -99,7 +99,8 @@ def open_data(config: TrainConfig) -> RunData:
     Raises the errors of data sets and configuration; of a mixture they name the entry.
     """
     pretrained = open_pretrained(config.pretrained)
-    config = replace(config, tokenizer=chosen_tokenizer(config.tokenizer, pretrained))
+    dialect = chosen_dialect(config.prompt_dialect, pretrained)
+    config = replace(config, tokenizer=chosen_tokenizer(config.tokenizer, pretrained), prompt_dialect=dialect)
     opened = _in_one_order_of_cameras({name: _read(name, entry) for name, entry in config.entries().items()})
     checked = [_check(config, name, number, source, pretrained) for number, (name, source) in enumerate(opened.items())]
     parts = tuple(_with_pictures(config, number, found) for number, found in enumerate(checked))

@@ -24,7 +24,7 @@ from pi0fm.options import nearest
 from pi0fm.policy import bundle
 from pi0fm.policy.bundle import PolicyConfig
 
-OWN = "pretrained"  # --tokenizer pretrained: the bundle's
+OWN = "pretrained"  # --tokenizer pretrained, --prompt_dialect pretrained: the bundle's
 FIXED_IN_FLOW = ("path", "prediction")
 FIXED = ("normalization", "prompt_dialect")
 
@@ -54,6 +54,15 @@ def chosen_tokenizer(name: str, pretrained: Pretrained | None) -> str:
     if pretrained is None:
         raise ConfigError("tokenizer pretrained needs a bundle to take it from, found none; type --pretrained BUNDLE")
     return pretrained.tokenizer()
+
+
+def chosen_dialect(word: str, pretrained: Pretrained | None) -> str:
+    """The run's prompt dialect, with `pretrained` put in its place. Raises ConfigError for that word without a bundle."""
+    if word != OWN:
+        return word
+    if pretrained is None:
+        raise ConfigError("prompt_dialect pretrained needs a bundle to take it from, found none; type --pretrained BUNDLE")
+    return pretrained.policy.prompt_dialect
 
 
 def refuse_other_policy(pretrained: Pretrained, run: PolicyConfig) -> None:

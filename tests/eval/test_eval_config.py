@@ -45,6 +45,8 @@ def test_the_plan_films_the_first_episodes_of_each_task():
             "robot belongs to the server ws://robot:8000, which serves one; give it to pi0fm serve",
         ),
         ({"policy": "ws://robot:8000", "scores": True}, "ws://robot:8000 sends actions only; give --policy the bundle's directory"),
+        ({"policy": "ws://robot:8000", "compile": "kernels"}, "compile belongs to the server ws://robot:8000"),
+        ({"scores": True, "compile": "kernels"}, "scores need a policy that is not compiled, found compile kernels"),
         ({"score_probes": 4}, "score_probes belongs to --scores, found 4 without it"),
         ({"scores": True, "score_probes": -1}, "score_probes must be 0 or more"),
     ],

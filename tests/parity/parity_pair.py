@@ -17,7 +17,7 @@ from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.observation import ModelObservation, pixels
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.models.presets import TINY
-from pi0fm.policy.local import arrange_matrices
+from pi0fm.policy.sampler import arrange_matrices
 
 # LeRobot insists on 8 query heads, and on gelu-tanh.
 CONFIG = dataclasses.replace(

@@ -1,7 +1,7 @@
 """bfloat16 of ours against LeRobot's float32, beside what LeRobot's own bfloat16 makes of the same weights.
 
 A bound is three times the largest difference that LeRobot's own bfloat16 (its `dtype: bfloat16`) had from its float32 over six seeds of
-each kind, at the size of parity_pair, with every token of variance 1:
+pi0 and three of pi0.5, at the size of parity_pair, with every token of variance 1:
 
     of the largest entry     LeRobot's own    ours      bound
     loss, entry by entry     7.6e-3           1.1e-2    2.3e-2

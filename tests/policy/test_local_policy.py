@@ -8,7 +8,8 @@ import torch
 
 from pi0fm.data.sampler import draw
 from pi0fm.data.transforms import Sample
-from pi0fm.errors import ObservationError
+from pi0fm.errors import ConfigError, ObservationError
+from pi0fm.policy import bundle
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.types import Observation
 
@@ -92,6 +93,14 @@ def test_wrong_observations(small_policy, observations, images, state, prompt, w
 def test_one_seed_for_each(small_policy, observations):
     with pytest.raises(ObservationError, match="expected 2, found 1"):
         small_policy.in_memory().infer_batch(observations[:2], [1])
+
+
+def test_what_is_compiled_gives_no_scores(saved, observations):
+    with pytest.raises(ConfigError, match="type --compile kernels, or off"):
+        bundle.load(saved, device="cpu", compile="graph")
+    compiled = bundle.load(saved, device="cpu", precision="float32", compile="kernels")
+    with pytest.raises(ConfigError, match="scores need a policy that is not compiled"):
+        compiled.infer(observations[0], 1, scores=True)
 
 
 def test_another_solver_with_the_same_weights(small_policy, observations):

@@ -68,6 +68,7 @@ def test_options_reach_the_bundle_and_its_fault_the_user(loads: list[Any], capsy
         "device": "cpu",
         "precision": "auto",
         "threads": 1,
+        "compile": "off",
     }
     assert loads == [{"path": Path("b"), **wanted}]
     assert "no bundle at b" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from pi0fm.train.loop import train
 from pi0fm.train.optim import OptimizerConfig
 from pi0fm.train.output import claim
 from pi0fm.train.parallel import Context
-from pi0fm.train.pretrained import Pretrained, chosen_tokenizer, open_pretrained, refuse_other_policy, starting_network
+from pi0fm.train.pretrained import Pretrained, chosen_dialect, chosen_tokenizer, open_pretrained, refuse_other_policy, starting_network
 from pi0fm.train.validation import ValidationConfig
 
 ROBOT = Embodiment("arm", {"base": "observation.images.base"}, state_dim=4, robot_action_dim=3)
@@ -159,6 +159,15 @@ def test_the_tokenizer_is_the_bundles_own(tmp_path, base):
             refuse_other_policy(pretrained, config(tokenizer=other))
     with pytest.raises(ConfigError, match="type --pretrained BUNDLE"):
         chosen_tokenizer("pretrained", None)
+
+
+def test_the_dialect_is_the_bundles_own(tmp_path, base):
+    bundle.save(tmp_path / "spoken", weights(base), config(prompt_dialect="lerobot"), STATS)
+    pretrained = open_pretrained(tmp_path / "spoken")
+    assert chosen_dialect("pretrained", pretrained) == "lerobot"
+    assert chosen_dialect("openpi", pretrained) == "openpi"
+    with pytest.raises(ConfigError, match="type --pretrained BUNDLE"):
+        chosen_dialect("pretrained", None)
 
 
 def test_statistics_of_another_width_cannot_be_kept(run, tmp_path, base):
