@@ -36,6 +36,7 @@ class ServeConfig:
     )
     max_batch_size: int = option(8, "most observations in one inference")
     max_queue: int = option(64, "most requests that wait; a further one is refused")
+    max_connections: int = option(64, "most robots that are connected at a time; a further one is refused")
     num_flow_steps: int | None = option(None, "solver steps from noise to actions; the bundle's own when not given")
     solver: str | None = option(None, "euler, midpoint, heun, rk4, dopri5, euler_maruyama, ancestral; the bundle's own when not given")
     noise_level: float | None = option(
@@ -49,7 +50,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must lie in 0..65535, found {self.port}: 8000 is the default, 0 takes a free one")
-        for name in ("max_batch_size", "max_queue", "num_flow_steps", "threads"):
+        for name in ("max_batch_size", "max_queue", "max_connections", "num_flow_steps", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} must be >= 1, found {value}")
@@ -89,6 +90,7 @@ def run(options: ServeConfig) -> None:
             token=token,
             max_batch_size=options.max_batch_size,
             max_queue=options.max_queue,
+            max_connections=options.max_connections,
         )
 
         def announce(seconds: float) -> None:

@@ -6,13 +6,16 @@ Owns: the command's result. Does not know: how training runs.
 from typing import Any
 
 from pi0fm.cluster import training
+from pi0fm.train.parallel import context_from_environment
 
 HELP = "train a policy on a LeRobot data set, or on a mixture of them"
 Options = training.TrainingRun
 ALIASES = {"batch_size": "global_batch_size", "policy.type": "model.preset", "policy.path": "pretrained"}
 
 
-def run(options: training.TrainingRun) -> dict[str, Any]:
-    """Train; the result names the bundle."""
+def run(options: training.TrainingRun) -> dict[str, Any] | None:
+    """Train; the result names the bundle. Under torchrun it is one line, the first process's."""
     result = training.run_training(options)
+    if options.num_workers == 0 and not context_from_environment().is_first:
+        return None
     return {"bundle": str(result.bundle), "steps": result.steps, "loss": result.loss, "seconds": round(result.seconds, 3)}

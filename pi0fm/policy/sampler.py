@@ -50,7 +50,8 @@ class Sampler:
         self._encode: Callable[[ModelObservation], PrefixCache] = model.encode_prefix
         self._move = model.move
         if compile != "off":
-            self._encode, self._move = torch.compile(model.encode_prefix), torch.compile(model.move)
+            # any batch and prompt length by the same kernels: a robot's first long sentence must not wait for a compiler
+            self._encode, self._move = torch.compile(model.encode_prefix, dynamic=True), torch.compile(model.move, dynamic=True)
         self._graphs = Graphs(self._recorded, device) if compile == "graph" else None
 
     def __call__(

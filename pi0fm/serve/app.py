@@ -47,18 +47,20 @@ def create_app(
     max_batch_size: int = 8,
     max_queue: int = 64,
     max_frame_bytes: int = protocol.MAX_FRAME_BYTES,
+    max_connections: int = 64,
 ) -> Starlette:
     """The application that serves `policy`; it warms up in its lifespan unless `warm_up` was awaited before.
 
     to_observation: raises ObservationError, whose line the client sees; it runs on the event loop.
     metadata: the first frame of every connection; the warm-up reads `cameras` (name -> key), `state_key`, `state_dim` and,
     when it is there, `image_size` [height, width]. token: printable ASCII that a client must send, None serves everyone.
+    max_connections: further ones are answered 503, since each may hold a frame of max_frame_bytes.
     Raises ConfigError for a token or a size that cannot be used, ObservationError for metadata that cannot be sent.
     """
     check_token(token)
     greeting = {**metadata, "max_frame_bytes": max_frame_bytes}
     batcher = Batcher(policy, validate=to_observation, max_batch_size=max_batch_size, max_queue=max_queue)
-    service = _Service(batcher, greeting, token, max_frame_bytes)
+    service = _Service(batcher, greeting, token, max_frame_bytes, max_connections)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -103,11 +105,14 @@ def synthetic_observation(metadata: Mapping[str, Any]) -> dict[str, Any]:
 class _Service:
     """What the routes share. `ready` turns true after the warm-up and false at the end."""
 
-    def __init__(self, batcher: Batcher, metadata: Mapping[str, Any], token: str | None, max_frame_bytes: int) -> None:
+    def __init__(
+        self, batcher: Batcher, metadata: Mapping[str, Any], token: str | None, max_frame_bytes: int, max_connections: int
+    ) -> None:
         self._batcher, self._metadata, self._max_frame_bytes = batcher, metadata, max_frame_bytes
         self._greeting = protocol.pack(metadata)
         self._authorization = None if token is None else f"Api-Key {token}".encode()
         self._ready = False
+        self._max_connections, self._connections = max_connections, 0
 
     async def warm_up(self) -> float:
         if self._ready:
@@ -146,12 +151,19 @@ class _Service:
         if not self._ready:
             await websocket.send_denial_response(PlainTextResponse("warming up\n", 503))
             return
+        if self._connections >= self._max_connections:
+            full = f"this server takes {self._max_connections} connections at a time, and has them; close one, or raise --max_connections\n"
+            await websocket.send_denial_response(PlainTextResponse(full, 503))
+            return
+        self._connections += 1
         try:
             await websocket.accept()
             await websocket.send_bytes(self._greeting)
             await self._exchange(websocket)
         except WebSocketDisconnect:
             return
+        finally:
+            self._connections -= 1
 
     async def _exchange(self, websocket: WebSocket) -> None:
         """Request and reply in turn. The next frame is awaited during the inference, because that is how a client that left is seen."""

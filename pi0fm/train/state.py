@@ -12,6 +12,7 @@ Owns: the one tree that is saved, what is compared at a resume. Does not know: f
 import hashlib
 import platform
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -86,7 +87,6 @@ def data_facts(source: LeRobotSource, stats: NormStats, order: Weighted | None =
 def facts(config: TrainConfig, data: Mapping[str, Any], world_size: int, step: int) -> dict[str, Any]:
     """What is saved beside the tensors after `step` steps; plain JSON."""
     rate = learning_rate(config.optimizer, step, config.steps)
-    versions = {name: metadata.version(name) for name in ("torch", "numpy", "transformers", "accelerate")}
     return {
         "step": step,
         "position": step * config.global_batch_size,
@@ -94,7 +94,15 @@ def facts(config: TrainConfig, data: Mapping[str, Any], world_size: int, step: i
         "world_size": world_size,
         "data": dict(data),
         "configuration": options.encode(config),
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": dict(_versions()),
+    }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Read once: each is a file, and a checkpoint is waited for."""
+    return {"python": platform.python_version()} | {
+        name: metadata.version(name) for name in ("torch", "numpy", "transformers", "accelerate")
     }
 
 

@@ -25,9 +25,8 @@ def in_two_processes(*arguments: str) -> None:
     command = [sys.executable, "-m", *launcher, "-m", "pi0fm.cli.main", "train", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) == 2
-    assert results[0] | {"seconds": 0} == results[1] | {"seconds": 0}
+    [line] = done.stdout.splitlines()  # one result, however many processes
+    assert json.loads(line)["steps"] == 8
 
 
 def assert_same_curve(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:

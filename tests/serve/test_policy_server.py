@@ -282,6 +282,25 @@ def test_a_token_is_asked_for(start_server: Any) -> None:
     assert healthz(server.url) == (200, b"OK\n")
 
 
+def test_connections_are_bounded_and_a_closed_one_makes_room(start_server: Any) -> None:
+    server = start_server(max_connections=2)
+    with talk(server.url) as one, talk(server.url) as other:
+        one.recv(), other.recv()
+        with pytest.raises(InvalidStatus) as refused:
+            talk(server.url).__enter__()
+        assert refused.value.response.status_code == 503
+        assert b"takes 2 connections at a time" in refused.value.response.body
+        assert healthz(server.url) == (200, b"OK\n")
+    deadline = time.monotonic() + 5
+    while True:  # the server sees the end of the others a moment later
+        try:
+            with talk(server.url) as robot:
+                robot.recv()
+            return
+        except InvalidStatus:
+            assert time.monotonic() < deadline
+
+
 def test_a_server_that_stops_says_so_to_its_clients(start_server: Any) -> None:
     server = start_server()
     with talk(server.url) as robot:

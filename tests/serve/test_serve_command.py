@@ -82,7 +82,7 @@ def test_the_port_is_free_again_after_a_fault(loads: list[Any]) -> None:
     assert len(loads) == 2
 
 
-@pytest.mark.parametrize("option", ["port", "max_batch_size", "max_queue", "num_flow_steps", "threads"])
+@pytest.mark.parametrize("option", ["port", "max_batch_size", "max_queue", "max_connections", "num_flow_steps", "threads"])
 def test_numbers_out_of_range_are_refused(option: str) -> None:
     with pytest.raises(ConfigError, match=f"--{option} must"):
         parse(command.Options, ["--bundle", "b", f"--{option}", "-1"])
