@@ -242,8 +242,8 @@ class JointDecoder(nn.Module):
 
 
 def _whole(mask: Tensor) -> bool:
-    """Whether no mask need be added. A look at it is free on a CPU and a wait for the device elsewhere, where the answer is no."""
-    return mask.device.type == "cpu" and bool(mask.all())
+    """Whether no mask need be added. A look at it is free on a CPU; elsewhere, and for a compiler, it is not, and the answer is no."""
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
 
 
 def suffix_attention_mask(prefix_mask: Bool[Tensor, "B P"], num_tokens: int, num_state_tokens: int) -> Bool[Tensor, "B 1 Q P+Q"]:

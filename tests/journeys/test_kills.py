@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -87,6 +88,18 @@ def wait_for(run: Path, step: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
+def ray_worker(process: subprocess.Popen[str]) -> psutil.Process:
+    """The process that trains, as soon as it is there."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                if "RayTrainWorker" in " ".join(child.cmdline()):
+                    return child
+        time.sleep(0.02)
+    raise AssertionError("no worker began")
+
+
 def log(run: Path) -> str:
     return run.with_suffix(".log").read_text()[-2000:]
 
@@ -123,16 +136,16 @@ def test_a_process_that_is_killed_at_random_steps(folder, quiet, started):
 def test_a_driver_of_ray_and_then_its_worker_are_killed(folder, quiet, started):
     run, ray = folder / "on-ray", ("--num_workers", "1", "--cpus_per_worker", "1")
     process = started("on-ray", *ray)
-    wait_for(run, 40, process)
+    wait_for(run, 10, process)
     family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
     psutil.wait_procs(family, timeout=30)
+    reached = last_step(run)  # the worker went on until it noticed
     process = started("on-ray", *ray)
-    wait_for(run, 110, process)
-    worker = [child for child in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(child.cmdline())]
-    assert len(worker) == 1
-    worker[0].kill()
+    worker = ray_worker(process)
+    wait_for(run, reached + 5, process)
+    worker.kill()
     finish(run, process)
     assert_same(run, quiet)
 
