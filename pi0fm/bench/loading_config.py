@@ -30,7 +30,7 @@ class LoadingConfig:
     processes: int = option(0, "worker processes of our loader; 0 prepares in a thread")
     lerobot_batches: int = option(2, "batches of LeRobot's loader in a round; at least one a worker is taken")
     lerobot_workers: int = option(0, "processes of LeRobot's DataLoader; 0, its cheapest, loads in the calling process")
-    memory_batches: int = option(2000, "batches over which memory is watched; the issue's own figure is 100000")
+    memory_batches: int = option(2000, "batches over which memory is watched; 100000 take some five minutes")
 
     def __post_init__(self) -> None:
         least = {"frames": 1400, "size": 16, "action_horizon": 1, "batch_size": 1, "rounds": 1, "lerobot_batches": 1, "memory_batches": 10}
