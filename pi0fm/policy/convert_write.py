@@ -68,8 +68,8 @@ def _header(entries: Entries) -> tuple[bytes, dict[str, int], int]:
     starts: dict[str, int] = {}
     tree: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
-    # the wider numbers first: then each tensor begins at a multiple of its own width
-    for name, (shape, dtype) in sorted(entries.items(), key=lambda entry: -entry[1][1].itemsize):
+    # the wider numbers first: then each tensor begins at a multiple of its own width; by name, so that one set of weights is one file
+    for name, (shape, dtype) in sorted(entries.items(), key=lambda entry: (-entry[1][1].itemsize, entry[0])):
         size = math.prod(shape) * dtype.itemsize
         starts[name] = position
         tree[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + size]}

@@ -102,8 +102,9 @@ def test_a_reader_that_stops_early_ends_the_workers_at_once(nothing_left):
 
 
 PARENT = """
-import sys, time
+import signal, sys, time
 import numpy as np
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts the tests in the background has it ignored
 from numbered_arrays import Numbered
 from pi0fm.data.loader_processes import in_processes
 arrays = in_processes(Numbered(np.zeros((9, 9), np.float32)), ((first, 5) for first in range(10_000)), processes=2, slots=4)
