@@ -22,12 +22,12 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/pytest
 
-# What mirrors pi0fm/; closed forms, parity with LeRobot and measurements have a line of their own.
+# What mirrors pi0fm/; closed forms, parity with LeRobot, measurements, documents and deploy/ have a line of their own.
 unit: $(STAMP)
-	@$(BIN)/pytest -m "not journey and not long" --ignore=tests/numerics --ignore=tests/parity --ignore=tests/bench
+	@$(BIN)/pytest -m "not journey and not long" --ignore=tests/numerics --ignore=tests/parity --ignore=tests/bench --ignore=tests/docs --ignore=tests/deploy
 
 numerics: $(STAMP)
-	@$(BIN)/pytest -m "not journey and not long" tests/numerics tests/parity tests/bench
+	@$(BIN)/pytest -m "not journey and not long" tests/numerics tests/parity tests/bench tests/docs tests/deploy
 
 journeys: $(STAMP)
 	@$(BIN)/pytest -m "journey and not long"
