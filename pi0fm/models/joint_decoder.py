@@ -173,9 +173,9 @@ class JointDecoder(nn.Module):
             mask = torch.cat((mask, mask.new_ones(len(mask), state.shape[1])), dim=1)
         steps = torch.arange(num_actions, device=mask.device)
         room = tuple(layer.with_room(num_actions) for layer in layers)
-        everything = torch.cat((mask, mask.new_ones(len(mask), num_actions)), dim=1)[:, None, None]
         turn = rotation(mask.sum(dim=1)[:, None] + steps, self.head_dim)
-        return ActionContext(room, turn, None if _whole(mask) else additive(everything))
+        seen = None if _whole(mask) else torch.cat((mask, mask.new_ones(len(mask), num_actions)), dim=1)[:, None, None]
+        return ActionContext(room, turn, None if seen is None else additive(seen))
 
     def modulations(self, condition: Float[Tensor, "B D"]) -> Modulations:
         """What every adaptive norm of the action stream makes of one flow time; a third of what a step of pi0.5 reads from memory."""

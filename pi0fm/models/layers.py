@@ -114,9 +114,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def inverse_rms(x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n 1"]:
     """`1 / sqrt(mean(x^2) + 1e-6)` in float32 (float64 for float64)."""
-    # four small operations: one pass over x, the rest on a number a row
-    norm = torch.linalg.vector_norm(at_least_float32(x), dim=-1, keepdim=True)
-    return torch.rsqrt(torch.addcmul(norm.new_full((), NORM_EPSILON), norm, norm, value=1.0 / x.shape[-1]))
+    return torch.rsqrt(_mean_square(at_least_float32(x)))
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -170,9 +168,14 @@ class _Rotate(torch.autograd.Function):
 def _normed(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The output, and the root of the mean square. Four small operations, and two passes over x."""
     wide = at_least_float32(x)
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    rms = torch.addcmul(norm.new_full((), NORM_EPSILON), norm, norm, value=1.0 / x.shape[-1]).sqrt_()
+    rms = _mean_square(wide).sqrt_()
     return torch.addcmul(wide, wide, scale).div_(rms).to(x.dtype), rms
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    """`mean(x^2) + 1e-6` of each row: one pass over x, the rest on a number a row."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(norm.new_full((), NORM_EPSILON), norm, norm, value=1.0 / x.shape[-1])
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -152,14 +152,14 @@ def load(
     """
     path = Path(path)
     config, stats = read(path, robot)
-    flow = overridden(config.flow, num_flow_steps, solver, noise_level)
-    config = replace(config, flow=flow)
+    config = replace(config, flow=overridden(config.flow, num_flow_steps, solver, noise_level))
+    flow = FlowMatching.from_config(config.flow)
     if threads is not None:
         if threads < 1:
             raise ConfigError(f"threads must be >= 1, found {threads}")
         torch.set_num_threads(threads)
     chosen = choose_device(device)
-    refuse_compile(compile, chosen, FlowMatching.from_config(flow))
+    refuse_compile(compile, chosen, flow)
     with torch.device("meta"):
         model = Pi0(config.model)
     _fill(model, load_weights(path), path)
@@ -167,7 +167,7 @@ def load(
     chain = config.chain(stats, None if config.tokenizer == BYTES else str(path / config.tokenizer))
     return LocalPolicy(
         model,
-        FlowMatching.from_config(flow),
+        flow,
         chain,
         config.metadata() | _robot_facts(path, robot),
         chosen,

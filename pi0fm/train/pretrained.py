@@ -49,20 +49,12 @@ def open_pretrained(path: Path | None) -> Pretrained | None:
 
 def chosen_tokenizer(name: str, pretrained: Pretrained | None) -> str:
     """The run's tokenizer, with `pretrained` put in its place. Raises ConfigError for that word without a bundle."""
-    if name != OWN:
-        return name
-    if pretrained is None:
-        raise ConfigError("tokenizer pretrained needs a bundle to take it from, found none; type --pretrained BUNDLE")
-    return pretrained.tokenizer()
+    return name if name != OWN else _needed("tokenizer", pretrained).tokenizer()
 
 
 def chosen_dialect(word: str, pretrained: Pretrained | None) -> str:
     """The run's prompt dialect, with `pretrained` put in its place. Raises ConfigError for that word without a bundle."""
-    if word != OWN:
-        return word
-    if pretrained is None:
-        raise ConfigError("prompt_dialect pretrained needs a bundle to take it from, found none; type --pretrained BUNDLE")
-    return pretrained.policy.prompt_dialect
+    return word if word != OWN else _needed("prompt_dialect", pretrained).policy.prompt_dialect
 
 
 def refuse_other_policy(pretrained: Pretrained, run: PolicyConfig) -> None:
@@ -120,6 +112,12 @@ def starting_network(pretrained: Pretrained | None, config: Pi0Config) -> Pi0:
         raise BundleError(f"the weights in {pretrained.path} do not fit its configuration ({reason:.300}); copy the bundle again") from None
     model.vision.reset_buffers()
     return model.requires_grad_()
+
+
+def _needed(option: str, pretrained: Pretrained | None) -> Pretrained:
+    if pretrained is None:
+        raise ConfigError(f"{option} {OWN} needs a bundle to take it from, found none; type --pretrained BUNDLE")
+    return pretrained
 
 
 def _fixed_network(config: Pi0Config) -> dict[str, Any]:
