@@ -26,7 +26,7 @@ import torch
 
 from pi0fm import options, progress
 from pi0fm.bench.budget import TrainingPlan, TrainingResult
-from pi0fm.bench.learning_config import LearningConfig
+from pi0fm.bench.learning_config import SIDES, LearningConfig
 from pi0fm.bench.lerobot_pi0 import QUERY_HEADS, ShrunkPI0, policy_config, processors, same_size
 from pi0fm.bench.lerobot_policy import LeRobotPolicy
 from pi0fm.bench.lerobot_training import train_lerobot
@@ -38,7 +38,6 @@ from pi0fm.train.allocator import keep_freed_memory
 from pi0fm.train.config import TrainConfig
 from pi0fm.types import Policy
 
-SIDES = ("pi0fm", "lerobot")
 CALIBRATION_STEPS = 10
 FLOW_STEPS = 10  # LeRobot's default, with Euler
 
@@ -74,7 +73,7 @@ def compare(config: LearningConfig, run: TrainConfig, data: SharedData, judge: J
     keep_freed_memory()  # a setting of the process: pi0fm's training makes it, and LeRobot's is to gain from it as well
     outcomes = []
     for seed in range(config.seeds):
-        for side in SIDES:
+        for side in config.sides:
             plan = TrainingPlan(config.budget(side), run.optimizer.learning_rate, seed, calibration_steps=CALIBRATION_STEPS)
             progress.say(f"\n{side}, seed {seed} of 0 to {config.seeds - 1}")
             policy, result = _train(side, run, data, plan)

@@ -13,6 +13,8 @@ from pi0fm.errors import ConfigError
 from pi0fm.options import option
 from pi0fm.sim.metaworld import check_task
 
+SIDES = ("pi0fm", "lerobot")
+
 # Of pi0fm's training configuration: what both sides' training from scratch, on all of one task's demonstrations, would pass over.
 PASSED_OVER = (
     *("validation", "mixture", "pretrained", "pretrained_norm_stats", "train_only", "lora", "frozen_bfloat16"),
@@ -26,7 +28,7 @@ class LearningConfig:
 
     task: str = option("button-press-topdown-v3", "Meta-World task that both sides learn")
     cpu_seconds: float = option(240.0, "processor seconds of each training, of all its threads and processes")
-    lerobot_cpu_seconds: float | None = option(None, "processor seconds of LeRobot's trainings; empty takes cpu_seconds")
+    lerobot_cpu_seconds: float | None = option(None, "of LeRobot's trainings; empty takes cpu_seconds, 0 leaves them out")
     seeds: int = option(3, "trainings of each side, with seeds 0 to K - 1")
     demonstrations: int = option(50, "episodes to record when no data set is named")
     episodes: int = option(20, "start positions that judge each policy; none of them was demonstrated")
@@ -41,8 +43,11 @@ class LearningConfig:
         check_task(self.task)
         if not 0 < self.cpu_seconds < float("inf"):
             raise ConfigError(f"cpu_seconds must be above 0, found {self.cpu_seconds:g}; type --cpu_seconds 240")
-        if self.lerobot_cpu_seconds is not None and not 0 < self.lerobot_cpu_seconds < float("inf"):
-            raise ConfigError(f"lerobot_cpu_seconds must be above 0, found {self.lerobot_cpu_seconds:g}; leave it out for cpu_seconds")
+        if self.lerobot_cpu_seconds is not None and not 0 <= self.lerobot_cpu_seconds < float("inf"):
+            raise ConfigError(
+                f"lerobot_cpu_seconds must be 0 or more, found {self.lerobot_cpu_seconds:g}; leave it out for cpu_seconds, "
+                "or type 0 to train pi0fm's side only"
+            )
         for name, least in {"seeds": 1, "demonstrations": 1, "episodes": 1, "first_seed": 0, "max_steps": 1, "threads": 1}.items():
             value = getattr(self, name)
             if value < least:
@@ -51,6 +56,11 @@ class LearningConfig:
     def budget(self, side: str) -> float:
         """CPU-seconds of one training of `side`, pi0fm or lerobot."""
         return self.lerobot_cpu_seconds if side == "lerobot" and self.lerobot_cpu_seconds is not None else self.cpu_seconds
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Who trains: both, or pi0fm's side alone."""
+        return SIDES[:1] if self.lerobot_cpu_seconds == 0 else SIDES
 
     @property
     def recorded(self) -> bool:

@@ -32,6 +32,7 @@ HELP = "one task, the same data and processor time: pi0fm against LeRobot's own 
 Options = LearningConfig
 ALIASES = {"tasks": "task", "repo_id": "dataset.repo_id", "root": "dataset.root"}
 RESULT = "learning.json"
+TITLES = {"pi0fm": "pi0fm", "lerobot": "LeRobot PI0"}
 
 
 def run(config: LearningConfig) -> dict[str, Any]:
@@ -111,11 +112,11 @@ def _judge(config: LearningConfig, execution_horizon: int, policy: PolicyConfig)
 def _show(config: LearningConfig, result: dict[str, Any]) -> None:
     table = Table(box=None, padding=(0, 2), header_style="")
     table.add_column("seed")
-    for side in ("pi0fm", "LeRobot PI0"):
-        for heading in (f"{side} success", "CPU-seconds", "steps"):
+    for side in config.sides:
+        for heading in (f"{TITLES[side]} success", "CPU-seconds", "steps"):
             table.add_column(heading, justify="right")
     for seed in range(config.seeds):
-        table.add_row(str(seed), *(cell for side in ("pi0fm", "lerobot") for cell in _cells(result[side], seed)))
+        table.add_row(str(seed), *(cell for side in config.sides for cell in _cells(result[side], seed)))
     console = Console(stderr=True, highlight=False, width=max(100, Console(stderr=True).width))
     console.print()
     console.print(table)

@@ -59,7 +59,7 @@ def test_as_many_parameters_take_part_on_both_sides(data):
     assert sizes["lerobot_used"] == sizes["pi0fm"] < sizes["lerobot"]
 
 
-def test_sides_take_turns_with_the_same_plan(run, data, monkeypatch):
+def test_sides_take_turns_with_the_same_plan_and_lerobots_can_be_left_out(run, data, monkeypatch):
     turns = []
 
     def train(side, given, shared, plan):
@@ -69,6 +69,11 @@ def test_sides_take_turns_with_the_same_plan(run, data, monkeypatch):
 
     monkeypatch.setattr(learning, "_train", train)
     threads = torch.get_num_threads()
+    alone = LearningConfig(cpu_seconds=7, lerobot_cpu_seconds=0, seeds=2, threads=1)
+    ours = figures(compare(alone, run, data, lambda policy: judged("success")))
+    assert [(side, plan.seed) for side, plan in turns] == [("pi0fm", 0), ("pi0fm", 1)]
+    assert (ours["pi0fm"]["success"], ours["lerobot"]["success"]) == ([1.0, 1.0], [])
+    turns.clear()
     asked = LearningConfig(cpu_seconds=7, seeds=2, threads=1)
     found = compare(asked, run, data, lambda policy: judged("success" if policy == "lerobot 1" else "failure"))
     torch.set_num_threads(threads)
@@ -97,6 +102,7 @@ def test_a_loss_that_is_not_finite_is_null_in_the_curve():
         ({"seeds": 0}, "seeds must be 1 or more, found 0"),
         ({"cpu_seconds": -1.0}, "cpu_seconds must be above 0, found -1"),
         ({"cpu_seconds": math.nan}, "cpu_seconds must be above 0, found nan"),
+        ({"lerobot_cpu_seconds": -1.0}, "lerobot_cpu_seconds must be 0 or more, found -1; .* type 0 to train pi0fm's side only"),
         ({"threads": 0}, "threads must be 1 or more"),
         ({"episodes": 0}, "episodes must be 1 or more"),
         ({"first_seed": -1}, "first_seed must be 0 or more"),
