@@ -5,17 +5,19 @@ Owns: which comparisons are made, in processor time over the process tree. Does 
     cached     LeRobotDataset in its DataLoader : our loader from the frame cache     processor seconds a sample, same pictures and chunks
     gather     copying as many bytes as one block : gathering a batch of pictures     processor seconds, both into fresh arrays
     collate    copying as many bytes as one block : a whole batch, noise included     the same
-    build      decoding every video once, in order : building the frame cache         processor seconds, helpers included
-    stream     decoding in order : as many pictures in the stream's order             processor seconds
-    batches    decoding in order : as many samples of the stream, noise included      processor seconds
+    build      decoding every video once, in order : building the frame cache         processor seconds, both on one processor
+    build_all  the same, as many files at once as there are processors                wall time
+    stream     decoding in order : as many pictures in the stream's order             processor seconds, both on one processor
+    batches    decoding in order : as many samples of the stream, noise included      the same
     memory     anonymous memory of this process and its workers over many batches     a leak, however small a batch of it, shows
 
-Both sides of a comparison run in turn in this process, one thread each, and the ratio is of neighbours. What these figures do not say:
-wall time on many cores, where decoding spreads and a ratio of processor seconds stays; disks slower than the page cache, which holds
-everything after the first round; what building the cache costs a run of few epochs (`build` says it a frame); LeRobot with workers pays
-for moving batches between processes, which --lerobot_workers shows, and ours does, which --processes shows. The drawn data set has a key
-frame every 4 frames, as `pi0fm demos` records; LeRobot's own recordings have one every 2, which makes its random access cheaper: --root.
-Statistics are computed from columns in memory; reading them is not in their figure.
+Both sides of a comparison run in turn in this process, and the ratio is of neighbours. Decoding threads share one processor on both
+sides: two on the two halves of a core are charged twice the seconds for hardly more frames, which is the machine's doing, not the
+cache's; `build_all` shows what becomes of it on all processors. What these figures do not say: disks slower than the page cache, which
+holds everything after the first round; what building the cache costs a run of few epochs (`build` says it a frame); LeRobot with workers
+pays for moving batches between processes, which --lerobot_workers shows, and ours does, which --processes shows. The drawn data set has a
+key frame every 4 frames, as `pi0fm demos` records; LeRobot's own recordings have one every 2, which makes its random access cheaper:
+--root. Statistics are computed from columns in memory; reading them is not in their figure.
 """
 
 import tempfile
@@ -53,6 +55,7 @@ class LoadingFigures:
     gather: Ratio
     collate: Ratio
     build: Ratio
+    build_all: Ratio
     streaming: Streaming
     norm_stats_seconds: float
     memory: MemoryUse
@@ -73,7 +76,7 @@ def measure(config: LoadingConfig) -> LoadingFigures:
         cached = compare_lerobot(source, collator, config)
         gather, collate = compare_copying(collator, config)
         progress.say("building the cache and streaming, beside decoding")
-        build = compare_building(source, dataset, config)
+        build, build_all = compare_building(source, dataset, config)
         streaming = compare_streaming(source, dataset, config)
         progress.say("statistics, and memory")
         return LoadingFigures(
@@ -81,6 +84,7 @@ def measure(config: LoadingConfig) -> LoadingFigures:
             gather=gather,
             collate=collate,
             build=build,
+            build_all=build_all,
             streaming=streaming,
             norm_stats_seconds=norm_stats_seconds(),
             memory=memory_over(collator, config),

@@ -10,10 +10,12 @@ begins with, as no buffer does whose data set is as large as streams are for. A 
 cost more seeks.
 """
 
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -24,6 +26,7 @@ import numpy as np
 from pi0fm.bench.cpu_time import cpu_seconds_of_tree
 from pi0fm.bench.loading_config import LoadingConfig, make_collator, take
 from pi0fm.bench.paired import Ratio, paired_ratio, ratio_of
+from pi0fm.data.decoding import cores
 from pi0fm.data.frame_cache import FrameCache, open_cache
 from pi0fm.data.lerobot_source import DatasetConfig, LeRobotSource
 from pi0fm.data.loader import Collator, LoaderConfig, micro_batches
@@ -107,21 +110,41 @@ def compare_copying(collator: Collator, config: LoadingConfig) -> tuple[Ratio, R
     )
 
 
-def compare_building(source: LeRobotSource, dataset: DatasetConfig, config: LoadingConfig) -> Ratio:
-    """Processor seconds of decoding every video once by those of building the cache; seconds are those of a frame."""
+def compare_building(source: LeRobotSource, dataset: DatasetConfig, config: LoadingConfig) -> tuple[Ratio, Ratio]:
+    """Seconds of decoding every video once by those of building the cache, of a frame: on one processor, and on all of them.
 
-    def build() -> None:
-        with _folder() as folder:
-            open_cache(source, replace(dataset, cache_dir=folder), config.size)
+    The first counts processor seconds, the second wall time, in which either side decodes as many files at once as there are processors.
+    """
 
-    found = paired_ratio(lambda: decode_all(source, dataset), build, config.rounds, warm_up=1, clock=cpu_seconds_of_tree)
-    frames = len(source.state) * len(source.clips)
-    return scaled(found, frames, frames)
+    def compare(clock: Callable[[], float]) -> Ratio:
+        def decode_only() -> float:
+            began = clock()
+            decode_all(source, dataset)
+            return clock() - began
+
+        def build() -> float:
+            with _folder() as folder:  # which is removed outside the clock
+                began = clock()
+                open_cache(source, replace(dataset, cache_dir=folder), config.size)
+                return clock() - began
+
+        pairs = []
+        for number in range(config.rounds + 1):
+            seconds = {side: side() for side in ((decode_only, build) if number % 2 else (build, decode_only))}
+            pairs.append((seconds[decode_only], seconds[build]))
+        frames = len(source.state) * len(source.clips)
+        return scaled(ratio_of(pairs[1:]), frames, frames)  # the first round warms up
+
+    with one_processor():
+        alone = compare(cpu_seconds_of_tree)
+    return alone, compare(time.perf_counter)
 
 
 @dataclass(frozen=True)
 class Streaming:
     """Processor seconds of decoding in order what a sample shows, by those of a sample of the stream: its pictures, and whole batches.
+
+    On one processor, both.
 
     frames_a_sample: that the stream decoded for its pictures; 1 is every frame once.
     """
@@ -137,10 +160,11 @@ def compare_streaming(source: LeRobotSource, dataset: DatasetConfig, config: Loa
     batches: list[tuple[float, float]] = []
     decoded = []
     for number in range(config.rounds + 1):
-        before = _seconds_of_decoding(source, dataset)
-        shown, frames = _stream_round(source, dataset, config, 2 * number, _gather)
-        between = _seconds_of_decoding(source, dataset)
-        made, _ = _stream_round(source, dataset, config, 2 * number + 1, _collate)
+        with one_processor():
+            before = _seconds_of_decoding(source, dataset)
+            shown, frames = _stream_round(source, dataset, config, 2 * number, _gather)
+            between = _seconds_of_decoding(source, dataset)
+            made, _ = _stream_round(source, dataset, config, 2 * number + 1, _collate)
         if number:  # the first round warms up
             plain = (before + between) / 2  # one decoding on either side of the pictures; the second stands in front of the batches
             pictures.append((plain, shown))
@@ -194,11 +218,37 @@ def _seconds_of_decoding(source: LeRobotSource, dataset: DatasetConfig) -> float
 
 
 def decode_all(source: LeRobotSource, dataset: DatasetConfig) -> None:
-    """Every video once, from its first frame to its last, by the decoder that the loader takes; nothing is kept."""
+    """Every video once, from its first frame to its last, by the decoder that the loader takes; nothing is kept.
+
+    As many files at once as there are processors.
+    """
     decoder = choose_decoder(dataset.video_decoder)
-    for path in sorted({clip.file for clips in source.clips.values() for clip in clips}):
+
+    def decode_file(path: Path) -> None:
         for _ in decode(path, source.fps, decoder):
             pass
+
+    with ThreadPoolExecutor(cores()) as threads:
+        for _ in threads.map(decode_file, sorted({clip.file for clips in source.clips.values() for clip in clips})):
+            pass
+
+
+@contextmanager
+def one_processor() -> Iterator[None]:
+    """Keep this thread, and the threads and programs that it starts meanwhile, on one processor, where the system can.
+
+    Two threads on the two halves of a core are charged a second each and decode hardly more than one: with as many on either side, a
+    ratio of processor seconds compares work.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def scaled(ratio: Ratio, first: float, second: float) -> Ratio:

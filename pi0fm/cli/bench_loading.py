@@ -48,6 +48,7 @@ def run(config: LoadingConfig) -> dict[str, Any]:
         "decoded_frames_per_cpu_second": round(speeds["decoded"], 1),
         "streamed_frames_a_sample": round(found.streaming.frames_a_sample, 3),
         "batch_of_memcpy": round(found.collate.median, 3),
+        "build_of_decode_on_all_processors": round(found.build_all.median, 3),
         "streamed_batch_of_decode": round(found.streaming.batches.median, 3),
         "memory_mib": {"start": round(memory.start, 2), "end": round(memory.end, 2), "peak": round(memory.peak, 2)},
         "memory_growth_mib": round(memory.end - memory.start, 2),
@@ -72,6 +73,7 @@ def _show(rows: dict[str, tuple[str, Ratio, float]], found: LoadingFigures) -> N
     for text, ratio, target in rows.values():
         table.add_row(text, *_cells(ratio), f"{target:g}")
     table.add_row("a whole batch : copying its pictures", *_cells(found.collate), "")
+    table.add_row("building the cache : decoding, wall time on all processors", *_cells(found.build_all), "")
     table.add_row("a whole batch of the stream : decoding in order", *_cells(found.streaming.batches), "")
     table.add_row("seconds for statistics of a million frames", f"{found.norm_stats_seconds:.1f}", "", "at most 20")
     Console(stderr=True, highlight=False, width=max(100, Console(stderr=True).width)).print(table)

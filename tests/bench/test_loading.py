@@ -1,5 +1,7 @@
 """The drawn data set is a data set, and the options of the measurement are checked; the measurement itself is a journey."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +12,9 @@ from pi0fm.bench import loading
 from pi0fm.bench.loading_config import LoadingConfig, make_collator
 from pi0fm.bench.loading_data import EPISODE_FRAMES, FPS, draw_episode, write_dataset
 from pi0fm.bench.loading_memory import memory_over
-from pi0fm.bench.loading_sides import compare_streaming, scaled
+from pi0fm.bench.loading_sides import compare_building, compare_streaming, one_processor, scaled
 from pi0fm.bench.paired import Ratio
+from pi0fm.data.decoding import cores
 from pi0fm.data.embodiment import Embodiment
 from pi0fm.data.frame_cache import open_cache
 from pi0fm.data.lerobot_source import DatasetConfig, open_source
@@ -81,6 +84,25 @@ def test_a_stream_is_measured_in_the_middle_of_an_epoch(drawn, monkeypatch, shap
     )  # 200 frames in groups of some 6: a few more or less at either end, and a cut decodes one twice
     with pytest.raises(ConfigError, match="raise --frames"):
         compare_streaming(source, drawn, replace(config, batch_size=64))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system keeps no thread on a processor")
+def test_one_processor_holds_for_the_threads_that_are_begun_meanwhile_and_ends():
+    before = os.sched_getaffinity(0)
+    with pytest.raises(ZeroDivisionError), one_processor():
+        with ThreadPoolExecutor(2) as threads:
+            found = [threads.submit(os.sched_getaffinity, 0).result() for _ in range(4)]
+        assert found == [{min(before)}] * 4 and cores() == 1
+        raise ZeroDivisionError
+    assert os.sched_getaffinity(0) == before
+
+
+def test_building_is_measured_on_one_processor_and_on_all(drawn, monkeypatch):
+    seen = []
+    monkeypatch.setattr("pi0fm.bench.loading_sides.decode_all", lambda *given: seen.append(cores()))
+    alone, together = compare_building(open_source(drawn, Embodiment()), drawn, LoadingConfig(size=SIZE, rounds=1))
+    assert seen == [1, 1, cores(), cores()]
+    assert alone.second_seconds > 0 and together.second_seconds > 0
 
 
 def test_statistics_are_scaled_to_a_million_frames(monkeypatch):
