@@ -1,11 +1,13 @@
 """One softmax attention for every tower, by the fastest kernel of the device.
 
 Owns: the choice of kernel. Does not know: what the tokens are, who made the mask.
-On a GPU this is scaled_dot_product_attention. On a CPU its fused kernel is slow at these sizes, and slowest in bfloat16 (docs/adr/0002):
-there the few key heads are not expanded; the query heads that share one are folded into its rows, so that each product is one large
-matrix product:
+On a GPU this is scaled_dot_product_attention. On a CPU the few key heads are not expanded; the query heads that share one are folded into
+its rows (docs/adr/0002):
 
     query [B, N, T, K]  ->  [B * kv heads, (N / kv heads) * T, K]  @  key [B * kv heads, K, J]
+
+    few keys     two large matrix products with a softmax between them: the fused kernel is slow there, slowest backwards in bfloat16
+    many keys    torch's fused kernel on the same rows: scores that outgrow the cache would be written and read three times
 
 Shape letters: B batch, N heads, T queries, J keys, K head dim.
 """
@@ -14,6 +16,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+# Where the fused kernel begins to be faster on a CPU; backwards it is slow in bfloat16. A velocity must be the same number with a gradient
+# and without, so that a score changes no action: only the pictures' tower, which no gradient of an action reaches, may tell the two apart.
+FUSED_KEYS, FUSED_KEYS_BFLOAT16 = 192, 512
 
 
 def attend(
@@ -24,7 +30,7 @@ def attend(
     mask: [B, 1, T or 1, J], boolean with True where a key may be seen, or what `additive` made of it; None when all are seen.
     """
     if query.device.type == "cpu":
-        return _folded(query, key, value, mask)
+        return _folded(query, key, value, mask, FUSED_KEYS_BFLOAT16 if query.dtype == torch.bfloat16 else FUSED_KEYS)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=key.shape[1] != query.shape[1])
@@ -41,20 +47,33 @@ def siglip_attention(
     """`attend` in the form that transformers' attention interface calls: heads last but one on return, no weights."""
     if attention_mask is not None:
         raise ValueError("the vision tower takes no attention mask: every token of a picture is real")
+    if query.device.type == "cpu" and not torch.is_grad_enabled():
+        return _folded(query, key, value, None, FUSED_KEYS).transpose(1, 2), None
     return attend(query, key, value, None).transpose(1, 2), None
 
 
-def _folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def _folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, fused_keys: int) -> Tensor:
+    """fused_keys: how many keys the fused kernel is taken from. Never in float64, which is there for derivatives of any order."""
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys = key.shape[1], key.shape[2]
     groups = heads // kv_heads
-    rows = query.reshape(batch * kv_heads, groups * num_queries, head_dim)
-    columns = key.flatten(0, 1).transpose(1, 2)
-    # the scale and the mask ride along in the product: a pass over the scores each, saved
-    if mask is None:
-        scores = torch.baddbmm(rows.new_empty(()), rows, columns, beta=0.0, alpha=head_dim**-0.5)
-    else:
+    rows, keys, values = query.reshape(batch * kv_heads, groups * num_queries, head_dim), key.flatten(0, 1), value.flatten(0, 1)
+    bias = None
+    if mask is not None:
         bias = (additive(mask) if mask.dtype == torch.bool else mask).to(rows.dtype)
-        wide = bias[:, :, None].expand(batch, kv_heads, groups if bias.shape[2] > 1 else 1, bias.shape[2], num_keys)
-        scores = torch.baddbmm(wide.reshape(batch * kv_heads, -1, num_keys), rows, columns, alpha=head_dim**-0.5)
-    return torch.bmm(scores.softmax(dim=-1), value.flatten(0, 1)).view(batch, heads, num_queries, head_dim)
+        bias = bias[:, :, None].expand(batch, kv_heads, groups if bias.shape[2] > 1 else 1, bias.shape[2], num_keys)
+        bias = bias.reshape(batch * kv_heads, -1, num_keys)
+    fused = num_keys >= fused_keys and rows.dtype != torch.float64
+    return (_fused if fused else _products)(rows, keys, values, bias).view(batch, heads, num_queries, head_dim)
+
+
+def _fused(rows: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    mask = None if bias is None else bias[:, None]
+    return F.scaled_dot_product_attention(rows[:, None], keys[:, None], values[:, None], attn_mask=mask)[:, 0]
+
+
+def _products(rows: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    # the scale and the mask ride along in the product: a pass over the scores each, saved
+    start, beta = (rows.new_empty(()), 0.0) if bias is None else (bias, 1.0)
+    scores = torch.baddbmm(start, rows, keys.transpose(1, 2), beta=beta, alpha=rows.shape[-1] ** -0.5)
+    return torch.bmm(scores.softmax(dim=-1), values)

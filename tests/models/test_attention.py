@@ -1,9 +1,10 @@
-"""The folded attention of the CPU against torch's scaled_dot_product_attention, values and gradients."""
+"""The folded attention of the CPU against plain formulas and torch's scaled_dot_product_attention, values and gradients."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from pi0fm.models import attention
 from pi0fm.models.attention import attend, siglip_attention
 
 
@@ -56,3 +57,67 @@ def test_the_vision_tower_gets_heads_behind_tokens_and_may_not_mask():
     torch.testing.assert_close(found, F.scaled_dot_product_attention(query, key, value).transpose(1, 2))
     with pytest.raises(ValueError, match="no attention mask"):
         siglip_attention(torch.nn.Identity(), query, key, value, torch.ones(1))
+
+
+@pytest.mark.parametrize("mask", ["none", "by key", "by pair"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+def test_the_fused_kernel_gives_what_the_products_give(heads, kv_heads, mask, monkeypatch):
+    """Few keys stand for many; nothing is expanded or copied wrongly on the way in."""
+    arguments, given = inputs(heads, kv_heads, torch.float32), masks()[mask]
+    expected = attend(*arguments, given)
+    wanted = torch.autograd.grad(expected.square().sum(), arguments)
+    monkeypatch.setattr(attention, "FUSED_KEYS", 7)
+    monkeypatch.setattr(attention, "_products", None)
+    found = attend(*arguments, given)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for one, other in zip(torch.autograd.grad(found.square().sum(), arguments), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keys", "fused"),
+    [
+        (torch.float32, 191, False),
+        (torch.float32, 192, True),
+        (torch.bfloat16, 511, False),
+        (torch.bfloat16, 512, True),
+        (torch.float64, 600, False),
+    ],
+)
+def test_the_kernel_is_chosen_by_keys_and_type_whether_or_not_a_gradient_is_asked(dtype, keys, fused, monkeypatch):
+    """A score asks for one, and must not change an action."""
+    called = []
+    monkeypatch.setattr(attention, "_fused", lambda rows, *_: called.append("fused") or rows)
+    monkeypatch.setattr(attention, "_products", lambda rows, *_: called.append("products") or rows)
+    query, key = torch.zeros(1, 2, 3, 4, dtype=dtype), torch.zeros(1, 1, keys, 4, dtype=dtype)
+    for asked in (True, False):
+        attend(query.clone().requires_grad_(asked), key, key, None)
+    assert called == ["fused" if fused else "products"] * 2
+
+
+def test_pictures_take_the_fused_kernel_early_where_no_gradient_is_asked(monkeypatch):
+    called = []
+    monkeypatch.setattr(attention, "_fused", lambda rows, *_: called.append("fused") or rows)
+    monkeypatch.setattr(attention, "_products", lambda rows, *_: called.append("products") or rows)
+    query = torch.zeros(1, 2, 256, 4, dtype=torch.bfloat16)
+    siglip_attention(torch.nn.Identity(), query, query, query, None)
+    with torch.no_grad():
+        siglip_attention(torch.nn.Identity(), query, query, query, None)
+    assert called == ["products", "fused"]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch runs the kernel once a product there
+def test_many_products_with_the_fused_kernels_jacobian_are_those_of_the_products(monkeypatch):
+    """What an exact divergence asks: a pullback under vmap."""
+    _, key, value = inputs(4, 1, torch.float32)
+    key, value = key.detach(), value.detach()
+
+    def pulled() -> torch.Tensor:
+        query = inputs(4, 1, torch.float32)[0].detach()
+        found, pullback = torch.func.vjp(lambda x: attend(x, key, value, None), query)
+        rows = torch.randn(3, *found.shape, generator=torch.Generator().manual_seed(3))
+        return torch.func.vmap(lambda row: pullback(row)[0])(rows)
+
+    expected = pulled()
+    monkeypatch.setattr(attention, "FUSED_KEYS", 7)
+    torch.testing.assert_close(pulled(), expected, rtol=1e-5, atol=1e-6)
