@@ -33,6 +33,7 @@ _PLAIN: Mapping[Any, Any] = {
     ATEN.baddbmm: ATEN.baddbmm,
     ATEN.baddbmm_: ATEN.baddbmm,
 }
+PACKED = torch.ops.mkldnn._linear_pointwise
 _ATTENTION = ("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")
 _LARGE = 2048  # rows and columns of the product that measures the machine
 _COPIED = 256 * 2**20  # bytes of the copy that does
@@ -41,13 +42,17 @@ _TRIES = 5
 
 @dataclass(frozen=True)
 class Operand:
-    """One tensor of a product. weight: an identity when it is a parameter (or a parameter in another type), else None."""
+    """One tensor of a product. weight: an identity when it is a parameter (or a parameter in another type), else None.
+
+    packed: in oneDNN's own order (policy/packed.py), which has no strides.
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     weight: int | None
+    packed: bool = False
 
     @property
     def bytes(self) -> int:
@@ -173,13 +178,14 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.products: list[Product] = []
         self._weights = {parameter.untyped_storage().data_ptr(): number for number, parameter in enumerate(parameters)}
+        self._packed: dict[int, Tensor] = {}  # by id, and kept for the same reason
         self._casts: list[Tensor] = []  # kept: another tensor at a cast's old address would pass for a weight
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         packet = func.overloadpacket
         name = func.name().removeprefix("aten::").split(".")[0]
-        known = packet in _PLAIN or name.startswith(("convolution", *_ATTENTION))
+        known = packet in _PLAIN or packet is PACKED or name.startswith(("convolution", *_ATTENTION))
         if not known:
             with self:
                 taken_apart = func.decompose(*args, **kwargs)
@@ -191,6 +197,8 @@ class _Recorder(TorchDispatchMode):
             self._casts.append(result)
         if packet in _PLAIN:
             self._plain(_PLAIN[packet], args, kwargs, result)
+        elif packet is PACKED:
+            self._packed_product(args)
         elif name.startswith("convolution"):
             self._convolution(func, args, kwargs, result)
         elif name.startswith(_ATTENTION):
@@ -202,6 +210,15 @@ class _Recorder(TorchDispatchMode):
         options = {key: value for key, value in kwargs.items() if key != "out"}
         flops = 2 * math.prod(left.shape) * right.shape[-1]
         self.products.append(Product(packet, self._operands(args), options, flops, tuple(result.shape)))
+
+    def _packed_product(self, args: tuple[Any, ...]) -> None:
+        """Without what is done to its output, which is no product."""
+        x, matrix, bias = args[:3]
+        self._packed[id(matrix)] = matrix
+        weight = Operand(tuple(matrix.shape), (), matrix.dtype, matrix.device, id(matrix), packed=True)
+        described = (*self._operands((x,)), weight, *self._operands((bias,)), "none", [], "")
+        flops = 2 * math.prod(x.shape) * matrix.shape[0]
+        self.products.append(Product(PACKED, described, {}, flops, None))
 
     def _convolution(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Forward: (input, weight, ...). Backward: (gradient, input, weight, ...), a product for each of the two gradients wanted."""
@@ -241,6 +258,8 @@ def _contiguous(shape: tuple[int, ...], like: Tensor) -> Operand:
 
 def _filled(operand: Operand) -> Tensor:
     """Random numbers under the operand's own strides, which may be 0 or leave gaps."""
+    if operand.packed:
+        return torch.ops.mkldnn._reorder_linear_weight(torch.randn(operand.shape).to(operand.dtype))
     length = 1 + sum((size - 1) * stride for size, stride in zip(operand.shape, operand.stride, strict=True))
     return torch.randn(length, device=operand.device).to(operand.dtype).as_strided(operand.shape, operand.stride)
 

@@ -25,6 +25,7 @@ from pi0fm.models.pi0 import ActionField, FlowTime, Pi0
 from pi0fm.models.prefix_cache import PrefixCache
 from pi0fm.options import nearest
 from pi0fm.policy.cuda_graphs import Graphs
+from pi0fm.policy.packed import can_pack, pack
 
 COMPILE = ("off", "kernels", "graph")
 
@@ -45,7 +46,7 @@ class Sampler:
             dtype,
             compile,
         )
-        arrange_matrices(self.model, dtype, device)
+        arrange_matrices(self.model, dtype, device, packs=compile == "off")
         self._times: dict[float, FlowTime] = {}
         self._encode: Callable[[ModelObservation], PrefixCache] = model.encode_prefix
         self._move = model.move
@@ -108,13 +109,17 @@ def refuse_compile(word: str, device: torch.device, flow: FlowMatching) -> None:
         )
 
 
-def arrange_matrices(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Keep the matrices as inference multiplies them fastest: see `halve_matrices`; in float32 on a CPU, with their columns together.
+def arrange_matrices(model: nn.Module, dtype: torch.dtype, device: torch.device, packs: bool = True) -> None:
+    """Keep the matrices as inference multiplies them fastest; values stay.
 
-    A product of the few rows of an action chunk with a matrix takes 0.4 to 0.9 of the time so (docs/LOG.md); shapes and values stay.
+    float32, CPU     with their columns together: a product with the few rows of a chunk takes 0.4 to 0.9 of the time (docs/LOG.md)
+    bfloat16, CPU    see `halve_matrices`, then packed for oneDNN where it can be, and `packs`: a compiler arranges them itself
+    elsewhere        `halve_matrices`
     """
     if dtype != torch.float32:
         halve_matrices(model, dtype)
+        if packs and device.type == "cpu" and dtype == torch.bfloat16 and can_pack():
+            pack(model)
     elif device.type == "cpu":
         for module in model.modules():
             if isinstance(module, nn.Linear):

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pi0fm.bench.products import Operand, Product, Roofline, Work, bare, measure_roofline, products_of, synchronized, work_of
+from pi0fm.policy.packed import PackedLinear, can_pack
 
 
 class Block(nn.Module):
@@ -134,3 +135,19 @@ def test_a_call_that_is_waited_for_is_made_once():
     made: list[int] = []
     synchronized(lambda: made.append(1), torch.device("cpu"))()
     assert made == [1]
+
+
+@pytest.mark.skipif(not can_pack(), reason="multiplies packed bfloat16 matrices")
+def test_a_packed_product_counts_as_the_plain_one():
+    plain = nn.Linear(48, 40).bfloat16().requires_grad_(False)
+    x, module = torch.randn(2, 3, 48).bfloat16(), PackedLinear(plain, "tanh")
+    with torch.inference_mode():
+        expected = work_of(products_of(lambda: plain(x), plain.parameters()))
+        products = products_of(lambda: (module(x), module(x)), module.parameters())
+    found = work_of(products[:1])
+    assert (found.flops, found.weight_bytes) == (expected.flops, expected.weight_bytes - 2 * 40)  # the bias is no parameter there
+    assert len({operand.weight for product in products for operand in product.operands if operand.packed}) == 1
+    with torch.inference_mode():
+        alone = products_of(bare(products), [])
+    assert [product.flops for product in alone] == [product.flops for product in products]
+    assert all(product.arguments[3:] == ("none", [], "") for product in alone)

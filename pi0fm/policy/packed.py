@@ -1,0 +1,136 @@
+"""A network's bfloat16 matrices in the order in which oneDNN multiplies them, for inference on a CPU.
+
+Owns: which modules are replaced, their products. Does not know: what the network computes, when it is asked.
+
+    a call with a plain matrix     [ order the matrix for the tiles ][ multiply ][ write ] [ read, gelu, write ]
+    with a packed one                                                [ multiply, gelu on what leaves the tiles, write ]
+
+A chunk's few rows take less time to multiply than their matrix takes to be put in order (docs/adr/0024). The operation is the one that
+torch.compile uses, under a name that torch does not promise to keep: where it is missing, nothing is replaced.
+"""
+
+from typing import Any, Literal, cast, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pi0fm.models.layers import GatedMLP
+
+Gelu = Literal["tanh", "none"]
+_OPERATIONS = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
+
+
+def can_pack() -> bool:
+    """Whether this processor and this torch multiply packed bfloat16 matrices."""
+    here = torch._C._has_mkldnn and all(hasattr(torch.ops.mkldnn, name) for name in _OPERATIONS)
+    return here and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def pack(model: nn.Module) -> None:
+    """Replace every bfloat16 `nn.Linear` of the model, its gated MLPs, and SigLIP's MLPs with their gelu; the plain matrices are let go."""
+    for name, child in list(model.named_children()):
+        if isinstance(child, GatedMLP) and _is_bfloat16(child.down):
+            setattr(model, name, PackedGatedMLP(child))
+        elif isinstance(child, nn.Linear) and _is_bfloat16(child):
+            setattr(model, name, PackedLinear(child, _gelu_behind(model) if name == "fc1" else None))
+        else:
+            pack(child)
+    if isinstance(found := getattr(model, "fc1", None), PackedLinear) and found.gelu is not None:
+        model.activation_fn = nn.Identity()
+
+
+@final
+class PackedLinear(nn.Module):
+    """`gelu(x W' + b)` in bfloat16 for x [*n, K] of any type; gelu: None for none, else which form of it.
+
+    Its gradient is that in x, which densities need: nothing trains in this form.
+    """
+
+    def __init__(self, linear: nn.Linear, gelu: Gelu | None = None) -> None:
+        super().__init__()
+        self.matrix = _packed(linear.weight.detach())
+        self.bias, self.gelu = None if linear.bias is None else linear.bias.detach(), gelu
+        self._after = ("none", "") if gelu is None else ("gelu", gelu)
+
+    def forward(self, x: Float[Tensor, "*n K"]) -> Float[Tensor, "*n N"]:
+        """bfloat16."""
+        x = x.to(torch.bfloat16)
+        if torch.is_grad_enabled():
+            return cast(Tensor, _Product.apply(x, self))  # type: ignore[no-untyped-call]
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Of x in bfloat16."""
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.matrix, self.bias, self._after[0], [], self._after[1]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the plain matrix: a packed one can neither be copied nor pickled."""
+        return self.__dict__ | {"matrix": self.matrix.to_dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"matrix": _packed(state["matrix"])})
+
+    def extra_repr(self) -> str:
+        """As nn.Linear says it."""
+        return f"in_features={self.matrix.shape[1]}, out_features={self.matrix.shape[0]}, bias={self.bias is not None}, gelu={self.gelu}"
+
+
+class _Product(torch.autograd.Function):
+    """The same numbers as without a gradient; backwards the matrix is unpacked, and what gelu was taken of is computed anew."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, linear: PackedLinear) -> Tensor:
+        return linear.product(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, PackedLinear], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.linear = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,), linear = ctx.saved_tensors, ctx.linear
+        matrix = linear.matrix.to_dense()
+        if linear.gelu is not None:
+            gradient = torch.ops.aten.gelu_backward(gradient, F.linear(x, matrix, linear.bias), approximate=linear.gelu)
+        return gradient @ matrix, None
+
+
+@final
+class PackedGatedMLP(nn.Module):
+    """`GatedMLP` with its two halves apart, so that gelu is taken on what leaves the first."""
+
+    def __init__(self, mlp: GatedMLP) -> None:
+        super().__init__()
+        gate, up = (_without_bias(matrix) for matrix in mlp.gate_up.weight.detach().chunk(2))
+        self.gate, self.up, self.down = PackedLinear(gate, mlp.gelu), PackedLinear(up), PackedLinear(mlp.down)
+
+    def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
+        """x to x's shape, bfloat16."""
+        x = x.to(torch.bfloat16)
+        gate = self.gate(x)
+        return cast(Tensor, self.down(gate * self.up(x) if torch.is_grad_enabled() else gate.mul_(self.up(x))))
+
+
+def _packed(matrix: Tensor) -> Tensor:
+    return cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous()))
+
+
+def _is_bfloat16(linear: nn.Linear) -> bool:
+    return linear.weight.dtype == torch.bfloat16
+
+
+def _without_bias(matrix: Tensor) -> nn.Linear:
+    linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(matrix, requires_grad=False)
+    return linear
+
+
+def _gelu_behind(mlp: nn.Module) -> Gelu | None:
+    """Which gelu a SigLIP MLP takes between its two products; None for another module, or another function."""
+    forms: dict[Any, Gelu] = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}
+    return forms.get(getattr(getattr(mlp, "config", None), "hidden_act", None))
