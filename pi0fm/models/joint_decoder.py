@@ -70,7 +70,9 @@ class Stream(nn.Module):
         self.num_kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
 
         def norm() -> nn.Module:
-            return RMSNorm(stream.width) if condition_width is None else AdaptiveRMSNorm(stream.width, condition_width)
+            if condition_width is None:
+                return RMSNorm(stream.width, for_products=True)
+            return AdaptiveRMSNorm(stream.width, condition_width, for_products=True)
 
         self.attention_norm = norm()
         self.qkv = nn.Linear(stream.width, (self.num_heads + 2 * config.num_kv_heads) * config.head_dim, bias=False)

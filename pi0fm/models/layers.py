@@ -33,27 +33,31 @@ class Modulation(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + 1e-6) * (1 + scale)`, computed in float32 and returned in the type of x."""
+    """`x / sqrt(mean(x^2) + 1e-6) * (1 + scale)`, computed in float32 and returned in the type of x.
 
-    def __init__(self, width: int) -> None:
+    for_products: returned in the type of the matrix products behind it (`product_dtype`), so that nobody casts it again.
+    """
+
+    def __init__(self, width: int, for_products: bool = False) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.zeros(width))
+        self.scale, self.for_products = nn.Parameter(torch.zeros(width)), for_products
 
     def forward(self, x: Float[Tensor, "*n D"], condition: Tensor | None = None) -> tuple[Float[Tensor, "*n D"], Tensor | None]:
         """The normed input, and None: a plain norm has no gate on its residual."""
+        dtype = product_dtype(x) if self.for_products else x.dtype
         # the same numbers; without a gradient the frame of the closed form would cost as much as a small norm itself
-        return (_RMSNorm.apply(x, self.scale) if torch.is_grad_enabled() else _normed(x, self.scale))[0], None
+        return (_RMSNorm.apply(x, self.scale, dtype) if torch.is_grad_enabled() else _normed(x, self.scale, dtype))[0], None
 
 
 class AdaptiveRMSNorm(nn.Module):
     """pi0.5's norm: scale, shift and residual gate come from the flow time; zero-initialised, so that it starts as a plain norm.
 
-    The gate also starts at 0: every block of the expert begins as the identity.
+    The gate also starts at 0: every block of the expert begins as the identity. for_products: as for RMSNorm.
     """
 
-    def __init__(self, width: int, condition_width: int) -> None:
+    def __init__(self, width: int, condition_width: int, for_products: bool = False) -> None:
         super().__init__()
-        self.modulation = nn.Linear(condition_width, 3 * width)
+        self.modulation, self.for_products = nn.Linear(condition_width, 3 * width), for_products
 
     def reset_parameters(self) -> None:
         """Zero, whatever the initialisation of the rest."""
@@ -73,7 +77,7 @@ class AdaptiveRMSNorm(nn.Module):
             raise ValueError("an adaptive norm needs the condition made from the flow time")
         by = condition if isinstance(condition, Modulation) else self.modulate(condition)
         normed = at_least_float32(x) * inverse_rms(x)
-        return (normed * by.factor + by.shift).to(x.dtype), by.gate.to(x.dtype)
+        return (normed * by.factor + by.shift).to(product_dtype(x) if self.for_products else x.dtype), by.gate.to(x.dtype)
 
 
 class GatedMLP(nn.Module):
@@ -107,6 +111,12 @@ def rotate(x: Float[Tensor, "B N T K"], by: Rotation) -> Float[Tensor, "B N T K"
     return _Rotate.apply(x, by.cos, by.sin) if torch.is_grad_enabled() else _turn(x, by.cos, by.sin)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which a matrix product would take x: autocast's, where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """float32 of anything shorter; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
@@ -120,30 +130,30 @@ def inverse_rms(x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n 1"]:
 class _RMSNorm(torch.autograd.Function):
     """`x * inverse_rms(x) * (1 + scale)` with its gradient in closed form: fewer passes over memory, and x alone is kept (docs/adr/0006).
 
-    With y = x w / m, w = 1 + scale, and g the incoming gradient: dx = (g w - n mean(g w n)) / m, n = x / m; dscale = sum(g n). m is
-    returned too, so that torch.func can carry it from the forward pass to the backward one.
+    With y = x w / m, w = 1 + scale, g the incoming gradient and p = g x / m: dscale = sum(p) over rows, dx = g w / m - x mean(p w) / m^2.
+    m is returned too, so that torch.func can carry it from the forward pass to the backward one.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        return _normed(x, scale)
+    def forward(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return _normed(x, scale, dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, torch.dtype], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs, output[1])
+        ctx.save_for_backward(*inputs[:2], output[1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scale, rms = ctx.saved_tensors
-        inverse = rms.reciprocal()
-        normed = x * inverse
-        to_scale = (gradient * normed).flatten(0, -2).sum(dim=0)
-        scaled = gradient * (1.0 + scale)
-        mean = (scaled * normed).mean(dim=-1, keepdim=True)
-        return (torch.addcmul(scaled, normed, mean, value=-1.0) * inverse).to(x.dtype), to_scale
+        inverse, factor = rms.reciprocal(), 1.0 + scale
+        pulled = at_least_float32(gradient) * inverse
+        product = pulled * x
+        to_scale = product.flatten(0, -2).sum(dim=0)
+        to_rows = product.mul_(factor).sum(dim=-1, keepdim=True) * inverse.square() * (-1.0 / x.shape[-1])
+        return _plus_product(pulled.mul_(factor), x, to_rows).to(x.dtype), to_scale, None
 
 
 class _Rotate(torch.autograd.Function):
@@ -165,11 +175,11 @@ class _Rotate(torch.autograd.Function):
         return _turn(gradient, cos, -sin), None, None
 
 
-def _normed(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _normed(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The output, and the root of the mean square. Four small operations, and two passes over x."""
     wide = at_least_float32(x)
     rms = _mean_square(wide).sqrt_()
-    return torch.addcmul(wide, wide, scale).div_(rms).to(x.dtype), rms
+    return torch.addcmul(wide, wide, scale).div_(rms).to(dtype), rms
 
 
 def _mean_square(x: Tensor) -> Tensor:
@@ -180,7 +190,14 @@ def _mean_square(x: Tensor) -> Tensor:
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = at_least_float32(x)
-    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    return _plus_product(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+
+def _plus_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`x + left right`, into x where that can be: torch.func batches no such operation in place, and a compiler makes its own buffers."""
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return torch.addcmul(x, left, right)
+    return x.addcmul_(left, right)
 
 
 def time_embedding(time: Float[Tensor, " B"], width: int, shortest: float = 4e-3, longest: float = 4.0) -> Float[Tensor, "B D"]:

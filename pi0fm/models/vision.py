@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pi0fm.errors import ConfigError
 from pi0fm.models.attention import siglip_attention
+from pi0fm.models.layers import product_dtype
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,18 @@ class PatchEmbedding(nn.Module):
         return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
+class ProductNorm(nn.LayerNorm):
+    """A layer's norm with its parameters, its output in the type of the products behind it: autocast would cast it for each of them."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__(list(norm.normalized_shape), norm.eps)
+        self.weight, self.bias = norm.weight, norm.bias
+
+    def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
+        """The normed input."""
+        return super().forward(x).to(product_dtype(x))
+
+
 class VisionTower(nn.Module):
     """SigLIP without pooling, then a projection to the backbone's width."""
 
@@ -80,6 +93,8 @@ class VisionTower(nn.Module):
         self.tower = SiglipVisionModel(siglip)
         embeddings = self.tower.vision_model.embeddings
         embeddings.patch_embedding = PatchEmbedding(embeddings.patch_embedding)
+        for layer in self.tower.vision_model.encoder.layers:
+            layer.layer_norm1, layer.layer_norm2 = ProductNorm(layer.layer_norm1), ProductNorm(layer.layer_norm2)
         self.projector = nn.Linear(config.width, backbone_width)
 
     def reset_buffers(self) -> None:

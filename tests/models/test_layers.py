@@ -31,7 +31,42 @@ def test_norm_of_a_constant_is_one_and_of_zero_is_zero():
 
 
 def test_norms_gradient_is_that_of_finite_differences():
-    assert gradcheck(FastNorm.apply, (normal(2, 3, 5).requires_grad_(), normal(5, seed=1).requires_grad_()))
+    def norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return FastNorm.apply(x, scale, torch.float64)[0]
+
+    assert gradcheck(norm, (normal(2, 3, 5).requires_grad_(), normal(5, seed=1).requires_grad_()))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_norm_before_products_is_cast_once_and_to_their_type(adaptive):
+    """Value and gradient are those of the cast behind a float32 norm, which autocast would make."""
+    x, condition = normal(2, 3, 8, dtype=torch.float32), normal(2, 6, seed=1, dtype=torch.float32) if adaptive else None
+    found = {}
+    for for_products in (True, False):
+        torch.manual_seed(0)
+        norm = AdaptiveRMSNorm(8, 6, for_products) if adaptive else RMSNorm(8, for_products)
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            normed = norm(leaf, condition)[0]
+            assert normed.dtype == (torch.bfloat16 if for_products else torch.float32)
+            value = torch.nn.functional.linear(normed, torch.eye(8))
+        (gradient,) = torch.autograd.grad(value.float().square().sum(), leaf)
+        found[for_products] = (value, gradient)
+        assert norm(x, condition)[0].dtype == torch.float32  # without autocast
+    for one, other in zip(found[True], found[False], strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_gradient_is_torchs_in_either_type(dtype):
+    x, scale = normal(4, 6, 16, dtype=torch.float32).to(dtype), normal(16, seed=1, dtype=torch.float32) / 4
+    weights = normal(4, 6, 16, seed=2, dtype=torch.float32).to(dtype)
+    ours, theirs = ((x.clone().requires_grad_(), scale.clone().requires_grad_()) for _ in range(2))
+    found = torch.autograd.grad(FastNorm.apply(*ours, dtype)[0], ours, weights)
+    wide = theirs[0].float()
+    expected = torch.autograd.grad(F.rms_norm(wide, (16,), eps=1e-6) * (1 + theirs[1]), theirs, weights.float())
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5 if dtype == torch.float32 else 0.01, atol=1e-5)
 
 
 def test_norm_of_bfloat16_is_computed_in_float32():
@@ -112,3 +147,20 @@ def test_time_embedding_closed_form():
     expected = [[f(2 * math.pi * float(t) / period) for f in (math.sin, math.cos) for period in periods] for t in times]
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop")
+def test_gradients_are_batched_without_a_loop():
+    """An exact density runs the backward pass of both closed forms under vmap."""
+    turn = rotation(torch.tensor([[0, 3]]), 8)
+
+    def field(x: torch.Tensor) -> torch.Tensor:
+        return rotate(FastNorm.apply(x, torch.zeros(8), torch.float32)[0], turn)
+
+    x = normal(2, 1, 2, 8, dtype=torch.float32)
+    rows = normal(3, 2, 1, 2, 8, seed=1, dtype=torch.float32)
+    pullback = torch.func.vjp(field, x)[1]
+    found = torch.func.vmap(lambda row: pullback(row)[0])(rows)
+    leaf = x.clone().requires_grad_()
+    for row, one in zip(rows, found, strict=True):
+        torch.testing.assert_close(one, torch.autograd.grad(field(leaf), leaf, row)[0])

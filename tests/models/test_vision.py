@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pi0fm.models.vision import PatchEmbedding, VisionConfig, VisionTower
+from pi0fm.models.vision import PatchEmbedding, ProductNorm, VisionConfig, VisionTower
 
 
 @pytest.mark.parametrize(("height", "width"), [(12, 12), (8, 16)])
@@ -28,3 +28,17 @@ def test_the_tower_has_the_convolutions_parameters_under_their_names():
     assert {name: tuple(parameter.shape) for name, parameter in patches.items()} == {"weight": (16, 3, 4, 4), "bias": (16,)}
     assert not any(isinstance(module, nn.Conv2d) for module in tower.modules())
     assert tower(torch.zeros(2, 3, 8, 8)).shape == (2, 4, 24)
+
+
+def test_a_layers_norm_is_cast_once_for_all_the_products_behind_it():
+    torch.manual_seed(0)
+    plain = nn.LayerNorm(8)
+    nn.init.normal_(plain.weight)
+    x, norm = torch.randn(3, 8), ProductNorm(plain)
+    assert norm.weight is plain.weight and norm.bias is plain.bias
+    assert torch.equal(norm(x), plain(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(x)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, plain(x).bfloat16())
+    tower = VisionTower(VisionConfig(width=16, depth=2, num_heads=2, mlp_width=32, patch_size=4, image_size=8), 24)
+    assert [type(module) for module in tower.modules() if isinstance(module, nn.LayerNorm)] == [ProductNorm] * 4 + [nn.LayerNorm]
