@@ -28,7 +28,7 @@ JPEG_QUALITY = 95
 _MAGIC = b"pi0fm-01"
 _TRAILER = struct.Struct("<8sQII")
 _BLOCK = 4096
-_BUFFERED = 64  # pictures that are summed and written together
+_BUFFERED = 16  # pictures that are summed and written together: few enough to be in the cache still when they are written
 
 
 class Shard(ABC):
