@@ -126,7 +126,7 @@ def open_source(config: DatasetConfig, embodiment: Embodiment) -> LeRobotSource:
     columns = {name: tuple(feature["shape"]) for name, feature in features.items() if name not in pictures}
     embodiment = resolve(embodiment, columns, pictures, f"the data set {root}")
     wanted = ["index", "episode_index", "task_index", embodiment.state, embodiment.action, *(["seed"] if "seed" in features else [])]
-    table = _read_columns(root, wanted, int(info["total_frames"]))
+    table = _read_columns(root, list(dict.fromkeys(wanted)), int(info["total_frames"]))  # states may be actions, a few steps ahead
     episode = _integers(table, "episode_index")
     episodes = _episodes(root)
     end = np.asarray(episodes["dataset_to_index"].to_numpy(), dtype=np.int64)

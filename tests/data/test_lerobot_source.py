@@ -57,6 +57,13 @@ def test_action_chunks_are_lerobots_delta_timestamps(tiny_source, peers_items):
         assert np.array_equal(inside[index], ~item["action_is_pad"].numpy())
 
 
+def test_one_column_may_be_state_and_action(tiny_config, tiny_source):
+    """Actions that are the states to come."""
+    source = open_source(tiny_config, Embodiment(action="observation.state"))
+    assert np.array_equal(source.action, source.state) and np.array_equal(source.state, tiny_source.state)
+    assert source.embodiment.dims() == (tiny_dataset.STATE_DIM, tiny_dataset.STATE_DIM)
+
+
 def test_every_picture_is_lerobots(tiny_source, tiny_config, peers_items):
     """At 64 the video's 48 x 64 need padding only, so every pixel is kept; the stored pictures of 32 x 32 are enlarged."""
     found = open_cache(tiny_source, tiny_config, 64).gather(np.arange(FRAMES))
