@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 # Where the fused kernel begins to be faster on a CPU; backwards it is slow in bfloat16. A velocity must be the same number with a gradient
 # and without, so that a score changes no action: only the pictures' tower, which no gradient of an action reaches, may tell the two apart.
-FUSED_KEYS, FUSED_KEYS_BFLOAT16 = 192, 512
+FUSED_KEYS, FUSED_KEYS_BFLOAT16, FUSED_ROWS_BFLOAT16 = 192, 512, 1024
 
 
 def attend(
@@ -30,7 +30,9 @@ def attend(
     mask: [B, 1, T or 1, J], boolean with True where a key may be seen, or what `additive` made of it; None when all are seen.
     """
     if query.device.type == "cpu":
-        return _folded(query, key, value, mask, FUSED_KEYS_BFLOAT16 if query.dtype == torch.bfloat16 else FUSED_KEYS)
+        narrow = query.dtype == torch.bfloat16
+        few = narrow and query.shape[1] * query.shape[2] < FUSED_ROWS_BFLOAT16 * key.shape[1]  # a chunk's, not a prefix's
+        return _folded(query, key, value, mask, None if few else FUSED_KEYS_BFLOAT16 if narrow else FUSED_KEYS)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=key.shape[1] != query.shape[1])
@@ -52,8 +54,8 @@ def siglip_attention(
     return attend(query, key, value, None).transpose(1, 2), None
 
 
-def _folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, fused_keys: int) -> Tensor:
-    """fused_keys: how many keys the fused kernel is taken from. Never in float64, which is there for derivatives of any order."""
+def _folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, fused_keys: int | None) -> Tensor:
+    """fused_keys: how many keys the fused kernel is taken from; None for never, nor in float64, which has derivatives of any order."""
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys = key.shape[1], key.shape[2]
     groups = heads // kv_heads
@@ -63,7 +65,7 @@ def _folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, fuse
         bias = (additive(mask) if mask.dtype == torch.bool else mask).to(rows.dtype)
         bias = bias[:, :, None].expand(batch, kv_heads, groups if bias.shape[2] > 1 else 1, bias.shape[2], num_keys)
         bias = bias.reshape(batch * kv_heads, -1, num_keys)
-    fused = num_keys >= fused_keys and rows.dtype != torch.float64
+    fused = fused_keys is not None and num_keys >= fused_keys and rows.dtype != torch.float64
     return (_fused if fused else _products)(rows, keys, values, bias).view(batch, heads, num_queries, head_dim)
 
 

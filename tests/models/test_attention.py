@@ -75,21 +75,22 @@ def test_the_fused_kernel_gives_what_the_products_give(heads, kv_heads, mask, mo
 
 
 @pytest.mark.parametrize(
-    ("dtype", "keys", "fused"),
+    ("dtype", "queries", "keys", "fused"),
     [
-        (torch.float32, 191, False),
-        (torch.float32, 192, True),
-        (torch.bfloat16, 511, False),
-        (torch.bfloat16, 512, True),
-        (torch.float64, 600, False),
+        (torch.float32, 3, 191, False),
+        (torch.float32, 3, 192, True),
+        (torch.bfloat16, 512, 511, False),
+        (torch.bfloat16, 512, 512, True),
+        (torch.bfloat16, 511, 512, False),
+        (torch.float64, 3, 600, False),
     ],
 )
-def test_the_kernel_is_chosen_by_keys_and_type_whether_or_not_a_gradient_is_asked(dtype, keys, fused, monkeypatch):
+def test_the_kernel_is_chosen_by_shape_and_type_whether_or_not_a_gradient_is_asked(dtype, queries, keys, fused, monkeypatch):
     """A score asks for one, and must not change an action."""
     called = []
     monkeypatch.setattr(attention, "_fused", lambda rows, *_: called.append("fused") or rows)
     monkeypatch.setattr(attention, "_products", lambda rows, *_: called.append("products") or rows)
-    query, key = torch.zeros(1, 2, 3, 4, dtype=dtype), torch.zeros(1, 1, keys, 4, dtype=dtype)
+    query, key = torch.zeros(1, 2, queries, 4, dtype=dtype), torch.zeros(1, 1, keys, 4, dtype=dtype)
     for asked in (True, False):
         attend(query.clone().requires_grad_(asked), key, key, None)
     assert called == ["fused" if fused else "products"] * 2
