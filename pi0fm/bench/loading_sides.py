@@ -117,23 +117,18 @@ def compare_building(source: LeRobotSource, dataset: DatasetConfig, config: Load
     """
 
     def compare(clock: Callable[[], float]) -> Ratio:
-        def decode_only() -> float:
-            began = clock()
-            decode_all(source, dataset)
-            return clock() - began
-
-        def build() -> float:
-            with _folder() as folder:  # which is removed outside the clock
-                began = clock()
-                open_cache(source, replace(dataset, cache_dir=folder), config.size)
-                return clock() - began
-
-        pairs = []
-        for number in range(config.rounds + 1):
-            seconds = {side: side() for side in ((decode_only, build) if number % 2 else (build, decode_only))}
-            pairs.append((seconds[decode_only], seconds[build]))
+        with _folder() as folder:
+            place = replace(dataset, cache_dir=folder / "cache")
+            found = paired_ratio(
+                lambda: decode_all(source, dataset),
+                lambda: open_cache(source, place, config.size),
+                config.rounds,
+                warm_up=1,
+                clock=clock,
+                after=lambda: shutil.rmtree(folder / "cache", ignore_errors=True),
+            )
         frames = len(source.state) * len(source.clips)
-        return scaled(ratio_of(pairs[1:]), frames, frames)  # the first round warms up
+        return scaled(found, frames, frames)
 
     with one_processor():
         alone = compare(cpu_seconds_of_tree)

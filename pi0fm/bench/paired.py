@@ -40,24 +40,28 @@ def paired_ratio(
     *,
     warm_up: int = 2,
     clock: Callable[[], float] = time.perf_counter,
+    after: Callable[[], object] = lambda: None,
 ) -> Ratio:
     """Run both `rounds` times, interleaved in this process, after `warm_up` rounds that are not counted.
 
+    after: called behind each of them, outside the clock; it removes what they leave.
     Raises ConfigError for less than one round.
     """
     if rounds < 1:
         raise ConfigError(f"a comparison needs 1 round or more, found {rounds}; try 30")
     for _ in range(warm_up):
         first()
+        after()
         second()
+        after()
     pairs: list[tuple[float, float]] = []
     for number in range(rounds):
         if number % 2:
-            after = _seconds(second, clock)
-            pairs.append((_seconds(first, clock), after))
+            then = _seconds(second, clock, after)
+            pairs.append((_seconds(first, clock, after), then))
         else:
-            before = _seconds(first, clock)
-            pairs.append((before, _seconds(second, clock)))
+            before = _seconds(first, clock, after)
+            pairs.append((before, _seconds(second, clock, after)))
     return ratio_of(pairs)
 
 
@@ -71,7 +75,9 @@ def ratio_of(pairs: Sequence[tuple[float, float]]) -> Ratio:
     return Ratio(float(np.median(ratios)), float(low), float(high), float(medians[0]), float(medians[1]))
 
 
-def _seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
+def _seconds(work: Callable[[], object], clock: Callable[[], float], after: Callable[[], object]) -> float:
     began = clock()
     work()
-    return clock() - began
+    seconds = clock() - began
+    after()
+    return seconds

@@ -54,3 +54,18 @@ def test_the_interval_holds_the_median_and_shrinks_with_rounds():
 def test_no_round_is_refused():
     with pytest.raises(ConfigError, match="1 round or more, found 0"):
         paired_ratio(lambda: None, lambda: None, 0)
+
+
+def test_what_is_left_behind_is_removed_outside_the_clock():
+    clock, removed = [0.0], []
+
+    def spend(seconds):
+        clock[0] += seconds
+
+    def after():
+        removed.append(clock[0])
+        spend(100)
+
+    found = paired_ratio(lambda: spend(3), lambda: spend(1), 3, warm_up=1, clock=lambda: clock[0], after=after)
+    assert (found.median, found.first_seconds, found.second_seconds) == (3.0, 3.0, 1.0)
+    assert len(removed) == 8
