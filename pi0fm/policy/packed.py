@@ -34,7 +34,7 @@ def pack(model: nn.Module) -> None:
         if isinstance(child, GatedMLP) and _is_bfloat16(child.down):
             setattr(model, name, PackedGatedMLP(child))
         elif isinstance(child, nn.Linear) and _is_bfloat16(child):
-            setattr(model, name, PackedLinear(child, _gelu_behind(model) if name == "fc1" else None))
+            setattr(model, name, PackedLinear(child.weight, child.bias, _gelu_behind(model) if name == "fc1" else None))
         else:
             pack(child)
     if isinstance(found := getattr(model, "fc1", None), PackedLinear) and found.gelu is not None:
@@ -48,10 +48,10 @@ class PackedLinear(nn.Module):
     Its gradient is that in x, which densities need: nothing trains in this form.
     """
 
-    def __init__(self, linear: nn.Linear, gelu: Gelu | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, gelu: Gelu | None = None) -> None:
         super().__init__()
-        self.matrix = _packed(linear.weight.detach())
-        self.bias, self.gelu = None if linear.bias is None else linear.bias.detach(), gelu
+        self.matrix = _packed(weight.detach())
+        self.bias, self.gelu = None if bias is None else bias.detach(), gelu
         self._after = ("none", "") if gelu is None else ("gelu", gelu)
 
     def forward(self, x: Float[Tensor, "*n K"]) -> Float[Tensor, "*n N"]:
@@ -106,8 +106,8 @@ class PackedGatedMLP(nn.Module):
 
     def __init__(self, mlp: GatedMLP) -> None:
         super().__init__()
-        gate, up = (_without_bias(matrix) for matrix in mlp.gate_up.weight.detach().chunk(2))
-        self.gate, self.up, self.down = PackedLinear(gate, mlp.gelu), PackedLinear(up), PackedLinear(mlp.down)
+        gate, up = mlp.gate_up.weight.chunk(2)
+        self.gate, self.up, self.down = PackedLinear(gate, gelu=mlp.gelu), PackedLinear(up), PackedLinear(mlp.down.weight)
 
     def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
         """x to x's shape, bfloat16."""
@@ -122,12 +122,6 @@ def _packed(matrix: Tensor) -> Tensor:
 
 def _is_bfloat16(linear: nn.Linear) -> bool:
     return linear.weight.dtype == torch.bfloat16
-
-
-def _without_bias(matrix: Tensor) -> nn.Linear:
-    linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(matrix, requires_grad=False)
-    return linear
 
 
 def _gelu_behind(mlp: nn.Module) -> Gelu | None:

@@ -140,7 +140,7 @@ def test_a_call_that_is_waited_for_is_made_once():
 @pytest.mark.skipif(not can_pack(), reason="multiplies packed bfloat16 matrices")
 def test_a_packed_product_counts_as_the_plain_one():
     plain = nn.Linear(48, 40).bfloat16().requires_grad_(False)
-    x, module = torch.randn(2, 3, 48).bfloat16(), PackedLinear(plain, "tanh")
+    x, module = torch.randn(2, 3, 48).bfloat16(), PackedLinear(plain.weight, plain.bias, "tanh")
     with torch.inference_mode():
         expected = work_of(products_of(lambda: plain(x), plain.parameters()))
         products = products_of(lambda: (module(x), module(x)), module.parameters())

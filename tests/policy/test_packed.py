@@ -41,10 +41,10 @@ def plainly(plain: nn.Linear, x: torch.Tensor, gelu: str | None) -> torch.Tensor
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_product_is_that_of_the_plain_matrix(bias, gelu):
     plain, x = linear(bias), rows(2, 3)
-    found = PackedLinear(plain, gelu)(x)
+    found = PackedLinear(plain.weight, plain.bias, gelu)(x)
     assert (found.dtype, found.shape) == (torch.bfloat16, (2, 3, 40))
     torch.testing.assert_close(found.double(), plainly(plain, x, gelu), rtol=ROUNDING, atol=ROUNDING / 4)
-    assert torch.equal(found, PackedLinear(plain, gelu)(x.bfloat16()))
+    assert torch.equal(found, PackedLinear(plain.weight, plain.bias, gelu)(x.bfloat16()))
 
 
 @pytest.mark.parametrize("gelu", [None, "tanh", "none"])
@@ -52,8 +52,8 @@ def test_with_a_gradient_it_is_the_same_number_and_the_gradient_is_the_plain_one
     plain = linear(True)
     x, expected = rows(5).requires_grad_(), rows(5).requires_grad_()
     with torch.no_grad():
-        without = PackedLinear(plain, gelu)(x)
-    found, weights = PackedLinear(plain, gelu)(x), torch.randn(5, 40, generator=torch.Generator().manual_seed(2))
+        without = PackedLinear(plain.weight, plain.bias, gelu)(x)
+    found, weights = PackedLinear(plain.weight, plain.bias, gelu)(x), torch.randn(5, 40, generator=torch.Generator().manual_seed(2))
     assert found.requires_grad and torch.equal(found, without)
     (gradient,) = torch.autograd.grad((found * weights).sum(), x)
     (wanted,) = torch.autograd.grad((plainly(plain, expected, gelu) * weights).sum(), expected)
@@ -63,7 +63,8 @@ def test_with_a_gradient_it_is_the_same_number_and_the_gradient_is_the_plain_one
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_a_copy_gives_the_same_numbers(again):
-    module, x = PackedLinear(linear(True), "tanh"), rows(4)
+    plain, x = linear(True), rows(4)
+    module = PackedLinear(plain.weight, plain.bias, "tanh")
     assert torch.equal(again(module)(x), module(x))
     assert repr(again(module)) == repr(module) == "PackedLinear(in_features=48, out_features=40, bias=True, gelu=tanh)"
 
