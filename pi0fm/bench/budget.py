@@ -1,4 +1,4 @@
-"""A training that ends when its processor time is spent; the same rule for whoever trains.
+"""A training that ends when its processor time is spent, or after so many steps; the same rule for whoever trains.
 
 Owns: the plan, the length of the learning-rate schedule for a budget, the loop around one step, the record of it.
 Does not know: networks, data, whose step it is.
@@ -23,7 +23,8 @@ Update = Callable[[int], tuple[float, int]]
 class TrainingPlan:
     """What a run may spend.
 
-    cpu_seconds: of the process tree. max_steps: when given, the schedule's length too, as `--steps`; no calibration then.
+    cpu_seconds: of the process tree; infinite where the steps alone end it.
+    max_steps: when given, the schedule's length too, as `--steps`; no calibration then.
     calibration_steps: steps on a thrown-away copy that tell how many steps the budget holds.
     """
 
@@ -38,6 +39,8 @@ class TrainingPlan:
             raise ConfigError(f"cpu_seconds must be above 0, found {self.cpu_seconds}")
         if self.calibration_steps < 1 or (self.max_steps is not None and self.max_steps < 1):
             raise ConfigError(f"calibration_steps and max_steps must be at least 1, found {self.calibration_steps} and {self.max_steps}")
+        if math.isinf(self.cpu_seconds) and self.max_steps is None:
+            raise ConfigError("cpu_seconds must be finite where max_steps is not given: nothing else ends the run")
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,17 @@ def spend(name: str, update: Update, plan: TrainingPlan, scheduled_steps: int) -
     """Call `update` until `plan.cpu_seconds` are spent or `plan.max_steps` done; at most one step is over the budget."""
     losses: list[float] = []
     spent: list[float] = []
-    whole, samples, shown, used = math.ceil(plan.cpu_seconds), 0, 0, 0.0
+    samples, shown, used = 0, 0, 0.0
+    unit, whole = ("CPU-seconds", math.ceil(plan.cpu_seconds)) if plan.max_steps is None else ("steps", plan.max_steps)
     began = cpu_seconds_of_tree()
-    with progress.step(f"{name}, CPU-seconds", whole) as bar:
+    with progress.step(f"{name}, {unit}", whole) as bar:
         while used < plan.cpu_seconds and (plan.max_steps is None or len(losses) < plan.max_steps):
             loss, count = update(len(losses))
             used = cpu_seconds_of_tree() - began
             losses.append(loss)
             spent.append(used)
             samples += count
-            reached = min(int(used), whole)
+            reached = min(int(used), whole) if plan.max_steps is None else len(losses)
             bar.advance(reached - shown, f"step {len(losses)}, loss {loss:.3f}")
             shown = reached
     return TrainingResult(len(losses), samples, scheduled_steps, used, tuple(losses), tuple(spent))

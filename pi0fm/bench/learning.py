@@ -5,6 +5,9 @@ Does not know: simulators (it is handed `judge`), how the demonstrations came ab
 
     seed 0: pi0fm trains -> is judged | LeRobot trains -> is judged | seed 1: pi0fm ... one process, one after the other
 
+With `steps` instead of processor time a policy is a function of the data, the configuration and the seed, on a busy machine too: that
+tells what each part of a recipe brings a step, and the processor seconds that stand beside it what the part costs.
+
 Alike: the parameters that take part (8 query heads on both sides, since LeRobot's PI0 runs no other number), the frames decoded in
 memory, the samples of each step, the batch size, the peak learning rate, the threads, the calibration that stretches each side's own
 schedule over its budget (the same one, unless LeRobot is given another), the start positions, the rule of the noise seeds, the
@@ -74,7 +77,7 @@ def compare(config: LearningConfig, run: TrainConfig, data: SharedData, judge: J
     outcomes = []
     for seed in range(config.seeds):
         for side in config.sides:
-            plan = TrainingPlan(config.budget(side), run.optimizer.learning_rate, seed, calibration_steps=CALIBRATION_STEPS)
+            plan = TrainingPlan(config.budget(side), run.optimizer.learning_rate, seed, config.steps, CALIBRATION_STEPS)
             progress.say(f"\n{side}, seed {seed} of 0 to {config.seeds - 1}")
             policy, result = _train(side, run, data, plan)
             outcomes.append(Outcome(side, seed, result, judge(policy)))

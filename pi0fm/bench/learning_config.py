@@ -29,6 +29,9 @@ class LearningConfig:
     task: str = option("button-press-topdown-v3", "Meta-World task that both sides learn")
     cpu_seconds: float = option(240.0, "processor seconds of each training, of all its threads and processes")
     lerobot_cpu_seconds: float | None = option(None, "of LeRobot's trainings; empty takes cpu_seconds, 0 leaves them out")
+    steps: int | None = option(
+        None, "optimiser steps of each training, instead of processor seconds: the same policies however busy the machine is"
+    )
     seeds: int = option(3, "trainings of each side, with seeds 0 to K - 1")
     demonstrations: int = option(50, "episodes to record when no data set is named")
     episodes: int = option(20, "start positions that judge each policy; none of them was demonstrated")
@@ -48,13 +51,26 @@ class LearningConfig:
                 f"lerobot_cpu_seconds must be 0 or more, found {self.lerobot_cpu_seconds:g}; leave it out for cpu_seconds, "
                 "or type 0 to train pi0fm's side only"
             )
+        if self.steps is not None:
+            self._check_steps(self.steps)
         for name, least in {"seeds": 1, "demonstrations": 1, "episodes": 1, "first_seed": 0, "max_steps": 1, "threads": 1}.items():
             value = getattr(self, name)
             if value < least:
                 raise ConfigError(f"{name} must be {least} or more, found {value}; type --{name} {least} or leave it out")
 
+    def _check_steps(self, steps: int) -> None:
+        if steps < 1:
+            raise ConfigError(f"steps must be 1 or more, found {steps}; type --steps 300, or leave it out for cpu_seconds")
+        if self.cpu_seconds != LearningConfig.cpu_seconds or self.lerobot_cpu_seconds not in {None, 0}:
+            raise ConfigError(
+                f"steps or processor seconds end a training: found --steps {steps} beside --cpu_seconds {self.cpu_seconds:g} and "
+                f"--lerobot_cpu_seconds {self.lerobot_cpu_seconds}; leave one out (--lerobot_cpu_seconds 0 may stay)"
+            )
+
     def budget(self, side: str) -> float:
-        """CPU-seconds of one training of `side`, pi0fm or lerobot."""
+        """CPU-seconds of one training of `side`, pi0fm or lerobot; infinite where its steps are counted."""
+        if self.steps is not None:
+            return float("inf")
         return self.lerobot_cpu_seconds if side == "lerobot" and self.lerobot_cpu_seconds is not None else self.cpu_seconds
 
     @property

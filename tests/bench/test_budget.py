@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 
@@ -40,6 +41,13 @@ def test_steps_end_a_run_before_its_budget(clock):
     assert spend("side", lambda _: (0.0, 1), TrainingPlan(cpu_seconds=600, max_steps=3), 3).spent == (0.5, 1.0, 1.5)
 
 
+def test_steps_alone_end_a_run_and_are_what_its_progress_counts(clock, capsys):
+    clock(1000.0)
+    plan = TrainingPlan(cpu_seconds=math.inf, max_steps=3)
+    assert spend("side", lambda _: (0.0, 1), plan, 3).spent == (1000.0, 2000.0, 3000.0)
+    assert "side, steps 3/3" in capsys.readouterr().err
+
+
 def test_calibration_leaves_out_the_first_step(monkeypatch):
     """The first step costs 9 s, the others a quarter of one: 3.2 s hold 12.8 of those."""
     now = [0.0]
@@ -55,7 +63,7 @@ def test_calibration_leaves_out_the_first_step(monkeypatch):
     assert steps == [0, 1, 2]
 
 
-@pytest.mark.parametrize("wrong", [{"cpu_seconds": 0.0}, {"calibration_steps": 0}, {"max_steps": 0}])
+@pytest.mark.parametrize("wrong", [{"cpu_seconds": 0.0}, {"cpu_seconds": math.inf}, {"calibration_steps": 0}, {"max_steps": 0}])
 def test_impossible_plans_are_refused(wrong):
     with pytest.raises(ConfigError, match="must be"):
         dataclasses.replace(TrainingPlan(cpu_seconds=1.0), **wrong)

@@ -80,6 +80,10 @@ def test_sides_take_turns_with_the_same_plan_and_lerobots_can_be_left_out(run, d
     assert [(side, plan.seed) for side, plan in turns] == [("pi0fm", 0), ("lerobot", 0), ("pi0fm", 1), ("lerobot", 1)]
     assert {(plan.cpu_seconds, plan.learning_rate, plan.calibration_steps, plan.max_steps) for _, plan in turns} == {(7, 1e-3, 10, None)}
     assert figures(found)["lerobot"]["success"] == [0.0, 1.0]
+    turns.clear()
+    compare(LearningConfig(steps=5, seeds=1, threads=1), run, data, lambda policy: judged("success"))
+    torch.set_num_threads(threads)
+    assert [(side, plan.cpu_seconds, plan.max_steps) for side, plan in turns] == [("pi0fm", math.inf, 5), ("lerobot", math.inf, 5)]
 
 
 def test_figures_are_by_seed():
@@ -103,6 +107,9 @@ def test_a_loss_that_is_not_finite_is_null_in_the_curve():
         ({"cpu_seconds": -1.0}, "cpu_seconds must be above 0, found -1"),
         ({"cpu_seconds": math.nan}, "cpu_seconds must be above 0, found nan"),
         ({"lerobot_cpu_seconds": -1.0}, "lerobot_cpu_seconds must be 0 or more, found -1; .* type 0 to train pi0fm's side only"),
+        ({"steps": 0}, "steps must be 1 or more, found 0"),
+        ({"steps": 3, "cpu_seconds": 7.0}, "steps or processor seconds .* found --steps 3 beside --cpu_seconds 7"),
+        ({"steps": 3, "lerobot_cpu_seconds": 9.0}, "--lerobot_cpu_seconds 9"),
         ({"threads": 0}, "threads must be 1 or more"),
         ({"episodes": 0}, "episodes must be 1 or more"),
         ({"first_seed": -1}, "first_seed must be 0 or more"),
