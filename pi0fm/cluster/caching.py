@@ -25,7 +25,7 @@ def cache_everywhere(
     ray_address: str | None = None,
     needs: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, float]:
-    """Build the caches of all data sets of a run on every node that is alive; by node, the seconds that it took. Paths must be absolute.
+    """Build the caches of all data sets of a run on every node that is alive; by node id, the seconds that it took. Paths must be absolute.
 
     needs: resources of a worker; a node that has less, such as a head without CPUs, trains nothing and may not even see the data.
     A data set beyond its `cache_limit_gib` is streamed, so nothing is built for it. Raises what `open_source` and `open_cache` do.
@@ -39,7 +39,7 @@ def cache_everywhere(
         ]
         task = ray.remote(build)
         running = {
-            node["NodeManagerHostname"]: task.options(
+            node["NodeID"]: task.options(  # containers of one machine may share its name
                 # a task of no CPU starts at once: it is not it that works, but the programs it starts
                 num_cpus=0,
                 max_retries=1,

@@ -3,7 +3,7 @@
 process    SIGKILL at three random steps, SIGTERM at a fourth
 driver     of Ray, SIGKILL; its worker dies with it
 worker     of Ray, SIGKILL; Ray starts another, which goes on
-two, four  workers under torchrun; one of two is killed, which ends the other, and the same command is typed again
+two, four  workers under torchrun; one of two is killed, which ends the other; the same command is typed again, or torchrun starts both anew
 """
 
 import json
@@ -151,17 +151,21 @@ def test_a_driver_of_ray_and_then_its_worker_are_killed(folder, quiet, started):
 
 
 def test_one_of_two_workers_is_killed(folder, started):
-    """The same topology, so bit by bit; against a run of two that nobody disturbs."""
+    """The same topology, so bit by bit; against a run of two that nobody disturbs. `--max-restarts 1`: torchrun types no command again."""
     two = (*TORCHRUN, "--nproc-per-node", "2")
     finish(folder / "two-quiet", started("two-quiet", launcher=two))
-    process = started("two", launcher=two)
-    wait_for(folder / "two", 60, process)
-    workers = [child for child in psutil.Process(process.pid).children() if "pi0fm.cli.main" in child.cmdline()]
-    assert len(workers) == 2
-    workers[1].kill()
-    assert process.wait(timeout=SECONDS) != 0
-    finish(folder / "two", started("two", launcher=two))
-    assert_same(folder / "two", folder / "two-quiet")
+    for name, launcher in {"two": two, "two-restarted": (*two, "--max-restarts", "1")}.items():
+        process = started(name, launcher=launcher)
+        wait_for(folder / name, 60, process)
+        workers = [child for child in psutil.Process(process.pid).children() if "pi0fm.cli.main" in child.cmdline()]
+        assert len(workers) == 2
+        workers[1].kill()
+        if launcher == two:
+            assert process.wait(timeout=SECONDS) != 0
+            process = started(name, launcher=two)
+        finish(folder / name, process)
+        assert (folder / f"{name}.log").read_text().count("resumed from step") == 1
+        assert_same(folder / name, folder / "two-quiet")
 
 
 def test_four_workers_give_the_recorded_curve(folder, started):
