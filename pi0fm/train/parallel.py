@@ -11,6 +11,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedDataParallelKwargs
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from pi0fm.errors import ConfigError
 from pi0fm.policy.precision import compute_dtype
@@ -41,13 +43,16 @@ def context_from_environment(shown: bool = True) -> Context:
 def make_accelerator(precision: str, accumulation_steps: int, allow_cuda: bool = True) -> Accelerator:
     """accelerate for this worker: nccl on GPUs, gloo on CPUs; autocast to the precision that the device is fast in.
 
-    Raises ConfigError when an earlier run of this process had another precision or device, since accelerate keeps both to its end.
+    Raises ConfigError when an earlier run of this process had another precision or device, since accelerate keeps both to its end, and
+    what `_join_after_restart` raises.
     """
     on_cuda = allow_cuda and torch.cuda.is_available()
     device = "cuda" if on_cuda else "cpu"
     mixed = "bf16" if compute_dtype(precision, torch.device(device)) == torch.bfloat16 else "no"
     if is_initialized():
         _check_same(AcceleratorState(), mixed, device)
+    else:
+        _join_after_restart("nccl" if on_cuda else "gloo")
     return Accelerator(
         cpu=not on_cuda,
         mixed_precision=mixed,
@@ -56,6 +61,24 @@ def make_accelerator(precision: str, accumulation_steps: int, allow_cuda: bool =
         # so none is sent at every forward pass
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
+
+
+def _join_after_restart(backend: str) -> None:
+    """Form the group of workers that torchrun started anew; accelerate then takes it as it is.
+
+    torchrun lends every attempt the same store, in which the dead workers' addresses still stand (pytorch issue 135712), so each attempt
+    takes names of its own. Several nodes do not count attempts alike: raises ConfigError there, with the setting that helps.
+    """
+    attempt, world_size = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), int(os.environ.get("WORLD_SIZE", "1"))
+    if attempt == "0" or world_size == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "torchrun restarts the workers of several nodes with the addresses of dead ones; "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started, on every node"
+        )
+    lent, rank, _ = next(rendezvous("env://"))
+    torch.distributed.init_process_group(backend, store=PrefixStore(f"attempt-{attempt}", lent), rank=rank, world_size=world_size)
 
 
 def _check_same(earlier: AcceleratorState, mixed: str, device: str) -> None:
