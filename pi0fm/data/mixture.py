@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pi0fm.data.augment import Augmentation
+from pi0fm.data.batch import Batch
 from pi0fm.data.embodiment import Embodiment
 from pi0fm.data.lerobot_source import DatasetConfig, LeRobotSource, data_files
-from pi0fm.data.loader import Batch, BatchMaker, Collator, keep_count
+from pi0fm.data.loader import BatchMaker, Collator, keep_count
 from pi0fm.data.order import Weighted, weighted
 from pi0fm.errors import ConfigError, DatasetError, Pi0fmError
 from pi0fm.models.observation import ModelObservation

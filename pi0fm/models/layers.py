@@ -94,8 +94,9 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
         """x to x's shape."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.gelu(gate, approximate=self.gelu) * up)
+        halves = self.gate_up(x)
+        closed = torch.is_grad_enabled() and halves.element_size() > 2  # shorter types need less memory, and gelu twice costs them more
+        return self.down(_Gated.apply(halves, self.gelu) if closed else _gated(halves, self.gelu))
 
 
 def rotation(positions: Int64[Tensor, "B T"], head_dim: int) -> Rotation:
@@ -175,6 +176,39 @@ class _Rotate(torch.autograd.Function):
         return _turn(gradient, cos, -sin), None, None
 
 
+class _Gated(torch.autograd.Function):
+    """`gelu(gate) * up` of the two halves of x [*n, 2 D]; x alone is kept, and gelu is taken of it again (docs/adr/0006)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, gelu: str) -> Tensor:
+        return _gated(x, gelu)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.gelu = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        gated, through_gelu = F.gelu(gate, approximate=ctx.gelu), gradient * up
+        if not _writable(x):
+            return torch.cat((torch.ops.aten.gelu_backward(through_gelu, gate, approximate=ctx.gelu), gradient * gated), dim=-1), None
+        both = torch.empty_like(x)
+        to_gate, to_up = both.chunk(2, dim=-1)
+        torch.mul(gradient, gated, out=to_up)
+        torch.ops.aten.gelu_backward.grad_input(through_gelu, gate, approximate=ctx.gelu, grad_input=to_gate)
+        return both, None
+
+
+def _gated(x: Tensor, gelu: str) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate=gelu) * up
+
+
 def _normed(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The output, and the root of the mean square. Four small operations, and two passes over x."""
     wide = at_least_float32(x)
@@ -194,10 +228,13 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _plus_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`x + left right`, into x where that can be: torch.func batches no such operation in place, and a compiler makes its own buffers."""
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return torch.addcmul(x, left, right)
-    return x.addcmul_(left, right)
+    """`x + left right`, into x where that can be."""
+    return x.addcmul_(left, right) if _writable(x) else torch.addcmul(x, left, right)
+
+
+def _writable(x: Tensor) -> bool:
+    """Whether results may be written in place: torch.func batches no such operation, and a compiler makes its own buffers."""
+    return not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 def time_embedding(time: Float[Tensor, " B"], width: int, shortest: float = 4e-3, longest: float = 4.0) -> Float[Tensor, "B D"]:

@@ -25,7 +25,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pi0fm import files, progress
-from pi0fm.data.loader import Batch, BatchMaker, Collator
+from pi0fm.data.batch import Batch
+from pi0fm.data.loader import BatchMaker, Collator
 from pi0fm.data.mixture import MixtureCollator, deal
 from pi0fm.errors import OutputError, Pi0fmError
 from pi0fm.train.config import TrainConfig

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from pi0fm import progress
-from pi0fm.data.loader import Batch, BatchMaker, micro_batches
+from pi0fm.data.batch import Batch
+from pi0fm.data.loader import BatchMaker, micro_batches
 from pi0fm.errors import BundleError
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0, parameter_count

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pi0fm.data.loader import Batch
+from pi0fm.data.batch import Batch
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0
 from pi0fm.train.parallel import Accelerator

@@ -22,7 +22,8 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from pi0fm import progress
-from pi0fm.data.loader import Batch, Collator
+from pi0fm.data.batch import Batch
+from pi0fm.data.loader import Collator
 from pi0fm.errors import ConfigError
 from pi0fm.flow.checks import FlowError
 from pi0fm.flow.likelihood import DensityOptions, push_backward

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from pi0fm.models.layers import AdaptiveRMSNorm, GatedMLP, RMSNorm, _Rotate, inverse_rms, rotate, rotation, time_embedding
+from pi0fm.models.layers import AdaptiveRMSNorm, GatedMLP, RMSNorm, _Gated, _gated, _Rotate, inverse_rms, rotate, rotation, time_embedding
 from pi0fm.models.layers import _RMSNorm as FastNorm
 
 
@@ -149,13 +149,41 @@ def test_time_embedding_closed_form():
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("gelu", ["tanh", "none"])
+def test_the_gated_products_gradient_is_the_composed_forms_bit_by_bit(gelu):
+    for dtype in (torch.float32, torch.float64):
+        x, rows = normal(3, 5, 8, dtype=dtype).requires_grad_(), normal(3, 5, 4, seed=1, dtype=dtype)
+        closed, composed = _Gated.apply(x, gelu), _gated(x, gelu)
+        assert torch.equal(closed, composed)
+        assert torch.equal(*(torch.autograd.grad(y, x, rows)[0] for y in (closed, composed)))
+    assert gradcheck(lambda x: _Gated.apply(x, gelu), normal(2, 3, 6).requires_grad_())
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, 3), (torch.bfloat16, 4)])
+def test_what_the_gated_mlp_keeps(dtype, kept):
+    """Of its hidden width: gate and up, and the product that the last matrix was given; gelu(gate) in short types alone."""
+    mlp, found = GatedMLP(4, 8, "tanh").to(dtype), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        mlp(normal(5, 3, 4, dtype=dtype).requires_grad_())
+    of_parameters = {weight.untyped_storage().data_ptr() for weight in mlp.parameters()}
+    values = sum(storage.nbytes() for place, storage in found.items() if place not in of_parameters) // dtype.itemsize
+    assert values == 5 * 3 * (4 + kept * 8)
+
+
 @pytest.mark.filterwarnings("error:There is a performance drop")
 def test_gradients_are_batched_without_a_loop():
-    """An exact density runs the backward pass of both closed forms under vmap."""
+    """An exact density runs the backward pass of all closed forms under vmap."""
     turn = rotation(torch.tensor([[0, 3]]), 8)
 
     def field(x: torch.Tensor) -> torch.Tensor:
-        return rotate(FastNorm.apply(x, torch.zeros(8), torch.float32)[0], turn)
+        normed = FastNorm.apply(x, torch.zeros(8), torch.float32)[0]
+        return rotate(_Gated.apply(torch.cat((normed, normed.square()), dim=-1), "tanh"), turn)
 
     x = normal(2, 1, 2, 8, dtype=torch.float32)
     rows = normal(3, 2, 1, 2, 8, seed=1, dtype=torch.float32)
