@@ -51,19 +51,14 @@ class LearningConfig:
                 f"lerobot_cpu_seconds must be 0 or more, found {self.lerobot_cpu_seconds:g}; leave it out for cpu_seconds, "
                 "or type 0 to train pi0fm's side only"
             )
-        if self.steps is not None:
-            self._check_steps(self.steps)
-        for name, least in {"seeds": 1, "demonstrations": 1, "episodes": 1, "first_seed": 0, "max_steps": 1, "threads": 1}.items():
+        least_of = {"steps": 1, "seeds": 1, "demonstrations": 1, "episodes": 1, "first_seed": 0, "max_steps": 1, "threads": 1}
+        for name, least in least_of.items():
             value = getattr(self, name)
-            if value < least:
+            if value is not None and value < least:
                 raise ConfigError(f"{name} must be {least} or more, found {value}; type --{name} {least} or leave it out")
-
-    def _check_steps(self, steps: int) -> None:
-        if steps < 1:
-            raise ConfigError(f"steps must be 1 or more, found {steps}; type --steps 300, or leave it out for cpu_seconds")
-        if self.cpu_seconds != LearningConfig.cpu_seconds or self.lerobot_cpu_seconds not in {None, 0}:
+        if self.steps is not None and (self.cpu_seconds != LearningConfig.cpu_seconds or self.lerobot_cpu_seconds not in {None, 0}):
             raise ConfigError(
-                f"steps or processor seconds end a training: found --steps {steps} beside --cpu_seconds {self.cpu_seconds:g} and "
+                f"steps or processor seconds end a training: found --steps {self.steps} beside --cpu_seconds {self.cpu_seconds:g} and "
                 f"--lerobot_cpu_seconds {self.lerobot_cpu_seconds}; leave one out (--lerobot_cpu_seconds 0 may stay)"
             )
 

@@ -8,7 +8,6 @@ Owns: who starts the workers and what they are given; drawing their progress fro
 """
 
 import math
-import os
 import signal
 import threading
 import time
@@ -28,7 +27,7 @@ from pi0fm.train.config import TrainConfig
 from pi0fm.train.loop import TrainResult, train
 from pi0fm.train.metrics import read_last
 from pi0fm.train.output import RAY_FOLDER, claim, release
-from pi0fm.train.parallel import Context, context_from_environment
+from pi0fm.train.parallel import Context, context_from_environment, restarts
 from pi0fm.train.signals import NotedSignals, StoppedError, ask_to_stop, stopped
 
 
@@ -58,8 +57,7 @@ def run_training(run: TrainingRun) -> TrainResult:
     """Claim the output folder, train where `run` says, and return what was reached."""
     if run.num_workers == 0:
         context = context_from_environment()
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        if context.is_first and not restarted:
+        if context.is_first and not restarts():
             claim(run)
         return _released_on_fault(run, lambda: train(context, run)) if context.world_size == 1 else train(context, run)
     claim(run)

@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 from pi0fm.errors import ConfigError
 from pi0fm.policy.precision import compute_dtype
 
-__all__ = ["Accelerator", "Context", "all_sum", "barrier", "context_from_environment", "host_group", "make_accelerator"]
+__all__ = ["Accelerator", "Context", "all_sum", "barrier", "context_from_environment", "host_group", "make_accelerator", "restarts"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ def context_from_environment(shown: bool = True) -> Context:
     """RANK and WORLD_SIZE as torchrun and Ray Train set them; alone when they are not set."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     return Context(rank, world_size, shown and rank == 0)
+
+
+def restarts() -> int:
+    """How often torchrun has started this node's workers anew; 0 under anything else."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def make_accelerator(precision: str, accumulation_steps: int, allow_cuda: bool = True) -> Accelerator:
@@ -69,8 +74,8 @@ def _join_after_restart(backend: str) -> None:
     torchrun lends every attempt the same store, in which the dead workers' addresses still stand (pytorch issue 135712), so each attempt
     takes names of its own. Several nodes do not count attempts alike: raises ConfigError there, with the setting that helps.
     """
-    attempt, world_size = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), int(os.environ.get("WORLD_SIZE", "1"))
-    if attempt == "0" or world_size == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    attempt, world_size = restarts(), context_from_environment().world_size
+    if attempt == 0 or world_size == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
         raise ConfigError(
