@@ -37,6 +37,7 @@ from pi0fm.train.allocator import keep_freed_memory
 from pi0fm.train.checkpoint import Checkpoints
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.ema import Ema
+from pi0fm.train.optim import unwrapped
 from pi0fm.train.parallel import Context
 
 CASES = ("tiny", "width_512", PI0_PROPORTIONS)
@@ -115,11 +116,12 @@ def _blocks(config: CheckpointConfig, checkpoints: Checkpoints) -> tuple[Callabl
         model = Pi0(case.config)
     trained, optimizer, accelerator = prepared(model, config.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     step, ema = step_of(trained, optimizer, accelerator, make_batch(case, seed=0)), Ema(model, 0.999)
-    run, counted = TrainConfig(), count(1)
+    run, counted, ours = TrainConfig(), count(1), unwrapped(optimizer)
+    assert ours is not None
 
     def save(taken: int) -> float:
         began = time.perf_counter()
-        checkpoints.save(taken, run_state.tensors(model, optimizer, ema), run_state.facts(run, {}, 1, taken))
+        checkpoints.save(taken, run_state.tensors(model, ours, ema), run_state.facts(run, {}, 1, taken))
         return time.perf_counter() - began
 
     def block(saves: bool) -> _Block:

@@ -76,7 +76,7 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
     state = partial(run_state.tensors, model, optimizer, ema)
     facts = partial(run_state.facts, config, data.facts(), context.world_size)
     checkpoints = Checkpoints(config.checkpoint_place, context, config.keep_checkpoints)
-    first = run_state.restore(config, context, checkpoints, state(), optimizer, facts)
+    first = run_state.restore(config, context, checkpoints, state(), facts)
     model.train()
     wrapped, fast_optimizer = accelerator.prepare(model, optimizer)
     flow = FlowMatching.from_config(policy.flow)

@@ -1,13 +1,14 @@
-"""AdamW, warm-up and cosine.
+"""AdamW with the clipping inside, warm-up and cosine.
 
-Owns: the optimiser's options, its parameter groups, the learning rate as a pure function of the step. Does not know: the loop.
+Owns: the optimiser and its options, its parameter groups, the learning rate as a pure function of the step. Does not know: the loop.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pi0fm.errors import ConfigError
 from pi0fm.options import option
@@ -36,14 +37,85 @@ class OptimizerConfig:
             raise ConfigError(f"beta1 and beta2 must lie in [0, 1), found {self.beta1} and {self.beta2}")
 
 
-def make_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW over what trains, in one fused kernel; the moments have the type of the weights, float32 under every precision."""
+@final
+class ClippedAdamW(torch.optim.AdamW):
+    """torch's AdamW in its fused kernel, which divides each gradient on its way in where clipping first is a pass over all of them.
+
+    All parameters share one count of steps: torch's own `step` keeps one for each and spends a third of its time on them (docs/LOG.md).
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float]) -> None:
+        super().__init__(groups, lr=learning_rate, betas=betas, fused=True)
+        self._divisor: Tensor | None = None
+        self._refused: Tensor | None = None
+
+    def make_room(self) -> None:
+        """Moments of 0 for every parameter that has none, and the one count, on the parameters' device, as the kernel wants it."""
+        missing = [parameter for group in self.param_groups for parameter in group["params"] if not self.state[parameter]]
+        if missing:
+            held = (state["step"] for state in self.state.values() if state)
+            count = next(held, torch.zeros((), device=missing[0].device))
+            for parameter in missing:
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[parameter] = {"step": count, **moments}
+
+    def clip(self, largest_norm: float) -> Tensor:
+        """The norm of all gradients. The next `step` takes them no longer than `largest_norm`, and changes nothing if it is not finite.
+
+        Nobody waits for the norm: the kernel reads it on the device, as for torch.amp.GradScaler.
+        """
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        self._divisor, self._refused = (norm / largest_norm).clamp_(min=1.0), (~norm.isfinite()).float()
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step with the gradients that are there, clipped if `clip` came before it. A closure is refused."""
+        if closure is not None:
+            raise TypeError("ClippedAdamW takes no closure: compute the loss and its gradient before the step")
+        self.make_room()
+        taken = 1.0 if self._refused is None else 1.0 - self._refused
+        for count in {id(state["step"]): state["step"] for state in self.state.values()}.values():
+            count.add_(taken)
+        for group in self.param_groups:
+            if not (moved := [parameter for parameter in group["params"] if parameter.grad is not None]):
+                continue
+            states = [self.state[parameter] for parameter in moved]
+            torch._fused_adamw_(
+                moved,
+                [parameter.grad for parameter in moved],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+                grad_scale=self._divisor,
+                found_inf=self._refused,
+            )
+        self._divisor = self._refused = None
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> ClippedAdamW | None:
+    """Ours, which may be inside accelerate's wrapper; None if it is another one."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, ClippedAdamW) else None
+
+
+def make_optimizer(config: OptimizerConfig, model: nn.Module) -> ClippedAdamW:
+    """AdamW over what trains; the moments have the type of the weights, float32 under every precision."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    return ClippedAdamW(groups, config.learning_rate, (config.beta1, config.beta2))
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -17,7 +17,6 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from pi0fm import options, progress
@@ -29,35 +28,22 @@ from pi0fm.train.checkpoint import Checkpoints
 from pi0fm.train.checkpoint_index import Index
 from pi0fm.train.config import TrainConfig, changed_options
 from pi0fm.train.ema import Ema
-from pi0fm.train.optim import learning_rate
+from pi0fm.train.optim import ClippedAdamW, learning_rate
 from pi0fm.train.parallel import Context
 
 _COUNT = "moments/step"
 
 
-def tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> dict[str, Tensor]:
+def tensors(model: nn.Module, optimizer: ClippedAdamW, ema: Ema) -> dict[str, Tensor]:
     """Every tensor of a run by name, the very ones that train; an optimiser that has not stepped is given room for its moments."""
+    optimizer.make_room()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {f"model/{name}": value for name, value in model.state_dict().items()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            held = optimizer.state.get(parameter) or {
-                "step": torch.zeros((), device=parameter.device),  # the fused kernel wants it beside its parameter
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-            optimizer.state[parameter] = held
-            name = names[id(parameter)]
-            found |= {f"moments/{name}/{moment}": held[moment] for moment in ("exp_avg", "exp_avg_sq")}
-            found.setdefault(_COUNT, held["step"])
+    for parameter, held in optimizer.state.items():
+        name = names[id(parameter)]
+        found |= {f"moments/{name}/{moment}": held[moment] for moment in ("exp_avg", "exp_avg_sq")}
+        found[_COUNT] = held["step"]
     return found | {f"average/{name}": value for name, value in ema.average.items()}
-
-
-def spread_count(optimizer: torch.optim.Optimizer) -> None:
-    """After the tensors were read in place: give every parameter the count that one of them was saved with."""
-    counts = [state["step"] for state in optimizer.state.values()]
-    for count in counts[1:]:
-        count.copy_(counts[0])
 
 
 def data_facts(source: LeRobotSource, stats: NormStats, order: Weighted | None = None) -> dict[str, Any]:
@@ -111,7 +97,6 @@ def restore(
     context: Context,
     checkpoints: Checkpoints,
     state: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
     make_facts: Callable[[int], dict[str, Any]],
 ) -> int:
     """Go on from the newest whole checkpoint: its step, or 0 where there is none.
@@ -129,7 +114,6 @@ def restore(
     found = checkpoints.restore(state, check)
     if found is None:
         return 0
-    spread_count(optimizer)
     step, workers = int(found.facts["step"]), int(found.facts["world_size"])
     if context.shown:
         other = f", which {workers} workers wrote" if workers != context.world_size else ""

@@ -8,7 +8,6 @@ Owns: the loss's normalisation. Does not know: where batches come from, when to 
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from pi0fm.data.batch import Batch
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0
+from pi0fm.train.optim import unwrapped
 from pi0fm.train.parallel import Accelerator
 
 
@@ -51,20 +51,14 @@ def train_step(
             # a loss that is not finite makes every gradient so, on every worker: all see the same norm, and none takes the step
             accelerator.backward(total * torch.where(total.detach().isfinite(), scale, math.nan))
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), clip_norm)
-                refuse_nonfinite(optimizer, norm)
+                norm = _clip(model, optimizer, accelerator, clip_norm)
             optimizer.step()
             optimizer.zero_grad()
         part += total.detach() / valid_elements
     return part, norm
 
 
-def refuse_nonfinite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
-    """Let the next `optimizer.step()` change nothing, moments and their count included, if `norm` is not finite.
-
-    The fused kernels look at `found_inf` on the device, as for torch.amp.GradScaler, so that the host need not wait for the norm. An
-    optimiser that is not fused is left alone.
-    """
-    inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper, or the optimiser itself
-    if inner.defaults.get("fused"):
-        inner.found_inf = (~norm.isfinite()).float()
+def _clip(model: Pi0, optimizer: torch.optim.Optimizer, accelerator: Accelerator, clip_norm: float) -> Tensor:
+    """The gradient's norm. Another optimiser than ours has its gradients clipped in place, and takes those that are not finite too."""
+    ours = unwrapped(optimizer)
+    return accelerator.clip_grad_norm_(model.parameters(), clip_norm) if ours is None else ours.clip(clip_norm)

@@ -95,10 +95,7 @@ class Recorder:
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
-
-    def clip_grad_norm_(self, parameters, norm: float) -> Tensor:
         self.gradients = {name: None if (g := p.grad) is None else g.clone() for name, p in self._model.named_parameters()}
-        return torch.nn.utils.clip_grad_norm_(parameters, norm)
 
 
 def one_step(model: Pi0, draws: int, computes: torch.dtype, decay: float | None = None) -> SimpleNamespace:

@@ -21,7 +21,7 @@ from pi0fm.train.loop import train
 from pi0fm.train.optim import OptimizerConfig, make_optimizer
 from pi0fm.train.output import claim
 from pi0fm.train.parallel import Context
-from pi0fm.train.state import data_facts, spread_count, tensors
+from pi0fm.train.state import data_facts, tensors
 
 ALONE = Context(shown=False)
 
@@ -170,5 +170,4 @@ def test_one_count_is_every_parameters_count():
     model = nn.Linear(3, 2)
     optimizer = make_optimizer(OptimizerConfig(), model)
     tensors(model, optimizer, Ema(model, None))["moments/step"].fill_(7.0)
-    spread_count(optimizer)
     assert [float(state["step"]) for state in optimizer.state.values()] == [7.0, 7.0]

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from pi0fm.data.loader import Collator
 from pi0fm.errors import ConfigError, DatasetError, OutputError
@@ -16,10 +15,8 @@ from pi0fm.train import checkpoint, faults, loop
 from pi0fm.train.faults import NonfiniteError
 from pi0fm.train.loop import train
 from pi0fm.train.metrics import Metrics
-from pi0fm.train.optim import OptimizerConfig, make_optimizer
 from pi0fm.train.output import claim
 from pi0fm.train.parallel import Context
-from pi0fm.train.step import refuse_nonfinite
 
 ALONE = Context(shown=False)
 BAD = 4  # the step whose batch is spoilt, counted from 1; the global batch is 8
@@ -48,28 +45,6 @@ def spoilt(monkeypatch):
         return batch
 
     monkeypatch.setattr(Collator, "__call__", collate)
-
-
-@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_changes_no_weight_and_no_moment(norm):
-    torch.manual_seed(0)
-    model, twin = nn.Linear(3, 2), nn.Linear(3, 2)
-    twin.load_state_dict(model.state_dict())
-    found, expected = (make_optimizer(OptimizerConfig(learning_rate=0.1), module) for module in (model, twin))
-
-    def step(module, optimizer, value, size):
-        for parameter in module.parameters():
-            parameter.grad = torch.full_like(parameter, value)
-        refuse_nonfinite(optimizer, torch.tensor(size))
-        optimizer.step()
-
-    for value, size in ((0.3, 1.0), (float("nan"), norm), (-0.2, 1.0)):
-        step(model, found, value, size)
-        if size == 1.0:
-            step(twin, expected, value, size)
-    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-        assert all(torch.equal(found.state[ours][name], expected.state[theirs][name]) for name in ("step", "exp_avg", "exp_avg_sq"))
 
 
 @pytest.mark.usefixtures("spoilt")

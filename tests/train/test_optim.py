@@ -1,5 +1,6 @@
-"""The learning rate and the average against their closed forms; the optimiser's groups."""
+"""The learning rate and the average against their closed forms; the optimiser against torch's, its groups."""
 
+import copy
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 from pi0fm.errors import ConfigError
 from pi0fm.train.ema import Ema
-from pi0fm.train.optim import OptimizerConfig, learning_rate, make_optimizer, set_learning_rate
+from pi0fm.train.optim import ClippedAdamW, OptimizerConfig, learning_rate, make_optimizer, set_learning_rate
 
 
 def rates(steps: int, **change: object) -> list[float]:
@@ -54,6 +55,109 @@ def test_without_warm_up_it_starts_at_the_peak():
 def test_options_out_of_range(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         OptimizerConfig(**wrong)
+
+
+def pair(**options: float) -> tuple[nn.Module, ClippedAdamW, nn.Module, torch.optim.AdamW]:
+    """One network twice: with ours, and with torch's AdamW of the same numbers."""
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(3, 40), nn.LayerNorm(40), nn.Linear(40, 2))
+    theirs = copy.deepcopy(ours)
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.01, **options)
+    groups = [{"params": [p for p in theirs.parameters() if (p.ndim >= 2) == matrix], "weight_decay": 0.01 * matrix} for matrix in (1, 0)]
+    return ours, make_optimizer(config, ours), theirs, torch.optim.AdamW(groups, lr=0.1, betas=(config.beta1, config.beta2))
+
+
+def give(model: nn.Module, seed: int, size: float) -> None:
+    """A gradient whose norm is `size` in all."""
+    random = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(parameter.shape, generator=random) for parameter in model.parameters()]
+    norm = nn.utils.get_total_norm(drawn)
+    for parameter, gradient in zip(model.parameters(), drawn, strict=True):
+        parameter.grad = gradient * (size / norm)
+
+
+def test_a_step_is_torchs_clipping_and_torchs_adamw():
+    """Over steps whose gradient is shorter, longer and much longer than the bound; the norm told is that before clipping."""
+    ours, optimizer, theirs, reference = pair()
+    for step, size in enumerate((0.3, 5.0, 1.0, 400.0, 1e-3)):
+        give(ours, step, size)
+        give(theirs, step, size)
+        norm = optimizer.clip(1.0)
+        assert float(norm) == pytest.approx(size, rel=1e-5)
+        optimizer.step()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        reference.step()
+        for found, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {5.0}
+
+
+def test_a_bound_holds_for_one_step():
+    ours, optimizer, theirs, reference = pair()
+    give(ours, 0, 8.0)
+    optimizer.clip(1.0)
+    optimizer.step()
+    give(theirs, 0, 1.0)
+    reference.step()
+    for model in (ours, theirs):
+        give(model, 1, 8.0)
+    optimizer.step()
+    reference.step()
+    for found, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_no_weight_no_moment_and_no_count(wrong):
+    model, found, twin, _ = pair()
+    expected = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.01), twin)
+    for seed, spoilt in ((0, False), (1, True), (2, False)):
+        for network, optimizer in ((model, found), (twin, expected)):
+            give(network, seed, 1.0)
+            if spoilt:
+                network[2].bias.grad[0] = wrong
+            if not spoilt or optimizer is found:
+                assert bool(optimizer.clip(0.5).isfinite()) is not spoilt
+                optimizer.step()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert all(torch.equal(found.state[ours][name], expected.state[theirs][name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+    assert float(found.state[model[0].weight]["step"]) == 2.0
+
+
+def test_a_parameter_without_a_gradient_stays():
+    model, optimizer, _, _ = pair()
+    before = model[0].weight.detach().clone()
+    give(model, 0, 1.0)
+    model[0].weight.grad = None
+    optimizer.clip(1.0)
+    optimizer.step()
+    assert torch.equal(model[0].weight, before)
+    assert not torch.equal(model[0].bias.grad, torch.zeros(40)) and optimizer.state[model[0].bias]["exp_avg"].any()
+
+
+def test_state_survives_torchs_own_dictionary():
+    """accelerate sends it to the device that way."""
+    ours, optimizer, _, _ = pair()
+    twin = copy.deepcopy(ours)
+    for step in range(3):
+        if step == 2:
+            twin.load_state_dict(ours.state_dict())
+            other = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.01), twin)
+            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            give(twin, step, 3.0)
+            other.clip(1.0)
+            other.step()
+        give(ours, step, 3.0)
+        optimizer.clip(1.0)
+        optimizer.step()
+    assert all(torch.equal(found, expected) for found, expected in zip(twin.parameters(), ours.parameters(), strict=True))
+    assert {float(state["step"]) for state in other.state.values()} == {3.0}
+
+
+def test_a_closure_is_refused():
+    with pytest.raises(TypeError, match="no closure"):
+        pair()[1].step(lambda: 0.0)
 
 
 def test_matrices_decay_and_vectors_do_not():
