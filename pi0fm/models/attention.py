@@ -12,6 +12,8 @@ its rows (docs/adr/0002):
 Shape letters: B batch, N heads, T queries, J keys, K head dim.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -78,4 +80,35 @@ def _products(rows: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -
     # the scale and the mask ride along in the product: a pass over the scores each, saved
     start, beta = (rows.new_empty(()), 0.0) if bias is None else (bias, 1.0)
     scores = torch.baddbmm(start, rows, keys.transpose(1, 2), beta=beta, alpha=rows.shape[-1] ** -0.5)
-    return torch.bmm(scores.softmax(dim=-1), values)
+    return torch.bmm(_softmax(scores), values)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the keys. In bfloat16 torch takes those beyond the last multiple of 32 one by one: of few keys that is most of its time."""
+    keys = scores.shape[-1]
+    if scores.dtype != torch.bfloat16 or keys % 32 < 8 or keys >= 128 or torch.compiler.is_compiling():
+        return scores.softmax(dim=-1)
+    return _WideSoftmax.apply(scores) if torch.is_grad_enabled() else _wide_softmax(scores)
+
+
+def _wide_softmax(scores: Tensor) -> Tensor:
+    return scores.float().softmax(dim=-1).to(scores.dtype)
+
+
+class _WideSoftmax(torch.autograd.Function):
+    """A softmax in float32, rounded once, of which only the rounded result is kept."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(scores: Tensor) -> Tensor:
+        return _wide_softmax(scores)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (weights,) = ctx.saved_tensors
+        return torch.ops.aten._softmax_backward_data(gradient, weights, -1, weights.dtype)

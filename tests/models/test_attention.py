@@ -50,6 +50,34 @@ def test_bfloat16_stays_bfloat16_and_near():
     assert (found.float() - attend(*arguments, masks()["by pair"])).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("keys", [12, 32, 37, 60, 77, 127, 140])
+def test_weights_in_bfloat16_are_the_rounded_ones_of_float32(keys):
+    """Whatever way they are taken; one rounding apart at most, with a gradient or without the same, masked keys at 0."""
+    scores = torch.randn(3, 5, keys, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scores[..., -2:] = float("-inf")
+    rows = torch.randn(3, 5, keys, generator=torch.Generator().manual_seed(1)).bfloat16()
+    leaf, exact = scores.clone().requires_grad_(), scores.double().requires_grad_()
+    found, expected = attention._softmax(leaf), exact.softmax(dim=-1)
+    with torch.no_grad():
+        assert torch.equal(attention._softmax(scores), found)
+    assert not found[..., -2:].any()
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=0)
+    (gradient,), (wanted,) = (torch.autograd.grad((y * rows).sum(), x) for y, x in ((found, leaf), (expected, exact)))
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(gradient.double(), wanted, rtol=0.02, atol=2e-3)
+
+
+def test_the_weights_gradient_is_batched():
+    """An exact density in bfloat16 runs the backward pass under vmap."""
+    scores = torch.randn(2, 3, 60, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows = torch.randn(4, 2, 3, 60, generator=torch.Generator().manual_seed(1)).bfloat16()
+    pullback = torch.func.vjp(attention._softmax, scores)[1]
+    found = torch.func.vmap(lambda row: pullback(row)[0])(rows)
+    leaf = scores.clone().requires_grad_()
+    for row, one in zip(rows, found, strict=True):
+        torch.testing.assert_close(one, torch.autograd.grad(attention._softmax(leaf), leaf, row)[0])
+
+
 def test_the_vision_tower_gets_heads_behind_tokens_and_may_not_mask():
     query, key, value = inputs(4, 4)
     found, weights = siglip_attention(torch.nn.Identity(), query, key, value, None, scaling=1.0)
