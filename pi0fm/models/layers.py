@@ -95,8 +95,7 @@ class GatedMLP(nn.Module):
     def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
         """x to x's shape."""
         halves = self.gate_up(x)
-        closed = torch.is_grad_enabled() and halves.element_size() > 2  # shorter types need less memory, and gelu twice costs them more
-        return self.down(_Gated.apply(halves, self.gelu) if closed else _gated(halves, self.gelu))
+        return self.down(_Gated.apply(halves, self.gelu)[0] if torch.is_grad_enabled() else _gated(halves, self.gelu))
 
 
 def rotation(positions: Int64[Tensor, "B T"], head_dim: int) -> Rotation:
@@ -173,34 +172,37 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(gradient, cos, -sin), None, None
+        return _turn(gradient, cos, sin, sign=-1.0), None, None
 
 
 class _Gated(torch.autograd.Function):
-    """`gelu(gate) * up` of the two halves of x [*n, 2 D]; x alone is kept, and gelu is taken of it again (docs/adr/0006)."""
+    """`gelu(gate) * up` of the two halves of x [*n, 2 D], which are not kept, but what multiplies the gradient of each (docs/adr/0006).
+
+    That is gelu(gate) and `gelu'(gate) * up`, returned too, so that torch.func can carry them from the forward pass to the backward one.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, gelu: str) -> Tensor:
-        return _gated(x, gelu)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.gelu = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
+    def forward(x: Tensor, gelu: str) -> tuple[Tensor, Tensor, Tensor]:
         gate, up = x.chunk(2, dim=-1)
-        gated, through_gelu = F.gelu(gate, approximate=ctx.gelu), gradient * up
-        if not _writable(x):
-            return torch.cat((torch.ops.aten.gelu_backward(through_gelu, gate, approximate=ctx.gelu), gradient * gated), dim=-1), None
-        both = torch.empty_like(x)
+        gated = F.gelu(gate, approximate=gelu)
+        return gated * up, gated, torch.ops.aten.gelu_backward(up, gate, approximate=gelu)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        gated, slope = ctx.saved_tensors
+        if torch.is_grad_enabled() or not _writable(gradient):  # torch.func records the backward pass
+            return torch.cat((gradient * slope, gradient * gated), dim=-1), None
+        both = gradient.new_empty(*gradient.shape[:-1], 2 * gradient.shape[-1])
         to_gate, to_up = both.chunk(2, dim=-1)
+        torch.mul(gradient, slope, out=to_gate)
         torch.mul(gradient, gated, out=to_up)
-        torch.ops.aten.gelu_backward.grad_input(through_gelu, gate, approximate=ctx.gelu, grad_input=to_gate)
         return both, None
 
 
@@ -222,14 +224,14 @@ def _mean_square(x: Tensor) -> Tensor:
     return torch.addcmul(norm.new_full((), NORM_EPSILON), norm, norm, value=1.0 / x.shape[-1])
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:
     wide = at_least_float32(x)
-    return _plus_product(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    return _plus_product(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin, sign).to(x.dtype)
 
 
-def _plus_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`x + left right`, into x where that can be."""
-    return x.addcmul_(left, right) if _writable(x) else torch.addcmul(x, left, right)
+def _plus_product(x: Tensor, left: Tensor, right: Tensor, sign: float = 1.0) -> Tensor:
+    """`x + sign left right`, into x where that can be."""
+    return x.addcmul_(left, right, value=sign) if _writable(x) else torch.addcmul(x, left, right, value=sign)
 
 
 def _writable(x: Tensor) -> bool:

@@ -17,7 +17,7 @@ batches make a step, since gradients then wait through the next one's forward pa
 Kept for the backward pass, bytes for each token of one decoder layer (D width, M MLP width, N heads, k key heads, K head width, J keys
 that it sees; c bytes of a product's result, r of the residual stream, s of a score):
 
-    norms 2 D r, their results 2 D c | heads (2N + 3k) K c | scores N J s | attended N K c | MLP 4 M c
+    norms 2 D r, their results 2 D c | heads (2N + 3k) K c | scores N J s | attended N K c | MLP 3 M c
     adaptive norms: 2 D (4 + r) more in float32, and the 2 D c that their gates multiply
     each row of the suffix holds the joined keys and values too: 2 k J K c
     the last backbone layer: D (r + c) + 3 k K c
@@ -199,7 +199,7 @@ def _decoder_token(config: Pi0Config, stream: str, keys: int, size: Bytes) -> in
     if stream == "action_expert" and config.time_conditioning == "adaptive_norm":
         norms += 2 * width * (4 + r + c)
     heads_bytes = (2 * heads + 3 * kv) * decoder.head_dim * c
-    return norms + heads_bytes + heads * keys * size.score + heads * decoder.head_dim * c + 4 * sizes.mlp_width * c
+    return norms + heads_bytes + heads * keys * size.score + heads * decoder.head_dim * c + 3 * sizes.mlp_width * c
 
 
 def _keys_only_token(config: Pi0Config, size: Bytes) -> int:
