@@ -143,10 +143,13 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, torch.dtype], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:2], output[1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+        if gradient is None:
+            return None, None, None
         x, scale, rms = ctx.saved_tensors
         inverse, factor = rms.reciprocal(), 1.0 + scale
         pulled = at_least_float32(gradient) * inverse
@@ -192,10 +195,13 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # or zeros would be made for what has no gradient, as large as the gated product
         ctx.save_for_backward(*output[1:])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
+        if gradient is None:
+            return None, None
         gated, slope = ctx.saved_tensors
         if torch.is_grad_enabled() or not _writable(gradient):  # torch.func records the backward pass
             return torch.cat((gradient * slope, gradient * gated), dim=-1), None
