@@ -57,12 +57,12 @@ def test_options_out_of_range(wrong):
         OptimizerConfig(**wrong)
 
 
-def pair(**options: float) -> tuple[nn.Module, ClippedAdamW, nn.Module, torch.optim.AdamW]:
+def pair() -> tuple[nn.Module, ClippedAdamW, nn.Module, torch.optim.AdamW]:
     """One network twice: with ours, and with torch's AdamW of the same numbers."""
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(3, 40), nn.LayerNorm(40), nn.Linear(40, 2))
     theirs = copy.deepcopy(ours)
-    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.01, **options)
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.01)
     groups = [{"params": [p for p in theirs.parameters() if (p.ndim >= 2) == matrix], "weight_decay": 0.01 * matrix} for matrix in (1, 0)]
     return ours, make_optimizer(config, ours), theirs, torch.optim.AdamW(groups, lr=0.1, betas=(config.beta1, config.beta2))
 
