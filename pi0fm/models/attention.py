@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 # Where the fused kernel begins to be faster on a CPU; backwards it is slow in bfloat16. A velocity must be the same number with a gradient
 # and without, so that a score changes no action: only the pictures' tower, which no gradient of an action reaches, may tell the two apart.
@@ -45,15 +45,13 @@ def additive(mask: Bool[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
-def siglip_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: object
-) -> tuple[Tensor, None]:
-    """`attend` in the form that transformers' attention interface calls: heads last but one on return, no weights."""
-    if attention_mask is not None:
-        raise ValueError("the vision tower takes no attention mask: every token of a picture is real")
+def attend_pictures(
+    query: Float[Tensor, "B N T K"], key: Float[Tensor, "B N T K"], value: Float[Tensor, "B N T K"]
+) -> Float[Tensor, "B N T K"]:
+    """`attend` for the pictures' tower, which is free to take the fused kernel earlier where no gradient is asked."""
     if query.device.type == "cpu" and not torch.is_grad_enabled():
-        return _folded(query, key, value, None, FUSED_KEYS).transpose(1, 2), None
-    return attend(query, key, value, None).transpose(1, 2), None
+        return _folded(query, key, value, None, FUSED_KEYS)
+    return attend(query, key, value, None)
 
 
 def _folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, fused_keys: int | None) -> Tensor:
@@ -61,19 +59,24 @@ def _folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, fuse
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys = key.shape[1], key.shape[2]
     groups = heads // kv_heads
+    fused = fused_keys is not None and num_keys >= fused_keys and query.dtype != torch.float64
+    if fused and groups == 1 and mask is None:  # nothing to fold, and the kernel takes heads as they lie
+        return _fused(query, key, value, None)
     rows, keys, values = query.reshape(batch * kv_heads, groups * num_queries, head_dim), key.flatten(0, 1), value.flatten(0, 1)
     bias = None
     if mask is not None:
         bias = (additive(mask) if mask.dtype == torch.bool else mask).to(rows.dtype)
         bias = bias[:, :, None].expand(batch, kv_heads, groups if bias.shape[2] > 1 else 1, bias.shape[2], num_keys)
         bias = bias.reshape(batch * kv_heads, -1, num_keys)
-    fused = fused_keys is not None and num_keys >= fused_keys and rows.dtype != torch.float64
-    return (_fused if fused else _products)(rows, keys, values, bias).view(batch, heads, num_queries, head_dim)
+    if fused:
+        attended = _fused(rows[:, None], keys[:, None], values[:, None], None if bias is None else bias[:, None])
+    else:
+        attended = _products(rows, keys, values, bias)
+    return attended.view(batch, heads, num_queries, head_dim)
 
 
-def _fused(rows: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    mask = None if bias is None else bias[:, None]
-    return F.scaled_dot_product_attention(rows[:, None], keys[:, None], values[:, None], attn_mask=mask)[:, 0]
+def _fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
 def _products(rows: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:

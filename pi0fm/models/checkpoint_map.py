@@ -27,7 +27,6 @@ Table = Mapping[str, tuple[str, ...]]
 EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 LM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
 
-_TOWER = "vision.tower.vision_model"
 _THEIR_TOWER = "paligemma_with_expert.paligemma.model.vision_tower.vision_model"
 _PROJECTOR = "paligemma_with_expert.paligemma.model.multi_modal_projector.linear"
 _STREAMS = {
@@ -38,46 +37,58 @@ _STREAMS = {
     "jax": {"backbone": "", "action_expert": "_1"},
 }
 
-_TORCH_TOWER: Table = {
-    f"{_TOWER}.{name}": (f"{_THEIR_TOWER}.{name} {axes}",)
-    for name, axes in {
-        "embeddings.patch_embedding.weight": "D 3 P P'",
-        "embeddings.patch_embedding.bias": "D",
-        "embeddings.position_embedding.weight": "V D",
-        **{f"encoder.layers.{{block}}.layer_norm{which}.{kind}": "D" for which in (1, 2) for kind in ("weight", "bias")},
-        **{f"encoder.layers.{{block}}.self_attn.{which}_proj.weight": "D D'" for which in ("q", "k", "v", "out")},
-        **{f"encoder.layers.{{block}}.self_attn.{which}_proj.bias": "D" for which in ("q", "k", "v", "out")},
-        "encoder.layers.{block}.mlp.fc1.weight": "M D",
-        "encoder.layers.{block}.mlp.fc1.bias": "M",
-        "encoder.layers.{block}.mlp.fc2.weight": "D M",
-        "encoder.layers.{block}.mlp.fc2.bias": "D",
-        "post_layernorm.weight": "D",
-        "post_layernorm.bias": "D",
-    }.items()
+_BLOCKS = {"torch": f"{_THEIR_TOWER}.encoder.layers.{{block}}", "jax": "PaliGemma/img/Transformer/encoderblock"}
+_HEADS = "MultiHeadDotProductAttention_0"
+_TOWER: Mapping[Layout, Table] = {
+    "torch": {
+        "vision.patch_embedding.weight": (f"{_THEIR_TOWER}.embeddings.patch_embedding.weight D 3 P P'",),
+        "vision.patch_embedding.bias": (f"{_THEIR_TOWER}.embeddings.patch_embedding.bias D",),
+        "vision.position_embedding": (f"{_THEIR_TOWER}.embeddings.position_embedding.weight V D",),
+        "vision.final_norm.weight": (f"{_THEIR_TOWER}.post_layernorm.weight D",),
+        "vision.final_norm.bias": (f"{_THEIR_TOWER}.post_layernorm.bias D",),
+        "vision.projector.weight": (f"{_PROJECTOR}.weight B D",),
+        "vision.projector.bias": (f"{_PROJECTOR}.bias B",),
+    },
+    "jax": {
+        "vision.patch_embedding.weight": ("PaliGemma/img/embedding/kernel P P' 3 D -> D 3 P P'",),
+        "vision.patch_embedding.bias": ("PaliGemma/img/embedding/bias D",),
+        "vision.position_embedding": ("PaliGemma/img/pos_embedding 0/1 V D",),
+        "vision.final_norm.weight": ("PaliGemma/img/Transformer/encoder_norm/scale D",),
+        "vision.final_norm.bias": ("PaliGemma/img/Transformer/encoder_norm/bias D",),
+        "vision.projector.weight": ("PaliGemma/img/head/kernel D B -> B D",),
+        "vision.projector.bias": ("PaliGemma/img/head/bias B",),
+    },
 }
-_BLOCK, _THEIR_BLOCK = f"{_TOWER}.encoder.layers.{{block}}", "PaliGemma/img/Transformer/encoderblock"
-_JAX_TOWER: Table = {
-    f"{_TOWER}.embeddings.patch_embedding.weight": ("PaliGemma/img/embedding/kernel P P' 3 D -> D 3 P P'",),
-    f"{_TOWER}.embeddings.patch_embedding.bias": ("PaliGemma/img/embedding/bias D",),
-    f"{_TOWER}.embeddings.position_embedding.weight": ("PaliGemma/img/pos_embedding 0/1 V D",),
-    **{
-        f"{_BLOCK}.layer_norm{which + 1}.{ours}": (f"{_THEIR_BLOCK}/LayerNorm_{which}/{theirs} block/T D",)
-        for which in (0, 1)
-        for ours, theirs in (("weight", "scale"), ("bias", "bias"))
+# One layer of the tower; `@` stands for the layer's place.
+_TOWER_LAYER: Mapping[Layout, Table] = {
+    "torch": {
+        "attention_norm.weight": ("@.layer_norm1.weight D",),
+        "attention_norm.bias": ("@.layer_norm1.bias D",),
+        "qkv.weight": tuple(f"@.self_attn.{which}_proj.weight D D'" for which in ("q", "k", "v")),
+        "qkv.bias": tuple(f"@.self_attn.{which}_proj.bias D" for which in ("q", "k", "v")),
+        "out.weight": ("@.self_attn.out_proj.weight D D'",),
+        "out.bias": ("@.self_attn.out_proj.bias D",),
+        "mlp_norm.weight": ("@.layer_norm2.weight D",),
+        "mlp_norm.bias": ("@.layer_norm2.bias D",),
+        "mlp.fc1.weight": ("@.mlp.fc1.weight M D",),
+        "mlp.fc1.bias": ("@.mlp.fc1.bias M",),
+        "mlp.fc2.weight": ("@.mlp.fc2.weight D M",),
+        "mlp.fc2.bias": ("@.mlp.fc2.bias D",),
     },
-    **{
-        f"{_BLOCK}.self_attn.{ours}_proj.{kind}": (f"{_THEIR_BLOCK}/MultiHeadDotProductAttention_0/{theirs}/{axes}",)
-        for ours, theirs in (("q", "query"), ("k", "key"), ("v", "value"))
-        for kind, axes in (("weight", "kernel block/T D X Y -> X Y D"), ("bias", "bias block/T X Y"))
+    "jax": {
+        "attention_norm.weight": ("@/LayerNorm_0/scale block/T D",),
+        "attention_norm.bias": ("@/LayerNorm_0/bias block/T D",),
+        "qkv.weight": tuple(f"@/{_HEADS}/{which}/kernel block/T D X Y -> X Y D" for which in ("query", "key", "value")),
+        "qkv.bias": tuple(f"@/{_HEADS}/{which}/bias block/T X Y" for which in ("query", "key", "value")),
+        "out.weight": (f"@/{_HEADS}/out/kernel block/T X Y D -> D X Y",),
+        "out.bias": (f"@/{_HEADS}/out/bias block/T D",),
+        "mlp_norm.weight": ("@/LayerNorm_1/scale block/T D",),
+        "mlp_norm.bias": ("@/LayerNorm_1/bias block/T D",),
+        "mlp.fc1.weight": ("@/MlpBlock_0/Dense_0/kernel block/T D M -> M D",),
+        "mlp.fc1.bias": ("@/MlpBlock_0/Dense_0/bias block/T M",),
+        "mlp.fc2.weight": ("@/MlpBlock_0/Dense_1/kernel block/T M D -> D M",),
+        "mlp.fc2.bias": ("@/MlpBlock_0/Dense_1/bias block/T D",),
     },
-    f"{_BLOCK}.self_attn.out_proj.weight": (f"{_THEIR_BLOCK}/MultiHeadDotProductAttention_0/out/kernel block/T X Y D -> D X Y",),
-    f"{_BLOCK}.self_attn.out_proj.bias": (f"{_THEIR_BLOCK}/MultiHeadDotProductAttention_0/out/bias block/T D",),
-    f"{_BLOCK}.mlp.fc1.weight": (f"{_THEIR_BLOCK}/MlpBlock_0/Dense_0/kernel block/T D M -> M D",),
-    f"{_BLOCK}.mlp.fc1.bias": (f"{_THEIR_BLOCK}/MlpBlock_0/Dense_0/bias block/T M",),
-    f"{_BLOCK}.mlp.fc2.weight": (f"{_THEIR_BLOCK}/MlpBlock_0/Dense_1/kernel block/T M D -> D M",),
-    f"{_BLOCK}.mlp.fc2.bias": (f"{_THEIR_BLOCK}/MlpBlock_0/Dense_1/bias block/T D",),
-    f"{_TOWER}.post_layernorm.weight": ("PaliGemma/img/Transformer/encoder_norm/scale D",),
-    f"{_TOWER}.post_layernorm.bias": ("PaliGemma/img/Transformer/encoder_norm/bias D",),
 }
 
 # One stream's layer, as the backbone has it; the expert's letters are E for B and G for F. `@` stands for the stream's place.
@@ -159,7 +170,9 @@ def kinds_of(names: Iterable[str]) -> set[Kind]:
 
 def table(layout: Layout, kind: Kind) -> dict[str, tuple[str, ...]]:
     """Ours -> rows of the notation above, for a whole network; `{layer}` and `{block}` stand for every layer of decoder and tower."""
-    rows = dict(_TORCH_TOWER if layout == "torch" else _JAX_TOWER)
+    rows = dict(_TOWER[layout])
+    for leaf, texts in _TOWER_LAYER[layout].items():
+        rows[f"vision.layers.{{block}}.{leaf}"] = tuple(text.replace("@", _BLOCKS[layout]) for text in texts)
     for stream, place in _STREAMS[layout].items():
         for norm, name in _NORMS[layout].items():
             adaptive = kind == "pi05" and stream == "action_expert"
@@ -172,13 +185,8 @@ def table(layout: Layout, kind: Kind) -> dict[str, tuple[str, ...]]:
         for leaf, texts in _LAYER[layout].items():
             rows[f"decoder.layers.{{layer}}.{stream}.{leaf}"] = tuple(_placed(text, place, stream) for text in texts)
     if layout == "torch":
-        rows |= {"vision.projector.weight": (f"{_PROJECTOR}.weight B D",), "vision.projector.bias": (f"{_PROJECTOR}.bias B",)}
         rows["prompt_embedding.weight"] = (f"{EMBEDDING} W B",)
     else:
-        rows |= {
-            "vision.projector.weight": ("PaliGemma/img/head/kernel D B -> B D",),
-            "vision.projector.bias": ("PaliGemma/img/head/bias B",),
-        }
         rows["prompt_embedding.weight"] = ("PaliGemma/llm/embedder/input_embedding W B",)
     for ours, (theirs, out, width) in _LINEARS[kind].items():
         rows[f"{ours}.weight"] = (

@@ -18,7 +18,7 @@ def part_of(name: str) -> Part:
     """The part of the parameter or module `name`. Raises ValueError for a name that is in none: a new module must be given its place."""
     words = name.split(".")
     if words[0] == "vision":
-        return "vision" if words[1] == "tower" else "backbone"
+        return "backbone" if words[1] == "projector" else "vision"
     if words[0] == "prompt_embedding":
         return "backbone"
     if words[0] == "decoder":

@@ -180,7 +180,7 @@ class Pi0(nn.Module):
         return -at_least_float32(head)
 
     def _initialise(self) -> None:
-        """Unit-variance tokens, and residual branches that start small; SigLIP keeps transformers' own initialisation."""
+        """Unit-variance tokens, and residual branches that start small; the tower has its own."""
         for module in (self.decoder, self.action_in, self.time_mlp_in, self.time_mlp_out):
             for linear in module.modules():
                 if isinstance(linear, nn.Linear):

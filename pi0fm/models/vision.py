@@ -1,18 +1,24 @@
-"""Pictures to prefix tokens: transformers' SigLIP tower and a linear projector.
+"""Pictures to prefix tokens: SigLIP's tower without pooling, and a linear projector.
 
-Owns: the tower's configuration and its call. Does not know: cameras, prompts, the decoder's sizes but one width.
-Shape letters: B pictures, V tokens of a picture, D backbone width.
+Owns: the tower, its configuration, its numbers at the start. Does not know: cameras, prompts, the decoder's sizes but one width.
+Source: Zhai et al. 2023 (arXiv 2303.15343), as PaliGemma's weights fix it; tests hold it to transformers' class (docs/adr/0025).
+
+    picture -> patches -> linear, + positions -> [ x + attention(norm(x)), x + MLP(norm(x)) ] a layer -> norm -> projector
+
+Shape letters: B pictures, V tokens of a picture, D tower width, E backbone width, P patch.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pi0fm.errors import ConfigError
-from pi0fm.models.attention import siglip_attention
+from pi0fm.models.attention import attend_pictures
 from pi0fm.models.layers import product_dtype
 
 
@@ -43,69 +49,103 @@ class VisionConfig:
 class PatchEmbedding(nn.Module):
     """What a convolution without overlap computes, as one matrix product: in bfloat16 an eighth of its time on a CPU (docs/LOG.md).
 
-    It has the convolution's own parameters, weight [D, 3, P, P] and bias [D], under their names.
+    It has the convolution's parameters, weight [D, 3, P, P] and bias [D].
     """
 
-    def __init__(self, convolution: nn.Conv2d) -> None:
+    def __init__(self, width: int, patch_size: int) -> None:
         super().__init__()
-        self.weight, self.bias = convolution.weight, convolution.bias
+        self.weight, self.bias = nn.Parameter(torch.empty(width, 3, patch_size, patch_size)), nn.Parameter(torch.empty(width))
 
-    def forward(self, pictures: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B D rows columns"]:
-        """One column of numbers for each patch."""
+    def forward(self, pictures: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B V D"]:
+        """A row of numbers for each patch, row by row of the picture."""
         side = self.weight.shape[-1]
-        grid = pictures.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, 3, rows, P, columns, P]
-        patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        grid = pictures.to(self.weight.dtype).unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, 3, rows, P, columns, P]
+        return F.linear(grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
 
 
 class ProductNorm(nn.LayerNorm):
-    """A layer's norm with its parameters, its output in the type of the products behind it: autocast would cast it for each of them."""
+    """A norm whose output has the type of the products behind it: autocast would cast it for each of them."""
 
-    def __init__(self, norm: nn.LayerNorm) -> None:
-        super().__init__(list(norm.normalized_shape), norm.eps)
-        self.weight, self.bias = norm.weight, norm.bias
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
 
     def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
         """The normed input."""
         return super().forward(x).to(product_dtype(x))
 
 
+class VisionMLP(nn.Module):
+    """`fc2(gelu(fc1(x)))`. gelu: see GatedMLP."""
+
+    def __init__(self, width: int, hidden_width: int, gelu: Literal["tanh", "none"]) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.gelu = nn.Linear(width, hidden_width), nn.Linear(hidden_width, width), gelu
+
+    def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
+        """x to x's shape."""
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
+
+
+class VisionLayer(nn.Module):
+    """One layer: the tower's unit of activation checkpointing.
+
+    Rows of `qkv` are the query's, the key's and the value's, in that order; heads are rows of each.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.attention_norm = ProductNorm(config.width)
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+        self.mlp_norm = ProductNorm(config.width)
+        self.mlp = VisionMLP(config.width, config.mlp_width, config.gelu)
+
+    def forward(self, x: Float[Tensor, "B V D"]) -> Float[Tensor, "B V D"]:
+        """Every token of a picture sees every other; there is no mask."""
+        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(attend_pictures(*heads.unbind()).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.mlp_norm(x))
+
+
 class VisionTower(nn.Module):
-    """SigLIP without pooling, then a projection to the backbone's width."""
+    """SigLIP, then a projection to the backbone's width."""
 
     def __init__(self, config: VisionConfig, backbone_width: int) -> None:
         super().__init__()
-        # four seconds of imports that whoever only reads a configuration does without
-        from transformers import AttentionInterface, SiglipVisionConfig, SiglipVisionModel
-
-        AttentionInterface.register("pi0fm", siglip_attention)
-        siglip = SiglipVisionConfig(
-            hidden_size=config.width,
-            intermediate_size=config.mlp_width,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.num_heads,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            hidden_act="gelu_pytorch_tanh" if config.gelu == "tanh" else "gelu",
-            vision_use_head=False,
-            attn_implementation="pi0fm",
-        )
-        self.tower = SiglipVisionModel(siglip)
-        embeddings = self.tower.vision_model.embeddings
-        embeddings.patch_embedding = PatchEmbedding(embeddings.patch_embedding)
-        for layer in self.tower.vision_model.encoder.layers:
-            layer.layer_norm1, layer.layer_norm2 = ProductNorm(layer.layer_norm1), ProductNorm(layer.layer_norm2)
+        self.activation_checkpointing = False
+        self.patch_embedding = PatchEmbedding(config.width, config.patch_size)
+        self.position_embedding = nn.Parameter(torch.empty(config.tokens_per_image, config.width))
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.depth))
+        self.final_norm = ProductNorm(config.width)
         self.projector = nn.Linear(config.width, backbone_width)
-
-    def reset_buffers(self) -> None:
-        """Make anew what no checkpoint holds: a model that was laid out without memory has nothing in its buffers."""
-        embeddings = self.tower.vision_model.embeddings
-        embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
+        self._initialise()
 
     def checkpoint_activations(self) -> None:
         """In training, keep only what enters each layer; see `Pi0.checkpoint_activations`."""
-        self.tower.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        self.activation_checkpointing = True
 
-    def forward(self, pictures: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B V D"]:
+    def forward(self, pictures: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B V E"]:
         """pictures in [-1, 1] to tokens; unlike word embeddings they are not scaled."""
-        return self.projector(self.tower(pixel_values=pictures).last_hidden_state)
+        x = self.patch_embedding(pictures) + self.position_embedding
+        recomputed = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        for layer in self.layers:
+            # nothing here is random, so no generator's state is kept
+            x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False) if recomputed else layer(x)
+        return self.projector(self.final_norm(x))
+
+    def _initialise(self) -> None:
+        """The variances with which SigLIP is trained from nothing; the projector keeps torch's."""
+        patch, (_, width) = self.patch_embedding, self.position_embedding.shape
+        deviation = patch.weight[0].numel() ** -0.5 / 0.87962566  # of the normal that has the fan-in's variance once it is cut at two
+        nn.init.trunc_normal_(patch.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+        nn.init.zeros_(patch.bias)
+        nn.init.normal_(self.position_embedding, std=width**-0.5)
+        for layer in self.layers:
+            assert isinstance(layer, VisionLayer)
+            for matrix in (*layer.qkv.weight.chunk(3), layer.out.weight, layer.mlp.fc1.weight, layer.mlp.fc2.weight):
+                nn.init.xavier_uniform_(matrix)
+            for bias in (layer.qkv.bias, layer.out.bias):
+                nn.init.zeros_(bias)
+            for bias in (layer.mlp.fc1.bias, layer.mlp.fc2.bias):
+                nn.init.normal_(bias, std=1e-6)

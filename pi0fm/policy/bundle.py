@@ -39,7 +39,7 @@ from pi0fm.policy.precision import choose_device, inference_dtype
 from pi0fm.policy.robots import Robots
 from pi0fm.policy.sampler import refuse_compile
 
-FORMAT = 1
+FORMAT = 2
 SMALL = 64 * 2**20  # files up to here are hashed at every load; larger ones are told by their size and their own header
 
 
@@ -163,7 +163,6 @@ def load(
     with torch.device("meta"):
         model = Pi0(config.model)
     _fill(model, load_weights(path), path)
-    model.vision.reset_buffers()
     chain = config.chain(stats, None if config.tokenizer == BYTES else str(path / config.tokenizer))
     return LocalPolicy(
         model,
@@ -185,7 +184,10 @@ def read(path: Path, robot: str | None = None) -> tuple[PolicyConfig, NormStats]
     _check(path)
     tree = _json(path / "config.json")
     if tree.get("format") != FORMAT:
-        raise BundleError(f"{path} is a bundle of format {tree.get('format')}, this pi0fm reads {FORMAT}; use the version that wrote it")
+        raise BundleError(
+            f"{path} is a bundle of format {tree.get('format')}, this pi0fm reads {FORMAT}; "
+            "the version that wrote it exports it (pi0fm convert --to lerobot), and this one converts that back"
+        )
     try:
         config = options.decode(PolicyConfig, tree["policy"])
     except ConfigError as error:

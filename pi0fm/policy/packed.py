@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pi0fm.models.layers import GatedMLP
+from pi0fm.models.vision import VisionMLP
 
 Gelu = Literal["tanh", "none"]
 _OPERATIONS = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
@@ -29,16 +30,17 @@ def can_pack() -> bool:
 
 
 def pack(model: nn.Module) -> None:
-    """Replace every bfloat16 `nn.Linear` of the model, its gated MLPs, and SigLIP's MLPs with their gelu; the plain matrices are let go."""
+    """Replace every bfloat16 `nn.Linear` of the model, its gated MLPs, and the tower's with their gelu; the plain matrices are let go."""
     for name, child in list(model.named_children()):
         if isinstance(child, GatedMLP) and _is_bfloat16(child.down):
             setattr(model, name, PackedGatedMLP(child))
         elif isinstance(child, nn.Linear) and _is_bfloat16(child):
-            setattr(model, name, PackedLinear(child.weight, child.bias, _gelu_behind(model) if name == "fc1" else None))
+            setattr(model, name, PackedLinear(child.weight, child.bias))
+        elif isinstance(child, VisionMLP) and _is_bfloat16(child.fc1):
+            first, second = PackedLinear(child.fc1.weight, child.fc1.bias, child.gelu), PackedLinear(child.fc2.weight, child.fc2.bias)
+            setattr(model, name, nn.Sequential(first, second))
         else:
             pack(child)
-    if isinstance(found := getattr(model, "fc1", None), PackedLinear) and found.gelu is not None:
-        model.activation_fn = nn.Identity()
 
 
 @final
@@ -122,9 +124,3 @@ def _packed(matrix: Tensor) -> Tensor:
 
 def _is_bfloat16(linear: nn.Linear) -> bool:
     return linear.weight.dtype == torch.bfloat16
-
-
-def _gelu_behind(mlp: nn.Module) -> Gelu | None:
-    """Which gelu a SigLIP MLP takes between its two products; None for another module, or another function."""
-    forms: dict[Any, Gelu] = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}
-    return forms.get(getattr(getattr(mlp, "config", None), "hidden_act", None))

@@ -22,8 +22,8 @@ that it sees; c bytes of a product's result, r of the residual stream, s of a sc
     each row of the suffix holds the joined keys and values too: 2 k J K c
     the last backbone layer: D (r + c) + 3 k K c
 
-and of one layer of the vision tower: norms 2 D 4 + D c, heads 6 D c (4 D c in float32, where three products share an input), scores,
-attended D c, MLP 2 M c. Scores are counted as if no kernel were fused; on a device that fuses them they are a reserve.
+and of one layer of the vision tower: norms 2 D 4, their results 2 D c, heads 3 D c, scores, attended D c, MLP 2 M c. Scores are counted
+as if no kernel were fused; on a device that fuses them they are a reserve.
 
     without activation_checkpointing   every layer of that, and once more the largest: at work
     with                               the residual stream at every layer, and the largest layer twice: computed anew, and at work
@@ -213,6 +213,5 @@ def _joined(config: Pi0Config, keys: int, size: Bytes) -> int:
 
 def _vision_token(config: Pi0Config, size: Bytes) -> int:
     vision, c = config.vision, size.product
-    norms = 2 * vision.width * 4 + vision.width * c  # the first norm's result is counted with the heads
-    heads = (4 if c == 4 else 6) * vision.width * c
+    norms, heads = 2 * vision.width * (4 + c), 3 * vision.width * c
     return norms + heads + vision.num_heads * vision.tokens_per_image * size.score + vision.width * c + 2 * vision.mlp_width * c

@@ -110,7 +110,6 @@ def starting_network(pretrained: Pretrained | None, config: Pi0Config) -> Pi0:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise BundleError(f"the weights in {pretrained.path} do not fit its configuration ({reason:.300}); copy the bundle again") from None
-    model.vision.reset_buffers()
     return model.requires_grad_()
 
 

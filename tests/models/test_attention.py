@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pi0fm.models import attention
-from pi0fm.models.attention import attend, siglip_attention
+from pi0fm.models.attention import attend, attend_pictures
 
 
 def inputs(heads: int, kv_heads: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -78,15 +78,6 @@ def test_the_weights_gradient_is_batched():
         torch.testing.assert_close(one, torch.autograd.grad(attention._softmax(leaf), leaf, row)[0])
 
 
-def test_the_vision_tower_gets_heads_behind_tokens_and_may_not_mask():
-    query, key, value = inputs(4, 4)
-    found, weights = siglip_attention(torch.nn.Identity(), query, key, value, None, scaling=1.0)
-    assert weights is None
-    torch.testing.assert_close(found, F.scaled_dot_product_attention(query, key, value).transpose(1, 2))
-    with pytest.raises(ValueError, match="no attention mask"):
-        siglip_attention(torch.nn.Identity(), query, key, value, torch.ones(1))
-
-
 @pytest.mark.parametrize("mask", ["none", "by key", "by pair"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
 def test_the_fused_kernel_gives_what_the_products_give(heads, kv_heads, mask, monkeypatch):
@@ -129,10 +120,24 @@ def test_pictures_take_the_fused_kernel_early_where_no_gradient_is_asked(monkeyp
     monkeypatch.setattr(attention, "_fused", lambda rows, *_: called.append("fused") or rows)
     monkeypatch.setattr(attention, "_products", lambda rows, *_: called.append("products") or rows)
     query = torch.zeros(1, 2, 256, 4, dtype=torch.bfloat16)
-    siglip_attention(torch.nn.Identity(), query, query, query, None)
+    attend_pictures(query, query, query)
     with torch.no_grad():
-        siglip_attention(torch.nn.Identity(), query, query, query, None)
+        attend_pictures(query, query, query)
     assert called == ["products", "fused"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_that_lie_strided_in_one_product_go_to_the_kernel_as_they_are(dtype):
+    """The tower's: [B, V, 3, N, K], of which query, key and value are views."""
+    joined = torch.randn(2, 200, 3, 4, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    views = joined.permute(2, 0, 3, 1, 4).unbind()
+    copies = [view.contiguous() for view in views]
+    with torch.no_grad():
+        found = attend_pictures(*views)
+        assert torch.equal(found, attend_pictures(*copies))
+        assert found.transpose(1, 2).is_contiguous()  # so that joining the heads again copies nothing
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found, attend_pictures(*[copy.requires_grad_() for copy in copies]).detach(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch runs the kernel once a product there

@@ -51,7 +51,7 @@ def test_a_part_means_every_linear_layer_in_it(kind):
     assert set(target_modules(model, ["action_expert"])) == {*expert, *(("decoder.final_norm.modulation",) if norms else ())}
     assert set(target_modules(model, ["backbone"])) == {*backbone, "decoder.layers.2.backbone.qkv", "vision.projector"}
     vision = target_modules(model, ["vision"])
-    assert {name.rsplit(".", 1)[1] for name in vision} == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
+    assert {name.rsplit(".", 1)[1] for name in vision} == {"qkv", "out", "fc1", "fc2"}
     assert set(target_modules(model, EVERYWHERE)) == {
         *vision,
         *target_modules(model, ["backbone"]),

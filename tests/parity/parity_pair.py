@@ -55,7 +55,7 @@ def unused(depth: int) -> list[str]:
 
 
 def correspondence(config: Pi0Config) -> dict[str, list[str]]:
-    """Our name -> their names, to be stacked along the first axis; the vision tower's names differ by their beginning only."""
+    """Our name -> their names, to be stacked along the first axis; the vision tower's are in `tower_correspondence`."""
     kind = "pi0" if config.state_input == "token" else "pi05"
     linears = LINEARS | {ours: f"model.{theirs}" for ours, theirs in OWN_LINEARS[kind].items()}
     names = {f"{ours}.{leaf}": [f"{theirs}.{leaf}"] for ours, theirs in linears.items() for leaf in ("weight", "bias")}
@@ -84,10 +84,25 @@ def correspondence(config: Pi0Config) -> dict[str, list[str]]:
     return names
 
 
+def tower_correspondence(depth: int) -> dict[str, list[str]]:
+    """The same for the vision tower."""
+    tower = f"{THEIRS}paligemma.model.vision_tower.vision_model."
+    names = {"vision.position_embedding": [f"{tower}embeddings.position_embedding.weight"]}
+    for leaf in ("weight", "bias"):
+        names[f"vision.patch_embedding.{leaf}"] = [f"{tower}embeddings.patch_embedding.{leaf}"]
+        names[f"vision.final_norm.{leaf}"] = [f"{tower}post_layernorm.{leaf}"]
+        for index in range(depth):
+            ours, theirs = f"vision.layers.{index}.", f"{tower}encoder.layers.{index}."
+            names[f"{ours}qkv.{leaf}"] = [f"{theirs}self_attn.{part}_proj.{leaf}" for part in "qkv"]
+            pairs = {"attention_norm": "layer_norm1", "out": "self_attn.out_proj", "mlp_norm": "layer_norm2"}
+            for one, other in (pairs | {name: name for name in ("mlp.fc1", "mlp.fc2")}).items():
+                names[f"{ours}{one}.{leaf}"] = [f"{theirs}{other}.{leaf}"]
+    return names
+
+
 def translated(theirs: dict[str, Tensor], config: Pi0Config) -> dict[str, Tensor]:
     """Their tensors under our names; every one of theirs is used or known to be unused."""
-    names, tower = correspondence(config), f"{THEIRS}paligemma.model.vision_tower."
-    names |= {f"vision.tower.{name.removeprefix(tower)}": [name] for name in theirs if name.startswith(tower)}
+    names = correspondence(config) | tower_correspondence(config.vision.depth)
     used = [name for group in names.values() for name in group]
     assert sorted([*used, *unused(config.decoder.depth)]) == sorted(theirs)
     return {ours: torch.cat([theirs[name] for name in group]) for ours, group in names.items()}

@@ -74,25 +74,25 @@ def test_attention_and_mlp_of_both_streams(converted):
 def test_the_vision_tower(converted):
     theirs, ours, _ = converted
     their = {name.removeprefix("PaliGemma/img/"): value.double() for name, value in theirs.items()}
-    our = {name.removeprefix("vision.tower.vision_model."): value.double() for name, value in ours.items()}
+    our = {name.removeprefix("vision."): value.double() for name, value in ours.items()}
     picture = torch.randint(-4, 5, (1, 3, 8, 8), generator=torch.Generator().manual_seed(1)).double()
     patches = picture.unfold(2, 4, 4).unfold(3, 4, 4)  # [1, 3, rows, columns, 4, 4]
     expected = torch.einsum("bcxyhw,hwcd->bdxy", patches, their["embedding/kernel"])
-    found = torch.nn.functional.conv2d(picture, our["embeddings.patch_embedding.weight"], stride=4)
+    found = torch.nn.functional.conv2d(picture, our["patch_embedding.weight"], stride=4)
     assert torch.equal(found, expected)
-    assert torch.equal(our["embeddings.position_embedding.weight"], their["pos_embedding"][0])
+    assert torch.equal(our["position_embedding"], their["pos_embedding"][0])
     x = torch.randint(-4, 5, (3, 8), generator=torch.Generator().manual_seed(2)).double()
     attention = "Transformer/encoderblock/MultiHeadDotProductAttention_0"
     for block in range(3):
-        place = f"encoder.layers.{block}."
-        for name, word in (("q", "query"), ("k", "key"), ("v", "value")):
+        place = f"layers.{block}."
+        joined = x @ our[f"{place}qkv.weight"].T + our[f"{place}qkv.bias"]
+        for word, found in zip(("query", "key", "value"), joined.chunk(3, dim=1), strict=True):
             expected = torch.einsum("td,dnh->tnh", x, their[f"{attention}/{word}/kernel"][block]) + their[f"{attention}/{word}/bias"][block]
-            found = x @ our[f"{place}self_attn.{name}_proj.weight"].T + our[f"{place}self_attn.{name}_proj.bias"]
             assert torch.equal(found, expected.flatten(1))
         expected = torch.einsum("tnh,nhd->td", x.unflatten(1, (2, 4)), their[f"{attention}/out/kernel"][block])
-        assert torch.equal(x @ our[f"{place}self_attn.out_proj.weight"].T, expected)
+        assert torch.equal(x @ our[f"{place}out.weight"].T, expected)
         assert torch.equal(our[f"{place}mlp.fc2.weight"], their["Transformer/encoderblock/MlpBlock_0/Dense_1/kernel"][block].T)
-        assert torch.equal(our[f"{place}layer_norm2.weight"], their["Transformer/encoderblock/LayerNorm_1/scale"][block])
+        assert torch.equal(our[f"{place}mlp_norm.weight"], their["Transformer/encoderblock/LayerNorm_1/scale"][block])
     assert torch.equal(ours["vision.projector.weight"].double(), their["head/kernel"].T)
 
 

@@ -113,7 +113,7 @@ def test_another_solver_with_the_same_weights(small_policy, observations):
     finer, finest = sampled(64, "euler"), sampled(128, "euler")
     coarse = policy.infer(observations[0], 3).actions
     assert np.abs(finer - finest).max() < np.abs(coarse - finest).max()
-    fourth_order = sampled(8, "rk4")
+    fourth_order = sampled(32, "rk4")
     assert np.abs(fourth_order - finest).max() < np.abs(coarse - finest).max()
 
 

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from small_pi0 import BOTH, network, observation, question
 from torch import nn
-from transformers import SiglipVisionConfig
-from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.layers import GatedMLP
+from pi0fm.models.vision import VisionMLP
 from pi0fm.policy import packed, sampler
 from pi0fm.policy.packed import PackedGatedMLP, PackedLinear, can_pack, pack
 from pi0fm.policy.sampler import Sampler
@@ -80,23 +79,21 @@ def test_a_gated_mlp_is_packed_in_its_halves(gelu):
     assert torch.equal(PackedGatedMLP(plain)(asked).detach(), found)
 
 
-@pytest.mark.parametrize(("word", "gelu"), [("gelu_pytorch_tanh", "tanh"), ("gelu", "none"), ("relu", None)])
-def test_siglips_gelu_is_taken_with_the_product_and_only_once(word, gelu):
+@pytest.mark.parametrize("gelu", ["tanh", "none"])
+def test_the_towers_gelu_is_taken_with_the_product_and_only_once(gelu):
     torch.manual_seed(0)
-    plain = SiglipMLP(SiglipVisionConfig(hidden_size=48, intermediate_size=64, hidden_act=word)).bfloat16().requires_grad_(False)
+    plain = VisionMLP(48, 64, gelu).bfloat16().requires_grad_(False)
     held = nn.ModuleDict({"mlp": copy.deepcopy(plain)})
     pack(held)
-    assert isinstance(held["mlp"].fc1, PackedLinear) and held["mlp"].fc1.gelu == gelu
-    assert isinstance(held["mlp"].activation_fn, nn.Identity) == (gelu is not None)
+    assert [(type(module), module.gelu) for module in held["mlp"]] == [(PackedLinear, gelu), (PackedLinear, None)]
     exact = copy.deepcopy(plain).double()(rows(6).bfloat16().double())
     torch.testing.assert_close(held["mlp"](rows(6)).double(), exact, rtol=ROUNDING, atol=ROUNDING / 4)
 
 
 def test_only_bfloat16_is_packed():
-    held = nn.ModuleDict({"plain": nn.Linear(48, 40), "narrow": linear(True), "fc1": linear(False)})
+    held = nn.ModuleDict({"plain": nn.Linear(48, 40), "narrow": linear(True), "mlp": VisionMLP(48, 64, "none")})
     pack(held)
-    assert [type(held[name]) for name in ("plain", "narrow", "fc1")] == [nn.Linear, PackedLinear, PackedLinear]
-    assert held["fc1"].gelu is None  # a layer that only has the name
+    assert [type(held[name]) for name in ("plain", "narrow", "mlp")] == [nn.Linear, PackedLinear, VisionMLP]
 
 
 @pytest.mark.parametrize("name", list(BOTH))
