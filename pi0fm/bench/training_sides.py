@@ -42,8 +42,8 @@ def their_loss(model: nn.Module, batch: Batch, device: torch.device) -> Callable
     return loss
 
 
-def their_step(policy: Any, batch: Batch, device: torch.device, fused: bool) -> Callable[[], float]:
-    """One step of LeRobot's policy. fused: its AdamW with ours' kernel, else its own preset."""
+def their_step(policy: Any, batch: Batch, device: torch.device, fused: bool, bfloat16: bool = False) -> Callable[[], float]:
+    """One step of LeRobot's policy. fused: its AdamW with ours' kernel, else its own preset. bfloat16: under autocast."""
     preset = policy.config.get_optimizer_preset()
     policy.train()
     optimizer = preset.build(policy.get_optim_params())
@@ -54,7 +54,8 @@ def their_step(policy: Any, batch: Batch, device: torch.device, fused: bool) -> 
     loss_of = their_loss(policy.model, batch, device)
 
     def step() -> float:
-        loss = loss_of()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            loss = loss_of()
         loss.backward()
         nn.utils.clip_grad_norm_(policy.parameters(), preset.grad_clip_norm)
         optimizer.step()

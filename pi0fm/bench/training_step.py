@@ -13,6 +13,8 @@ as `pi0fm train` asks of the C library: LeRobot gains from it as well. In its me
 
     like_for_like   float32, torch's default for products, the fused AdamW on both sides
     as_shipped      LeRobot: float32 and its optimiser preset. Ours: bfloat16 autocast where the processor has it, and the fused AdamW
+    peer_bfloat16   where ours takes bfloat16: LeRobot as shipped over LeRobot under autocast, so that a reader sees what of the second
+                    ratio is the precision's alone, on this machine, at this hour
 """
 
 from dataclasses import dataclass
@@ -69,7 +71,7 @@ def compare_training(config: TrainingBenchConfig) -> dict[str, Any]:
                 asked = (case_named(name), side, precision, config.device, config.threads, config.seed)
                 memory[name][side, precision] = in_fresh_process(peak_of_training, *asked)
                 bar.advance(1, f"memory of {name}")
-    return summary(rows, roofline) | _memory_figures(memory) | _draws_figures(draws)
+    return summary(rows, roofline) | _peer_figures(rows) | _memory_figures(memory) | _draws_figures(draws)
 
 
 def steps_compared(config: TrainingBenchConfig, mode: str, roofline: Roofline) -> dict[str, dict[str, Any]]:
@@ -119,12 +121,22 @@ def _measured(case: Case, mode: str, config: TrainingBenchConfig, roofline: Roof
         work=work_of(products),
         peer_flops=work_of(products_of(theirs, pair.theirs.parameters())).total_flops,
     )
-    return speed.row(roofline) | {"loss_difference": rounded(loss_difference), "batch": case.training_batch}
+    row = speed.row(roofline) | {"loss_difference": rounded(loss_difference), "batch": case.training_batch}
+    if dtype != torch.bfloat16:
+        return row
+    halved = synchronized(their_step(pair.theirs, batch, device, fused=False, bfloat16=True), device)
+    gain = paired_ratio(their_call, halved, config.rounds)
+    return row | {"peer_bfloat16": rounded(gain.median), "peer_bfloat16_interval": [rounded(gain.low), rounded(gain.high)]}
 
 
 def _settle(config: TrainingBenchConfig) -> None:
     torch.set_num_threads(config.threads)
     keep_freed_memory()
+
+
+def _peer_figures(rows: dict[str, Any]) -> dict[str, Any]:
+    """`peer_bfloat16`, by case; empty where ours does not take bfloat16."""
+    return {"peer_bfloat16": {name: row["peer_bfloat16"] for name, row in rows["as_shipped"].items() if "peer_bfloat16" in row}}
 
 
 def _memory_figures(memory: dict[str, dict[tuple[str, str], Peak]]) -> dict[str, Any]:

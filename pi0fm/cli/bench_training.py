@@ -25,6 +25,9 @@ def run(config: TrainingBenchConfig) -> dict[str, Any]:
     if written is not None:
         files.write_json(written, result | {"command": machine.command_line(), "notes": training_step.__doc__})
     show(result, COLUMNS)
+    for case, gain in result["peer_bfloat16"].items():
+        low, high = result["figures"]["as_shipped"][case]["peer_bfloat16_interval"]
+        progress.say(f"LeRobot's own time over its time under bfloat16 autocast, {case}: {gain:.2f} ({low:.2f} to {high:.2f})")
     _show_memory(result)
     return result
 

@@ -98,6 +98,14 @@ def test_a_step_is_the_same_step_on_both_sides(pair, fused):
     assert theirs() < expected
 
 
+def test_their_step_under_autocast_is_the_same_step_rounded(pair):
+    batch = make_batch(SMALL, 4)
+    expected = their_loss(pair.theirs.model, batch, CPU)().item()
+    found = their_step(pair.theirs, batch, CPU, fused=False, bfloat16=True)()
+    assert found != expected
+    assert found == pytest.approx(expected, rel=2e-2)
+
+
 def test_a_step_with_eight_draws_trains_on_all(pair):
     batch = make_batch(SMALL, 4, flow_draws=8)
     loss = step_of(*prepared(pair.ours, "float32", CPU), batch)()

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
+
+from pi0fm.policy.precision import compute_dtype
 
 pytestmark = [pytest.mark.journey, pytest.mark.long]
 
@@ -46,6 +49,7 @@ SIDES = ("lerobot", "like_for_like", "as_shipped")
 PEAK_NAMES = ("whole_megabytes", "above_imports_megabytes", "whole_ratio", "above_imports_ratio")
 PEAK = {"type": "object", "properties": dict.fromkeys(PEAK_NAMES, NUMBER), "required": list(PEAK_NAMES)}
 TRAINING = INFERENCE | {
+    "peer_bfloat16": {"type": "object", "properties": {"tiny": NUMBER}, "additionalProperties": False},
     "memory_ratio": BY_CASE,
     "memory": {
         "type": "object",
@@ -92,3 +96,6 @@ def test_training(tmp_path):
     check(result, TRAINING)
     assert 1 < result["flow_draws_8_predicted"]["tiny"] < 8
     assert "8 flow draws over 1, tiny" in shown
+    narrow = "peer_bfloat16" in result["figures"]["as_shipped"]["tiny"]
+    assert narrow == ("tiny" in result["peer_bfloat16"]) == ("LeRobot's own time over its time under bfloat16 autocast, tiny" in shown)
+    assert narrow == (compute_dtype("auto", torch.device("cpu")) == torch.bfloat16)
