@@ -24,7 +24,7 @@ from pi0fm.sim.metaworld import make_environment
 from pi0fm.sim.metaworld_prompts import TASK_PROMPTS
 
 pytestmark = pytest.mark.journey
-# An episode takes 10 ms, so that 400 of them outlast any moment of the kill below.
+# An episode takes 25 ms, so that 400 of them outlast any moment of the kill below, and a test that is kept waiting for seconds.
 KILLED = """
 import signal
 import sys
@@ -35,7 +35,7 @@ from pi0fm.demos.interrupt import sigterm_interrupts
 from pi0fm.demos.record import record
 
 def slowly(task, seed):
-    time.sleep(0.01)
+    time.sleep(0.025)
     return submit(task, seed)
 
 # what starts the tests may ignore Ctrl-C, and a child inherits that; a terminal's program does not
