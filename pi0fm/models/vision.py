@@ -135,10 +135,10 @@ class VisionTower(nn.Module):
         return self.projector(self.final_norm(x))
 
     def _initialise(self) -> None:
-        """The variances with which SigLIP is trained from nothing; the projector keeps torch's."""
+        """The variances of transformers' class; the projector keeps torch's."""
         patch, (_, width) = self.patch_embedding, self.position_embedding.shape
-        deviation = patch.weight[0].numel() ** -0.5 / 0.87962566  # of the normal that has the fan-in's variance once it is cut at two
-        nn.init.trunc_normal_(patch.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+        # of the normal that has the fan-in's variance once it is cut at two deviations; whole, it learns faster (docs/LOG.md)
+        nn.init.normal_(patch.weight, std=patch.weight[0].numel() ** -0.5 / 0.87962566)
         nn.init.zeros_(patch.bias)
         nn.init.normal_(self.position_embedding, std=width**-0.5)
         for layer in self.layers:
