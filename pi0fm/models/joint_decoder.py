@@ -21,15 +21,13 @@ Shape letters: B batch, P prefix tokens, Q suffix tokens, T tokens of one stream
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pi0fm.models.attention import additive, attend
-from pi0fm.models.layers import AdaptiveRMSNorm, GatedMLP, Modulation, RMSNorm, Rotation, rotate, rotation
+from pi0fm.models.layers import AdaptiveRMSNorm, GatedMLP, Gelu, Modulation, RMSNorm, Rotation, rotate, rotation, run_layer
 from pi0fm.models.prefix_cache import ActionContext, KeyValue, Modulations, PrefixCache, Room
 
 
@@ -51,7 +49,7 @@ class DecoderConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    gelu: Literal["tanh", "none"] = "tanh"
+    gelu: Gelu = "tanh"
 
 
 LayerCondition = Tensor | tuple[Modulation, Modulation] | None
@@ -229,14 +227,10 @@ class JointDecoder(nn.Module):
             suffix_turn = rotation(mask.sum(dim=1).repeat_interleave(draws)[:, None] + steps, self.head_dim)
             suffix_mask = additive(suffix_attention_mask(mask.repeat_interleave(draws, dim=0), suffix.shape[1], num_state_tokens))
         layers: list[KeyValue] = []
-        recomputed = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
             cached = cache.layers[index] if cache else None
             inputs = (prefix, suffix, prefix_turn, suffix_turn, prefix_mask, suffix_mask, cached, condition)
-            # nothing here is random, so no generator's state is kept
-            prefix, suffix, seen = (
-                checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False) if recomputed else layer(*inputs)
-            )
+            prefix, suffix, seen = run_layer(layer, self.activation_checkpointing, *inputs)
             layers.append(seen)
         if suffix is not None:
             suffix, _ = self.final_norm(suffix, condition)

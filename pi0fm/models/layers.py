@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 NORM_EPSILON = 1e-6
 ROPE_BASE = 10_000.0
+Gelu = Literal["tanh", "none"]
 
 
 class Rotation(NamedTuple):
@@ -86,7 +88,7 @@ class GatedMLP(nn.Module):
     gelu: "tanh" is what released weights were trained with; "none" is the error function itself, half the time on a CPU.
     """
 
-    def __init__(self, width: int, hidden_width: int, gelu: Literal["tanh", "none"]) -> None:
+    def __init__(self, width: int, hidden_width: int, gelu: Gelu) -> None:
         super().__init__()
         self.gate_up = nn.Linear(width, 2 * hidden_width, bias=False)
         self.down = nn.Linear(hidden_width, width, bias=False)
@@ -109,6 +111,14 @@ def rotation(positions: Int64[Tensor, "B T"], head_dim: int) -> Rotation:
 def rotate(x: Float[Tensor, "B N T K"], by: Rotation) -> Float[Tensor, "B N T K"]:
     """Rotate the pairs (i, i + K/2) of every head, in float32; the result has the type of x."""
     return _Rotate.apply(x, by.cos, by.sin) if torch.is_grad_enabled() else _turn(x, by.cos, by.sin)
+
+
+def run_layer(layer: nn.Module, recomputed: bool, *inputs: Any) -> Any:
+    """What the layer gives. recomputed: in training keep only its inputs for the backward pass, which computes the rest anew."""
+    if recomputed and layer.training and torch.is_grad_enabled():
+        # nothing in a layer is random, so no generator's state is kept
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return layer(*inputs)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

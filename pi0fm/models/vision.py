@@ -9,17 +9,15 @@ Shape letters: B pictures, V tokens of a picture, D tower width, E backbone widt
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pi0fm.errors import ConfigError
 from pi0fm.models.attention import attend_pictures
-from pi0fm.models.layers import product_dtype
+from pi0fm.models.layers import Gelu, product_dtype, run_layer
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class VisionConfig:
     mlp_width: int
     patch_size: int
     image_size: int
-    gelu: Literal["tanh", "none"] = "tanh"
+    gelu: Gelu = "tanh"
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -77,7 +75,7 @@ class ProductNorm(nn.LayerNorm):
 class VisionMLP(nn.Module):
     """`fc2(gelu(fc1(x)))`. gelu: see GatedMLP."""
 
-    def __init__(self, width: int, hidden_width: int, gelu: Literal["tanh", "none"]) -> None:
+    def __init__(self, width: int, hidden_width: int, gelu: Gelu) -> None:
         super().__init__()
         self.fc1, self.fc2, self.gelu = nn.Linear(width, hidden_width), nn.Linear(hidden_width, width), gelu
 
@@ -128,10 +126,8 @@ class VisionTower(nn.Module):
     def forward(self, pictures: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B V E"]:
         """pictures in [-1, 1] to tokens; unlike word embeddings they are not scaled."""
         x = self.patch_embedding(pictures) + self.position_embedding
-        recomputed = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:
-            # nothing here is random, so no generator's state is kept
-            x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False) if recomputed else layer(x)
+            x = run_layer(layer, self.activation_checkpointing, x)
         return self.projector(self.final_norm(x))
 
     def _initialise(self) -> None:

@@ -9,17 +9,16 @@ A chunk's few rows take less time to multiply than their matrix takes to be put 
 torch.compile uses, under a name that torch does not promise to keep: where it is missing, nothing is replaced.
 """
 
-from typing import Any, Literal, cast, final
+from typing import Any, cast, final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pi0fm.models.layers import GatedMLP
+from pi0fm.models.layers import GatedMLP, Gelu
 from pi0fm.models.vision import VisionMLP
 
-Gelu = Literal["tanh", "none"]
 _OPERATIONS = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
 
 
