@@ -33,12 +33,12 @@ from pi0fm.errors import ConfigError
 from pi0fm.models.pi0 import Pi0, parameter_count
 from pi0fm.options import nearest, option
 from pi0fm.train import state as run_state
-from pi0fm.train.allocator import keep_freed_memory
-from pi0fm.train.checkpoint import Checkpoints
+from pi0fm.train.checkpoint.checkpoints import Checkpoints
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.ema import Ema
 from pi0fm.train.optim import unwrapped
-from pi0fm.train.parallel import Context
+from pi0fm.train.parallel.accelerate import Context
+from pi0fm.train.parallel.allocator import keep_freed_memory
 
 CASES = ("tiny", "width_512", PI0_PROPORTIONS)
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from pi0fm.bench.paired import Ratio, paired_ratio
-from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.norm_stats import NormStats, column_stats
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.norm_stats import NormStats, column_stats
 from pi0fm.errors import ConfigError
 from pi0fm.flow.likelihood import push_backward, push_forward
 from pi0fm.flow.matching import FlowConfig, FlowMatching

@@ -32,7 +32,7 @@ from pi0fm.bench.products import Roofline, bare, measure_roofline, products_of, 
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
-from pi0fm.policy.precision import choose_device, inference_dtype
+from pi0fm.policy.device import choose_device, inference_dtype
 from pi0fm.policy.sampler import Sampler
 
 FLOW_STEPS = 10

@@ -37,8 +37,8 @@ from pi0fm.bench.pi0fm_training import train_pi0fm
 from pi0fm.bench.shared_data import SharedData, lerobot_batch
 from pi0fm.eval.summary import Summary
 from pi0fm.models.pi0 import Pi0, parameter_count
-from pi0fm.train.allocator import keep_freed_memory
 from pi0fm.train.config import TrainConfig
+from pi0fm.train.parallel.allocator import keep_freed_memory
 from pi0fm.types import Policy
 
 CALIBRATION_STEPS = 10

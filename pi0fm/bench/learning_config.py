@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pi0fm.data.lerobot_source import DatasetConfig
+from pi0fm.data.columns.lerobot_source import DatasetConfig
 from pi0fm.errors import ConfigError
 from pi0fm.options import option
-from pi0fm.sim.metaworld import check_task
+from pi0fm.sim.metaworld.environment import check_task
 
 SIDES = ("pi0fm", "lerobot")
 

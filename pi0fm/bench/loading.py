@@ -34,12 +34,12 @@ from pi0fm.bench.loading_data import write_dataset
 from pi0fm.bench.loading_memory import MemoryUse, memory_over
 from pi0fm.bench.loading_sides import Streaming, compare_building, compare_copying, compare_lerobot, compare_streaming
 from pi0fm.bench.paired import Ratio
-from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.frame_cache import open_cache
-from pi0fm.data.lerobot_source import DatasetConfig, open_source
-from pi0fm.data.norm_stats import compute_norm_stats
-from pi0fm.data.video import choose_decoder
-from pi0fm.train.allocator import keep_freed_memory
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.columns.norm_stats import compute_norm_stats
+from pi0fm.data.pictures.frame_cache import open_cache
+from pi0fm.data.pictures.video import choose_decoder
+from pi0fm.train.parallel.allocator import keep_freed_memory
 
 STATS_FRAMES, STATS_WIDTH, STATS_EPISODE = 1_000_000, 14, 300
 

@@ -6,11 +6,11 @@ Owns: `LoadingConfig`, a collator at pi0's widths. Does not know: what either is
 from dataclasses import dataclass
 from pathlib import Path
 
-from pi0fm.data.lerobot_source import LeRobotSource
-from pi0fm.data.loader import Collator, LoaderConfig, micro_batches
-from pi0fm.data.pictures import Pictures
+from pi0fm.data.chain import make_chain
+from pi0fm.data.columns.lerobot_source import LeRobotSource
+from pi0fm.data.loading.loader import Collator, LoaderConfig, micro_batches
+from pi0fm.data.pictures.source import Pictures
 from pi0fm.data.prompt import BYTES, PromptTokenizer, load_tokenizer
-from pi0fm.data.transforms import make_chain
 from pi0fm.errors import ConfigError
 from pi0fm.options import option
 

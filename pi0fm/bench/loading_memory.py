@@ -12,7 +12,7 @@ import psutil
 
 from pi0fm import progress
 from pi0fm.bench.loading_config import LoadingConfig
-from pi0fm.data.loader import Collator, micro_batches
+from pi0fm.data.loading.loader import Collator, micro_batches
 
 LOOKS = 500
 

@@ -26,12 +26,12 @@ import numpy as np
 from pi0fm.bench.cpu_time import cpu_seconds_of_tree
 from pi0fm.bench.loading_config import LoadingConfig, make_collator, take
 from pi0fm.bench.paired import Ratio, paired_ratio, ratio_of
-from pi0fm.data.decoding import cores
-from pi0fm.data.frame_cache import FrameCache, open_cache
-from pi0fm.data.lerobot_source import DatasetConfig, LeRobotSource
-from pi0fm.data.loader import Collator, LoaderConfig, micro_batches
-from pi0fm.data.streaming import FrameStream
-from pi0fm.data.video import choose_decoder, decode
+from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource
+from pi0fm.data.loading.loader import Collator, LoaderConfig, micro_batches
+from pi0fm.data.pictures.decoding import cores
+from pi0fm.data.pictures.frame_cache import FrameCache, open_cache
+from pi0fm.data.pictures.streaming import FrameStream
+from pi0fm.data.pictures.video import choose_decoder, decode
 from pi0fm.errors import ConfigError
 
 OURS_A_ROUND = 20  # samples of ours for each of LeRobot's in a round: both sides then take a time that can be measured

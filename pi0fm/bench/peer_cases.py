@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pi0fm.bench.peer_config import PI0_PROPORTIONS
-from pi0fm.data.batch import Batch
+from pi0fm.data.loading.batch import Batch
 from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
 from pi0fm.models.observation import ModelObservation, pixels
 from pi0fm.models.pi0 import Pi0Config

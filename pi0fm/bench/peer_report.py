@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pi0fm import machine
 from pi0fm.bench.paired import Ratio
 from pi0fm.bench.peer_config import MODES
 from pi0fm.bench.products import Roofline, Work
-from pi0fm.eval import machine
 
 Rows = Mapping[str, Mapping[str, dict[str, Any]]]
 

@@ -16,12 +16,12 @@ from pi0fm.bench.budget import TrainingPlan, TrainingResult, spend, steps_in_bud
 from pi0fm.bench.shared_data import SharedData
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0
+from pi0fm.policy.device import compute_dtype
 from pi0fm.policy.local import LocalPolicy
-from pi0fm.policy.precision import compute_dtype
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.ema import Ema
 from pi0fm.train.optim import learning_rate, make_optimizer, set_learning_rate
-from pi0fm.train.parallel import make_accelerator
+from pi0fm.train.parallel.accelerate import make_accelerator
 from pi0fm.train.step import train_step
 
 

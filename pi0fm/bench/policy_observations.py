@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from pi0fm.data.frame_cache import open_cache
-from pi0fm.data.lerobot_source import DatasetConfig, open_source
-from pi0fm.data.transforms import Chain
+from pi0fm.data.chain import Chain
+from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.errors import ConfigError
 from pi0fm.eval.episode import noise_seed
-from pi0fm.sim.env import CameraSpec, parse_cameras
-from pi0fm.sim.metaworld import make_environment
-from pi0fm.sim.metaworld_prompts import TASK_PROMPTS
+from pi0fm.sim.environment import CameraSpec, parse_cameras
+from pi0fm.sim.metaworld.environment import make_environment
+from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
 from pi0fm.types import Observation, Policy
 
 PER_EPISODE = 4

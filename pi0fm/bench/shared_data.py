@@ -17,11 +17,11 @@ import torch
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from pi0fm.bench.lerobot_pi0 import RobotFeatures, image_key
-from pi0fm.data.frame_cache import FrameCache, open_cache
-from pi0fm.data.lerobot_source import LeRobotSource, open_source
-from pi0fm.data.loader import Collator, action_chunks
-from pi0fm.data.norm_stats import NormStats
-from pi0fm.data.sampler import slots
+from pi0fm.data.columns.lerobot_source import LeRobotSource, open_source
+from pi0fm.data.columns.norm_stats import NormStats
+from pi0fm.data.loading.loader import Collator, action_chunks
+from pi0fm.data.order.counter import slots
+from pi0fm.data.pictures.frame_cache import FrameCache, open_cache
 from pi0fm.errors import ConfigError, DatasetError
 from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.train.config import TrainConfig

@@ -18,7 +18,7 @@ from pi0fm.bench.fresh_process import peak_resident
 from pi0fm.bench.peer_cases import Case, make_batch
 from pi0fm.bench.training_sides import our_step, their_step
 from pi0fm.models.pi0 import Pi0
-from pi0fm.train.allocator import keep_freed_memory
+from pi0fm.train.parallel.allocator import keep_freed_memory
 
 STEPS = 3
 Side = Literal["pi0fm", "lerobot"]

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from pi0fm.bench.peer_cases import their_prefix
-from pi0fm.data.batch import Batch
+from pi0fm.data.loading.batch import Batch
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.pi0 import Pi0
 from pi0fm.train.optim import OptimizerConfig, make_optimizer
-from pi0fm.train.parallel import Accelerator, make_accelerator
+from pi0fm.train.parallel.accelerate import Accelerator, make_accelerator
 from pi0fm.train.step import train_step
 
 

@@ -32,8 +32,8 @@ from pi0fm.bench.products import Roofline, bare, measure_roofline, products_of, 
 from pi0fm.bench.training_memory import Peak, peak_of_training
 from pi0fm.bench.training_sides import our_loss, prepared, step_of, their_loss, their_step
 from pi0fm.models.pi0 import Pi0
-from pi0fm.policy.precision import choose_device, compute_dtype
-from pi0fm.train.allocator import keep_freed_memory
+from pi0fm.policy.device import choose_device, compute_dtype
+from pi0fm.train.parallel.allocator import keep_freed_memory
 
 PRECISIONS = {"like_for_like": "float32", "as_shipped": "auto"}
 LOSS_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-3}

@@ -8,9 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pi0fm import progress
+from pi0fm import machine, progress
 from pi0fm.bench.checkpoint import CheckpointConfig, CheckpointCost, measure
-from pi0fm.eval import machine
 from pi0fm.train.config import TrainConfig
 
 HELP = "steps with an asynchronous checkpoint beside steps without"

@@ -8,10 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pi0fm import progress
+from pi0fm import machine, progress
 from pi0fm.bench.density import DensityConfig, measure
 from pi0fm.bench.paired import Ratio
-from pi0fm.eval import machine
 
 HELP = "a chunk's log-likelihood beside its sampling, with the same evaluations"
 Options = DensityConfig

@@ -8,9 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pi0fm import files, progress
+from pi0fm import files, machine, progress
 from pi0fm.bench.peer_config import MODES, InferenceConfig, result_file
-from pi0fm.eval import machine
 
 HELP = "ten Euler steps for one observation: LeRobot's own PI0 against ours"
 Options = InferenceConfig

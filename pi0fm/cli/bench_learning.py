@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pi0fm import files, options, progress
+from pi0fm import files, machine, options, progress
 from pi0fm.bench.learning_config import LearningConfig, refuse_passed_over
 from pi0fm.cli.quickstart import shipped_config
 from pi0fm.cluster import evaluation
@@ -18,14 +18,13 @@ from pi0fm.cluster.recording import record_demonstrations
 from pi0fm.cluster.training import TrainingRun
 from pi0fm.demos.config import DatasetName, DemosConfig
 from pi0fm.errors import OutputError
-from pi0fm.eval import machine
 from pi0fm.eval.config import EvalConfig, camera_texts, plan, refuse_seen_seeds
-from pi0fm.eval.report import percent
+from pi0fm.eval.report.page import percent
 from pi0fm.eval.summary import Summary
 from pi0fm.policy.bundle import PolicyConfig
-from pi0fm.sim import metaworld
-from pi0fm.sim.env import Environment, parse_cameras
-from pi0fm.sim.metaworld_prompts import TASK_PROMPTS
+from pi0fm.sim.environment import Environment, parse_cameras
+from pi0fm.sim.metaworld import environment as metaworld
+from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
 from pi0fm.types import Policy
 
 HELP = "one task, the same data and processor time: pi0fm against LeRobot's own PI0"

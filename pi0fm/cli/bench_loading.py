@@ -8,11 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pi0fm import progress
+from pi0fm import machine, progress
 from pi0fm.bench.loading import LoadingFigures, measure
 from pi0fm.bench.loading_config import LoadingConfig
 from pi0fm.bench.paired import Ratio
-from pi0fm.eval import machine
 
 HELP = "samples a processor second: frame cache and stream beside LeRobot's loader, copying and decoding"
 Options = LoadingConfig

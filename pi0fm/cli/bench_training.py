@@ -5,10 +5,9 @@ Owns: the tables, training.json. Does not know: what is timed.
 
 from typing import Any
 
-from pi0fm import files, progress
+from pi0fm import files, machine, progress
 from pi0fm.bench.peer_config import TrainingBenchConfig, result_file
 from pi0fm.cli.bench_inference import COLUMNS, show
-from pi0fm.eval import machine
 
 HELP = "one optimiser step on the same batch: LeRobot's own PI0 against ours"
 Options = TrainingBenchConfig

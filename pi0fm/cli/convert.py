@@ -6,8 +6,8 @@ Owns: the command's result. Does not know: any format.
 from dataclasses import asdict
 from typing import Any
 
-from pi0fm.policy import convert
-from pi0fm.policy.convert_facts import ConvertConfig
+from pi0fm.convert import conversion as convert
+from pi0fm.convert.facts import ConvertConfig
 
 HELP = "openpi's or LeRobot's weights to a bundle; a bundle to LeRobot's or openpi's"
 Options = ConvertConfig

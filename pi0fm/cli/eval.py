@@ -11,7 +11,7 @@ from rich.table import Table
 from pi0fm import progress
 from pi0fm.cluster.evaluation import Evaluation, evaluate
 from pi0fm.eval.config import EvalConfig
-from pi0fm.eval.report import percent
+from pi0fm.eval.report.page import percent
 from pi0fm.eval.statistics import Interval
 
 HELP = "judge a policy in simulation"

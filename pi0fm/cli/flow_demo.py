@@ -10,12 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pi0fm import options, progress
-from pi0fm.eval import machine
-from pi0fm.plane import comparison_figures, flow_figures, page
-from pi0fm.plane.comparison import CURVE_POINTS, HELD_OUT, NEAR, SAMPLES, Comparison, compare
-from pi0fm.plane.config import DemoConfig
-from pi0fm.plane.training import one_thread
+from pi0fm import machine, options, progress
+from pi0fm.toy import comparison_figures, flow_figures, page
+from pi0fm.toy.comparison import CURVE_POINTS, HELD_OUT, NEAR, SAMPLES, Comparison, compare
+from pi0fm.toy.config import DemoConfig
+from pi0fm.toy.training import one_thread
 
 HELP = "flow matching, CNF and diffusion on data in the plane: figures and a comparison"
 Options = DemoConfig

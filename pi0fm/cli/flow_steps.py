@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pi0fm import files, progress
-from pi0fm.data.lerobot_source import DatasetConfig
+from pi0fm.data.columns.lerobot_source import DatasetConfig
 from pi0fm.errors import ConfigError, OutputError
 from pi0fm.options import option, required
 
@@ -71,9 +71,9 @@ def run(config: FlowStepsConfig) -> dict[str, Any]:
         raise OutputError(f"a table is never overwritten, and {written} is there; type --output_dir ANOTHER")
     progress.say(f"loading {config.bundle}")
     # Imported here: torch takes seconds, and a folder in use should be told at once.
+    from pi0fm import machine
     from pi0fm.bench import flow_steps
     from pi0fm.bench.flow_steps_figure import draw
-    from pi0fm.eval import machine
     from pi0fm.policy import bundle
 
     # float32: in bfloat16 the rounding of the network would be most of what is measured
@@ -127,8 +127,8 @@ def _solve(config: FlowStepsConfig, policy: "LocalPolicy", observations: list["O
     import torch
 
     from pi0fm.bench import flow_steps
-    from pi0fm.data.sampler import draw
-    from pi0fm.data.transforms import Sample
+    from pi0fm.data.chain import Sample
+    from pi0fm.data.order.counter import draw
 
     model, flow = policy.model, policy.flow
     shape = (model.config.action_horizon, model.config.action_dim)

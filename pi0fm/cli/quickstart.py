@@ -32,9 +32,9 @@ from pi0fm.cluster.training import TrainingRun, run_training
 from pi0fm.demos.config import DatasetName, DemosConfig
 from pi0fm.errors import ConfigError, OutputError, ServingError
 from pi0fm.eval.config import EvalConfig
-from pi0fm.eval.filmstrip import write_filmstrip
+from pi0fm.eval.report.filmstrip import write_filmstrip
 from pi0fm.options import option
-from pi0fm.train.metrics import read_last
+from pi0fm.train.watch.metrics import read_last
 
 HELP = "record, train, evaluate, serve and evaluate over the network, with one command"
 ALIASES: dict[str, str] = {}

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from pi0fm.cluster.runtime import ray_session
-from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.frame_cache import cache_bytes, open_cache
-from pi0fm.data.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.pictures.frame_cache import cache_bytes, open_cache
 from pi0fm.errors import Pi0fmError
 
 

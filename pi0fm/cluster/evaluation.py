@@ -1,7 +1,7 @@
 """An evaluation over cores and nodes: Ray actors that pull episodes, or the calling process.
 
 Owns: which process runs which episode, the restart of an actor, the order policy -> episodes -> report.
-Does not know: how an episode is run (eval/rollout), what the page looks like (eval/report).
+Does not know: how an episode is run (eval/rollout), what the page looks like (eval/report/page).
 
     driver   ledger ---episodes that fit---> actor 0: policy, environments, one round ---results---> ledger, videos/, progress
                     ---episodes that fit---> actor 1: policy, environments, one round ---results--->
@@ -15,17 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, final
 
-from pi0fm import progress
+from pi0fm import machine, progress
 from pi0fm.cluster.ledger import Ledger
 from pi0fm.cluster.runtime import ONE_THREAD, ray_session, require_resources
 from pi0fm.errors import ConfigError
-from pi0fm.eval import curve, machine, report
 from pi0fm.eval.config import DEFAULT_EXECUTION_HORIZON, EvalConfig, camera_texts, plan, refuse_seen_seeds
 from pi0fm.eval.episode import Episode, EpisodeResult, RolloutSettings, one_line
+from pi0fm.eval.report import curve
+from pi0fm.eval.report import page as report
 from pi0fm.eval.rollout import Lockstep, OpenEnvironment, run_all
 from pi0fm.eval.summary import Summary, summarize
-from pi0fm.sim import metaworld
-from pi0fm.sim.env import Environment, parse_cameras
+from pi0fm.sim.environment import Environment, parse_cameras
+from pi0fm.sim.metaworld import environment as metaworld
 from pi0fm.types import Policy
 
 NOISY = "euler_maruyama"  # flow.solver.EULER_MARUYAMA: that module imports torch, which a driver of remote policies does without

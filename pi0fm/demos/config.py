@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pi0fm.errors import ConfigError
 from pi0fm.options import option
-from pi0fm.sim.env import CameraSpec, parse_cameras
-from pi0fm.sim.metaworld import FPS, LONGEST_EPISODE, MAX_STEPS, check_task
+from pi0fm.sim.environment import CameraSpec, parse_cameras
+from pi0fm.sim.metaworld.environment import FPS, LONGEST_EPISODE, MAX_STEPS, check_task
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from pi0fm.demos.lerobot_writer import Layout, Written, read_written, write_segm
 from pi0fm.demos.swap import swap_directories
 from pi0fm.errors import OutputError
 from pi0fm.files import fsync_directory, write_json
-from pi0fm.sim.metaworld import ACTION_NAMES, STATE_NAMES
+from pi0fm.sim.metaworld.environment import ACTION_NAMES, STATE_NAMES
 
 SEGMENT_EPISODES = 10
 SETTINGS_FILE = "meta/pi0fm_recording.json"
@@ -141,7 +141,7 @@ class Recording:
 
 def recording_settings(config: DemosConfig) -> dict[str, Any]:
     """What must be equal for a recording to go on; more episodes may be asked for."""
-    from pi0fm.sim.metaworld_prompts import TASK_PROMPTS
+    from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
 
     return {
         "prompts": {task: TASK_PROMPTS[task] for task in config.task_names},

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm.sim.env import Environment
+from pi0fm.sim.environment import Environment
 
 
 @dataclass(frozen=True)

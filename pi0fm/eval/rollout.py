@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0fm.errors import BundleError, ConfigError, Pi0fmError, SimulationError
-from pi0fm.eval import video
 from pi0fm.eval.episode import Episode, EpisodeResult, Outcome, RolloutSettings, noise_seed, one_line, other_seed
-from pi0fm.sim.env import Environment
+from pi0fm.eval.report import video
+from pi0fm.sim.environment import Environment
 from pi0fm.types import ActionChunk, Observation, Policy
 
 OpenEnvironment = Callable[[str], Environment]

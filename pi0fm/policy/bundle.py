@@ -25,17 +25,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pi0fm import files, options
-from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.norm_stats import NormStats, norm_stats_from_json
+from pi0fm.data.chain import Chain, make_chain
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.norm_stats import NormStats, norm_stats_from_json
 from pi0fm.data.prompt import BYTES, OPENPI, PromptTokenizer, load_tokenizer
-from pi0fm.data.transforms import Chain, make_chain
 from pi0fm.errors import BundleError, ConfigError
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.sampling import overridden
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.policy import robots
+from pi0fm.policy.device import choose_device, inference_dtype
 from pi0fm.policy.local import LocalPolicy
-from pi0fm.policy.precision import choose_device, inference_dtype
 from pi0fm.policy.robots import Robots
 from pi0fm.policy.sampler import refuse_compile
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pi0fm.data.transforms import Chain, Sample
+from pi0fm.data.chain import Chain, Sample
 from pi0fm.errors import ConfigError, ObservationError
 from pi0fm.flow.likelihood import push_backward
 from pi0fm.flow.matching import FlowMatching

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pi0fm.data.sampler import draw
+from pi0fm.data.order.counter import draw
 
 START, INCREMENTS, PROBES = 0, 1, 2
 Shape = tuple[int, int]

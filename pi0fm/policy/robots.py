@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pi0fm import options
-from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.norm_stats import NormStats, norm_stats_from_json
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.norm_stats import NormStats, norm_stats_from_json
 from pi0fm.errors import BundleError, ConfigError
 
 FILE = "robots.json"

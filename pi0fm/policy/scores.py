@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pi0fm.data.transforms import Chain, DeltaActions, Normalize, PadDimensions, Sample
+from pi0fm.data.chain import Chain, DeltaActions, Normalize, PadDimensions, Sample
 from pi0fm.errors import ConfigError
 from pi0fm.flow.likelihood import DensityOptions, Pushed, density_solver, push_backward, push_forward
 from pi0fm.flow.matching import FlowMatching

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from pi0fm import options
-from pi0fm.data.augment import AugmentConfig
-from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.lerobot_source import DatasetConfig
-from pi0fm.data.loader import LoaderConfig
-from pi0fm.data.mixture import MixtureEntry, refuse_entries
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.lerobot_source import DatasetConfig
+from pi0fm.data.loading.loader import LoaderConfig
+from pi0fm.data.loading.mixture import MixtureEntry, refuse_entries
+from pi0fm.data.pictures.augmentation import AugmentConfig
 from pi0fm.data.prompt import BYTES, OPENPI, refuse_dialect
 from pi0fm.errors import ConfigError
 from pi0fm.flow.matching import FlowConfig
@@ -22,11 +22,11 @@ from pi0fm.models.lora import LoraConfig
 from pi0fm.models.pi0 import Pi0Config
 from pi0fm.models.presets import preset
 from pi0fm.options import option
-from pi0fm.policy.precision import PRECISIONS
-from pi0fm.train.adaptation import Adaptation, refuse_for
+from pi0fm.policy.device import PRECISIONS
 from pi0fm.train.optim import OptimizerConfig
-from pi0fm.train.validation import FREE_AT_RESUME as FREE_IN_VALIDATION
-from pi0fm.train.validation import ValidationConfig
+from pi0fm.train.start.adaptation import Adaptation, refuse_for
+from pi0fm.train.watch.validation import FREE_AT_RESUME as FREE_IN_VALIDATION
+from pi0fm.train.watch.validation import ValidationConfig
 
 FREE_AT_RESUME = (
     *("output_dir", "resume", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "micro_batch_size", "threads"),

@@ -4,7 +4,7 @@ Owns: `RunData` and the order in which it is opened. Does not know: the network 
 
     entry A: columns -> filters -> held-out episodes -> statistics -> chain    all that can be refused for any entry is refused here,
     entry B: the same                                                          before a video is decoded
-    then A: frame cache or stream -> batches;  B: the same;  both dealt by weight into one stream (data/mixture.py)
+    then A: frame cache or stream -> batches;  B: the same;  both dealt by weight into one stream (data/loading/mixture.py)
 
 A run without a mixture has one entry without a name, and the order of its data set alone.
 """
@@ -13,19 +13,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pi0fm.data import held_out
-from pi0fm.data.lerobot_source import LeRobotSource, open_source
-from pi0fm.data.loader import BatchMaker, Collator
-from pi0fm.data.mixture import MixtureCollator, MixtureEntry, entry_named, filtered, part_seed, sample_order
-from pi0fm.data.norm_stats import NormStats
-from pi0fm.data.order import Weighted
-from pi0fm.data.streaming import open_pictures
-from pi0fm.data.transforms import Chain
+from pi0fm.data.chain import Chain
+from pi0fm.data.columns import held_out
+from pi0fm.data.columns.lerobot_source import LeRobotSource, open_source
+from pi0fm.data.columns.norm_stats import NormStats
+from pi0fm.data.loading.loader import BatchMaker, Collator
+from pi0fm.data.loading.mixture import MixtureCollator, MixtureEntry, entry_named, filtered, part_seed, sample_order
+from pi0fm.data.order.orders import Weighted
+from pi0fm.data.pictures.streaming import open_pictures
 from pi0fm.errors import ConfigError
 from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.policy.robots import Robot
 from pi0fm.train.config import TrainConfig
-from pi0fm.train.pretrained import Pretrained, chosen_dialect, chosen_tokenizer, kept_stats, open_pretrained, refuse_other_policy
+from pi0fm.train.start.pretrained import Pretrained, chosen_dialect, chosen_tokenizer, kept_stats, open_pretrained, refuse_other_policy
 from pi0fm.train.state import data_facts
 
 

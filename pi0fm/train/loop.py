@@ -20,30 +20,30 @@ from pathlib import Path
 import torch
 
 from pi0fm import progress
-from pi0fm.data.batch import Batch
-from pi0fm.data.loader import BatchMaker, micro_batches
+from pi0fm.data.loading.batch import Batch
+from pi0fm.data.loading.loader import BatchMaker, micro_batches
 from pi0fm.errors import BundleError
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0, parameter_count
 from pi0fm.policy import bundle
-from pi0fm.policy.precision import compute_dtype
+from pi0fm.policy.device import compute_dtype
 from pi0fm.train import state as run_state
-from pi0fm.train.adaptation import adapt, plain_weights
-from pi0fm.train.allocator import keep_freed_memory
-from pi0fm.train.checkpoint import Checkpoints
+from pi0fm.train.checkpoint.checkpoints import Checkpoints
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.data import RunData, open_data
 from pi0fm.train.ema import Ema
-from pi0fm.train.faults import full_disk_named
-from pi0fm.train.guard import guarded
-from pi0fm.train.memory import memory_line
-from pi0fm.train.metrics import Metrics, read_last
 from pi0fm.train.optim import learning_rate, make_optimizer, set_learning_rate
-from pi0fm.train.parallel import Context, all_sum, barrier, make_accelerator
-from pi0fm.train.pretrained import starting_network
+from pi0fm.train.parallel.accelerate import Context, all_sum, barrier, make_accelerator
+from pi0fm.train.parallel.allocator import keep_freed_memory
+from pi0fm.train.plan.memory import memory_line
+from pi0fm.train.start.adaptation import adapt, plain_weights
+from pi0fm.train.start.pretrained import starting_network
 from pi0fm.train.step import train_step
-from pi0fm.train.validation import make_validators
-from pi0fm.train.watch import Watch
+from pi0fm.train.watch.faults import full_disk_named
+from pi0fm.train.watch.guard import guarded
+from pi0fm.train.watch.metrics import Metrics, read_last
+from pi0fm.train.watch.schedule import Watch
+from pi0fm.train.watch.validation import make_validators
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pi0fm.data.batch import Batch
+from pi0fm.data.loading.batch import Batch
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0
 from pi0fm.train.optim import unwrapped
-from pi0fm.train.parallel import Accelerator
+from pi0fm.train.parallel.accelerate import Accelerator
 
 
 def train_step(

@@ -8,7 +8,7 @@ import torch
 from smooth_network import smooth_in_time
 
 from pi0fm.cli.main import main
-from pi0fm.data.lerobot_source import open_source
+from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy import bundle
 from pi0fm.train.data import policy_config

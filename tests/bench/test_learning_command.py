@@ -7,7 +7,7 @@ import pytest
 
 from pi0fm.cli import bench_learning
 from pi0fm.cli.main import main
-from pi0fm.data.lerobot_source import DatasetConfig
+from pi0fm.data.columns.lerobot_source import DatasetConfig
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,10 @@ from pi0fm.bench.loading_data import EPISODE_FRAMES, FPS, draw_episode, write_da
 from pi0fm.bench.loading_memory import memory_over
 from pi0fm.bench.loading_sides import compare_building, compare_streaming, one_processor, scaled
 from pi0fm.bench.paired import Ratio
-from pi0fm.data.decoding import cores
-from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.frame_cache import open_cache
-from pi0fm.data.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.pictures.decoding import cores
+from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.errors import ConfigError
 
 SIZE = 32
@@ -75,7 +75,7 @@ def test_memory_is_looked_at_from_a_tenth_to_the_end(drawn, monkeypatch):
 def test_a_stream_is_measured_in_the_middle_of_an_epoch(drawn, monkeypatch, shapes_unchecked):
     """Every frame is decoded about once there, although the buffer holds half of the data set and several epochs are read."""
     source = open_source(drawn, Embodiment())
-    monkeypatch.setattr("pi0fm.data.streaming.SHORTEST_GROUP", 2)
+    monkeypatch.setattr("pi0fm.data.pictures.streaming.SHORTEST_GROUP", 2)
     config = LoadingConfig(size=SIZE, batch_size=4, action_horizon=4, rounds=1)
     found = compare_streaming(source, drawn, config)
     assert found.pictures.median > 0 and found.batches.median > 0

@@ -16,8 +16,8 @@ from pi0fm.bench.pi0fm_training import train_pi0fm
 from pi0fm.bench.shared_data import open_shared
 from pi0fm.policy import bundle
 from pi0fm.train.loop import train
-from pi0fm.train.output import claim
-from pi0fm.train.parallel import Context
+from pi0fm.train.parallel.accelerate import Context
+from pi0fm.train.start.output import claim
 from pi0fm.types import Observation
 
 STEPS = 12

@@ -8,9 +8,9 @@ from learning_help import SeededArm
 
 from pi0fm.bench import policy_observations
 from pi0fm.bench.policy_observations import from_dataset, from_simulator, simulated_tasks
-from pi0fm.data.embodiment import Embodiment
+from pi0fm.data.chain import Chain
+from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.prompt import PromptTokenizer, load_tokenizer
-from pi0fm.data.transforms import Chain
 from pi0fm.errors import ConfigError
 
 METADATA = {

@@ -9,9 +9,9 @@ import torch
 from learning_help import PROMPT
 
 from pi0fm.bench.shared_data import lerobot_batch, open_shared
-from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.lerobot_source import open_source
-from pi0fm.data.transforms import Sample
+from pi0fm.data.chain import Sample
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.errors import ConfigError, DatasetError
 
 

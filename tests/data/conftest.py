@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import tiny_dataset
 
-from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.frame_cache import FrameCache
-from pi0fm.data.lerobot_source import DatasetConfig, LeRobotSource, open_source
-from pi0fm.data.loader import Collator
+from pi0fm.data.chain import make_chain
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, open_source
+from pi0fm.data.loading.loader import Collator
+from pi0fm.data.pictures.frame_cache import FrameCache
 from pi0fm.data.prompt import PromptTokenizer, load_tokenizer
-from pi0fm.data.transforms import make_chain
 
 
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory) -> Path:
-    """The data set of tests/tiny_dataset.py; copy it before changing it."""
+    """The data set of tests/support/tiny_dataset.py; copy it before changing it."""
     return tiny_dataset.written(tmp_path_factory)
 
 

@@ -7,7 +7,7 @@ import pytest
 from demos_help import episode
 from numpy.typing import NDArray
 
-from pi0fm.data.video import decode
+from pi0fm.data.pictures.video import decode
 from pi0fm.demos.encoding import CODEC, encode, encode_pictures, join_videos
 from pi0fm.errors import OutputError
 

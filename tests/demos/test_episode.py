@@ -3,7 +3,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pi0fm.demos.episode import noise_at, record_episode
-from pi0fm.sim.env import CameraSpec, Environment, StepResult
+from pi0fm.sim.environment import CameraSpec, Environment, StepResult
 from pi0fm.types import Observation
 
 

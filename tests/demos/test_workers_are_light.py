@@ -18,7 +18,7 @@ print(sorted({"lerobot", "torch", "datasets", "ray"} & set(sys.modules)))
 
 
 def test_simulating_encoding_and_writing_load_no_lerobot_and_no_torch(tmp_path: Path, repository: Path) -> None:
-    environment = {"PYTHONPATH": str(repository / "tests")}
+    environment = {"PYTHONPATH": str(repository / "tests" / "support")}
     done = subprocess.run(
         [sys.executable, "-c", LIGHT, str(tmp_path / "set")], env=os.environ | environment, capture_output=True, text=True, check=True
     )

@@ -15,7 +15,7 @@ import pytest
 from manifests import DEPLOY, OVERLAYS, Document, problems, render
 
 from pi0fm import options
-from pi0fm.train.output import claim
+from pi0fm.train.start.output import claim
 
 RAYJOB = "RayJob"
 

@@ -45,7 +45,7 @@ def defined(body: list[ast.stmt]) -> dict[str, ast.stmt]:
 def resolves(dotted: str) -> bool:
     """Whether `layer.module.function` or `layer.module.Class.method` is defined in that module."""
     words = dotted.split(".")
-    module = next((length for length in (2, 1) if PACKAGE.joinpath(*words[:length]).with_suffix(".py").is_file()), None)
+    module = next((length for length in (3, 2, 1) if PACKAGE.joinpath(*words[:length]).with_suffix(".py").is_file()), None)
     if module is None:
         return False
     names = names_in(PACKAGE.joinpath(*words[:module]).with_suffix(".py"))
@@ -83,7 +83,14 @@ def test_the_three_journeys_are_drawn_with_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["train.loop.no_such_function", "flow.path.CondOT.no_such_method", "flow.no_such_module.f", "train.loop.Path"]
+    "name",
+    [
+        "train.loop.no_such_function",
+        "flow.path.CondOT.no_such_method",
+        "flow.no_such_module.f",
+        "train.loop.Path",
+        "data.order.counter.gone",
+    ],
 )
 def test_a_name_that_is_gone_is_found_out(name: str) -> None:
     assert not resolves(name)

@@ -9,11 +9,11 @@ import torch
 from eval_fakes import PointEnvironment, PointPolicy
 
 from pi0fm.cluster.evaluation import Setup, run
-from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.norm_stats import NormStats, column_stats
-from pi0fm.eval import report
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.norm_stats import NormStats, column_stats
 from pi0fm.eval.episode import Episode, EpisodeResult, RolloutSettings
-from pi0fm.eval.report import Background
+from pi0fm.eval.report import page as report
+from pi0fm.eval.report.page import Background
 from pi0fm.eval.rollout import rollout
 from pi0fm.eval.summary import summarize
 from pi0fm.flow.matching import FlowConfig, FlowMatching

@@ -9,7 +9,7 @@ import torch
 
 from pi0fm import options
 from pi0fm.cluster.training import TrainingRun
-from pi0fm.train.memory import GIB, estimate_run
+from pi0fm.train.plan.memory import GIB, estimate_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ROBOTS = {"libero": (2, 8, 7), "aloha": (3, 14, 14), "droid": (2, 8, 8), "so101": (2, 6, 6)}  # cameras, width of state, of actions

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import torch
 
-from pi0fm.policy.precision import compute_dtype
+from pi0fm.policy.device import compute_dtype
 
 pytestmark = [pytest.mark.journey, pytest.mark.long]
 

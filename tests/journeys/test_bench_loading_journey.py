@@ -10,10 +10,10 @@ import tiny_dataset
 
 from pi0fm.cli.main import main
 from pi0fm.cluster.caching import cache_everywhere
-from pi0fm.data import frame_cache
-from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.frame_cache import open_cache
-from pi0fm.data.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.pictures import frame_cache
+from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.errors import DatasetError
 
 pytestmark = [pytest.mark.journey, pytest.mark.long]

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 pytestmark = [pytest.mark.journey, pytest.mark.long, pytest.mark.timeout(900)]  # a compiler runs for minutes
-TESTS = Path(__file__).resolve().parent.parent
+SUPPORT = Path(__file__).resolve().parent.parent / "support"
 
 
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
 def test_compiled_chunks_are_the_plain_ones(name):
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(TESTS / "compiled_chunks.py"), name]
+    path = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(SUPPORT / "compiled_chunks.py"), name]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout.splitlines()[-1])

@@ -10,7 +10,7 @@ import pytest
 import small_tokenizer
 
 from pi0fm.bench.fresh_process import in_fresh_process, peak_resident
-from pi0fm.models.checkpoint_shapes import parts, unread_shapes
+from pi0fm.convert.shapes import parts, unread_shapes
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="a process's peak is set back through /proc"),
@@ -41,16 +41,16 @@ def write_jax(root: Path) -> None:
 
 def convert_all(root: Path) -> dict[str, int]:
     """Bytes above what the process held before, of each conversion; in a process of its own."""
-    from pi0fm.data.embodiment import Embodiment
-    from pi0fm.policy.convert import convert
-    from pi0fm.policy.convert_facts import ConvertConfig
+    from pi0fm.convert.conversion import convert
+    from pi0fm.convert.facts import ConvertConfig
+    from pi0fm.data.columns.embodiment import Embodiment
 
     said = {
         "embodiment": Embodiment(cameras={"base": "observation.images.base"}),
         "tokenizer": str(root / "tokenizer"),
         "norm_stats": root / "stats.json",
     }
-    fixture = Path(__file__).resolve().parents[1] / "policy" / "orbax" / "pi0"
+    fixture = Path(__file__).resolve().parents[1] / "convert" / "orbax" / "pi0"
     convert(ConvertConfig(source=fixture, output_dir=root / "imports", **said))  # all libraries are in memory from here on
     runs = {
         "JAX to bundle": {"source": root / "jax", "output_dir": root / "bundle", **said},

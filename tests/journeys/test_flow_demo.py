@@ -7,9 +7,9 @@ import torch
 
 from pi0fm.cli.main import main
 from pi0fm.flow.matching import FlowConfig
-from pi0fm.plane import methods, page, quality
-from pi0fm.plane.datasets import dataset_named
-from pi0fm.plane.training import Budget, one_thread, train
+from pi0fm.toy import methods, page, quality
+from pi0fm.toy.datasets import dataset_named
+from pi0fm.toy.training import Budget, one_thread, train
 
 pytestmark = pytest.mark.journey
 METHODS = {"flow_matching", "cnf", "diffusion"}

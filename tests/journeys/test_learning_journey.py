@@ -12,7 +12,7 @@ from learning_help import NETWORK, TASK, SeededArm
 from pi0fm import files
 from pi0fm.cli.main import main
 from pi0fm.demos.record import record
-from pi0fm.sim import metaworld
+from pi0fm.sim.metaworld import environment as metaworld
 
 pytestmark = [pytest.mark.journey, pytest.mark.long]
 BUDGET, SEEDS = 1.0, 2

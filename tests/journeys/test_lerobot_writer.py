@@ -17,16 +17,16 @@ import pytest
 from demos_help import config, encoded, episode, submit
 from numpy.typing import NDArray
 
-from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.frame_cache import open_cache
-from pi0fm.data.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.demos.config import DemosConfig
 from pi0fm.demos.dataset import SETTINGS_FILE, Recording, layout_of, read_seeds
 from pi0fm.demos.encoding import CODEC, encode
 from pi0fm.demos.episode import Episode
 from pi0fm.demos.lerobot_writer import CHUNK_FILES, Written, write_segment
 from pi0fm.demos.record import record
-from pi0fm.sim.metaworld_prompts import TASK_PROMPTS
+from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
 
 pytestmark = pytest.mark.journey
 # none below 3: LeRobot's own writer fails to join those

@@ -18,14 +18,14 @@ import yaml
 from numbered_arrays import Numbered, made_in_processes
 
 from pi0fm.cli.main import main
-from pi0fm.data.augment import AugmentConfig
-from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.frame_cache import open_cache
-from pi0fm.data.lerobot_source import DatasetConfig, open_source
-from pi0fm.data.loader import Collator, LoaderConfig, micro_batches
-from pi0fm.data.loader_processes import in_processes
+from pi0fm.data.chain import make_chain
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.loading.loader import Collator, LoaderConfig, micro_batches
+from pi0fm.data.loading.processes import in_processes
+from pi0fm.data.pictures.augmentation import AugmentConfig
+from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.data.prompt import PromptTokenizer, load_tokenizer
-from pi0fm.data.transforms import make_chain
 from pi0fm.errors import Pi0fmError
 
 TABLE = np.random.default_rng(0).normal(size=(50, 40)).astype(np.float32)
@@ -51,7 +51,7 @@ def collator(tmp_path_factory, tmp_path) -> Collator:
 
 
 def workers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "pi0fm.data.loader_processes" in child.cmdline()]
+    return [child for child in psutil.Process().children() if "pi0fm.data.loading.processes" in child.cmdline()]
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ import signal, sys, time
 import numpy as np
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts the tests in the background has it ignored
 from numbered_arrays import Numbered
-from pi0fm.data.loader_processes import in_processes
+from pi0fm.data.loading.processes import in_processes
 arrays = in_processes(Numbered(np.zeros((9, 9), np.float32)), ((first, 5) for first in range(10_000)), processes=2, slots=4)
 next(arrays)
 print("begun", flush=True)

@@ -11,7 +11,7 @@ import yaml
 from ray.cluster_utils import Cluster
 
 from pi0fm.cli.main import main
-from pi0fm.data.decoding import ONE_THREAD
+from pi0fm.data.pictures.decoding import ONE_THREAD
 
 pytestmark = [pytest.mark.journey, pytest.mark.long, pytest.mark.timeout(600)]
 

@@ -19,9 +19,9 @@ from pi0fm.demos.config import DemosConfig
 from pi0fm.demos.dataset import SETTINGS_FILE
 from pi0fm.demos.record import record
 from pi0fm.errors import ConfigError
-from pi0fm.sim.env import parse_cameras
-from pi0fm.sim.metaworld import make_environment
-from pi0fm.sim.metaworld_prompts import TASK_PROMPTS
+from pi0fm.sim.environment import parse_cameras
+from pi0fm.sim.metaworld.environment import make_environment
+from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
 
 pytestmark = pytest.mark.journey
 # An episode takes 25 ms, so that 400 of them outlast any moment of the kill below, and a test that is kept waiting for seconds.
@@ -60,7 +60,7 @@ def pixels(root: Path) -> list[np.ndarray]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_recording_opens_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     root = tmp_path / "set"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "support"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(root)], env=environment, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 240

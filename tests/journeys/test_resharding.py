@@ -15,10 +15,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pi0fm.train import signals, storage
-from pi0fm.train.checkpoint import Checkpoints, whole
-from pi0fm.train.parallel import Context
-from pi0fm.train.signals import StopSignals
+from pi0fm.train.checkpoint import storage
+from pi0fm.train.checkpoint.checkpoints import Checkpoints, whole
+from pi0fm.train.parallel.accelerate import Context
+from pi0fm.train.watch import signals
+from pi0fm.train.watch.signals import StopSignals
 
 pytestmark = [pytest.mark.journey, pytest.mark.long]
 

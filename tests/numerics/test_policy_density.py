@@ -8,8 +8,8 @@ import tiny_dataset
 import torch
 from smooth_network import smooth_in_time
 
-from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.norm_stats import NormStats, column_stats
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.norm_stats import NormStats, column_stats
 from pi0fm.flow.likelihood import gaussian_log_prob
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.solver import integrate

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, load_model
 
 from pi0fm.bench.lerobot_pi0 import RobotFeatures, ShrunkSize, image_key
-from pi0fm.data.norm_stats import ColumnStats
-from pi0fm.data.sampler import draw
+from pi0fm.convert.conversion import convert
+from pi0fm.convert.facts import ConvertConfig
+from pi0fm.data.columns.norm_stats import ColumnStats
+from pi0fm.data.order.counter import draw
 from pi0fm.policy import bundle
-from pi0fm.policy.convert import convert
-from pi0fm.policy.convert_facts import ConvertConfig
 from pi0fm.types import Observation
 
 SIZE = ShrunkSize(

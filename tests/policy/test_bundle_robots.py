@@ -10,8 +10,8 @@ import pytest
 
 import pi0fm
 from pi0fm import files
-from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.norm_stats import NormStats, column_stats
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.norm_stats import NormStats, column_stats
 from pi0fm.errors import BundleError, ConfigError, ObservationError
 from pi0fm.policy import bundle, robots
 from pi0fm.policy.robots import Robot, Robots

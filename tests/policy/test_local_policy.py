@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pi0fm.data.sampler import draw
-from pi0fm.data.transforms import Sample
+from pi0fm.data.chain import Sample
+from pi0fm.data.order.counter import draw
 from pi0fm.errors import ConfigError, ObservationError
 from pi0fm.policy import bundle
 from pi0fm.policy.local import LocalPolicy

@@ -8,7 +8,7 @@ import pytest
 import torch
 from smooth_network import smooth_in_time
 
-from pi0fm.data.transforms import Sample
+from pi0fm.data.chain import Sample
 from pi0fm.errors import ConfigError, ObservationError
 from pi0fm.flow.likelihood import DensityOptions, push_backward, push_forward
 from pi0fm.flow.matching import FlowConfig, FlowMatching

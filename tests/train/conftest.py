@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import tiny_dataset
 
-from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.lerobot_source import DatasetConfig
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.lerobot_source import DatasetConfig
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.optim import OptimizerConfig
 
 
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory) -> Path:
-    """The data set of tests/tiny_dataset.py; copy it before changing it."""
+    """The data set of tests/support/tiny_dataset.py; copy it before changing it."""
     return tiny_dataset.written(tmp_path_factory)
 
 

@@ -9,14 +9,15 @@ import tiny_dataset
 import torch
 from safetensors.torch import load_file
 
-from pi0fm.data.embodiment import Embodiment
+from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.errors import OutputError
 from pi0fm.policy import bundle
-from pi0fm.train import checkpoint, loop
+from pi0fm.train import loop
+from pi0fm.train.checkpoint import checkpoints as checkpoint
 from pi0fm.train.loop import train
-from pi0fm.train.metrics import read_last
-from pi0fm.train.output import claim
-from pi0fm.train.parallel import Context
+from pi0fm.train.parallel.accelerate import Context
+from pi0fm.train.start.output import claim
+from pi0fm.train.watch.metrics import read_last
 from pi0fm.types import Observation
 
 ALONE = Context(shown=False)

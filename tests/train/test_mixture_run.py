@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 import pi0fm
 from pi0fm.cluster import caching
-from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.lerobot_source import DatasetConfig
-from pi0fm.data.loader import micro_batches
-from pi0fm.data.mixture import MixtureCollator, MixtureEntry, deal
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.lerobot_source import DatasetConfig
+from pi0fm.data.loading.loader import micro_batches
+from pi0fm.data.loading.mixture import MixtureCollator, MixtureEntry, deal
 from pi0fm.errors import ConfigError, DatasetError
 from pi0fm.models.lora import LoraConfig
 from pi0fm.policy import bundle
@@ -25,9 +25,9 @@ from pi0fm.train import loop
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.data import open_data
 from pi0fm.train.loop import train
-from pi0fm.train.output import claim
-from pi0fm.train.parallel import Context
-from pi0fm.train.validation import ValidationConfig
+from pi0fm.train.parallel.accelerate import Context
+from pi0fm.train.start.output import claim
+from pi0fm.train.watch.validation import ValidationConfig
 from pi0fm.types import Observation
 
 ALONE = Context(shown=False)

@@ -1,4 +1,4 @@
-"""The small run's loss curve is the one that was committed (tests/recorded_curve.py says how it is recorded)."""
+"""The small run's loss curve is the one that was committed (tests/support/recorded_curve.py says how it is recorded)."""
 
 import pytest
 import recorded_curve

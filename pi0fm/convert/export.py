@@ -1,0 +1,175 @@
+"""A bundle's weights under openpi's names, whole: every key that the peers' own classes have.
+
+Owns: which bundles a peer can hold, the weights of both directions' file, openpi's directory. Does not know: LeRobot's files
+(convert/export_lerobot).
+
+    read by nothing, so that a bundle lacks it       lm_head                     the embedding once more
+                                                     expert's lm_head, last      zeros
+                                                     backbone layer behind k, v,
+                                                     backbone's final norm
+
+openpi ties lm_head and embed_tokens, and its loader refuses a file that holds both: it gets lm_head alone, as it writes itself.
+"""
+
+from pathlib import Path
+
+import torch
+
+from pi0fm import files
+from pi0fm.convert.names import EMBEDDING, LM_HEAD, Kind
+from pi0fm.convert.read import Checkpoint
+from pi0fm.convert.shapes import parts, sizes_of, unread_shapes
+from pi0fm.convert.stats import written_stats
+from pi0fm.convert.write import common_dtype, tensor_file
+from pi0fm.data.columns.norm_stats import NormStats
+from pi0fm.data.prompt import LEROBOT, OPENPI, STATELESS
+from pi0fm.errors import BundleError
+from pi0fm.models.pi0 import Pi0Config
+from pi0fm.policy.bundle import PolicyConfig
+from pi0fm.progress import step
+
+VARIANTS = {(2048, 16384): "gemma_2b", (1024, 4096): "gemma_300m"}
+RELEASED = {"L": 18, "N": 8, "K": 1, "H": 256, "W": 257_152, "D": 1152, "M": 4304, "T": 27, "X": 16, "P": 14}
+NAMED = {
+    "L": "depth",
+    "N": "num_heads",
+    "K": "num_kv_heads",
+    "H": "head_dim",
+    "W": "vocab_size",
+    "D": "vision width",
+    "M": "vision mlp_width",
+    "T": "vision depth",
+    "X": "vision num_heads",
+    "P": "patch_size",
+}
+
+
+def kind_of(config: Pi0Config) -> Kind:
+    """pi0 or pi05. Raises BundleError for a mixture that no peer has."""
+    inputs = (config.state_input, config.time_conditioning)
+    kinds: dict[tuple[str, str], Kind] = {("token", "concatenate"): "pi0", ("prompt", "adaptive_norm"): "pi05"}
+    if inputs not in kinds:
+        raise BundleError(
+            f"peers know state_input, time_conditioning token, concatenate (pi0) or prompt, adaptive_norm (pi0.5), found {inputs}; "
+            "such a policy stays a bundle"
+        )
+    return kinds[inputs]
+
+
+def refuse_what_peers_lack(config: PolicyConfig, peer: str, any_size: bool) -> None:
+    """Raise BundleError for a policy that the peer would run otherwise than we do, or could not build."""
+    model, flow = config.model, config.flow
+    kind = kind_of(model)
+    if model.vision.gelu != "tanh" or model.decoder.gelu != "tanh":
+        raise BundleError(
+            f"{peer} has gelu tanh alone, this bundle was trained with {model.decoder.gelu!r}; its actions would differ there"
+        )
+    if (flow.path, flow.prediction, flow.solver) != ("cond_ot", "velocity", "euler"):
+        raise BundleError(
+            f"{peer} knows path cond_ot, prediction velocity and solver euler, found {flow.path}, {flow.prediction}, {flow.solver}; "
+            "such a policy stays a bundle"
+        )
+    sizes = sizes_of(model)
+    odd = [f"{NAMED[letter]} {sizes[letter]} for {size}" for letter, size in RELEASED.items() if sizes[letter] != size]
+    for name, stream in (("backbone", model.decoder.backbone), ("action_expert", model.decoder.action_expert)):
+        if (stream.width, stream.mlp_width) not in VARIANTS:
+            odd.append(f"{name} {stream.width}, {stream.mlp_width} for one of {', '.join(map(str, VARIANTS))}")
+    if peer == "openpi":
+        odd += [f"image_size {model.vision.image_size} for 224"] * (model.vision.image_size != 224)
+        odd += [f"state_dim {model.state_dim} for action_dim {model.action_dim}"] * (kind == "pi0" and model.state_dim != model.action_dim)
+    if odd and not any_size:
+        raise BundleError(
+            f"{peer}'s own classes cannot hold these sizes, and LeRobot would hand back random weights without an error: {'; '.join(odd)}; "
+            "type --any_size true for a class of your own"
+        )
+
+
+def refuse_other_prompts(config: PolicyConfig, peer: str, asked: str | None) -> None:
+    """Raise BundleError where the peer would ask the policy in another dialect than it was trained in.
+
+    No file of a peer says how a prompt is written: its code does. asked: the dialect that the prompts in use allow, where one was typed.
+
+        bundle             openpi pi0   openpi pi0.5                   LeRobot pi0   LeRobot pi0.5
+        openpi             x            x                              .             x  the same text
+        lerobot            .            x  the same text               x             x
+        openpi_stateless   -            x  discrete_state_input False  -             .
+    """
+    kind, trained = kind_of(config.model), config.prompt_dialect
+    dialect = asked or trained
+    if dialect != trained and STATELESS in (dialect, trained):
+        raise BundleError(
+            f"prompts of this bundle {'lack' if trained == STATELESS else 'hold'} the state (prompt_dialect {trained}), "
+            f"found --prompt_dialect {dialect}; leave it out"
+        )
+    if dialect == STATELESS and peer == "lerobot":
+        raise BundleError(
+            "LeRobot writes the state into every prompt of a pi0.5, this bundle was trained without it (prompt_dialect openpi_stateless); "
+            "type --to openpi, or keep the bundle"
+        )
+    own = LEROBOT if peer == "lerobot" else OPENPI
+    if kind == "pi0" and dialect != own:
+        raise BundleError(
+            f"{peer} asks a pi0 in its own prompt dialect, this bundle was trained with {trained}, which writes _, line ends and blanks "
+            f"around a prompt otherwise; where your prompts have none of these type --prompt_dialect {own}"
+        )
+
+
+def write_weights(path: Path, weights: Checkpoint, config: PolicyConfig, peer: str, dtype: torch.dtype | None) -> int:
+    """Write `path`, a safetensors file with the peer's full key set, tensor by tensor; returns the number of tensors.
+
+    Peers feed noise to the action dimensions that the robot does not have. Weights that never saw it get zeros there, which is what
+    they were trained on: then it has no effect.
+    """
+    model = config.model
+    kind, prefix = kind_of(model), "model." if peer == "lerobot" else ""
+    sizes = sizes_of(model)
+    found = parts("torch", kind, sizes)
+    unread = unread_shapes("torch", kind, sizes)
+    embedding_dtype = common_dtype([weights.dtypes["prompt_embedding.weight"]], dtype)
+    # lm_head first: LeRobot's loader lays each of the two names on the embedding, and the later one stays
+    entries = {prefix + name: (shape, embedding_dtype) for name, shape in unread.items()}
+    for ours, group in found.items():
+        entries |= {prefix + part.name: (part.shape, common_dtype([weights.dtypes[ours]], dtype)) for part in group}
+    if peer == "openpi":
+        del entries[EMBEDDING]
+    with tensor_file(path, entries) as put, step("writing tensors", len(found)) as bar:
+        for name, shape in unread.items():
+            if name != LM_HEAD:
+                put(prefix + name, 0, torch.zeros(1).expand(shape))
+        for ours, group in found.items():
+            tensor = weights.read(ours, ())
+            if ours == "action_in.weight" and not config.padded_noise:
+                tensor = tensor.clone()
+                tensor[:, config.embodiment.dims()[1] :] = 0
+            if ours == "prompt_embedding.weight":
+                put(prefix + LM_HEAD, 0, tensor)
+            first = 0
+            for part in group:
+                rows = tensor[first : first + part.count * tensor.shape[0] // tensor.numel()]
+                if prefix + part.name in entries:
+                    put(prefix + part.name, 0, rows)
+                first += rows.shape[0]
+            del tensor, rows  # else the next one is read beside it
+            bar.advance()
+    return len(entries)
+
+
+def write_openpi(aside: Path, config: PolicyConfig, stats: NormStats, stand_ins: tuple[str, ...]) -> None:
+    """What lies beside the weights: config.json as openpi's converter writes it, and assets/EMBODIMENT/norm_stats.json."""
+    streams = config.model.decoder
+    files.write_json(
+        aside / "config.json",
+        {
+            "action_dim": config.model.action_dim,
+            "action_horizon": config.model.action_horizon,
+            "paligemma_variant": VARIANTS.get((streams.backbone.width, streams.backbone.mlp_width), "gemma_2b"),
+            "action_expert_variant": VARIANTS.get((streams.action_expert.width, streams.action_expert.mlp_width), "gemma_300m"),
+            "precision": "float32",
+        },
+    )
+    written = written_stats(stats, config.normalization, config.norm_floor, stand_ins)
+    columns = {
+        theirs: {name: array.tolist() for name, array in written[ours].items() if name in ("mean", "std", "q01", "q99")}
+        for ours, theirs in (("state", "state"), ("action", "actions"))
+    }
+    files.write_json(aside / "assets" / config.embodiment.name / "norm_stats.json", {"norm_stats": columns})

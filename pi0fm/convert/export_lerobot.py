@@ -1,0 +1,147 @@
+"""What LeRobot 0.6.1 wants beside a policy's weights, written without LeRobot.
+
+Owns: config.json, the two processors with their statistics, the tokenizer's place. Does not know: weights.
+
+    before   rename, batch, [newline, tokenizer, device, relative, normalise]     pi0
+                            [relative, normalise, state prompt, tokenizer, device] pi0.5
+    after    unnormalise, absolute, device
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from pi0fm import files
+from pi0fm.convert.export import VARIANTS, kind_of
+from pi0fm.convert.lerobot import ACTION, STATE
+from pi0fm.convert.stats import written_stats
+from pi0fm.data.columns.norm_stats import NormStats
+from pi0fm.data.prompt import PromptTokenizer
+from pi0fm.errors import BundleError
+from pi0fm.policy.bundle import PolicyConfig
+
+PALIGEMMA = "google/paligemma-3b-pt-224"
+SAMPLE = "pick up the red block"
+NORMALIZATION = {"z_score": "MEAN_STD", "quantile": "QUANTILES"}
+
+Step = tuple[str, dict[str, Any]]
+
+
+def write_lerobot(aside: Path, config: PolicyConfig, stats: NormStats, tokenizer_name: str, dtype: str, stand_ins: tuple[str, ...]) -> None:
+    """Write everything but the weights into `aside`. Raises BundleError for what LeRobot cannot express."""
+    state_dim, action_dim = config.embodiment.dims()
+    delta = config.embodiment.delta_actions
+    if delta and state_dim < action_dim:
+        raise BundleError(
+            f"LeRobot needs a state as wide as the {action_dim} actions for relative ones, found {state_dim}; such a policy stays a bundle"
+        )
+    files.write_json(aside / "config.json", _config(config, dtype))
+    written = written_stats(stats, config.normalization, config.norm_floor, stand_ins)
+    columns = {STATE: written["state"], ACTION: written["action"]}
+    before, after = _steps(config, tokenizer_name)
+    _write_processor(aside, "policy_preprocessor", before, columns)
+    _write_processor(aside, "policy_postprocessor", after, columns)
+
+
+def refuse_other_tokens(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+    """Raise BundleError where LeRobot, which calls a tokenizer with its own special tokens, would get other ids than we do."""
+    ours, mask = PromptTokenizer(tokenizer, max_tokens)([SAMPLE], np.zeros((1, 1), dtype=np.float32))
+    theirs = list(tokenizer(SAMPLE + "\n")["input_ids"])
+    if ours[0][mask[0]].tolist() != theirs:
+        raise BundleError(
+            f"pi0fm puts <bos> before a prompt and nothing behind it, this tokenizer gives LeRobot {theirs[:3]}...{theirs[-2:]}; "
+            "its actions would differ there: use a tokenizer such as PaliGemma's"
+        )
+
+
+def _features(config: PolicyConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    state_dim, action_dim = config.embodiment.dims()
+    size = config.model.vision.image_size
+    pictures = {column: {"type": "VISUAL", "shape": [3, size, size]} for column in config.embodiment.cameras.values()}
+    return {**pictures, STATE: {"type": "STATE", "shape": [state_dim]}}, {ACTION: {"type": "ACTION", "shape": [action_dim]}}
+
+
+def _modes(config: PolicyConfig) -> dict[str, str]:
+    mode = NORMALIZATION[config.normalization]
+    return {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
+
+
+def _relative(config: PolicyConfig) -> dict[str, Any]:
+    """LeRobot names what stays absolute: here every dimension's name says which it is."""
+    delta = config.embodiment.delta_actions
+    if not delta:
+        return {"enabled": False, "exclude_joints": ["gripper"], "action_names": None}
+    names = [f"{'relative' if dim in delta else 'absolute'}_{dim}" for dim in range(config.embodiment.dims()[1])]
+    return {"enabled": True, "exclude_joints": ["absolute"], "action_names": names}
+
+
+def _config(config: PolicyConfig, dtype: str) -> dict[str, Any]:
+    model, relative = config.model, _relative(config)
+    inputs, outputs = _features(config)
+    streams = model.decoder
+    return {
+        "type": kind_of(model),
+        "n_obs_steps": 1,
+        "input_features": inputs,
+        "output_features": outputs,
+        "device": None,
+        "push_to_hub": False,
+        "paligemma_variant": VARIANTS.get((streams.backbone.width, streams.backbone.mlp_width), "gemma_2b"),
+        "action_expert_variant": VARIANTS.get((streams.action_expert.width, streams.action_expert.mlp_width), "gemma_300m"),
+        "dtype": dtype,
+        "chunk_size": model.action_horizon,
+        "n_action_steps": config.execution_horizon,
+        "max_state_dim": model.state_dim,
+        "max_action_dim": model.action_dim,
+        "num_inference_steps": config.flow.num_flow_steps,
+        "use_relative_actions": relative["enabled"],
+        "relative_exclude_joints": relative["exclude_joints"],
+        "action_feature_names": relative["action_names"],
+        "image_resolution": [model.vision.image_size, model.vision.image_size],
+        "tokenizer_max_length": model.max_prompt_tokens,
+        "normalization_mapping": _modes(config),
+    }
+
+
+def _steps(config: PolicyConfig, tokenizer_name: str) -> tuple[list[Step], list[Step]]:
+    inputs, outputs = _features(config)
+    renamed = {} if config.embodiment.state == STATE else {config.embodiment.state: STATE}
+    rename: Step = ("rename_observations_processor", {"rename_map": renamed})
+    batch: Step = ("to_batch_processor", {})
+    device: Step = ("device_processor", {"device": "cpu", "float_dtype": None})
+    relative: Step = ("relative_actions_processor", _relative(config))
+    absolute: Step = ("absolute_actions_processor", {"enabled": _relative(config)["enabled"]})
+    normalize: Step = ("normalizer_processor", {"eps": 1e-8, "features": {**inputs, **outputs}, "norm_map": _modes(config)})
+    unnormalize: Step = ("unnormalizer_processor", {"eps": 1e-8, "features": outputs, "norm_map": _modes(config)})
+    tokenizer: Step = (
+        "tokenizer_processor",
+        {
+            "max_length": config.model.max_prompt_tokens,
+            "task_key": "task",
+            "padding_side": "right",
+            "padding": "max_length",
+            "truncation": True,
+            "tokenizer_name": tokenizer_name,
+        },
+    )
+    if kind_of(config.model) == "pi0":
+        before = [rename, batch, ("pi0_new_line_processor", {}), tokenizer, device, relative, normalize]
+    else:
+        before = [rename, batch, relative, normalize, ("pi05_prepare_state_tokenizer_processor_step", {}), tokenizer, device]
+    return before, [unnormalize, absolute, device]
+
+
+def _write_processor(aside: Path, name: str, steps: list[Step], columns: dict[str, dict[str, NDArray[np.float32]]]) -> None:
+    entries: list[dict[str, Any]] = []
+    for index, (registry, config) in enumerate(steps):
+        entry: dict[str, Any] = {"registry_name": registry, "config": config}
+        if registry in ("normalizer_processor", "unnormalizer_processor"):
+            entry["state_file"] = f"{name}_step_{index}_{registry}.safetensors"
+            flat = {f"{column}.{statistic}": array for column, group in columns.items() for statistic, array in group.items()}
+            save_file(flat, aside / entry["state_file"])
+        entries.append(entry)
+    files.write_json(aside / f"{name}.json", {"name": name, "steps": entries})

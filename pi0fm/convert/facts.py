@@ -1,0 +1,175 @@
+"""What a policy's directory says of it besides its weights, and what the command line adds or overrules.
+
+Owns: `ForeignFacts`, its merging with the options into a `PolicyConfig`. Does not know: any peer's files, tensors.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pi0fm.convert.names import Kind
+from pi0fm.convert.read import read_json
+from pi0fm.convert.stats import Columns, ForeignStats, columns_of, foreign_stats
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.prompt import BYTES, DIALECTS, OPENPI, refuse_dialect
+from pi0fm.errors import ConfigError
+from pi0fm.flow.matching import FlowConfig
+from pi0fm.models.pi0 import Pi0Config
+from pi0fm.options import option, required
+from pi0fm.policy.bundle import PolicyConfig
+
+NORMALIZATION: dict[Kind, str] = {"pi0": "z_score", "pi05": "quantile"}
+PROMPT_TOKENS: dict[Kind, int] = {"pi0": 48, "pi05": 200}
+DTYPES = ("stored", "float32", "bfloat16")
+TARGETS = ("bundle", "lerobot", "openpi")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """What is converted into what, and what a foreign checkpoint does not say of itself.
+
+    Shapes tell every width, both depths, vocabulary, patch and picture size. They do not tell the heads of a PyTorch checkpoint
+    (num_heads, vision_heads), nor anything of the robot.
+    """
+
+    source: Path = required("directory of a bundle, of LeRobot's PI0 or PI05, or of openpi's weights (PyTorch, or JAX with params/)")
+    output_dir: Path = required("directory to write; it must not exist")
+    to: str = option("bundle", "bundle, or from a bundle: lerobot, openpi (PyTorch)")
+    dtype: str = option("stored", "numbers of the weights: stored keeps float32 and bfloat16, or float32, bfloat16")
+    embodiment: Embodiment = option(Embodiment, "")
+    norm_stats: Path | None = option(None, "statistics where the source has none: norm_stats.json, or a data set's meta/stats.json")
+    normalization: str | None = option(None, "z_score or quantile; empty takes the source's, else z_score for pi0, quantile for pi0.5")
+    norm_floor: float | None = option(None, "least scale of a dimension; empty takes the source's epsilon, so that nothing changes")
+    tokenizer: str | None = option(None, "directory of the tokenizer, PaliGemma's for released weights; or byt5")
+    tokenizer_name: str | None = option(None, "--to lerobot: where LeRobot finds the tokenizer; empty: Hugging Face's name of PaliGemma's")
+    prompt_dialect: str | None = option(
+        None, "how the source was trained to be asked: openpi, lerobot, openpi_stateless; --to: how it will be asked. Empty: its own"
+    )
+    robot: str | None = option(None, "--to lerobot or openpi, of a bundle of several robots: the one that goes out")
+    num_heads: int = option(8, "query heads of the decoder; LeRobot and openpi know 8 only")
+    vision_heads: int = option(16, "heads of the vision tower; LeRobot and openpi know 16 only")
+    action_horizon: int | None = option(None, "actions predicted at once; empty takes the source's, else 50")
+    execution_horizon: int | None = option(None, "actions executed before planning anew; empty takes the source's, else 8")
+    max_prompt_tokens: int | None = option(None, "longest prompt; empty takes the source's, else 48 for pi0, 200 for pi0.5")
+    num_flow_steps: int | None = option(None, "steps of the sampling; empty takes the source's, else 10")
+    fps: float = option(0.0, "control steps a second, kept in the bundle; 0 when unknown")
+    any_size: bool = option(False, "--to lerobot or openpi: write sizes too that their own classes cannot load")
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("to", TARGETS),
+            ("dtype", DTYPES),
+            ("normalization", (None, "z_score", "quantile")),
+            ("prompt_dialect", (None, *DIALECTS)),
+        ):
+            if getattr(self, name) not in known:
+                listed = ", ".join(str(word) for word in known if word)
+                raise ConfigError(f"{name} must be one of {listed}, found {getattr(self, name)!r}; type --{name} {known[-1]}")
+        for name in ("num_heads", "vision_heads", "action_horizon", "execution_horizon", "max_prompt_tokens", "num_flow_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, found {value}; leave it out to take the source's")
+        if self.norm_floor is not None and not self.norm_floor > 0:
+            raise ConfigError(f"norm_floor must be above 0, found {self.norm_floor}; leave it out to take the source's")
+
+
+@dataclass(frozen=True)
+class ForeignFacts:
+    """What a directory says; None where it is silent. columns: statistics by the peer's names. remarks: lines for the person."""
+
+    peer: str
+    where: str
+    kind: Kind | None = None
+    embodiment: Embodiment = field(default_factory=Embodiment)
+    columns: Columns | None = None
+    normalization: str | None = None
+    norm_floor: float = 1e-6
+    tokenizer: str | None = None
+    prompt_dialect: str = OPENPI
+    action_horizon: int | None = None
+    execution_horizon: int | None = None
+    max_prompt_tokens: int | None = None
+    num_flow_steps: int | None = None
+    state_dim: int | None = None
+    image_size: int | None = None
+    ties_embedding: bool = True
+    remarks: tuple[str, ...] = ()
+
+
+def merged_embodiment(given: Embodiment, found: Embodiment) -> Embodiment:
+    """The robot: every field that was typed, else the source's."""
+    usual = Embodiment()
+    typed = {each.name: getattr(given, each.name) for each in fields(Embodiment) if getattr(given, each.name) != getattr(usual, each.name)}
+    return replace(found, **typed)
+
+
+def robot(options: ConvertConfig, facts: ForeignFacts, kind: Kind) -> tuple[Embodiment, ForeignStats, str]:
+    """(embodiment with its widths, statistics, normalisation). Raises ConfigError that names what neither source nor options say."""
+    embodiment = merged_embodiment(options.embodiment, facts.embodiment)
+    if not embodiment.cameras:
+        raise ConfigError(
+            f"{facts.where} does not say its cameras; type them in the order of training: "
+            "--embodiment.cameras '{base: observation.images.base}'"
+        )
+    columns, where = facts.columns, facts.where
+    if options.norm_stats is not None:
+        columns, where = columns_of(read_json(options.norm_stats)), str(options.norm_stats)
+    if columns is None:
+        raise ConfigError(
+            f"{facts.where} holds no statistics of state and action; type --norm_stats FILE (norm_stats.json, meta/stats.json)"
+        )
+    normalization = options.normalization or facts.normalization or NORMALIZATION[kind]
+    widths = {"state": embodiment.state_dim, "action": embodiment.robot_action_dim}
+    stats = foreign_stats(columns, normalization, widths, where)
+    found = replace(embodiment, state_dim=len(stats.stats.state.mean), robot_action_dim=len(stats.stats.action.mean))
+    return found, stats, normalization
+
+
+def tokenizer_of(options: ConvertConfig, facts: ForeignFacts) -> str:
+    """The tokenizer's directory, or byt5. Raises ConfigError where neither source nor options have one that is here."""
+    chosen = options.tokenizer or facts.tokenizer
+    if chosen and (chosen == BYTES or Path(chosen).is_dir()):
+        return chosen
+    found = f"names {facts.tokenizer!r}, which is not on this machine" if facts.tokenizer else "holds no tokenizer"
+    if options.tokenizer:
+        found = f"was given {options.tokenizer!r}, which is no directory"
+    raise ConfigError(f"{facts.where} {found}; type --tokenizer DIR, for released weights the files of google/paligemma-3b-pt-224")
+
+
+def policy_config(
+    options: ConvertConfig, facts: ForeignFacts, model: Pi0Config, robots: tuple[Embodiment, ForeignStats, str], kind: Kind
+) -> PolicyConfig:
+    """The configuration of the bundle."""
+    embodiment, stats, normalization = robots
+    training = {"converted_from": f"{facts.peer} {kind}"}
+    if stats.stand_ins:
+        training["stand_in_statistics"] = ",".join(stats.stand_ins)
+    horizon = options.execution_horizon or facts.execution_horizon or 8
+    if horizon > model.action_horizon and options.execution_horizon:
+        raise ConfigError(
+            f"execution_horizon must be at most action_horizon {model.action_horizon}, found {horizon}; "
+            f"type --execution_horizon {model.action_horizon}"
+        )
+    dialect = options.prompt_dialect or facts.prompt_dialect
+    refuse_dialect(dialect, model.state_input == "prompt")
+    return PolicyConfig(
+        model=model,
+        flow=FlowConfig(num_flow_steps=options.num_flow_steps or facts.num_flow_steps or 10),
+        embodiment=embodiment,
+        normalization=normalization,
+        norm_floor=options.norm_floor or facts.norm_floor,
+        tokenizer=tokenizer_of(options, facts),
+        prompt_dialect=dialect,
+        execution_horizon=min(horizon, model.action_horizon),
+        fps=options.fps,
+        training=training,
+        padded_noise=True,
+    )
+
+
+def lengths(options: ConvertConfig, facts: ForeignFacts, kind: Kind) -> dict[str, Any]:
+    """action_horizon and max_prompt_tokens: typed, else the source's, else the released policies'."""
+    return {
+        "action_horizon": options.action_horizon or facts.action_horizon or 50,
+        "max_prompt_tokens": options.max_prompt_tokens or facts.max_prompt_tokens or PROMPT_TOKENS[kind],
+    }

@@ -1,0 +1,129 @@
+"""openpi's JAX weights: what orbax wrote, one layer of one array at a time, without orbax and without JAX.
+
+Owns: the layout on disk, the names. Does not know: what a tensor means (convert/names), how a chunk is unpacked
+(convert/orbax_chunks).
+
+    params/manifest.ocdbt, d/*, ocdbt.process_N/*    one key-value store; without it the same keys are files
+      params.PaliGemma.llm.layers.attn.q_einsum.w.value/.zarray     shape and type
+      params.PaliGemma.llm.layers.attn.q_einsum.w.value/0.0.0.0     numbers, zstd; an absent one is an error, not a zero
+
+Names lose the leading `params` and, where every one has it, the trailing `value` of a flax.nnx state; `.` becomes `/`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pi0fm.convert.orbax_chunks import ArrayStream, Find, Index, array_stream, find_in_files, find_in_tree
+from pi0fm.convert.read import Checkpoint
+from pi0fm.errors import BundleError, ConfigError
+
+MARKS = ("manifest.ocdbt", "_METADATA")
+DRIVERS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LARGEST_BYTES = 2**36  # of one array; eight times the largest of the released weights
+# one chunk at a time, and none kept: tensorstore unpacks as many at once as there are cores
+FRUGAL = {"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}}
+
+
+def is_orbax(path: Path) -> bool:
+    """Whether orbax wrote `path`, or its folder params/."""
+    return _root(path) is not None
+
+
+def open_orbax(path: Path) -> Checkpoint:
+    """The arrays under `path`. Nothing but their metadata is read here; each array's entries are best read in growing order.
+
+    Raises BundleError for a store that is cut or damaged, holds other than floating-point numbers or an array of absurd size,
+    ConfigError without tensorstore.
+    """
+    try:
+        import tensorstore
+    except ImportError:
+        raise ConfigError(
+            f"{path} holds JAX weights, which are read with tensorstore, and it is not installed; type: pip install 'pi0fm[jax]'"
+        ) from None
+    root = _root(path)
+    assert root is not None
+    base: dict[str, Any] = {"driver": "file", "path": f"{root.resolve()}/"}
+    tree = (root / MARKS[0]).is_file()
+    store = {"driver": "ocdbt", "base": base} if tree else base
+    context = tensorstore.Context(FRUGAL)
+    try:
+        keys = [key.decode() for key in tensorstore.KvStore.open(store, context=context).result().list().result()]
+        stored = {key.removesuffix(end): driver for key in keys for end, driver in DRIVERS.items() if key.endswith(end)}
+        arrays = {
+            name: tensorstore.open(
+                {"driver": driver, "kvstore": {**store, "path": f"{store.get('path', '')}{name}/"}, "fill_missing_data_reads": False},
+                open=True,
+                read=True,
+                context=context,
+            ).result()
+            for name, driver in stored.items()
+        }
+        find = find_in_files(root) if not tree else find_in_tree(root, tensorstore.KvStore.open(base).result(), tensorstore.ocdbt.dump)
+    except ValueError as error:
+        raise _damaged(root, error) from None
+    if not arrays:
+        raise BundleError(f"{root} must hold arrays as orbax writes them, found {len(keys)} keys and none; copy it again, all files")
+    for name, array in arrays.items():
+        if array.dtype.name not in DTYPES or math.prod(array.shape) * array.dtype.numpy_dtype.itemsize > LARGEST_BYTES:
+            raise BundleError(
+                f"{name} in {root} must be floating-point numbers of a policy's size, found {array.dtype.name} {list(array.shape)}"
+            )
+    names = _plain(list(arrays))
+    reader = _reader(arrays, find)
+
+    def read(name: str, index: Index) -> Tensor:
+        try:
+            return _tensor(reader(names[name], index))
+        except (ValueError, OSError) as error:
+            raise _damaged(root, error) from None
+
+    return Checkpoint(
+        path,
+        {name: tuple(arrays[stored_name].shape) for name, stored_name in names.items()},
+        {name: DTYPES[arrays[stored_name].dtype.name] for name, stored_name in names.items()},
+        read,
+    )
+
+
+def _root(path: Path) -> Path | None:
+    return next((root for root in (path / "params", path) if any((root / mark).is_file() for mark in MARKS)), None)
+
+
+def _reader(arrays: Mapping[str, Any], find: Find) -> Callable[[str, Index], Any]:
+    """Entries of the arrays; the streams of one array are open at a time."""
+    latest: tuple[str, ArrayStream | None] | None = None
+
+    def read(name: str, index: Index) -> Any:
+        nonlocal latest
+        if latest is None or latest[0] != name:
+            latest = (name, array_stream(arrays[name], name, find))
+        stream = latest[1]
+        return arrays[name][index].read().result() if stream is None else stream.read(index)
+
+    return read
+
+
+def _plain(stored: list[str]) -> dict[str, str]:
+    """Our spelling of each name -> the store's."""
+    words = {name: name.split(".") for name in stored}
+    wrapped = all(parts[-1] == "value" for parts in words.values())
+    return {"/".join(parts[parts[0] == "params" : len(parts) - wrapped]): name for name, parts in words.items()}
+
+
+def _tensor(array: Any) -> Tensor:
+    """torch knows no bfloat16 of numpy's: its bits are taken as they are."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _damaged(root: Path, error: Exception) -> BundleError:
+    return BundleError(f"{root} is cut or damaged ({' '.join(str(error).split()):.160}); copy it again, all files")

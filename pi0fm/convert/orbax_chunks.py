@@ -1,0 +1,210 @@
+"""The arrays of a zarr store entry by entry, unpacked as they are read: no chunk is ever whole in memory.
+
+Owns: where a chunk's bytes lie on disk, the order in which its numbers come. Does not know: what orbax calls an array (convert/orbax).
+
+orbax writes an array in one chunk for each device that held it, so that a chunk may be all layers of a matrix: gigabytes. tensorstore
+unpacks a chunk at once, beside its packed bytes and beside the array that was asked for. Here each chunk is a stream:
+
+    chunk 0   layer 0 | layer 1 | layer 2 | ...      entry (1,) of the array: layer 1 of both chunks, side by side
+    chunk 1   layer 0 | layer 1 | layer 2 | ...      asked for in order, each chunk is unpacked once, front to back
+                      ^ each stream stands here when entry (0,) was read
+
+A store of plain files has a file for each chunk. In OCDBT a chunk is a stretch of a larger file; a tree of nodes says where:
+
+    manifest -> newest version -> node -> ... -> node: key -> value:BASE:FILE:OFFSET:LENGTH
+"""
+
+import io
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+from urllib.parse import unquote
+
+import numpy as np
+import pyarrow
+from numpy.typing import NDArray
+
+PACKED_BYTES = 2**20  # read of a file at a time
+ROWS_BYTES = 2**20  # unpacked at a time where a chunk's rows go to different places
+PACKINGS = {"zstd": "zstd", None: None}
+
+Index = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """`length` bytes of a file from `start` on."""
+
+    file: Path
+    start: int
+    length: int
+
+
+Find = Callable[[str], Stretch | None]
+"""A key of the store to its bytes; None where they are no stretch of a file, such as one kept inside a node."""
+
+
+def find_in_files(root: Path) -> Find:
+    """Of a store whose keys are files under `root`."""
+
+    def find(key: str) -> Stretch | None:
+        file = root / key
+        return Stretch(file, 0, file.stat().st_size) if file.is_file() else None
+
+    return find
+
+
+def find_in_tree(root: Path, store: Any, dump: Callable[..., Any]) -> Find:
+    """Of an OCDBT store. store: tensorstore's view of the files under `root`; dump: tensorstore.ocdbt.dump.
+
+    Raises ValueError for a tree that is damaged, or that names a file outside `root`.
+    """
+    places = dict(_values(root, store, dump))
+    return lambda key: places.get(key.encode())
+
+
+def array_stream(array: Any, name: str, find: Find) -> "ArrayStream | None":
+    """The stream of a tensorstore array under the key `name`; None for a layout that only tensorstore itself can read."""
+    spec = array.spec().to_json()
+    layout = spec.get("metadata", {})
+    plain = (
+        spec.get("driver") == "zarr"
+        and layout.get("order") == "C"
+        and not layout.get("filters")
+        and str(layout.get("dtype")).startswith(("<", "bfloat16"))
+        and (layout.get("compressor") or {}).get("id") in PACKINGS
+    )
+    if not plain:
+        return None
+    chunk = tuple(layout["chunks"])
+    separator = layout.get("dimension_separator", ".")
+    stretches: dict[Index, Stretch] = {}
+    for place in itertools.product(*(range(-(-size // step)) for size, step in zip(array.shape, chunk, strict=True))):
+        stretch = find(f"{name}/{separator.join(map(str, place)) or '0'}")
+        if stretch is None:
+            return None
+        stretches[place] = stretch
+    packing = PACKINGS[(layout.get("compressor") or {}).get("id")]
+    return ArrayStream(tuple(array.shape), chunk, array.dtype.numpy_dtype, packing, stretches)
+
+
+@final
+class ArrayStream:
+    """An array whose chunks are streams."""
+
+    def __init__(self, shape: Index, chunk: Index, dtype: np.dtype[Any], packing: str | None, stretches: Mapping[Index, Stretch]) -> None:
+        self._shape, self._chunk, self._dtype = shape, chunk, dtype
+        self._packing, self._stretches = packing, stretches
+        self._open: dict[Index, _ChunkStream] = {}
+
+    def read(self, index: Index) -> NDArray[Any]:
+        """Entry `index` of the leading axes. In growing order every chunk is unpacked once; a step back begins its chunks anew.
+
+        Raises ValueError or OSError for a chunk that is cut or damaged.
+        """
+        leading = len(index)
+        place = tuple(at // step for at, step in zip(index, self._chunk, strict=False))
+        inside = tuple(at % step for at, step in zip(index, self._chunk, strict=False))
+        found: NDArray[Any] = np.empty(self._shape[leading:], self._dtype)
+        self._open = {where: stream for where, stream in self._open.items() if where[:leading] == place}
+        entry = self._chunk[leading:]
+        for where in (where for where in self._stretches if where[:leading] == place):
+            first = int(np.ravel_multi_index(inside, self._chunk[:leading])) * math.prod(entry) if leading else 0
+            stream = self._open.get(where)
+            if stream is None or stream.position > first:
+                stream = self._open[where] = _ChunkStream(self._stretches[where], self._packing, self._dtype)
+            stream.skip(first - stream.position)
+            corner: list[Any] = [slice(at * step, (at + 1) * step) for at, step in zip(where[leading:], entry, strict=True)]
+            _fill(found[*corner, ...], entry, stream)  # a slice ends with the array, where a chunk goes on with padding
+        return found
+
+
+@final
+class _ChunkStream:
+    """The numbers of one chunk, front to back."""
+
+    def __init__(self, stretch: Stretch, packing: str | None, dtype: np.dtype[Any]) -> None:
+        self._stretch, self._dtype, self.position = stretch, dtype, 0
+        packed = _Bytes(stretch)
+        self._stream = pyarrow.CompressedInputStream(packed, packing) if packing else packed
+
+    def fill(self, into: NDArray[Any]) -> None:
+        """The next numbers, into an array in one piece. Raises ValueError when there are fewer."""
+        # numpy's buffer protocol knows no bfloat16
+        left = memoryview(into.reshape(-1).view(np.uint8))
+        while left:
+            count = self._stream.readinto(left)
+            if not count:
+                raise ValueError(f"{self._stretch.file.name} ends {len(left)} bytes early")
+            left = left[count:]
+        self.position += into.size
+
+    def skip(self, count: int) -> None:
+        """Pass over numbers."""
+        piece = ROWS_BYTES // self._dtype.itemsize
+        for first in range(0, count, piece):
+            self.fill(np.empty(min(piece, count - first), self._dtype))
+
+
+@final
+class _Bytes(io.RawIOBase):
+    """A stretch of a file. The file is opened for each piece: an array may have more chunks than a process may have files open."""
+
+    def __init__(self, stretch: Stretch) -> None:
+        super().__init__()
+        self._file, self._next, self._end = stretch.file, stretch.start, stretch.start + stretch.length
+        self._buffer = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        if not self._buffer:
+            with self._file.open("rb") as file:
+                file.seek(self._next)
+                self._buffer = memoryview(file.read(min(PACKED_BYTES, self._end - self._next)))
+            self._next += len(self._buffer)
+        count = min(len(into), len(self._buffer))
+        into[:count] = self._buffer[:count]
+        self._buffer = self._buffer[count:]
+        return count
+
+
+def _fill(into: NDArray[Any], entry: Index, stream: _ChunkStream) -> None:
+    """The chunk's next `entry` into its corner of the array, which may be smaller than it, and need not lie in one piece."""
+    if into.shape == entry and into.flags.c_contiguous:
+        stream.fill(into)
+        return
+    kept = tuple(slice(size) for size in into.shape[1:])
+    rows = max(1, ROWS_BYTES // (math.prod(entry[1:]) * into.itemsize))
+    for first in range(0, entry[0], rows):
+        piece = np.empty((min(rows, entry[0] - first), *entry[1:]), into.dtype)
+        stream.fill(piece)
+        into[first : first + rows] = piece[: max(0, len(into) - first)][(slice(None), *kept)]
+
+
+def _values(root: Path, store: Any, dump: Callable[..., Any]) -> Iterator[tuple[bytes, Stretch]]:
+    """Every value of the newest version that lies in a file, by its key."""
+    newest = max(dump(store).result()["versions"], key=lambda version: version["generation_number"])
+    waiting = [(b"", newest["root"]["location"])] if "location" in newest["root"] else []
+    while waiting:
+        prefix, location = waiting.pop()
+        for entry in dump(store, location).result()["entries"]:
+            if "location" in entry:
+                # the keys below a node leave out what is common to them
+                waiting.append((prefix + entry["subtree_common_prefix"], entry["location"]))
+            elif "indirect_value" in entry:
+                yield prefix + entry["key"], _stretch(root, entry["indirect_value"])
+
+
+def _stretch(root: Path, value: str) -> Stretch:
+    """`value:BASE:FILE:OFFSET:LENGTH`, its two names percent-encoded."""
+    names, start, length = value.rsplit(":", 2)
+    _, base, name = names.split(":", 2)
+    file = root / (unquote(base) + unquote(name))
+    if not file.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"the store names {file.name} outside of it")
+    return Stretch(file, int(start), int(length))

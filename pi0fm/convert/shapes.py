@@ -1,0 +1,248 @@
+"""The sizes that a checkpoint's shapes tell, and what of it fits a network of those sizes.
+
+Owns: the reading of checkpoint_map's notation, the sizes, the comparison of what is there with what must be. Does not know: files,
+numbers' types, robots.
+
+    names and shapes --tell_sizes--> sizes --parts--> which foreign rows make which of ours
+                                       |----misfit--> every missing, unexpected and mis-shaped name
+                                       '----network_config--> Pi0Config
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pi0fm.convert.names import Kind, Layout, dead_rows, table, unread
+from pi0fm.errors import BundleError
+from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
+from pi0fm.models.pi0 import Pi0Config
+from pi0fm.models.vision import VisionConfig
+
+Shape = tuple[int, ...]
+LARGEST_SIZE = 2**24  # no axis of a policy is longer: a header that says so is damaged
+LARGEST_DEPTH = 1024
+
+
+@dataclass(frozen=True)
+class Part:
+    """A foreign tensor, or one entry of its leading axes, that becomes rows of one of ours.
+
+    shape: of the whole foreign tensor. index: the entry taken of its leading axes. order: of the axes that remain.
+    """
+
+    name: str
+    shape: Shape
+    index: Shape
+    order: Shape
+
+    def rows(self, tensor: Tensor, trailing: Shape) -> Tensor:
+        """The rows [-1, *trailing] that this part gives, from the whole foreign tensor; a view where nothing is turned."""
+        return tensor[self.index].permute(self.order).reshape(-1, *trailing)
+
+    @property
+    def count(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape[len(self.index) :])
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """What keeps a checkpoint from being used, by name; empty when nothing does. `shapes` says what was found for what."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    shapes: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.shapes)
+
+    def __str__(self) -> str:
+        groups = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.shapes}
+        return "; ".join(f"{word} ({len(names)}): {', '.join(names)}" for word, names in groups.items() if names)
+
+
+def tell_sizes(layout: Layout, kind: Kind, shapes: Mapping[str, Shape], known: Mapping[str, int]) -> dict[str, int]:
+    """The size letters of checkpoint_map, from the shapes; `known` holds those that are given. Each is what most tensors say.
+
+    Raises BundleError for a size that nothing tells, or that no policy has.
+    """
+    sizes = dict(known)
+    if layout == "torch":
+        sizes |= {
+            "L": _depth(shapes, r"\.(?:language_model|gemma_expert\.model)\.layers\.(\d+)\."),
+            "T": _depth(shapes, r"\.encoder\.layers\.(\d+)\."),
+        }
+    rows = list(_rows(layout, kind))
+    witnesses = [
+        (axis, size)
+        for name, axes in rows
+        for found in _matching(name, shapes)
+        if len(found) == len(axes)
+        for axis, size in zip(axes, found, strict=True)
+    ]
+    while votes := _votes(witnesses, sizes):
+        sizes |= {letter: counter.most_common(1)[0][0] for letter, counter in votes.items()}
+    silent = {letter for _, axes in rows for axis in axes for letter in _letters(axis)} - sizes.keys()
+    if silent:
+        where = sorted({name for name, axes in rows for axis in axes if silent & set(_letters(axis))})
+        raise BundleError(
+            f"the checkpoint must tell its sizes {', '.join(sorted(silent))}, found none that does of {', '.join(where)}; "
+            "they are missing or mis-shaped, or --num_heads does not fit"
+        )
+    for letter, size in sizes.items():
+        if not 0 < size <= (LARGEST_DEPTH if letter in "LT" else LARGEST_SIZE):
+            raise BundleError(
+                f"a size of the checkpoint cannot be meant: {letter} is {size}; the file is damaged, or the head count given does not fit"
+            )
+    return sizes
+
+
+def parts(layout: Layout, kind: Kind, sizes: Mapping[str, int]) -> dict[str, tuple[Part, ...]]:
+    """Ours -> the foreign parts that lie one below the other in it, for every tensor of the network."""
+    found: dict[str, tuple[Part, ...]] = {}
+    for ours, texts in table(layout, kind).items():
+        for layer in _places(ours, sizes):
+            rows = texts
+            if ".backbone." in ours and layer["layer"] == sizes["L"] - 1:
+                rows = texts[dead_rows(ours) :]
+            if rows:
+                found[ours.format(**layer)] = tuple(_part(text, layer, sizes) for text in rows)
+    return found
+
+
+def unread_shapes(layout: Layout, kind: Kind, sizes: Mapping[str, int]) -> dict[str, Shape]:
+    """Foreign name -> shape of what a peer's file holds and no output depends on."""
+    return {
+        name.format(last=sizes["L"] - 1): tuple(_size(axis, sizes) for axis in axes.split()) for name, axes in unread(layout, kind).items()
+    }
+
+
+def misfit(layout: Layout, kind: Kind, sizes: Mapping[str, int], shapes: Mapping[str, Shape]) -> Misfit:
+    """Every name that is missing, not known or of another shape. What nothing reads may be absent, but not of another shape."""
+    read = {part.name: part.shape for group in parts(layout, kind, sizes).values() for part in group}
+    dead = unread_shapes(layout, kind, sizes)
+    expected = dead | read
+    return Misfit(
+        missing=tuple(sorted(read.keys() - shapes.keys())),
+        unexpected=tuple(sorted(shapes.keys() - expected.keys())),
+        shapes=tuple(
+            f"{name} {list(shapes[name])} for {list(expected[name])}"
+            for name in sorted(shapes.keys() & expected.keys())
+            if shapes[name] != expected[name]
+        ),
+    )
+
+
+def network_config(kind: Kind, sizes: Mapping[str, int], action_horizon: int, max_prompt_tokens: int) -> Pi0Config:
+    """The network of these sizes; what shapes do not tell is given. pi0.5 has no state projection: its `S` is that of the actions.
+
+    Raises BundleError where the tower's tokens are no square.
+    """
+    side = math.isqrt(sizes["V"])
+    if side * side != sizes["V"]:
+        raise BundleError(f"a picture's tokens must fill a square, found {sizes['V']} positions; other pictures cannot be converted")
+    return Pi0Config(
+        vision=VisionConfig(sizes["D"], sizes["T"], sizes["X"], sizes["M"], sizes["P"], side * sizes["P"]),
+        decoder=DecoderConfig(
+            StreamConfig(sizes["B"], sizes["F"]), StreamConfig(sizes["E"], sizes["G"]), sizes["L"], sizes["N"], sizes["K"], sizes["H"]
+        ),
+        vocab_size=sizes["W"],
+        max_prompt_tokens=max_prompt_tokens,
+        action_dim=sizes["A"],
+        state_dim=sizes.get("S", sizes["A"]),
+        action_horizon=action_horizon,
+        state_input="token" if kind == "pi0" else "prompt",
+        time_conditioning="concatenate" if kind == "pi0" else "adaptive_norm",
+    )
+
+
+def sizes_of(config: Pi0Config) -> dict[str, int]:
+    """The size letters of a network; the inverse of `network_config`."""
+    vision, decoder = config.vision, config.decoder
+    return {
+        "B": decoder.backbone.width,
+        "F": decoder.backbone.mlp_width,
+        "E": decoder.action_expert.width,
+        "G": decoder.action_expert.mlp_width,
+        "L": decoder.depth,
+        "N": decoder.num_heads,
+        "K": decoder.num_kv_heads,
+        "H": decoder.head_dim,
+        "W": config.vocab_size,
+        "A": config.action_dim,
+        "S": config.state_dim,
+        "D": vision.width,
+        "M": vision.mlp_width,
+        "T": vision.depth,
+        "X": vision.num_heads,
+        "Y": vision.width // vision.num_heads,
+        "P": vision.patch_size,
+        "V": vision.tokens_per_image,
+    }
+
+
+def _votes(witnesses: list[tuple[str, int]], sizes: Mapping[str, int]) -> dict[str, Counter[int]]:
+    """What the axes with one unknown letter say of it."""
+    votes: dict[str, Counter[int]] = {}
+    for axis, size in witnesses:
+        unknown = [letter for letter in _letters(axis) if letter not in sizes]
+        rest = math.prod(sizes.get(factor, int(factor) if factor.isdigit() else 1) for factor in _factors(axis))
+        if len(unknown) == 1 and rest and size % rest == 0:
+            votes.setdefault(unknown[0], Counter())[size // rest] += 1
+    return votes
+
+
+def _rows(layout: Layout, kind: Kind) -> Iterator[tuple[str, list[str]]]:
+    """(name, axes of the whole foreign tensor) of every row."""
+    for texts in table(layout, kind).values():
+        for text in texts:
+            name, axes = text.split(" ", 1)
+            yield name, axes.split("->")[0].split()
+
+
+def _matching(name: str, shapes: Mapping[str, Shape]) -> list[Shape]:
+    if "{" not in name:
+        return [shapes[name]] if name in shapes else []
+    pattern = re.compile(re.sub(r"\\{\w+\\}", r"\\d+", re.escape(name)))
+    return [shape for found, shape in shapes.items() if pattern.fullmatch(found)]
+
+
+def _depth(shapes: Mapping[str, Shape], pattern: str) -> int:
+    return 1 + max((int(found[1]) for name in shapes if (found := re.search(pattern, name))), default=-1)
+
+
+def _places(ours: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
+    """The layers that a name of ours stands for."""
+    if "{layer}" in ours:
+        return [{"layer": index} for index in range(sizes["L"])]
+    if "{block}" in ours:
+        return [{"block": index} for index in range(sizes["T"])]
+    return [{}]
+
+
+def _part(text: str, layer: Mapping[str, int], sizes: Mapping[str, int]) -> Part:
+    """One row of the notation for one layer."""
+    name, axes = text.split(" ", 1)
+    stored, _, turned = (side.split() for side in axes.partition("->"))
+    picks = [axis for axis in stored if "/" in axis]
+    remaining = stored[len(picks) :]
+    index = tuple(layer[word] if (word := axis.split("/")[0]) in layer else int(word) for axis in picks)
+    order = tuple(remaining.index(axis) for axis in turned) if turned else tuple(range(len(remaining)))
+    return Part(name.format(**layer), tuple(_size(axis, sizes) for axis in stored), index, order)
+
+
+def _factors(axis: str) -> list[str]:
+    """`layer/L` -> L, `B'` -> B, `3*E` -> 3, E."""
+    return axis.rsplit("/", 1)[-1].rstrip("'").split("*")
+
+
+def _letters(axis: str) -> list[str]:
+    return [factor for factor in _factors(axis) if not factor.isdigit()]
+
+
+def _size(axis: str, sizes: Mapping[str, int]) -> int:
+    return math.prod(int(factor) if factor.isdigit() else sizes[factor] for factor in _factors(axis))

@@ -1,0 +1,102 @@
+"""Statistics of foreign policies and data sets as ours, and ours as theirs.
+
+Owns: which of their statistics are needed, what stands in for those that nothing reads. Does not know: weights, configurations.
+
+    ours     {"state": {"mean", ...}, "action": {...}}                    norm_stats.json of a bundle
+    openpi   {"norm_stats": {"state": {"mean", ...}, "actions": {...}}}   assets/NAME/norm_stats.json
+    LeRobot  {"observation.state": {"mean", ...}, "action": {...}}        meta/stats.json; NAME.STATISTIC in a processor's file
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi0fm.data.chain import affine
+from pi0fm.data.columns.norm_stats import ColumnStats, NormStats
+from pi0fm.errors import BundleError
+
+NEEDED = {"z_score": ("mean", "std"), "quantile": ("q01", "q99")}
+# What no normalisation in use reads may be absent from the source; these are then written in its place, and said.
+STAND_INS = {"q01": "min", "q99": "max", "min": "q01", "max": "q99"}
+# column of ours -> the words of others
+COLUMNS = {"state": ("state", "observation.state"), "action": ("action", "actions")}
+
+Columns = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class ForeignStats:
+    """The statistics, and the names of those that stand for a missing one, such as `min`: they are never written back."""
+
+    stats: NormStats
+    stand_ins: tuple[str, ...] = ()
+
+
+def columns_of(tree: Mapping[str, Any]) -> Columns:
+    """The columns in any of the three forms above."""
+    inner = tree.get("norm_stats", tree)
+    return {str(name): group for name, group in inner.items() if isinstance(group, Mapping)} if isinstance(inner, Mapping) else {}
+
+
+def foreign_stats(columns: Columns, normalization: str, widths: Mapping[str, int | None], where: str, num_frames: int = 0) -> ForeignStats:
+    """Our statistics from theirs; `widths` of `state` and `action`, where known, cut off the padding that openpi's files may carry.
+
+    Raises BundleError for a missing column, a missing statistic that the normalisation reads, one that is too short or not finite.
+    """
+    if normalization not in NEEDED:
+        raise BundleError(f"normalization must be one of {', '.join(NEEDED)}, found {normalization!r} in {where}; retrain with one of them")
+    found: dict[str, ColumnStats] = {}
+    missing: set[str] = set()
+    for name, words in COLUMNS.items():
+        group = next((columns[word] for word in words if word in columns), None)
+        if group is None:
+            raise BundleError(f"{where} must hold statistics of {' or '.join(words)}, found {', '.join(sorted(columns)) or 'none'}")
+        lacking = [statistic for statistic in ("mean", "std", *NEEDED[normalization]) if group.get(statistic) is None]
+        if lacking:
+            raise BundleError(f"{where} lacks {', '.join(f'{name}.{word}' for word in lacking)}; a missing statistic is never guessed")
+        arrays: dict[str, NDArray[np.float32]] = {}
+        for field in fields(ColumnStats):
+            source = field.name
+            if group.get(source) is None:
+                source = STAND_INS[field.name]
+                missing.add(field.name)
+            if group.get(source) is None:
+                raise BundleError(f"{where} must hold q01 and q99, or min and max, of {name}, found {', '.join(sorted(group))}")
+            arrays[field.name] = _vector(group[source], widths.get(name), f"{name}.{source} of {where}")
+        if len({array.shape for array in arrays.values()}) != 1:
+            raise BundleError(f"{where}: statistics of {name} differ in length: { {word: len(array) for word, array in arrays.items()} }")
+        found[name] = ColumnStats(**arrays)
+    return ForeignStats(NormStats(found["state"], found["action"], num_frames), tuple(sorted(missing)))
+
+
+def written_stats(
+    stats: NormStats, normalization: str, floor: float, stand_ins: tuple[str, ...] = ()
+) -> dict[str, dict[str, NDArray[np.float32]]]:
+    """Ours for a peer, which knows no floor: a deviation below it is written as the floor, so that both sides scale alike."""
+    columns: dict[str, dict[str, NDArray[np.float32]]] = {}
+    for name in COLUMNS:
+        column: ColumnStats = getattr(stats, name)
+        arrays = {field.name: getattr(column, field.name) for field in fields(ColumnStats) if field.name not in stand_ins}
+        offset, scale = affine(column, normalization, floor)
+        if normalization == "z_score":
+            arrays["std"] = scale
+        else:
+            flat = scale > (column.q99 - column.q01) / np.float32(2)
+            arrays |= {"q01": np.where(flat, offset - scale, column.q01), "q99": np.where(flat, offset + scale, column.q99)}
+        columns[name] = arrays
+    return columns
+
+
+def _vector(value: Any, width: int | None, what: str) -> NDArray[np.float32]:
+    try:
+        array = np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise BundleError(f"{what} must be a list of numbers, found {value!r:.60}") from None
+    if array.ndim != 1 or not np.isfinite(array).all() or (width is not None and len(array) < width):
+        raise BundleError(
+            f"{what} must be at least {width or 1} finite numbers in a row, found shape {list(array.shape)}: {array.tolist()!s:.80}"
+        )
+    return array if width is None else array[:width]

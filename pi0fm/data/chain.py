@@ -1,0 +1,209 @@
+"""The one chain between robot units and the network: the same object serves training, inference and evaluation.
+
+Owns: `Sample`, the transforms of state and actions with their exact inverses, the chain, the passage to tensors.
+Does not know: where a sample came from, what the network does with it.
+
+    forward:  delta actions -> normalise -> pad dimensions -> [resize pictures, tokenise prompt] -> tensors
+    inverse:  unpad dimensions -> unnormalise -> absolute actions                                <- tensors
+
+Shape letters: B batch, H horizon, S state dim, A action dim (robot's before padding, the network's behind it).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pi0fm.data.columns.embodiment import Embodiment, picture, vector
+from pi0fm.data.columns.norm_stats import ColumnStats, NormStats
+from pi0fm.data.pictures.images import resize_with_padding
+from pi0fm.data.prompt import PromptTokenizer
+from pi0fm.errors import ConfigError, ObservationError
+from pi0fm.models.observation import ModelObservation
+from pi0fm.types import Observation
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A batch on its way. state [B, S]; actions [B, H, A] or None at inference; both float32."""
+
+    state: NDArray[np.float32]
+    actions: NDArray[np.float32] | None
+
+
+class Transform(ABC):
+    """A step on state and actions, with its exact inverse."""
+
+    @abstractmethod
+    def forward(self, sample: Sample) -> Sample:
+        """Towards the network."""
+
+    @abstractmethod
+    def inverse(self, sample: Sample) -> Sample:
+        """Towards the robot; `inverse(forward(s)) == s` up to rounding."""
+
+
+@dataclass(frozen=True)
+class DeltaActions(Transform):
+    """The listed action dimensions become differences from the state's same dimension at the chunk's start."""
+
+    dims: tuple[int, ...]
+
+    def forward(self, sample: Sample) -> Sample:
+        """actions - state."""
+        return self._shift(sample, -1.0)
+
+    def inverse(self, sample: Sample) -> Sample:
+        """actions + state."""
+        return self._shift(sample, 1.0)
+
+    def _shift(self, sample: Sample, sign: float) -> Sample:
+        if sample.actions is None or not self.dims:
+            return sample
+        actions = sample.actions.copy()
+        actions[..., list(self.dims)] += np.float32(sign) * sample.state[:, None, list(self.dims)]
+        return replace(sample, actions=actions)
+
+
+@dataclass(frozen=True)
+class Normalize(Transform):
+    """An affine map of state and actions, dimension by dimension: `(x - offset) / scale`."""
+
+    state_offset: NDArray[np.float32]
+    state_scale: NDArray[np.float32]
+    action_offset: NDArray[np.float32]
+    action_scale: NDArray[np.float32]
+
+    def forward(self, sample: Sample) -> Sample:
+        """To units of the data set's spread."""
+        actions = None if sample.actions is None else (sample.actions - self.action_offset) / self.action_scale
+        return Sample((sample.state - self.state_offset) / self.state_scale, actions)
+
+    def inverse(self, sample: Sample) -> Sample:
+        """To robot units."""
+        actions = None if sample.actions is None else sample.actions * self.action_scale + self.action_offset
+        return Sample(sample.state * self.state_scale + self.state_offset, actions)
+
+
+@dataclass(frozen=True)
+class PadDimensions(Transform):
+    """Zeros up to the network's widths; cut off again on the way back."""
+
+    state_dim: int
+    robot_action_dim: int
+    padded_state_dim: int
+    padded_action_dim: int
+
+    def forward(self, sample: Sample) -> Sample:
+        """To the network's widths."""
+        actions = None if sample.actions is None else _pad(sample.actions, self.padded_action_dim)
+        return Sample(_pad(sample.state, self.padded_state_dim), actions)
+
+    def inverse(self, sample: Sample) -> Sample:
+        """To the robot's widths."""
+        actions = None if sample.actions is None else sample.actions[..., : self.robot_action_dim]
+        return Sample(sample.state[..., : self.state_dim], actions)
+
+
+def affine(stats: ColumnStats, kind: str, floor: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(offset, scale) of `z_score` (mean, std) or `quantile` (q01..q99 to [-1, 1]); scale is at least `floor`.
+
+    The floor keeps a dimension that hardly moves from being blown up by its own noise.
+    """
+    if kind == "z_score":
+        return stats.mean, np.maximum(stats.std, np.float32(floor))
+    if kind == "quantile":
+        half = np.maximum((stats.q99 - stats.q01) / np.float32(2), np.float32(floor))
+        return (stats.q99 + stats.q01) / np.float32(2), half
+    raise ConfigError(f"normalization must be 'z_score' or 'quantile', found {kind!r}")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Everything between an embodiment's observations and a network's tensors."""
+
+    embodiment: Embodiment
+    transforms: tuple[Transform, ...]
+    tokenizer: PromptTokenizer
+    image_size: int
+
+    def forward(self, sample: Sample) -> Sample:
+        """All transforms, in order."""
+        for transform in self.transforms:
+            sample = transform.forward(sample)
+        return sample
+
+    def inverse(self, sample: Sample) -> Sample:
+        """All inverses, in reverse order."""
+        for transform in reversed(self.transforms):
+            sample = transform.inverse(sample)
+        return sample
+
+    def observe(self, observations: Sequence[Observation]) -> ModelObservation:
+        """Robot-side observations to one batch for the network. A camera that an observation lacks is masked.
+
+        Raises ObservationError for an unknown camera, none at all, or an array of another shape, type or range.
+        """
+        names = list(self.embodiment.cameras)
+        images = np.zeros((len(observations), len(names), self.image_size, self.image_size, 3), dtype=np.uint8)
+        mask = np.zeros((len(observations), len(names)), dtype=bool)
+        for row, observation in enumerate(observations):
+            self._refuse_unknown_cameras(observation.images)
+            for column, name in enumerate(names):
+                if name in observation.images:
+                    images[row, column] = resize_with_padding(picture(observation.images[name], name)[None], self.image_size)[0]
+                    mask[row, column] = True
+        width, key = self.embodiment.dims()[0], self.embodiment.state
+        state = np.stack([vector(observation.state, width, key) for observation in observations])
+        return self.to_model(images, mask, self.forward(Sample(state, None)).state, [observation.prompt for observation in observations])
+
+    def to_model(
+        self, images: NDArray[np.uint8], image_mask: NDArray[np.bool_], state: NDArray[np.float32], prompts: list[str]
+    ) -> ModelObservation:
+        """Pictures [B, C, size, size, 3], their mask [B, C], transformed state [B, S] and prompts to tensors, `trimmed`."""
+        tokens, mask = self.tokenizer(prompts, state[:, : self.embodiment.dims()[0]])
+        arrays = (images, image_mask, tokens, mask, state)
+        return ModelObservation(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)).trimmed()
+
+    def _refuse_unknown_cameras(self, images: Mapping[str, NDArray[np.uint8]]) -> None:
+        unknown = set(images) - set(self.embodiment.cameras)
+        if unknown or not images:
+            raise ObservationError(f"an observation must hold pictures of {sorted(self.embodiment.cameras)}, found {sorted(images)}")
+
+
+def make_chain(
+    embodiment: Embodiment,
+    stats: NormStats,
+    tokenizer: PromptTokenizer,
+    *,
+    normalization: str,
+    floor: float,
+    image_size: int,
+    padded_state_dim: int,
+    padded_action_dim: int,
+) -> Chain:
+    """The chain of one embodiment and one network. Raises ConfigError when the robot is wider than the network or than its statistics."""
+    state_dim, action_dim = embodiment.dims()
+    for what, width, limit in (("state", state_dim, padded_state_dim), ("action", action_dim, padded_action_dim)):
+        if width > limit:
+            raise ConfigError(f"the robot's {what} is {width} wide, the model's {limit}; choose a model with a larger model.{what}_dim")
+    for what, width, stats_width in (("state", state_dim, len(stats.state.mean)), ("action", action_dim, len(stats.action.mean))):
+        if width != stats_width:
+            raise ConfigError(f"norm stats of the {what} are {stats_width} wide, the embodiment's {what} is {width}; compute them anew")
+    transforms = (
+        DeltaActions(embodiment.delta_actions),
+        Normalize(*affine(stats.state, normalization, floor), *affine(stats.action, normalization, floor)),
+        PadDimensions(state_dim, action_dim, padded_state_dim, padded_action_dim),
+    )
+    return Chain(embodiment, transforms, tokenizer, image_size)
+
+
+def _pad(array: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    if width == array.shape[-1]:
+        return array
+    padded = np.zeros((*array.shape[:-1], width), dtype=array.dtype)  # np.pad takes ten times as long, a tenth of a batch
+    padded[..., : array.shape[-1]] = array
+    return padded

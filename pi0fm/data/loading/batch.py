@@ -1,0 +1,79 @@
+"""What one forward pass needs, and its passage from one memory to another.
+
+Owns: `Batch`; the same on another device, in page-locked memory, as tensors by name and back. Does not know: where samples come from.
+Shape letters: B micro batch, K flow draws, H horizon, A action dim.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from pi0fm.data.pictures.augmentation import Augmentation, augment
+from pi0fm.models.observation import ModelObservation
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass needs.
+
+    actions: [B, H, A] normalised and padded; action_mask: [B, H, A], False past the episode's end and on padded dimensions;
+    noise: [B, K, H, A], K flow draws of each observation; uniform: [B, K] in [0, 1), from which the time density makes t;
+    augmentation: what is to be done to the pictures on the device, None for nothing.
+    """
+
+    observation: ModelObservation
+    actions: Float[Tensor, "B H A"]
+    action_mask: Bool[Tensor, "B H A"]
+    noise: Float[Tensor, "B K H A"]
+    uniform: Float[Tensor, "B K"]
+    augmentation: Augmentation | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`; from page-locked memory the copies do not block."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The same batch in page-locked memory."""
+        return self._each(Tensor.pin_memory)
+
+    def copied(self) -> "Batch":
+        """The same batch in memory of its own."""
+        return self._each(Tensor.clone)
+
+    def augmented(self) -> "Batch":
+        """The batch with its augmentation done, on the device where it lies; itself where there is none to do."""
+        if self.augmentation is None:
+            return self
+        seen = replace(self.observation, images=augment(self.observation.images, self.augmentation))
+        return replace(self, observation=seen, augmentation=None)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return list(self.named().values())
+
+    def named(self) -> dict[str, Tensor]:
+        """All of them by name, such as `noise` and `observation.state`."""
+        found: dict[str, Tensor] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                found[item.name] = value
+            elif value is not None:
+                found |= {f"{item.name}.{inner.name}": getattr(value, inner.name) for inner in fields(value)}
+        return found
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Batch":
+        """The batch whose `named` tensors these are."""
+        parts: dict[str, dict[str, Tensor]] = {"": {}, "observation": {}, "augmentation": {}}
+        for name, tensor in tensors.items():
+            part, _, inner = name.rpartition(".")
+            parts[part][inner] = tensor
+        augmentation = Augmentation(**parts["augmentation"]) if parts["augmentation"] else None
+        return cls(ModelObservation(**parts["observation"]), **parts[""], augmentation=augmentation)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch.of({name: change(tensor) for name, tensor in self.named().items()})

@@ -1,0 +1,285 @@
+r"""From (seed, step, rank) to a batch of tensors, prepared in threads or worker processes while the last one is trained on.
+
+Owns: collation, prefetching. Does not know: the model, devices beyond moving to one, the optimiser, how processes are spoken to.
+
+    position in the stream -> sample -> frame -> pictures (memory map), state and action chunk (one slice) -> chain -> tensors
+                                    \-> noise and uniform number for the flow, numbers for augmentation, by counter
+
+    starts   0   1   2   3   4   5   6        one queue of places: batches leave in the order of the stream,
+    thread A [0]     [2]     [4]              whichever thread is done first
+    thread B     [1]     [3]     [5]          at most `threads + ahead` batches exist at a time
+
+With `processes` the makers are processes (loader_processes.py), `processes + ahead` of their batches exist at a time, and one thread
+copies them, page-locked where that is asked, two at a time.
+
+Shape letters: B micro batch, H horizon, A action dim.
+"""
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pi0fm.data.chain import Chain, Sample
+from pi0fm.data.columns.lerobot_source import LeRobotSource
+from pi0fm.data.loading.batch import Batch
+from pi0fm.data.loading.processes import in_processes
+from pi0fm.data.order.counter import Slots, draws
+from pi0fm.data.order.orders import Order, Places
+from pi0fm.data.pictures.augmentation import AugmentConfig, numbers
+from pi0fm.data.pictures.source import Pictures
+from pi0fm.errors import ConfigError
+from pi0fm.options import option
+
+__all__ = ["Batch", "BatchMaker", "Collator", "LoaderConfig", "action_chunks", "keep_count", "micro_batches"]
+
+_COUNTS_KEPT = 64
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How batches are prepared; it changes speed and memory, never a number in a batch."""
+
+    threads: int = option(1, "threads that prepare batches, beside the one that trains")
+    processes: int = option(0, "worker processes that prepare batches instead of threads; 0 for none")
+    ahead: int = option(2, "finished batches that wait for their use")
+    pin_memory: bool = option(False, "keep batches in page-locked memory, so that copying to a GPU does not wait")
+    prefetch_to_device: bool = option(False, "copy a batch to the device while the one before it is trained on")
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "ahead"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"loader.{name} must be >= 1, found {getattr(self, name)}; leave it out for the default")
+        if self.processes < 0:
+            raise ConfigError(f"loader.processes must be >= 0, found {self.processes}; leave it out to prepare batches in threads")
+        if self.processes and self.threads > 1:
+            raise ConfigError(
+                f"batches are prepared by threads or by processes, found loader.threads {self.threads} and loader.processes "
+                f"{self.processes}; leave one of them out"
+            )
+
+
+class BatchMaker(ABC):
+    """What `micro_batches` asks: one data set (`Collator`), or several (`mixture.MixtureCollator`)."""
+
+    @abstractmethod
+    def __call__(self, first: int, count: int) -> Batch:
+        """The samples at stream positions first .. first + count - 1."""
+
+    @abstractmethod
+    def valid_elements(self, first: int, count: int) -> int:
+        """How many True entries `action_mask` has over stream positions first .. first + count - 1, whoever trains on them."""
+
+    @abstractmethod
+    def count_ahead(self, first: int, count: int) -> None:
+        """Have `valid_elements` of this stretch ready, so that the thread that trains need not look samples up."""
+
+    @abstractmethod
+    def expect_after(self, first: int, count: int) -> None:
+        """A hint that the stretch first .. first + count - 1 is being used: what follows it by the pictures' `look_ahead` comes next."""
+
+
+@dataclass(frozen=True)
+class Collator(BatchMaker):
+    """Makes the batch of any stretch of the stream of one data set. order: other than the one that suits the pictures best.
+
+    padded_noise: keep noise in the dimensions that the robot lacks, for weights that know it there (PolicyConfig.padded_noise).
+    """
+
+    source: LeRobotSource
+    cache: Pictures
+    chain: Chain
+    action_horizon: int
+    action_dim: int
+    seed: int
+    flow_draws: int = 1
+    augmentation: AugmentConfig | None = None
+    order: Order | None = None
+    padded_noise: bool = False
+    _counts: dict[tuple[int, int], int] = field(init=False, default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.order is not None and self.cache.look_ahead:
+            raise ConfigError("sample weights need every picture at hand, but this data set is streamed; raise --dataset.cache_limit_gib")
+
+    def __call__(self, first: int, count: int) -> Batch:
+        """The samples at stream positions first .. first + count - 1."""
+        return self.collate(np.arange(first, first + count))
+
+    def collate(self, positions: NDArray[np.int64]) -> Batch:
+        """The samples at these positions of the stream."""
+        at = self.places(positions)
+        frames = self.source.frames[at.index]
+        actions, inside = action_chunks(self.source.action, self.source.end, frames, self.action_horizon)
+        sample = self.chain.forward(Sample(self.source.state[frames], actions))
+        prompts = [self.source.tasks[task] for task in self.source.task[frames].tolist()]
+        images = self.cache.gather(frames)
+        observation = self.chain.to_model(images, np.ones(images.shape[:2], dtype=bool), sample.state, prompts)
+        real = np.arange(self.action_dim) < self.chain.embodiment.dims()[1]
+        mask = inside[:, :, None] & real
+        keys = Slots(at.epoch, at.number)
+        drawn = [draws(self.seed, keys, number, (self.action_horizon, self.action_dim)) for number in range(self.flow_draws)]
+        noise, uniform = (_side_by_side([pair[part] for pair in drawn]) for part in (0, 1))
+        if not self.padded_noise:
+            noise[..., ~real] = 0
+        assert sample.actions is not None
+        arrays = {"actions": sample.actions, "action_mask": mask, "noise": noise, "uniform": uniform}
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        augmentation = None
+        if self.augmentation is not None:
+            augmentation = numbers(self.augmentation, self.seed, keys, tuple(self.source.embodiment.cameras))
+        return Batch(observation, **tensors, augmentation=augmentation)
+
+    def places(self, positions: NDArray[np.int64]) -> Places:
+        """What stands at these positions."""
+        return (self.order or self.cache.order).places(self.seed, len(self.source.frames), positions)
+
+    def expect_after(self, first: int, count: int) -> None:
+        """Nothing, where the pictures are all there."""
+        if self.cache.look_ahead:
+            self.expect(np.arange(first, first + count) + self.cache.look_ahead)
+
+    def expect(self, positions: NDArray[np.int64]) -> None:
+        """A hint to the pictures that these positions will be asked for."""
+        self.cache.expect(self.source.frames[self.places(positions).index])
+
+    def valid_elements(self, first: int, count: int) -> int:
+        """Counted ahead, or now."""
+        known = self._counts.pop((first, count), None)
+        return self.count_valid(np.arange(first, first + count)) if known is None else known
+
+    def count_ahead(self, first: int, count: int) -> None:
+        """Kept until it is asked for, or until many others are."""
+        keep_count(self._counts, (first, count), self.count_valid(np.arange(first, first + count)))
+
+    def count_valid(self, positions: NDArray[np.int64]) -> int:
+        """`valid_elements` of any positions."""
+        frames = self.source.frames[self.places(positions).index]
+        steps = np.minimum(self.source.end[frames] - frames, self.action_horizon)
+        return int(steps.sum()) * self.chain.embodiment.dims()[1]
+
+
+def _side_by_side(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """np.stack along axis 1; one array is not copied."""
+    return arrays[0][:, None] if len(arrays) == 1 else np.stack(arrays, axis=1)
+
+
+def keep_count(counts: dict[tuple[int, int], int], stretch: tuple[int, int], valid: int) -> None:
+    """Add to a table of counts that stays small when nobody asks for them."""
+    while len(counts) >= _COUNTS_KEPT:
+        counts.pop(list(counts)[0], None)  # noqa: RUF015  (an iterator would stumble over another thread's entry)
+    counts[stretch] = valid
+
+
+def action_chunks(
+    action: NDArray[np.float32], end: NDArray[np.int64], frames: NDArray[np.int64], horizon: int
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """action[frame .. frame + H - 1] as [B, H, A], the last action repeated past the episode's end, and [B, H] True inside it."""
+    steps = frames[:, None] + np.arange(horizon)
+    last = end[frames][:, None] - 1
+    return action[np.minimum(steps, last)], steps <= last
+
+
+def micro_batches(
+    collator: BatchMaker,
+    first_step: int,
+    num_steps: int,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    config: LoaderConfig = LoaderConfig(),
+    device: torch.device | None = None,
+) -> Generator[Batch]:
+    """This rank's micro batches of steps first_step .. num_steps - 1, in order, some ahead of their use.
+
+    Every rank takes an equal, contiguous share of each global batch, so the union is the same for any number of ranks.
+    device: where `config.prefetch_to_device` copies to; None or a CPU copies nothing.
+    """
+    share = global_batch_size // world_size
+
+    def starts() -> Iterator[tuple[int, int, bool]]:
+        for step in range(first_step, num_steps):
+            for offset in range(0, share, micro_batch_size):
+                yield step, step * global_batch_size + rank * share + offset, offset == 0
+
+    workers = None
+    if config.processes:
+        tasks = ((start, micro_batch_size) for _, start, _ in starts())
+        workers = in_processes(partial(_arrays, collator), tasks, config.processes, config.processes + config.ahead)
+
+    def prepare(step: int, start: int, begins: bool) -> Batch:
+        if begins:
+            collator.count_ahead(step * global_batch_size, global_batch_size)
+        if workers is None:
+            batch = collator(start, micro_batch_size)
+            collator.expect_after(start, micro_batch_size)
+            return batch.pinned() if config.pin_memory else batch
+        batch = Batch.of({name: torch.from_numpy(array) for name, array in next(workers).items()})  # of the same start: both count alike
+        return batch.pinned() if config.pin_memory else batch.copied()  # out of memory that a worker fills again
+
+    if workers is None:
+        batches = _in_threads(prepare, starts(), config.threads, config.threads + config.ahead)
+    else:
+        batches = _closing(workers, _in_threads(prepare, starts(), 1, 2))
+    ahead = config.prefetch_to_device and device is not None and device.type == "cuda"
+    return _on_device(batches, device) if ahead and device is not None else batches
+
+
+def _arrays(maker: BatchMaker, first: int, count: int) -> dict[str, NDArray]:
+    """In a worker process: a batch by name, on its way into shared memory."""
+    return {name: tensor.numpy() for name, tensor in maker(first, count).named().items()}
+
+
+def _closing(workers: Generator[dict[str, NDArray]], batches: Iterator[Batch]) -> Generator[Batch]:
+    """The same batches; worker processes end with the last, or when nobody asks any more."""
+    with closing(workers):
+        yield from batches
+
+
+def _in_threads(
+    prepare: Callable[[int, int, bool], Batch], starts: Iterator[tuple[int, int, bool]], num_threads: int, most: int
+) -> Generator[Batch]:
+    """`prepare` of every start, in order, `most` at a time; the threads end with the last, with an error, or when nobody asks any more."""
+    threads = ThreadPoolExecutor(num_threads, thread_name_prefix="pi0fm-loader")
+    under_way: deque[Future[Batch]] = deque()
+
+    def submit() -> None:
+        start = next(starts, None)
+        if start is not None:
+            under_way.append(threads.submit(prepare, *start))
+
+    try:
+        for _ in range(most):
+            submit()
+        while under_way:
+            batch = under_way.popleft().result()
+            submit()
+            yield batch
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)
+
+
+def _on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch]:
+    """The same batches on a GPU, each copied on a stream of its own while the one before it is trained on."""
+    copying = torch.cuda.Stream(device)
+
+    def copied(batch: Batch | None) -> Batch | None:
+        with torch.cuda.stream(copying):
+            return None if batch is None else batch.to(device)
+
+    following = copied(next(batches, None))
+    while following is not None:
+        batch, done = following, copying.record_event()
+        following = copied(next(batches, None))
+        torch.cuda.current_stream(device).wait_event(done)
+        for tensor in batch.tensors():
+            tensor.record_stream(torch.cuda.current_stream(device))  # else its memory is reused while the step still reads it
+        yield batch

@@ -1,0 +1,240 @@
+"""Several data sets in one stream, each with its own robot, statistics and weight.
+
+Owns: the options of a data set in a mixture, which data set stands at a position, filters of episodes, weights of samples, one batch out
+of several. Does not know: how a data set is read, how a network is chosen.
+
+    position     0    1    2    3    4    5    6    7        weights 4 : 2 : 1
+    data set     A    B    A    C    A    B    A    A        A's share of the first p positions is 4 p / 7, less than one off
+    its own      0    0    1    0    2    1    3    4        a data set's own stream goes on, epoch by epoch, undisturbed
+
+With three or more the first is dealt against the rest, then the second against the rest of that, and so on: integers, O(1) memory, and
+a function of the position, so that neither workers nor restarts change anything.
+Shape letters: B batch, C cameras of the mixture, H horizon, A action dim, L prompt tokens.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, data_files
+from pi0fm.data.loading.batch import Batch
+from pi0fm.data.loading.loader import BatchMaker, Collator, keep_count
+from pi0fm.data.order.orders import Weighted, weighted
+from pi0fm.data.pictures.augmentation import Augmentation
+from pi0fm.errors import ConfigError, DatasetError, Pi0fmError
+from pi0fm.models.observation import ModelObservation
+from pi0fm.options import nearest, option
+
+UNITS = 2**20  # weights are counted in millionths, so that shares are exact at any position
+
+
+@dataclass(frozen=True)
+class MixtureEntry:
+    """One data set of a mixture; `embodiment.cameras` maps the network's cameras to its columns."""
+
+    dataset: DatasetConfig = option(DatasetConfig, "")
+    embodiment: Embodiment = option(Embodiment, "")
+    weight: float = option(1.0, "its share of the samples, against the other entries' weights")
+    exclude_episodes: tuple[int, ...] = option((), "episodes that are left out")
+    tasks: tuple[str, ...] = option((), "train on episodes of these instructions only; empty takes all")
+    min_frames: int = option(1, "leave out episodes that are shorter")
+    task_weights: dict[str, float] = option(dict, "instruction -> weight of its samples against others of this data set; 1 where unnamed")
+    weight_column: str | None = option(None, "column of the data set with the weight of each frame")
+    camera_sources: dict[str, str] = option(dict, "camera -> SOURCE:WIDTHxHEIGHT in a simulator, kept in the bundle for this robot")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < float("inf"):
+            raise ConfigError(f"a mixture's weight must be > 0, found {self.weight}; leave the data set out instead of giving it 0")
+        if self.min_frames < 1:
+            raise ConfigError(f"min_frames must be >= 1, found {self.min_frames}; leave it out for all episodes")
+
+
+def refuse_entries(mixture: Mapping[str, MixtureEntry]) -> None:
+    """Raise ConfigError for names that cannot be typed, an entry without a data set, or weights too far apart; nothing is opened."""
+    for name, entry in mixture.items():
+        if not re.fullmatch(r"\w+", name, re.ASCII):
+            raise ConfigError(f"a mixture's names are letters, digits and _, found {name!r}; it is typed in options and after --robot")
+        if not entry.dataset.repo_id and entry.dataset.root is None:
+            raise ConfigError(
+                f"mixture.{name} must name a data set, found none; type --mixture.{name}.dataset.repo_id NAME, or .root DIRECTORY"
+            )
+    if mixture:
+        deal([entry.weight for entry in mixture.values()], np.zeros(1, dtype=np.int64))
+
+
+@contextmanager
+def entry_named(name: str) -> Iterator[None]:
+    """A fault inside the block is told with the entry that it is of, and with the options as they are typed for it; "" for no mixture."""
+    try:
+        yield
+    except Pi0fmError as error:
+        if not name:
+            raise
+        text = str(error).replace("--dataset.", f"--mixture.{name}.dataset.").replace("--embodiment.", f"--mixture.{name}.embodiment.")
+        raise type(error)(f"mixture.{name}: {text}") from error
+
+
+def filtered(source: LeRobotSource, entry: MixtureEntry) -> LeRobotSource:
+    """The source without the episodes that the entry leaves out. Raises ConfigError for an unknown one, or when none is left."""
+    unknown = sorted(set(entry.exclude_episodes) - set(source.episode.tolist()))
+    if unknown:
+        raise ConfigError(f"exclude_episodes must lie in 0..{int(source.episode.max())}, found {unknown[:8]}; correct the list")
+    for text in (*entry.tasks, *entry.task_weights):
+        if text not in source.tasks:
+            raise ConfigError(f"{source.root} has no instruction {text!r}: {nearest(text, source.tasks)}")
+    frames = source.frames
+    lengths = np.bincount(source.episode)
+    keep = ~np.isin(source.episode[frames], entry.exclude_episodes) & (lengths[source.episode[frames]] >= entry.min_frames)
+    if entry.tasks:
+        keep &= np.isin(source.task[frames], [source.tasks.index(text) for text in entry.tasks])
+    if not keep.any():
+        raise ConfigError(f"the filters of {source.root} leave no episode; loosen episodes, exclude_episodes, tasks or min_frames")
+    return replace(source, frames=frames[keep])
+
+
+def sample_order(source: LeRobotSource, entry: MixtureEntry) -> Weighted | None:
+    """The order by the entry's weights of samples, None where it has none. Raises what `weighted` does, DatasetError for the column."""
+    if not entry.task_weights and entry.weight_column is None:
+        return None
+    weights = np.ones(len(source.state))
+    for text, weight in entry.task_weights.items():
+        weights[source.task == source.tasks.index(text)] = weight
+    if entry.weight_column is not None:
+        weights *= _column(source, entry.weight_column)
+    return weighted(weights[source.frames])
+
+
+def part_seed(seed: int, part: int) -> int:
+    """The seed of one data set's order and noise, so that no two of a mixture have the same."""
+    return seed if part == 0 else (seed ^ (0x9E3779B97F4A7C15 * part)) % 2**63
+
+
+@dataclass(frozen=True)
+class MixtureCollator(BatchMaker):
+    """Batches of several data sets. parts: each with its own chain, all for one network; weights: one each."""
+
+    parts: tuple[Collator, ...]
+    weights: tuple[float, ...]
+    _counts: dict[tuple[int, int], int] = field(init=False, default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.parts or len(self.parts) != len(self.weights):
+            raise ConfigError(f"a mixture needs one weight a data set, found {len(self.weights)} for {len(self.parts)}; correct the list")
+        seeds, sizes = {part.seed for part in self.parts}, {(part.action_horizon, part.action_dim) for part in self.parts}
+        if len(seeds) != len(self.parts) or len(sizes) != 1:
+            raise ConfigError("the data sets of a mixture need seeds of their own (part_seed) and one network; build the parts again")
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Every camera of any part, in the order of first mention; a sample without one has it masked."""
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.source.embodiment.cameras))
+
+    def __call__(self, first: int, count: int) -> Batch:
+        """Every part's samples, laid back into the order of the stream."""
+        which, numbers = deal(self.weights, np.arange(first, first + count))
+        rows = [np.flatnonzero(which == part) for part in range(len(self.parts))]
+        made = [(self.parts[part], own, self.parts[part].collate(numbers[own])) for part, own in enumerate(rows) if len(own)]
+        return _joined(made, self.cameras, count)
+
+    def valid_elements(self, first: int, count: int) -> int:
+        """The sum over the parts."""
+        known = self._counts.pop((first, count), None)
+        return self._count(first, count) if known is None else known
+
+    def count_ahead(self, first: int, count: int) -> None:
+        """Kept until it is asked for, or until many others are."""
+        keep_count(self._counts, (first, count), self._count(first, count))
+
+    def expect_after(self, first: int, count: int) -> None:
+        """To each part that streams, in its own stream."""
+        which, numbers = deal(self.weights, np.arange(first, first + count))
+        for number, part in enumerate(self.parts):
+            own = numbers[which == number]
+            if part.cache.look_ahead and len(own):
+                part.expect(own + part.cache.look_ahead)
+
+    def _count(self, first: int, count: int) -> int:
+        which, numbers = deal(self.weights, np.arange(first, first + count))
+        return sum(part.count_valid(numbers[which == number]) for number, part in enumerate(self.parts) if (which == number).any())
+
+
+def deal(weights: Sequence[float], positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(data set, position in that data set's own stream) of each position of the mixture's stream.
+
+    The first against the rest: of p positions it has taken floor(p w / W + 1/2); the rest is dealt alike. Raises ConfigError for a weight
+    below a millionth of what it is dealt against.
+    """
+    which = np.zeros_like(positions)
+    own = positions.copy()
+    open_ = np.ones(len(positions), dtype=bool)
+    rest = positions.copy()  # positions among those that earlier data sets left
+    for part in range(len(weights) - 1):
+        units = round(UNITS * weights[part] / sum(weights[part:]))
+        if not 0 < units < UNITS:
+            raise ConfigError(f"weights of a mixture must be within a factor of a million, found {list(weights)}; bring them closer")
+        taken, after = ((place * units + UNITS // 2) // UNITS for place in (rest, rest + 1))
+        here = open_ & (after > taken)
+        which[here], own[here] = part, taken[here]
+        open_ &= ~here
+        rest = rest - taken
+        which[open_], own[open_] = part + 1, rest[open_]
+    return which, own
+
+
+def _joined(made: Sequence[tuple[Collator, NDArray[np.int64], Batch]], cameras: tuple[str, ...], count: int) -> Batch:
+    """One batch of `count` rows; every part's rows go where its places say, its cameras to the mixture's."""
+    longest = max(batch.observation.prompt_tokens.shape[1] for _, _, batch in made)
+    sample = made[0][2]
+    images = sample.observation.images
+    seen = ModelObservation(
+        images=images.new_zeros(count, len(cameras), *images.shape[2:]),
+        image_mask=torch.zeros(count, len(cameras), dtype=torch.bool),
+        prompt_tokens=sample.observation.prompt_tokens.new_zeros(count, longest),
+        prompt_mask=torch.zeros(count, longest, dtype=torch.bool),
+        state=sample.observation.state.new_zeros(count, sample.observation.state.shape[1]),
+    )
+    arrays = {name: getattr(sample, name) for name in ("actions", "action_mask", "noise", "uniform")}
+    whole = Batch(seen, **{name: array.new_zeros(count, *array.shape[1:]) for name, array in arrays.items()})
+    augmentation = _neutral(count, len(cameras)) if any(batch.augmentation is not None for _, _, batch in made) else None
+    for part, rows, batch in made:
+        place = torch.from_numpy(rows)
+        slots = torch.tensor([cameras.index(name) for name in part.source.embodiment.cameras])
+        width = batch.observation.prompt_tokens.shape[1]
+        whole.observation.images[place[:, None], slots] = batch.observation.images
+        whole.observation.image_mask[place[:, None], slots] = batch.observation.image_mask
+        whole.observation.prompt_tokens[place, :width] = batch.observation.prompt_tokens
+        whole.observation.prompt_mask[place, :width] = batch.observation.prompt_mask
+        whole.observation.state[place] = batch.observation.state
+        for name in arrays:
+            getattr(whole, name)[place] = getattr(batch, name)
+        if augmentation is not None and batch.augmentation is not None:
+            for item in fields(Augmentation):
+                getattr(augmentation, item.name)[place[:, None], slots] = getattr(batch.augmentation, item.name)
+    return replace(whole, augmentation=augmentation)
+
+
+def _neutral(count: int, cameras: int) -> Augmentation:
+    """No change, for pictures that are not there or are not to be changed."""
+    window: Tensor = torch.zeros(count, cameras, 3)
+    window[..., 0] = 1
+    return Augmentation(window, torch.zeros(count, cameras), torch.ones(count, cameras, 3))
+
+
+def _column(source: LeRobotSource, name: str) -> NDArray[np.float64]:
+    """A column of one number a frame, by index."""
+    values = np.full(len(source.state), np.nan)
+    for path in data_files(source.root):
+        schema = pq.read_schema(path).names
+        if name not in schema:
+            raise DatasetError(f"{source.root} has no column {name!r} to weigh samples by: {nearest(name, schema)}")
+        table = pq.read_table(path, columns=["index", name])
+        values[np.asarray(table["index"])] = np.asarray(table[name], dtype=np.float64)
+    return values

@@ -1,0 +1,104 @@
+"""Which sample stands at a position of the stream: pure functions of (seed, position) and the data set.
+
+Owns: `Order` and the two orders that need no window: uniform, and by sample weights. Does not know: pictures, batches, workers.
+
+    Shuffled   epoch e is the permutation keyed by (seed, e)
+    Weighted   epoch e draws N samples; sample i comes floor or ceil of N w_i / sum(w) times
+
+        weights   |---- 0 ----|- 1 -|-------- 2 --------|          systematic resampling: N equal steps from an offset that
+        draws        ^     ^     ^     ^     ^     ^               the epoch moves, then permuted (Kitagawa 1996)
+
+A sample that comes twice in an epoch must not have the same noise twice: `number` tells its draws apart.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi0fm.data.order.counter import draw, permute
+from pi0fm.errors import ConfigError
+
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Places:
+    """Places in the stream, int64 [B] each: the epoch, the sample, and the number that keys the sample's noise in that epoch."""
+
+    epoch: NDArray[np.int64]
+    index: NDArray[np.int64]
+    number: NDArray[np.int64]
+
+
+class Order(ABC):
+    """An order of the samples 0 .. num_samples - 1."""
+
+    @abstractmethod
+    def places(self, seed: int, num_samples: int, positions: NDArray[np.int64]) -> Places:
+        """What stands at these positions of the stream."""
+
+
+@dataclass(frozen=True)
+class Shuffled(Order):
+    """Every sample once an epoch, in the order of a keyed permutation; memory O(1)."""
+
+    def places(self, seed: int, num_samples: int, positions: NDArray[np.int64]) -> Places:
+        """Epoch by epoch."""
+        epoch, offset = np.divmod(positions, num_samples)
+        index = by_epoch(seed, num_samples, epoch, offset)
+        return Places(epoch, index, index)
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted(Order):
+    """Sample i in proportion to weights[i] >= 0; cumulative: their sums, float64 [N]."""
+
+    cumulative: NDArray[np.float64]
+
+    def places(self, seed: int, num_samples: int, positions: NDArray[np.int64]) -> Places:
+        """Epoch by epoch. Raises ConfigError when there is not one weight a sample."""
+        if num_samples != len(self.cumulative):
+            raise ConfigError(f"sample weights must be one a sample, found {len(self.cumulative)} for {num_samples} samples")
+        epoch, offset = np.divmod(positions, num_samples)
+        number = by_epoch(seed, num_samples, epoch, offset)
+        shift = np.empty(len(positions))
+        for value in np.unique(epoch):
+            shift[epoch == value] = float(draw(seed, int(value), 2**63, 0, (0, 0))[1])
+        targets = (number + shift) / num_samples * self.cumulative[-1]
+        index = np.searchsorted(self.cumulative, targets, side="right")
+        return Places(epoch, np.minimum(index, self._last), number)
+
+    @property
+    def _last(self) -> int:
+        """The last sample with a weight, for a target that rounding puts at the very end."""
+        return int(np.searchsorted(self.cumulative, self.cumulative[-1], side="left"))
+
+
+def weighted(weights: NDArray[np.float64]) -> Weighted:
+    """The order of weights [N]. Raises ConfigError for a negative or non-finite one, or none above 0."""
+    if len(weights) == 0 or not np.isfinite(weights).all() or (weights < 0).any() or not (weights > 0).any():
+        raise ConfigError("sample weights must be finite, at least 0, and not all 0; correct the column or the episodes that they name")
+    return Weighted(np.cumsum(weights, dtype=np.float64))
+
+
+def by_epoch(seed: int, size: int, epoch: NDArray[np.int64], offset: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`permute` of offsets that lie in several epochs; neighbours are looked up together."""
+    index = np.empty_like(offset)
+    block, inside = np.divmod(offset, BLOCK)
+    keys = block + epoch * (size // BLOCK + 1)
+    for key in np.unique(keys).tolist():
+        here = keys == key
+        index[here] = _block(seed, size, *divmod(key, size // BLOCK + 1))[inside[here]]
+    return index
+
+
+@lru_cache(maxsize=64)
+def _block(seed: int, size: int, epoch: int, block: int) -> NDArray[np.int64]:
+    """`permute` of BLOCK neighbouring offsets: a network of numpy calls costs the same for one as for a thousand."""
+    first = block * BLOCK
+    found = permute(np.arange(first, min(first + BLOCK, size)), size, seed, epoch)
+    found.flags.writeable = False
+    return found

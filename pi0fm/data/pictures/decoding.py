@@ -1,0 +1,244 @@
+"""Stretches of video to arrays, in this process or in helpers that do nothing else.
+
+Owns: `Job`, decoding one into an array or a shard, the helper program and those who feed it. Does not know: data sets, locks, what is
+on the disk already.
+
+    caller   thread 1 -- Job as a line of JSON -->  helper 1   decode, resize, write the shard   -- {"done": ..} or why not -->
+             thread 2 ---------------------------->  helper 2   `python -m pi0fm.data.pictures.decoding`
+
+A helper is a program of its own rather than a fork: video decoders do not survive a fork, and a caller that is itself a daemon (a worker
+of Ray, of a DataLoader) may start one. It imports numpy and PyAV; torch only where pictures must be resized. It ends with its input.
+"""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi0fm.data.pictures.shards import CacheFormat, write_shard
+from pi0fm.data.pictures.video import decode
+from pi0fm.errors import DatasetError, Pi0fmError
+
+BATCH = 64
+ONE_THREAD: Mapping[str, str] = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+FRAMES_WORTH_HELPERS = 100_000  # a helper's start and imports cost as much as decoding some 4 000; a few threads do as well until then
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """`count` pictures of `file` from its frame `offset` on; they go to places `place .. place + count - 1` of the result."""
+
+    file: str
+    offset: int
+    place: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """The pictures of one camera that are decoded together. count: of the result, which the stretches fill between them."""
+
+    stretches: tuple[Stretch, ...]
+    count: int
+    size: int
+    fps: float
+    decoder: Literal["pyav", "torchcodec"]
+
+
+def decode_job(job: Job) -> NDArray[np.uint8]:
+    """uint8 [count, size, size, 3]. Raises DatasetError for an unreadable video, or one that lacks a frame."""
+    pictures = np.empty((job.count, job.size, job.size, 3), np.uint8)
+    for number, picture in enumerate(decoded(job)):
+        pictures[number] = picture
+    return pictures
+
+
+def decoded(job: Job) -> Iterator[NDArray[np.uint8]]:
+    """The pictures of `decode_job` one by one, in order."""
+    for run in _runs(job.stretches):
+        yield from _decode_run(run, job)
+
+
+def write_jobs(work: Sequence[tuple[Path, Job]], form: CacheFormat) -> Iterator[Job]:
+    """Decode every job into the shard at its path; yields each as it is done.
+
+    Raises DatasetError for the data set's fault and Pi0fmError for a helper's end, when all helpers have ended.
+    """
+    helpers = min(cores(), len(work))
+    if helpers < 2 or sum(job.count for _, job in work) < FRAMES_WORTH_HELPERS:
+        with ThreadPoolExecutor(max(helpers, 1)) as pool:  # decoders let other threads run
+            yield from pool.map(lambda item: _write(item[0], item[1], form), work)
+        return
+    waiting: queue.SimpleQueue[tuple[Path, Job]] = queue.SimpleQueue()
+    for item in work:
+        waiting.put(item)
+    done: queue.SimpleQueue[Job | Exception] = queue.SimpleQueue()
+    stop = threading.Event()
+    threads = [threading.Thread(target=_feed, args=(waiting, done, stop, form)) for _ in range(helpers)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in work:
+            outcome = done.get()
+            if isinstance(outcome, Exception):
+                raise outcome
+            yield outcome
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def _write(path: Path, job: Job, form: CacheFormat) -> Job:
+    write_shard(path, decoded(job), job.size, form)
+    return job
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _runs(stretches: Sequence[Stretch]) -> list[list[Stretch]]:
+    """Stretches that follow each other in one file, so that one pass reads them."""
+    runs: list[list[Stretch]] = []
+    for stretch in stretches:
+        last = runs[-1][-1] if runs else None
+        if last is not None and last.file == stretch.file and 0 <= stretch.offset - last.offset - last.count < BATCH:
+            runs[-1].append(stretch)
+        else:
+            runs.append([stretch])
+    return runs
+
+
+def _decode_run(run: list[Stretch], job: Job) -> Iterator[NDArray[np.uint8]]:
+    """Every picture of a run, in order; a frame that the episodes expect and the file lacks is an error."""
+    start, stop = run[0].offset, run[-1].offset + run[-1].count
+    waiting = np.zeros(stop - start, dtype=bool)
+    for stretch in run:
+        waiting[stretch.offset - start : stretch.offset - start + stretch.count] = True
+    expected = left = int(waiting.sum())
+    open_ = waiting.tolist()
+    pending: list[NDArray[np.uint8]] = []
+    for number, frame in decode(Path(run[0].file), job.fps, job.decoder, start, stop):
+        if not open_[number - start]:
+            continue
+        open_[number - start] = False
+        left -= 1
+        if frame.shape[:2] == (job.size, job.size):
+            yield frame
+        elif max(frame.shape[:2]) == job.size:
+            yield _padded(frame, job.size)
+        else:
+            pending.append(frame)
+            if len(pending) == BATCH:
+                yield from _resized(pending, job.size)
+    yield from _resized(pending, job.size)
+    if left:
+        raise DatasetError(
+            f"video {run[0].file} holds {expected - left} of the {expected} frames that its episodes name; download or record it again"
+        )
+
+
+def _padded(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Black bands beside a picture whose longer side needs no resizing."""
+    height, width = frame.shape[:2]
+    top, left = (size - height) // 2, (size - width) // 2
+    square = np.zeros((size, size, 3), np.uint8)
+    square[top : top + height, left : left + width] = frame
+    return square
+
+
+def _resized(pending: list[NDArray[np.uint8]], size: int) -> Iterator[NDArray[np.uint8]]:
+    if pending:
+        from pi0fm.data.pictures.images import resize_with_padding  # torch, which a helper may do without
+
+        yield from resize_with_padding(np.stack(pending), size)
+        pending.clear()
+
+
+def _feed(
+    waiting: "queue.SimpleQueue[tuple[Path, Job]]",
+    done: "queue.SimpleQueue[Job | Exception]",
+    stop: threading.Event,
+    form: CacheFormat,
+) -> None:
+    """Start a helper, hand it jobs until there are none, wait for its end."""
+    package = str(Path(__file__).resolve().parents[3])
+    found = os.environ.get("PYTHONPATH")
+    environment = os.environ | ONE_THREAD | {"PYTHONPATH": package + (os.pathsep + found if found else "")}
+    command = [sys.executable, "-P", "-m", "pi0fm.data.pictures.decoding"]  # -P: the user's folder may hold a queue.py
+    helper: subprocess.Popen | None = None
+    while not stop.is_set():
+        try:
+            path, job = waiting.get_nowait()
+        except queue.Empty:
+            break
+        try:
+            helper = helper or subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
+            answer = _ask(helper, {"path": str(path), "form": form, "job": asdict(job)})
+            done.put(job if answer.get("done") else _fault(answer))
+        except Exception as error:  # noqa: BLE001  (it is raised again in the thread that waits)
+            done.put(error)
+    if helper is not None:
+        _end(helper)
+
+
+def _ask(helper: subprocess.Popen, task: dict[str, object]) -> dict[str, str]:
+    """The helper's answer; a helper that is gone has its own."""
+    assert helper.stdin is not None and helper.stdout is not None
+    with suppress(BrokenPipeError):
+        helper.stdin.write(json.dumps(task) + "\n")
+        helper.stdin.flush()
+    line = helper.stdout.readline()
+    return dict(json.loads(line)) if line else {"system": f"a decoding process ended with code {helper.wait()}"}
+
+
+def _end(helper: subprocess.Popen) -> None:
+    """Close its input, which is its sign to end, and wait."""
+    assert helper.stdin is not None and helper.stdout is not None
+    with suppress(BrokenPipeError):
+        helper.stdin.close()
+    helper.stdout.close()
+    helper.wait()
+
+
+def _fault(answer: dict[str, str]) -> Pi0fmError:
+    """What went wrong: with the data set, with the disk, or with the helper itself."""
+    if "dataset" in answer:
+        return DatasetError(answer["dataset"])
+    return Pi0fmError(f"frames could not be decoded ({answer['system']:.160}); what is decoded is kept: type the command again")
+
+
+def _serve() -> None:
+    """The helper: a job a line, an answer a line."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the caller ends the input
+    for line in sys.stdin:
+        task = json.loads(line)
+        tree = task["job"]
+        job = Job(**{**tree, "stretches": tuple(Stretch(**stretch) for stretch in tree["stretches"])})
+        try:
+            _write(Path(task["path"]), job, task["form"])
+            answer = {"done": "yes"}
+        except DatasetError as error:
+            answer = {"dataset": str(error)}
+        except OSError as error:
+            answer = {"system": str(error)}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _serve()

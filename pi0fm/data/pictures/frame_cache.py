@@ -1,0 +1,298 @@
+"""Every picture of a data set, decoded once to the network's size and kept in memory-mapped shards.
+
+Owns: which shard holds which frames, building what is missing under a lock that all processes of a node share, its check.
+Does not know: training, how a shard is laid out, how a video is decoded.
+
+    <cache_dir>/<fingerprint of data set>-<columns>-<size>-<format>/<column>/00003.u8     a stretch of whole episodes
+                                                                   verified-<host>.json   what was checked since the machine started
+    open    size and count of every shard; sums of those that changed, or that a restart of the machine may have torn
+    build   what is missing or torn, so that an interrupted build goes on where it was
+
+Folders are named by the data set's column: two embodiments may give one column different names, or swap two names.
+"""
+
+import fcntl
+import io
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+from PIL import Image
+
+from pi0fm import files, progress
+from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource
+from pi0fm.data.order.orders import Order, Shuffled
+from pi0fm.data.pictures.decoding import Job, Stretch, cores, write_jobs
+from pi0fm.data.pictures.images import resize_with_padding
+from pi0fm.data.pictures.shards import SUFFIX, CacheFormat, ShardedFrames, is_whole, open_shard, write_shard
+from pi0fm.data.pictures.source import Pictures
+from pi0fm.data.pictures.video import choose_decoder
+from pi0fm.errors import DatasetError
+
+SHARD_BYTES = 64 * 2**20
+MOST_SHARDS = 4096  # a camera: each is a memory map, of which a process may have some ten thousand
+JPEG_SHARE = 0.2  # of the raw bytes, at quality 95; only to guess the room
+
+
+@dataclass(frozen=True)
+class ShardFolder:
+    """Where the shards of some columns at one size lie: all that it takes to open them, in any process."""
+
+    directory: Path
+    columns: tuple[str, ...]
+    firsts: tuple[int, ...]
+    size: int
+    form: CacheFormat
+
+    def path(self, column: str, number: int) -> Path:
+        """The file of a shard."""
+        return self.directory / column.replace("/", "_") / f"{number:05d}.{SUFFIX[self.form]}"
+
+    def open(self) -> "FrameCache":
+        """The pictures, of shards that are known to be whole."""
+        cameras = []
+        for column in self.columns:
+            shards = [open_shard(self.path(column, number), self.size, self.form) for number in range(len(self.firsts))]
+            cameras.append(ShardedFrames(self.firsts, shards, self.size))
+        return FrameCache(tuple(cameras), self)
+
+
+@dataclass(frozen=True)
+class FrameCache(Pictures):
+    """Pictures by camera, in the embodiment's order; each uint8 [N, size, size, 3], read-only.
+
+    folder: where they lie; None for arrays in memory. A pickle of the cache holds the folder instead of the pictures.
+    """
+
+    cameras: tuple[NDArray[np.uint8] | ShardedFrames, ...]
+    folder: ShardFolder | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., "FrameCache"], tuple[Any, ...]]:
+        return (FrameCache, (self.cameras,)) if self.folder is None else (ShardFolder.open, (self.folder,))
+
+    @property
+    def order(self) -> Order:
+        """Any order is as good as another."""
+        return Shuffled()
+
+    def gather(self, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """uint8 [B, C, size, size, 3] of the frames asked for."""
+        out = np.empty((len(frames), len(self.cameras), *self.cameras[0].shape[1:]), np.uint8)
+        for number, camera in enumerate(self.cameras):
+            if isinstance(camera, ShardedFrames):
+                camera.read(frames, out[:, number])
+            else:
+                out[:, number] = camera[frames]
+        return out
+
+
+def open_cache(source: LeRobotSource, config: DatasetConfig, size: int, form: CacheFormat = "uint8") -> FrameCache:
+    """Open the cache, building what is missing. Raises DatasetError when it would exceed the limit, or a video is unreadable."""
+    directory = cache_folder(source, config, size, form)
+    firsts = shard_firsts(source, size)
+    cache = _Folder(ShardFolder(directory, tuple(source.embodiment.cameras.values()), firsts, size, form), source)
+    with _locked(directory):
+        missing = cache.missing()
+        if missing:
+            _check_room(directory, sum(cache.count(number) for _, number in missing) * size * size * 3, config.cache_limit_gib, form)
+            cache.build(config, missing)
+        cache.note_verified()
+    return cache.place.open()
+
+
+def cache_folder(source: LeRobotSource, config: DatasetConfig, size: int, form: CacheFormat = "uint8") -> Path:
+    """Where the frames of one data set are kept at one size."""
+    columns = "+".join(sorted(source.embodiment.cameras.values())).replace("/", "_")
+    return cache_directory(config) / f"{source.fingerprint}-{columns}-{size}-{form}"
+
+
+def cache_directory(config: DatasetConfig) -> Path:
+    """Where decoded frames are kept: the configured place, else the user's cache."""
+    return config.cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pi0fm" / "frames"
+
+
+def cache_bytes(source: LeRobotSource, size: int, form: CacheFormat = "uint8") -> int:
+    """What the whole cache takes on the disk; of JPEG a guess."""
+    raw = len(source.state) * len(source.embodiment.cameras) * size * size * 3
+    return raw if form == "uint8" else int(JPEG_SHARE * raw)
+
+
+def shard_firsts(source: LeRobotSource, size: int) -> tuple[int, ...]:
+    """The first frame of every shard: whole episodes, about SHARD_BYTES."""
+    per_shard = max(SHARD_BYTES // (size * size * 3), -(-len(source.state) // MOST_SHARDS), 1)
+    firsts = [0]
+    for end in np.unique(source.end).tolist():
+        if end - firsts[-1] >= per_shard and end < len(source.state):
+            firsts.append(end)
+    return tuple(firsts)
+
+
+def stretches(source: LeRobotSource, camera: str, first: int, stop: int) -> tuple[Stretch, ...]:
+    """Where the video frames of one camera lie that the data set's frames first .. stop - 1 show."""
+    found = []
+    for clip in source.clips[camera]:
+        begin, end = max(clip.first, first), min(clip.first + clip.count, stop)
+        if begin < end:
+            found.append(Stretch(str(clip.file), clip.offset + begin - clip.first, begin - first, end - begin))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """The shards of one data set at one size; `missing` and `build` are called under the lock."""
+
+    place: ShardFolder
+    source: LeRobotSource
+
+    def count(self, number: int) -> int:
+        """Pictures in a shard."""
+        return ((*self.place.firsts, len(self.source.state)))[number + 1] - self.place.firsts[number]
+
+    @property
+    def directory(self) -> Path:
+        """Of the shards."""
+        return self.place.directory
+
+    def missing(self) -> list[tuple[str, int]]:
+        """(camera, shard) of every shard that is not there as a whole; a torn one is named on standard error."""
+        trusted = self._verified()
+        wanted = [(camera, number) for camera in self.source.embodiment.cameras for number in range(len(self.place.firsts))]
+
+        def whole(item: tuple[str, int]) -> bool:
+            path = self.place.path(self.source.embodiment.cameras[item[0]], item[1])
+            known = trusted.get(self._name(path)) == _stamp(path)
+            return is_whole(path, self.count(item[1]), self.place.size, self.place.form, sums=not known)
+
+        with ThreadPoolExecutor(cores()) as threads:
+            lacking = [item for item, good in zip(wanted, threads.map(whole, wanted), strict=True) if not good]
+        for camera, number in lacking:
+            path = self.place.path(self.source.embodiment.cameras[camera], number)
+            if path.exists():
+                progress.say(f"{path} is torn or was changed; decoding its {self.count(number)} frames again")
+        return lacking
+
+    def build(self, config: DatasetConfig, missing: Sequence[tuple[str, int]]) -> None:
+        """Decode what is missing. A data set that cannot be read loses its folder: mended, it has another fingerprint."""
+        work = []
+        decoder = choose_decoder(config.video_decoder)
+        ends = (*self.place.firsts[1:], len(self.source.state))
+        for camera, number in missing:
+            if camera not in self.source.stored_pictures:
+                found = stretches(self.source, camera, self.place.firsts[number], ends[number])
+                job = Job(found, self.count(number), self.place.size, self.source.fps, decoder)
+                work.append((self.place.path(self.source.embodiment.cameras[camera], number), job))
+        try:
+            with progress.step("decode frames", sum(self.count(number) for _, number in missing)) as bar:
+                for job in write_jobs(work, self.place.form):
+                    bar.advance(job.count)
+                for camera in self.source.stored_pictures:
+                    self._unpack(camera, {number for name, number in missing if name == camera}, bar)
+        except DatasetError:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            raise
+
+    def note_verified(self) -> None:
+        """Remember what the shards look like now that they are known to be whole."""
+        shards = (
+            self.place.path(column, number)
+            for column in self.source.embodiment.cameras.values()
+            for number in range(len(self.place.firsts))
+        )
+        stamps = {self._name(path): _stamp(path) for path in shards}
+        if stamps != self._verified():
+            files.write_json(self._record, {"boot": _boot(), "shards": stamps})
+
+    @property
+    def _record(self) -> Path:
+        return self.directory / f"verified-{socket.gethostname()}.json"
+
+    def _verified(self) -> dict[str, list[int]]:
+        """By shard, what it looked like when its sums were last right, since this machine started."""
+        try:
+            record = json.loads(self._record.read_text())
+        except (OSError, ValueError):
+            return {}
+        return dict(record["shards"]) if record.get("boot") == _boot() else {}
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.directory).as_posix()
+
+    def _unpack(self, camera: str, wanted: set[int], bar: progress.Step) -> None:
+        """The shards of a camera whose pictures lie encoded in the parquet files."""
+        if not wanted:
+            return
+        column = self.source.embodiment.cameras[camera]
+        pending: list[bytes] = []
+        number = 0
+        with ThreadPoolExecutor(cores()) as threads:
+            for _, encoded in _in_order(self.source.stored(camera)):
+                pending.append(encoded)
+                if len(pending) == self.count(number):
+                    if number in wanted:
+                        pictures = threads.map(lambda content: _decode_picture(content, self.place.size), pending)
+                        write_shard(self.place.path(column, number), pictures, self.place.size, self.place.form)
+                        bar.advance(len(pending))
+                    pending, number = [], number + 1
+
+
+def _in_order(rows: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    """The same rows by index; files that hold whole episodes are a permutation of a few stretches."""
+    held: dict[int, bytes] = {}
+    following = 0
+    for index, encoded in rows:
+        held[index] = encoded
+        while following in held:
+            yield following, held.pop(following)
+            following += 1
+
+
+def _decode_picture(encoded: bytes, size: int) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(encoded)) as picture:
+        return resize_with_padding(np.array(picture.convert("RGB"))[None], size)[0]
+
+
+def _stamp(path: Path) -> list[int]:
+    """Changes when a file is written to."""
+    if not path.is_file():
+        return []
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _boot() -> str:
+    """Changes when this machine starts: only then can a file that was fsynced be torn without a new time."""
+    known = Path("/proc/sys/kernel/random/boot_id")
+    return known.read_text().strip() if known.is_file() else str(round(psutil.boot_time()))
+
+
+def _check_room(directory: Path, needed: int, limit_gib: float, form: CacheFormat) -> None:
+    needed = needed if form == "uint8" else int(JPEG_SHARE * needed)
+    if needed > limit_gib * 2**30:
+        raise DatasetError(
+            f"decoded frames need {needed / 2**30:.1f} GiB, dataset.cache_limit_gib is {limit_gib}; raise it or use a smaller image_size"
+        )
+    place = directory.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise DatasetError(
+            f"decoded frames need {needed / 2**30:.1f} GiB, {place} has {free / 2**30:.1f} GiB free; set dataset.cache_dir to another disk"
+        )
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One process of a node builds, the others wait; the lock goes with its process, however that ends."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with (directory.parent / f"{directory.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

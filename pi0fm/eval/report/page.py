@@ -1,0 +1,109 @@
+"""What an evaluation leaves behind: report.html, summary.json, episodes.json, videos/.
+
+    output_dir/
+      report.html     one file that can be sent by mail: no address, no script, videos inside as long as they fit
+      summary.json    rates, intervals, crashes
+      episodes.json   one row an episode
+      videos/         TASK-seed-N.mp4
+
+Owns: the folder and the page. Does not know: how episodes ran.
+"""
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from pi0fm import files
+from pi0fm.errors import OutputError
+from pi0fm.eval.episode import EpisodeResult
+from pi0fm.eval.report import curve
+from pi0fm.eval.summary import Summary
+
+OWN_FILES = ("report.html", "summary.json", "episodes.json")
+EMBEDDED_VIDEO_BYTES = 24 * 2**20
+
+
+@dataclass(frozen=True)
+class Background:
+    """What a reader needs beside the figures.
+
+    title: the policy. facts: tables by heading, such as {"machine": {"cores": "2"}}. losses: of the policy's training, if known.
+    """
+
+    title: str
+    command: str = ""
+    seconds: float = 0.0
+    observation_change: str = "none"
+    facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    losses: Sequence[tuple[int, float]] = ()
+
+
+def refuse_other_evaluation(output_dir: Path) -> None:
+    """Raise OutputError when the folder holds an evaluation, or is not a folder."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise OutputError(f"output_dir must be a folder, found a file at {output_dir}; type --output_dir ANOTHER")
+    held = [name for name in OWN_FILES if (output_dir / name).exists()]
+    if held:
+        raise OutputError(f"an evaluation is never overwritten, and {output_dir} holds {held[0]}; type --output_dir ANOTHER")
+
+
+def keep_video(output_dir: Path, result: EpisodeResult) -> str | None:
+    """Write the video of an episode, if it has one; its path relative to `output_dir`."""
+    if result.video is None:
+        return None
+    # The task is a name that somebody typed: it must not lead out of the folder.
+    name = f"videos/{re.sub(r'[^A-Za-z0-9._-]+', '_', result.task).lstrip('.')}-seed-{result.seed}.mp4"
+    files.write_bytes(output_dir / name, result.video)
+    return name
+
+
+def write(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]], background: Background) -> Path:
+    """Write the two JSON files and the page; the page's path. `rows` are `EpisodeResult.row`, videos already in place."""
+    page = render(output_dir, summary, rows, background)
+    files.write_json(output_dir / "episodes.json", list(rows))
+    about = {"seconds": round(background.seconds, 1), "observation_change": background.observation_change, "command": background.command}
+    files.write_json(output_dir / "summary.json", summary.json() | about | {"facts": background.facts})
+    path = output_dir / "report.html"
+    files.write_text(path, page)
+    return path
+
+
+def render(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]], background: Background) -> str:
+    """The page. Everything that comes from outside is escaped; nothing is loaded from anywhere."""
+    loader = jinja2.PackageLoader("pi0fm.eval.report", ".")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["percent"] = percent
+    return environment.get_template("report.html.j2").render(
+        summary=summary,
+        rows=rows,
+        background=background,
+        videos=_embedded(output_dir, rows),
+        curve=curve.layout(background.losses) if background.losses else None,
+    )
+
+
+def percent(rate: float) -> str:
+    """`95 %`, and `93.3 %` where the first decimal says something."""
+    return f"{100 * rate:.1f}".removesuffix(".0") + " %"
+
+
+def _embedded(output_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each filmed row with a data URI, until EMBEDDED_VIDEO_BYTES are used up; a later one only names its file."""
+    room = EMBEDDED_VIDEO_BYTES
+    videos = []
+    for row in rows:
+        if row["video"] is None:
+            continue
+        path = output_dir / row["video"]
+        size = path.stat().st_size
+        uri = None
+        if size <= room:
+            room -= size
+            uri = "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
+        videos.append({"row": row, "uri": uri})
+    return videos

@@ -1,0 +1,137 @@
+"""Meta-World v3: 50 tabletop tasks of a Sawyer arm, each with a scripted expert.
+
+Owns: the adapter from Meta-World to `Environment`: random starts from a seed, the published camera, success that ends an episode.
+Does not know: policies, data sets.
+"""
+
+import pickle
+import warnings
+from typing import Any, Final, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi0fm.errors import ConfigError, SimulationError
+from pi0fm.options import nearest
+from pi0fm.sim.environment import CameraSpec, Environment, StepResult
+from pi0fm.sim.metaworld.coarse_mesh import coarsen
+from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
+from pi0fm.sim.renderer import Renderer, load_mujoco
+from pi0fm.types import Observation
+
+FPS: Final = 80
+MAX_STEPS: Final = 400
+LONGEST_EPISODE: Final = 500  # Meta-World refuses a step beyond
+FIELD_OF_VIEW: Final = 1.2  # metres that a picture spans at the robot: fixes how fine meshes need to be
+STATE_NAMES: Final = ("x", "y", "z", "gripper_opening")
+ACTION_NAMES: Final = ("dx", "dy", "dz", "gripper_effort")
+CAMERAS: Final = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
+_PUBLISHED_CAMERA = "corner2"
+_PUBLISHED_POSITION = (0.75, 0.075, 0.7)  # where published results of vision-language-action models have corner2
+
+
+def check_task(task: str) -> None:
+    """Raise ConfigError, with the nearest name, unless `task` is one of the 50."""
+    if task not in TASK_PROMPTS:
+        raise ConfigError(f"unknown Meta-World task {task!r}: {nearest(str(task), list(TASK_PROMPTS))}")
+
+
+def make_environment(task: str, cameras: tuple[CameraSpec, ...], max_steps: int = MAX_STEPS) -> "MetaWorld":
+    """The environment of one task; building it takes about half a second, rendering starts with the first picture.
+
+    max_steps: 1 to 500. Raises ConfigError for an unknown task or camera, SimulationError when the machine cannot render.
+    """
+    check_task(task)
+    for camera in cameras:
+        if camera.source not in CAMERAS:
+            raise ConfigError(f"Meta-World has no camera {camera.source!r}: {nearest(camera.source, CAMERAS)}")
+    if not cameras:
+        raise ConfigError("an environment needs at least one camera, such as base=corner2:96x96")
+    if not 1 <= max_steps <= LONGEST_EPISODE:
+        raise ConfigError(f"max_steps must be from 1 to {LONGEST_EPISODE} in Meta-World, found {max_steps}")
+    return MetaWorld(task, cameras, max_steps)
+
+
+@final
+class MetaWorld(Environment):
+    """One Meta-World task. State: hand x, y, z in metres and the gripper's opening, 0 to 1. Action: hand dx, dy, dz and gripper effort."""
+
+    def __init__(self, task: str, cameras: tuple[CameraSpec, ...], max_steps: int) -> None:
+        mujoco = load_mujoco()  # before metaworld, which imports mujoco too
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+        from metaworld.policies import ENV_POLICY_MAP
+        from metaworld.types import Task
+
+        self.task, self.prompt, self.cameras, self.max_steps = task, TASK_PROMPTS[task], cameras, max_steps
+        self.fps, self.action_dim, self.state_dim = FPS, len(ACTION_NAMES), len(STATE_NAMES)
+        kind = ALL_V3_ENVIRONMENTS[task]
+        self._env: Any = kind()
+        # The goal stays in the state that the expert reads; positions come from the seed, not from a stored task.
+        settings = {"env_cls": kind, "rand_vec": None, "partially_observable": False}
+        self._env.set_task(Task(env_name=task, data=pickle.dumps(settings)))
+        self._env._freeze_rand_vec = False
+        self._env.seeded_rand_vec = True
+        self._camera_ids = {name: mujoco.mj_name2id(self._env.model, mujoco.mjtObj.mjOBJ_CAMERA, name) for name in CAMERAS}
+        self._env.model.cam_pos[self._camera_ids[_PUBLISHED_CAMERA]] = _PUBLISHED_POSITION
+        self._expert: Any = ENV_POLICY_MAP[task]()
+        self._renderer: Renderer | None = None
+        self._full_state: NDArray[np.float64] | None = None
+        self._steps, self._done = 0, True
+
+    def reset(self, seed: int) -> None:
+        """Place hand and objects as the seed says."""
+        self._env.seed(seed)
+        self._full_state, _ = self._env.reset()
+        self._steps, self._done = 0, False
+
+    def step(self, action: NDArray[np.float32]) -> StepResult:
+        """Move for 1/80 s; success or the last of `max_steps` ends the episode."""
+        if self._done:
+            raise SimulationError(f"{self.task}: the episode is over; call reset(seed) before the next step")
+        if np.shape(action) != (self.action_dim,) or not np.isfinite(action).all():
+            raise SimulationError(f"{self.task}: an action is {self.action_dim} finite numbers, found {np.array(action)!r}")
+        self._full_state, _, _, _, info = self._env.step(np.clip(action, -1.0, 1.0).astype(np.float32))
+        self._steps += 1
+        success = bool(info["success"])
+        self._done = success or self._steps >= self.max_steps
+        return StepResult(success, self._done)
+
+    def observe(self) -> Observation:
+        """Render now; the state is the first four numbers of Meta-World's own."""
+        images = {camera.name: self._render(camera.source, camera.height, camera.width) for camera in self.cameras}
+        return Observation(images, self._state()[:4].astype(np.float32), self.prompt)
+
+    def picture(self, height: int, width: int) -> NDArray[np.uint8]:
+        """The first camera at another size."""
+        return self._render(self.cameras[0].source, height, width)
+
+    def expert_action(self) -> NDArray[np.float32]:
+        """Meta-World's scripted policy; it asks for up to 19, so its answer is clipped to [-1, 1]."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Constant", category=UserWarning)
+            action = self._expert.get_action(self._state())
+        return np.clip(action, -1.0, 1.0).astype(np.float32)
+
+    def close(self) -> None:
+        """Free the renderer, if a picture was ever asked for."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+        self._full_state, self._done = None, True
+
+    def _state(self) -> NDArray[np.float64]:
+        if self._full_state is None:
+            raise SimulationError(f"{self.task}: call reset(seed) first")
+        return self._full_state
+
+    def _render(self, source: str, height: int, width: int) -> NDArray[np.uint8]:
+        self._state()
+        if self._renderer is None:
+            rows = max(camera.height for camera in self.cameras)
+            columns = max(camera.width for camera in self.cameras)
+            # before the renderer copies the meshes; by the cameras alone, so that a film of an episode does not change what the policy sees
+            coarsen(self._env.model, FIELD_OF_VIEW / 2 / max(rows, columns))
+            self._renderer = Renderer(self._env.model, max(rows, height), max(columns, width))
+        pixels = self._renderer.render(self._env.data, self._camera_ids[source], height, width)
+        # the four corner cameras are mounted upside down
+        return np.ascontiguousarray(pixels[::-1, ::-1] if source.startswith("corner") else pixels)

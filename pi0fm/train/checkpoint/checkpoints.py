@@ -1,0 +1,268 @@
+"""The state of a run on disk, so that a killed run goes on where it was.
+
+Owns: when a checkpoint is written and by which thread, which worker writes what, retention, the newest whole one.
+Does not know: what trains, what the tensors mean, the layout of the files (checkpoint_format.py).
+
+    training thread   | step | step | copy | step | step | step | step | copy | ...      copy: this worker's part, to buffers that stay
+    saving thread                          |  plan, write, fsync ........ COMMIT, older ones removed |
+                                              its workers talk in a process group of their own
+
+The position in the data needs no tensor of its own: it is the step (data/order/counter.py).
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.tensor import DTensor
+
+from pi0fm import progress
+from pi0fm.errors import OutputError
+from pi0fm.train.checkpoint.format import Reader, Writer
+from pi0fm.train.checkpoint.index import COMMIT, Index, TornError, folder, read_index, remove
+from pi0fm.train.checkpoint.storage import Store, open_store
+from pi0fm.train.parallel.accelerate import Context, host_group
+
+__all__ = ["COMMIT", "Checkpoints", "whole"]
+
+_NONE, _UNREADABLE = -1, -2  # in the place of a step, when workers agree on one
+
+
+@final
+class Checkpoints:
+    """The checkpoints of one run. Made, and each method called, by every worker in the same order.
+
+    place: a folder that all workers see, or an `s3://` address; keep: how many of the newest stay.
+    """
+
+    def __init__(self, place: Path | str, context: Context, keep: int) -> None:
+        self._store, self._context, self._keep = open_store(place), context, keep
+        self._group = host_group(context)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pi0fm-checkpoint")
+        self._pending: tuple[int, Future[None]] | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self.saved: int | None = None  # the step of the newest checkpoint that this process has written or read
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Copy the state after `step` steps and write it behind the training's back; waits for an earlier one first.
+
+        A checkpoint that could not be written is named on standard error, at the latest by the next call: training goes on, and the
+        earlier one stays.
+        """
+        self.settle()
+        self._pending = step, self._thread.submit(self._write, step, self._copied(self._part(tensors)), dict(facts))
+
+    def save_now(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write it and wait; nothing to do where `step` was saved. Raises OutputError when it could not be written."""
+        self.settle()
+        if self.saved == step:
+            return
+        self._pending = step, self._thread.submit(self._write, step, self._part(tensors), dict(facts))
+        reason = self.settle()
+        if reason is not None:
+            stays = f"the one of step {self.saved} stays" if self.saved is not None else "there is none before it"
+            raise OutputError(f"checkpoint of step {step} in {self._store.where} could not be written ({reason}); {stays}; free some room")
+
+    def settle(self, *, wait: bool = True) -> str | None:
+        """Take note of the checkpoint that is being written, if any, when it is done; the reason where it failed."""
+        if self._pending is None or not (wait or self._pending[1].done()):
+            return None
+        (step, written), self._pending = self._pending, None
+        try:
+            written.result()
+        except (CheckpointException, OSError, RuntimeError) as error:
+            reason = _reason(error)
+            if self._context.is_first:
+                stays = "there is none before it" if self.saved is None else f"the one of step {self.saved} stays"
+                progress.say(f"checkpoint of step {step} in {self._store.where} could not be written ({reason}); {stays}")
+            return reason
+        self.saved = step
+        return None
+
+    def close(self) -> None:
+        """Wait for what is being written. Nothing can be saved afterwards."""
+        self.settle()
+        self._thread.shutdown()
+        self._buffers.clear()
+
+    def restore(self, tensors: dict[str, Tensor], check: Callable[[Index], None]) -> Index | None:
+        """Read the newest whole checkpoint into `tensors`, in place: its index, or None where there is none.
+
+        A torn one is named in a warning and passed over. check: called with the index before anything is read; its errors pass through.
+        Raises OutputError where the tensors are others, or where the only checkpoints were found damaged while they were read.
+        """
+        damaged: list[int] = []
+        while (found := self._newest(damaged)) is not None:
+            step, index = found
+            check(index)
+            self._refuse_other(step, index, tensors)
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)", category=UserWarning)
+                    state_dict_loader.load(
+                        dict(tensors),
+                        storage_reader=Reader(self._store, step, index),
+                        planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                        process_group=self._group,
+                        no_dist=self._group is None,
+                    )
+            except CheckpointException as error:
+                if not any(isinstance(fault, (TornError, FileNotFoundError)) for fault, _ in error.failures.values()):
+                    place = f"{self._store.where}/{folder(step)}"
+                    raise OutputError(f"checkpoint {place} could not be read ({_reason(error)}); type the same command again") from error
+                damaged.append(step)
+                self._say_torn(step, _reason(error))
+                continue
+            self.saved = step
+            return index
+        if damaged:  # some tensors may hold what was read before the damage was met
+            raise OutputError(f"no checkpoint in {self._store.where} can be read whole; remove it to begin the run anew")
+        return None
+
+    def _newest(self, damaged: list[int]) -> tuple[int, Index] | None:
+        """The first worker looks, all agree."""
+        step, fault = _NONE, None
+        if self._context.is_first:
+            try:
+                candidates = sorted(_steps(self._store.sizes()), reverse=True)
+                step = next((number for number in candidates if number not in damaged and self._whole(number)), _NONE)
+            except OSError as error:
+                step, fault = _UNREADABLE, error
+        if self._group is not None:
+            agreed = torch.tensor(step)
+            torch.distributed.broadcast(agreed, 0, group=self._group)
+            step = int(agreed)
+        if step == _UNREADABLE:
+            raise OutputError(_unlisted(self._store, fault or "as the first worker says")) from fault
+        if step == _NONE:
+            return None
+        try:
+            return step, read_index(self._store, step, self._store.sizes())
+        except TornError as error:
+            place = f"{self._store.where}/{folder(step)}"
+            raise OutputError(
+                f"worker {self._context.rank} cannot read {place} ({error}); checkpoints must lie where all workers can read"
+            ) from error
+
+    def _whole(self, step: int) -> bool:
+        try:
+            read_index(self._store, step, self._store.sizes())
+        except TornError as error:
+            self._say_torn(step, str(error))
+            return False
+        return True
+
+    def _say_torn(self, step: int, reason: str) -> None:
+        if self._context.is_first:
+            progress.say(f"checkpoint {self._store.where}/{folder(step)} is torn ({reason}); it is passed over")
+
+    def _refuse_other(self, step: int, index: Index, tensors: Mapping[str, Tensor]) -> None:
+        here = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        there = {name: entry.shape for name, entry in index.tensors.items()}
+        if here != there:
+            name = min(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+            raise OutputError(
+                f"{self._store.where}/{folder(step)} is of another network: {name} is {there.get(name, 'not there')}, "
+                f"here it is {here.get(name, 'not there')}; resume with the model it was trained with, or choose another place"
+            )
+
+    def _part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this worker writes: every sharded tensor, of which it holds boxes, and its share of those that all workers hold."""
+        loads = [0] * self._context.world_size
+        mine: dict[str, Tensor] = {}
+        for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
+            owner = loads.index(min(loads))
+            if isinstance(tensors[name], DTensor) or owner == self._context.rank:
+                mine[name] = tensors[name]
+            if not isinstance(tensors[name], DTensor):
+                loads[owner] += tensors[name].nbytes
+        return mine
+
+    def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A copy on the host that training does not touch; its buffers are used again at the next checkpoint."""
+        sharded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+        copied: dict[str, Tensor] = dict(BlockingAsyncStager().stage(sharded)) if sharded else {}
+        plain = {name: tensor.detach() for name, tensor in tensors.items() if name not in sharded}
+        for name, tensor in plain.items():
+            if name not in self._buffers:
+                self._buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            copied[name] = self._buffers[name]
+        torch._foreach_copy_([copied[name] for name in plain], list(plain.values()), non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.current_stream().synchronize()
+        return copied
+
+    def _write(self, step: int, part: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """In the saving thread of every worker."""
+        # torch warns of `no_dist` at each save; a filter that comes and goes would be seen by other threads
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch")
+        try:
+            state_dict_saver.save(
+                {},
+                storage_writer=Writer(self._store, step, self._context.rank, facts),
+                planner=_Planner(part),
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+        except (CheckpointException, OSError):
+            if self._context.is_first:
+                remove(self._store, step, list(self._store.sizes()))  # room for the next one
+            raise
+        if self._context.is_first:
+            _keep_newest(self._store, step, self._keep)
+
+
+@final
+class _Planner(DefaultSavePlanner):
+    """torch's, given the tensors directly: through `save` each name would be logged twice, a third of the saving thread's Python."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._tensors = dict(tensors)
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        """`state_dict` is empty."""
+        super().set_up_planner(self._tensors, storage_meta, is_coordinator)
+
+
+def whole(place: Path | str) -> list[int]:
+    """Steps of the committed checkpoints at a place, oldest first. Raises OutputError where it cannot be listed."""
+    store = open_store(place)
+    try:
+        names = store.sizes()
+    except OSError as error:
+        raise OutputError(_unlisted(store, error)) from error
+    return sorted(step for step in _steps(names) if f"{folder(step)}/{COMMIT}" in names)
+
+
+def _steps(names: Iterable[str]) -> set[int]:
+    """Steps of which there is anything at all."""
+    heads = {name.partition("/")[0] for name in names}
+    return {int(head.removeprefix("step-")) for head in heads if head.startswith("step-") and head.removeprefix("step-").isdecimal()}
+
+
+def _keep_newest(store: Store, step: int, keep: int) -> None:
+    """Of the checkpoints up to `step` the newest `keep` whole ones; later ones are of a course that the run has left."""
+    names = store.sizes()
+    kept = sorted(number for number in _steps(names) if number <= step and f"{folder(number)}/{COMMIT}" in names)[-keep:]
+    for number in sorted(_steps(names) - set(kept)):
+        remove(store, number, list(names))
+
+
+def _reason(error: BaseException) -> str:
+    """The first worker's fault, in one line, without torch's wrapping."""
+    if isinstance(error, CheckpointException):
+        error = error.failures[min(error.failures)][0]
+    return f"{' '.join(str(error).split()) or type(error).__name__:.240}"
+
+
+def _unlisted(store: Store, why: OSError | str) -> str:
+    return f"checkpoints in {store.where} cannot be listed ({' '.join(str(why).split())}); correct checkpoint_dir, or its access"

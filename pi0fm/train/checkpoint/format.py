@@ -1,0 +1,200 @@
+"""A checkpoint's files, for torch.distributed.checkpoint to write and read: safetensors and JSON, nothing that runs code.
+
+Owns: the layout below, its checks; the passage to torch's planner, which says who writes what and who reads what of it.
+Does not know: which checkpoints there are, when one is written.
+
+    step-000001000/rank-00000.safetensors    what worker 0 wrote: whole tensors, or boxes of sharded ones
+                   rank-00001.safetensors
+                   index.json                facts of the run; every tensor: type, shape, boxes: (offset, shape, file, bytes, CRC-32)
+                   COMMIT                    size and CRC-32 of the index, size of every file; written last, when all others are durable
+
+A checkpoint is read by box: any number of workers may have written it, any number may read it.
+"""
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItemType
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from pi0fm.train.checkpoint.index import COMMIT, INDEX, TYPES, VERSION, Box, Index, TornError, folder, remove
+from pi0fm.train.checkpoint.storage import Store
+
+_NAMES = {value: name for name, value in TYPES.items()}
+
+
+@final
+class Writer(StorageWriter):
+    """This worker's side of writing one checkpoint: called by torch in the order of its methods."""
+
+    def __init__(self, store: Store, step: int, rank: int, facts: Mapping[str, Any]) -> None:
+        self._store, self._step, self._rank, self._facts = store, step, rank, dict(facts)
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Nothing is kept from one checkpoint to the next."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to set up."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """As torch planned it."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """On the first worker, before anyone writes: what an earlier attempt left goes, its COMMIT first."""
+        remove(self._store, self._step, list(self._store.sizes()))
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """One safetensors file with all that this worker was given to write."""
+        tensors = []
+        for item in plan.items:
+            if item.type == WriteItemType.BYTE_IO:
+                raise TypeError(f"a checkpoint holds tensors, {item.index.fqn} is none")
+            found = planner.resolve_data(item)
+            assert isinstance(found, Tensor)
+            tensors.append(found.detach().cpu().contiguous())
+        name = f"rank-{self._rank:05d}.safetensors"
+        keys = [
+            item.index.fqn if not item.index.offset or not any(item.index.offset) else f"{item.index.fqn}@{tuple(item.index.offset)}"
+            for item in plan.items
+        ]
+        buffers = [memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) for tensor in tensors]
+        header = _header(keys, tensors)
+        start, results = len(header), []
+        for item, buffer in zip(plan.items, buffers, strict=True):
+            place = (name, start, start + buffer.nbytes, zlib.crc32(buffer))
+            results.append(WriteResult(item.index, buffer.nbytes, place))
+            start += buffer.nbytes
+        if results:
+            self._store.write(f"{folder(self._step)}/{name}", [memoryview(header), *buffers])
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On the first worker, when all have written: the index, a look at every file, COMMIT."""
+        places = {result.index: result.storage_data for written in results for result in written}
+        tensors, files = {}, dict.fromkeys((place[0] for place in places.values()), 0)
+        for name, found in metadata.state_dict_metadata.items():
+            assert isinstance(found, TensorStorageMetadata)
+            boxes = [Box(tuple(chunk.offsets), tuple(chunk.sizes), *places[MetadataIndex(name, chunk.offsets)]) for chunk in found.chunks]
+            tensors[name] = {"dtype": _NAMES[found.properties.dtype], "shape": list(found.size), "boxes": [vars(box) for box in boxes]}
+            for box in boxes:
+                files[box.file] = max(files[box.file], box.stop)
+        tree = {"version": VERSION, "facts": self._facts, "tensors": tensors}
+        index = json.dumps(tree, allow_nan=False, separators=(",", ":")).encode()
+        place = folder(self._step)
+        self._store.write(f"{place}/{INDEX}", [memoryview(index)])
+        present = self._store.sizes()
+        for name, size in files.items():
+            if present.get(f"{place}/{name}") != size:
+                raise OSError(
+                    f"the first worker does not see {place}/{name}, which another wrote; checkpoints must lie where all workers can read"
+                )
+        commit = {"version": VERSION, "step": self._step, "files": files | {INDEX: len(index)}, "index_crc32": zlib.crc32(index)}
+        self._store.write(f"{place}/{COMMIT}", [memoryview(json.dumps(commit).encode())])
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """The step is given to the constructor, never an id."""
+        del checkpoint_id
+        return False
+
+
+@final
+class Reader(StorageReader):
+    """This worker's side of reading one checkpoint whose index was read."""
+
+    def __init__(self, store: Store, step: int, index: Index) -> None:
+        self._store, self._step, self._index = store, step, index
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Nothing is kept."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index in torch's words."""
+        return Metadata(
+            {
+                name: TensorStorageMetadata(
+                    TensorProperties(dtype=entry.dtype),
+                    torch.Size(entry.shape),
+                    [ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape)) for box in entry.boxes],
+                )
+                for name, entry in self._index.tensors.items()
+            }
+        )
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to set up."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """As torch planned it."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """As torch planned it."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copy what was asked for, box by box. Raises TornError for bytes that are not those that were written."""
+        asked: dict[tuple[str, int], list[ReadItem]] = {}
+        for item in plan.items:
+            box = self._box(item.storage_index)
+            asked.setdefault((box.file, box.start), []).append(item)
+        for items in asked.values():
+            box = self._box(items[0].storage_index)
+            stored = self._read(box, self._index.tensors[items[0].storage_index.fqn].dtype)
+            for item in items:
+                part = stored
+                for axis, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                    part = part.narrow(axis, offset, length)
+                target = planner.resolve_tensor(item).detach()
+                target.copy_(part)
+                planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _box(self, index: MetadataIndex) -> Box:
+        wanted = tuple(index.offset or ())
+        boxes = self._index.tensors[index.fqn].boxes
+        return next(box for box in boxes if box.offset == wanted) if wanted else boxes[0]
+
+    def _read(self, box: Box, dtype: torch.dtype) -> Tensor:
+        content = self._store.read(f"{folder(self._step)}/{box.file}", box.start, box.stop)
+        if len(content) != box.stop - box.start or zlib.crc32(content) != box.crc32:
+            raise TornError(f"{box.file} does not hold what was written")
+        if not content:
+            return torch.empty(box.shape, dtype=dtype)
+        return torch.frombuffer(content, dtype=dtype).reshape(box.shape)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """The step is given to the constructor, never an id."""
+        del checkpoint_id
+        return False
+
+
+def _header(keys: list[str], tensors: list[Tensor]) -> bytes:
+    """safetensors' head: its length, then JSON padded with blanks so that the tensors are aligned."""
+    start, head = 0, {}
+    for key, tensor in zip(keys, tensors, strict=True):
+        head[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, start + tensor.nbytes]}
+        start += tensor.nbytes
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,127 @@
+"""What a checkpoint holds and whether it is whole, from JSON that anyone may have written.
+
+Owns: `Index`, the checks of COMMIT and index.json, removing a checkpoint. Does not know: tensors in memory, torch's planner.
+
+    COMMIT -- size of every file, CRC-32 of --> index.json -- type, shape, boxes: (offset, shape, file, bytes, CRC-32) --> rank files
+"""
+
+import json
+import math
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pi0fm.train.checkpoint.storage import Store
+
+COMMIT, INDEX, VERSION = "COMMIT", "index.json", 1
+_RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TornError(Exception):
+    """A checkpoint that is not whole; `str(error)` says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a tensor, and where its bytes lie: start .. stop - 1 of `file`."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    stop: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a checkpoint holds. facts: whatever the run said of itself, plain JSON."""
+
+    facts: dict[str, Any]
+    tensors: dict[str, Entry]
+
+
+def folder(step: int) -> str:
+    """The name under which the checkpoint after `step` steps lies."""
+    return f"step-{step:09d}"
+
+
+def read_index(store: Store, step: int, sizes: Mapping[str, int]) -> Index:
+    """The index of a whole checkpoint; `sizes` is what the store holds. Raises TornError with what is missing or cut."""
+    place = folder(step)
+    if f"{place}/{COMMIT}" not in sizes:
+        raise TornError(f"it has no {COMMIT}")
+    try:
+        commit = json.loads(bytes(store.read(f"{place}/{COMMIT}")))
+        for name, size in commit["files"].items():
+            if sizes.get(f"{place}/{name}") != size:
+                raise TornError(f"{name} should hold {size} bytes, it holds {sizes.get(f'{place}/{name}', 0)}")
+        content = bytes(store.read(f"{place}/{INDEX}"))
+        if zlib.crc32(content) != commit["index_crc32"]:
+            raise TornError(f"{INDEX} does not hold what was written")
+        tree = json.loads(content)
+        if tree["version"] != VERSION:
+            raise TornError(f"it has version {tree['version']} of the format, this pi0fm reads {VERSION}")
+        tensors = {str(name): _entry(found, commit["files"]) for name, found in tree["tensors"].items()}
+        return Index(dict(tree["facts"]), tensors)
+    except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError) as error:
+        raise TornError(f"it is not readable ({type(error).__name__}: {' '.join(str(error).split()):.120})") from error
+
+
+def remove(store: Store, step: int, names: list[str]) -> None:
+    """Take a checkpoint away, its COMMIT first: whatever remains of a removal that was cut short is torn, not whole."""
+    place = f"{folder(step)}/"
+    inside = sorted((name for name in names if name.startswith(place)), key=lambda name: name != place + COMMIT)
+    store.remove(inside)
+
+
+def _entry(tree: Mapping[str, Any], files: Mapping[str, int]) -> Entry:
+    """From JSON that anyone may have written: every number is checked against the file that it points into."""
+    dtype, shape = TYPES[tree["dtype"]], _sizes(tree["shape"])
+    boxes = []
+    for found in tree["boxes"]:
+        box = Box(
+            _sizes(found["offset"]), _sizes(found["shape"]), found["file"], int(found["start"]), int(found["stop"]), int(found["crc32"])
+        )
+        if not _RANK_FILE.fullmatch(box.file) or not 0 <= box.start <= box.stop <= files[box.file]:
+            raise ValueError(f"a box lies at {box.start}..{box.stop} of {box.file!r}")
+        if len(box.shape) != len(shape) or any(o + n > size for o, n, size in zip(box.offset, box.shape, shape, strict=True)):
+            raise ValueError(f"a box of {box.shape} at {box.offset} of {shape}")
+        if box.stop - box.start != math.prod(box.shape) * dtype.itemsize:
+            raise ValueError(f"{box.stop - box.start} bytes for {box.shape} of {dtype}")
+        boxes.append(box)
+    if sum(math.prod(box.shape) for box in boxes) != math.prod(shape):
+        raise ValueError(f"boxes do not fill {shape}")
+    return Entry(dtype, shape, tuple(boxes))
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    sizes = tuple(int(value) for value in values)
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"sizes {sizes}")
+    return sizes

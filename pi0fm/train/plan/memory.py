@@ -1,0 +1,217 @@
+r"""What a training step takes of a device's memory, before anything is trained.
+
+Owns: the bytes of a run's configuration, part by part. Does not know: the device's allocator, and what it keeps in reserve.
+
+    weights      4 a number; 2 for a frozen matrix under frozen_bfloat16
+    moments      8 for each number that trains        average   4 for each, with ema_decay
+    gradients    4 for each                           casts     bfloat16: autocast's copies of float32 matrices, 2 a number,
+                                                                where a gradient passes
+    activations  what the backward pass needs, of one micro batch
+
+While the backward pass frees activations it makes gradients. Its highest of three moments counts; all at once where several micro
+batches make a step, since gradients then wait through the next one's forward pass:
+
+    forward ends                    decoder's backward ends            tower's backward ends
+    activations of both + casts     tower's activations + gradients    all gradients             and in each one layer at work
+
+Kept for the backward pass, bytes for each token of one decoder layer (D width, M MLP width, N heads, k key heads, K head width, J keys
+that it sees; c bytes of a product's result, r of the residual stream, s of a score):
+
+    norms 2 D r, their results 2 D c | heads (2N + 3k) K c | scores N J s | attended N K c | MLP 3 M c
+    adaptive norms: 2 D (4 + r) more in float32, and the 2 D c that their gates multiply
+    each row of the suffix holds the joined keys and values too: 2 k J K c
+    the last backbone layer: D (r + c) + 3 k K c
+
+and of one layer of the vision tower: norms 2 D 4, their results 2 D c, heads 3 D c, scores, attended D c, MLP 2 M c. Scores are counted
+as if no kernel were fused; on a device that fuses them they are a reserve.
+
+    without activation_checkpointing   every layer of that, and once more the largest: at work
+    with                               the residual stream at every layer, and the largest layer twice: computed anew, and at work
+
+A frozen part through which no gradient passes keeps nothing: the tower under frozen_vision, all of the prefix under expert_only.
+The test holds this between 1 and 1.35 times the allocations that torch counts. Shape letters: as above.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from pi0fm.models.parts import Part, part_of
+from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.policy.device import compute_dtype
+from pi0fm.train.config import TrainConfig
+from pi0fm.train.start.adaptation import Adaptation, adapt
+
+GIB, MIB = 2**30, 2**20
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one worker. `pass_` is the highest moment of one forward and backward pass: activations, casts and gradients that meet."""
+
+    weights: int
+    moments: int
+    average: int
+    gradients: int
+    activations: int
+    casts: int
+    pass_: int
+
+    @property
+    def total(self) -> int:
+        """The highest moment of a step."""
+        return self.weights + self.moments + self.average + self.pass_
+
+
+def estimate(
+    config: Pi0Config,
+    how: Adaptation,
+    *,
+    cameras: int,
+    micro_batch: int,
+    flow_draws: int = 1,
+    averaged: bool = True,
+    accumulates: bool = False,
+    computes: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+) -> MemoryEstimate:
+    """The memory of a run. Builds the network, but none of its memory.
+
+    accumulates: several micro batches make a step, so that gradients are there from its first to its last. computes: the type of the
+    products. device: cuda or cpu. Raises ConfigError where `how` cannot be honoured by this network.
+    """
+    count = _count(replace(config, action_horizon=1, max_prompt_tokens=1), how, computes)
+    size = Bytes.of(computes == torch.bfloat16, device)
+    tower, decoder, working = (micro_batch * each for each in _activations(config, how, count.flowing, cameras, flow_draws, size))
+    moments_of_the_pass = (tower + decoder + count.casts, tower + count.of_decoder, count.trained)
+    highest = tower + decoder + count.casts + count.trained if accumulates else max(moments_of_the_pass)
+    kept = tower + decoder + working
+    return MemoryEstimate(count.weights, 2 * count.trained, count.trained * averaged, count.trained, kept, count.casts, highest + working)
+
+
+def estimate_run(config: TrainConfig, cameras: int, world_size: int, device: torch.device) -> MemoryEstimate:
+    """`estimate` of one of the `world_size` workers of a run."""
+    micro = config.micro_batch(world_size)
+    return estimate(
+        config.network(),
+        config.adaptation(),
+        cameras=cameras,
+        micro_batch=micro,
+        flow_draws=config.flow_draws_per_observation,
+        averaged=config.ema_decay is not None,
+        accumulates=micro * world_size < config.global_batch_size,
+        computes=compute_dtype(config.precision, device),
+        device=device.type,
+    )
+
+
+def memory_line(config: TrainConfig, cameras: int, world_size: int, device: torch.device) -> str:
+    """The estimate of a run, for the person who watches."""
+    found = estimate_run(config, cameras, world_size, device)
+    names = ("weights", "moments", "average", "gradients", "activations", "casts")
+    unit, name = (GIB, "GiB") if found.total >= GIB else (MIB, "MiB")
+    each = ", ".join(f"{part} {getattr(found, part) / unit:.1f}" for part in names)
+    return f"memory of a worker: about {found.total / unit:.1f} {name} ({each}; not all at once)"
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Of one number: a product's result, an attention score."""
+
+    product: int
+    score: int
+
+    @classmethod
+    def of(cls, halved: bool, device: str) -> "Bytes":
+        """A GPU's softmax answers in float32 under bfloat16 too, and its product with the values wants a copy."""
+        if not halved:
+            return cls(4, 4)
+        return cls(2, 6 if device == "cuda" else 2)
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Bytes of a network: weights, gradients (all, and those without the tower's), autocast's copies; and where gradients pass."""
+
+    weights: int
+    trained: int
+    of_decoder: int
+    casts: int
+    flowing: frozenset[Part]
+
+
+@lru_cache(maxsize=16)
+def _count(config: Pi0Config, how: Adaptation, computes: torch.dtype) -> _Count:
+    with torch.device("meta"):
+        model = Pi0(config)
+        adapt(model, how, computes)
+    flowing = gradient_flows(model)
+    weights = trained = of_decoder = casts = 0
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        gradient = 4 * parameter.numel() * parameter.requires_grad
+        weights += parameter.numel() * parameter.element_size()
+        trained += gradient
+        of_decoder += gradient * (part != "vision")
+        multiplied = parameter.ndim == 2 and "embedding" not in name and parameter.dtype == torch.float32
+        kept = parameter.requires_grad or (part in flowing and not how.activation_checkpointing)
+        casts += 2 * parameter.numel() * (computes == torch.bfloat16 and multiplied and kept)
+    return _Count(weights, trained, of_decoder, casts, flowing)
+
+
+def gradient_flows(model: Pi0) -> frozenset[Part]:
+    """The parts whose results need a gradient: those that train, and all that lies behind them."""
+    trained = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    behind: dict[Part, tuple[Part, ...]] = {"vision": ("vision", "backbone", "action_expert"), "backbone": ("backbone", "action_expert")}
+    # projections lie on both sides of the action expert
+    flowing = {part for origin in trained for part in behind.get(origin, ("action_expert", "projections"))}
+    return frozenset(flowing | {"projections"})
+
+
+def _activations(
+    config: Pi0Config, how: Adaptation, flowing: frozenset[Part], cameras: int, draws: int, size: Bytes
+) -> tuple[int, int, int]:
+    """Bytes of one sample: kept of the tower, kept of the decoder, at work in the largest layer."""
+    streams, vision = config.decoder, config.vision
+    pictures = cameras * vision.tokens_per_image
+    prefix = pictures + config.max_prompt_tokens
+    suffix = config.action_horizon + (config.state_input == "token")
+    tower = pictures * _vision_token(config, size)
+    backbone = prefix * _decoder_token(config, "backbone", prefix, size)
+    expert = draws * (suffix * _decoder_token(config, "action_expert", prefix + suffix, size) + _joined(config, prefix + suffix, size))
+    sees_tower, sees_prefix = "vision" in flowing, "backbone" in flowing
+    images = 12 * cameras * vision.image_size**2
+    if how.activation_checkpointing:
+        entering = draws * suffix * streams.action_expert.width * size.product + prefix * streams.backbone.width * 4 * sees_prefix
+        kept_tower, kept_decoder = vision.depth * pictures * vision.width * 4 * sees_tower, streams.depth * entering
+        return images + kept_tower, kept_decoder, 2 * max(tower, backbone + expert)
+    last = prefix * _keys_only_token(config, size)
+    kept_decoder = ((streams.depth - 1) * backbone + last) * sees_prefix + streams.depth * expert
+    return images + vision.depth * tower * sees_tower, kept_decoder, max(tower, backbone + expert)
+
+
+def _decoder_token(config: Pi0Config, stream: str, keys: int, size: Bytes) -> int:
+    sizes, decoder, c = getattr(config.decoder, stream), config.decoder, size.product
+    width, heads, kv = sizes.width, decoder.num_heads, decoder.num_kv_heads
+    r = 4 if stream == "backbone" else c
+    norms = 2 * width * (r + c)
+    if stream == "action_expert" and config.time_conditioning == "adaptive_norm":
+        norms += 2 * width * (4 + r + c)
+    heads_bytes = (2 * heads + 3 * kv) * decoder.head_dim * c
+    return norms + heads_bytes + heads * keys * size.score + heads * decoder.head_dim * c + 3 * sizes.mlp_width * c
+
+
+def _keys_only_token(config: Pi0Config, size: Bytes) -> int:
+    decoder = config.decoder
+    return decoder.backbone.width * (4 + size.product) + 3 * decoder.num_kv_heads * decoder.head_dim * size.product
+
+
+def _joined(config: Pi0Config, keys: int, size: Bytes) -> int:
+    return 2 * config.decoder.num_kv_heads * keys * config.decoder.head_dim * size.product
+
+
+def _vision_token(config: Pi0Config, size: Bytes) -> int:
+    vision, c = config.vision, size.product
+    norms, heads = 2 * vision.width * (4 + c), 3 * vision.width * c
+    return norms + heads + vision.num_heads * vision.tokens_per_image * size.score + vision.width * c + 2 * vision.mlp_width * c

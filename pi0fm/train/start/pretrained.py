@@ -1,0 +1,152 @@
+"""The bundle that a run starts from.
+
+Owns: what of it must agree with the run, what is the run's own affair, its weights in a new network. Does not know: what trains.
+
+    of the bundle, refused by name where the run says otherwise   network, path and prediction of the flow, normalisation, prompt dialect,
+                                                                  tokenizer
+    of the run, whatever the bundle says                          robot, horizon, longest prompt, time density, solver, camera sources
+    of the data set, unless pretrained_norm_stats                 statistics of state and action
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pi0fm import options
+from pi0fm.data.columns.norm_stats import NormStats
+from pi0fm.data.prompt import BYTES, load_tokenizer
+from pi0fm.errors import BundleError, ConfigError
+from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.models.presets import PRESETS
+from pi0fm.options import nearest
+from pi0fm.policy import bundle
+from pi0fm.policy.bundle import PolicyConfig
+
+OWN = "pretrained"  # --tokenizer pretrained, --prompt_dialect pretrained: the bundle's
+FIXED_IN_FLOW = ("path", "prediction")
+FIXED = ("normalization", "prompt_dialect")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A bundle that was checked against its manifest."""
+
+    path: Path
+    policy: PolicyConfig
+    stats: NormStats
+
+    def tokenizer(self) -> str:
+        """What a run types to get this bundle's tokenizer."""
+        return BYTES if self.policy.tokenizer == BYTES else str(self.path / self.policy.tokenizer)
+
+
+def open_pretrained(path: Path | None) -> Pretrained | None:
+    """The bundle at `path`, None for none. Raises BundleError for one that is damaged."""
+    return None if path is None else Pretrained(path, *bundle.read(path))
+
+
+def chosen_tokenizer(name: str, pretrained: Pretrained | None) -> str:
+    """The run's tokenizer, with `pretrained` put in its place. Raises ConfigError for that word without a bundle."""
+    return name if name != OWN else _needed("tokenizer", pretrained).tokenizer()
+
+
+def chosen_dialect(word: str, pretrained: Pretrained | None) -> str:
+    """The run's prompt dialect, with `pretrained` put in its place. Raises ConfigError for that word without a bundle."""
+    return word if word != OWN else _needed("prompt_dialect", pretrained).policy.prompt_dialect
+
+
+def refuse_other_policy(pretrained: Pretrained, run: PolicyConfig) -> None:
+    """Raise ConfigError that names all in which the bundle's weights mean something else than the run's network would."""
+    theirs = pretrained.policy
+    network = _differences(_fixed_network(theirs.model), _fixed_network(run.model), "model.")
+    rest = [
+        *_differences({name: getattr(theirs.flow, name) for name in FIXED_IN_FLOW}, vars(run.flow), "flow."),
+        *_differences({name: getattr(theirs, name) for name in FIXED}, {name: getattr(run, name) for name in FIXED}, ""),
+    ]
+    if network or rest:
+        listed = "; ".join(f"{name} is {old!r} there, {new!r} here" for name, old, new in [*network, *rest][:8])
+        typed = [f"--model.preset {_preset_of(theirs.model) or '(and its fields)'}"] if network else []
+        typed += [f"--{name} {old}" for name, old, _ in rest]
+        raise ConfigError(f"the run must fit the bundle {pretrained.path} that it starts from: {listed}; type {' '.join(typed)}")
+    _refuse_other_tokens(pretrained, run)
+
+
+def kept_stats(pretrained: Pretrained, entry: str, run: PolicyConfig) -> NormStats:
+    """The bundle's statistics for a run's data set: those of its robot of the entry's name, of its only robot where there is no mixture.
+
+    Raises ConfigError where it is not said whose they are, or where they are of another width than the robot: they cannot be kept.
+    """
+    known = bundle.robot_names(pretrained.path)
+    whose = f"pretrained_norm_stats keeps a robot's statistics by its name, {pretrained.path} holds those of {', '.join(known)}"
+    if entry and entry not in known:
+        raise ConfigError(f"{whose}, found mixture.{entry}: {nearest(entry, known)}; leave it out to compute them from the data sets")
+    if not entry and len(known) > 1:
+        raise ConfigError(f"{whose}, found a run without names; write its data set as mixture.{known[0]}, or as that of another robot")
+    stats = bundle.read(pretrained.path, entry)[1] if entry else pretrained.stats
+    for what, column, width in zip(("state", "action"), (stats.state, stats.action), run.embodiment.dims(), strict=True):
+        if len(column.mean) != width:
+            raise ConfigError(
+                f"pretrained_norm_stats needs statistics of the robot's {what}, {width} wide, found {len(column.mean)} in "
+                f"{pretrained.path}; leave it out, so that they are computed from the data set"
+            )
+    return stats
+
+
+def starting_network(pretrained: Pretrained | None, config: Pi0Config) -> Pi0:
+    """A network of `config` with the bundle's weights, float32 whatever the file holds; with random ones where there is no bundle.
+
+    A bundle's weights are neither initialised first nor copied twice. Raises BundleError where the file does not hold what its
+    configuration promises.
+    """
+    if pretrained is None:
+        return Pi0(config)
+    with torch.device("meta"):
+        model = Pi0(config)
+    weights = {name: tensor.float() for name, tensor in bundle.load_weights(pretrained.path).items()}
+    try:
+        model.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise BundleError(f"the weights in {pretrained.path} do not fit its configuration ({reason:.300}); copy the bundle again") from None
+    return model.requires_grad_()
+
+
+def _needed(option: str, pretrained: Pretrained | None) -> Pretrained:
+    if pretrained is None:
+        raise ConfigError(f"{option} {OWN} needs a bundle to take it from, found none; type --pretrained BUNDLE")
+    return pretrained
+
+
+def _fixed_network(config: Pi0Config) -> dict[str, Any]:
+    # lengths, which no weight knows, are the run's
+    return _flat(options.encode(replace(config, action_horizon=0, max_prompt_tokens=0)))
+
+
+def _preset_of(config: Pi0Config) -> str | None:
+    return next((name for name, known in PRESETS.items() if _fixed_network(known) == _fixed_network(config)), None)
+
+
+def _refuse_other_tokens(pretrained: Pretrained, run: PolicyConfig) -> None:
+    """Two tokenizers are the same when they give every word the same number."""
+    own = pretrained.tokenizer()
+    if own == run.tokenizer:
+        return
+    size = run.model.vocab_size
+    if BYTES in (own, run.tokenizer) or load_tokenizer(own, size).get_vocab() != load_tokenizer(run.tokenizer, size).get_vocab():
+        raise ConfigError(
+            f"the run must have the tokenizer of the bundle {pretrained.path} that it starts from, found {run.tokenizer!r}; "
+            f"type --tokenizer {OWN}"
+        )
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
+    return [(f"{prefix}{name}", value, ours.get(name)) for name, value in theirs.items() if ours.get(name) != value]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

@@ -1,0 +1,157 @@
+"""Faults in mid-run, each by its name: a loss that is not finite, a full disk, a video that cannot be read.
+
+Owns: what is kept of the batch behind a loss that is not finite, when such a loss ends the run, the lines that are said.
+Does not know: the network. The step itself was refused on the device (train/optim.py); here the host learns of it.
+
+    <output_dir>/faults/step-000000038/fault.json                       where in the stream, which episodes, what was not finite
+                                       worker-00000-part-000.safetensors  what the network was given, noise and times included
+
+    device   | step k | step k+1 |            the norm of step k travels while step k+1 runs: nobody waits for it
+    host              | norm of k? -> keep the batch, skip or stop
+"""
+
+import errno
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import Tensor
+
+from pi0fm import files, progress
+from pi0fm.data.loading.batch import Batch
+from pi0fm.data.loading.loader import BatchMaker, Collator
+from pi0fm.data.loading.mixture import MixtureCollator, deal
+from pi0fm.errors import OutputError, Pi0fmError
+from pi0fm.train.config import TrainConfig
+from pi0fm.train.parallel.accelerate import Context
+
+SKIPS_IN_A_ROW = 10
+
+
+class NonfiniteError(Pi0fmError):
+    """A loss or gradient that is not finite, under the policy to stop, or too many of them in a row."""
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """A gradient's norm on its way to the host. event: recorded behind the copy, None where there was nothing to copy."""
+
+    step: int
+    norm: Tensor
+    event: torch.cuda.Event | None
+
+
+@final
+class Nonfinite:
+    """Watches the norms of the gradient, which all workers share, so that all decide alike without a word."""
+
+    def __init__(self, config: TrainConfig, context: Context, collator: BatchMaker) -> None:
+        self._config, self._context, self._collator = config, context, collator
+        self._noted: deque[_Noted] = deque()
+        self._in_a_row = 0
+
+    def after_step(self, step: int, norm: Tensor) -> None:
+        """Note the norm of step `step` (counted from 1) and look at those that have arrived. Raises NonfiniteError by policy."""
+        event = None
+        norm = norm.detach()
+        if norm.is_cuda:
+            norm = torch.empty_like(norm, device="cpu", pin_memory=True).copy_(norm, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._noted.append(_Noted(step, norm, event))
+        while len(self._noted) > (0 if event is None else 1):
+            self._look(self._noted.popleft())
+
+    def settle(self) -> None:
+        """Look at all that was noted; before a checkpoint and at the end."""
+        while self._noted:
+            self._look(self._noted.popleft())
+
+    def _look(self, noted: _Noted) -> None:
+        if noted.event is not None:
+            noted.event.synchronize()
+        norm = float(noted.norm)
+        if np.isfinite(norm):
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        place = self._config.output_dir / "faults" / f"step-{noted.step:09d}"
+        culprits = self._keep(place, noted.step, norm)
+        inputs = f"its {culprits} are not finite" if culprits else "what the network was given is finite"
+        line = f"step {noted.step}: the loss or its gradient is not finite (norm {norm}); {inputs}; the batch is kept in {place}"
+        if self._config.on_nonfinite == "stop":
+            hint = "correct the data set" if culprits else "lower optimizer.learning_rate"
+            raise NonfiniteError(f"{line}; {hint}, or add --resume true --on_nonfinite skip")
+        if self._in_a_row >= SKIPS_IN_A_ROW:
+            raise NonfiniteError(f"{line}; {SKIPS_IN_A_ROW} steps in a row are more than on_nonfinite skip bears; resume an earlier run")
+        if self._context.is_first:
+            progress.say(f"{line}; the step is skipped")
+
+    def _keep(self, place: Path, step: int, norm: float) -> str:
+        """Write this worker's part of the batch, made anew from its place in the stream; what of it is not finite, as words."""
+        first = (step - 1) * self._config.global_batch_size
+        share = self._config.global_batch_size // self._context.world_size
+        micro = self._config.micro_batch(self._context.world_size)
+        mine = first + self._context.rank * share
+        culprits: set[str] = set()
+        for part, start in enumerate(range(mine, mine + share, micro)):
+            tensors = _tensors(self._collator(start, micro))
+            culprits |= {name for name, tensor in tensors.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())}
+            name = f"worker-{self._context.rank:05d}-part-{part:03d}.safetensors"
+            files.write_bytes(place / name, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        if self._context.is_first:
+            files.write_json(place / "fault.json", self._described(step, first, norm))
+        return " and ".join(sorted(culprits))
+
+    def _described(self, step: int, first: int, norm: float) -> dict[str, Any]:
+        positions = np.arange(first, first + self._config.global_batch_size)
+        return {
+            "step": step,
+            "gradient_norm": str(norm),
+            "stream_positions": [first, int(positions[-1])],
+            "workers": self._context.world_size,
+            "datasets": [_located(part, at) for part, at in _parts(self._collator, positions)],
+        }
+
+
+@contextmanager
+def full_disk_named(output_dir: Path) -> Iterator[None]:
+    """A disk without room, inside the block, is the user's to mend: OutputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or output_dir
+        raise OutputError(f"no room is left to write {place} ({error.strerror}); free some, then add --resume true") from error
+
+
+def _parts(maker: BatchMaker, positions: NDArray[np.int64]) -> list[tuple[Collator, NDArray[np.int64]]]:
+    """The data sets behind a stretch of the stream, each with the positions in its own stream."""
+    if isinstance(maker, MixtureCollator):
+        part, position = deal(maker.weights, positions)
+        return [(collator, position[part == number]) for number, collator in enumerate(maker.parts)]
+    assert isinstance(maker, Collator)
+    return [(maker, positions)]
+
+
+def _located(collator: Collator, positions: NDArray[np.int64]) -> dict[str, Any]:
+    source, at = collator.source, collator.places(positions)
+    frames = source.frames[at.index]
+    episodes = source.episode[frames].tolist()
+    return {"root": str(source.root), "epochs": at.epoch.tolist(), "frames": frames.tolist(), "episodes": episodes}
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    found = {name: getattr(batch, name) for name in ("actions", "action_mask", "noise", "uniform")}
+    for group in ("observation", "augmentation"):
+        inner = getattr(batch, group)
+        found |= {} if inner is None else {f"{group}.{item.name}": getattr(inner, item.name) for item in fields(inner)}
+    return found

@@ -1,0 +1,59 @@
+"""When a run validates, and where what was found goes.
+
+Owns: the turn of validations in a run, the catching up on one that a kill prevented. Does not know: what is measured (validation.py).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import final
+
+import torch
+
+from pi0fm import progress
+from pi0fm.train.config import TrainConfig
+from pi0fm.train.parallel.accelerate import Context, all_sum
+from pi0fm.train.watch.metrics import Metrics, read_last
+from pi0fm.train.watch.validation import NLL, Validator
+
+
+@final
+class Watch:
+    """Validations of a run, when they are due; silent in a run without. paused: is told the seconds that they took."""
+
+    def __init__(
+        self,
+        context: Context,
+        metrics: Metrics | None,
+        config: TrainConfig,
+        validators: Sequence[Validator],
+        paused: Callable[[float], None],
+    ) -> None:
+        self._context, self._metrics, self._config, self._validators, self._paused = context, metrics, config, validators, paused
+
+    def catch_up(self, first: int, bar: progress.Step | None) -> None:
+        """The validation of the step that a resumed run starts from, where the run was killed before it was written."""
+        if self._due(first):
+            metric, device = self._validators[0].named(NLL), self._validators[0].device
+            written = self._context.is_first and int((read_last(self._config.output_dir, metric) or {}).get("step", 0)) == first
+            # one worker looked, all must agree
+            if not bool(all_sum(self._context, torch.tensor(float(written), device=device))):
+                self.after(first, bar)
+
+    def after(self, step: int, bar: progress.Step | None) -> None:
+        """Validate if it is time, every entry in turn, and write what was found as one line."""
+        if not self._due(step):
+            return
+        began = time.perf_counter()
+        found: dict[str, float] = {}
+        for validator in self._validators:
+            found |= validator.validate(self._context, step, lambda text: bar.advance(0, note=text) if bar is not None else None)
+        if self._metrics is not None and found:
+            self._metrics.write(step, found)
+        seconds = time.perf_counter() - began
+        self._paused(seconds)
+        if self._context.shown and found:
+            said = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+            progress.say(f"step {step}: {said} ({seconds:.1f} s)")
+
+    def _due(self, step: int) -> bool:
+        return bool(self._validators) and self._validators[0].due(step, self._config.steps)

@@ -1,0 +1,201 @@
+r"""Held-out demonstrations as a metric of training: how likely the policy finds them, and its loss on them.
+
+Owns: `ValidationConfig`, the fixed chunks, probes, noise and times, and the numbers made of them.
+Does not know: which episodes are held out (data/columns/held_out.py), when it is asked for (train/watch/schedule.py).
+
+    held-out frames --fixed order--> N chunks --pieces of 8--> piece 0 | piece 1 | piece 2 | piece 3 | ...
+                                                               rank 0    rank 1    rank 0    rank 1        W = 2
+    piece -> encode_prefix once -> push_backward (averaged weights, float32) -> chunks, nats, entries \
+                                -> loss at fixed noise and times             -> sum, count             > one row; ranks add their rows
+Every number is a function of (seed, weights, held-out episodes): a resumed run, or another number of workers, gives the same ones bit
+by bit, since the pieces are the same and each row is computed by one worker.
+Shape letters: B chunks of a piece, H action horizon, A action dim, K draws of noise.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor, nn
+
+from pi0fm import progress
+from pi0fm.data.loading.batch import Batch
+from pi0fm.data.loading.loader import Collator
+from pi0fm.errors import ConfigError
+from pi0fm.flow.checks import FlowError
+from pi0fm.flow.likelihood import DensityOptions, push_backward
+from pi0fm.flow.matching import FlowMatching
+from pi0fm.flow.solver import SOLVERS, Velocity
+from pi0fm.models.observation import ModelObservation
+from pi0fm.models.pi0 import Pi0
+from pi0fm.options import nearest, option
+from pi0fm.train.parallel.accelerate import Context, all_sum
+
+NLL, NLL_PER_DIM, LOSS = "validation_nll", "validation_nll_per_dim", "validation_loss"
+FREE_AT_RESUME = ("every", "samples", "probes", "num_flow_steps", "solver")
+PIECE = 8  # chunks that go through the network together, whatever the number of workers
+LOSS_DRAWS = 4  # pairs of noise and time of each chunk
+OTHER_STREAM = 1 << 63  # flipped in the seed: noise and order that no training sample has
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """What is held out of the training, and how it is looked at. Raises ConfigError for a value out of range."""
+
+    every: int = option(0, "optimiser steps between two validations; the last step is validated too; 0 for none")
+    episodes: int = option(0, "episodes held out of training and its statistics, chosen by the seed, over all tasks; so many of each entry")
+    samples: int = option(64, "held-out chunks that are looked at, always the same, of each entry; all of them where there are fewer")
+    probes: int = option(2, "random probes of Hutchinson's divergence for each chunk")
+    num_flow_steps: int = option(16, "steps of the integral from a chunk back to its noise")
+    solver: str = option("midpoint", "ODE solver of that integral: euler, midpoint, heun, rk4, dopri5")
+
+    def __post_init__(self) -> None:
+        for name, least in {"every": 0, "episodes": 0, "samples": 1, "probes": 1, "num_flow_steps": 1}.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ConfigError(f"validation.{name} must be >= {least}, found {value}; type --validation.{name} {least} or leave it out")
+        if self.solver not in SOLVERS:
+            known = nearest(self.solver, SOLVERS)
+            raise ConfigError(
+                f"validation.solver must be a solver of an ODE, since a density needs a path back, found {self.solver!r}: {known}"
+            )
+        if self.every and not self.episodes:
+            raise ConfigError(
+                f"validation.every {self.every} needs episodes to validate on, found validation.episodes 0; type --validation.episodes 6"
+            )
+
+
+Encode = Callable[[ModelObservation], Velocity]
+"""An observation to the network's answer against it: the prefix is encoded once, the answer is asked for often."""
+
+
+@dataclass(frozen=True)
+class Validator:
+    """The fixed chunks of one data set and all that judges them. entry: its name in a mixture, "" without one."""
+
+    config: ValidationConfig
+    encode: Encode
+    flow: FlowMatching
+    collator: Collator
+    device: torch.device
+    entry: str = ""
+
+    def named(self, metric: str) -> str:
+        """A metric's name in metrics.jsonl, such as `validation_nll`, of a mixture `validation_nll/NAME`."""
+        return f"{metric}/{self.entry}" if self.entry else metric
+
+    @property
+    def num_chunks(self) -> int:
+        """How many chunks are looked at."""
+        return min(self.config.samples, len(self.collator.source.frames))
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether a run of `steps` steps validates after step number `step`, counted from 1."""
+        return step > 0 and (step % self.config.every == 0 or step == steps)
+
+    def validate(self, context: Context, step: int, notice: Callable[[str], None]) -> dict[str, float]:
+        """The metrics of the weights as they are; called by every worker, at the same step.
+
+        notice: is told which piece is being looked at. A metric that is not finite is named on standard error and left out: a weight
+        that is NaN must not cost the run its checkpoint or its bundle.
+        """
+        found = summarize(all_sum(context, measure(self, context.rank, context.world_size, notice)))
+        metrics = {self.named(name): value for name, value in found.items()}
+        broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if broken and context.is_first:
+            progress.say(f"step {step}: {', '.join(broken)} of the held-out chunks is not finite, and is left out of metrics.jsonl")
+        return {name: value for name, value in metrics.items() if name not in broken}
+
+
+def make_validators(
+    config: ValidationConfig,
+    collators: Mapping[str, Collator],
+    model: Pi0,
+    weights: Mapping[str, Tensor],
+    flow: FlowMatching,
+    device: torch.device,
+) -> tuple[Validator, ...]:
+    """A validator of each entry of a run, none where it asks for none; they share one averaged network.
+
+    collators: training's own, but of the held-out episodes. weights: of `Ema.weights`, followed as they change.
+    """
+    if not config.every:
+        return ()
+    encode, draws = encoder(averaged(model, weights)), LOSS_DRAWS + config.probes
+    return tuple(
+        Validator(config, encode, flow, replace(collator, seed=collator.seed ^ OTHER_STREAM, flow_draws=draws), device, entry)
+        for entry, collator in collators.items()
+    )
+
+
+def averaged(model: Pi0, weights: Mapping[str, Tensor]) -> Pi0:
+    """`model` in evaluation mode with `weights` in place of its own. The memory is shared: it changes as they do, and costs none.
+
+    Both lie on the device already: `.to(device)` would copy, since several workers on CPUs are told cpu:0 and no tensor says so of itself.
+    """
+    shared = {
+        id(parameter): nn.Parameter(weights.get(name, parameter.detach()), requires_grad=False)
+        for name, parameter in model.named_parameters()
+    }
+    # the same modules, adapters and all, around parameters that are given instead of copied
+    return copy.deepcopy(model, shared).eval()
+
+
+def encoder(model: Pi0) -> Encode:
+    """The network as `Encode`; outside accelerate's wrapping, hence in the float32 of its weights."""
+    return model.field
+
+
+def measure(validator: Validator, rank: int, world_size: int, notice: Callable[[str], None] | None = None) -> Float64[Tensor, "pieces 5"]:
+    """A row for each piece: chunks, nats, entries, sum of squared errors, their count; 0 for the pieces of other ranks.
+
+    Nats are NaN where the density is not finite, and the reason is said.
+    """
+    firsts = range(0, validator.num_chunks, PIECE)
+    rows = torch.zeros(len(firsts), 5, dtype=torch.float64, device=validator.device)
+    for number, first in enumerate(firsts):
+        if number % world_size != rank:
+            continue
+        if notice is not None:
+            notice(f"validating, chunk {first} of {validator.num_chunks}")
+        batch = validator.collator(first, min(PIECE, validator.num_chunks - first)).to(validator.device)
+        with torch.no_grad():
+            velocity = validator.encode(batch.observation)
+            nats = _nats(validator, velocity, batch)
+            total, count = _loss(validator.flow, velocity, batch)
+        chunks = nats.new_full((), len(batch.actions))
+        rows[number] = torch.stack([chunks, nats, batch.action_mask.sum().double(), total, count])
+    return rows
+
+
+def summarize(rows: Float64[Tensor, "pieces 5"]) -> dict[str, float]:
+    """The metrics from every piece's row: mean nats of a chunk, nats of one entry, mean squared error."""
+    chunks, nats, entries, total, count = rows.sum(0).tolist()
+    return {NLL: nats / chunks, NLL_PER_DIM: nats / entries, LOSS: total / count}
+
+
+def _nats(validator: Validator, velocity: Velocity, batch: Batch) -> Float64[Tensor, ""]:
+    """Negative log-likelihood of a piece, over all its chunks: nats of the normalised entries inside the episode."""
+    config = validator.config
+    # the sign of a normal number is +1 or -1 with equal odds
+    probes = torch.where(batch.noise[:, LOSS_DRAWS:] < 0, -1.0, 1.0).transpose(0, 1)
+    density = DensityOptions(probes=probes, num_flow_steps=config.num_flow_steps, solver=config.solver)
+    try:
+        pushed = push_backward(validator.flow, velocity, batch.actions, batch.action_mask, density)
+    except FlowError as error:
+        progress.say(f"validation: {error}")
+        return torch.full((), math.nan, dtype=torch.float64, device=validator.device)
+    return -pushed.log_prob.double().sum()
+
+
+def _loss(flow: FlowMatching, velocity: Velocity, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(sum, count) of training's own loss, float64; every draw is answered against the same encoding."""
+    sums = torch.zeros(2, dtype=torch.float64, device=batch.actions.device)
+    for noise, uniform in zip(batch.noise[:, :LOSS_DRAWS].unbind(1), batch.uniform[:, :LOSS_DRAWS].unbind(1), strict=True):
+        t = flow.times(uniform)
+        pair = flow.training_pair(batch.actions, t, noise)
+        sums += torch.stack(flow.loss(velocity(pair.x_t, t), pair.target, batch.action_mask, t)).double()
+    return sums[0], sums[1]

@@ -1,0 +1,110 @@
+"""A robot's names and widths, and flat maps of keys: what is wrong is said in one line that names the nearest right word."""
+
+import numpy as np
+import pytest
+
+from pi0fm.data.columns.embodiment import Embodiment, resolve
+from pi0fm.errors import ConfigError, ObservationError
+
+ROBOT = Embodiment(cameras={"base": "observation.images.base", "wrist": "observation.images.wrist"}, state_dim=3, robot_action_dim=2)
+PICTURE = np.zeros((4, 6, 3), dtype=np.uint8)
+GOOD = {"observation.images.base": PICTURE, "observation.images.wrist": PICTURE, "observation.state": [1, 2, 3], "prompt": "press"}
+COLUMNS = {"observation.state": (3,), "action": (2,), "seed": (1,), "matrix": (2, 2)}
+PICTURES = ["observation.images.base", "observation.images.wrist"]
+
+
+def test_a_flat_map_becomes_an_observation():
+    found = ROBOT.observation(GOOD)
+    assert list(found.images) == ["base", "wrist"]
+    assert found.state.dtype == np.float32
+    assert found.state.tolist() == [1, 2, 3]
+    assert found.prompt == "press"
+
+
+def test_slashes_and_task_are_other_spellings():
+    given = {key.replace(".", "/"): value for key, value in GOOD.items()}
+    given["task"] = given.pop("prompt")
+    assert ROBOT.observation(given).prompt == "press"
+
+
+def test_a_camera_may_be_missing_but_not_all():
+    few = {key: value for key, value in GOOD.items() if "wrist" not in key}
+    assert list(ROBOT.observation(few).images) == ["base"]
+    with pytest.raises(ObservationError, match="at least one picture"):
+        ROBOT.observation({key: value for key, value in few.items() if "base" not in key})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"observation.images.bose": PICTURE}, "did you mean 'observation.images.base'"),
+        ({"observation.images.base": PICTURE.astype(np.float32)}, "uint8"),
+        ({"observation.images.base": PICTURE[..., :1]}, r"\[4, 6, 1\]"),
+        ({"observation.images.base": PICTURE[:0]}, r"\[0, 6, 3\]"),
+        ({"observation.images.base": PICTURE[None]}, r"\[1, 4, 6, 3\]"),
+        ({"observation.state": [1, 2]}, r"numbers \[3\], found int64 \[2\]"),
+        ({"observation.state": [[1, 2, 3]]}, r"\[1, 3\]"),
+        ({"observation.state": [1, float("nan"), 3]}, "finite"),
+        ({"observation.state": [1, float("inf"), 3]}, "finite"),
+        ({"observation.state": ["a", "b", "c"]}, "numbers"),
+        ({"prompt": 3}, "one text"),
+        ({"task": "twice"}, "one text"),
+    ],
+)
+def test_wrong_observations(change, words):
+    with pytest.raises(ObservationError, match=words) as caught:
+        ROBOT.observation(GOOD | change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["prompt", "observation.state"])
+def test_what_an_observation_must_hold(missing):
+    with pytest.raises(ObservationError, match=missing):
+        ROBOT.observation({key: value for key, value in GOOD.items() if key != missing})
+
+
+def test_blanks_are_filled_from_the_data_set():
+    found = resolve(Embodiment(), COLUMNS, PICTURES, "the data set")
+    assert found.cameras == {"base": PICTURES[0], "wrist": PICTURES[1]}
+    assert found.dims() == (3, 2)
+    assert resolve(ROBOT, COLUMNS, PICTURES, "the data set") == ROBOT
+
+
+def test_widths_are_unknown_before():
+    with pytest.raises(ConfigError, match="unknown until"):
+        Embodiment().dims()
+
+
+@pytest.mark.parametrize(
+    ("embodiment", "words"),
+    [
+        (Embodiment(cameras={"base": "observation.images.bas"}), "camera 'base'.*did you mean 'observation.images.base'"),
+        (Embodiment(robot_action_dim=7), "robot_action_dim is 7, but column 'action'.* is 2 wide"),
+        (Embodiment(state_dim=7), "state_dim is 7"),
+        (Embodiment(action="actoin"), "did you mean 'action'"),
+        (Embodiment(state="matrix"), r"found shape \(2, 2\)"),
+        (Embodiment(delta_actions=(2,)), "delta_actions"),
+    ],
+)
+def test_what_the_data_set_does_not_hold(embodiment, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        resolve(embodiment, COLUMNS, PICTURES, "the data set")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_difference_needs_the_states_same_dimension():
+    with pytest.raises(ConfigError, match="below 3, found 4"):
+        resolve(Embodiment(delta_actions=(4,)), COLUMNS | {"action": (6,)}, PICTURES, "the data set")
+
+
+def test_a_data_set_without_pictures_is_refused():
+    with pytest.raises(ConfigError, match="at least one picture column"):
+        resolve(Embodiment(), COLUMNS, [], "the data set")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"cameras": {"a": "x", "b": "x"}}, {"delta_actions": (-1,)}, {"delta_actions": (2,), "robot_action_dim": 2}]
+)
+def test_impossible_embodiments(wrong):
+    with pytest.raises(ConfigError):
+        Embodiment(**wrong)

@@ -1,0 +1,97 @@
+"""Environments and a policy in numpy: a point on a line that must reach a goal which only the image shows.
+
+The chunk holds the policy's noise, so the number of steps of an episode tells whether its noise was the same.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pi0fm.cluster.evaluation import Setup
+from pi0fm.errors import SimulationError
+from pi0fm.eval.episode import RolloutSettings
+from pi0fm.sim.environment import CameraSpec, Environment, StepResult
+from pi0fm.types import ActionChunk, Observation, Policy
+
+HORIZON = 8
+Fault = Callable[[str, int, int], None]
+
+
+def no_fault(_where: str, _seed: int, _step: int) -> None:
+    """An environment that never breaks."""
+
+
+class PointEnvironment(Environment):
+    """State [position], action [velocity], image of one grey that tells the goal; `fault(where, seed, step)` may raise."""
+
+    def __init__(self, task: str, fault: Fault = no_fault, max_steps: int = 20) -> None:
+        self.task, self.prompt, self.fps, self.max_steps = task, f"do {task}", 20, max_steps
+        self.action_dim = self.state_dim = 1
+        self.cameras = (CameraSpec("base", "front", 8, 8),)
+        self._fault = fault
+        self.closed = 0
+        self.resets: list[int] = []
+        self._seed = self._step = 0
+
+    def reset(self, seed: int) -> None:
+        self.resets.append(seed)
+        self._seed, self._step, self._position = seed, 0, 0.0
+        self._fault("reset", seed, 0)
+        self._goal = int(np.random.default_rng(seed).integers(60, 200))
+
+    def step(self, action: np.ndarray) -> StepResult:
+        self._step += 1
+        self._fault("step", self._seed, self._step)
+        self._position += float(action[0])
+        success = abs(self._position - self._goal) < 2.0
+        return StepResult(success=success, done=success or self._step >= self.max_steps)
+
+    def observe(self) -> Observation:
+        self._fault("observe", self._seed, self._step)
+        image = np.full((8, 8, 3), self._goal, np.uint8)
+        return Observation(images={"base": image}, state=np.array([self._position], np.float32), prompt=self.prompt)
+
+    def picture(self, height: int, width: int) -> np.ndarray:
+        return np.full((height, width, 3), min(255, max(0, int(self._position))), np.uint8)
+
+    def expert_action(self) -> np.ndarray:
+        raise SimulationError("a point has no expert")
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class PointPolicy:
+    """Goes a fifth of the way with noise; remembers the batches that it was asked for."""
+
+    def __init__(self, **metadata: Any) -> None:
+        self._metadata = {"action_horizon": HORIZON, "robot_action_dim": 1, "state_dim": 1, "cameras": {"base": "image"}} | metadata
+        self.batches: list[list[Observation]] = []
+        self.seeds: list[list[int]] = []
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self._metadata
+
+    def infer_batch(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> list[ActionChunk]:
+        assert noise_seeds is not None
+        self.batches.append(list(observations))
+        self.seeds.append(list(noise_seeds))
+        return [self._chunk(observation, seed) for observation, seed in zip(observations, noise_seeds, strict=True)]
+
+    @staticmethod
+    def _chunk(observation: Observation, seed: int) -> ActionChunk:
+        distance = float(observation.images["base"][0, 0, 0]) - float(observation.state[0])
+        noise = np.random.default_rng(seed).normal(0.0, 6.0, (HORIZON, 1))
+        return ActionChunk(actions=(distance / 5 + noise).astype(np.float32))
+
+
+def point_setup(fault: Fault = no_fault, slots: int = 3, policy: Callable[[], Policy] = PointPolicy) -> Setup:
+    """A Setup that can travel to another process."""
+    return Setup(policy, partial(_open, fault), RolloutSettings(execution_horizon=4), slots)
+
+
+def _open(fault: Fault, task: str) -> PointEnvironment:
+    return PointEnvironment(task, fault)

@@ -1,0 +1,136 @@
+"""The estimate against every allocation of a real step, as torch's profiler counts them on a CPU."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
+from pi0fm.models.lora import LoraConfig
+from pi0fm.models.observation import ModelObservation
+from pi0fm.models.parts import part_of
+from pi0fm.models.pi0 import Pi0, Pi0Config, parameter_count
+from pi0fm.models.vision import VisionConfig
+from pi0fm.train.config import TrainConfig
+from pi0fm.train.ema import Ema
+from pi0fm.train.optim import OptimizerConfig, make_optimizer
+from pi0fm.train.plan.memory import MemoryEstimate, estimate, estimate_run, memory_line
+from pi0fm.train.start.adaptation import TRAINED, Adaptation, adapt
+
+FACTOR = 1.35  # the estimate lies between the measured peak and this many times it; 1.03 to 1.34 were found
+BATCH, CAMERAS = 4, 2
+# pi0's proportions, in which neither weights nor activations hide the other
+LIKE_PI0 = Pi0Config(
+    vision=VisionConfig(width=64, depth=4, num_heads=4, mlp_width=240, patch_size=14, image_size=84),
+    decoder=DecoderConfig(StreamConfig(96, 512), StreamConfig(48, 160), depth=4, num_heads=8, num_kv_heads=1, head_dim=16),
+    vocab_size=512,
+    max_prompt_tokens=24,
+    action_dim=8,
+    state_dim=8,
+    action_horizon=16,
+)
+LIKE_PI05 = dataclasses.replace(LIKE_PI0, state_input="prompt", time_conditioning="adaptive_norm")
+LORA = LoraConfig(rank=4)
+
+
+def observation() -> ModelObservation:
+    size = LIKE_PI0.vision.image_size
+    return ModelObservation(
+        images=torch.zeros(BATCH, CAMERAS, size, size, 3, dtype=torch.uint8),
+        image_mask=torch.ones(BATCH, CAMERAS, dtype=torch.bool),
+        prompt_tokens=torch.ones(BATCH, LIKE_PI0.max_prompt_tokens, dtype=torch.int64),
+        prompt_mask=torch.ones(BATCH, LIKE_PI0.max_prompt_tokens, dtype=torch.bool),
+        state=torch.zeros(BATCH, LIKE_PI0.state_dim),
+    )
+
+
+def measured(config: Pi0Config, how: Adaptation, draws: int, averaged: bool, computes: torch.dtype, where: Path) -> int:
+    """Bytes at the highest moment of the second step: what is held before it, and the profiler's running sum within it."""
+    torch.manual_seed(0)
+    model = Pi0(config)
+    adapt(model, how, computes)
+    model.train()
+    optimizer, ema = make_optimizer(OptimizerConfig(), model), Ema(model, 0.9 if averaged else None)
+    seen, t = observation(), torch.rand(BATCH * draws)
+    x_t = torch.randn(BATCH * draws, config.action_horizon, config.action_dim)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=computes == torch.bfloat16):
+            loss = model(seen, x_t, t).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(0)
+
+    step()
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *moments, *ema.average.values()))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    profile.export_chrome_trace(str(where))
+    events = [event for event in json.loads(where.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    running = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        running += event["args"]["Bytes"]
+        peak = max(peak, running)
+    assert peak > 0
+    return held + peak
+
+
+CASES = {
+    "pi0 full": (LIKE_PI0, Adaptation(), 1, True, torch.float32),
+    "pi0 full, checkpointed": (LIKE_PI0, Adaptation(activation_checkpointing=True), 1, True, torch.float32),
+    "pi0 expert": (LIKE_PI0, Adaptation("expert_only"), 1, True, torch.float32),
+    "pi05 full, bfloat16": (LIKE_PI05, Adaptation(), 4, False, torch.bfloat16),
+    "pi05 lora, bfloat16, checkpointed": (LIKE_PI05, Adaptation("frozen_vision", LORA, True, True), 1, False, torch.bfloat16),
+}
+
+
+def estimated(config: Pi0Config, how: Adaptation, draws: int, averaged: bool, computes: torch.dtype) -> MemoryEstimate:
+    run = {"cameras": CAMERAS, "micro_batch": BATCH, "flow_draws": draws, "averaged": averaged}
+    return estimate(config, how, **run, computes=computes, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory) -> dict[str, int]:
+    """Each case measured once."""
+    where = tmp_path_factory.mktemp("traces") / "trace.json"
+    return {case: measured(*CASES[case], where) for case in CASES}
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_the_estimate_is_a_close_upper_bound(peaks):
+    ratios = {case: estimated(*CASES[case]).total / peak for case, peak in peaks.items()}
+    assert {case: ratio for case, ratio in ratios.items() if not 1 <= ratio <= FACTOR} == {}
+
+
+def test_checkpointing_and_freezing_lower_the_measured_peak(peaks):
+    assert peaks["pi0 full, checkpointed"] < 0.7 * peaks["pi0 full"]
+    assert peaks["pi0 expert"] < 0.5 * peaks["pi0 full"]
+    assert peaks["pi05 lora, bfloat16, checkpointed"] < 0.4 * peaks["pi05 full, bfloat16"]
+
+
+def test_parts_by_hand():
+    """Every number: 4 bytes of weight, 4 of gradient, 8 of moments, 4 of average; nothing but weights where it is frozen."""
+    numbers = parameter_count(Pi0(LIKE_PI0))
+    full = estimated(LIKE_PI0, Adaptation(), 1, True, torch.float32)
+    assert (full.weights, full.gradients, full.moments, full.average, full.casts) == (*(each * numbers for each in (4, 4, 8, 4)), 0)
+    trained = sum(parameter.numel() for name, parameter in Pi0(LIKE_PI0).named_parameters() if part_of(name) in TRAINED["expert_only"])
+    expert = estimated(LIKE_PI0, Adaptation("expert_only"), 1, False, torch.float32)
+    assert (expert.weights, expert.gradients, expert.moments, expert.average) == (4 * numbers, 4 * trained, 8 * trained, 0)
+
+
+def test_more_of_anything_costs_more():
+    run = {"cameras": 2, "micro_batch": 4, "computes": torch.float32, "device": "cpu"}
+    base = estimate(LIKE_PI0, Adaptation(), **run).total
+    more = ({"cameras": 3}, {"micro_batch": 5}, {"flow_draws": 2}, {"accumulates": True})
+    assert all(estimate(LIKE_PI0, Adaptation(), **(run | change)).total > base for change in more)
+
+
+def test_the_line_at_the_start_names_the_sum():
+    config = TrainConfig(precision="float32", global_batch_size=8, micro_batch_size=4)
+    found = estimate_run(config, 1, 1, torch.device("cpu"))
+    said = f"memory of a worker: about {found.total / 2**20:.1f} MiB (weights {found.weights / 2**20:.1f}, "
+    assert memory_line(config, 1, 1, torch.device("cpu")).startswith(said)

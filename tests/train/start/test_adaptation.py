@@ -1,0 +1,234 @@
+"""What trains: every pair of what a fine-tuning may choose works together, or is refused with its reason."""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pi0fm.data.loading.loader import Batch
+from pi0fm.errors import ConfigError
+from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
+from pi0fm.models.lora import LoraConfig, is_adapter
+from pi0fm.models.observation import ModelObservation
+from pi0fm.models.parts import part_of
+from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.models.vision import VisionConfig
+from pi0fm.train.ema import Ema
+from pi0fm.train.optim import OptimizerConfig, make_optimizer
+from pi0fm.train.start.adaptation import TRAINED, Adaptation, adapt
+from pi0fm.train.step import train_step
+
+LIKE_PI0 = Pi0Config(
+    vision=VisionConfig(width=16, depth=1, num_heads=2, mlp_width=32, patch_size=16, image_size=32),
+    decoder=DecoderConfig(StreamConfig(32, 48), StreamConfig(32, 48), depth=2, num_heads=2, num_kv_heads=1, head_dim=16),
+    vocab_size=40,
+    max_prompt_tokens=8,
+    action_dim=5,
+    state_dim=6,
+    action_horizon=4,
+)
+LIKE_PI05 = Pi0Config(**(vars(LIKE_PI0) | {"state_input": "prompt", "time_conditioning": "adaptive_norm"}))
+FLOW = FlowMatching.from_config(FlowConfig())
+LORA = LoraConfig(rank=4, targets=("vision", "backbone", "action_expert"))
+MODES = {
+    "full": Adaptation(),
+    "frozen_vision": Adaptation("frozen_vision"),
+    "expert_only": Adaptation("expert_only"),
+    "lora": Adaptation(lora=LORA),
+}
+
+
+def network(config: Pi0Config) -> Pi0:
+    """Every parameter random, those too that start at zero: nothing hides behind a closed gate."""
+    torch.manual_seed(0)
+    model = Pi0(config)
+    _shake(model, lambda name, parameter: parameter.ndim == 1 or "modulation" in name)
+    return model.train()
+
+
+def _shake(model: Pi0, which) -> None:
+    random = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if which(name, parameter):
+            nn.init.normal_(parameter, std=0.2, generator=random)
+
+
+def batch(draws: int) -> Batch:
+    random = torch.Generator().manual_seed(1)
+    seen = ModelObservation(
+        images=torch.randint(0, 256, (3, 2, 32, 32, 3), dtype=torch.uint8, generator=random),
+        image_mask=torch.ones(3, 2, dtype=torch.bool),
+        prompt_tokens=torch.randint(0, 40, (3, 8), generator=random),
+        prompt_mask=torch.arange(8) < torch.tensor([3, 8, 5])[:, None],
+        state=torch.randn(3, 6, generator=random),
+    )
+    actions, noise = torch.randn(3, 4, 5, generator=random), torch.randn(3, draws, 4, 5, generator=random)
+    return Batch(seen, actions, torch.ones(3, 4, 5, dtype=torch.bool), noise, torch.rand(3, draws, generator=random))
+
+
+class Recorder:
+    """What train_step asks of accelerate, in one process: one process of accelerate's can have one precision only."""
+
+    gradient_accumulation_steps, num_processes, sync_gradients, device = 1, 1, True, torch.device("cpu")
+
+    def __init__(self, model: Pi0, computes: torch.dtype) -> None:
+        self.gradients: dict[str, Tensor | None] = {}
+        self._model, self._computes = model, computes
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._computes == torch.bfloat16):
+            return self._model(*inputs)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self._model.parameters()
+
+    def accumulate(self, _: object) -> nullcontext:
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        self.gradients = {name: None if (g := p.grad) is None else g.clone() for name, p in self._model.named_parameters()}
+
+
+def one_step(model: Pi0, draws: int, computes: torch.dtype, decay: float | None = None) -> SimpleNamespace:
+    """Of one step of the real `train_step`: loss, gradients before clipping, optimiser, average."""
+    recorder, optimizer, ema = Recorder(model, computes), make_optimizer(OptimizerConfig(learning_rate=1e-2), model), Ema(model, decay)
+    whole = batch(draws)
+    loss, _ = train_step(recorder, FLOW, optimizer, recorder, iter([whole]), int(whole.action_mask.sum()) * draws, 1.0)
+    ema.update(0)
+    return SimpleNamespace(loss=loss, gradients=recorder.gradients, optimizer=optimizer, ema=ema)
+
+
+def expected_to_train(name: str, mode: str) -> bool:
+    if mode == "lora":
+        return is_adapter(name) or part_of(name) == "projections"
+    return part_of(name) in TRAINED[mode]
+
+
+def pairs() -> Iterator[tuple[str, float | None, bool, torch.dtype, int, str]]:
+    """All of them; pi0 and pi0.5 in turn, so that each meets every value of every option."""
+    for mode, decay, recomputed, computes, draws in itertools.product(
+        MODES, (None, 0.9), (False, True), (torch.float32, torch.bfloat16), (1, 4)
+    ):
+        odd = (decay is None) ^ recomputed ^ (computes == torch.float32) ^ (draws == 1)
+        yield mode, decay, recomputed, computes, draws, "pi05" if odd else "pi0"
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize(("mode", "decay", "recomputed", "computes", "draws", "kind"), pairs())
+def test_every_choice_goes_with_every_other(mode, decay, recomputed, computes, draws, kind):
+    """What trains has a gradient and moves, what is frozen has none and stays; masters, moments and average are float32."""
+    model = network(LIKE_PI05 if kind == "pi05" else LIKE_PI0)
+    halved = computes == torch.bfloat16 and mode != "full" and decay is not None
+    adapt(model, Adaptation(MODES[mode].train_only, MODES[mode].lora, halved, recomputed), computes)
+    _shake(model, lambda name, _: ".lora_B." in name)  # at 0 it would hide A's gradient
+    before = copy.deepcopy(model.state_dict())
+    found = one_step(model, draws, computes, decay)
+    assert torch.isfinite(found.loss)
+    trained = {name for name, parameter in model.named_parameters() if expected_to_train(name, mode)}
+    assert {name for name, gradient in found.gradients.items() if gradient is not None} == trained
+    assert {name for name in trained if not found.gradients[name].any()} == set()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == (name not in trained), name
+    moments = [value for state in found.optimizer.state.values() for value in state.values()]
+    assert len(found.optimizer.state) == len(trained)
+    kept = [parameter for name, parameter in model.named_parameters() if name in trained]
+    assert {tensor.dtype for tensor in (*kept, *moments, *found.ema.average.values())} == {torch.float32}
+    assert found.ema.average.keys() == (trained if decay else set())
+    assert any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()) == halved
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_no_parameter_is_dead_but_the_towers_key_biases(kind):
+    """In float64 these have no gradient, and the answer does not move with them: softmax is blind to what is added to all keys alike.
+
+    Released weights hold them. They are a third of a tower layer's `qkv.bias`.
+    """
+    model = network(LIKE_PI05 if kind == "pi05" else LIKE_PI0).double().eval()
+    whole = batch(1)
+    seen = ModelObservation(
+        **{name: value.double() if value.is_floating_point() else value for name, value in vars(whole.observation).items()}
+    )
+    x_t, t = whole.noise[:, 0].double(), whole.uniform[:, 0].double()
+    answer = model(seen, x_t, t)
+    answer.square().sum().backward()
+    biases = [layer.qkv.bias for layer in model.vision.layers]
+    assert all(bias.grad.chunk(3)[1].abs().max() < 1e-12 for bias in biases)
+    assert all(min(bias.grad.chunk(3)[part].abs().max() for part in (0, 2)) > 1e-9 for bias in biases)
+    assert min(float(parameter.grad.abs().max()) for parameter in model.parameters()) > 1e-9
+    with torch.no_grad():
+        for bias in biases:
+            bias[len(bias) // 3 : 2 * len(bias) // 3].add_(1.0)
+        assert torch.allclose(model(seen, x_t, t), answer, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize(("kind", "draws"), [("pi0", 1), ("pi05", 4)])
+def test_checkpointed_activations_give_the_same_loss_and_gradients(kind, draws):
+    """Bit by bit in float32."""
+    found = []
+    for recomputed in (False, True):
+        model = network(LIKE_PI05 if kind == "pi05" else LIKE_PI0)
+        adapt(model, Adaptation(activation_checkpointing=recomputed), torch.float32)
+        found.append(one_step(model, draws, torch.float32))
+    plain, checkpointed = found
+    assert torch.equal(plain.loss, checkpointed.loss)
+    assert [name for name, gradient in plain.gradients.items() if not torch.equal(gradient, checkpointed.gradients[name])] == []
+
+
+def test_checkpointing_computes_each_layer_twice_in_training_and_once_else():
+    model = network(LIKE_PI0)
+    model.checkpoint_activations()
+    calls: list[str] = []
+    model.decoder.layers[0].register_forward_pre_hook(lambda *_: calls.append("decoder"))
+    model.vision.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append("vision"))
+    whole = batch(1)
+    inputs = (whole.observation, whole.noise[:, 0], whole.uniform[:, 0])
+    model(*inputs).sum().backward()
+    assert sorted(calls) == ["decoder"] * 2 + ["vision"] * 2
+    calls.clear()
+    model.eval()(*inputs).sum().backward()
+    with torch.no_grad():
+        model.train()(*inputs)
+    assert sorted(calls) == ["decoder"] * 2 + ["vision"] * 2
+
+
+def test_frozen_matrices_are_halved_and_nothing_else():
+    model = network(LIKE_PI05)
+    adapt(model, Adaptation("expert_only", frozen_bfloat16=True), torch.bfloat16)
+    halved = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.bfloat16}
+    assert "prompt_embedding.weight" in halved
+    assert "decoder.layers.0.backbone.qkv.weight" in halved
+    assert {part_of(name) for name in halved} == {"vision", "backbone"}
+    assert all("norm" not in name and "embeddings" not in name for name in halved)
+    seen = batch(1)
+    exact = network(LIKE_PI05)
+    with torch.no_grad():
+        inputs = (seen.observation, seen.noise[:, 0], seen.uniform[:, 0])
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(*inputs)
+        expected = exact(*inputs)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("how", "computes", "words"),
+    [
+        ({"train_only": "expert"}, torch.float32, "train_only must be a known word.*did you mean 'expert_only'"),
+        ({"frozen_bfloat16": True}, torch.bfloat16, "full without lora freezes nothing"),
+        ({"train_only": "expert_only", "frozen_bfloat16": True}, torch.float32, "needs a run that computes in bfloat16"),
+        ({"train_only": "frozen_vision", "lora": LORA}, torch.float32, "'vision' in vision, which train_only frozen_vision freezes"),
+        ({"train_only": "expert_only", "lora": LoraConfig(4)}, torch.float32, "'backbone' in backbone, which train_only expert_only"),
+        ({"train_only": "expert_only", "lora": LoraConfig(4, targets=("*.backbone.qkv",))}, torch.float32, "in backbone, which train_only"),
+        ({"lora": LoraConfig(4, targets=("qkv",))}, torch.float32, "which names none"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_its_reason(how, computes, words):
+    with pytest.raises(ConfigError, match=words):
+        adapt(network(LIKE_PI0), Adaptation(**how), computes)

@@ -1,0 +1,123 @@
+"""Whose folder it is: every case of the claim, and nothing overwritten in those that are refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.errors import ConfigError, OutputError
+from pi0fm.train.config import TrainConfig
+from pi0fm.train.start.output import claim
+from pi0fm.train.watch.validation import ValidationConfig
+
+
+def config(directory: Path, **change: object) -> TrainConfig:
+    return TrainConfig(output_dir=directory, **change)
+
+
+def contents(directory: Path) -> dict[str, str]:
+    return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_new_or_empty_folder_is_claimed(tmp_path, exists):
+    folder = tmp_path / "deep/run"
+    if exists:
+        folder.mkdir(parents=True)
+    claim(config(folder, seed=3))
+    assert json.loads(contents(folder)["run.json"])["seed"] == 3
+
+
+def test_a_run_is_not_started_over(tmp_path):
+    claim(config(tmp_path))
+    before = contents(tmp_path)
+    with pytest.raises(OutputError, match="holds a run; add --resume true"):
+        claim(config(tmp_path))
+    assert contents(tmp_path) == before
+
+
+def test_resume_may_change_what_does_not_change_the_run(tmp_path):
+    claim(config(tmp_path))
+    claim(config(tmp_path, resume="true", steps=40_000, micro_batch_size=4, log_every=7, checkpoint_every=9, keep_checkpoints=3, threads=2))
+    assert json.loads(contents(tmp_path)["run.json"])["steps"] == 40_000
+
+
+def test_resume_may_look_at_the_held_out_episodes_in_another_way(tmp_path):
+    claim(config(tmp_path, validation=ValidationConfig(episodes=3)))
+    changed = ValidationConfig(every=9, episodes=3, samples=8, probes=5, num_flow_steps=7, solver="rk4")
+    claim(config(tmp_path, resume="true", validation=changed))
+    assert json.loads(contents(tmp_path)["run.json"])["validation"]["every"] == 9
+
+
+def test_an_option_that_an_older_run_did_not_know_had_its_default(tmp_path):
+    claim(config(tmp_path))
+    tree = json.loads((tmp_path / "run.json").read_text())
+    del tree["validation"]
+    (tmp_path / "run.json").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=r"validation\.episodes was 0, now 2"):
+        claim(config(tmp_path, resume="true", validation=ValidationConfig(episodes=2)))
+    claim(config(tmp_path, resume="true"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"validation": ValidationConfig(episodes=4)}, r"validation\.episodes was 0, now 4"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"global_batch_size": 16}, "global_batch_size was 32, now 16"),
+        ({"model": {"preset": "tiny", "action_dim": 9}}, r"model\.action_dim was None, now 9"),
+        ({"embodiment": Embodiment(cameras={"a": "b"})}, r"embodiment\.cameras\.a was None, now 'b'"),
+        ({"ema_decay": None}, "ema_decay was 0.999, now None"),
+    ],
+)
+def test_resume_of_another_run_is_refused(tmp_path, change, words):
+    claim(config(tmp_path))
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        claim(config(tmp_path, resume="true", **change))
+    assert contents(tmp_path) == before
+
+
+def test_auto_starts_a_new_run_and_goes_on_with_its_own(tmp_path):
+    claim(config(tmp_path / "run", resume="auto"))
+    claim(config(tmp_path / "run", resume="auto", steps=40_000))
+    assert json.loads(contents(tmp_path)["run/run.json"])["steps"] == 40_000
+    with pytest.raises(ConfigError, match="seed was 0, now 1"):
+        claim(config(tmp_path / "run", resume="auto", seed=1))
+    (tmp_path / "thesis.txt").write_text("chapter one")
+    with pytest.raises(OutputError, match="is not a run of pi0fm"):
+        claim(config(tmp_path, resume="auto"))
+
+
+def test_nothing_to_resume(tmp_path):
+    (tmp_path / "thesis.txt").write_text("chapter one")
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(OutputError, match="nothing to resume"):
+            claim(config(folder, resume="true"))
+    assert contents(tmp_path) == {"thesis.txt": "chapter one"}
+    assert not (tmp_path / "missing").exists()
+
+
+def test_a_foreign_folder_or_file_is_refused(tmp_path):
+    file = tmp_path / "thesis.txt"
+    file.write_text("chapter one")
+    for place in (tmp_path, file):
+        with pytest.raises(OutputError, match="is not a run of pi0fm"):
+            claim(config(place))
+    assert contents(tmp_path) == {"thesis.txt": "chapter one"}
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "3"])
+def test_a_damaged_record_is_refused(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(OutputError, match=r"run\.json is not readable"):
+        claim(config(tmp_path, resume="true"))
+    assert contents(tmp_path) == {"run.json": content}
+
+
+def test_the_same_run_twice_is_no_difference(tmp_path):
+    claim(config(tmp_path))
+    claim(dataclasses.replace(config(tmp_path), resume="true"))
+    claim(dataclasses.replace(config(tmp_path), resume="true"))

@@ -1,0 +1,64 @@
+"""A run that stands still for data says so, in a line and in its metrics; the clock is the test's own."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pi0fm.train import loop
+from pi0fm.train.parallel.accelerate import Context
+from pi0fm.train.watch.metrics import Metrics, read_last
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(loop, "time", clock)
+    return clock
+
+
+def take_steps(clock, config, loading: float, steps: int = 6, training: float = 3.0) -> None:
+    """Each batch takes `loading` seconds to come, each step `training` more."""
+    config.output_dir.mkdir()
+    metrics = Metrics(config.output_dir, 0)
+
+    def batches():
+        for _ in range(steps):
+            clock.now += loading
+            yield SimpleNamespace()
+
+    log = loop._Log(Context(shown=False), metrics, config, 0)
+    given = loop._timed(batches(), log)
+    for step in range(steps):
+        next(given)
+        clock.now += training
+        log.after(step, torch.tensor(1.0), torch.tensor(1.0), 1e-3, float("nan"))
+    assert next(given, None) is None
+    metrics.close()
+
+
+@pytest.mark.parametrize(("loading", "share"), [(1.0, 25), (3.0, 50)])
+def test_a_fifth_of_the_time_is_too_much(run, clock, capsys, loading, share):
+    config = run("slow", log_every=2, steps=6)
+    take_steps(clock, config, loading)
+    said = capsys.readouterr().err.splitlines()
+    # not of the first line's steps: filling a loader always takes a while
+    assert said == [f"step {step}: {share} % of the time went on waiting for data" for step in (4, 6)]
+    assert read_last(config.output_dir)["waiting_for_data"] == pytest.approx(share / 100)
+
+
+def test_a_loader_that_keeps_up_is_not_mentioned(run, clock, capsys):
+    config = run("quick", log_every=2, steps=6)
+    take_steps(clock, config, 0.5)
+    assert capsys.readouterr().err == ""
+    assert read_last(config.output_dir)["waiting_for_data"] == pytest.approx(0.5 / 3.5)
