@@ -28,7 +28,6 @@ import numpy as np
 import torch
 
 from pi0fm import progress
-from pi0fm.bench.cpu_time import cpu_seconds_of_tree
 from pi0fm.bench.loading_config import LoadingConfig, make_collator
 from pi0fm.bench.loading_data import write_dataset
 from pi0fm.bench.loading_memory import MemoryUse, memory_over
@@ -39,6 +38,7 @@ from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
 from pi0fm.data.columns.norm_stats import compute_norm_stats
 from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.data.pictures.video import choose_decoder
+from pi0fm.processes import cpu_seconds_of_tree
 from pi0fm.train.parallel.allocator import keep_freed_memory
 
 STATS_FRAMES, STATS_WIDTH, STATS_EPISODE = 1_000_000, 14, 300

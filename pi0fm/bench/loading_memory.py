@@ -8,11 +8,10 @@ Owns: the looks at memory. Does not know: what a batch is made of.
 
 from dataclasses import dataclass
 
-import psutil
-
 from pi0fm import progress
 from pi0fm.bench.loading_config import LoadingConfig
 from pi0fm.data.loading.loader import Collator, micro_batches
+from pi0fm.processes import anonymous_memory_of_tree
 
 LOOKS = 500
 
@@ -35,20 +34,7 @@ def memory_over(collator: Collator, config: LoadingConfig) -> MemoryUse:
     with progress.step("batches", config.memory_batches) as bar:
         for number, _ in enumerate(batches, start=1):
             if number == begin or (number > begin and number % between == 0) or number == config.memory_batches:
-                seen.append(anonymous_mib())
+                seen.append(anonymous_memory_of_tree() / 2**20)
                 bar.advance(number - looked, note=f"{seen[-1]:.1f} MiB")
                 looked = number
     return MemoryUse(seen[0], seen[-1], max(seen))
-
-
-def anonymous_mib() -> float:
-    """Resident memory of this process and its children without what files or shared memory back; a loader's slots are bounded anyway."""
-    total = 0
-    process = psutil.Process()
-    for each in (process, *process.children(recursive=True)):
-        try:
-            info = each.memory_info()
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue  # it ended after the list was made
-        total += info.rss - getattr(info, "shared", 0)
-    return total / 2**20

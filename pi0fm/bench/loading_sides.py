@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pi0fm.bench.cpu_time import cpu_seconds_of_tree
 from pi0fm.bench.loading_config import LoadingConfig, make_collator, take
 from pi0fm.bench.paired import Ratio, paired_ratio, ratio_of
 from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource
@@ -33,6 +32,7 @@ from pi0fm.data.pictures.frame_cache import FrameCache, open_cache
 from pi0fm.data.pictures.streaming import FrameStream
 from pi0fm.data.pictures.video import choose_decoder, decode
 from pi0fm.errors import ConfigError
+from pi0fm.processes import cpu_seconds_of_tree
 
 OURS_A_ROUND = 20  # samples of ours for each of LeRobot's in a round: both sides then take a time that can be measured
 SECONDS_TO_REST = 1.0  # until worker processes have prepared the few batches that they may be ahead; no processor time

@@ -14,10 +14,10 @@ from typing import Literal
 import psutil
 import torch
 
-from pi0fm.bench.fresh_process import peak_resident
 from pi0fm.bench.peer_cases import Case, make_batch
 from pi0fm.bench.training_sides import our_step, their_step
 from pi0fm.models.pi0 import Pi0
+from pi0fm.processes import peak_resident
 from pi0fm.train.parallel.allocator import keep_freed_memory
 
 STEPS = 3

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from pi0fm import progress
-from pi0fm.bench.fresh_process import in_fresh_process
 from pi0fm.bench.paired import Ratio, paired_ratio
 from pi0fm.bench.peer_cases import Case, case_named, make_batch
 from pi0fm.bench.peer_config import MODES, TrainingBenchConfig
@@ -33,6 +32,7 @@ from pi0fm.bench.training_memory import Peak, peak_of_training
 from pi0fm.bench.training_sides import our_loss, prepared, step_of, their_loss, their_step
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.device import choose_device, compute_dtype
+from pi0fm.processes import in_fresh_process
 from pi0fm.train.parallel.allocator import keep_freed_memory
 
 PRECISIONS = {"like_for_like": "float32", "as_shipped": "auto"}

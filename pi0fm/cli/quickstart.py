@@ -24,7 +24,6 @@ from rich.table import Table
 
 from pi0fm import options, progress
 from pi0fm.cli import eval as eval_command
-from pi0fm.cli.memory import PeakMemory
 from pi0fm.cluster.evaluation import Evaluation, evaluate
 from pi0fm.cluster.recording import record_demonstrations
 from pi0fm.cluster.runtime import ray_session
@@ -34,6 +33,7 @@ from pi0fm.errors import ConfigError, OutputError, ServingError
 from pi0fm.eval.config import EvalConfig
 from pi0fm.eval.report.filmstrip import write_filmstrip
 from pi0fm.options import option
+from pi0fm.processes import PeakMemory
 from pi0fm.train.watch.metrics import read_last
 
 HELP = "record, train, evaluate, serve and evaluate over the network, with one command"

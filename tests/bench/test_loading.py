@@ -66,7 +66,7 @@ def test_memory_is_looked_at_from_a_tenth_to_the_end(drawn, monkeypatch):
     source = open_source(drawn, Embodiment())
     config = LoadingConfig(size=SIZE, batch_size=4, action_horizon=4, memory_batches=20)
     found = iter([5.0, 9.0, *[6.0] * 16, 7.0])
-    monkeypatch.setattr("pi0fm.bench.loading_memory.anonymous_mib", lambda: next(found))
+    monkeypatch.setattr("pi0fm.bench.loading_memory.anonymous_memory_of_tree", lambda: next(found) * 2**20)
     use = memory_over(make_collator(source, open_cache(source, drawn, SIZE), config), config)
     assert (use.start, use.end, use.peak) == (5.0, 7.0, 9.0)
     assert next(found, None) is None

@@ -2,10 +2,10 @@
 
 import pytest
 
-from pi0fm.bench.fresh_process import in_fresh_process
 from pi0fm.bench.peer_config import MODES, InferenceConfig, TrainingBenchConfig
 from pi0fm.cli import bench_inference, bench_training
 from pi0fm.cli.main import main
+from pi0fm.processes import in_fresh_process
 
 
 @pytest.mark.parametrize("command", ["inference", "training"])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import small_tokenizer
 
-from pi0fm.bench.fresh_process import in_fresh_process, peak_resident
 from pi0fm.convert.shapes import parts, unread_shapes
+from pi0fm.processes import in_fresh_process, peak_resident
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="a process's peak is set back through /proc"),

@@ -1,0 +1,130 @@
+"""Child processes of a command: a function in a fresh one, the end of a child with its parent, time and memory of a whole tree.
+
+Owns: starting a process for one function, its answer and its death; what a process and its descendants have used. Does not know: what runs.
+
+    this process          its own time, its own memory
+    |- live child         the same, and the time of its ended children
+    |  `- live grandchild the same
+    `- ended children     their time, kept by the kernel once they have been waited for
+"""
+
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from pi0fm.errors import Pi0fmError
+
+SECONDS_BETWEEN_LOOKS = 2.0
+SECONDS_BETWEEN_LOOKS_AT_PARENT = 0.5
+
+
+def in_fresh_process[R](function: Callable[..., R], *arguments: object) -> R:
+    """`function(*arguments)` in a spawned process, which ends with this one; exceptions raised there are raised here.
+
+    Function, arguments and answer are pickled. Raises Pi0fmError when the process dies before it answers.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent, initargs=(os.getpid(),)) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise Pi0fmError(
+                "a measurement's process must end by itself, found it killed, as by a system short of memory; "
+                "close other programs, or name fewer --cases"
+            ) from None
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process, whatever it does, soon after its parent, the process `parent`, has ended by any cause.
+
+    Looks at the parent's identity, which changes with its death on every POSIX system. Linux's PR_SET_PDEATHSIG follows the thread that
+    started the child, not the process.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(SECONDS_BETWEEN_LOOKS_AT_PARENT)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="pi0fm-parent", daemon=True).start()
+
+
+def cpu_seconds_of_tree() -> float:
+    """User and system seconds of this process and its descendants, live or ended. Only differences mean something.
+
+    A child that ends between two calls and has not been waited for is missing until it has been. Other tenants of the machine change wall
+    time, and hardly this.
+    """
+    ended = os.times()
+    total = time.process_time() + ended.children_user + ended.children_system
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it ended after the list was made, and counts among the ended children
+            times = child.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def memory_of_tree() -> int:
+    """Bytes of this process and its descendants, now; pages that they share count once where the system tells (PSS, else RSS)."""
+    return sum(getattr(info, "pss", 0) or info.rss for info in _each(lambda process: process.memory_full_info()))
+
+
+def anonymous_memory_of_tree() -> int:
+    """Resident bytes of this process and its descendants that neither files nor shared memory back."""
+    return sum(info.rss - getattr(info, "shared", 0) for info in _each(lambda process: process.memory_info()))
+
+
+def peak_resident() -> int:
+    """Bytes of this process's largest resident set.
+
+    Not getrusage where it can be avoided: on Linux that figure outlives exec, and a new process begins with its parent's.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class PeakMemory:
+    """The largest `memory_of_tree` inside a block, sampled; `peak` in bytes."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="pi0fm-memory", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.peak = max(self.peak, memory_of_tree())
+
+    def _watch(self) -> None:
+        while not self._stop.wait(SECONDS_BETWEEN_LOOKS):
+            self.peak = max(self.peak, memory_of_tree())
+
+
+def _each[T](ask: Callable[[psutil.Process], T]) -> Iterator[T]:
+    here = psutil.Process()
+    for process in (here, *here.children(recursive=True)):
+        with suppress(psutil.Error):  # it ended while we looked
+            yield ask(process)
