@@ -51,4 +51,4 @@ contracts: $(STAMP)
 
 clean:
 	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
-	find pi0fm tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find pi0fm client tests -name __pycache__ -type d -prune -exec rm -rf {} +

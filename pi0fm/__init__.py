@@ -4,7 +4,7 @@
     policy = pi0fm.load("outputs/quickstart/train/bundle")
     chunk = policy.infer(observation)
 
-Nothing heavy is imported before it is used: `pi0fm.serve.client` runs on a robot's computer without torch.
+Nothing heavy is imported before it is used: a robot's computer has `pi0fm_client` alone, without torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -16,7 +16,7 @@ import draccus
 import yaml
 from draccus.utils import DecodingError
 
-from pi0fm.errors import ConfigError
+from pi0fm_client.errors import ConfigError
 
 Tree = dict[str, Any]
 

@@ -23,7 +23,7 @@ from typing import Self
 
 import psutil
 
-from pi0fm.errors import Pi0fmError
+from pi0fm_client.errors import Pi0fmError
 
 SECONDS_BETWEEN_LOOKS = 2.0
 SECONDS_BETWEEN_LOOKS_AT_PARENT = 0.5

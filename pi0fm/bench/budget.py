@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pi0fm import progress
-from pi0fm.errors import ConfigError
 from pi0fm.processes import cpu_seconds_of_tree
+from pi0fm_client.errors import ConfigError
 
 Update = Callable[[int], tuple[float, int]]
 """Step number -> (loss, samples); making the batch is part of it, and is charged."""

@@ -29,7 +29,6 @@ from pi0fm.bench.paired import Ratio, paired_ratio, ratio_of
 from pi0fm.bench.peer_cases import case_named, make_batch
 from pi0fm.bench.peer_config import PI0_PROPORTIONS
 from pi0fm.bench.training_sides import prepared, step_of
-from pi0fm.errors import ConfigError
 from pi0fm.models.pi0 import Pi0, parameter_count
 from pi0fm.options import nearest, option
 from pi0fm.train import state as run_state
@@ -39,6 +38,7 @@ from pi0fm.train.ema import Ema
 from pi0fm.train.optim import unwrapped
 from pi0fm.train.parallel.accelerate import Context
 from pi0fm.train.parallel.allocator import keep_freed_memory
+from pi0fm_client.errors import ConfigError
 
 CASES = ("tiny", "width_512", PI0_PROPORTIONS)
 

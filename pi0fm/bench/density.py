@@ -19,7 +19,6 @@ import torch
 from pi0fm.bench.paired import Ratio, paired_ratio
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats, column_stats
-from pi0fm.errors import ConfigError
 from pi0fm.flow.likelihood import push_backward, push_forward
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.solver import FIXED_GRID_SOLVERS, num_evaluations
@@ -30,7 +29,8 @@ from pi0fm.policy import bundle, noise
 from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.scores import ScoreOptions
-from pi0fm.types import Observation
+from pi0fm_client.errors import ConfigError
+from pi0fm_client.types import Observation
 
 WIDTHS = {"state": 4, "action": 4}
 

@@ -39,7 +39,7 @@ from pi0fm.eval.summary import Summary
 from pi0fm.models.pi0 import Pi0, parameter_count
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.parallel.allocator import keep_freed_memory
-from pi0fm.types import Policy
+from pi0fm_client.types import Policy
 
 CALIBRATION_STEPS = 10
 FLOW_STEPS = 10  # LeRobot's default, with Euler

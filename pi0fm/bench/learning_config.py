@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pi0fm.data.columns.lerobot_source import DatasetConfig
-from pi0fm.errors import ConfigError
 from pi0fm.options import option
 from pi0fm.sim.metaworld.environment import check_task
+from pi0fm_client.errors import ConfigError
 
 SIDES = ("pi0fm", "lerobot")
 

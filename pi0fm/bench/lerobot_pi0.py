@@ -35,8 +35,8 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
 
-from pi0fm.errors import ConfigError, DatasetError
 from pi0fm.models.pi0 import Pi0Config
+from pi0fm_client.errors import ConfigError, DatasetError
 
 # LeRobot's joint layer reshapes its attention output to 8 heads whatever the configuration says (modeling_pi0.py, line 124).
 QUERY_HEADS = 8

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pi0fm.bench.lerobot_pi0 import image_key
 from pi0fm.bench.lerobot_training import TrainedPolicy
-from pi0fm.errors import ObservationError
-from pi0fm.types import ActionChunk, Observation
+from pi0fm_client.errors import ObservationError
+from pi0fm_client.types import ActionChunk, Observation
 
 
 @final

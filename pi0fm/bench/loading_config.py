@@ -11,8 +11,8 @@ from pi0fm.data.columns.lerobot_source import LeRobotSource
 from pi0fm.data.loading.loader import Collator, LoaderConfig, micro_batches
 from pi0fm.data.pictures.source import Pictures
 from pi0fm.data.prompt import BYTES, PromptTokenizer, load_tokenizer
-from pi0fm.errors import ConfigError
 from pi0fm.options import option
+from pi0fm_client.errors import ConfigError
 
 NETWORK_WIDTH, PROMPT_TOKENS = 32, 64  # pi0's widths of state and action
 

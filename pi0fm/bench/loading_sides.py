@@ -31,8 +31,8 @@ from pi0fm.data.pictures.decoding import cores
 from pi0fm.data.pictures.frame_cache import FrameCache, open_cache
 from pi0fm.data.pictures.streaming import FrameStream
 from pi0fm.data.pictures.video import choose_decoder, decode
-from pi0fm.errors import ConfigError
 from pi0fm.processes import cpu_seconds_of_tree
+from pi0fm_client.errors import ConfigError
 
 OURS_A_ROUND = 20  # samples of ours for each of LeRobot's in a round: both sides then take a time that can be measured
 SECONDS_TO_REST = 1.0  # until worker processes have prepared the few batches that they may be ahead; no processor time

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pi0fm.errors import ConfigError
+from pi0fm_client.errors import ConfigError
 
 RESAMPLES = 4000
 CONFIDENCE = 0.95

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pi0fm.errors import ConfigError, OutputError
 from pi0fm.options import nearest, option
+from pi0fm_client.errors import ConfigError, OutputError
 
 PEER_CASES = ("tiny", "width_512", "width_512_one_camera_missing")
 PI0_PROPORTIONS = "pi0_proportions"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pi0fm.bench.lerobot_pi0 import RobotFeatures, ShrunkPI0, policy_config, same_size
 from pi0fm.bench.peer_cases import Case
 from pi0fm.convert.shapes import parts, sizes_of
-from pi0fm.errors import Pi0fmError
 from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm_client.errors import Pi0fmError
 
 
 @dataclass(frozen=True)

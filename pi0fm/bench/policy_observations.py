@@ -15,12 +15,12 @@ import numpy as np
 from pi0fm.data.chain import Chain
 from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
 from pi0fm.data.pictures.frame_cache import open_cache
-from pi0fm.errors import ConfigError
 from pi0fm.eval.episode import noise_seed
 from pi0fm.sim.environment import CameraSpec, parse_cameras
 from pi0fm.sim.metaworld.environment import make_environment
 from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
-from pi0fm.types import Observation, Policy
+from pi0fm_client.errors import ConfigError
+from pi0fm_client.types import Observation, Policy
 
 PER_EPISODE = 4
 

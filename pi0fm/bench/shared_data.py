@@ -22,10 +22,10 @@ from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.loading.loader import Collator, action_chunks
 from pi0fm.data.order.counter import slots
 from pi0fm.data.pictures.frame_cache import FrameCache, open_cache
-from pi0fm.errors import ConfigError, DatasetError
 from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.data import policy_config
+from pi0fm_client.errors import ConfigError, DatasetError
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from pi0fm.cluster import evaluation
 from pi0fm.cluster.recording import record_demonstrations
 from pi0fm.cluster.training import TrainingRun
 from pi0fm.demos.config import DatasetName, DemosConfig
-from pi0fm.errors import OutputError
 from pi0fm.eval.config import EvalConfig, camera_texts, plan, refuse_seen_seeds
 from pi0fm.eval.report.page import percent
 from pi0fm.eval.summary import Summary
@@ -25,7 +24,8 @@ from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.sim.environment import Environment, parse_cameras
 from pi0fm.sim.metaworld import environment as metaworld
 from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
-from pi0fm.types import Policy
+from pi0fm_client.errors import OutputError
+from pi0fm_client.types import Policy
 
 HELP = "one task, the same data and processor time: pi0fm against LeRobot's own PI0"
 Options = LearningConfig

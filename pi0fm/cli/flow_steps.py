@@ -13,13 +13,13 @@ from rich.table import Table
 
 from pi0fm import files, progress
 from pi0fm.data.columns.lerobot_source import DatasetConfig
-from pi0fm.errors import ConfigError, OutputError
 from pi0fm.options import option, required
+from pi0fm_client.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     from pi0fm.bench.flow_steps import Reference, Row
     from pi0fm.policy.local import LocalPolicy
-    from pi0fm.types import Observation
+    from pi0fm_client.types import Observation
 
 HELP = "the error of a chunk against the evaluations of the network, for every solver"
 ALIASES = {"repo_id": "dataset.repo_id", "root": "dataset.root", "policy.path": "bundle"}

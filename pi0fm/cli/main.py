@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pi0fm import options
-from pi0fm.errors import ConfigError, Pi0fmError
+from pi0fm_client.errors import ConfigError, Pi0fmError
 
 COMMANDS = {
     "quickstart": "record, train, evaluate, serve and evaluate over the network, with one command",

@@ -29,12 +29,12 @@ from pi0fm.cluster.recording import record_demonstrations
 from pi0fm.cluster.runtime import ray_session
 from pi0fm.cluster.training import TrainingRun, run_training
 from pi0fm.demos.config import DatasetName, DemosConfig
-from pi0fm.errors import ConfigError, OutputError, ServingError
 from pi0fm.eval.config import EvalConfig
 from pi0fm.eval.report.filmstrip import write_filmstrip
 from pi0fm.options import option
 from pi0fm.processes import PeakMemory
 from pi0fm.train.watch.metrics import read_last
+from pi0fm_client.errors import ConfigError, OutputError, ServingError
 
 HELP = "record, train, evaluate, serve and evaluate over the network, with one command"
 ALIASES: dict[str, str] = {}

@@ -12,11 +12,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pi0fm.errors import ConfigError
 from pi0fm.options import option, required
 from pi0fm.progress import say
 from pi0fm.serve import app as application
 from pi0fm.serve import server
+from pi0fm_client.errors import ConfigError
 
 HELP = "answer robots over the openpi WebSocket protocol"
 ALIASES = {"policy.path": "bundle"}

@@ -16,7 +16,7 @@ from pi0fm.cluster.runtime import ray_session
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
 from pi0fm.data.pictures.frame_cache import cache_bytes, open_cache
-from pi0fm.errors import Pi0fmError
+from pi0fm_client.errors import Pi0fmError
 
 
 def cache_everywhere(

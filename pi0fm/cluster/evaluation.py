@@ -18,7 +18,6 @@ from typing import Any, final
 from pi0fm import machine, progress
 from pi0fm.cluster.ledger import Ledger
 from pi0fm.cluster.runtime import ONE_THREAD, ray_session, require_resources
-from pi0fm.errors import ConfigError
 from pi0fm.eval.config import DEFAULT_EXECUTION_HORIZON, EvalConfig, camera_texts, plan, refuse_seen_seeds
 from pi0fm.eval.episode import Episode, EpisodeResult, RolloutSettings, one_line
 from pi0fm.eval.report import curve
@@ -27,7 +26,8 @@ from pi0fm.eval.rollout import Lockstep, OpenEnvironment, run_all
 from pi0fm.eval.summary import Summary, summarize
 from pi0fm.sim.environment import Environment, parse_cameras
 from pi0fm.sim.metaworld import environment as metaworld
-from pi0fm.types import Policy
+from pi0fm_client.errors import ConfigError
+from pi0fm_client.types import Policy
 
 NOISY = "euler_maruyama"  # flow.solver.EULER_MARUYAMA: that module imports torch, which a driver of remote policies does without
 
@@ -192,7 +192,7 @@ def _stream_on_ray(episodes: Sequence[Episode], setup: Setup, num_workers: int |
 def _open_policy(config: EvalConfig) -> Policy:
     """One thread also in the calling process: sums in another order would make results depend on the number of workers."""
     if config.remote:
-        from pi0fm.serve.client import RemotePolicy
+        from pi0fm_client import RemotePolicy
 
         return RemotePolicy(config.policy, connections=config.environments_per_worker)
     from pi0fm.policy import bundle
@@ -214,7 +214,7 @@ def _open_policy(config: EvalConfig) -> Policy:
 def _read_metadata(config: EvalConfig) -> dict[str, Any]:
     """What the policy says of itself, without its weights: those are for the workers."""
     if config.remote:
-        from pi0fm.serve.client import RemotePolicy
+        from pi0fm_client import RemotePolicy
 
         remote = RemotePolicy(config.policy, connections=1)
         try:

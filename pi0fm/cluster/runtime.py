@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pi0fm import progress
-from pi0fm.errors import ClusterError, ConfigError
+from pi0fm_client.errors import ClusterError, ConfigError
 
 OBJECT_STORE_BYTES = 256 * 2**20
 SMALLEST_OBJECT_STORE_BYTES = 80 * 2**20  # Ray refuses less than 75 MiB

@@ -21,7 +21,6 @@ from pi0fm import options, progress
 from pi0fm.cluster.caching import cache_everywhere
 from pi0fm.cluster.runtime import ray_session, require_resources
 from pi0fm.data.columns.lerobot_source import DatasetConfig
-from pi0fm.errors import ConfigError, Pi0fmError
 from pi0fm.options import option
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.loop import TrainResult, train
@@ -29,6 +28,7 @@ from pi0fm.train.parallel.accelerate import Context, context_from_environment, r
 from pi0fm.train.start.output import RAY_FOLDER, claim, release
 from pi0fm.train.watch.metrics import read_last
 from pi0fm.train.watch.signals import NotedSignals, StoppedError, ask_to_stop, stopped
+from pi0fm_client.errors import ConfigError, Pi0fmError
 
 
 @dataclass(frozen=True)

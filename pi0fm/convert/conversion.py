@@ -31,11 +31,11 @@ from pi0fm.convert.shapes import Part, misfit, network_config, parts, tell_sizes
 from pi0fm.convert.write import Put, common_dtype, tensor_file
 from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.prompt import BYTES, STATELESS, load_tokenizer
-from pi0fm.errors import BundleError, ConfigError, OutputError
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.policy import bundle
 from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.progress import say, step
+from pi0fm_client.errors import BundleError, ConfigError, OutputError
 
 NUMBERS = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -23,10 +23,10 @@ from pi0fm.convert.stats import written_stats
 from pi0fm.convert.write import common_dtype, tensor_file
 from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.prompt import LEROBOT, OPENPI, STATELESS
-from pi0fm.errors import BundleError
 from pi0fm.models.pi0 import Pi0Config
 from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.progress import step
+from pi0fm_client.errors import BundleError
 
 VARIANTS = {(2048, 16384): "gemma_2b", (1024, 4096): "gemma_300m"}
 RELEASED = {"L": 18, "N": 8, "K": 1, "H": 256, "W": 257_152, "D": 1152, "M": 4304, "T": 27, "X": 16, "P": 14}

@@ -21,8 +21,8 @@ from pi0fm.convert.lerobot import ACTION, STATE
 from pi0fm.convert.stats import written_stats
 from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.prompt import PromptTokenizer
-from pi0fm.errors import BundleError
 from pi0fm.policy.bundle import PolicyConfig
+from pi0fm_client.errors import BundleError
 
 PALIGEMMA = "google/paligemma-3b-pt-224"
 SAMPLE = "pick up the red block"

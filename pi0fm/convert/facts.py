@@ -12,11 +12,11 @@ from pi0fm.convert.read import read_json
 from pi0fm.convert.stats import Columns, ForeignStats, columns_of, foreign_stats
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.prompt import BYTES, DIALECTS, OPENPI, refuse_dialect
-from pi0fm.errors import ConfigError
 from pi0fm.flow.matching import FlowConfig
 from pi0fm.models.pi0 import Pi0Config
 from pi0fm.options import option, required
 from pi0fm.policy.bundle import PolicyConfig
+from pi0fm_client.errors import ConfigError
 
 NORMALIZATION: dict[Kind, str] = {"pi0": "z_score", "pi05": "quantile"}
 PROMPT_TOKENS: dict[Kind, int] = {"pi0": 48, "pi05": 200}

@@ -22,7 +22,7 @@ from pi0fm.convert.names import Kind
 from pi0fm.convert.read import read_json
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.prompt import LEROBOT
-from pi0fm.errors import BundleError
+from pi0fm_client.errors import BundleError
 
 STATE, ACTION = "observation.state", "action"
 MODES = {"MEAN_STD": "z_score", "QUANTILES": "quantile"}

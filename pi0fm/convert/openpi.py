@@ -12,7 +12,7 @@ from pathlib import Path
 from pi0fm.convert.facts import ForeignFacts
 from pi0fm.convert.read import read_json
 from pi0fm.convert.stats import Columns, columns_of
-from pi0fm.errors import BundleError
+from pi0fm_client.errors import BundleError
 
 EPSILON = 1e-6  # openpi adds it to every scale
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pi0fm.convert.orbax_chunks import ArrayStream, Find, Index, array_stream, find_in_files, find_in_tree
 from pi0fm.convert.read import Checkpoint
-from pi0fm.errors import BundleError, ConfigError
+from pi0fm_client.errors import BundleError, ConfigError
 
 MARKS = ("manifest.ocdbt", "_METADATA")
 DRIVERS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}

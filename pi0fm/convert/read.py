@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pi0fm.convert.names import EMBEDDING, LM_HEAD
-from pi0fm.errors import BundleError
+from pi0fm_client.errors import BundleError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What DDP, torch.compile, FSDP and activation checkpointing put into names. No module of a policy is called so.

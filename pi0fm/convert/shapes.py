@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pi0fm.convert.names import Kind, Layout, dead_rows, table, unread
-from pi0fm.errors import BundleError
 from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
 from pi0fm.models.pi0 import Pi0Config
 from pi0fm.models.vision import VisionConfig
+from pi0fm_client.errors import BundleError
 
 Shape = tuple[int, ...]
 LARGEST_SIZE = 2**24  # no axis of a policy is longer: a header that says so is damaged

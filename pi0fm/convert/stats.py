@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pi0fm.data.chain import affine
 from pi0fm.data.columns.norm_stats import ColumnStats, NormStats
-from pi0fm.errors import BundleError
+from pi0fm_client.errors import BundleError
 
 NEEDED = {"z_score": ("mean", "std"), "quantile": ("q01", "q99")}
 # What no normalisation in use reads may be absent from the source; these are then written in its place, and said.

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from pi0fm.errors import OutputError
+from pi0fm_client.errors import OutputError
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 PIECE = 2**20  # entries that are cast and written at a time

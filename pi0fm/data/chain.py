@@ -21,9 +21,9 @@ from pi0fm.data.columns.embodiment import Embodiment, picture, vector
 from pi0fm.data.columns.norm_stats import ColumnStats, NormStats
 from pi0fm.data.pictures.images import resize_with_padding
 from pi0fm.data.prompt import PromptTokenizer
-from pi0fm.errors import ConfigError, ObservationError
 from pi0fm.models.observation import ModelObservation
-from pi0fm.types import Observation
+from pi0fm_client.errors import ConfigError, ObservationError
+from pi0fm_client.types import Observation
 
 
 @dataclass(frozen=True)

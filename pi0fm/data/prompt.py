@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm.errors import ConfigError, ObservationError
 from pi0fm.options import nearest
+from pi0fm_client.errors import ConfigError, ObservationError
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase

@@ -7,10 +7,10 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pi0fm.errors import ConfigError
 from pi0fm.options import option
 from pi0fm.sim.environment import CameraSpec, parse_cameras
 from pi0fm.sim.metaworld.environment import FPS, LONGEST_EPISODE, MAX_STEPS, check_task
+from pi0fm_client.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from pi0fm.demos.config import DemosConfig
 from pi0fm.demos.encoding import EncodedEpisode
 from pi0fm.demos.lerobot_writer import Layout, Written, read_written, write_segment
 from pi0fm.demos.swap import swap_directories
-from pi0fm.errors import OutputError
 from pi0fm.files import fsync_directory, write_json
 from pi0fm.sim.metaworld.environment import ACTION_NAMES, STATE_NAMES
+from pi0fm_client.errors import OutputError
 
 SEGMENT_EPISODES = 10
 SETTINGS_FILE = "meta/pi0fm_recording.json"

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pi0fm.demos.episode import Episode
 from pi0fm.demos.statistics import Statistics, of_pictures
-from pi0fm.errors import OutputError
+from pi0fm_client.errors import OutputError
 
 # A key frame every 4 frames: random access decodes at most 4 frames. x264's mbtree reads memory that nobody wrote: with it, the same
 # small pictures give other bytes now and then, and with key frames so close it has nothing to gain.

@@ -18,9 +18,9 @@ from pi0fm.demos.config import DemosConfig
 from pi0fm.demos.dataset import Recording
 from pi0fm.demos.encoding import EncodedEpisode, encode
 from pi0fm.demos.episode import record_episode
-from pi0fm.errors import SimulationError
 from pi0fm.sim.environment import CameraSpec, Environment
 from pi0fm.sim.metaworld.environment import make_environment
+from pi0fm_client.errors import SimulationError
 
 Submit = Callable[[str, int], Callable[[], EncodedEpisode | None]]
 """(task, seed) -> a call that waits for the episode, encoded."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from pi0fm.errors import ConfigError
 from pi0fm.eval.episode import Episode
 from pi0fm.options import option, required
+from pi0fm_client.errors import ConfigError
 
 DEFAULT_CAMERAS = ("base=corner2:96x96",)
 DEFAULT_EXECUTION_HORIZON = 8

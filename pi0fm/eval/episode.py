@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pi0fm.errors import ConfigError
+from pi0fm_client.errors import ConfigError
 
 Outcome = Literal["success", "failure", "crash"]
 OBSERVATION_CHANGES = ("none", "frozen_image", "swapped_prompt")

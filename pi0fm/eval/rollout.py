@@ -20,11 +20,11 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm.errors import BundleError, ConfigError, Pi0fmError, SimulationError
 from pi0fm.eval.episode import Episode, EpisodeResult, Outcome, RolloutSettings, noise_seed, one_line, other_seed
 from pi0fm.eval.report import video
 from pi0fm.sim.environment import Environment
-from pi0fm.types import ActionChunk, Observation, Policy
+from pi0fm_client.errors import BundleError, ConfigError, Pi0fmError, SimulationError
+from pi0fm_client.types import ActionChunk, Observation, Policy
 
 OpenEnvironment = Callable[[str], Environment]
 

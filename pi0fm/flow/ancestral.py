@@ -22,13 +22,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.checks import check_finite, check_mask, check_same_shape
 from pi0fm.flow.conversion import DATA, check_conversion, convert
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.path import ProbabilityPath
 from pi0fm.flow.sde import check_increments, normal_like
 from pi0fm.flow.solver import Velocity, uniform_grid
+from pi0fm_client.errors import ConfigError
 
 
 def sample_ancestral(

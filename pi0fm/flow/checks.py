@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pi0fm.errors import Pi0fmError
+from pi0fm_client.errors import Pi0fmError
 
 
 class FlowError(Pi0fmError, ValueError):

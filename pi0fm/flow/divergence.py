@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.checks import FlowError
+from pi0fm_client.errors import ConfigError
 
 Field = Callable[[Tensor], Tensor]
 

@@ -18,13 +18,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.checks import check_finite, check_mask, check_same_shape
 from pi0fm.flow.conversion import DATA, NOISE, QUANTITIES, SCORE, VELOCITY, convert
 from pi0fm.flow.path import PATHS, ProbabilityPath, expand, path_named
 from pi0fm.flow.solver import EULER_MARUYAMA, SOLVERS, STOCHASTIC_SOLVERS, Velocity, evaluate, integrate, uniform_grid
 from pi0fm.flow.time_density import DENSITIES, Likelihood, LogitNormal, TimeDensity, density_named
 from pi0fm.options import nearest, option
+from pi0fm_client.errors import ConfigError
 
 LOSS_WEIGHTINGS = ("none", "likelihood")
 

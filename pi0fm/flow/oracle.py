@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.path import ProbabilityPath
+from pi0fm_client.errors import ConfigError
 
 
 @final

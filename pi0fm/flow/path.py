@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.checks import check_batch, check_same_shape
 from pi0fm.options import nearest
+from pi0fm_client.errors import ConfigError
 
 
 class ProbabilityPath(ABC):

@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.ancestral import sample_ancestral
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.sde import sample_sde
 from pi0fm.flow.solver import ANCESTRAL, EULER_MARUYAMA, SOLVERS, STOCHASTIC_SOLVERS, Velocity
 from pi0fm.options import nearest
+from pi0fm_client.errors import ConfigError
 
 SAMPLERS = (*SOLVERS, *STOCHASTIC_SOLVERS)
 

@@ -25,12 +25,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.checks import FlowError, check_finite, check_grid, check_mask
 from pi0fm.flow.conversion import SCORE, VELOCITY, check_conversion, convert
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.path import ProbabilityPath
 from pi0fm.flow.solver import Velocity
+from pi0fm_client.errors import ConfigError
 
 NoiseLevel = float | Callable[[float], float]
 """h as a multiple of g (0 the ODE, 1 the reverse diffusion), or as a function of t."""

@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.checks import check_grid, check_same_shape
 from pi0fm.options import nearest
+from pi0fm_client.errors import ConfigError
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x [B, ...], t [B]) -> [B, ...]. One that has a method `at(x, t: float)` too is asked by that where all rows share a time."""

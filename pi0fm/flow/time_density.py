@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.path import CondOT, ProbabilityPath
 from pi0fm.options import nearest
+from pi0fm_client.errors import ConfigError
 
 
 class TimeDensity(ABC):

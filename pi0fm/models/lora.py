@@ -14,10 +14,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from pi0fm.errors import ConfigError
 from pi0fm.models.parts import Part, part_of
 from pi0fm.models.pi0 import Pi0
 from pi0fm.options import nearest, option
+from pi0fm_client.errors import ConfigError
 
 ADAPTABLE: tuple[Part, ...] = ("vision", "backbone", "action_expert")
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"

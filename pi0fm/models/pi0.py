@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pi0fm.errors import ConfigError
 from pi0fm.models.joint_decoder import DecoderConfig, JointDecoder
 from pi0fm.models.layers import AdaptiveRMSNorm, at_least_float32, time_embedding
 from pi0fm.models.observation import ModelObservation, pixels
 from pi0fm.models.prefix_cache import ActionContext, Modulations, PrefixCache
 from pi0fm.models.vision import VisionConfig, VisionTower
+from pi0fm_client.errors import ConfigError
 
 
 @dataclass(frozen=True)

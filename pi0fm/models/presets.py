@@ -3,11 +3,11 @@
 Owns: `tiny` for a laptop, `pi0` and `pi05` as released. Does not know: data sets; a run may override any field.
 """
 
-from pi0fm.errors import ConfigError
 from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
 from pi0fm.models.pi0 import Pi0Config
 from pi0fm.models.vision import VisionConfig
 from pi0fm.options import nearest
+from pi0fm_client.errors import ConfigError
 
 TINY = Pi0Config(
     vision=VisionConfig(width=128, depth=4, num_heads=4, mlp_width=512, patch_size=16, image_size=96, gelu="none"),

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pi0fm.errors import ConfigError
 from pi0fm.models.attention import attend_pictures
 from pi0fm.models.layers import Gelu, product_dtype, run_layer
+from pi0fm_client.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from pi0fm.data.chain import Chain, make_chain
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats, norm_stats_from_json
 from pi0fm.data.prompt import BYTES, OPENPI, PromptTokenizer, load_tokenizer
-from pi0fm.errors import BundleError, ConfigError
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.sampling import overridden
 from pi0fm.models.pi0 import Pi0, Pi0Config
@@ -38,6 +37,7 @@ from pi0fm.policy.device import choose_device, inference_dtype
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.robots import Robots
 from pi0fm.policy.sampler import refuse_compile
+from pi0fm_client.errors import BundleError, ConfigError
 
 FORMAT = 2
 SMALL = 64 * 2**20  # files up to here are hashed at every load; larger ones are told by their size and their own header

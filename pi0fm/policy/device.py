@@ -5,7 +5,7 @@ Owns: the answer for a device. Does not know: models, training.
 
 import torch
 
-from pi0fm.errors import ConfigError
+from pi0fm_client.errors import ConfigError
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 

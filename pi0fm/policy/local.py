@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pi0fm.data.chain import Chain, Sample
-from pi0fm.errors import ConfigError, ObservationError
 from pi0fm.flow.likelihood import push_backward
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import num_increments
@@ -28,7 +27,8 @@ from pi0fm.models.pi0 import Pi0
 from pi0fm.policy import noise
 from pi0fm.policy.sampler import Sampler
 from pi0fm.policy.scores import ScoreOptions, Scores, conditioned, make_scores, observe_given, sample_and_score
-from pi0fm.types import ActionChunk, Observation
+from pi0fm_client.errors import ConfigError, ObservationError
+from pi0fm_client.types import ActionChunk, Observation
 
 
 @final
@@ -186,7 +186,7 @@ class LocalPolicy:
 
 @final
 class Scoring:
-    """A `types.Policy` whose every chunk carries its scores; the actions are those of the policy without them."""
+    """A `pi0fm_client.types.Policy` whose every chunk carries its scores; the actions are those of the policy without them."""
 
     def __init__(self, policy: LocalPolicy, options: ScoreOptions) -> None:
         self._policy, self._options = policy, options

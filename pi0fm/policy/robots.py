@@ -14,7 +14,7 @@ from typing import Any
 from pi0fm import options
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats, norm_stats_from_json
-from pi0fm.errors import BundleError, ConfigError
+from pi0fm_client.errors import BundleError, ConfigError
 
 FILE = "robots.json"
 

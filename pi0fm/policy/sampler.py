@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.checks import check_finite
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import sample
@@ -26,6 +25,7 @@ from pi0fm.models.prefix_cache import PrefixCache
 from pi0fm.options import nearest
 from pi0fm.policy.cuda_graphs import Graphs
 from pi0fm.policy.packed import can_pack, pack
+from pi0fm_client.errors import ConfigError
 
 COMPILE = ("off", "kernels", "graph")
 

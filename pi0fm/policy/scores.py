@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pi0fm.data.chain import Chain, DeltaActions, Normalize, PadDimensions, Sample
-from pi0fm.errors import ConfigError
 from pi0fm.flow.likelihood import DensityOptions, Pushed, density_solver, push_backward, push_forward
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import sample
@@ -32,7 +31,8 @@ from pi0fm.flow.solver import FIXED_GRID_SOLVERS, Velocity, check_solver
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import ActionField, Pi0
 from pi0fm.models.prefix_cache import KeyValue, PrefixCache
-from pi0fm.types import Observation
+from pi0fm_client.errors import ConfigError
+from pi0fm_client.types import Observation
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The policy server as an ASGI application: openpi's WebSocket protocol at `/`, and `/healthz`.
 
 Owns: who may connect, the order of frames on a connection, what a client learns of a fault. Does not know: sockets and signals
-(server.py), batches (batcher.py), bytes (protocol.py), how an observation is made (`to_observation`).
+(server.py), batches (batcher.py), bytes (pi0fm_client.wire), how an observation is made (`to_observation`).
 
     client                                server
       |-- upgrade, Authorization: Api-Key .. ->|   401 for a wrong key, 503 before it is warm
@@ -28,10 +28,10 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from pi0fm.errors import ConfigError, ObservationError, ServingError
-from pi0fm.serve import protocol
 from pi0fm.serve.batcher import Batcher, RefusedError
-from pi0fm.types import ActionChunk, Observation, Policy
+from pi0fm_client import wire
+from pi0fm_client.errors import ConfigError, ObservationError, ServingError
+from pi0fm_client.types import ActionChunk, Observation, Policy
 
 WARM_UP_IMAGE_SIZE = (224, 224)
 CLOSE_INTERNAL_ERROR = 1011
@@ -46,7 +46,7 @@ def create_app(
     token: str | None = None,
     max_batch_size: int = 8,
     max_queue: int = 64,
-    max_frame_bytes: int = protocol.MAX_FRAME_BYTES,
+    max_frame_bytes: int = wire.MAX_FRAME_BYTES,
     max_connections: int = 64,
 ) -> Starlette:
     """The application that serves `policy`; it warms up in its lifespan unless `warm_up` was awaited before.
@@ -109,7 +109,7 @@ class _Service:
         self, batcher: Batcher, metadata: Mapping[str, Any], token: str | None, max_frame_bytes: int, max_connections: int
     ) -> None:
         self._batcher, self._metadata, self._max_frame_bytes = batcher, metadata, max_frame_bytes
-        self._greeting = protocol.pack(metadata)
+        self._greeting = wire.pack(metadata)
         self._authorization = None if token is None else f"Api-Key {token}".encode()
         self._ready = False
         self._max_connections, self._connections = max_connections, 0
@@ -139,7 +139,7 @@ class _Service:
 
     async def explain(self, request: Request) -> Response:
         """For a browser at `/`."""
-        return PlainTextResponse("a pi0fm policy server: speak WebSocket here (pi0fm.serve.client), GET /healthz for its health\n", 426)
+        return PlainTextResponse("a pi0fm policy server: speak WebSocket here (pi0fm_client), GET /healthz for its health\n", 426)
 
     async def converse(self, websocket: WebSocket) -> None:
         """One connection, from the handshake to its end."""
@@ -196,7 +196,7 @@ class _Service:
             began = time.perf_counter()
             if frame is None:
                 raise ObservationError("a request must be a binary frame, found text: send the msgpack bytes")
-            message = protocol.unpack(frame, max_bytes=self._max_frame_bytes)
+            message = wire.unpack(frame, max_bytes=self._max_frame_bytes)
             chunk = await self._batcher.submit(message, _take_noise_seed(message))
             return _reply(chunk, _milliseconds_since(began), previous_total_ms)
         except (ObservationError, RefusedError) as error:
@@ -228,7 +228,7 @@ def _reply(chunk: ActionChunk, server_ms: float, previous_total_ms: float | None
     if previous_total_ms is not None:
         server_timing["prev_total_ms"] = previous_total_ms
     policy_timing = {"infer_ms": server_ms} | {name: float(value) for name, value in chunk.timings.items()}
-    return protocol.pack({"actions": chunk.actions, "server_timing": server_timing, "policy_timing": policy_timing})
+    return wire.pack({"actions": chunk.actions, "server_timing": server_timing, "policy_timing": policy_timing})
 
 
 def _milliseconds_since(began: float) -> float:

@@ -23,8 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, final
 
-from pi0fm.errors import ConfigError, ServingError
-from pi0fm.types import ActionChunk, Observation, Policy
+from pi0fm_client.errors import ConfigError, ServingError
+from pi0fm_client.types import ActionChunk, Observation, Policy
 
 logger = logging.getLogger(__name__)
 

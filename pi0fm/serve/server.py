@@ -21,9 +21,9 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
-from pi0fm.errors import ServingError
 from pi0fm.serve.app import warm_up
-from pi0fm.serve.protocol import MAX_FRAME_BYTES
+from pi0fm_client.errors import ServingError
+from pi0fm_client.wire import MAX_FRAME_BYTES
 
 SECONDS_TO_LEAVE = 5
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm.errors import ConfigError
-from pi0fm.types import Observation
+from pi0fm_client.errors import ConfigError
+from pi0fm_client.types import Observation
 
 _CAMERA_TEXT = re.compile(r"(?P<name>[A-Za-z0-9_]+)=(?P<source>[^=:,]+):(?P<width>\d{1,4})x(?P<height>\d{1,4})")
 LARGEST_PICTURE = 2048

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm.errors import SimulationError
+from pi0fm_client.errors import SimulationError
 
 BACKENDS = ("egl", "osmesa")
 _HIDDEN_GROUP = 5  # the last of MuJoCo's six geom groups; nothing of it is drawn

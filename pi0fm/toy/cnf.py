@@ -17,10 +17,10 @@ from typing import final, override
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.likelihood import gaussian_log_prob
 from pi0fm.options import nearest
 from pi0fm.toy.network import PlaneField
+from pi0fm_client.errors import ConfigError
 
 SOLVERS = ("euler", "midpoint", "rk4", "dopri5")
 """torchdiffeq's names; its rk4 is the 3/8 rule, of order 4 too."""

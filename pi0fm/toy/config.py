@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.matching import FlowConfig
 from pi0fm.flow.solver import check_solver
 from pi0fm.options import nearest, option
 from pi0fm.toy import methods
 from pi0fm.toy.datasets import DATASETS, dataset_named
 from pi0fm.toy.training import Budget
+from pi0fm_client.errors import ConfigError
 
 SECONDS = 15.0
 METHODS = ("all", "flow", "cnf", "diffusion")

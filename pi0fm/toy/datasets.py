@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pi0fm.errors import ConfigError
 from pi0fm.options import nearest
+from pi0fm_client.errors import ConfigError
 
 CURVE_POINTS = 1024
 BLOCK = 4096  # points whose distances to a whole curve are held at once

@@ -19,7 +19,7 @@ from typing import Any
 import jinja2
 
 from pi0fm import files
-from pi0fm.errors import OutputError
+from pi0fm_client.errors import OutputError
 
 PAGE, RESULT = "report.html", "demo.json"
 PICTURES = ("over_time", "trajectories", "field", "learned", "comparison")

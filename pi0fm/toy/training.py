@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.checks import FlowError
 from pi0fm.toy.datasets import Dataset
 from pi0fm.toy.methods import Method
 from pi0fm.toy.network import PlaneField
+from pi0fm_client.errors import ConfigError
 
 WARM_UP = 0.02
 AVERAGE_POWER = 16.0

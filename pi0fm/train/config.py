@@ -16,7 +16,6 @@ from pi0fm.data.loading.loader import LoaderConfig
 from pi0fm.data.loading.mixture import MixtureEntry, refuse_entries
 from pi0fm.data.pictures.augmentation import AugmentConfig
 from pi0fm.data.prompt import BYTES, OPENPI, refuse_dialect
-from pi0fm.errors import ConfigError
 from pi0fm.flow.matching import FlowConfig
 from pi0fm.models.lora import LoraConfig
 from pi0fm.models.pi0 import Pi0Config
@@ -27,6 +26,7 @@ from pi0fm.train.optim import OptimizerConfig
 from pi0fm.train.start.adaptation import Adaptation, refuse_for
 from pi0fm.train.watch.validation import FREE_AT_RESUME as FREE_IN_VALIDATION
 from pi0fm.train.watch.validation import ValidationConfig
+from pi0fm_client.errors import ConfigError
 
 FREE_AT_RESUME = (
     *("output_dir", "resume", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "micro_batch_size", "threads"),

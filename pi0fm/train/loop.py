@@ -22,7 +22,6 @@ import torch
 from pi0fm import progress
 from pi0fm.data.loading.batch import Batch
 from pi0fm.data.loading.loader import BatchMaker, micro_batches
-from pi0fm.errors import BundleError
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0, parameter_count
 from pi0fm.policy import bundle
@@ -44,6 +43,7 @@ from pi0fm.train.watch.guard import guarded
 from pi0fm.train.watch.metrics import Metrics, read_last
 from pi0fm.train.watch.schedule import Watch
 from pi0fm.train.watch.validation import make_validators
+from pi0fm_client.errors import BundleError
 
 
 @dataclass(frozen=True)

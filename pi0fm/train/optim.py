@@ -10,8 +10,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from pi0fm.errors import ConfigError
 from pi0fm.options import option
+from pi0fm_client.errors import ConfigError
 
 
 @dataclass(frozen=True)

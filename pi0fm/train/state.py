@@ -23,13 +23,13 @@ from pi0fm import options, progress
 from pi0fm.data.columns.lerobot_source import LeRobotSource
 from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.order.orders import Weighted
-from pi0fm.errors import ConfigError, DatasetError, OutputError
 from pi0fm.train.checkpoint.checkpoints import Checkpoints
 from pi0fm.train.checkpoint.index import Index
 from pi0fm.train.config import TrainConfig, changed_options
 from pi0fm.train.ema import Ema
 from pi0fm.train.optim import ClippedAdamW, learning_rate
 from pi0fm.train.parallel.accelerate import Context
+from pi0fm_client.errors import ConfigError, DatasetError, OutputError
 
 _COUNT = "moments/step"
 

@@ -8,7 +8,7 @@ import pytest
 
 from pi0fm.bench import budget
 from pi0fm.bench.budget import TrainingPlan, spend, steps_in_budget
-from pi0fm.errors import ConfigError
+from pi0fm_client.errors import ConfigError
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pi0fm.bench import checkpoint
 from pi0fm.bench.checkpoint import CheckpointConfig, CheckpointCost
 from pi0fm.bench.paired import Ratio
 from pi0fm.cli import bench, bench_checkpoint
-from pi0fm.errors import ConfigError
+from pi0fm_client.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from pi0fm.bench import density
 from pi0fm.bench.density import DensityConfig, random_policy
 from pi0fm.bench.paired import Ratio
 from pi0fm.cli import bench_density as command
-from pi0fm.errors import ConfigError
 from pi0fm.models.presets import preset
+from pi0fm_client.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # the checks would be most of the time
 

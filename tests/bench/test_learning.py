@@ -13,11 +13,11 @@ from pi0fm.bench.budget import TrainingResult
 from pi0fm.bench.learning import Outcome, comparable, compare, curves, figures, parameters
 from pi0fm.bench.learning_config import LearningConfig
 from pi0fm.bench.shared_data import open_shared
-from pi0fm.errors import ConfigError
 from pi0fm.eval.episode import EpisodeResult
 from pi0fm.eval.summary import summarize
 from pi0fm.models.presets import TINY
 from pi0fm.train.config import TrainConfig
+from pi0fm_client.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

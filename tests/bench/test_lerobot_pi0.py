@@ -11,8 +11,8 @@ from transformers import ByT5Tokenizer
 
 from pi0fm.bench import lerobot_pi0
 from pi0fm.bench.lerobot_pi0 import PromptTokenizer, RobotFeatures, ShrunkPI0, ShrunkSize, image_key, policy_config, processors, same_size
-from pi0fm.errors import ConfigError, DatasetError
 from pi0fm.models.presets import PI0, PI05, TINY
+from pi0fm_client.errors import ConfigError, DatasetError
 
 SMALL = ShrunkSize(
     vision_width=32, vision_depth=1, vision_heads=2, vision_mlp=32, patch_size=12, image_size=24, width=32, mlp=48, expert_width=16,

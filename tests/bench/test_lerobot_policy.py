@@ -8,8 +8,8 @@ from pi0fm.bench.budget import TrainingResult
 from pi0fm.bench.lerobot_pi0 import RobotFeatures, ShrunkPI0, ShrunkSize, image_key, policy_config, processors
 from pi0fm.bench.lerobot_policy import LeRobotPolicy
 from pi0fm.bench.lerobot_training import TrainedPolicy
-from pi0fm.errors import ObservationError
-from pi0fm.types import Observation, Policy
+from pi0fm_client.errors import ObservationError
+from pi0fm_client.types import Observation, Policy
 
 SIZE = ShrunkSize(
     vision_width=32, vision_depth=1, vision_heads=2, vision_mlp=32, patch_size=12, image_size=24, width=32, mlp=48, expert_width=16,

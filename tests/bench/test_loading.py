@@ -18,7 +18,7 @@ from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
 from pi0fm.data.pictures.decoding import cores
 from pi0fm.data.pictures.frame_cache import open_cache
-from pi0fm.errors import ConfigError
+from pi0fm_client.errors import ConfigError
 
 SIZE = 32
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pi0fm.bench.paired import paired_ratio, ratio_of
-from pi0fm.errors import ConfigError
+from pi0fm_client.errors import ConfigError
 
 
 class Stopwatch:

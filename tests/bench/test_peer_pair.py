@@ -13,10 +13,10 @@ from pi0fm.bench.peer_config import DRAW_CASES, PEER_CASES, InferenceConfig
 from pi0fm.bench.peer_pair import build_pair, check_alike, displacement_difference, gradient_difference, translated
 from pi0fm.bench.products import Roofline, products_of, work_of
 from pi0fm.bench.training_sides import our_loss, prepared, step_of, their_loss, their_step
-from pi0fm.errors import Pi0fmError
 from pi0fm.models.joint_decoder import StreamConfig
 from pi0fm.models.pi0 import Pi0, parameter_count
 from pi0fm.models.presets import PI0
+from pi0fm_client.errors import Pi0fmError
 
 CPU = torch.device("cpu")
 TINY = case_named("tiny")

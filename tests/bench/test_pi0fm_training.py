@@ -18,7 +18,7 @@ from pi0fm.policy import bundle
 from pi0fm.train.loop import train
 from pi0fm.train.parallel.accelerate import Context
 from pi0fm.train.start.output import claim
-from pi0fm.types import Observation
+from pi0fm_client.types import Observation
 
 STEPS = 12
 

@@ -11,7 +11,7 @@ from pi0fm.bench.policy_observations import from_dataset, from_simulator, simula
 from pi0fm.data.chain import Chain
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.prompt import PromptTokenizer, load_tokenizer
-from pi0fm.errors import ConfigError
+from pi0fm_client.errors import ConfigError
 
 METADATA = {
     "demonstration_seeds": {"reach-v3": [5, 9], "door-open-v3": [5, 12], "fold the towel": [0, 3]},

@@ -12,7 +12,7 @@ from pi0fm.bench.shared_data import lerobot_batch, open_shared
 from pi0fm.data.chain import Sample
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import open_source
-from pi0fm.errors import ConfigError, DatasetError
+from pi0fm_client.errors import ConfigError, DatasetError
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from pi0fm.cli import eval as command
 from pi0fm.cluster import evaluation
 from pi0fm.cluster.evaluation import run, settings_for, stream
 from pi0fm.cluster.ledger import Ledger
-from pi0fm.errors import ConfigError, OutputError
 from pi0fm.eval.config import EvalConfig
 from pi0fm.eval.episode import Episode, EpisodeResult
+from pi0fm_client.errors import ConfigError, OutputError
 
 EPISODES = [Episode(task, seed, record=seed == 1) for task in ("a", "b") for seed in range(1, 7)]
 

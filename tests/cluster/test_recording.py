@@ -6,7 +6,7 @@ from demos_help import config, submit
 from pi0fm.cluster.runtime import ray_session
 from pi0fm.demos.encoding import EncodedEpisode
 from pi0fm.demos.record import record
-from pi0fm.errors import ConfigError
+from pi0fm_client.errors import ConfigError
 
 
 def test_no_more_than_the_window_is_in_flight_and_seeds_are_taken_in_order(tmp_path: Path) -> None:

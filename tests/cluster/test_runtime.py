@@ -4,7 +4,7 @@ import pytest
 import ray
 
 from pi0fm.cluster.runtime import ray_session
-from pi0fm.errors import ClusterError
+from pi0fm_client.errors import ClusterError
 
 
 class SlowRay:

@@ -16,10 +16,10 @@ from pi0fm.cli.main import main
 from pi0fm.convert.conversion import convert
 from pi0fm.convert.facts import ConvertConfig
 from pi0fm.convert.names import EMBEDDING, LM_HEAD
-from pi0fm.errors import BundleError, ConfigError, OutputError, Pi0fmError
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy import bundle
 from pi0fm.policy.robots import Robot
+from pi0fm_client.errors import BundleError, ConfigError, OutputError, Pi0fmError
 
 KINDS = {"pi0": ("token", "concatenate", "z_score"), "pi05": ("prompt", "adaptive_norm", "quantile")}
 HEADS = {"num_heads": 2, "vision_heads": 2}

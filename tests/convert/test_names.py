@@ -8,8 +8,8 @@ import torch
 
 from pi0fm.convert.names import EMBEDDING, kinds_of, layout_of
 from pi0fm.convert.shapes import Part, misfit, network_config, parts, sizes_of, tell_sizes, unread_shapes
-from pi0fm.errors import BundleError
 from pi0fm.models.pi0 import Pi0
+from pi0fm_client.errors import BundleError
 
 # The tower's heads and the decoder's are axes in JAX's layout, and given in PyTorch's.
 NETWORKS = {"pi0": small_pi0.LIKE_PI0, "pi05": dataclasses.replace(small_pi0.LIKE_PI05, state_dim=5)}

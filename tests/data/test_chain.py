@@ -12,8 +12,8 @@ from pi0fm.data.chain import Chain, DeltaActions, Normalize, PadDimensions, Samp
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats, column_stats
 from pi0fm.data.prompt import PromptTokenizer, load_tokenizer
-from pi0fm.errors import ConfigError, ObservationError
-from pi0fm.types import Observation
+from pi0fm_client.errors import ConfigError, ObservationError
+from pi0fm_client.types import Observation
 
 RANDOM = np.random.default_rng(0)
 STATS = NormStats(

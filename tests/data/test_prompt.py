@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pi0fm.data.prompt import PromptTokenizer, bins, clean, load_tokenizer
-from pi0fm.errors import ConfigError, ObservationError
+from pi0fm_client.errors import ConfigError, ObservationError
 
 STATE = np.zeros((1, 2), dtype=np.float32)
 

@@ -8,8 +8,8 @@ from demos_help import config, submit
 from pi0fm.demos.dataset import SETTINGS_FILE, Recording, read_seeds
 from pi0fm.demos.record import record
 from pi0fm.demos.swap import exchange, swap_directories
-from pi0fm.errors import ConfigError, OutputError, SimulationError
 from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
+from pi0fm_client.errors import ConfigError, OutputError, SimulationError
 
 TASK_OF_PROMPT = {TASK_PROMPTS[task]: task for task in ("reach-v3", "door-open-v3")}
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pi0fm.data.pictures.video import decode
 from pi0fm.demos.encoding import CODEC, encode, encode_pictures, join_videos
-from pi0fm.errors import OutputError
+from pi0fm_client.errors import OutputError
 
 FPS = 80
 

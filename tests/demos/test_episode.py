@@ -4,7 +4,7 @@ from numpy.typing import NDArray
 
 from pi0fm.demos.episode import noise_at, record_episode
 from pi0fm.sim.environment import CameraSpec, Environment, StepResult
-from pi0fm.types import Observation
+from pi0fm_client.types import Observation
 
 
 class Counting(Environment):

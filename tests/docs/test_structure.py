@@ -1,4 +1,4 @@
-"""docs/structure.md names every module, and every function that it draws exists. Sources are read, not imported."""
+"""docs/structure.md names every module of pi0fm and its client, and every function that it draws exists. Sources are read, not imported."""
 
 import ast
 import re
@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "pi0fm"
+CLIENT = ROOT / "client" / "pi0fm_client"
 STRUCTURE = (ROOT / "docs" / "structure.md").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "deploy" / "README.md"])
 DECISIONS = sorted((ROOT / "docs" / "adr").glob("*.md"))
@@ -20,8 +21,9 @@ LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
 def modules() -> set[str]:
-    """Every module with content, relative to pi0fm/."""
-    return {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.stat().st_size}
+    """Every module with content: relative to pi0fm/, the client's with their package's name in front."""
+    roots = {PACKAGE: PACKAGE, CLIENT: CLIENT.parent}
+    return {str(path.relative_to(root)) for package, root in roots.items() for path in package.rglob("*.py") if path.stat().st_size}
 
 
 @cache
@@ -45,10 +47,11 @@ def defined(body: list[ast.stmt]) -> dict[str, ast.stmt]:
 def resolves(dotted: str) -> bool:
     """Whether `layer.module.function` or `layer.module.Class.method` is defined in that module."""
     words = dotted.split(".")
-    module = next((length for length in (3, 2, 1) if PACKAGE.joinpath(*words[:length]).with_suffix(".py").is_file()), None)
+    root = CLIENT.parent if words[0] == CLIENT.name else PACKAGE
+    module = next((length for length in (3, 2, 1) if root.joinpath(*words[:length]).with_suffix(".py").is_file()), None)
     if module is None:
         return False
-    names = names_in(PACKAGE.joinpath(*words[:module]).with_suffix(".py"))
+    names = names_in(root.joinpath(*words[:module]).with_suffix(".py"))
     for word in words[module:]:
         if word not in names:
             return False
@@ -86,6 +89,7 @@ def test_the_three_journeys_are_drawn_with_names() -> None:
     "name",
     [
         "train.loop.no_such_function",
+        "pi0fm_client.client.PolicyClient.no_such_method",
         "flow.path.CondOT.no_such_method",
         "flow.no_such_module.f",
         "train.loop.Path",

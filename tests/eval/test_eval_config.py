@@ -3,9 +3,9 @@
 import pytest
 
 from pi0fm import options
-from pi0fm.errors import ConfigError
 from pi0fm.eval.config import EvalConfig, camera_texts, plan, refuse_seen_seeds
 from pi0fm.eval.episode import Episode
+from pi0fm_client.errors import ConfigError
 
 
 def config(**changes):

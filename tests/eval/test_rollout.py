@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from eval_fakes import HORIZON, PointEnvironment, PointPolicy, no_fault
 
-from pi0fm.errors import BundleError, ConfigError, ServingError, SimulationError
 from pi0fm.eval.episode import Episode, RolloutSettings, noise_seed, other_seed
 from pi0fm.eval.rollout import Lockstep, rollout, run_all
-from pi0fm.types import ActionChunk
+from pi0fm_client.errors import BundleError, ConfigError, ServingError, SimulationError
+from pi0fm_client.types import ActionChunk
 
 FOUR = RolloutSettings(execution_horizon=4)
 

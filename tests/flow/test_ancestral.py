@@ -4,13 +4,13 @@ import math
 import pytest
 import torch
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.ancestral import ancestral_grid, posterior, sample_ancestral
 from pi0fm.flow.checks import FlowError
 from pi0fm.flow.conversion import QUANTITIES, VELOCITY, convert
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.oracle import GaussianMixture
 from pi0fm.flow.path import PATHS, path_named
+from pi0fm_client.errors import ConfigError
 
 MEAN, SCALE = 1.5, 0.5
 

@@ -3,11 +3,11 @@ import itertools
 import pytest
 import torch
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.checks import FlowError
 from pi0fm.flow.conversion import QUANTITIES, convert
 from pi0fm.flow.oracle import GaussianMixture
 from pi0fm.flow.path import PATHS, VE, CondOT, Cosine, VPDiffusion, path_named
+from pi0fm_client.errors import ConfigError
 
 TIMES = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
 

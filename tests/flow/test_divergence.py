@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.divergence import exact_divergence, hutchinson_divergence, rademacher_probes
+from pi0fm_client.errors import ConfigError
 
 
 def nonlinear(weight):

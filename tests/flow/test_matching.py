@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.checks import FlowError
 from pi0fm.flow.conversion import QUANTITIES, convert
 from pi0fm.flow.matching import FlowConfig, FlowMatching
@@ -12,6 +11,7 @@ from pi0fm.flow.path import PATHS, CondOT, path_named
 from pi0fm.flow.solver import SOLVERS
 from pi0fm.flow.time_density import DENSITIES, Pi0, density_named
 from pi0fm.options import decode, describe
+from pi0fm_client.errors import ConfigError
 
 
 def chunks(*shape, seed=0, dtype=torch.float32):

@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.ancestral import sample_ancestral
 from pi0fm.flow.checks import FlowError
 from pi0fm.flow.likelihood import SOLVER_BESIDE_NOISE, DensityOptions, log_prob, push_backward
@@ -13,6 +12,7 @@ from pi0fm.flow.sde import sample_sde
 from pi0fm.flow.solver import SOLVERS, STOCHASTIC_SOLVERS
 from pi0fm.flow.time_density import LogitNormal
 from pi0fm.options import decode
+from pi0fm_client.errors import ConfigError
 
 
 def noise(*shape, seed=0):

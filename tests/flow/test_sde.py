@@ -3,12 +3,12 @@ import math
 import pytest
 import torch
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.checks import FlowError
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.oracle import GaussianMixture
 from pi0fm.flow.path import PATHS, path_named
 from pi0fm.flow.sde import sample_sde, sde_grid
+from pi0fm_client.errors import ConfigError
 
 
 def flow_on(path):

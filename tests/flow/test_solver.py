@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.checks import FlowError
 from pi0fm.flow.solver import FIXED_GRID_SOLVERS, SOLVERS, Counted, integrate, num_evaluations, uniform_grid
+from pi0fm_client.errors import ConfigError
 
 
 def decay(x, t):

@@ -2,9 +2,9 @@ import pytest
 import scipy.stats
 import torch
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.path import PATHS, path_named
 from pi0fm.flow.time_density import DENSITIES, Likelihood, LogitNormal, Pi0, density_named
+from pi0fm_client.errors import ConfigError
 
 U = torch.linspace(0.001, 0.999, 501, dtype=torch.float64)
 EVERY = [density_named(name) for name in DENSITIES] + [Likelihood(1e-3, path_named(name)) for name in PATHS] + [LogitNormal(0.7, 0.5)]

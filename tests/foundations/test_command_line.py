@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pi0fm.cli import main as command_line
-from pi0fm.errors import ConfigError, DatasetError, Pi0fmError
 from pi0fm.options import option
+from pi0fm_client.errors import ConfigError, DatasetError, Pi0fmError
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from pi0fm import options
-from pi0fm.errors import ConfigError
 from pi0fm.options import option, required
+from pi0fm_client.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from pi0fm import processes
-from pi0fm.errors import ConfigError, Pi0fmError
 from pi0fm.processes import PeakMemory, in_fresh_process, memory_of_tree, peak_resident
+from pi0fm_client.errors import ConfigError, Pi0fmError
 
 LARGE = 300 * 2**20
 

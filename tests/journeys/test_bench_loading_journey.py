@@ -14,7 +14,7 @@ from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
 from pi0fm.data.pictures import frame_cache
 from pi0fm.data.pictures.frame_cache import open_cache
-from pi0fm.errors import DatasetError
+from pi0fm_client.errors import DatasetError
 
 pytestmark = [pytest.mark.journey, pytest.mark.long]
 RATIOS = ("cached_ratio", "cached_of_memcpy", "streaming_of_decode", "build_of_decode")

@@ -11,8 +11,8 @@ from eval_fakes import point_setup
 
 from pi0fm.cluster.evaluation import run, stream
 from pi0fm.cluster.runtime import ray_session
-from pi0fm.errors import ConfigError, SimulationError
 from pi0fm.eval.episode import Episode
+from pi0fm_client.errors import ConfigError, SimulationError
 
 EPISODES = [Episode(task, seed, record=seed == 1) for task in ("a", "b") for seed in range(1, 9)]
 pytestmark = pytest.mark.journey

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from pi0fm.cli.main import main
-from pi0fm.serve.client import PolicyClient
+from pi0fm_client import PolicyClient
 
 TASK = "button-press-topdown-v3"
 PI0FM = (sys.executable, "-m", "pi0fm.cli.main")

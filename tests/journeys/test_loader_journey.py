@@ -26,7 +26,7 @@ from pi0fm.data.loading.processes import in_processes
 from pi0fm.data.pictures.augmentation import AugmentConfig
 from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.data.prompt import PromptTokenizer, load_tokenizer
-from pi0fm.errors import Pi0fmError
+from pi0fm_client.errors import Pi0fmError
 
 TABLE = np.random.default_rng(0).normal(size=(50, 40)).astype(np.float32)
 STEPS, GLOBAL_BATCH, MICRO = 12, 8, 4

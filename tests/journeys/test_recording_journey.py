@@ -18,10 +18,10 @@ from pi0fm.cluster.runtime import ray_session, require_resources
 from pi0fm.demos.config import DemosConfig
 from pi0fm.demos.dataset import SETTINGS_FILE
 from pi0fm.demos.record import record
-from pi0fm.errors import ConfigError
 from pi0fm.sim.environment import parse_cameras
 from pi0fm.sim.metaworld.environment import make_environment
 from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
+from pi0fm_client.errors import ConfigError
 
 pytestmark = pytest.mark.journey
 # An episode takes 25 ms, so that 400 of them outlast any moment of the kill below, and a test that is kept waiting for seconds.

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pi0fm.serve.client import PolicyClient
+from pi0fm_client import PolicyClient
 
 pytestmark = pytest.mark.journey
 
 STAND_IN = """
 import sys, time, types
 import numpy as np
-from pi0fm.types import ActionChunk, Observation
+from pi0fm_client.types import ActionChunk, Observation
 
 class Tiny:
     metadata = {"cameras": {"front": "image"}, "state_key": "state", "state_dim": 2, "image_size": [8, 8]}
@@ -81,7 +81,7 @@ def test_a_signal_during_the_load_ends_it_with_zero(tmp_path: Path) -> None:
 
 
 def test_the_client_imports_neither_torch_nor_ray() -> None:
-    code = "import sys, pi0fm.serve.client; print(sorted({'torch', 'ray', 'transformers', 'uvicorn', 'starlette'} & set(sys.modules)))"
+    code = "import sys, pi0fm_client.client; print(sorted({'torch', 'ray', 'transformers', 'uvicorn', 'starlette'} & set(sys.modules)))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert found.stdout == "[]\n"

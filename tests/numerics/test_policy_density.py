@@ -17,7 +17,7 @@ from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.scores import ScoreOptions, conditioned, observe_given
-from pi0fm.types import Observation
+from pi0fm_client.types import Observation
 
 
 @pytest.mark.usefixtures("shapes_unchecked")

@@ -25,7 +25,7 @@ from pi0fm.convert.facts import ConvertConfig
 from pi0fm.data.columns.norm_stats import ColumnStats
 from pi0fm.data.order.counter import draw
 from pi0fm.policy import bundle
-from pi0fm.types import Observation
+from pi0fm_client.types import Observation
 
 SIZE = ShrunkSize(
     vision_width=16, vision_depth=2, vision_heads=2, vision_mlp=32, patch_size=8, image_size=16, width=32, mlp=48, expert_width=24,

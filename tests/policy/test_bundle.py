@@ -13,8 +13,8 @@ from transformers import ByT5Tokenizer
 
 import pi0fm
 from pi0fm import files
-from pi0fm.errors import BundleError, ConfigError, ObservationError
 from pi0fm.policy import bundle
+from pi0fm_client.errors import BundleError, ConfigError, ObservationError
 
 FILES = ["config.json", "manifest.json", "model.safetensors", "norm_stats.json"]
 FLAT = {

@@ -12,10 +12,10 @@ import pi0fm
 from pi0fm import files
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats, column_stats
-from pi0fm.errors import BundleError, ConfigError, ObservationError
 from pi0fm.policy import bundle, robots
 from pi0fm.policy.robots import Robot, Robots
-from pi0fm.types import Observation
+from pi0fm_client.errors import BundleError, ConfigError, ObservationError
+from pi0fm_client.types import Observation
 
 CRANE = Embodiment("crane", {"wrist": "observation.images.hook"}, state="joints", state_dim=2, robot_action_dim=5)
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from small_pi0 import BOTH, LIKE_PI0, LIKE_PI05, network, observation, question
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.checks import FlowError
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.policy.cuda_graphs import KEPT, Graphs
 from pi0fm.policy.sampler import Sampler, refuse_compile
+from pi0fm_client.errors import ConfigError
 
 CPU = torch.device("cpu")
 

@@ -9,14 +9,14 @@ import torch
 from smooth_network import smooth_in_time
 
 from pi0fm.data.chain import Sample
-from pi0fm.errors import ConfigError, ObservationError
 from pi0fm.flow.likelihood import DensityOptions, push_backward, push_forward
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.sampling import SAMPLERS
 from pi0fm.policy import bundle, noise
 from pi0fm.policy.local import LocalPolicy, Scoring
 from pi0fm.policy.scores import ScoreOptions, conditioned, log_jacobian, sample_and_score
-from pi0fm.types import Policy
+from pi0fm_client.errors import ConfigError, ObservationError
+from pi0fm_client.types import Policy
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # test_local_policy and tests/flow check the same calls
 SEEDS = [11, 12, 13, 14]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pi0fm.errors import ConfigError, ObservationError
 from pi0fm.serve.batcher import Batcher, RefusedError
-from pi0fm.types import ActionChunk, Observation
+from pi0fm_client.errors import ConfigError, ObservationError
+from pi0fm_client.types import ActionChunk, Observation
 
 
 class GatedPolicy:

@@ -11,10 +11,10 @@ import pytest
 
 from pi0fm.cli import serve as command
 from pi0fm.cli.main import main
-from pi0fm.errors import BundleError, ConfigError, ServingError
 from pi0fm.options import parse
 from pi0fm.serve import server
 from pi0fm.serve.app import create_app
+from pi0fm_client.errors import BundleError, ConfigError, ServingError
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
-from pi0fm.errors import ConfigError, ServingError
 from pi0fm.serve.app import create_app, synthetic_observation, warm_up
+from pi0fm_client.errors import ConfigError, ServingError
 
 
 @pytest.mark.parametrize("token", ["", "two words", "schlüssel", "line\nbreak"])

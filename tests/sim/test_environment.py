@@ -1,7 +1,7 @@
 import pytest
 
-from pi0fm.errors import ConfigError
 from pi0fm.sim.environment import CameraSpec, parse_camera, parse_cameras
+from pi0fm_client.errors import ConfigError
 
 
 def test_camera_text_round_trip() -> None:

@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from pi0fm.errors import SimulationError
 from pi0fm.sim.renderer import choose_backend, outside_view
+from pi0fm_client.errors import SimulationError
 
 
 def test_spheres_outside_a_square_camera() -> None:
@@ -35,7 +35,7 @@ def test_no_renderer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CANNOT_RENDER = """
-from pi0fm.errors import SimulationError
+from pi0fm_client.errors import SimulationError
 from pi0fm.sim.renderer import gl_context
 try:
     gl_context()

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from pi0fm.cluster.evaluation import Setup
-from pi0fm.errors import SimulationError
 from pi0fm.eval.episode import RolloutSettings
 from pi0fm.sim.environment import CameraSpec, Environment, StepResult
-from pi0fm.types import ActionChunk, Observation, Policy
+from pi0fm_client.errors import SimulationError
+from pi0fm_client.types import ActionChunk, Observation, Policy
 
 HORIZON = 8
 Fault = Callable[[str, int, int], None]

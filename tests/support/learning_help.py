@@ -3,10 +3,10 @@
 import numpy as np
 import tiny_dataset
 
-from pi0fm.errors import SimulationError
 from pi0fm.sim.environment import CameraSpec, Environment, StepResult
 from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
-from pi0fm.types import Observation
+from pi0fm_client.errors import SimulationError
+from pi0fm_client.types import Observation
 
 TASK = "reach-v3"
 PROMPT = TASK_PROMPTS[TASK]

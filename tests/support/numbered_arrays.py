@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0fm.data.loading.processes import in_processes
-from pi0fm.errors import DatasetError
+from pi0fm_client.errors import DatasetError
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow import likelihood
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.toy.cnf import negative_log_likelihood
 from pi0fm.toy.network import PlaneField
+from pi0fm_client.errors import ConfigError
 
 
 def field():

@@ -3,8 +3,8 @@
 import pytest
 
 from pi0fm import options
-from pi0fm.errors import ConfigError
 from pi0fm.toy.config import SECONDS, DemoConfig
+from pi0fm_client.errors import ConfigError
 
 
 @pytest.mark.parametrize(

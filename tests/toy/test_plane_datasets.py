@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from pi0fm.errors import ConfigError
 from pi0fm.toy.datasets import DATASETS, dataset_named
+from pi0fm_client.errors import ConfigError
 
 REACH, EDGE = 3.5, 176  # cells narrower than half of the least blur, and aligned with the checkerboard's squares
 

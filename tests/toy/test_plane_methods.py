@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from pi0fm.errors import ConfigError
 from pi0fm.flow.checks import FlowError
 from pi0fm.flow.matching import FlowConfig
 from pi0fm.toy import methods, quality
 from pi0fm.toy.datasets import dataset_named
 from pi0fm.toy.network import PlaneField
 from pi0fm.toy.training import MARKS, Budget, rate, train
+from pi0fm_client.errors import ConfigError
 
 
 def small_step(method, **changes):

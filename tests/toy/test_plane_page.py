@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from pi0fm.cli.flow_demo import figures
-from pi0fm.errors import OutputError
 from pi0fm.toy import methods, page
 from pi0fm.toy.comparison import Comparison, Outcome
 from pi0fm.toy.config import DemoConfig
@@ -15,6 +14,7 @@ from pi0fm.toy.datasets import dataset_named
 from pi0fm.toy.network import PlaneField
 from pi0fm.toy.quality import Quality
 from pi0fm.toy.training import Mark, Trained
+from pi0fm_client.errors import OutputError
 
 EVIL = "<script>alert('x')</script>"
 PICTURES = {name: b"\x89PNG " + name.encode() for name in page.PICTURES}

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.errors import OutputError
 from pi0fm.policy import bundle
 from pi0fm.train import loop
 from pi0fm.train.checkpoint import checkpoints as checkpoint
@@ -18,7 +17,8 @@ from pi0fm.train.loop import train
 from pi0fm.train.parallel.accelerate import Context
 from pi0fm.train.start.output import claim
 from pi0fm.train.watch.metrics import read_last
-from pi0fm.types import Observation
+from pi0fm_client.errors import OutputError
+from pi0fm_client.types import Observation
 
 ALONE = Context(shown=False)
 

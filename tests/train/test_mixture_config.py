@@ -12,10 +12,10 @@ from pi0fm.cluster.training import TrainingRun, _absolute
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import DatasetConfig
 from pi0fm.data.loading.mixture import MixtureEntry
-from pi0fm.errors import ConfigError
 from pi0fm.models.lora import LoraConfig
 from pi0fm.train.config import TrainConfig, changed_options
 from pi0fm.train.plan.memory import GIB, estimate_run
+from pi0fm_client.errors import ConfigError
 
 RECIPE = Path(__file__).parents[2] / "configs" / "mixture_example.yaml"
 ENTRIES = {

@@ -18,7 +18,6 @@ from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import DatasetConfig
 from pi0fm.data.loading.loader import micro_batches
 from pi0fm.data.loading.mixture import MixtureCollator, MixtureEntry, deal
-from pi0fm.errors import ConfigError, DatasetError
 from pi0fm.models.lora import LoraConfig
 from pi0fm.policy import bundle
 from pi0fm.train import loop
@@ -28,7 +27,8 @@ from pi0fm.train.loop import train
 from pi0fm.train.parallel.accelerate import Context
 from pi0fm.train.start.output import claim
 from pi0fm.train.watch.validation import ValidationConfig
-from pi0fm.types import Observation
+from pi0fm_client.errors import ConfigError, DatasetError
+from pi0fm_client.types import Observation
 
 ALONE = Context(shown=False)
 OFTEN = ValidationConfig(every=2, episodes=1, samples=4, probes=1, num_flow_steps=1)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from pi0fm.errors import ConfigError
 from pi0fm.train.ema import Ema
 from pi0fm.train.optim import ClippedAdamW, OptimizerConfig, learning_rate, make_optimizer, set_learning_rate
+from pi0fm_client.errors import ConfigError
 
 
 def rates(steps: int, **change: object) -> list[float]:

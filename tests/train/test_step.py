@@ -9,12 +9,12 @@ import tiny_dataset
 import torch
 
 from pi0fm.data.loading.loader import Batch
-from pi0fm.errors import ConfigError
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
 from pi0fm.train.parallel.accelerate import make_accelerator
 from pi0fm.train.step import train_step
+from pi0fm_client.errors import ConfigError
 
 FLOW = FlowMatching.from_config(FlowConfig())
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pi0fm.errors import ConfigError
 from pi0fm.models.presets import TINY
 from pi0fm.train.config import TrainConfig
+from pi0fm_client.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm.errors import ConfigError, ObservationError
 from pi0fm.options import nearest, option
-from pi0fm.types import Observation
+from pi0fm_client.errors import ConfigError, ObservationError
+from pi0fm_client.types import Observation
 
 PROMPT_KEYS = ("prompt", "task")
 

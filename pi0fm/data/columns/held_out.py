@@ -14,7 +14,7 @@ import numpy as np
 
 from pi0fm.data.columns.lerobot_source import LeRobotSource
 from pi0fm.data.order.counter import permute
-from pi0fm.errors import ConfigError
+from pi0fm_client.errors import ConfigError
 
 NO_EPOCH = 2**63  # the key of a permutation that no epoch of training has
 

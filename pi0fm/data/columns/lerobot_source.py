@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from pi0fm.data.columns.embodiment import Embodiment, resolve
 from pi0fm.data.columns.norm_stats import NormStats, compute_norm_stats
 from pi0fm.data.pictures.video import Decoder
-from pi0fm.errors import ConfigError, DatasetError
 from pi0fm.options import option
+from pi0fm_client.errors import ConfigError, DatasetError
 
 FORMAT = "v3."
 RECORDING = "meta/pi0fm_recording.json"  # what `pi0fm demos` leaves beside LeRobot's own files

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm.errors import BundleError, DatasetError
+from pi0fm_client.errors import BundleError, DatasetError
 
 
 @dataclass(frozen=True)

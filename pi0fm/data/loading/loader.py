@@ -35,8 +35,8 @@ from pi0fm.data.order.counter import Slots, draws
 from pi0fm.data.order.orders import Order, Places
 from pi0fm.data.pictures.augmentation import AugmentConfig, numbers
 from pi0fm.data.pictures.source import Pictures
-from pi0fm.errors import ConfigError
 from pi0fm.options import option
+from pi0fm_client.errors import ConfigError
 
 __all__ = ["Batch", "BatchMaker", "Collator", "LoaderConfig", "action_chunks", "keep_count", "micro_batches"]
 

@@ -29,9 +29,9 @@ from pi0fm.data.loading.batch import Batch
 from pi0fm.data.loading.loader import BatchMaker, Collator, keep_count
 from pi0fm.data.order.orders import Weighted, weighted
 from pi0fm.data.pictures.augmentation import Augmentation
-from pi0fm.errors import ConfigError, DatasetError, Pi0fmError
 from pi0fm.models.observation import ModelObservation
 from pi0fm.options import nearest, option
+from pi0fm_client.errors import ConfigError, DatasetError, Pi0fmError
 
 UNITS = 2**20  # weights are counted in millionths, so that shares are exact at any position
 

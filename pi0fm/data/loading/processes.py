@@ -35,8 +35,8 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm import errors
-from pi0fm.errors import Pi0fmError
+from pi0fm_client import errors
+from pi0fm_client.errors import Pi0fmError
 
 type Arrays = dict[str, NDArray[Any]]
 type Make = Callable[[int, int], Arrays]
@@ -57,7 +57,7 @@ def in_processes(make: Make, tasks: Iterator[tuple[int, int]], processes: int, s
 
     make: pickled now; its large arrays are shared. The arrays that are yielded lie in shared memory that is filled again when the next are
     asked for: copy them before. Workers start with the first and end with the last, with an error, or with `close`.
-    Raises what pickling raises, the errors of pi0fm.errors that `make` raises, Pi0fmError for any other, or for a worker that died.
+    Raises what pickling raises, the errors of pi0fm_client.errors that `make` raises, Pi0fmError for any other, or for a worker that died.
     """
     buffers: list[pickle.PickleBuffer] = []
     head = pickle.dumps(make, protocol=5, buffer_callback=buffers.append)
@@ -107,7 +107,7 @@ def _listen(workers: Sequence["_Worker"], answers: dict[int, dict[str, Any]]) ->
 
 
 def _arrays(answer: dict[str, Any], memory: "_Memory") -> Arrays:
-    """What a worker laid into a slot. Raises its fault, in a class of pi0fm.errors that keeps its meaning."""
+    """What a worker laid into a slot. Raises its fault, in a class of pi0fm_client.errors that keeps its meaning."""
     if "fault" in answer:
         kind = vars(errors).get(answer["kind"])
         if isinstance(kind, type) and issubclass(kind, Pi0fmError):

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0fm.data.order.counter import draw, permute
-from pi0fm.errors import ConfigError
+from pi0fm_client.errors import ConfigError
 
 BLOCK = 1024
 

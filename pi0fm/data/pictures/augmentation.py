@@ -20,8 +20,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from pi0fm.data.order.counter import Slots, uniforms
-from pi0fm.errors import ConfigError
 from pi0fm.options import option
+from pi0fm_client.errors import ConfigError
 
 PURPOSE = 3  # the stream of random numbers that is augmentation's own
 _NUMBERS = 6  # a camera: two of the crop, one of the turn, three of the colours

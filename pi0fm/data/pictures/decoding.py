@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from pi0fm.data.pictures.shards import CacheFormat, write_shard
 from pi0fm.data.pictures.video import decode
-from pi0fm.errors import DatasetError, Pi0fmError
+from pi0fm_client.errors import DatasetError, Pi0fmError
 
 BATCH = 64
 ONE_THREAD: Mapping[str, str] = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

@@ -37,7 +37,7 @@ from pi0fm.data.pictures.images import resize_with_padding
 from pi0fm.data.pictures.shards import SUFFIX, CacheFormat, ShardedFrames, is_whole, open_shard, write_shard
 from pi0fm.data.pictures.source import Pictures
 from pi0fm.data.pictures.video import choose_decoder
-from pi0fm.errors import DatasetError
+from pi0fm_client.errors import DatasetError
 
 SHARD_BYTES = 64 * 2**20
 MOST_SHARDS = 4096  # a camera: each is a memory map, of which a process may have some ten thousand

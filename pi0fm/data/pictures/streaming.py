@@ -27,7 +27,7 @@ from pi0fm.data.pictures.frame_cache import cache_bytes, open_cache, stretches
 from pi0fm.data.pictures.shards import CacheFormat
 from pi0fm.data.pictures.source import Pictures
 from pi0fm.data.pictures.video import choose_decoder
-from pi0fm.errors import ConfigError, DatasetError
+from pi0fm_client.errors import ConfigError, DatasetError
 
 BUFFER_GIB = 4.0
 GROUPS_A_LANE = 8  # in memory; fewer, longer groups seek less and are shuffled less

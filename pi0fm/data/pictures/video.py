@@ -22,7 +22,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from pi0fm.errors import ConfigError, DatasetError
+from pi0fm_client.errors import ConfigError, DatasetError
 
 Decoder = Literal["auto", "pyav", "torchcodec"]
 Frames = Iterator[tuple[int, NDArray[np.uint8]]]

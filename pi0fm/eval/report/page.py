@@ -19,10 +19,10 @@ from typing import Any
 import jinja2
 
 from pi0fm import files
-from pi0fm.errors import OutputError
 from pi0fm.eval.episode import EpisodeResult
 from pi0fm.eval.report import curve
 from pi0fm.eval.summary import Summary
+from pi0fm_client.errors import OutputError
 
 OWN_FILES = ("report.html", "summary.json", "episodes.json")
 EMBEDDED_VIDEO_BYTES = 24 * 2**20

@@ -11,13 +11,13 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm.errors import ConfigError, SimulationError
 from pi0fm.options import nearest
 from pi0fm.sim.environment import CameraSpec, Environment, StepResult
 from pi0fm.sim.metaworld.coarse_mesh import coarsen
 from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
 from pi0fm.sim.renderer import Renderer, load_mujoco
-from pi0fm.types import Observation
+from pi0fm_client.errors import ConfigError, SimulationError
+from pi0fm_client.types import Observation
 
 FPS: Final = 80
 MAX_STEPS: Final = 400

@@ -25,11 +25,11 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
 from pi0fm import progress
-from pi0fm.errors import OutputError
 from pi0fm.train.checkpoint.format import Reader, Writer
 from pi0fm.train.checkpoint.index import COMMIT, Index, TornError, folder, read_index, remove
 from pi0fm.train.checkpoint.storage import Store, open_store
 from pi0fm.train.parallel.accelerate import Context, host_group
+from pi0fm_client.errors import OutputError
 
 __all__ = ["COMMIT", "Checkpoints", "whole"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, final
 
 from pi0fm import files
-from pi0fm.errors import ConfigError
+from pi0fm_client.errors import ConfigError
 
 SCHEME = "s3://"
 

@@ -14,8 +14,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from pi0fm.errors import ConfigError
 from pi0fm.policy.device import compute_dtype
+from pi0fm_client.errors import ConfigError
 
 __all__ = ["Accelerator", "Context", "all_sum", "barrier", "context_from_environment", "host_group", "make_accelerator", "restarts"]
 

@@ -19,11 +19,11 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from pi0fm.errors import ConfigError
 from pi0fm.models.lora import LoraConfig, attach, is_adapter, merged, target_modules
 from pi0fm.models.parts import PARTS, Part, part_of
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.options import nearest
+from pi0fm_client.errors import ConfigError
 
 TRAINED: dict[str, frozenset[Part]] = {
     "full": frozenset(PARTS),

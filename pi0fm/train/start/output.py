@@ -8,10 +8,10 @@ import shutil
 from typing import Any
 
 from pi0fm import files, options
-from pi0fm.errors import OutputError
 from pi0fm.train.checkpoint.checkpoints import whole
 from pi0fm.train.config import TrainConfig, refuse_other_run
 from pi0fm.train.watch.signals import withdraw
+from pi0fm_client.errors import OutputError
 
 RAY_FOLDER = "ray"  # where Ray Train keeps its own notes of the run
 

@@ -17,12 +17,12 @@ import torch
 from pi0fm import options
 from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.prompt import BYTES, load_tokenizer
-from pi0fm.errors import BundleError, ConfigError
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.models.presets import PRESETS
 from pi0fm.options import nearest
 from pi0fm.policy import bundle
 from pi0fm.policy.bundle import PolicyConfig
+from pi0fm_client.errors import BundleError, ConfigError
 
 OWN = "pretrained"  # --tokenizer pretrained, --prompt_dialect pretrained: the bundle's
 FIXED_IN_FLOW = ("path", "prediction")

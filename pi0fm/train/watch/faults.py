@@ -28,9 +28,9 @@ from pi0fm import files, progress
 from pi0fm.data.loading.batch import Batch
 from pi0fm.data.loading.loader import BatchMaker, Collator
 from pi0fm.data.loading.mixture import MixtureCollator, deal
-from pi0fm.errors import OutputError, Pi0fmError
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.parallel.accelerate import Context
+from pi0fm_client.errors import OutputError, Pi0fmError
 
 SKIPS_IN_A_ROW = 10
 

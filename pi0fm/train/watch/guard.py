@@ -15,12 +15,12 @@ from typing import Any, final
 from torch import Tensor
 
 from pi0fm.data.loading.loader import BatchMaker
-from pi0fm.errors import DatasetError, OutputError
 from pi0fm.train.checkpoint.checkpoints import Checkpoints
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.parallel.accelerate import Context
 from pi0fm.train.watch.faults import Nonfinite, full_disk_named
 from pi0fm.train.watch.signals import StopSignals
+from pi0fm_client.errors import DatasetError, OutputError
 
 
 @contextmanager

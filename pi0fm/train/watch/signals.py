@@ -21,8 +21,8 @@ from typing import Any, Self, final
 import torch
 
 from pi0fm import files
-from pi0fm.errors import OutputError, Pi0fmError
 from pi0fm.train.parallel.accelerate import Context, host_group
+from pi0fm_client.errors import OutputError, Pi0fmError
 
 STOP_FILE = "STOP"
 SECONDS_BETWEEN_LOOKS = 1.0  # at the file; a look may cost a round trip to a file server

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from pi0fm import progress
 from pi0fm.data.loading.batch import Batch
 from pi0fm.data.loading.loader import Collator
-from pi0fm.errors import ConfigError
 from pi0fm.flow.checks import FlowError
 from pi0fm.flow.likelihood import DensityOptions, push_backward
 from pi0fm.flow.matching import FlowMatching
@@ -33,6 +32,7 @@ from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
 from pi0fm.options import nearest, option
 from pi0fm.train.parallel.accelerate import Context, all_sum
+from pi0fm_client.errors import ConfigError
 
 NLL, NLL_PER_DIM, LOSS = "validation_nll", "validation_nll_per_dim", "validation_loss"
 FREE_AT_RESUME = ("every", "samples", "probes", "num_flow_steps", "solver")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pi0fm.data.columns.embodiment import Embodiment, resolve
-from pi0fm.errors import ConfigError, ObservationError
+from pi0fm_client.errors import ConfigError, ObservationError
 
 ROBOT = Embodiment(cameras={"base": "observation.images.base", "wrist": "observation.images.wrist"}, state_dim=3, robot_action_dim=2)
 PICTURE = np.zeros((4, 6, 3), dtype=np.uint8)

@@ -7,7 +7,7 @@ import pytest
 
 from pi0fm.data.columns import held_out
 from pi0fm.data.columns.norm_stats import compute_norm_stats
-from pi0fm.errors import ConfigError
+from pi0fm_client.errors import ConfigError
 
 TASK_OF_EPISODE = np.array([0, 1, 2, 0, 0, 1, 2, 0, 2])  # four, two and three episodes
 FRAMES = 3  # of each

@@ -16,7 +16,7 @@ from pi0fm.data.columns.norm_stats import compute_norm_stats
 from pi0fm.data.loading.loader import action_chunks
 from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.data.pictures.images import resize_with_padding
-from pi0fm.errors import ConfigError, DatasetError
+from pi0fm_client.errors import ConfigError, DatasetError
 
 FRAMES = sum(tiny_dataset.LENGTHS)
 HORIZON = 5

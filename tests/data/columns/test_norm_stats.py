@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pi0fm.data.columns.norm_stats import ColumnStats, column_stats, compute_norm_stats, norm_stats_from_json
-from pi0fm.errors import BundleError, DatasetError
+from pi0fm_client.errors import BundleError, DatasetError
 
 RANDOM = np.random.default_rng(0)
 LENGTHS = (5, 2, 9)

@@ -12,7 +12,7 @@ from pi0fm.data.chain import Sample
 from pi0fm.data.loading.loader import Batch, Collator, LoaderConfig, action_chunks, micro_batches
 from pi0fm.data.order.counter import slots
 from pi0fm.data.pictures.augmentation import AugmentConfig
-from pi0fm.errors import ConfigError
+from pi0fm_client.errors import ConfigError
 
 GLOBAL_BATCH, STEPS = 8, 5
 

@@ -14,7 +14,7 @@ from pi0fm.data.loading.loader import LoaderConfig, micro_batches
 from pi0fm.data.loading.processes import in_processes
 from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.data.pictures.streaming import FrameStream
-from pi0fm.errors import ConfigError, DatasetError, Pi0fmError
+from pi0fm_client.errors import ConfigError, DatasetError, Pi0fmError
 
 TABLE = np.random.default_rng(0).normal(size=(50, 40)).astype(np.float32)
 SLOTS = 3

@@ -15,7 +15,7 @@ from pi0fm.data.loading.mixture import MixtureCollator, MixtureEntry, deal, filt
 from pi0fm.data.order.orders import weighted
 from pi0fm.data.pictures.augmentation import AugmentConfig
 from pi0fm.data.pictures.frame_cache import FrameCache
-from pi0fm.errors import ConfigError, DatasetError
+from pi0fm_client.errors import ConfigError, DatasetError
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 
 from pi0fm.data.order.counter import slots
 from pi0fm.data.order.orders import Shuffled, weighted
-from pi0fm.errors import ConfigError
+from pi0fm_client.errors import ConfigError
 
 SAMPLES, SEED = 50, 11
 

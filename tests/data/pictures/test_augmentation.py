@@ -9,7 +9,7 @@ import torch
 
 from pi0fm.data.order.counter import Slots
 from pi0fm.data.pictures.augmentation import Augmentation, AugmentConfig, augment, move, numbers, recolour
-from pi0fm.errors import ConfigError
+from pi0fm_client.errors import ConfigError
 
 CAMERAS = ("base", "left_wrist")
 NONE = AugmentConfig(crop=1.0, rotation=0.0, brightness=0.0, contrast=0.0, saturation=0.0)

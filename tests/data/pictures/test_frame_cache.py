@@ -17,7 +17,7 @@ from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.data.pictures import decoding, frame_cache
 from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.data.pictures.video import choose_decoder, decode
-from pi0fm.errors import ConfigError, DatasetError, Pi0fmError
+from pi0fm_client.errors import ConfigError, DatasetError, Pi0fmError
 
 SIZE = 16
 FRAMES = np.arange(sum(tiny_dataset.LENGTHS))

@@ -12,7 +12,7 @@ from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.data.pictures import streaming
 from pi0fm.data.pictures.frame_cache import FrameCache, open_cache
 from pi0fm.data.pictures.streaming import FrameStream, group_ends, open_pictures
-from pi0fm.errors import ConfigError, DatasetError
+from pi0fm_client.errors import ConfigError, DatasetError
 
 SIZE, BATCH = 64, 4
 TOTAL = sum(tiny_dataset.LENGTHS)

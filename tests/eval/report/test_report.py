@@ -8,12 +8,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from pi0fm.errors import ConfigError, OutputError
 from pi0fm.eval.episode import EpisodeResult
 from pi0fm.eval.report import curve, video
 from pi0fm.eval.report import page as report
 from pi0fm.eval.report.page import Background
 from pi0fm.eval.summary import summarize
+from pi0fm_client.errors import ConfigError, OutputError
 
 EVIL = "<script>alert('x')</script>"
 

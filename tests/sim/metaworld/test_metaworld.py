@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pi0fm.errors import ConfigError, SimulationError
 from pi0fm.sim.environment import parse_cameras
 from pi0fm.sim.metaworld.environment import CAMERAS, MetaWorld, make_environment
 from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
+from pi0fm_client.errors import ConfigError, SimulationError
 
 BASE = parse_cameras("base=corner2:96x96")
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pi0fm.data.columns.lerobot_source import open_source
-from pi0fm.errors import ConfigError, DatasetError
 from pi0fm.train import data, loop
 from pi0fm.train.checkpoint import checkpoints as checkpoint
 from pi0fm.train.ema import Ema
@@ -24,6 +23,7 @@ from pi0fm.train.parallel.accelerate import Context
 from pi0fm.train.start.output import claim
 from pi0fm.train.state import data_facts, tensors
 from pi0fm.train.watch import signals
+from pi0fm_client.errors import ConfigError, DatasetError
 
 ALONE = Context(shown=False)
 

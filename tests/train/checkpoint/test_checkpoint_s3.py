@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 
-from pi0fm.errors import ConfigError, OutputError
 from pi0fm.train.checkpoint.checkpoints import Checkpoints, whole
 from pi0fm.train.checkpoint.storage import open_store
 from pi0fm.train.parallel.accelerate import Context
+from pi0fm_client.errors import ConfigError, OutputError
 
 ALONE = Context()
 PLACE = "s3://runs/lab/first"

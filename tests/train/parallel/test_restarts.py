@@ -2,8 +2,8 @@
 
 import pytest
 
-from pi0fm.errors import ConfigError
 from pi0fm.train.parallel import accelerate as parallel
+from pi0fm_client.errors import ConfigError
 
 RESTARTED = {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "4", "RANK": "0"}
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from pi0fm.data.loading.loader import Batch
-from pi0fm.errors import ConfigError
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
 from pi0fm.models.lora import LoraConfig, is_adapter
@@ -23,6 +22,7 @@ from pi0fm.train.ema import Ema
 from pi0fm.train.optim import OptimizerConfig, make_optimizer
 from pi0fm.train.start.adaptation import TRAINED, Adaptation, adapt
 from pi0fm.train.step import train_step
+from pi0fm_client.errors import ConfigError
 
 LIKE_PI0 = Pi0Config(
     vision=VisionConfig(width=16, depth=1, num_heads=2, mlp_width=32, patch_size=16, image_size=32),

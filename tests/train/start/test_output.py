@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.errors import ConfigError, OutputError
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.start.output import claim
 from pi0fm.train.watch.validation import ValidationConfig
+from pi0fm_client.errors import ConfigError, OutputError
 
 
 def config(directory: Path, **change: object) -> TrainConfig:

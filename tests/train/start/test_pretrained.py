@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import ColumnStats, NormStats
-from pi0fm.errors import BundleError, ConfigError
 from pi0fm.flow.matching import FlowConfig
 from pi0fm.models.lora import LoraConfig
 from pi0fm.models.pi0 import Pi0
@@ -32,6 +31,7 @@ from pi0fm.train.start.pretrained import (
     starting_network,
 )
 from pi0fm.train.watch.validation import ValidationConfig
+from pi0fm_client.errors import BundleError, ConfigError
 
 ROBOT = Embodiment("arm", {"base": "observation.images.base"}, state_dim=4, robot_action_dim=3)
 

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from pi0fm.data.loading.loader import Collator
-from pi0fm.errors import ConfigError, DatasetError, OutputError
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.train import loop
 from pi0fm.train.checkpoint import checkpoints as checkpoint
@@ -19,6 +18,7 @@ from pi0fm.train.start.output import claim
 from pi0fm.train.watch import faults
 from pi0fm.train.watch.faults import NonfiniteError
 from pi0fm.train.watch.metrics import Metrics
+from pi0fm_client.errors import ConfigError, DatasetError, OutputError
 
 ALONE = Context(shown=False)
 BAD = 4  # the step whose batch is spoilt, counted from 1; the global batch is 8

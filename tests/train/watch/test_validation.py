@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from pi0fm.data.order.counter import slots
-from pi0fm.errors import ConfigError
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.oracle import GaussianMixture
 from pi0fm.policy import bundle
@@ -33,6 +32,7 @@ from pi0fm.train.watch.validation import (
     measure,
     summarize,
 )
+from pi0fm_client.errors import ConfigError
 
 ALONE = Context(shown=False)
 CPU = torch.device("cpu")

@@ -16,9 +16,9 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
-from pi0fm.errors import ObservationError, ServingError
-from pi0fm.serve.client import PolicyClient, RemotePolicy
-from pi0fm.types import Observation
+from pi0fm_client import PolicyClient, RemotePolicy
+from pi0fm_client.errors import ObservationError, ServingError
+from pi0fm_client.types import Observation
 
 
 def message(state: float = 0.0, front: int = 0) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pi0fm.errors import ObservationError
-from pi0fm.serve import frames, protocol
+from pi0fm_client import wire
+from pi0fm_client.errors import ObservationError
 
 NUMBERS = ["?", "i1", "<i2", ">i4", "<i8", "u1", ">u2", "<u4", ">u8", "<f2", ">f4", "<f8"]
 
@@ -29,14 +29,14 @@ def test_an_array_is_written_as_openpi_writes_it() -> None:
     array = np.array([1, 2], np.float32)
     marker = "84 c4 0b 5f5f6e6461727261795f5f c3 c4 04 64617461 c4 08 0000803f00000040 c4 05 6474797065 a3 3c6634 c4 05 7368617065 91 02"
     expected = bytes.fromhex("81 a1 78" + marker)
-    assert protocol.pack({"x": array}) == expected
-    assert np.array_equal(protocol.unpack(expected)["x"], array)
+    assert wire.pack({"x": array}) == expected
+    assert np.array_equal(wire.unpack(expected)["x"], array)
 
 
 def test_a_scalar_is_written_as_openpi_writes_it() -> None:
     expected = b"\x81\xa1x\x83\xc4\x0d__npgeneric__\xc3\xc4\x04data\x07\xc4\x05dtype\xa3<i4"
-    assert protocol.pack({"x": np.int32(7)}) == expected
-    found = protocol.unpack(expected)["x"]
+    assert wire.pack({"x": np.int32(7)}) == expected
+    found = wire.unpack(expected)["x"]
     assert found == 7 and found.dtype == np.int32
 
 
@@ -47,7 +47,7 @@ def test_a_scalar_is_written_as_openpi_writes_it() -> None:
     )
 )
 def test_an_array_survives_the_way(array: np.ndarray) -> None:
-    found = protocol.unpack(protocol.pack({"x": array}))["x"]
+    found = wire.unpack(wire.pack({"x": array}))["x"]
     assert found.shape == array.shape and found.dtype == array.dtype.newbyteorder("=")
     assert np.array_equal(found, array, equal_nan=array.dtype.kind == "f")
     assert found.flags.writeable and found.dtype.isnative
@@ -56,18 +56,18 @@ def test_an_array_survives_the_way(array: np.ndarray) -> None:
 def test_layout_does_not_matter_to_the_receiver() -> None:
     array = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
     for view in (array.T, array[:, ::-1], np.asfortranarray(array)):
-        assert np.array_equal(protocol.unpack(protocol.pack({"x": view}))["x"], view)
+        assert np.array_equal(wire.unpack(wire.pack({"x": view}))["x"], view)
 
 
 def test_plain_data_passes() -> None:
     message = {"prompt": "öffne", "n": -(2**63), "list": [1, 2.5, None, True], "map": {"a": {"b": b"c"}}}
-    assert protocol.unpack(protocol.pack(message)) == message
-    assert protocol.unpack(protocol.pack({"m": MappingProxyType({"a": (1, 2)})})) == {"m": {"a": [1, 2]}}
+    assert wire.unpack(wire.pack(message)) == message
+    assert wire.unpack(wire.pack({"m": MappingProxyType({"a": (1, 2)})})) == {"m": {"a": [1, 2]}}
 
 
 def test_marker_keys_may_be_text() -> None:
     textual = {key.decode(): value for key, value in array_map().items()}
-    assert np.array_equal(protocol.unpack(frame_of(textual))["x"], np.zeros((1, 2), np.float32))
+    assert np.array_equal(wire.unpack(frame_of(textual))["x"], np.zeros((1, 2), np.float32))
 
 
 @pytest.mark.parametrize(
@@ -83,13 +83,13 @@ def test_marker_keys_may_be_text() -> None:
 )
 def test_only_numbers_are_packed(value: Any) -> None:
     with pytest.raises(ObservationError, match="dtype"):
-        protocol.pack({"x": value})
+        wire.pack({"x": value})
 
 
 @pytest.mark.parametrize("message", [{"x": object()}, {"x": 2**64}, {"x": {1, 2}}, {1: "x"}, {b"x": 1}])
 def test_what_is_no_plain_data_is_not_packed(message: dict[Any, Any]) -> None:
     with pytest.raises(ObservationError):
-        protocol.pack(message)
+        wire.pack(message)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_what_is_no_plain_data_is_not_packed(message: dict[Any, Any]) -> None:
 )
 def test_other_dtypes_are_refused(dtype: Any) -> None:
     with pytest.raises(ObservationError):
-        protocol.unpack(frame_of(array_map(dtype=dtype)))
+        wire.unpack(frame_of(array_map(dtype=dtype)))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_other_dtypes_are_refused(dtype: Any) -> None:
 )
 def test_shapes_that_do_not_fit_are_refused(shape: Any, line: str) -> None:
     with pytest.raises(ObservationError, match=line):
-        protocol.unpack(frame_of(array_map(shape=shape)))
+        wire.unpack(frame_of(array_map(shape=shape)))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_shapes_that_do_not_fit_are_refused(shape: Any, line: str) -> None:
 )
 def test_a_wrong_marker_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ObservationError):
-        protocol.unpack(frame_of(array_map(**changes)))
+        wire.unpack(frame_of(array_map(**changes)))
 
 
 @pytest.mark.parametrize(
@@ -142,28 +142,28 @@ def test_a_wrong_marker_is_refused(changes: dict[str, Any]) -> None:
 )
 def test_a_scalar_that_does_not_fit_is_refused(dtype: str, data: Any) -> None:
     with pytest.raises(ObservationError, match="scalar"):
-        protocol.unpack(frame_of({b"__npgeneric__": True, b"data": data, b"dtype": dtype}))
+        wire.unpack(frame_of({b"__npgeneric__": True, b"data": data, b"dtype": dtype}))
 
 
 def test_a_bool_array_holds_bools_only() -> None:
-    found = protocol.unpack(frame_of(array_map(data=b"\x00\x07", dtype="|b1", shape=[2])))["x"]
+    found = wire.unpack(frame_of(array_map(data=b"\x00\x07", dtype="|b1", shape=[2])))["x"]
     assert found.view(np.uint8).tolist() == [0, 1]
 
 
 def test_every_cut_of_a_frame_is_refused_by_name() -> None:
-    frame = protocol.pack({"image": np.zeros((4, 4, 3), np.uint8), "state": np.zeros(3), "prompt": "pick", "n": 70_000, "t": 0.5})
+    frame = wire.pack({"image": np.zeros((4, 4, 3), np.uint8), "state": np.zeros(3), "prompt": "pick", "n": 70_000, "t": 0.5})
     for end in range(len(frame)):
         with pytest.raises(ObservationError, match="whole"):
-            protocol.unpack(frame[:end])
+            wire.unpack(frame[:end])
     with pytest.raises(ObservationError, match="one message"):
-        protocol.unpack(frame + b"\xc0")
+        wire.unpack(frame + b"\xc0")
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=64))
 def test_any_bytes_give_a_map_or_an_observation_error(frame: bytes) -> None:
     try:
-        assert isinstance(protocol.unpack(frame), dict)
+        assert isinstance(wire.unpack(frame), dict)
     except ObservationError as error:
         assert "\n" not in str(error)
 
@@ -171,11 +171,11 @@ def test_any_bytes_give_a_map_or_an_observation_error(frame: bytes) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_a_damaged_frame_gives_a_map_or_an_observation_error(data: st.DataObject) -> None:
-    frame = bytearray(protocol.pack({"image": np.zeros((2, 2, 3), np.uint8), "state": np.zeros(3, np.float32), "prompt": "pick"}))
+    frame = bytearray(wire.pack({"image": np.zeros((2, 2, 3), np.uint8), "state": np.zeros(3, np.float32), "prompt": "pick"}))
     for _ in range(data.draw(st.integers(1, 3))):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
     try:
-        assert isinstance(protocol.unpack(bytes(frame)), dict)
+        assert isinstance(wire.unpack(bytes(frame)), dict)
     except ObservationError as error:
         assert "\n" not in str(error)
 
@@ -201,7 +201,7 @@ def test_a_damaged_frame_gives_a_map_or_an_observation_error(data: st.DataObject
 )
 def test_hostile_frames_are_refused_by_name(frame: bytes, line: str) -> None:
     with pytest.raises(ObservationError, match=line):
-        protocol.unpack(frame)
+        wire.unpack(frame)
 
 
 def test_the_deepest_allowed_message_passes_and_one_more_level_does_not() -> None:
@@ -211,12 +211,12 @@ def test_the_deepest_allowed_message_passes_and_one_more_level_does_not() -> Non
             value = {"x": value}
         return value
 
-    assert protocol.unpack(msgpack.packb(nested(frames.MAX_DEPTH))) == nested(frames.MAX_DEPTH)
+    assert wire.unpack(msgpack.packb(nested(wire.MAX_DEPTH))) == nested(wire.MAX_DEPTH)
     with pytest.raises(ObservationError, match="nest"):
-        protocol.unpack(msgpack.packb(nested(frames.MAX_DEPTH + 1)))
+        wire.unpack(msgpack.packb(nested(wire.MAX_DEPTH + 1)))
 
 
 def test_a_large_frame_is_refused_before_it_is_read() -> None:
-    frame = protocol.pack({"x": np.zeros(100, np.uint8)})
+    frame = wire.pack({"x": np.zeros(100, np.uint8)})
     with pytest.raises(ObservationError, match="send smaller images"):
-        protocol.unpack(frame, max_bytes=99)
+        wire.unpack(frame, max_bytes=99)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
-from pi0fm.errors import ServingError
-from pi0fm.serve.protocol import MAX_FRAME_BYTES
+from pi0fm_client.errors import ServingError
+from pi0fm_client.wire import MAX_FRAME_BYTES
 
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 2.0

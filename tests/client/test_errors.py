@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from pi0fm import errors
+from pi0fm_client import errors
 
 CLASSES = [value for _, value in inspect.getmembers(errors, inspect.isclass) if issubclass(value, errors.Pi0fmError)]
 

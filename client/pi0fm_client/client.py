@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 
-from pi0fm.errors import ObservationError, ServingError
-from pi0fm.serve import connection, protocol
-from pi0fm.types import ActionChunk, Observation
+from pi0fm_client import connection, wire
+from pi0fm_client.errors import ObservationError, ServingError
+from pi0fm_client.types import ActionChunk, Observation
 
 _CLOSE_TOO_BIG = 1009
 
@@ -64,8 +64,8 @@ class PolicyClient:
         observation: the server's own keys to arrays, text and numbers; `noise_seed` (int >= 0) makes a pi0fm server's reply reproducible.
         Raises ObservationError for what cannot be sent, ServingError for everything that goes wrong on the way or over there.
         """
-        frame = protocol.pack(observation)
-        limit = self._metadata.get("max_frame_bytes", protocol.MAX_FRAME_BYTES)
+        frame = wire.pack(observation)
+        limit = self._metadata.get("max_frame_bytes", wire.MAX_FRAME_BYTES)
         if len(frame) > limit:
             raise ObservationError(f"an observation may take {limit} bytes on {self._url}, found {len(frame)}: send smaller images")
         reply = self._exchange(frame)
@@ -135,7 +135,7 @@ class PolicyClient:
 
     def _decode(self, frame: bytes) -> dict[str, Any]:
         try:
-            return protocol.unpack(frame)
+            return wire.unpack(frame)
         except ObservationError as error:
             self._drop()
             raise ServingError(f"{self._url} is no policy server, or speaks another protocol: {error}") from None
@@ -152,7 +152,7 @@ class PolicyClient:
 
 @final
 class RemotePolicy:
-    """A `pi0fm.types.Policy` on a server: a batch goes over up to `connections` at once, so the server infers it as one.
+    """A `pi0fm_client.types.Policy` on a server: a batch goes over up to `connections` at once, so the server infers it as one.
 
     url, token, timeout_seconds, connect_timeout_seconds: as for PolicyClient. Raises what PolicyClient raises, and ServingError when
     the metadata does not say which keys an observation has (an openpi server's does not: use PolicyClient there).

@@ -1,13 +1,13 @@
-"""Messages between a robot and a policy: msgpack maps with numpy arrays, in openpi's encoding.
+"""Messages between a robot and a policy server: msgpack maps with numpy arrays, in openpi's encoding.
 
-Owns: `pack` and `unpack`, and what an array on the wire may be. Does not know: sockets, what the keys mean.
+Owns: `pack` and `unpack`, the arrays that may be sent, the bounds of a frame. Does not know: sockets, what the keys mean.
 
-An array is a map of four, a numpy scalar a map of three; the markers' keys are bin, as openpi writes them:
+An array is a map of four, a numpy scalar a map of three; the marker keys are bin, as openpi writes them:
 
     {b"__ndarray__": true,   b"data": <C-order bytes>, b"dtype": "<f4", b"shape": [H, A]}
     {b"__npgeneric__": true, b"data": <number>,        b"dtype": "<f4"}
 
-Nothing of a frame is trusted: frames.py bounds it before msgpack builds it, and an array is made only when its type is a plain
+A frame is not trusted: its bounds are checked before msgpack builds anything, and an array is made only when its type is a plain
 number and its bytes are exactly what its shape needs. openpi's own decoder hands any dtype to numpy, and `|O` kills the process.
 """
 
@@ -19,14 +19,20 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm.errors import ObservationError
-from pi0fm.serve import frames
+from pi0fm_client.errors import ObservationError
 
 MAX_FRAME_BYTES = 32 * 1024 * 1024
 MAX_DIMENSIONS = 8
+MAX_DEPTH = 8
+MAX_ITEMS = 16_384
 _SIZES_BY_KIND = {"b": (1,), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8), "f": (2, 4, 8)}
 _ARRAY_KEYS = {"__ndarray__", "data", "dtype", "shape"}
 _SCALAR_KEYS = {"__npgeneric__", "data", "dtype"}
+
+# First bytes by what follows them (the msgpack specification, "Formats").
+_FIXED = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
+_SIZED = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
+_CONTAINERS = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
 
 
 def pack(message: Mapping[Any, Any]) -> bytes:
@@ -47,9 +53,9 @@ def unpack(frame: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> dict[str, Any]:
     """
     if len(frame) > max_bytes:
         raise ObservationError(f"a frame may hold {max_bytes} bytes, found {len(frame)}: send smaller images")
-    frames.check(frame)
+    _check_bounds(frame)
     try:
-        message = msgpack.unpackb(frame, object_hook=_revive, max_array_len=frames.MAX_ITEMS, max_map_len=frames.MAX_ITEMS)
+        message = msgpack.unpackb(frame, object_hook=_revive, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS)
     except ObservationError:
         raise
     except (ValueError, TypeError, msgpack.UnpackException) as error:
@@ -62,6 +68,66 @@ def unpack(frame: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> dict[str, Any]:
         if not isinstance(key, str):
             raise ObservationError(f"a message's keys must be text, found {key[:40]!r}: pack it with str keys")
     return message
+
+
+def _check_bounds(frame: bytes) -> None:
+    """Raise ObservationError unless the frame is exactly one msgpack item within MAX_DEPTH and MAX_ITEMS, without extension types.
+
+    msgpack trusts the lengths that a frame declares, and a small frame can unfold into a large tree: one byte `80` becomes a dict of
+    64 bytes. This walk reads only the first byte of each item and jumps over its payload, so its cost grows with the number of items
+    (about fifty for an observation), not with the bytes of the images.
+
+        84 | a5 image | 84 c4 .. c3 c4 .. c5 ff ff <jump> .. | a6 prompt | a4 pick | ...
+        ^    ^          ^
+        |    item 2     item 3: a map, so 8 more items are due, one level deeper
+        item 1: a map of 4, so 8 items are due
+    """
+    position, items = 0, 0
+    due = [1]  # items still to come, by level
+    while due:
+        if due[-1] == 0:
+            due.pop()
+            continue
+        due[-1] -= 1
+        items += 1
+        position, children = _item(frame, position)
+        if position > len(frame):
+            raise ObservationError(f"a frame must be whole: it ends at byte {len(frame)}, inside an item; send it again, in one message")
+        if items + children > MAX_ITEMS:
+            raise ObservationError(f"a frame may hold {MAX_ITEMS} items, found more: send numbers as one array, not as a list")
+        if children:
+            due.append(children)
+            if len(due) > MAX_DEPTH + 1:
+                raise ObservationError(f"a frame may nest {MAX_DEPTH} levels, found more: send a flat map of keys to arrays")
+    if position < len(frame):
+        raise ObservationError(f"a frame must hold one message: {len(frame) - position} bytes follow it; send one map a frame")
+
+
+def _item(frame: bytes, position: int) -> tuple[int, int]:
+    """Return where the bytes of one item end and how many items it contains; an end past the frame's end means that the frame is cut."""
+    if position >= len(frame):
+        return len(frame) + 1, 0
+    code = frame[position]
+    position += 1
+    if code <= 0x7F or code >= 0xE0:
+        return position, 0
+    if code <= 0x8F:
+        return position, 2 * (code & 0x0F)
+    if code <= 0x9F:
+        return position, code & 0x0F
+    if code <= 0xBF:
+        return position + (code & 0x1F), 0
+    if code in _FIXED:
+        return position + _FIXED[code], 0
+    if code in _SIZED:
+        width = _SIZED[code]
+        return position + width + int.from_bytes(frame[position : position + width], "big"), 0
+    if code in _CONTAINERS:
+        width, each = _CONTAINERS[code]
+        return position + width, each * int.from_bytes(frame[position : position + width], "big")
+    raise ObservationError(
+        f"a frame may hold maps, lists, text, bytes and numbers, found msgpack type 0x{code:02x}: send no extension types"
+    )
 
 
 def _plain(value: Any) -> Any:
