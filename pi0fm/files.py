@@ -1,20 +1,47 @@
 """Writing that never leaves half a file: write aside, fsync, rename.
 
-Owns: atomic files and directories. Does not know: what is in them.
+Owns: atomic files and directories, the exchange of two names, the line for a place that cannot be written. Does not know: what is in them.
+
+    .NAME.HOST-RANDOM   being written; its writer holds flock on it. The next writer of NAME on this host removes those that nobody holds.
 """
 
+import ctypes
+import errno
+import fcntl
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pi0fm_client.errors import OutputError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV)
+_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, then type the same again")
+_REMEDIES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose a folder that this user may write to")
+_REMEDIES |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a part of that name is a file: choose another folder")
+
+
+@contextmanager
+def write_faults(path: Path) -> Iterator[None]:
+    """Raise OutputError, one line, where the block meets a disk without room, a read-only place, or a file in a folder's place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REMEDIES:
+            raise
+        place = error.filename or path
+        raise OutputError(f"{path} must be writable, found {place}: {error.strerror}; {_REMEDIES[error.errno]}") from error
+
 
 def fsync_directory(path: Path) -> None:
-    """Make the names in `path` durable, not just the bytes of its files."""
+    """Make the names in `path` durable; of a file its bytes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -24,18 +51,11 @@ def fsync_directory(path: Path) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content`; a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+    with _locked_aside(path, directory=False) as (aside, descriptor):
+        with open(descriptor, "wb", closefd=False) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
+        os.fsync(descriptor)
         os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
     fsync_directory(path.parent)
 
 
@@ -50,23 +70,93 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """Fill a directory aside, then rename it to `path`, which must not exist by then; on an error nothing is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+def new_directory(path: Path, older: Path | None = None) -> Iterator[Path]:
+    """Fill a directory aside, then rename it to `path`; on an error nothing is left.
+
+    What is at `path` by then must be an empty directory, or becomes `older`, a name that is free. With the exchange of two names a reader
+    or a kill finds one of them at `path`, never nothing; where the file system has no exchange there is an instant of nothing.
+    """
+    with _locked_aside(path, directory=True) as (aside, descriptor):
         yield aside
         for file in sorted(aside.rglob("*")):
             if file.is_file():
-                descriptor = os.open(file, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-        os.chmod(aside, 0o755)
-        fsync_directory(aside)
-        os.rename(aside, path)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+                fsync_directory(file)
+        os.fsync(descriptor)
+        if older is not None and path.exists():
+            aside.rename(older)
+            if not exchange(older, path):
+                older.rename(aside)
+                path.rename(older)
+                aside.rename(path)
+        else:
+            aside.rename(path)
     fsync_directory(path.parent)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system cannot. Raises OSError for any other reason."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+@contextmanager
+def _locked_aside(path: Path, directory: bool) -> Iterator[tuple[Path, int]]:
+    """A new file or directory beside `path` and its descriptor, with the modes that the umask leaves; removed on an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{path.name}.{socket.gethostname()}-"
+    _sweep(path.parent, prefix)
+    while True:
+        aside = path.parent / f"{prefix}{secrets.token_hex(4)}"
+        if directory:
+            aside.mkdir()
+        try:
+            descriptor = os.open(aside, os.O_RDONLY if directory else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileNotFoundError:
+            continue  # swept between its making and its lock
+        if _lock(descriptor) is not False and aside.exists():
+            break
+        os.close(descriptor)
+    try:
+        yield aside, descriptor
+    except BaseException:
+        _remove(aside)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(folder: Path, prefix: str) -> None:
+    """Remove what killed writers left: whatever of that prefix nobody holds. Where a file system knows no locks it stays."""
+    for left in [entry for entry in folder.iterdir() if entry.name.startswith(prefix)]:
+        with suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY)
+            try:
+                if _lock(descriptor):
+                    _remove(left)
+            finally:
+                os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Whether the lock is ours now; None where there are no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -7,7 +7,8 @@ from demos_help import config, submit
 
 from pi0fm.demos.dataset import SETTINGS_FILE, Recording, read_seeds
 from pi0fm.demos.record import record
-from pi0fm.demos.swap import exchange, swap_directories
+from pi0fm.demos.swap import swap_directories
+from pi0fm.files import exchange
 from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
 from pi0fm_client.errors import ConfigError, OutputError, SimulationError
 
