@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
         """The normed input, and None: a plain norm has no gate on its residual."""
         dtype = product_dtype(x) if self.for_products else x.dtype
         # the same numbers; without a gradient the frame of the closed form would cost as much as a small norm itself
-        return (_RMSNorm.apply(x, self.scale, dtype) if torch.is_grad_enabled() else _normed(x, self.scale, dtype))[0], None
+        return (_RMSNorm.apply(x, self.scale, dtype) if _closed_form() else _normed(x, self.scale, dtype))[0], None
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -97,7 +97,7 @@ class GatedMLP(nn.Module):
     def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
         """x to x's shape."""
         halves = self.gate_up(x)
-        return self.down(_Gated.apply(halves, self.gelu)[0] if torch.is_grad_enabled() else _gated(halves, self.gelu))
+        return self.down(_Gated.apply(halves, self.gelu)[0] if _closed_form() else _gated(halves, self.gelu))
 
 
 def rotation(positions: Int64[Tensor, "B T"], head_dim: int) -> Rotation:
@@ -110,7 +110,7 @@ def rotation(positions: Int64[Tensor, "B T"], head_dim: int) -> Rotation:
 
 def rotate(x: Float[Tensor, "B N T K"], by: Rotation) -> Float[Tensor, "B N T K"]:
     """Rotate the pairs (i, i + K/2) of every head, in float32; the result has the type of x."""
-    return _Rotate.apply(x, by.cos, by.sin) if torch.is_grad_enabled() else _turn(x, by.cos, by.sin)
+    return _Rotate.apply(x, by.cos, by.sin) if _closed_form() else _turn(x, by.cos, by.sin)
 
 
 def run_layer(layer: nn.Module, recomputed: bool, *inputs: Any) -> Any:
@@ -119,6 +119,11 @@ def run_layer(layer: nn.Module, recomputed: bool, *inputs: Any) -> Any:
         # nothing in a layer is random, so no generator's state is kept
         return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
     return layer(*inputs)
+
+
+def _closed_form() -> bool:
+    """Whether to record a gradient in closed form. A compiler derives one from the plain formulas and fuses it with its neighbours."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
