@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-PACKAGES = ("pi0fm", "torch", "transformers", "ray", "lerobot", "mujoco", "metaworld", "numpy", "av")
+PACKAGES = ("pi0fm", "torch", "transformers", "ray", "lerobot", "numpy", "av")
 
 
 def describe_machine() -> dict[str, str]:
@@ -25,10 +25,10 @@ def describe_machine() -> dict[str, str]:
     }
 
 
-def describe_versions() -> dict[str, str]:
-    """Python, and each of PACKAGES as installed."""
+def describe_versions(*more: str) -> dict[str, str]:
+    """Versions of Python, of PACKAGES, and of the packages named in `more`."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pi0fm.data.columns.lerobot_source import DatasetConfig
 from pi0fm.options import option
-from pi0fm.sim.metaworld.environment import check_task
+from pi0fm.sim import catalog
 from pi0fm_client.errors import ConfigError
 
 SIDES = ("pi0fm", "lerobot")
@@ -26,7 +26,7 @@ PASSED_OVER = (
 class LearningConfig:
     """Options of `pi0fm bench learning`. Raises ConfigError for a value out of range."""
 
-    task: str = option("button-press-topdown-v3", "Meta-World task that both sides learn")
+    task: str = option("button-press-topdown-v3", f"task that both sides learn, {catalog.TASK_FORM}")
     cpu_seconds: float = option(240.0, "processor seconds of each training, of all its threads and processes")
     lerobot_cpu_seconds: float | None = option(None, "of LeRobot's trainings; empty takes cpu_seconds, 0 leaves them out")
     steps: int | None = option(
@@ -43,7 +43,8 @@ class LearningConfig:
     output_dir: Path = option(Path("outputs/bench-learning"), "folder of learning.json, and of the recorded data set")
 
     def __post_init__(self) -> None:
-        check_task(self.task)
+        catalog.find(self.task)
+        object.__setattr__(self, "task", catalog.report_name(self.task))
         if not 0 < self.cpu_seconds < float("inf"):
             raise ConfigError(f"cpu_seconds must be above 0, found {self.cpu_seconds:g}; type --cpu_seconds 240")
         if self.lerobot_cpu_seconds is not None and not 0 <= self.lerobot_cpu_seconds < float("inf"):

@@ -16,9 +16,8 @@ from pi0fm.data.chain import Chain
 from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
 from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.eval.episode import noise_seed
+from pi0fm.sim import catalog
 from pi0fm.sim.environment import CameraSpec, parse_cameras
-from pi0fm.sim.metaworld.environment import make_environment
-from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
 from pi0fm_client.errors import ConfigError
 from pi0fm_client.types import Observation, Policy
 
@@ -42,14 +41,14 @@ def from_dataset(chain: Chain, dataset: DatasetConfig, count: int) -> list[Obser
 
 
 def simulated_tasks(metadata: Mapping[str, Any]) -> dict[str, int]:
-    """By task of the policy's demonstrations that Meta-World has, the first seed behind them.
+    """By task of the policy's demonstrations that a simulator has, the first seed behind them.
 
     Raises ConfigError that names the option which helps, where the bundle does not say how it is simulated.
     """
-    tasks = {task: int(high) + 1 for task, (_, high) in metadata["demonstration_seeds"].items() if task in TASK_PROMPTS}
+    tasks = {task: int(high) + 1 for task, (_, high) in metadata["demonstration_seeds"].items() if catalog.known(task)}
     if not tasks or not metadata["camera_sources"]:
         raise ConfigError(
-            "observations are needed, and this bundle names no Meta-World task and camera to simulate them with; "
+            "observations are needed, and this bundle names no task and camera of a simulator to make them with; "
             "type --dataset.root DIRECTORY, or --dataset.repo_id NAME"
         )
     return tasks
@@ -73,7 +72,7 @@ def from_simulator(policy: Policy, count: int, seed: int, advance: Callable[[int
 def _along(
     policy: Policy, task: str, cameras: tuple[CameraSpec, ...], first_seed: int, count: int, seed: int, advance: Callable[[int], None]
 ) -> list[Observation]:
-    environment = make_environment(task, cameras)
+    environment = catalog.open_environment(task, cameras)
     found: list[Observation] = []
     try:
         for start in range(first_seed, first_seed + count):  # each episode gives one observation or more

@@ -5,6 +5,7 @@ Owns: the order demonstrations -> trainings and evaluations -> table and learnin
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -17,13 +18,11 @@ from pi0fm.cluster import evaluation
 from pi0fm.cluster.recording import record_demonstrations
 from pi0fm.cluster.training import TrainingRun
 from pi0fm.demos.config import DatasetName, DemosConfig
-from pi0fm.eval.config import EvalConfig, camera_texts, plan, refuse_seen_seeds
+from pi0fm.eval.config import EvalConfig, camera_specs, plan, refuse_seen_seeds
 from pi0fm.eval.report.page import percent
 from pi0fm.eval.summary import Summary
 from pi0fm.policy.bundle import PolicyConfig
-from pi0fm.sim.environment import Environment, parse_cameras
-from pi0fm.sim.metaworld import environment as metaworld
-from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
+from pi0fm.sim import catalog
 from pi0fm_client.errors import OutputError
 from pi0fm_client.types import Policy
 
@@ -50,7 +49,7 @@ def run(config: LearningConfig) -> dict[str, Any]:
     from pi0fm.bench import learning, shared_data  # LeRobot's import alone takes many seconds
 
     trained = learning.comparable(base, config)
-    data = shared_data.open_shared(trained, TASK_PROMPTS[config.task])
+    data = shared_data.open_shared(trained, catalog.prompt_of(config.task))
     judge = _judge(config, trained.execution_horizon, data.policy)
     sizes = learning.parameters(data)
     progress.say(f"parameters: {sizes['pi0fm']:,} here; {sizes['lerobot']:,} there, of which {sizes['lerobot_used']:,} take part")
@@ -92,10 +91,8 @@ def _judge(config: LearningConfig, execution_horizon: int, policy: PolicyConfig)
     )
     metadata = policy.metadata()
     refuse_seen_seeds(asked, metadata)
-    cameras = camera_texts(asked, metadata)
-
-    def open_environment(task: str) -> Environment:
-        return metaworld.make_environment(task, parse_cameras(cameras), max_steps=config.max_steps)
+    cameras = camera_specs(asked, metadata, catalog.find(config.task)[0])
+    open_environment = partial(catalog.open_environment, cameras=cameras, max_steps=config.max_steps)
 
     def judge(judged: Policy) -> Summary:
         setup = evaluation.Setup(lambda: judged, open_environment, evaluation.settings_for(asked, metadata), asked.environments_per_worker)

@@ -48,7 +48,7 @@ class QuickstartConfig:
     output_dir: Path = option(Path("outputs/quickstart"), "folder of everything: data set, run, bundle, reports")
     resume: bool = option(False, "go on with an interrupted quickstart in output_dir")
     config: Path | None = option(None, "the training configuration; configs/quickstart.yaml when not given")
-    tasks: tuple[str, ...] = option(("button-press-topdown-v3", "drawer-open-v3", "handle-press-v3"), "Meta-World tasks of the one policy")
+    tasks: tuple[str, ...] = option(("button-press-topdown-v3", "drawer-open-v3", "handle-press-v3"), "tasks of the one policy")
     demonstrations: int = option(50, "demonstrations of each task")
     episodes: int = option(20, "evaluation episodes of each task, on seeds that no demonstration used")
     served_episodes: int = option(4, "episodes of each task over the socket")

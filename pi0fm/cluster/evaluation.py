@@ -18,14 +18,15 @@ from typing import Any, final
 from pi0fm import machine, progress
 from pi0fm.cluster.ledger import Ledger
 from pi0fm.cluster.runtime import ONE_THREAD, ray_session, require_resources
-from pi0fm.eval.config import DEFAULT_EXECUTION_HORIZON, EvalConfig, camera_texts, plan, refuse_seen_seeds
+from pi0fm.eval.config import DEFAULT_EXECUTION_HORIZON, EvalConfig, camera_specs, plan, refuse_seen_seeds
 from pi0fm.eval.episode import Episode, EpisodeResult, RolloutSettings, one_line
 from pi0fm.eval.report import curve
 from pi0fm.eval.report import page as report
 from pi0fm.eval.rollout import Lockstep, OpenEnvironment, run_all
 from pi0fm.eval.summary import Summary, summarize
-from pi0fm.sim.environment import Environment, parse_cameras
-from pi0fm.sim.metaworld import environment as metaworld
+from pi0fm.sim import catalog
+from pi0fm.sim.environment import CameraSpec
+from pi0fm.sim.suite import Suite
 from pi0fm_client.errors import ConfigError
 from pi0fm_client.types import Policy
 
@@ -67,14 +68,15 @@ def evaluate(config: EvalConfig) -> Evaluation:
     began = time.monotonic()
     output_dir = Path(config.output_dir)
     report.refuse_other_evaluation(output_dir)
-    for task in config.tasks:
-        metaworld.check_task(task)
+    suite = catalog.shared_suite(config.tasks)
     losses = curve.read_losses(Path(config.metrics)) if config.metrics else []
     open_policy = partial(_open_policy, config)
     metadata = _read_metadata(config)
     refuse_seen_seeds(config, metadata)
-    cameras = camera_texts(config, metadata)
-    open_environment = partial(_open_environment, cameras, config.max_steps)
+    cameras = camera_specs(config, metadata, suite)
+    for task in config.tasks:
+        suite.check(catalog.find(task)[1], cameras, config.max_steps)
+    open_environment = partial(catalog.open_environment, cameras=cameras, max_steps=config.max_steps)
     setup = Setup(open_policy, open_environment, settings_for(config, metadata), config.environments_per_worker, config.gpus_per_worker)
     rows, summary = run(plan(config), config.tasks, setup, config.num_workers, output_dir)
     seconds = time.monotonic() - began
@@ -86,9 +88,9 @@ def evaluate(config: EvalConfig) -> Evaluation:
         facts={
             "policy": {name: str(value) for name, value in metadata.items() if isinstance(value, str | int | float)}
             | {name: str(value) for name, value in dict(metadata.get("training") or {}).items()},
-            "settings": _settings_facts(config, setup.settings, cameras, metadata),
+            "settings": _settings_facts(config, setup.settings, cameras, metadata, suite),
             "machine": machine.describe_machine(),
-            "versions": machine.describe_versions(),
+            "versions": machine.describe_versions(*suite.packages),
         },
         losses=losses,
     )
@@ -192,7 +194,7 @@ def _stream_on_ray(episodes: Sequence[Episode], setup: Setup, num_workers: int |
 def _open_policy(config: EvalConfig) -> Policy:
     """One thread also in the calling process: sums in another order would make results depend on the number of workers."""
     if config.remote:
-        from pi0fm_client import RemotePolicy
+        from pi0fm_client.client import RemotePolicy
 
         return RemotePolicy(config.policy, connections=config.environments_per_worker)
     from pi0fm.policy import bundle
@@ -214,7 +216,7 @@ def _open_policy(config: EvalConfig) -> Policy:
 def _read_metadata(config: EvalConfig) -> dict[str, Any]:
     """What the policy says of itself, without its weights: those are for the workers."""
     if config.remote:
-        from pi0fm_client import RemotePolicy
+        from pi0fm_client.client import RemotePolicy
 
         remote = RemotePolicy(config.policy, connections=1)
         try:
@@ -226,23 +228,22 @@ def _read_metadata(config: EvalConfig) -> dict[str, Any]:
     return bundle.metadata(Path(config.policy), config.robot)
 
 
-def _open_environment(cameras: Sequence[str], max_steps: int, task: str) -> Environment:
-    return metaworld.make_environment(task, parse_cameras(cameras), max_steps=max_steps)
-
-
 def _last_line(error: Exception) -> str:
     """The line of Ray's long text that names the fault."""
     return str(error).strip().splitlines()[-1].strip()
 
 
-def _settings_facts(config: EvalConfig, settings: RolloutSettings, cameras: Sequence[str], metadata: Mapping[str, Any]) -> dict[str, str]:
+def _settings_facts(
+    config: EvalConfig, settings: RolloutSettings, cameras: Sequence[CameraSpec], metadata: Mapping[str, Any], suite: Suite
+) -> dict[str, str]:
     solver = config.solver or str(metadata.get("solver", "the policy's own"))
     level = metadata.get("noise_level", 1.0) if config.noise_level is None else config.noise_level
+    limits = {config.max_steps or suite.tasks[catalog.find(task)[1]].max_steps for task in config.tasks}
     return {
         "seeds": f"{config.first_seed} to {config.first_seed + config.episodes - 1}",
-        "max steps": str(config.max_steps),
+        "max steps": ", ".join(map(str, sorted(limits))),
         "execution horizon": str(settings.execution_horizon),
-        "cameras": ", ".join(cameras),
+        "cameras": ", ".join(map(str, cameras)),
         "flow steps": str(config.num_flow_steps or metadata.get("num_flow_steps", "the policy's own")),
         "solver": f"{solver}, noise level {level}" if solver == NOISY else solver,
         "scores": _scores_fact(config),

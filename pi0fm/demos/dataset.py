@@ -26,7 +26,7 @@ from pi0fm.demos.encoding import EncodedEpisode
 from pi0fm.demos.lerobot_writer import Layout, Written, read_written, write_segment
 from pi0fm.demos.swap import swap_directories
 from pi0fm.files import fsync_directory, write_json
-from pi0fm.sim.metaworld.environment import ACTION_NAMES, STATE_NAMES
+from pi0fm.sim import catalog
 from pi0fm_client.errors import OutputError
 
 SEGMENT_EPISODES = 10
@@ -141,15 +141,13 @@ class Recording:
 
 def recording_settings(config: DemosConfig) -> dict[str, Any]:
     """What must be equal for a recording to go on; more episodes may be asked for."""
-    from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
-
     return {
-        "prompts": {task: TASK_PROMPTS[task] for task in config.task_names},
+        "prompts": {task: catalog.prompt_of(task) for task in config.task_names},
         "cameras": [str(camera) for camera in config.camera_specs],
         "noise": float(config.noise),
         "first_seed": config.first_seed,
-        "max_steps": config.max_steps,
-        "fps": config.fps,
+        "max_steps": config.step_limit,
+        "fps": config.control_rate,
     }
 
 
@@ -174,7 +172,7 @@ def refuse_foreign(root: Path, settings: dict[str, Any]) -> None:
 def layout_of(config: DemosConfig) -> Layout:
     """The data set's shape, as far as it is settled before the first episode."""
     cameras = {camera.name: (camera.height, camera.width) for camera in config.camera_specs}
-    return Layout(config.fps, "sawyer", STATE_NAMES, ACTION_NAMES, cameras)
+    return Layout(config.control_rate, config.suite.robot_type, config.suite.state_names, config.suite.action_names, cameras)
 
 
 def published_episodes(root: Path) -> int:

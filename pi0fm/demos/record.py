@@ -11,15 +11,14 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from pi0fm import progress
 from pi0fm.demos.config import DemosConfig
 from pi0fm.demos.dataset import Recording
 from pi0fm.demos.encoding import EncodedEpisode, encode
 from pi0fm.demos.episode import record_episode
+from pi0fm.sim import catalog
 from pi0fm.sim.environment import CameraSpec, Environment
-from pi0fm.sim.metaworld.environment import make_environment
 from pi0fm_client.errors import SimulationError
 
 Submit = Callable[[str, int], Callable[[], EncodedEpisode | None]]
@@ -36,7 +35,7 @@ def record(config: DemosConfig, submit: Submit, window: int) -> dict[str, object
     """
     began = time.monotonic()
     total = config.episodes * len(config.task_names)
-    with Recording(Path(config.dataset.folder), config) as recording:
+    with Recording(config.folder, config) as recording:
         with progress.step("demonstrations", total, start=min(total, recording.episodes)) as bar:
             for task in config.task_names:
                 for episode in _successes(task, config, recording, submit, window):
@@ -83,10 +82,10 @@ def submit_here(config: DemosConfig) -> Submit:
 
 def simulate(config: DemosConfig, task: str, seed: int) -> EncodedEpisode | None:
     """`record_episode` and `encode`, in an environment that this process keeps: building one takes longer than some episodes."""
-    episode = record_episode(_environment(task, config.camera_specs, config.max_steps), seed, config.noise)
-    return None if episode is None else encode(episode, config.fps)
+    episode = record_episode(_environment(task, config.camera_specs, config.step_limit), seed, config.noise)
+    return None if episode is None else encode(episode, config.control_rate)
 
 
 @functools.lru_cache(maxsize=_ENVIRONMENTS_KEPT)
 def _environment(task: str, cameras: tuple[CameraSpec, ...], max_steps: int) -> Environment:
-    return make_environment(task, cameras, max_steps)
+    return catalog.open_environment(task, cameras, max_steps)

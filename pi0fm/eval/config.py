@@ -11,9 +11,11 @@ import yaml
 
 from pi0fm.eval.episode import Episode
 from pi0fm.options import option, required
+from pi0fm.sim import catalog
+from pi0fm.sim.environment import CameraSpec, parse_cameras
+from pi0fm.sim.suite import Suite
 from pi0fm_client.errors import ConfigError
 
-DEFAULT_CAMERAS = ("base=corner2:96x96",)
 DEFAULT_EXECUTION_HORIZON = 8
 LEAST = {
     "episodes": 1,
@@ -31,16 +33,19 @@ LEAST = {
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What to judge, on what, and where the report goes. After construction `tasks` and `cameras` are tuples."""
+    """What to judge, on what, and where the report goes.
+
+    After construction `tasks` and `cameras` are tuples, and tasks have their reports' names.
+    """
 
     policy: str = required("a bundle's directory, or the ws:// address of a server")
-    tasks: str | tuple[str, ...] = required("tasks to run, as a list or with commas between")
+    tasks: str | tuple[str, ...] = required(f"tasks with commas between them, each {catalog.TASK_FORM}")
     robot: str | None = option(None, "of a bundle that was trained on a mixture: the robot that acts; the first when not given")
     episodes: int = option(20, "episodes of each task, one seed each")
     first_seed: int = option(1, "seed of the first episode; the others follow one by one")
     allow_seen_seeds: bool = option(False, "accept start positions that the policy saw in its demonstrations")
-    cameras: str | tuple[str, ...] = option((), "NAME=SOURCE:WIDTHxHEIGHT,...; the policy's own when not given, else base=corner2:96x96")
-    max_steps: int = option(400, "an episode that has not succeeded by then is a failure")
+    cameras: str | tuple[str, ...] = option((), "NAME=SOURCE:WIDTHxHEIGHT,...; the policy's own when not given, else the simulator's")
+    max_steps: int | None = option(None, "an episode that has not succeeded by then is a failure; the task's own limit when not given")
     execution_horizon: int | None = option(None, "actions executed of each chunk; the policy's own when not given, else 8")
     num_workers: int | None = option(None, "Ray actors; every core of the cluster when not given, 0 runs in this process")
     gpus_per_worker: float = option(0.0, "of a GPU for each actor's policy, such as 0.25; 0 infers on the CPU")
@@ -62,7 +67,7 @@ class EvalConfig:
     observation_change: str = option("none", "ablation: none, frozen_image (of another seed) or swapped_prompt (of the next task)")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", _names(self.tasks))
+        object.__setattr__(self, "tasks", tuple(catalog.report_name(task) for task in _names(self.tasks)))
         object.__setattr__(self, "cameras", _names(self.cameras))
         if not self.tasks:
             raise ConfigError("an evaluation needs one task or more; type --tasks button-press-topdown-v3,drawer-open-v3")
@@ -110,15 +115,14 @@ def plan(config: EvalConfig) -> list[Episode]:
     return [Episode(task, config.first_seed + k, record=k < config.videos_per_task) for task in config.tasks for k in numbers]
 
 
-def camera_texts(config: EvalConfig, metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """`NAME=SOURCE:WIDTHxHEIGHT` of each camera: as given, else as the policy's `camera_sources` say, else the default.
+def camera_specs(config: EvalConfig, metadata: Mapping[str, Any], suite: Suite) -> tuple[CameraSpec, ...]:
+    """The cameras: as given, else as the policy's `camera_sources` say, else the simulator's default.
 
-    `camera_sources` is a mapping of a camera's name to SOURCE:WIDTHxHEIGHT.
+    `camera_sources` is a mapping of a camera's name to SOURCE:WIDTHxHEIGHT. Raises ConfigError for a text of another form.
     """
-    if config.cameras:
-        return tuple(config.cameras)
     sources = metadata.get("camera_sources") or {}
-    return tuple(f"{name}={source}" for name, source in sources.items()) or DEFAULT_CAMERAS
+    texts = config.cameras or [f"{name}={source}" for name, source in sources.items()]
+    return parse_cameras(texts) if texts else suite.default_cameras
 
 
 def refuse_seen_seeds(config: EvalConfig, metadata: Mapping[str, Any]) -> None:

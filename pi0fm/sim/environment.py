@@ -79,7 +79,7 @@ class Environment(ABC):
                       '- renders now, so a policy that looks every 8 steps pays for one picture in 8
     """
 
-    task: str
+    task: str  # the name that reports use
     prompt: str
     fps: int  # control steps in a simulated second
     action_dim: int

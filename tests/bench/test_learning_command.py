@@ -76,7 +76,7 @@ def test_without_a_data_set_the_demonstrations_are_recorded_here(nothing_recorde
     assert main(["bench", "learning", "--task", "reach-v3", "--demonstrations", "7", "--output_dir", str(tmp_path / "out")]) == 130
     (asked,) = nothing_recorded
     assert (asked.task_names, asked.episodes, asked.num_workers) == (("reach-v3",), 7, 0)
-    assert asked.dataset.folder == tmp_path / "out" / "dataset"
+    assert asked.folder == tmp_path / "out" / "dataset"
 
 
 def test_a_data_set_that_is_named_is_taken_as_it_is(nothing_recorded):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from learning_help import SeededArm
 
-from pi0fm.bench import policy_observations
 from pi0fm.bench.policy_observations import from_dataset, from_simulator, simulated_tasks
 from pi0fm.data.chain import Chain
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.prompt import PromptTokenizer, load_tokenizer
+from pi0fm.sim import catalog
 from pi0fm_client.errors import ConfigError
 
 METADATA = {
@@ -29,7 +29,7 @@ def arms(monkeypatch) -> list[SeededArm]:
         made.append(SeededArm(task, cameras, max_steps=7))
         return made[-1]
 
-    monkeypatch.setattr(policy_observations, "make_environment", make)
+    monkeypatch.setattr(catalog, "open_environment", make)
     return made
 
 
@@ -59,7 +59,7 @@ def test_fewer_observations_than_tasks(arms):
 
 @pytest.mark.parametrize("change", [{"camera_sources": {}}, {"demonstration_seeds": {}}, {"demonstration_seeds": {"fold": [0, 3]}}])
 def test_a_bundle_that_names_no_simulator_needs_a_data_set(change):
-    with pytest.raises(ConfigError, match=r"names no Meta-World task and camera.*type --dataset\.root DIRECTORY"):
+    with pytest.raises(ConfigError, match=r"names no task and camera of a simulator.*type --dataset\.root DIRECTORY"):
         simulated_tasks(METADATA | change)
 
 

@@ -13,6 +13,8 @@ from pi0fm.cluster.evaluation import run, settings_for, stream
 from pi0fm.cluster.ledger import Ledger
 from pi0fm.eval.config import EvalConfig
 from pi0fm.eval.episode import Episode, EpisodeResult
+from pi0fm.sim import catalog
+from pi0fm.sim.environment import parse_cameras
 from pi0fm_client.errors import ConfigError, OutputError
 
 EPISODES = [Episode(task, seed, record=seed == 1) for task in ("a", "b") for seed in range(1, 7)]
@@ -78,7 +80,7 @@ def test_the_execution_horizon_is_the_options_then_the_policys_then_eight():
 
 KNOWN = {
     "demonstration_seeds": {"drawer-open-v3": [100, 150]},
-    "camera_sources": {"base": "corner2:4x4"},
+    "camera_sources": {"base": "corner2:8x8"},
     "embodiment": "point",
     "training": {"steps": "3000"},
 }
@@ -97,7 +99,7 @@ def faked(monkeypatch):
         asked.append(f"read {config.policy}")
         return {**PointPolicy().metadata, **KNOWN}
 
-    def open_environment(cameras, max_steps, task):
+    def open_environment(task, cameras, max_steps):
         asked.append((cameras, max_steps, task))
 
         def fault(where, seed, step):
@@ -108,7 +110,7 @@ def faked(monkeypatch):
 
     monkeypatch.setattr(evaluation, "_read_metadata", read_metadata)
     monkeypatch.setattr(evaluation, "_open_policy", open_policy)
-    monkeypatch.setattr(evaluation, "_open_environment", open_environment)
+    monkeypatch.setattr(catalog, "open_environment", open_environment)
     return asked
 
 
@@ -135,9 +137,9 @@ def test_the_command_writes_a_report_and_says_crashes_aloud(tmp_path, faked, cap
     assert printed.out == ""
     assert "CRASHES window-open-v3: 1 of 4 episodes crashed" in " ".join(printed.err.split())
     page = (folder / "report.html").read_text()
-    assert "Training loss" in page and "lost a contact" in page and "some/bundle" in page and "corner2:4x4" in page and "3000" in page
+    assert "Training loss" in page and "lost a contact" in page and "some/bundle" in page and "corner2:8x8" in page and "3000" in page
     assert faked[:2] == ["read some/bundle", "open some/bundle"]
-    assert faked[2] == (("base=corner2:4x4",), 400, "drawer-open-v3")
+    assert faked[2] == (parse_cameras("base=corner2:8x8"), None, "drawer-open-v3")
     with pytest.raises(OutputError, match="never overwritten"):
         command.run(options.parse(command.Options, words))
 

@@ -9,10 +9,10 @@ from pi0fm.demos.dataset import SETTINGS_FILE, Recording, read_seeds
 from pi0fm.demos.record import record
 from pi0fm.demos.swap import swap_directories
 from pi0fm.files import exchange
-from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
+from pi0fm.sim import catalog
 from pi0fm_client.errors import ConfigError, OutputError, SimulationError
 
-TASK_OF_PROMPT = {TASK_PROMPTS[task]: task for task in ("reach-v3", "door-open-v3")}
+TASK_OF_PROMPT = {catalog.prompt_of(task): task for task in ("reach-v3", "door-open-v3")}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_an_interruption_keeps_what_was_finished(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         record(config(root), interrupted, window=1)
-    assert read_seeds(root, {TASK_PROMPTS["reach-v3"]: "reach-v3"}) == {"reach-v3": [5, 7, 8]}
+    assert read_seeds(root, {catalog.prompt_of("reach-v3"): "reach-v3"}) == {"reach-v3": [5, 7, 8]}
     assert record(config(root), submit, window=1)["episodes"] == 6
 
 

@@ -3,8 +3,10 @@
 import pytest
 
 from pi0fm import options
-from pi0fm.eval.config import EvalConfig, camera_texts, plan, refuse_seen_seeds
+from pi0fm.eval.config import EvalConfig, camera_specs, plan, refuse_seen_seeds
 from pi0fm.eval.episode import Episode
+from pi0fm.sim import catalog
+from pi0fm.sim.environment import parse_cameras
 from pi0fm_client.errors import ConfigError
 
 
@@ -72,8 +74,18 @@ def test_fresh_seeds_and_unknown_ones_pass(first):
     refuse_seen_seeds(config(first_seed=first), {})
 
 
-def test_cameras_come_from_the_command_the_policy_or_the_default():
+def test_cameras_come_from_the_command_the_policy_or_the_simulator():
     sources = {"camera_sources": {"base": "corner2:96x96", "wrist": "gripperPOV:64x80"}}
-    assert camera_texts(config(), sources) == ("base=corner2:96x96", "wrist=gripperPOV:64x80")
-    assert camera_texts(config(cameras="base=topview:32x32"), sources) == ("base=topview:32x32",)
-    assert camera_texts(config(), {}) == ("base=corner2:96x96",)
+    suite = catalog.suite_named(catalog.DEFAULT_SUITE)
+    assert camera_specs(config(), sources, suite) == parse_cameras("base=corner2:96x96,wrist=gripperPOV:64x80")
+    assert camera_specs(config(cameras="base=topview:32x32"), sources, suite) == parse_cameras("base=topview:32x32")
+    assert camera_specs(config(), {}, suite) == suite.default_cameras
+
+
+def test_a_task_with_its_suite_is_the_task_by_its_name_alone():
+    full = config(tasks="metaworld/drawer-open-v3,reach-v3")
+    assert full == config(tasks="drawer-open-v3,reach-v3")
+    with pytest.raises(ConfigError, match="drawer-open-v3 was demonstrated with seeds 1 to 9"):
+        refuse_seen_seeds(full, {"demonstration_seeds": {"drawer-open-v3": [1, 9]}})
+    with pytest.raises(ConfigError, match="found drawer-open-v3 more than once"):
+        config(tasks="metaworld/drawer-open-v3,drawer-open-v3")

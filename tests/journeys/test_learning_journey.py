@@ -12,7 +12,7 @@ from learning_help import NETWORK, TASK, SeededArm
 from pi0fm import files
 from pi0fm.cli.main import main
 from pi0fm.demos.record import record
-from pi0fm.sim.metaworld import environment as metaworld
+from pi0fm.sim import catalog
 
 pytestmark = [pytest.mark.journey, pytest.mark.long]
 BUDGET, SEEDS = 1.0, 2
@@ -69,7 +69,7 @@ def words(tmp_path: Path) -> list[str]:
 
 
 def test_both_sides_learn_are_judged_and_reported(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(metaworld, "make_environment", SeededArm)
+    monkeypatch.setattr(catalog, "open_environment", SeededArm)
     command = words(tmp_path)
 
     assert main([*command, "--first_seed", "4"]) == 2, "seed 5 was demonstrated"

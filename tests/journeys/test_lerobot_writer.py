@@ -26,7 +26,7 @@ from pi0fm.demos.encoding import CODEC, encode
 from pi0fm.demos.episode import Episode
 from pi0fm.demos.lerobot_writer import CHUNK_FILES, Written, write_segment
 from pi0fm.demos.record import record
-from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
+from pi0fm.sim import catalog
 
 pytestmark = pytest.mark.journey
 # none below 3: LeRobot's own writer fails to join those
@@ -126,7 +126,7 @@ def test_tasks_are_the_same(ours: Path, theirs: Path) -> None:
 
     one, other = (pandas.read_parquet(root / "meta/tasks.parquet") for root in (ours, theirs))
     pandas.testing.assert_frame_equal(one, other)
-    assert one.loc[TASK_PROMPTS["door-open-v3"], "task_index"] == 1
+    assert one.loc[catalog.prompt_of("door-open-v3"), "task_index"] == 1
 
 
 def test_the_lines_of_the_episodes_are_the_same(ours: Path, theirs: Path) -> None:
@@ -184,7 +184,7 @@ def test_lerobot_reads_what_was_recorded(tmp_path: Path) -> None:
         truth = episode(task, seed)
         for row in (0, 3, 7):
             item = data[index * 8 + row]
-            assert item["task"] == TASK_PROMPTS[task] and int(item["seed"]) == seed
+            assert item["task"] == catalog.prompt_of(task) and int(item["seed"]) == seed
             assert np.array_equal(item["action"], truth.action[row]) and np.array_equal(item["observation.state"], truth.state[row])
             pixels = item["observation.images.base"].numpy().transpose(1, 2, 0) * 255
             # 4:2:0 colour blurs the edges of the 8-pixel blocks; another frame would be about 80 away
@@ -227,7 +227,7 @@ def test_lerobot_goes_on_and_so_do_we(ours: Path, tmp_path: Path) -> None:
     assert np.array_equal(seen[:FRAMES], pictures(ours, CAMERAS[1]))
     assert np.array_equal(seen[FRAMES : FRAMES + 7], seen[FRAMES + 7 :])
     assert found.meta.stats["action"]["count"].tolist() == [FRAMES + 14]
-    assert read_seeds(root, {TASK_PROMPTS[task]: task for task in ("reach-v3", "door-open-v3")})["door-open-v3"][-2:] == [31, 32]
+    assert read_seeds(root, {catalog.prompt_of(task): task for task in ("reach-v3", "door-open-v3")})["door-open-v3"][-2:] == [31, 32]
 
 
 def test_our_reader_sees_what_lerobots_sees(ours: Path, tmp_path: Path) -> None:

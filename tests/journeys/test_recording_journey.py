@@ -18,9 +18,8 @@ from pi0fm.cluster.runtime import ray_session, require_resources
 from pi0fm.demos.config import DemosConfig
 from pi0fm.demos.dataset import SETTINGS_FILE
 from pi0fm.demos.record import record
+from pi0fm.sim import catalog
 from pi0fm.sim.environment import parse_cameras
-from pi0fm.sim.metaworld.environment import make_environment
-from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
 from pi0fm_client.errors import ConfigError
 
 pytestmark = pytest.mark.journey
@@ -135,9 +134,9 @@ def test_the_data_set_is_the_same_whatever_the_number_of_workers(tmp_path: Path)
     assert all(np.array_equal(a, b) for a, b in zip(pixels(roots[0]), pixels(roots[1]), strict=True))
 
 
-@pytest.mark.parametrize("task", sorted(TASK_PROMPTS))
+@pytest.mark.parametrize("task", sorted(catalog.suite_named(catalog.DEFAULT_SUITE).tasks))
 def test_every_task_is_built_and_its_expert_acts(task: str) -> None:
-    environment = make_environment(task, parse_cameras("base=corner2:32x32"), max_steps=3)
+    environment = catalog.open_environment(task, parse_cameras("base=corner2:32x32"), max_steps=3)
     environment.reset(0)
     for _ in range(3):
         environment.step(environment.expert_action())

@@ -10,8 +10,7 @@ from pi0fm import options
 from pi0fm.demos.config import DemosConfig
 from pi0fm.demos.encoding import EncodedEpisode, encode
 from pi0fm.demos.episode import Episode
-from pi0fm.sim.metaworld.environment import FPS
-from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
+from pi0fm.sim import catalog
 
 
 def config(root: Path, **changes: Any) -> DemosConfig:
@@ -30,12 +29,17 @@ def episode(task: str, seed: int, length: int = 8) -> Episode:
     coarse = random.integers(0, 255, (length, 6, 4, 3), np.uint8)
     images = coarse.repeat(8, axis=1).repeat(8, axis=2)
     return Episode(
-        task, TASK_PROMPTS[task], seed, {"base": images}, random.random((length, 4), np.float32), random.random((length, 4), np.float32)
+        task,
+        catalog.prompt_of(task),
+        seed,
+        {"base": images},
+        random.random((length, 4), np.float32),
+        random.random((length, 4), np.float32),
     )
 
 
 def encoded(task: str, seed: int, length: int = 8) -> EncodedEpisode:
-    return encode(episode(task, seed, length), FPS)
+    return encode(episode(task, seed, length), catalog.find(task)[0].fps)
 
 
 def submit(task: str, seed: int) -> Callable[[], EncodedEpisode | None]:

@@ -16,6 +16,7 @@ from pi0fm_client.errors import SimulationError
 from pi0fm_client.types import ActionChunk, Observation, Policy
 
 HORIZON = 8
+FRONT = (CameraSpec("base", "front", 8, 8),)
 Fault = Callable[[str, int, int], None]
 
 
@@ -26,10 +27,10 @@ def no_fault(_where: str, _seed: int, _step: int) -> None:
 class PointEnvironment(Environment):
     """State [position], action [velocity], image of one grey that tells the goal; `fault(where, seed, step)` may raise."""
 
-    def __init__(self, task: str, fault: Fault = no_fault, max_steps: int = 20) -> None:
+    def __init__(self, task: str, fault: Fault = no_fault, max_steps: int = 20, cameras: tuple[CameraSpec, ...] = FRONT) -> None:
         self.task, self.prompt, self.fps, self.max_steps = task, f"do {task}", 20, max_steps
         self.action_dim = self.state_dim = 1
-        self.cameras = (CameraSpec("base", "front", 8, 8),)
+        self.cameras = cameras
         self._fault = fault
         self.closed = 0
         self.resets: list[int] = []

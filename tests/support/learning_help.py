@@ -3,13 +3,13 @@
 import numpy as np
 import tiny_dataset
 
+from pi0fm.sim import catalog
 from pi0fm.sim.environment import CameraSpec, Environment, StepResult
-from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
 from pi0fm_client.errors import SimulationError
 from pi0fm_client.types import Observation
 
 TASK = "reach-v3"
-PROMPT = TASK_PROMPTS[TASK]
+PROMPT = catalog.prompt_of(TASK)
 NETWORK = tiny_dataset.NETWORK | {"max_prompt_tokens": 32}
 
 
@@ -17,7 +17,7 @@ class SeededArm(Environment):
     """An arm whose third step succeeds when the seed is odd, whatever the policy does."""
 
     def __init__(self, task: str, cameras: tuple[CameraSpec, ...], max_steps: int) -> None:
-        self.task, self.prompt, self.cameras, self.max_steps = task, TASK_PROMPTS[task], cameras, max_steps
+        self.task, self.prompt, self.cameras, self.max_steps = task, catalog.prompt_of(task), cameras, max_steps
         self.fps, self.action_dim, self.state_dim = 80, 4, 4
         self._seed = self._steps = 0
 

@@ -11,12 +11,11 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm.options import nearest
 from pi0fm.sim.environment import CameraSpec, Environment, StepResult
 from pi0fm.sim.metaworld.coarse_mesh import coarsen
 from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
 from pi0fm.sim.renderer import Renderer, load_mujoco
-from pi0fm_client.errors import ConfigError, SimulationError
+from pi0fm_client.errors import SimulationError
 from pi0fm_client.types import Observation
 
 FPS: Final = 80
@@ -30,31 +29,12 @@ _PUBLISHED_CAMERA = "corner2"
 _PUBLISHED_POSITION = (0.75, 0.075, 0.7)  # where published results of vision-language-action models have corner2
 
 
-def check_task(task: str) -> None:
-    """Raise ConfigError, with the nearest name, unless `task` is one of the 50."""
-    if task not in TASK_PROMPTS:
-        raise ConfigError(f"unknown Meta-World task {task!r}: {nearest(str(task), list(TASK_PROMPTS))}")
-
-
-def make_environment(task: str, cameras: tuple[CameraSpec, ...], max_steps: int = MAX_STEPS) -> "MetaWorld":
-    """The environment of one task; building it takes about half a second, rendering starts with the first picture.
-
-    max_steps: 1 to 500. Raises ConfigError for an unknown task or camera, SimulationError when the machine cannot render.
-    """
-    check_task(task)
-    for camera in cameras:
-        if camera.source not in CAMERAS:
-            raise ConfigError(f"Meta-World has no camera {camera.source!r}: {nearest(camera.source, CAMERAS)}")
-    if not cameras:
-        raise ConfigError("an environment needs at least one camera, such as base=corner2:96x96")
-    if not 1 <= max_steps <= LONGEST_EPISODE:
-        raise ConfigError(f"max_steps must be from 1 to {LONGEST_EPISODE} in Meta-World, found {max_steps}")
-    return MetaWorld(task, cameras, max_steps)
-
-
 @final
 class MetaWorld(Environment):
-    """One Meta-World task. State: hand x, y, z in metres and the gripper's opening, 0 to 1. Action: hand dx, dy, dz and gripper effort."""
+    """One Meta-World task; building it takes about half a second.
+
+    State: hand x, y, z in metres and the gripper's opening, 0 to 1. Action: hand dx, dy, dz and gripper effort.
+    """
 
     def __init__(self, task: str, cameras: tuple[CameraSpec, ...], max_steps: int) -> None:
         mujoco = load_mujoco()  # before metaworld, which imports mujoco too

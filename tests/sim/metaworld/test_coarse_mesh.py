@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from pi0fm.sim.environment import parse_cameras
 from pi0fm.sim.metaworld import environment as metaworld
-from pi0fm.sim.metaworld.environment import MetaWorld, make_environment
+from pi0fm.sim.metaworld.environment import MetaWorld
+from pi0fm.sim.metaworld.suite import METAWORLD
 
 BASE = parse_cameras("base=corner2:96x96")
 TASKS = ("button-press-topdown-v3", "drawer-open-v3")
@@ -17,7 +18,7 @@ TASKS = ("button-press-topdown-v3", "drawer-open-v3")
 
 @contextmanager
 def built(task: str, seed: int = 3) -> Iterator[MetaWorld]:
-    environment = make_environment(task, BASE, max_steps=60)
+    environment = METAWORLD.open(task, BASE, max_steps=60)
     environment.reset(seed)
     try:
         yield environment

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from pi0fm.sim.environment import parse_cameras
-from pi0fm.sim.metaworld.environment import CAMERAS, MetaWorld, make_environment
+from pi0fm.sim.metaworld.environment import CAMERAS, MetaWorld
 from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
+from pi0fm.sim.metaworld.suite import METAWORLD
 from pi0fm_client.errors import ConfigError, SimulationError
 
 BASE = parse_cameras("base=corner2:96x96")
@@ -16,7 +17,7 @@ BASE = parse_cameras("base=corner2:96x96")
 
 @pytest.fixture(scope="module")
 def button() -> Iterator[MetaWorld]:
-    environment = make_environment("button-press-topdown-v3", parse_cameras("base=corner2:96x96,wrist=gripperPOV:64x48"), max_steps=120)
+    environment = METAWORLD.open("button-press-topdown-v3", parse_cameras("base=corner2:96x96,wrist=gripperPOV:64x48"), max_steps=120)
     yield environment
     environment.close()
 
@@ -112,6 +113,6 @@ def test_an_action_of_another_size_is_refused(button: MetaWorld) -> None:
 )
 def test_bad_input_is_one_line_that_names_the_known(task: str, cameras: str, steps: int, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        make_environment(task, parse_cameras(cameras), steps)
+        METAWORLD.open(task, parse_cameras(cameras), steps)
     assert "\n" not in str(caught.value)
     assert words in str(caught.value) or "did you mean 'corner" in str(caught.value)

@@ -1,0 +1,71 @@
+"""A simulator as the rest of pi0fm sees it: its tasks, its robot, how an environment is opened.
+
+Owns: `Suite`, `Task`, and the checks of what is asked of a suite. Does not know: any simulator, the list of suites.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+
+from pi0fm.options import nearest
+from pi0fm.sim.environment import CameraSpec, Environment
+from pi0fm_client.errors import ConfigError, SimulationError
+
+
+@dataclass(frozen=True)
+class Task:
+    """prompt: the sentence that a policy reads. max_steps: an episode that has not succeeded by then is a failure."""
+
+    prompt: str
+    max_steps: int
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The tasks of one simulated robot.
+
+    name: as in `NAME/TASK`. title: for a person. cameras: sources that a picture can come from. default_cameras: where none are given.
+    fps: control steps in a simulated second. state_names, action_names: of the robot's numbers. longest_episode: steps.
+    has_expert: whether `Environment.expert_action` works. packages: distributions that `build` imports; install: the command for them.
+    build: (name of the task, cameras, max_steps) -> Environment, whose `task` is the name that reports use.
+    """
+
+    name: str
+    title: str
+    tasks: Mapping[str, Task]
+    cameras: tuple[str, ...]
+    default_cameras: tuple[CameraSpec, ...]
+    fps: int
+    robot_type: str
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+    longest_episode: int
+    has_expert: bool
+    packages: tuple[str, ...]
+    install: str
+    build: Callable[[str, tuple[CameraSpec, ...], int], Environment]
+
+    def open(self, task: str, cameras: tuple[CameraSpec, ...] = (), max_steps: int | None = None) -> Environment:
+        """The environment of `task`; rendering starts with the first picture.
+
+        Raises ConfigError as `check` does, SimulationError when the simulator is not installed or the machine cannot render.
+        """
+        self.check(task, cameras, max_steps)
+        for package in self.packages:
+            try:
+                metadata.version(package)
+            except metadata.PackageNotFoundError:
+                raise SimulationError(
+                    f"{self.title} needs the package {package}, which is not installed here; type {self.install}"
+                ) from None
+        return self.build(task, cameras or self.default_cameras, max_steps or self.tasks[task].max_steps)
+
+    def check(self, task: str, cameras: tuple[CameraSpec, ...] = (), max_steps: int | None = None) -> None:
+        """Raise ConfigError, with the nearest name, for an unknown task or camera, or a step limit out of range."""
+        if task not in self.tasks:
+            raise ConfigError(f"unknown {self.title} task {task!r}: {nearest(task, list(self.tasks))}")
+        for camera in cameras:
+            if camera.source not in self.cameras:
+                raise ConfigError(f"{self.title} has no camera {camera.source!r}: {nearest(camera.source, self.cameras)}")
+        if max_steps is not None and not 1 <= max_steps <= self.longest_episode:
+            raise ConfigError(f"max_steps must be from 1 to {self.longest_episode} in {self.title}, found {max_steps}")
