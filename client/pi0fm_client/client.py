@@ -3,7 +3,7 @@
 Owns: asking, time-outs, reconnection, and `RemotePolicy`, which looks like a local policy. Does not know: torch, the server's insides,
 how a server is reached (connection.py). It also speaks to an openpi server.
 
-    infer  --send--> reply in time             -> the reply
+    infer  --send--> reply in time             -> an ActionChunk
                      text                      -> ServingError with the server's line
                      nothing in time           -> ServingError; the connection is dropped, a late reply could pass for the next one
                      connection lost           -> connect again (0.1 s, 0.2 s, .. 2 s apart), send once more; lost again -> ServingError
@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, final
 
 import numpy as np
-from numpy.typing import NDArray
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 
@@ -58,13 +57,15 @@ class PolicyClient:
         """What the server said of its policy when the connection was made."""
         return self._metadata
 
-    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """The server's reply to one observation: `actions` float32 [H, A], `server_timing` and `policy_timing` in milliseconds.
+    def infer(self, observation: Mapping[str, Any], noise_seed: int | None = None) -> ActionChunk:
+        """Ask for the chunk of one observation; `timings` holds `infer_ms` of the policy, `server_ms` and `round_trip_ms`.
 
-        observation: the server's own keys to arrays, text and numbers; `noise_seed` (int >= 0) makes a pi0fm server's reply reproducible.
-        Raises ObservationError for what cannot be sent, ServingError for everything that goes wrong on the way or over there.
+        observation: the server's own keys to arrays, text and numbers. noise_seed: >= 0, the same seed and observation give the same
+        chunk (openpi's servers ignore it). `previous_total_ms` is there from the second reply: the server's time for the one before.
+        Raises ObservationError for what cannot be sent, ServingError for everything that goes wrong on the way or on the server.
         """
-        frame = wire.pack(observation)
+        began = time.perf_counter()
+        frame = wire.pack(observation if noise_seed is None else {**observation, "noise_seed": int(noise_seed)})
         limit = self._metadata.get("max_frame_bytes", wire.MAX_FRAME_BYTES)
         if len(frame) > limit:
             raise ObservationError(f"an observation may take {limit} bytes on {self._url}, found {len(frame)}: send smaller images")
@@ -72,10 +73,7 @@ class PolicyClient:
         if isinstance(reply, str):
             self._drop()
             raise ServingError(f"{self._url} answered: {reply}")
-        decoded = self._decode(reply)
-        if not isinstance(decoded.get("actions"), np.ndarray):
-            raise ServingError(f"{self._url} answered without actions (keys {sorted(decoded)[:8]}): is it a policy server?")
-        return decoded
+        return self._chunk(self._decode(reply), began)
 
     def close(self) -> None:
         """Say goodbye to the server; the client cannot be used afterwards."""
@@ -133,6 +131,18 @@ class PolicyClient:
             f"{self._url} gave no answer in {self._timeout_seconds:g} s: see GET /healthz and its load, or raise timeout_seconds"
         )
 
+    def _chunk(self, reply: Mapping[str, Any], began: float) -> ActionChunk:
+        actions = reply.get("actions")
+        if not isinstance(actions, np.ndarray) or actions.ndim != 2 or actions.dtype.kind not in "fiu":
+            found = f"an array of shape {list(actions.shape)}" if isinstance(actions, np.ndarray) else f"the keys {sorted(reply)[:8]}"
+            raise ServingError(f"{self._url} must answer with actions [H, A], found {found}: is it a policy server?")
+        server_timing, policy_timing = (dict(reply.get(name) or {}) for name in ("server_timing", "policy_timing"))
+        server_ms = server_timing.get("infer_ms", 0.0)
+        timings = {"infer_ms": server_ms, "server_ms": server_ms, **policy_timing}
+        if "prev_total_ms" in server_timing:
+            timings["previous_total_ms"] = server_timing["prev_total_ms"]
+        return ActionChunk(np.asarray(actions, np.float32), timings | {"round_trip_ms": (time.perf_counter() - began) * 1e3})
+
     def _decode(self, frame: bytes) -> dict[str, Any]:
         try:
             return wire.unpack(frame)
@@ -186,20 +196,24 @@ class RemotePolicy:
         """The policy's metadata, as the server sent it."""
         return self._clients[0].metadata
 
+    def infer(self, observation: Mapping[str, Any], noise_seed: int | None = None) -> ActionChunk:
+        """As `PolicyClient.infer`, on the first connection."""
+        return self._clients[0].infer(observation, noise_seed)
+
     def infer_batch(self, observations: Sequence[Observation], noise_seeds: Sequence[int | None] | None = None) -> list[ActionChunk]:
-        """One chunk for each observation, in order; `timings` holds `infer_ms` of the policy, `server_ms` and `round_trip_ms`."""
+        """One chunk for each observation, in order, with the `timings` of `PolicyClient.infer`."""
         if noise_seeds is not None and len(noise_seeds) != len(observations):
             raise ObservationError(f"a batch needs one noise seed for each observation, found {len(noise_seeds)} for {len(observations)}")
         seeds = [None] * len(observations) if noise_seeds is None else list(noise_seeds)
-        messages = [self._message(observation, seed) for observation, seed in zip(observations, seeds, strict=True)]
-        width = min(self._connections, len(messages))
+        requests = [(self._message(observation), seed) for observation, seed in zip(observations, seeds, strict=True)]
+        width = min(self._connections, len(requests))
         while len(self._clients) < width:
             self._clients.append(PolicyClient(self._url, **self._options))
-        shares = [self._threads.submit(_infer_all, self._clients[lane], messages[lane::width]) for lane in range(width)]
+        shares = [self._threads.submit(_infer_all, self._clients[lane], requests[lane::width]) for lane in range(width)]
         faults = [fault for share in shares if (fault := share.exception()) is not None]
         if faults:
             raise faults[0]
-        return [shares[index % width].result()[index // width] for index in range(len(messages))]
+        return [shares[index % width].result()[index // width] for index in range(len(requests))]
 
     def close(self) -> None:
         """Close every connection."""
@@ -213,23 +227,14 @@ class RemotePolicy:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _message(self, observation: Observation, noise_seed: int | None) -> dict[str, Any]:
+    def _message(self, observation: Observation) -> dict[str, Any]:
         keys: Mapping[str, str] = self.metadata["cameras"]
         unknown = sorted(set(observation.images) - set(keys))
         if unknown:
             raise ObservationError(f"the policy on {self._url} has the cameras {sorted(keys)}, found {unknown}: rename or leave them out")
-        message: dict[str, Any] = {keys[name]: image for name, image in observation.images.items()}
-        message |= {self.metadata["state_key"]: observation.state, "prompt": observation.prompt}
-        return message if noise_seed is None else message | {"noise_seed": int(noise_seed)}
+        images = {keys[name]: image for name, image in observation.images.items()}
+        return {**images, self.metadata["state_key"]: observation.state, "prompt": observation.prompt}
 
 
-def _infer_all(client: PolicyClient, messages: Sequence[Mapping[str, Any]]) -> list[ActionChunk]:
-    chunks: list[ActionChunk] = []
-    for message in messages:
-        began = time.perf_counter()
-        reply = client.infer(message)
-        actions: NDArray[np.float32] = np.asarray(reply["actions"], np.float32)
-        server_ms = reply.get("server_timing", {}).get("infer_ms", 0.0)
-        timings = {"infer_ms": server_ms, "server_ms": server_ms, **reply.get("policy_timing", {})}
-        chunks.append(ActionChunk(actions, timings | {"round_trip_ms": (time.perf_counter() - began) * 1e3}))
-    return chunks
+def _infer_all(client: PolicyClient, requests: Sequence[tuple[Mapping[str, Any], int | None]]) -> list[ActionChunk]:
+    return [client.infer(message, noise_seed) for message, noise_seed in requests]

@@ -1,4 +1,4 @@
-"""The robot-side nouns that every layer shares: numpy arrays in robot units, no torch.
+"""The robot-side types that every layer shares: numpy arrays in robot units, no torch.
 
 Owns: `Observation`, `ActionChunk`, `Policy`. Does not know: tensors, normalisation, where an observation came from.
 Shape letters: H action horizon, A robot action dim, S state dim.
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Observation:
-    """What a robot sees at one control step.
+    """Images, state and instruction at one control step.
 
     images: by the embodiment's camera name, uint8 [height, width, 3], RGB. A camera that is absent is missing, not black.
     state: float32 [S], robot units.
@@ -28,10 +28,10 @@ class Observation:
 
 @dataclass(frozen=True)
 class ActionChunk:
-    """What a policy answers.
+    """The actions that a policy chose for one observation.
 
     actions: float32 [H, A], robot units; row k is meant for k control steps after the observation.
-    timings: milliseconds by stage, at least `infer_ms`.
+    timings: milliseconds by stage, at least `infer_ms`; over the network `server_ms` and `round_trip_ms` too.
     scores: `log_prob` (nats, of the normalised chunk) and `noise_norm`, where they were asked for; else empty.
     """
 
@@ -42,11 +42,14 @@ class ActionChunk:
 
 @runtime_checkable
 class Policy(Protocol):
-    """Anything that turns observations into action chunks: a loaded bundle, or a server's client."""
+    """Anything that turns observations into action chunks: a loaded bundle, or a server's client.
+
+    The two of pi0fm also have `infer(observation, noise_seed=None)`, which takes a flat map of keys and returns one ActionChunk.
+    """
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What a caller must know: `action_horizon`, `robot_action_dim`, `state_dim`, `cameras` (name -> key), `embodiment`."""
+        """Facts that a caller needs: `action_horizon`, `robot_action_dim`, `state_dim`, `cameras` (name -> key), `embodiment`."""
         ...
 
     def infer_batch(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> list[ActionChunk]:

@@ -37,6 +37,8 @@ _CONTAINERS = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
 
 def pack(message: Mapping[Any, Any]) -> bytes:
     """One frame from a map of text, numbers, lists, maps and arrays. Raises ObservationError for what has no place on the wire."""
+    if not isinstance(message, Mapping):
+        raise ObservationError(f"a message must be a flat map of keys, found {type(message).__name__}: send {{'prompt': ..., ...}}")
     for key in message:
         if not isinstance(key, str):
             raise ObservationError(f"a message's keys must be text, found {key!r}: name it with a str")

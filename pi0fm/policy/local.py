@@ -61,12 +61,11 @@ class LocalPolicy:
         """[batch, H, A], True where the policy samples; elsewhere a chunk is held at 0."""
         return self._real.expand(batch, -1, -1)
 
-    def infer(
-        self, observation: Observation | Mapping[str, Any], noise_seed: int | None = None, scores: ScoreOptions | bool = False
-    ) -> ActionChunk:
-        """One chunk, from an `Observation` or a flat map of keys."""
-        given = observation if isinstance(observation, Observation) else self.observation(observation)
-        return self.infer_batch([given], None if noise_seed is None else [noise_seed], scores)[0]
+    def infer(self, observation: Mapping[str, Any], noise_seed: int | None = None, scores: ScoreOptions | bool = False) -> ActionChunk:
+        """Return one chunk for a flat map of keys, as `PolicyClient.infer` does; `infer_batch` takes `Observation`s."""
+        if isinstance(observation, Observation):
+            raise ObservationError("infer takes a flat map of keys, found an Observation: type infer_batch([observation])[0]")
+        return self.infer_batch([self.observation(observation)], None if noise_seed is None else [noise_seed], scores)[0]
 
     def infer_batch(
         self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None, scores: ScoreOptions | bool = False

@@ -16,9 +16,9 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
-from pi0fm_client import PolicyClient, RemotePolicy
+from pi0fm_client import PolicyClient, RemotePolicy, wire
 from pi0fm_client.errors import ObservationError, ServingError
-from pi0fm_client.types import Observation
+from pi0fm_client.types import ActionChunk, Observation
 
 
 def message(state: float = 0.0, front: int = 0) -> dict[str, Any]:
@@ -51,31 +51,66 @@ def free_port() -> int:
         return port
 
 
-def test_a_reply_has_openpis_shape(start_server: Any) -> None:
+def test_a_reply_is_an_action_chunk_with_its_timings(start_server: Any) -> None:
     with PolicyClient(start_server().url) as client:
         assert client.metadata["action_horizon"] == 4
-        reply = client.infer(message(state=2.0, front=1))
-        assert reply["actions"].dtype == np.float32 and reply["actions"].shape == (4, 3) and reply["actions"][0, 0] == 3.0
-        assert reply["policy_timing"] == {"infer_ms": 0.0}
-        assert client.infer(message())["server_timing"]["prev_total_ms"] > 0
+        chunk = client.infer(message(state=2.0, front=1))
+        assert isinstance(chunk, ActionChunk)
+        assert chunk.actions.dtype == np.float32 and chunk.actions.shape == (4, 3) and chunk.actions[0, 0] == 3.0
+        assert chunk.timings["infer_ms"] == 0.0 < chunk.timings["server_ms"] <= chunk.timings["round_trip_ms"]
+        assert "previous_total_ms" not in chunk.timings and client.infer(message()).timings["previous_total_ms"] > 0
+
+
+def test_a_seed_makes_a_chunk_reproducible_for_client_and_remote_policy_alike(start_server: Any) -> None:
+    url = start_server().url
+    with PolicyClient(url) as client, RemotePolicy(url) as remote:
+        first, again, other = (client.infer(message(), noise_seed=seed).actions for seed in (7, 7, 8))
+        assert np.array_equal(first, again) and not np.array_equal(first, other)
+        assert np.array_equal(remote.infer(message(), noise_seed=7).actions, first)
+        assert np.array_equal(remote.infer_batch([observation(0.0)], [7])[0].actions, first)
 
 
 def test_it_speaks_to_an_openpi_server() -> None:
     def handler(connection: ServerConnection) -> None:
         connection.send(msgpack.packb({"model": "pi0"}))
-        received = msgpack.unpackb(connection.recv())
-        image = received["observation/image"]
-        assert image[b"__ndarray__"] is True and image[b"shape"] == [2, 2, 3]
+        image = {b"__ndarray__": True, b"data": bytes(12), b"dtype": "|u1", b"shape": [2, 2, 3]}
+        assert connection.recv() == msgpack.packb({"observation/image": image, "prompt": "pick"})
         encoded = {b"__ndarray__": True, b"data": np.ones((5, 2), "<f8").tobytes(), b"dtype": "<f8", b"shape": [5, 2]}
         connection.send(msgpack.packb({"actions": encoded, "server_timing": {"infer_ms": 1.5}}))
 
     with websocket_server(handler) as url:
         with PolicyClient(url) as client:
             assert client.metadata == {"model": "pi0"}
-            reply = client.infer({"observation/image": np.zeros((2, 2, 3), np.uint8), "prompt": "pick"})
-            assert np.array_equal(reply["actions"], np.ones((5, 2))) and reply["server_timing"] == {"infer_ms": 1.5}
+            chunk = client.infer({"observation/image": np.zeros((2, 2, 3), np.uint8), "prompt": "pick"})
+            assert np.array_equal(chunk.actions, np.ones((5, 2))) and chunk.actions.dtype == np.float32
+            assert chunk.timings["infer_ms"] == chunk.timings["server_ms"] == 1.5
         with pytest.raises(ServingError, match="does not say cameras and state_key"):
             RemotePolicy(url)
+
+
+def test_an_observation_object_is_not_sent_for_a_flat_map(start_server: Any) -> None:
+    with PolicyClient(start_server().url) as client, pytest.raises(ObservationError, match="a flat map of keys, found Observation"):
+        client.infer(observation(0.0))
+
+
+@pytest.mark.parametrize(
+    ("reply", "found"),
+    [
+        ({"server_timing": {}}, r"the keys \['server_timing'\]"),
+        ({"actions": [[1.0]]}, r"the keys \['actions'\]"),
+        ({"actions": np.zeros(3, np.float32)}, r"an array of shape \[3\]"),
+        ({"actions": np.zeros((2, 3), np.bool_)}, r"an array of shape \[2, 3\]"),
+    ],
+)
+def test_a_reply_without_a_chunk_is_refused(reply: dict[str, Any], found: str) -> None:
+    def handler(connection: ServerConnection) -> None:
+        connection.send(wire.pack({}))
+        connection.recv()
+        connection.send(wire.pack(reply))
+
+    refused = pytest.raises(ServingError, match=rf"must answer with actions \[H, A\], found {found}")
+    with websocket_server(handler) as url, PolicyClient(url) as client, refused:
+        client.infer({"prompt": "pick"})
 
 
 def test_a_servers_error_is_raised_with_its_line_and_the_client_goes_on(start_server: Any) -> None:
@@ -84,7 +119,7 @@ def test_a_servers_error_is_raised_with_its_line_and_the_client_goes_on(start_se
             client.infer({"prompt": "no state"})
         with pytest.raises(ServingError, match=r"answered: internal error [0-9a-f]{8}$"):
             client.infer(message(state=666.0))
-        assert client.infer(message(state=1.0))["actions"][0, 0] == 1.0
+        assert client.infer(message(state=1.0)).actions[0, 0] == 1.0
 
 
 def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one(start_server: Any, fake_policy: Any) -> None:
@@ -94,7 +129,7 @@ def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one(start_serve
             client.infer(message(state=1.0))
         server.policy.seconds = 0.0
         time.sleep(0.4)
-        assert client.infer(message(state=2.0))["actions"][0, 0] == 2.0
+        assert client.infer(message(state=2.0)).actions[0, 0] == 2.0
 
 
 def test_a_restarted_server_is_found_again(start_server: Any) -> None:
@@ -103,7 +138,7 @@ def test_a_restarted_server_is_found_again(start_server: Any) -> None:
         client.infer(message())
         first.stop()
         threading.Timer(0.3, start_server, kwargs={"port": first.port}).start()
-        assert client.infer(message(state=5.0))["actions"][0, 0] == 5.0
+        assert client.infer(message(state=5.0)).actions[0, 0] == 5.0
 
 
 def test_without_reconnection_a_lost_server_is_an_error(start_server: Any) -> None:
@@ -196,14 +231,14 @@ def test_a_wrong_token_is_refused_at_once(start_server: Any) -> None:
     with pytest.raises(ServingError, match=r"refused the token \(HTTP 401\)"):
         PolicyClient(server.url, token="other")
     with PolicyClient(server.url, token="s3cret") as client:
-        assert client.infer(message())["actions"].shape == (4, 3)
+        assert client.infer(message()).actions.shape == (4, 3)
 
 
 def test_an_observation_beyond_the_servers_limit_is_not_sent(start_server: Any) -> None:
     with PolicyClient(start_server(max_frame_bytes=2000).url) as client:
         with pytest.raises(ObservationError, match="may take 2000 bytes"):
             client.infer({"observation.images.front": np.zeros((100, 100, 3), np.uint8)})
-        assert client.infer(message())["actions"].shape == (4, 3)
+        assert client.infer(message()).actions.shape == (4, 3)
 
 
 def test_a_limit_that_a_server_did_not_tell_is_named_when_it_is_met() -> None:

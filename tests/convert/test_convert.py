@@ -136,8 +136,8 @@ def test_lerobots_files_alone_say_everything_but_the_heads(peers, bundles, tmp_p
 
 def test_a_converted_bundle_opens_and_acts_as_its_source(peers, bundles, enter, tmp_path, observations):
     enter(peers["pi05", "lerobot"])
-    found = bundle.load(tmp_path / "bundle", device="cpu", precision="float32").infer(observations[0], noise_seed=3)
-    expected = bundle.load(bundles["pi05"], device="cpu", precision="float32").infer(observations[0], noise_seed=3)
+    found = bundle.load(tmp_path / "bundle", device="cpu", precision="float32").infer_batch(observations[:1], [3])[0]
+    expected = bundle.load(bundles["pi05"], device="cpu", precision="float32").infer_batch(observations[:1], [3])[0]
     assert np.array_equal(found.actions, expected.actions)
 
 
@@ -361,7 +361,7 @@ def test_numbers_are_kept_or_widened(dtype, expected, openpi, enter, tmp_path, b
 def test_a_bundle_of_bfloat16_opens_and_acts(openpi, enter, tmp_path, observations):
     edit(openpi, lambda tensors: tensors.update({name: value.bfloat16() for name, value in tensors.items()}))
     enter(openpi)
-    chunk = bundle.load(tmp_path / "bundle", device="cpu", precision="float32").infer(observations[0], noise_seed=1)
+    chunk = bundle.load(tmp_path / "bundle", device="cpu", precision="float32").infer_batch(observations[:1], [1])[0]
     assert np.isfinite(chunk.actions).all()
 
 

@@ -111,8 +111,8 @@ def test_a_served_policy_answers_and_is_judged_over_the_socket(run: Path, server
     }
     local = pi0fm.load(str(run / "bundle"))
     with PolicyClient(server) as client:
-        reply = client.infer({**observation, "noise_seed": 7})
-    np.testing.assert_allclose(reply["actions"], local.infer(observation, noise_seed=7).actions, atol=1e-5)
+        served = client.infer(observation, noise_seed=7)
+    np.testing.assert_allclose(served.actions, local.infer(observation, noise_seed=7).actions, atol=1e-5)
     words = ("eval", "--policy", server, "--tasks", TASK, "--episodes", 2, "--max_steps", 24, "--output_dir", tmp_path / "served")
     result, _ = command(*words, "--num_workers", 0)
     assert result["episodes"] == 2 and result["crashes"] == 0

@@ -62,8 +62,8 @@ def test_it_says_ready_answers_and_leaves_with_zero(number: signal.Signals, tmp_
         ready = json.loads(process.stdout.readline())
         assert ready["ready"] is True and ready["url"].startswith("ws://127.0.0.1:") and ready["bundle"] == "b"
         with PolicyClient(ready["url"]) as client:
-            reply = client.infer({"image": np.zeros((8, 8, 3), np.uint8), "state": np.ones(2, np.float32), "prompt": ""})
-            assert reply["actions"].tolist() == [[2.0, 2.0]]
+            chunk = client.infer({"image": np.zeros((8, 8, 3), np.uint8), "state": np.ones(2, np.float32), "prompt": ""})
+            assert chunk.actions.tolist() == [[2.0, 2.0]]
             process.send_signal(number)
             out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err

@@ -36,7 +36,7 @@ def test_the_exact_log_prob_of_a_chunk_is_the_jacobian_determinant_of_the_discre
     policy = LocalPolicy(model, flow, config.chain(NormStats(*columns, 50)), config.metadata(), torch.device("cpu"), torch.float32)
     picture = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
     observation = Observation({"base": picture}, random.normal(size=4).astype(np.float32), "press")
-    chunk = policy.infer(observation, 3).actions
+    chunk = policy.infer_batch([observation], [3])[0].actions
     found = policy.log_prob([observation], [chunk], options=ScoreOptions(num_probes=0, float64=True))
 
     inputs, normal = observe_given(policy.chain, [observation], chunk[None])

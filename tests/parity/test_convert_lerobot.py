@@ -107,7 +107,7 @@ def observations() -> list[Observation]:
 def assert_same_actions(theirs: Theirs, path: Path) -> None:
     ours = bundle.load(path, device="cpu", precision="float32")
     for seed, observation in enumerate(observations()):
-        found = ours.infer(observation, noise_seed=seed).actions
+        found = ours.infer_batch([observation], [seed])[0].actions
         expected = theirs.act(observation, draw(seed, 0, 0, 0, (SIZE.action_horizon, SIZE.action_dim))[0])
         assert np.abs(expected).max() > 0.1
         assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()

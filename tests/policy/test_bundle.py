@@ -47,8 +47,8 @@ def test_round_trip(small_policy, saved, observations):
     assert sorted(path.name for path in saved.iterdir()) == FILES
     loaded = bundle.load(saved, device="cpu", precision="float32")
     for seed, observation in enumerate(observations):
-        before = small_policy.in_memory().infer(observation, noise_seed=seed)
-        assert np.array_equal(loaded.infer(observation, noise_seed=seed).actions, before.actions)
+        before = small_policy.in_memory().infer_batch([observation], [seed])[0]
+        assert np.array_equal(loaded.infer_batch([observation], [seed])[0].actions, before.actions)
     assert loaded.metadata == small_policy.config.metadata()
     assert bundle.read(saved)[0] == small_policy.config
 
@@ -206,8 +206,8 @@ def test_a_tokenizer_of_its_own_travels_along(small_policy, tmp_path, observatio
     bundle.save(tmp_path / "bundle", small_policy.weights, config, small_policy.stats)
     shutil.rmtree(tmp_path / "tokens")
     (tmp_path / "bundle").rename(tmp_path / "moved")
-    found = bundle.load(tmp_path / "moved", device="cpu", precision="float32").infer(observations[0], noise_seed=1)
-    assert np.array_equal(found.actions, small_policy.in_memory().infer(observations[0], noise_seed=1).actions)
+    found = bundle.load(tmp_path / "moved", device="cpu", precision="float32").infer_batch(observations[:1], [1])[0]
+    assert np.array_equal(found.actions, small_policy.in_memory().infer_batch(observations[:1], [1])[0].actions)
 
 
 def test_sampling_can_be_changed_at_loading(saved, observations):
@@ -215,7 +215,7 @@ def test_sampling_can_be_changed_at_loading(saved, observations):
     assert changed.metadata["num_flow_steps"] == 1
     assert changed.metadata["solver"] == "heun"
     usual = bundle.load(saved, device="cpu", precision="float32")
-    assert not np.allclose(changed.infer(observations[0], 1).actions, usual.infer(observations[0], 1).actions)
+    assert not np.allclose(changed.infer_batch(observations[:1], [1])[0].actions, usual.infer_batch(observations[:1], [1])[0].actions)
 
 
 @pytest.mark.parametrize("wrong", [{"threads": 0}, {"precision": "float16"}, {"device": "tpu?"}, {"num_flow_steps": 0}, {"solver": "eulr"}])

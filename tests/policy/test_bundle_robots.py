@@ -61,14 +61,14 @@ def test_what_was_saved_is_what_is_read(several, small_policy, own):
 
 def test_each_robot_is_served_with_its_own_widths(several, small_policy, observations):
     arm, crane = (pi0fm.load(str(several), device="cpu", precision="float32", robot=name) for name in ("arm", "crane"))
-    before = small_policy.in_memory().infer(observations[0], noise_seed=1)
-    assert np.array_equal(arm.infer(observations[0], noise_seed=1).actions, before.actions)
+    before = small_policy.in_memory().infer_batch(observations[:1], [1])[0]
+    assert np.array_equal(arm.infer_batch(observations[:1], [1])[0].actions, before.actions)
     seen = {"observation/images/hook": np.zeros((8, 8, 3), np.uint8), "joints": np.zeros(2, np.float32), "prompt": "lift"}
     assert crane.infer(seen, noise_seed=1).actions.shape == (4, 5)
     with pytest.raises(ObservationError, match="unknown observation key"):
         arm.infer(seen)
     with pytest.raises(ObservationError, match=r"joints must be numbers \[2\]"):
-        crane.infer(Observation({"wrist": np.zeros((8, 8, 3), np.uint8)}, np.zeros(4, np.float32), "lift"))
+        crane.infer_batch([Observation({"wrist": np.zeros((8, 8, 3), np.uint8)}, np.zeros(4, np.float32), "lift")])
 
 
 def test_a_server_says_whom_it_serves(several, saved):

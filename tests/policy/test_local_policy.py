@@ -20,18 +20,30 @@ def test_a_chunk_does_not_depend_on_its_batch(small_policy, observations):
     policy = small_policy.in_memory()
     together = policy.infer_batch(observations, SEEDS)
     for chunk, observation, seed in zip(together, observations, SEEDS, strict=True):
-        alone = policy.infer(observation, seed).actions
+        alone = policy.infer_batch([observation], [seed])[0].actions
         np.testing.assert_allclose(chunk.actions, alone, rtol=0, atol=1e-4)
     turned = policy.infer_batch(observations[::-1], SEEDS[::-1])[::-1]
     for chunk, other in zip(together, turned, strict=True):
         np.testing.assert_allclose(chunk.actions, other.actions, rtol=0, atol=1e-4)
 
 
+def test_infer_takes_a_flat_map_as_a_client_does(small_policy, observations):
+    policy, seen = small_policy.in_memory(), observations[0]
+    flat = {policy.metadata["cameras"][name]: picture for name, picture in seen.images.items()}
+    flat |= {policy.metadata["state_key"]: seen.state, "prompt": seen.prompt}
+    assert np.array_equal(policy.infer(flat, 5).actions, policy.infer_batch([seen], [5])[0].actions)
+
+
+def test_infer_refuses_an_observation_by_name(small_policy, observations, shapes_unchecked):
+    with pytest.raises(ObservationError, match=r"infer takes a flat map of keys, found an Observation: type infer_batch"):
+        small_policy.in_memory().infer(observations[0])
+
+
 def test_seeds_fix_the_chunk_and_no_seed_draws_fresh_noise(small_policy, observations):
     policy = small_policy.in_memory()
-    assert np.array_equal(policy.infer(observations[0], 5).actions, policy.infer(observations[0], 5).actions)
-    assert not np.allclose(policy.infer(observations[0], 5).actions, policy.infer(observations[0], 6).actions)
-    assert not np.allclose(policy.infer(observations[0]).actions, policy.infer(observations[0]).actions)
+    assert np.array_equal(policy.infer_batch(observations[:1], [5])[0].actions, policy.infer_batch(observations[:1], [5])[0].actions)
+    assert not np.allclose(policy.infer_batch(observations[:1], [5])[0].actions, policy.infer_batch(observations[:1], [6])[0].actions)
+    assert not np.allclose(policy.infer_batch(observations[:1])[0].actions, policy.infer_batch(observations[:1])[0].actions)
 
 
 def test_a_chunk_is_euler_steps_from_the_seeds_noise(small_policy, observations):
@@ -44,14 +56,14 @@ def test_a_chunk_is_euler_steps_from_the_seeds_noise(small_policy, observations)
         for step in range(4):
             x = x + 0.25 * policy.model(inputs, x, torch.tensor([step / 4])) * real
     expected = policy.chain.inverse(Sample(inputs.state.numpy(), x.numpy())).actions[0]
-    np.testing.assert_allclose(policy.infer(observation, 21).actions, expected, atol=1e-4)
+    np.testing.assert_allclose(policy.infer_batch([observation], [21])[0].actions, expected, atol=1e-4)
 
 
 def test_actions_are_in_robot_units(small_policy, observations):
     """Dimension 0 is trained as a difference: an action that stays means the state's own value."""
     policy = small_policy.in_memory()
     moved = Observation(observations[0].images, observations[0].state.copy(), observations[0].prompt)
-    chunk = policy.infer(moved, 1).actions
+    chunk = policy.infer_batch([moved], [1])[0].actions
     state = policy.chain.observe([moved]).state.numpy()
     normal = policy.chain.forward(Sample(moved.state[None], chunk[None])).actions
     assert np.abs(normal[..., :3]).max() < 10
@@ -100,7 +112,7 @@ def test_what_is_compiled_gives_no_scores(saved, observations):
         bundle.load(saved, device="cpu", compile="graph")
     compiled = bundle.load(saved, device="cpu", precision="float32", compile="kernels")
     with pytest.raises(ConfigError, match="scores need a policy that is not compiled"):
-        compiled.infer(observations[0], 1, scores=True)
+        compiled.infer_batch(observations[:1], [1], scores=True)
 
 
 def test_another_solver_with_the_same_weights(small_policy, observations):
@@ -108,10 +120,11 @@ def test_another_solver_with_the_same_weights(small_policy, observations):
 
     def sampled(num_flow_steps, solver):
         flow = replace(policy.flow, num_flow_steps=num_flow_steps, solver=solver)
-        return LocalPolicy(policy.model, flow, policy.chain, policy.metadata, policy.device, policy.dtype).infer(observations[0], 3).actions
+        changed = LocalPolicy(policy.model, flow, policy.chain, policy.metadata, policy.device, policy.dtype)
+        return changed.infer_batch(observations[:1], [3])[0].actions
 
     finer, finest = sampled(64, "euler"), sampled(128, "euler")
-    coarse = policy.infer(observations[0], 3).actions
+    coarse = policy.infer_batch(observations[:1], [3])[0].actions
     assert np.abs(finer - finest).max() < np.abs(coarse - finest).max()
     fourth_order = sampled(32, "rk4")
     assert np.abs(fourth_order - finest).max() < np.abs(coarse - finest).max()

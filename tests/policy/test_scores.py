@@ -45,7 +45,7 @@ def test_scores_never_change_an_action(small_policy, observations, solver, dtype
     policy = changed(small_policy.in_memory(dtype), solver=solver)
     without = policy.infer_batch(observations, SEEDS)
     scored = policy.infer_batch(observations, SEEDS, scores=True)
-    assert policy.infer(observations[0], SEEDS[0], scores=True).scores.keys() == {"log_prob", "noise_norm"}
+    assert policy.infer_batch(observations[:1], [SEEDS[0]], scores=True)[0].scores.keys() == {"log_prob", "noise_norm"}
     for one, other in zip(without, scored, strict=True):
         assert np.array_equal(one.actions, other.actions)
         assert one.scores == {}
@@ -119,7 +119,7 @@ def test_padded_dimensions_hold_anything(small_policy, observations, solver):
 
 
 def test_hutchinson_is_unbiased(small_policy, observations):
-    policy, chunk = small_policy.in_memory(), small_policy.in_memory().infer(observations[0], 1).actions
+    policy, chunk = small_policy.in_memory(), small_policy.in_memory().infer_batch(observations[:1], [1])[0].actions
     exact = float(policy.log_prob(observations[:1], [chunk], options=EXACT).log_prob[0])
     estimates = policy.log_prob(observations[:1] * 300, [chunk] * 300, range(300)).log_prob
     error = estimates.std() / math.sqrt(300)
@@ -144,9 +144,9 @@ def test_a_stochastic_chunk_does_not_depend_on_its_batch(small_policy, observati
     policy = changed(small_policy.in_memory(), solver=solver, num_flow_steps=8)
     together = policy.infer_batch(observations, SEEDS)
     for chunk, observation, seed in zip(together, observations, SEEDS, strict=True):
-        np.testing.assert_allclose(chunk.actions, policy.infer(observation, seed).actions, rtol=0, atol=1e-3)
-    assert not np.allclose(together[0].actions, policy.infer(observations[0], 99).actions)
-    assert not np.allclose(together[0].actions, changed(policy, solver="euler").infer(observations[0], SEEDS[0]).actions)
+        np.testing.assert_allclose(chunk.actions, policy.infer_batch([observation], [seed])[0].actions, rtol=0, atol=1e-3)
+    assert not np.allclose(together[0].actions, policy.infer_batch(observations[:1], [99])[0].actions)
+    assert not np.allclose(together[0].actions, changed(policy, solver="euler").infer_batch(observations[:1], [SEEDS[0]])[0].actions)
 
 
 def test_a_policy_that_samples_with_noise_is_scored_by_heun(small_policy, observations):
@@ -251,7 +251,7 @@ def test_a_bundle_samples_with_noise_when_asked(saved, observations):
     noisy = bundle.load(saved, device="cpu", precision="float32", solver="euler_maruyama", noise_level=0.5, num_flow_steps=6)
     assert {name: noisy.metadata[name] for name in ("solver", "noise_level")} == {"solver": "euler_maruyama", "noise_level": 0.5}
     quiet = bundle.load(saved, device="cpu", precision="float32", solver="euler_maruyama", noise_level=0.0, num_flow_steps=6)
-    assert not np.allclose(noisy.infer(observations[0], 1).actions, quiet.infer(observations[0], 1).actions)
+    assert not np.allclose(noisy.infer_batch(observations[:1], [1])[0].actions, quiet.infer_batch(observations[:1], [1])[0].actions)
     with pytest.raises(ConfigError, match="noise_level belongs to solver euler_maruyama"):
         bundle.load(saved, noise_level=0.5)
 

@@ -137,7 +137,7 @@ def test_a_pi05_with_two_cameras_trains_too(run):
     assert np.isfinite(result.loss)
     policy = bundle.load(result.bundle, device="cpu")
     images = {"base": np.zeros((48, 64, 3), np.uint8), "wrist": np.zeros((32, 32, 3), np.uint8)}
-    assert policy.infer(Observation(images, np.zeros(4, np.float32), "press the button")).actions.shape == (4, 3)
+    assert policy.infer_batch([Observation(images, np.zeros(4, np.float32), "press the button")])[0].actions.shape == (4, 3)
 
 
 def test_a_finished_run_goes_on_for_more_steps_and_keeps_its_bundle(run):

@@ -162,9 +162,9 @@ def test_the_bundle_serves_both_robots(whole, crane_root):
     view = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
     near = Observation({"base": view, "wrist": view}, np.zeros(4, np.float32), "press the button")
     far = Observation({"wrist": view, "front": view}, np.zeros(2, np.float32), PROMPT)
-    assert arm.infer(near, noise_seed=1).actions.shape == (4, 3)
-    assert crane.infer(far, noise_seed=1).actions.shape == (4, 5)
-    assert np.array_equal(usual.infer(near, noise_seed=1).actions, arm.infer(near, noise_seed=1).actions)
+    assert arm.infer_batch([near], [1])[0].actions.shape == (4, 3)
+    assert crane.infer_batch([far], [1])[0].actions.shape == (4, 5)
+    assert np.array_equal(usual.infer_batch([near], [1])[0].actions, arm.infer_batch([near], [1])[0].actions)
     assert (arm.metadata["robot"], crane.metadata["robot"], usual.metadata["robot"]) == ("arm", "crane", "arm")
     assert arm.metadata["robots"] == ["arm", "crane"]
     assert (arm.metadata["fps"], crane.metadata["fps"]) == (10, 20)
