@@ -1,116 +1,164 @@
 """`pi0fm flow demo`: flow matching and its two ancestors on data in the plane.
 
-Owns: the order compare -> draw -> write, the figures of demo.json, the table. Does not know: how a method trains, how a picture is drawn.
+Owns: the options, the order compare -> draw -> write, the table, the folder. Does not know: how a method trains, how a picture is drawn.
+
+    output_dir/
+      report.html       one file that can be sent by mail: pictures inside, no script, nothing loaded from elsewhere
+      demo.json         every figure of the page; removed first and written last, so that a folder with it is one whole demo
+      over_time.png trajectories.png field.png learned.png comparison.png
 """
 
 import math
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pi0fm import machine, options, progress
-from pi0fm.toy import comparison_figures, flow_figures, page
-from pi0fm.toy.comparison import CURVE_POINTS, HELD_OUT, NEAR, SAMPLES, Comparison, compare
-from pi0fm.toy.config import DemoConfig
+from pi0fm import files, machine, options, pages, progress
+from pi0fm.flow.matching import FlowConfig
+from pi0fm.flow.solver import check_solver
+from pi0fm.options import nearest, option
+from pi0fm.toy import methods
+from pi0fm.toy.comparison import compare
+from pi0fm.toy.datasets import DATASETS
+from pi0fm.toy.methods import Method
+from pi0fm.toy.pictures import PICTURES
 from pi0fm.toy.training import one_thread
+from pi0fm_client.errors import ConfigError, OutputError
 
 HELP = "flow matching, CNF and diffusion on data in the plane: figures and a comparison"
-Options = DemoConfig
 ALIASES: dict[str, str] = {}
+SECONDS = 15.0
+METHODS = {"flow": methods.flow_matching, "cnf": methods.cnf, "diffusion": methods.diffusion}
+FLOW_ONLY = ("path", "time_density", "prediction", "loss_weighting")
 VERSIONS = ("python", "pi0fm", "torch", "numpy")
 LAST_LINE = ("dataset", "nll", "entropy", "train_seconds", "evaluations", "probability_flow_evaluations", "common_nll", "speedup")
+PAGE, RESULT = "report.html", "demo.json"
+FILES = (RESULT, PAGE, *(f"{name}.png" for name in PICTURES))
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Options of `pi0fm flow demo`. Raises ConfigError for an unknown word, a number out of range, an option without a use."""
+
+    dataset: str = option("moons", f"data in the plane: {', '.join(DATASETS)}")
+    method: str = option("all", f"what to train, or all to compare: all, {', '.join(METHODS)}")
+    path: str | None = option(None, "flow matching's path: cond_ot (when left out), cosine, vp, ve")
+    time_density: str | None = option(None, "flow matching's training times: uniform (when left out), pi0, logit_normal, likelihood")
+    prediction: str | None = option(None, "what flow matching's network answers: velocity (when left out), noise, data, score")
+    loss_weighting: str | None = option(None, "flow matching's weights: none (when left out), likelihood")
+    solver: str = option("midpoint", "ODE solver of the sampling, for every method: euler, midpoint, heun, rk4, dopri5")
+    seconds: float | None = option(None, f"processor seconds of training for each method, {SECONDS:g} when left out")
+    steps: int | None = option(None, "steps of training for each method instead of seconds: the same result at every run")
+    seed: int = option(0, "of weights, data and noise, at least 0")
+    output_dir: Path = option(Path("outputs/flow-demo"), "folder of the page and its pictures; an earlier demo there is replaced")
+
+    def __post_init__(self) -> None:
+        check_solver(self.solver)
+        for name, value, known in (("dataset", self.dataset, tuple(DATASETS)), ("method", self.method, ("all", *METHODS))):
+            if value not in known:
+                raise ConfigError(f"unknown {name} {value!r}: {nearest(value, known)}")
+        idle = [name for name in FLOW_ONLY if getattr(self, name) is not None]
+        if self.method in ("cnf", "diffusion") and idle:
+            raise ConfigError(f"--{idle[0]} is flow matching's, found it with --method {self.method}; leave it out, or type --method flow")
+        if self.seconds is not None and self.steps is not None:
+            raise ConfigError(f"seconds or steps, not both: found {self.seconds:g} and {self.steps}; leave --seconds or --steps out")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ConfigError(f"seconds must be above 0, found {self.seconds:g}; type --seconds {SECONDS:g}")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"steps of training must be at least 1, found {self.steps}; type --steps 2000")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be at least 0, found {self.seed}; type --seed 0")
+        self.methods()  # refuses words that the flow does not know
+
+    def methods(self) -> tuple[Method, ...]:
+        """Return the methods to train, flow matching first."""
+        words = {"time_density": "uniform"} | {name: value for name in FLOW_ONLY if (value := getattr(self, name)) is not None}
+        flow = FlowConfig(solver=self.solver, **words)
+        return tuple(make(flow) for name, make in METHODS.items() if self.method in ("all", name))
+
+
+Options = DemoConfig
 
 
 def run(config: DemoConfig) -> dict[str, Any]:
     """Train, judge, draw, write; the result is the part of demo.json that is one figure a method."""
-    page.refuse_other_folder(config.output_dir)
+    refuse_other_folder(config.output_dir)
+    seconds = SECONDS if config.seconds is None and config.steps is None else config.seconds
+    pictures = {}
     with one_thread():
-        comparison = compare(config)
-        pictures = _pictures(comparison, config.seed)
-    found = figures(comparison, config)
-    path = page.write(config.output_dir, found, pictures, _background(config))
-    _show(comparison, found)
-    progress.say(f"report: {path}")
-    return {name: found[name] for name in LAST_LINE} | {"report": str(path)}
-
-
-def figures(comparison: Comparison, config: DemoConfig) -> dict[str, Any]:
-    """Everything that was measured, for demo.json and the page."""
-    outcomes = comparison.outcomes
-    return {
-        "dataset": comparison.dataset.name,
-        "solver": config.solver,
-        "methods": [{"name": outcome.method.name, "title": outcome.method.title} for outcome in outcomes],
-        "shown": outcomes[0].method.title,
-        "nll": comparison.nll,
-        "entropy": comparison.entropy,
-        "common_nll": comparison.common_nll,
-        "train_seconds": comparison.train_seconds,
-        "near_nll": comparison.best_nll + NEAR,
-        "seconds_to_near": comparison.seconds_to_near,
-        "trained_seconds": {outcome.method.name: outcome.trained.seconds for outcome in outcomes},
-        "trained_steps": {outcome.method.name: outcome.trained.steps for outcome in outcomes},
-        "common_distance": comparison.common_distance,
-        "floor": comparison.floor,
-        "evaluations": comparison.evaluations,
-        "probability_flow_evaluations": comparison.probability_flow_evaluations,
-        "speedup": comparison.speedup,
-        "held_out": HELD_OUT,
-        "held_out_along_training": CURVE_POINTS,
-        "samples": SAMPLES,
-        "curves": {outcome.method.name: [_finite(asdict(mark)) for mark in outcome.trained.curve] for outcome in outcomes},
-        "qualities": {outcome.method.name: [_finite(asdict(point)) for point in outcome.sampler] for outcome in outcomes},
-    }
-
-
-def _finite(row: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no infinity: null stands for it."""
-    return {name: value if math.isfinite(value) else None for name, value in row.items()}
-
-
-def _pictures(comparison: Comparison, seed: int) -> dict[str, bytes]:
-    subject = comparison_figures.subject(comparison, comparison.outcomes[0], seed)
-    each = {
-        "over_time": lambda: flow_figures.over_time(subject),
-        "trajectories": lambda: flow_figures.trajectories(subject),
-        "field": lambda: flow_figures.field(subject),
-        "learned": lambda: comparison_figures.learned(comparison, seed),
-        "comparison": lambda: comparison_figures.curves(comparison),
-    }
-    drawn = {}
-    with progress.step("drawing", len(each)) as bar:
-        for name, draw in each.items():
-            drawn[name] = draw()
-            bar.advance(note=name)
-    return drawn
-
-
-def _background(config: DemoConfig) -> page.Background:
+        found = compare(DATASETS[config.dataset], config.methods(), config.seed, seconds=seconds, steps=config.steps)
+        with progress.step("drawing", len(PICTURES)) as bar:
+            for name, draw in PICTURES.items():
+                pictures[name] = draw(found)
+                bar.advance(note=name)
     versions = machine.describe_versions()
     facts = {
         "machine": machine.describe_machine(),
         "versions": {name: versions[name] for name in VERSIONS},
         "options": {name: str(value) for name, value in options.encode(config).items() if value is not None},
     }
-    return page.Background(machine.command_line(), facts)
+    figures = found.figures()
+    path = write(config.output_dir, figures, pictures, {"command": machine.command_line(), "facts": facts})
+    _show(figures)
+    progress.say(f"report: {path}")
+    return {name: figures[name] for name in LAST_LINE} | {"report": str(path)}
 
 
-def _show(comparison: Comparison, found: dict[str, Any]) -> None:
-    """The table of methods on standard error."""
-    table = Table(box=None, padding=(0, 2), header_style="")
-    table.add_column("method")
-    for heading in ("NLL, nats", "steps", f"to {found['common_nll']:.3f} nats", f"to {found['near_nll']:.3f} nats", "evaluations a sample"):
+def refuse_other_folder(output_dir: Path) -> None:
+    """Raise OutputError when `output_dir` is a file, or holds anything that is not of such a demo."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise OutputError(f"output_dir must be a folder, found a file at {output_dir}; type --output_dir ANOTHER")
+    others = sorted(path.name for path in output_dir.iterdir() if path.name not in FILES) if output_dir.exists() else []
+    if others:
+        raise OutputError(f"only an earlier demo is ever replaced, and {output_dir} holds {others[0]}; type --output_dir ANOTHER")
+
+
+def write(output_dir: Path, figures: Mapping[str, Any], pictures: Mapping[str, bytes], background: Mapping[str, Any]) -> Path:
+    """Write page, pictures and demo.json in the place of an earlier demo; return the page's path.
+
+    background: `command`, and `facts`, tables by heading.
+    """
+    refuse_other_folder(output_dir)
+    text = pages.render("toy/page.html.j2", pictures, figures=figures, background=background, seconds=_seconds, factor=_factor)
+    with files.write_faults(output_dir):
+        for name in FILES:
+            (output_dir / name).unlink(missing_ok=True)
+        for name, picture in pictures.items():
+            files.write_bytes(output_dir / f"{name}.png", picture)
+        files.write_text(output_dir / PAGE, text)
+        files.write_json(output_dir / RESULT, {**figures, **background})
+    return output_dir / PAGE
+
+
+def _seconds(value: float | None) -> str:
+    """`0.41 s`, `12.3 s`, or `not reached`."""
+    return "not reached" if value is None else f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
+
+
+def _factor(value: float) -> str:
+    """`3.4` below ten, `27` from there on."""
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+
+
+def _show(figures: Mapping[str, Any]) -> None:
+    """Print the table of methods to standard error."""
+    common, near = figures["common_nll"], figures["near_nll"]
+    table = Table("method", box=None, padding=(0, 2), header_style="")
+    for heading in ("NLL, nats", "steps", f"to {common:.3f} nats", f"to {near:.3f} nats", "evaluations a sample"):
         table.add_column(heading, justify="right")
-    for outcome in comparison.outcomes:
-        name = outcome.method.name
-        reached = [page.seconds(found[key][name]) for key in ("train_seconds", "seconds_to_near")]
-        table.add_row(outcome.method.title, f"{outcome.nll:.3f}", f"{outcome.trained.steps:,}", *reached, str(found["evaluations"][name]))
+    for method in figures["methods"]:
+        name = method["name"]
+        reached = [_seconds(figures[key][name]) for key in ("train_seconds", "seconds_to_near")]
+        steps = f"{figures['trained_steps'][name]:,}"
+        table.add_row(method["title"], f"{figures['nll'][name]:.3f}", steps, *reached, str(figures["evaluations"][name]))
     console = Console(stderr=True, highlight=False, width=max(100, Console(stderr=True).width))
     console.print()
     console.print(table)
-    line = f"entropy of the data {comparison.entropy:.3f} nats"
-    if comparison.speedup is not None:
-        line += f"; flow matching trains {page.factor(comparison.speedup)} times faster than the CNF to {comparison.common_nll:.3f} nats"
+    line = f"entropy of the data {figures['entropy']:.3f} nats"
+    if figures["speedup"] is not None:
+        line += f"; flow matching trains {_factor(figures['speedup'])} times faster than the CNF to {common:.3f} nats"
     progress.say(line)

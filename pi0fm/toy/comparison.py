@@ -1,40 +1,54 @@
-"""Flow matching, CNF and diffusion side by side: the same data, network, budget and judge.
+"""Flow matching, CNF and diffusion compared: the same data, network, budget and judge.
 
-Owns: the order train -> judge for each method, and the figures that come of it. Does not know: pictures, pages, files.
+Owns: the order train -> judge for each method, every figure of demo.json. Does not know: pictures, pages, files.
 
+    NLL              -log p_1 of held-out points by pi0fm.flow.likelihood: exact divergence, RK4 on a fine grid, the same for all methods
     common NLL       the worst of the methods' best held-out NLLs: every method reaches it
     train_seconds    of training until a method's averaged weights are at the common NLL or below, at the marks of its curve
     speedup          train_seconds of the CNF over those of flow matching
-    common distance  1.1 times the worst of the methods' sliced Wasserstein distances at their finest: every method reaches it
-    evaluations      the fewest of the network, a sample, that stay within the common distance
+    distance         sliced Wasserstein-2 of samples to as many held-out points: root of the mean over directions of the squared
+                     distance of the two sorted projections (Bonneel et al. 2015, doi 10.1007/s10851-014-0506-3)
+    common distance  1.1 times the worst of the methods' distances at their finest: every method reaches it
+    evaluations      the fewest of the network, a sample, from which on the distance stays within the common distance
 
-Times are those of the first mark at or below, for all methods alike.
-Shape letters: B points.
+The same noise and the same points serve every method and every number of evaluations, so a curve shows the sampler, not luck.
+Shape letters: B points, K directions.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import final
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pi0fm import progress
+from pi0fm.flow import likelihood
+from pi0fm.flow.ancestral import sample_ancestral
 from pi0fm.flow.checks import FlowError
-from pi0fm.toy import quality
-from pi0fm.toy.config import DemoConfig
-from pi0fm.toy.datasets import Dataset, dataset_named
-from pi0fm.toy.methods import CNF, DIFFUSION, FLOW_MATCHING, Method
-from pi0fm.toy.network import PlaneField
-from pi0fm.toy.quality import Quality
-from pi0fm.toy.training import Mark, Trained, train
+from pi0fm.flow.matching import FlowMatching
+from pi0fm.flow.sde import sde_grid
+from pi0fm.flow.solver import Counted, Velocity, num_evaluations
+from pi0fm.toy.datasets import Dataset
+from pi0fm.toy.methods import CNF, DIFFUSION, FLOW_MATCHING, Method, PlaneField
+from pi0fm.toy.training import Mark, train
 
 HELD_OUT, CURVE_POINTS, SAMPLES = 4000, 800, 2000
 FINE_STEPS, CURVE_STEPS = 40, 16
 NEAR = 0.05  # nats
 DISTANCE_MARGIN = 1.1
+DIRECTIONS = 64
+EVALUATIONS = (2, 4, 8, 12, 16, 24, 32, 64, 128)
+ANCESTRAL_STEPS = (10, 20, 50, 100, 200, 500, 1000)
+TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)
+
+
+class Quality(NamedTuple):
+    """Distance of samples to held-out points, for so many evaluations of the network a sample."""
+
+    evaluations: int
+    distance: float
 
 
 @final
@@ -47,7 +61,8 @@ class Outcome:
     """
 
     method: Method
-    trained: Trained
+    network: PlaneField
+    curve: tuple[Mark, ...]
     nll: float
     samples: Float[Tensor, "B 2"]
     ode: tuple[Quality, ...]
@@ -62,109 +77,164 @@ class Outcome:
 @final
 @dataclass(frozen=True)
 class Comparison:
-    """What was found. Dictionaries are by method name, None for what no mark of the curve reaches.
+    """Everything that was found.
 
     entropy: the NLL of the data's own density on the same held-out points. floor: the distance between two sets of data.
     """
 
     dataset: Dataset
+    seed: int
     outcomes: tuple[Outcome, ...]
     entropy: float
     floor: float
 
-    @property
-    def common_nll(self) -> float:
-        """The worst of the best NLLs of the curves."""
-        return max(min(mark.nll for mark in outcome.trained.curve) for outcome in self.outcomes)
+    def figures(self) -> dict[str, Any]:
+        """Return every figure of demo.json and of the page, by method name where it is a method's; None for what no mark reaches."""
+        by_name = {outcome.method.name: outcome for outcome in self.outcomes}
+        curves = {name: outcome.curve for name, outcome in by_name.items()}
+        best = [min(mark.nll for mark in curve) for curve in curves.values()]
+        common_nll, near_nll = max(best), min(best) + NEAR
+        common_distance = DISTANCE_MARGIN * max(outcome.sampler[-1].distance for outcome in self.outcomes)
+        train_seconds = {name: seconds_to(curve, common_nll) for name, curve in curves.items()}
+        ours, theirs = train_seconds.get(FLOW_MATCHING), train_seconds.get(CNF)
+        return {
+            "dataset": self.dataset.name,
+            "solver": self.outcomes[0].method.flow.solver,
+            "methods": [{"name": name, "title": outcome.method.title} for name, outcome in by_name.items()],
+            "shown": self.outcomes[0].method.title,
+            "nll": {name: outcome.nll for name, outcome in by_name.items()},
+            "entropy": self.entropy,
+            "common_nll": common_nll,
+            "train_seconds": train_seconds,
+            "near_nll": near_nll,
+            "seconds_to_near": {name: seconds_to(curve, near_nll) for name, curve in curves.items()},
+            "trained_seconds": {name: curve[-1].seconds for name, curve in curves.items()},
+            "trained_steps": {name: curve[-1].steps for name, curve in curves.items()},
+            "common_distance": common_distance,
+            "floor": self.floor,
+            "evaluations": {name: fewest(outcome.sampler, common_distance) for name, outcome in by_name.items()},
+            "probability_flow_evaluations": fewest(by_name[DIFFUSION].ode, common_distance) if DIFFUSION in by_name else None,
+            "speedup": theirs / ours if ours is not None and theirs is not None else None,
+            "held_out": HELD_OUT,
+            "held_out_along_training": CURVE_POINTS,
+            "samples": SAMPLES,
+            "curves": {name: _rows(curve) for name, curve in curves.items()},
+            "qualities": {name: _rows(outcome.sampler) for name, outcome in by_name.items()},
+        }
 
-    @property
-    def best_nll(self) -> float:
-        """The best NLL of all curves."""
-        return min(mark.nll for outcome in self.outcomes for mark in outcome.trained.curve)
 
-    @property
-    def common_distance(self) -> float:
-        """DISTANCE_MARGIN times the worst of the distances of the finest samplings."""
-        return DISTANCE_MARGIN * max(outcome.sampler[-1].distance for outcome in self.outcomes)
+def compare(
+    dataset: Dataset, methods: Sequence[Method], seed: int, *, seconds: float | None = None, steps: int | None = None
+) -> Comparison:
+    """Train every method for `seconds` or `steps`, and judge it. Raises FlowError when a training leaves the finite numbers."""
+    # Streams apart from the trainings', which start at the seed itself.
+    generator = torch.Generator().manual_seed(2**32 + seed)
+    held_out = dataset.sample(HELD_OUT, generator)
+    other, noise = dataset.sample(SAMPLES, generator), torch.randn(SAMPLES, 2, generator=generator)
+    outcomes = []
+    for method in methods:
+        flow, target = method.flow, held_out[:SAMPLES]
 
-    @property
-    def nll(self) -> dict[str, float]:
-        """Held-out NLL after the whole training, nats."""
-        return {outcome.method.name: outcome.nll for outcome in self.outcomes}
+        def along_training(network: PlaneField, flow: FlowMatching = method.flow) -> float:
+            try:
+                return held_out_nll(flow, network, held_out[:CURVE_POINTS], CURVE_STEPS)
+            except FlowError:
+                return math.inf  # a field that is still so rough that no grid follows it; the final NLL has no such excuse
 
-    @property
-    def train_seconds(self) -> dict[str, float | None]:
-        """Seconds of training to the common NLL."""
-        return {outcome.method.name: seconds_to(outcome.trained.curve, self.common_nll) for outcome in self.outcomes}
+        network, curve = train(method, dataset, seed, along_training, seconds=seconds, steps=steps)
+        nll = held_out_nll(flow, network, held_out, FINE_STEPS)
+        if not math.isfinite(nll):
+            longer = f"train longer with --seconds {2 * curve[-1].seconds:.0f}"
+            raise FlowError(f"{method.title}: the held-out NLL must be finite, found {nll}; {longer}")
+        ode, samples = quality_curve(ode_samplers(flow, noise), network, target)
+        ancestral: tuple[Quality, ...] = ()
+        if method.name == DIFFUSION:
+            ancestral, samples = quality_curve(ancestral_samplers(flow, noise, seed), network, target)
+        outcomes.append(Outcome(method, network, curve, nll, samples, ode, ancestral))
+    entropy = -float(dataset.log_prob(held_out).double().mean())
+    return Comparison(dataset, seed, tuple(outcomes), entropy, sliced_wasserstein(other, held_out[:SAMPLES]))
 
-    @property
-    def seconds_to_near(self) -> dict[str, float | None]:
-        """Seconds of training to the best NLL plus NEAR."""
-        return {outcome.method.name: seconds_to(outcome.trained.curve, self.best_nll + NEAR) for outcome in self.outcomes}
 
-    @property
-    def evaluations(self) -> dict[str, int | None]:
-        """Evaluations a sample to the common distance, each method sampled its own way."""
-        return {outcome.method.name: quality.fewest(outcome.sampler, self.common_distance) for outcome in self.outcomes}
+def grid(flow: FlowMatching, num_steps: int) -> list[float]:
+    """Return times from noise to data on which a smooth field is followed with equal care.
 
-    @property
-    def probability_flow_evaluations(self) -> int | None:
-        """The diffusion's evaluations by its probability-flow ODE; None also without a diffusion."""
-        found = [quality.fewest(outcome.ode, self.common_distance) for outcome in self.outcomes if outcome.method.name == DIFFUSION]
-        return found[0] if found else None
+    Uniform in t where the path's velocity is finite on [0, 1]; else uniform in ln(alpha / sigma), which VP needs near data.
+    """
+    finite = torch.isfinite(flow.path.sigma_prime(torch.tensor([0.0, 1.0], dtype=torch.float64)))
+    return flow.grid(num_steps) if bool(finite.all()) else sde_grid(flow, num_steps)
 
-    @property
-    def speedup(self) -> float | None:
-        """How many times longer the CNF trains to the common NLL than flow matching; None unless both were trained."""
-        ours, theirs = self.train_seconds.get(FLOW_MATCHING), self.train_seconds.get(CNF)
-        return None if ours is None or theirs is None else theirs / ours
+
+@torch.no_grad()
+def held_out_nll(flow: FlowMatching, network: Velocity, x: Float[Tensor, "B 2"], num_steps: int) -> float:
+    """Return the mean of -log p_1 over the points, nats, by RK4 with `num_steps` steps and the exact divergence."""
+    options = likelihood.DensityOptions(times=grid(flow, num_steps), solver="rk4")
+    return -float(likelihood.log_prob(flow, network, x, options=options).double().mean())
+
+
+def sliced_wasserstein(x: Float[Tensor, "B 2"], y: Float[Tensor, "B 2"]) -> float:
+    """Return the sliced Wasserstein-2 distance of two sets of equally many points, over DIRECTIONS directions evenly spread."""
+    angles = math.pi * (torch.arange(DIRECTIONS, dtype=x.dtype) + 0.5) / DIRECTIONS
+    directions = torch.stack([torch.cos(angles), torch.sin(angles)])
+    difference = (x @ directions).sort(0).values - (y @ directions).sort(0).values
+    return math.sqrt(float(difference.square().mean()))
+
+
+Sampler = Callable[[Velocity], Tensor]
+"""network -> samples, from one fixed noise."""
+
+
+def ode_samplers(flow: FlowMatching, noise: Float[Tensor, "B 2"]) -> list[Sampler]:
+    """Return samplers by the flow's own solver, coarse to fine: by number of steps on a fixed grid, by tolerance for dopri5."""
+
+    def sampler(flow: FlowMatching, num_steps: int) -> Sampler:
+        return lambda network: flow.sample(network, noise, times=grid(flow, num_steps), check=False)
+
+    if flow.solver == "dopri5":
+        return [sampler(replace(flow, tolerance=tolerance), flow.num_flow_steps) for tolerance in TOLERANCES]
+    counts = sorted({max(1, evaluations // num_evaluations(flow.solver, 1)) for evaluations in EVALUATIONS})
+    return [sampler(flow, count) for count in counts]
+
+
+def ancestral_samplers(flow: FlowMatching, noise: Float[Tensor, "B 2"], seed: int) -> list[Sampler]:
+    """Return ancestral samplers by number of steps, each with the same random numbers."""
+
+    def sampler(num_steps: int) -> Sampler:
+        return lambda network: sample_ancestral(flow, network, noise, num_steps, generator=torch.Generator().manual_seed(seed))
+
+    return [sampler(count) for count in ANCESTRAL_STEPS]
+
+
+@torch.no_grad()
+def quality_curve(
+    samplers: Iterable[Sampler], network: Velocity, held_out: Float[Tensor, "B 2"]
+) -> tuple[tuple[Quality, ...], Float[Tensor, "B 2"]]:
+    """Return the quality of each sampler, infinite where it has left the finite numbers, and the samples of the last."""
+    curve, sample = [], held_out
+    for sampler in samplers:
+        sample = sampler(counted := Counted(network))
+        distance = sliced_wasserstein(sample, held_out) if bool(torch.isfinite(sample).all()) else math.inf
+        curve.append(Quality(counted.num_evaluations, distance))
+    return tuple(curve), sample
+
+
+def fewest(curve: Sequence[Quality], distance: float) -> int | None:
+    """Return the fewest evaluations from which on the distance stays at or below `distance`; None where the last is above it.
+
+    `From which on`: a coarse sampler that comes close by luck does not count.
+    """
+    found = None
+    for quality in reversed(curve):
+        if not quality.distance <= distance:
+            break
+        found = quality.evaluations
+    return found
 
 
 def seconds_to(curve: Sequence[Mark], nll: float) -> float | None:
-    """Seconds of training at the first mark at or below `nll`; None where there is none."""
+    """Return the seconds of training at the first mark at or below `nll`; None where there is none."""
     return next((mark.seconds for mark in curve if mark.nll <= nll), None)
 
 
-def compare(config: DemoConfig) -> Comparison:
-    """Train and judge every method of `config`. Raises FlowError when a training leaves the numbers."""
-    dataset = dataset_named(config.dataset)
-    # Streams apart from the trainings', which start at the seed itself.
-    generator = torch.Generator().manual_seed(2**32 + config.seed)
-    held_out = dataset.sample(HELD_OUT, generator)
-    other, noise = dataset.sample(SAMPLES, generator), torch.randn(SAMPLES, 2, generator=generator)
-    outcomes = tuple(_outcome(method, dataset, config, held_out, noise) for method in config.methods())
-    entropy = -float(dataset.log_prob(held_out).double().mean())
-    return Comparison(dataset, outcomes, entropy, quality.sliced_wasserstein(other, held_out[:SAMPLES]))
-
-
-def _outcome(method: Method, dataset: Dataset, config: DemoConfig, held_out: Tensor, noise: Tensor) -> Outcome:
-    few = held_out[:CURVE_POINTS]
-
-    def held_out_nll(network: PlaneField) -> float:
-        try:
-            return quality.held_out_nll(method.flow, network, few, CURVE_STEPS)
-        except FlowError:
-            return math.inf  # a field that is still so rough that no grid follows it; the final NLL has no such excuse
-
-    with progress.step(f"{method.title}: training", 100) as bar:
-        shown = 0
-
-        def watch(spent: float, note: str) -> None:
-            nonlocal shown
-            percent = int(100 * spent)
-            if percent > shown:
-                bar.advance(percent - shown, note)
-                shown = percent
-
-        trained = train(method, dataset, config.budget, config.seed, held_out_nll, watch)
-    nll = quality.held_out_nll(method.flow, trained.network, held_out, FINE_STEPS)
-    if not math.isfinite(nll):
-        raise FlowError(
-            f"{method.title}: the held-out NLL must be finite, found {nll}; train longer with --seconds {2 * trained.seconds:.0f}"
-        )
-    target = held_out[: len(noise)]
-    ode, samples = quality.ode_curve(method.flow, trained.network, noise, target)
-    ancestral: tuple[Quality, ...] = ()
-    if method.name == DIFFUSION:
-        ancestral, samples = quality.ancestral_curve(method.flow, trained.network, noise, target, config.seed)
-    return Outcome(method, trained, nll, samples, ode, ancestral)
+def _rows(curve: Sequence[Mark] | Sequence[Quality]) -> list[dict[str, float | None]]:
+    """Return the rows for JSON, which has no infinity: null stands for it."""
+    return [{name: value if math.isfinite(value) else None for name, value in row._asdict().items()} for row in curve]

@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 
+from pi0fm.cli import flow_demo
 from pi0fm.cli.main import main
 from pi0fm.flow.matching import FlowConfig
-from pi0fm.toy import methods, page, quality
-from pi0fm.toy.datasets import dataset_named
-from pi0fm.toy.training import Budget, one_thread, train
+from pi0fm.toy import methods
+from pi0fm.toy.comparison import held_out_nll
+from pi0fm.toy.datasets import DATASETS
+from pi0fm.toy.pictures import PICTURES
+from pi0fm.toy.training import one_thread, train
 
 pytestmark = pytest.mark.journey
 METHODS = {"flow_matching", "cnf", "diffusion"}
@@ -29,10 +32,10 @@ def test_the_demo_leaves_one_whole_page_and_can_be_run_again(tmp_path, capsys, s
     assert set(result["nll"]) == set(result["train_seconds"]) == set(result["evaluations"]) == METHODS
     assert result["entropy"] < min(result["nll"].values())
     assert result["speedup"] == result["train_seconds"]["cnf"] / result["train_seconds"]["flow_matching"]
-    assert result["report"] == str(folder / page.PAGE)
-    assert {file.name for file in folder.iterdir()} == set(page.OWN_FILES)
-    assert all((folder / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in page.PICTURES)
-    written = json.loads((folder / page.RESULT).read_text())
+    assert result["report"] == str(folder / flow_demo.PAGE)
+    assert {file.name for file in folder.iterdir()} == set(flow_demo.FILES)
+    assert all((folder / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in PICTURES)
+    written = json.loads((folder / flow_demo.RESULT).read_text())
     assert {name: written[name] for name in result if name != "report"} == {name: result[name] for name in result if name != "report"}
     assert all(written["trained_steps"][name] == 60 for name in METHODS)
     assert "drawing 5/5" in captured.err
@@ -56,13 +59,13 @@ def test_the_cnf_reaches_the_nll_of_flow_matching(shapes_unchecked):
     steps are doubled; seeds differ by as much, and the mean over the same 4000 points adds less than 0.01. So 0.1 passes by no luck, and a
     CNF whose loss, divergence or adjoint is wrong stays several tenths away.
     """
-    dataset = dataset_named("moons")
+    dataset = DATASETS["moons"]
     held_out = dataset.sample(4000, torch.Generator().manual_seed(2**33))
     entropy = -float(dataset.log_prob(held_out).mean())
     found = {}
     with one_thread():
         for method, steps in ((methods.flow_matching(FlowConfig(time_density="uniform")), 800), (methods.cnf(FlowConfig()), 260)):
-            trained = train(method, dataset, Budget(steps=steps), 0, lambda _: 0.0, lambda *_: None)
-            found[method.name] = quality.held_out_nll(method.flow, trained.network, held_out, 32)
+            network, _ = train(method, dataset, 0, lambda _: 0.0, steps=steps)
+            found[method.name] = held_out_nll(method.flow, network, held_out, 32)
     assert abs(found["cnf"] - found["flow_matching"]) < 0.1
     assert max(found.values()) < entropy + 0.15
