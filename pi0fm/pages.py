@@ -47,6 +47,11 @@ def chart(axis: Any, title: str, x_label: str, y_label: str) -> None:
     axis.spines[["left", "bottom"]].set_color(LINE)
 
 
+def legend(axis: Any, **where: Any) -> None:
+    """Add a legend without a frame."""
+    axis.legend(frameon=False, fontsize=8.5, labelcolor=INK, **where).set_zorder(10)
+
+
 def plain_log(axis: Any) -> None:
     """Label a logarithmic axis (of `axes.xaxis`, say) 0.1, 0.2, 0.5, 1 instead of by powers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator

@@ -60,7 +60,7 @@ def trajectories(comparison: Comparison) -> bytes:
     plane.scatter(*few[0].T, s=7, color=NOISE_COLOUR, label="noise, t = 0", zorder=3, linewidths=0)
     plane.scatter(*few[-1].T, s=7, color=DATA_COLOUR, label="data, t = 1", zorder=4, linewidths=0)
     _plane(plane, "each point follows dx/dt = v(x, t)", max(comparison.dataset.extent, 3.2 * flow.path.prior_scale))
-    _legend(plane, loc="lower center", ncols=2, bbox_to_anchor=(0.5, -0.09), handletextpad=0.1)
+    pages.legend(plane, loc="lower center", ncols=2, bbox_to_anchor=(0.5, -0.09), handletextpad=0.1)
 
     x = states[:, :, 0]
     reach = float(x.abs().quantile(0.999))
@@ -145,7 +145,7 @@ def costs(comparison: Comparison) -> bytes:
     for axis in (left.xaxis, right.xaxis, right.yaxis):
         pages.plain_log(axis)
     for axis in (left, right):
-        _legend(axis, **BELOW)
+        pages.legend(axis, **BELOW)
     return pages.png(figure)
 
 
@@ -197,10 +197,6 @@ def _plane(axis: Any, title: str, extent: float) -> None:
     axis.set_title(title, fontsize=10, color=pages.INK, pad=6)
     axis.set(xlim=(-extent, extent), ylim=(-extent, extent), xticks=[], yticks=[], aspect="equal")
     axis.spines[:].set_color(pages.LINE)
-
-
-def _legend(axis: Any, **where: Any) -> None:
-    axis.legend(frameon=False, fontsize=8.5, labelcolor=pages.INK, **where).set_zorder(10)
 
 
 def _colours(*colours: str) -> Any:

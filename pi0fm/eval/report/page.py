@@ -16,9 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from pi0fm import files
+from pi0fm import files, pages
 from pi0fm.eval.episode import EpisodeResult
 from pi0fm.eval.report import curve
 from pi0fm.eval.summary import Summary
@@ -75,15 +73,14 @@ def write(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]],
 
 def render(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]], background: Background) -> str:
     """The page. Everything that comes from outside is escaped; nothing is loaded from anywhere."""
-    loader = jinja2.PackageLoader("pi0fm.eval.report", ".")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["percent"] = percent
-    return environment.get_template("report.html.j2").render(
+    return pages.render(
+        "eval/report/report.html.j2",
+        {"loss": curve.draw(background.losses)} if background.losses else {},
         summary=summary,
         rows=rows,
         background=background,
         videos=_embedded(output_dir, rows),
-        curve=curve.layout(background.losses) if background.losses else None,
+        percent=percent,
     )
 
 

@@ -1,12 +1,14 @@
 """The page: self-contained, escaped, complete; the folder: never overwritten."""
 
 import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pi0fm.eval.episode import EpisodeResult
 from pi0fm.eval.report import curve, video
@@ -129,17 +131,29 @@ def test_metrics_that_are_none_are_refused(tmp_path, content, words):
 @pytest.mark.parametrize(
     "losses", [[(5, 0.3)], [(1, 0.5), (2, 0.5)], [(s, 2.0 ** -(s / 1000)) for s in range(0, 10000, 7)], [(1, 0.0), (9, 3.0)]]
 )
-def test_the_curve_stays_on_the_canvas(losses):
-    drawn = curve.layout(losses)
-    for path in (drawn.logged, drawn.smooth):
-        points = [tuple(map(float, point.split())) for point in path[1:].split(" L")]
-        assert len(points) <= curve.MOST_POINTS
-        assert all(drawn.left <= x <= drawn.right and drawn.top <= y <= drawn.bottom for x, y in points)
-        assert points == sorted(points)
-    assert all(drawn.left <= tick.position <= drawn.right for tick in drawn.x_ticks)
-    assert all(drawn.top <= tick.position <= drawn.bottom for tick in drawn.y_ticks)
+def test_the_loss_is_a_picture_inside_the_page(tmp_path, film, losses):
+    page, _ = written(tmp_path, film, losses=losses)
+    (image,) = page.all("img")
+    picture = Image.open(io.BytesIO(base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))))
+    assert picture.width > 2 * picture.height
+    assert len(image["src"]) < 100_000
+    teal = [color for _, color in picture.convert("RGB").getcolors(100_000) if color[1] > 90 > color[0]]
+    assert len(losses) == 1 or teal, "the running mean is drawn"
 
 
-def test_a_long_fall_has_a_logarithmic_axis():
-    assert curve.layout([(1, 10.0), (2, 0.01)]).logarithmic
-    assert not curve.layout([(1, 10.0), (2, 5.0)]).logarithmic
+def test_without_losses_there_is_no_picture(tmp_path, film):
+    page, _ = written(tmp_path, film)
+    assert not page.all("img")
+    assert "Training loss" not in page.text
+
+
+def test_the_running_mean_is_of_the_window_that_exists_and_a_long_fall_has_a_logarithmic_axis(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(curve.pages, "png", lambda figure: drawn.append(figure) or b"")
+    curve.draw([(step, float(step)) for step in range(1, 81)])
+    curve.draw([(1, 10.0), (2, 9.0)])
+    (rising,), (flat,) = drawn[0].axes, drawn[1].axes
+    assert (rising.get_yscale(), flat.get_yscale()) == ("log", "linear")
+    logged, smooth = (line.get_ydata() for line in rising.lines)
+    assert list(logged) == list(range(1, 81))
+    assert list(smooth[[0, 1, 2, 40, 79]]) == pytest.approx([2.0, 2.5, 3.0, 41.0, 79.0])
