@@ -18,26 +18,25 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pi0fm import progress
+from pi0fm import options, progress
 from pi0fm.bench.paired import Ratio, paired_ratio, ratio_of
 from pi0fm.bench.peer_cases import case_named, make_batch
 from pi0fm.bench.peer_config import PI0_PROPORTIONS
-from pi0fm.bench.training_sides import prepared, step_of
+from pi0fm.bench.training_sides import step_of
 from pi0fm.models.pi0 import Pi0, parameter_count
 from pi0fm.options import nearest, option
-from pi0fm.train import state as run_state
 from pi0fm.train.checkpoint.checkpoints import Checkpoints
+from pi0fm.train.checkpoint.facts import RunFacts
 from pi0fm.train.config import TrainConfig
-from pi0fm.train.ema import Ema
-from pi0fm.train.optim import unwrapped
-from pi0fm.train.parallel.accelerate import Context
+from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.allocator import keep_freed_memory
+from pi0fm.train.parallel.context import Context
+from pi0fm.train.state import StateConfig, TrainState
 from pi0fm_client.errors import ConfigError
 
 CASES = ("tiny", "width_512", PI0_PROPORTIONS)
@@ -91,8 +90,9 @@ def measure(config: CheckpointConfig) -> CheckpointCost:
     keep_freed_memory()  # as training does
     found: dict[bool, list[_Block]] = {True: [], False: []}
     with tempfile.TemporaryDirectory(prefix="pi0fm-bench-checkpoint-", dir=config.folder) as folder:
-        with closing(Checkpoints(folder, Context(), config.keep)) as checkpoints:
-            block, parameters = _blocks(config, checkpoints)
+        parallel = Parallel(Context(), config.precision)
+        with closing(Checkpoints(folder, parallel, config.keep)) as checkpoints:
+            block, parameters = _blocks(config, parallel, checkpoints)
             with progress.step("blocks", 2 * (config.rounds + 1)) as bar:
 
                 def run(saves: bool) -> None:
@@ -108,28 +108,29 @@ def measure(config: CheckpointConfig) -> CheckpointCost:
     return CheckpointCost(wall, cpu, blocking, steps, size, parameters)
 
 
-def _blocks(config: CheckpointConfig, checkpoints: Checkpoints) -> tuple[Callable[[bool], _Block], int]:
+def _blocks(config: CheckpointConfig, parallel: Parallel, checkpoints: Checkpoints) -> tuple[Callable[[bool], _Block], int]:
     """`block(saves)`, which takes the steps of a block, with a checkpoint or without; and the number of parameters."""
     case = replace(case_named(config.case), training_batch=config.batch_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Pi0(case.config)
-    trained, optimizer, accelerator = prepared(model, config.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    step, ema = step_of(trained, optimizer, accelerator, make_batch(case, seed=0)), Ema(model, 0.999)
-    run, counted, ours = TrainConfig(), count(1), unwrapped(optimizer)
-    assert ours is not None
+    state = TrainState(model.to(parallel.device), StateConfig(ema_decay=0.999))
+    state.prepare(parallel)
+    step = step_of(state.trained, state.optimizer, parallel.accelerator, make_batch(case, seed=0))
+    run = TrainConfig()
+    facts = RunFacts(options.encode(run), {}, run.steps, run.global_batch_size, run.optimizer, 1)
 
     def save(taken: int) -> float:
         began = time.perf_counter()
-        checkpoints.save(taken, run_state.tensors(model, ours, ema), run_state.facts(run, {}, 1, taken))
+        checkpoints.save(taken, state.tensors(), facts.at(taken))
         return time.perf_counter() - began
 
     def block(saves: bool) -> _Block:
         began, asked, there, blocking = time.process_time(), 0, 0, 0.0
         for number in range(1, config.every + 1):
             step()
-            taken = next(counted)
-            ema.update(taken)
+            state.advance()
+            taken = state.step
             checkpoints.settle(wait=False)  # as training looks after every step
             if saves and number == 1:
                 asked, blocking = taken, save(taken)

@@ -53,7 +53,7 @@ class _Updater:
         self._run, self._data, self._scheduled_steps = run, data, scheduled_steps
         self._rates = replace(run.optimizer, learning_rate=plan.learning_rate)
         self._collator = data.collator(plan.seed, run.flow_draws_per_observation)
-        micro = run.micro_batch(world_size=1)
+        micro = run.largest_micro_batch(world_size=1)
         self._batches = (self._collator(first, micro) for first in itertools.count(0, micro))
         self._flow = FlowMatching.from_config(run.flow)
         self._accelerator = make_accelerator(run.precision, run.global_batch_size // micro, allow_cuda=False)

@@ -6,7 +6,7 @@ Owns: the command's result. Does not know: how training runs.
 from typing import Any
 
 from pi0fm.cluster import training
-from pi0fm.train.parallel.accelerate import context_from_environment
+from pi0fm.train.parallel.context import context_from_environment
 
 HELP = "train a policy on a LeRobot data set, or on a mixture of them"
 Options = training.TrainingRun

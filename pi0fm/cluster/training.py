@@ -24,7 +24,7 @@ from pi0fm.data.columns.lerobot_source import DatasetConfig
 from pi0fm.options import option
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.loop import TrainResult, train
-from pi0fm.train.parallel.accelerate import Context, context_from_environment, restarts
+from pi0fm.train.parallel.context import Context, context_from_environment, restarts
 from pi0fm.train.start.output import RAY_FOLDER, claim, release
 from pi0fm.train.watch.metrics import read_last
 from pi0fm.train.watch.signals import NotedSignals, StoppedError, ask_to_stop, stopped
@@ -50,7 +50,7 @@ class TrainingRun(TrainConfig):
         if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
             raise ConfigError(f"gpus_per_worker must be >= 0, found {self.gpus_per_worker}")
         if self.num_workers:
-            self.micro_batch(self.num_workers)
+            self.micro_steps(self.num_workers)
 
 
 def run_training(run: TrainingRun) -> TrainResult:

@@ -14,6 +14,7 @@ from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import DatasetConfig
 from pi0fm.data.loading.loader import LoaderConfig
 from pi0fm.data.loading.mixture import MixtureEntry, refuse_entries
+from pi0fm.data.order.split import micro_steps, split
 from pi0fm.data.pictures.augmentation import AugmentConfig
 from pi0fm.data.prompt import BYTES, OPENPI, refuse_dialect
 from pi0fm.flow.matching import FlowConfig
@@ -24,6 +25,10 @@ from pi0fm.options import option
 from pi0fm.policy.device import PRECISIONS
 from pi0fm.train.optim import OptimizerConfig
 from pi0fm.train.start.adaptation import Adaptation, refuse_for
+from pi0fm.train.state import StateConfig
+from pi0fm.train.watch.faults import FaultConfig
+from pi0fm.train.watch.guard import GuardConfig
+from pi0fm.train.watch.log import LogConfig
 from pi0fm.train.watch.validation import FREE_AT_RESUME as FREE_IN_VALIDATION
 from pi0fm.train.watch.validation import ValidationConfig
 from pi0fm_client.errors import ConfigError
@@ -170,15 +175,27 @@ class TrainConfig:
         base = preset(str(tree.pop("preset", "tiny")))
         return options.decode(Pi0Config, options.merge(options.encode(base), tree))
 
-    def micro_batch(self, world_size: int) -> int:
-        """Samples a forward pass of each of `world_size` workers. Raises ConfigError when the global batch cannot be split so."""
-        share, rest = divmod(self.global_batch_size, world_size)
-        if rest or share == 0:
-            raise ConfigError(f"global_batch_size must be a multiple of the {world_size} workers, found {self.global_batch_size}")
-        micro = min(self.micro_batch_size or share, share)
-        if share % micro:
-            raise ConfigError(f"each worker's share of {share} samples must be a multiple of micro_batch_size, found {micro}")
-        return micro
+    def micro_steps(self, world_size: int) -> int:
+        """Micro batches of a step, of each of `world_size` workers. Raises ConfigError when the global batch cannot be split so."""
+        return micro_steps(self.global_batch_size, world_size, self.micro_batch_size)
+
+    def largest_micro_batch(self, world_size: int) -> int:
+        """Samples of the largest forward pass. Raises what `micro_steps` raises."""
+        parts = (split(self.global_batch_size, rank, world_size, self.micro_batch_size) for rank in range(world_size))
+        return max(count for part in parts for _, count in part)
+
+    def state(self) -> StateConfig:
+        """What the state is built from."""
+        return StateConfig(self.seed, self.optimizer, self.adaptation(), self.ema_decay)
+
+    def log(self) -> LogConfig:
+        """When a line of metrics is due."""
+        return LogConfig(self.log_every, self.steps, self.global_batch_size)
+
+    def guard(self) -> GuardConfig:
+        """When a checkpoint is due, and what follows a loss that is not finite."""
+        faults = FaultConfig(self.output_dir / "faults", self.on_nonfinite == "skip", self.global_batch_size, self.micro_batch_size)
+        return GuardConfig(self.output_dir, self.steps, self.checkpoint_every, faults)
 
 
 def refuse_other_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:

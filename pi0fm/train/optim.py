@@ -49,7 +49,7 @@ class ClippedAdamW(torch.optim.AdamW):
         self._divisor: Tensor | None = None
         self._refused: Tensor | None = None
 
-    def make_room(self) -> None:
+    def allocate_moments(self) -> None:
         """Moments of 0 for every parameter that has none, and the one count, on the parameters' device, as the kernel wants it."""
         missing = [parameter for group in self.param_groups for parameter in group["params"] if not self.state[parameter]]
         if missing:
@@ -74,7 +74,7 @@ class ClippedAdamW(torch.optim.AdamW):
         """One step with the gradients that are there, clipped if `clip` came before it. A closure is refused."""
         if closure is not None:
             raise TypeError("ClippedAdamW takes no closure: compute the loss and its gradient before the step")
-        self.make_room()
+        self.allocate_moments()
         taken = 1.0 if self._refused is None else 1.0 - self._refused
         for count in {id(state["step"]): state["step"] for state in self.state.values()}.values():
             count.add_(taken)

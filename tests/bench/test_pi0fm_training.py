@@ -16,7 +16,7 @@ from pi0fm.bench.pi0fm_training import train_pi0fm
 from pi0fm.bench.shared_data import open_shared
 from pi0fm.policy import bundle
 from pi0fm.train.loop import train
-from pi0fm.train.parallel.accelerate import Context
+from pi0fm.train.parallel.context import Context
 from pi0fm.train.start.output import claim
 from pi0fm_client.types import Observation
 

@@ -4,20 +4,19 @@ The workers are forks of this process that talk over gloo: they cost no imports.
 """
 
 import errno
-import multiprocessing
 import os
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from forked_workers import workers
 from safetensors import safe_open
 
 from pi0fm.train.checkpoint import storage
 from pi0fm.train.checkpoint.checkpoints import Checkpoints, whole
-from pi0fm.train.parallel.accelerate import Context
+from pi0fm.train.parallel.accelerate import Parallel
+from pi0fm.train.parallel.context import Context
 from pi0fm.train.watch import signals
 from pi0fm.train.watch.signals import StopSignals
 
@@ -25,30 +24,6 @@ pytestmark = [pytest.mark.journey, pytest.mark.long]
 
 SHAPES = {"model/embedding": (40, 6), "model/head": (7, 5), "model/norm": (9,), "moments/step": (), "average/head": (7, 5)}
 SHARDED = "model/sharded"  # 9 rows do not divide by 2 or 4: the last worker has fewer
-
-
-def workers(count: int, place: Path, body: Callable[[Context], Any]) -> list[Any]:
-    """What `body` returns in each of `count` processes. A process that fails, fails the test with its traceback."""
-    forks = multiprocessing.get_context("fork")
-    answers = forks.SimpleQueue()
-    meeting = place / f"meeting-{count}-{len(list(place.iterdir()))}"
-
-    def work(rank: int) -> None:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
-        try:
-            answers.put((rank, body(Context(rank, count, shown=False)), ""))
-        except BaseException:
-            answers.put((rank, None, traceback.format_exc()))
-        os._exit(0)  # no test, no fixture and no exit handler of the parent runs here
-
-    processes = [forks.Process(target=work, args=(rank,)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    found = sorted(answers.get() for _ in processes)
-    for process in processes:
-        process.join()
-    assert [failure for _, _, failure in found if failure] == []
-    return [answer for _, answer, _ in found]
 
 
 def values(step: int, name: str) -> torch.Tensor:
@@ -76,7 +51,7 @@ def check_then_save(place: Path, expected: int | None, step: int) -> Callable[[C
     """Restore and hold against `expected`, then save `step` behind the back of this very test: the names of what differed."""
 
     def body(context: Context) -> list[str]:
-        checkpoints = Checkpoints(place, context, keep=9)
+        checkpoints = Checkpoints(place, Parallel(context), keep=9)
         found = state(context, None)
         index = checkpoints.restore(found, lambda index: None)
         assert (index is None) == (expected is None)
@@ -130,7 +105,7 @@ def test_a_full_disk_of_one_worker_is_known_to_all(tmp_path):
     place = tmp_path / "checkpoints"
 
     def body(context: Context) -> list[str | None]:
-        checkpoints = Checkpoints(place, context, keep=9)
+        checkpoints = Checkpoints(place, Parallel(context), keep=9)
         checkpoints.save(1, state(context, 1), {"step": 1})
         first = checkpoints.settle()
         real = storage.Folder.write
@@ -156,7 +131,7 @@ def test_one_worker_is_asked_and_all_leave_after_the_same_step(tmp_path, by, mon
     monkeypatch.setattr(signals, "SECONDS_BETWEEN_LOOKS", 0.0)
 
     def body(context: Context) -> int:
-        with StopSignals(context, tmp_path / "run") as stop:
+        with StopSignals(Parallel(context), tmp_path / "run") as stop:
             for step in range(1, 30):
                 if step == 5 and context.rank == (1 if by == "signal" else 0):
                     os.kill(os.getpid(), signals.signal.SIGTERM) if by == "signal" else signals.ask_to_stop(tmp_path / "run")

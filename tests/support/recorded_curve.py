@@ -64,7 +64,7 @@ def trained(root: Path, folder: Path, micro_batch_size: int | None = None) -> li
     from pi0fm import options
     from pi0fm.train.config import TrainConfig
     from pi0fm.train.loop import train
-    from pi0fm.train.parallel.accelerate import Context
+    from pi0fm.train.parallel.context import Context
     from pi0fm.train.start.output import claim
 
     config = options.decode(TrainConfig, options_of(root, folder) | {"micro_batch_size": micro_batch_size})

@@ -14,7 +14,7 @@ from pi0fm.policy import bundle
 from pi0fm.train import loop
 from pi0fm.train.checkpoint import checkpoints as checkpoint
 from pi0fm.train.loop import train
-from pi0fm.train.parallel.accelerate import Context
+from pi0fm.train.parallel.context import Context
 from pi0fm.train.start.output import claim
 from pi0fm.train.watch.metrics import read_last
 from pi0fm_client.errors import OutputError

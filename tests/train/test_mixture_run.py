@@ -24,7 +24,7 @@ from pi0fm.train import loop
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.data import open_data
 from pi0fm.train.loop import train
-from pi0fm.train.parallel.accelerate import Context
+from pi0fm.train.parallel.context import Context
 from pi0fm.train.start.output import claim
 from pi0fm.train.watch.validation import ValidationConfig
 from pi0fm_client.errors import ConfigError, DatasetError

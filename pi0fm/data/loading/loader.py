@@ -33,6 +33,7 @@ from pi0fm.data.loading.batch import Batch
 from pi0fm.data.loading.processes import in_processes
 from pi0fm.data.order.counter import Slots, draws
 from pi0fm.data.order.orders import Order, Places
+from pi0fm.data.order.split import split
 from pi0fm.data.pictures.augmentation import AugmentConfig, numbers
 from pi0fm.data.pictures.source import Pictures
 from pi0fm.options import option
@@ -194,33 +195,32 @@ def micro_batches(
     global_batch_size: int,
     rank: int,
     world_size: int,
-    micro_batch_size: int,
+    micro_batch_size: int | None,
     config: LoaderConfig = LoaderConfig(),
     device: torch.device | None = None,
 ) -> Generator[Batch]:
     """This rank's micro batches of steps first_step .. num_steps - 1, in order, some ahead of their use.
 
-    Every rank takes an equal, contiguous share of each global batch, so the union is the same for any number of ranks.
-    device: where `config.prefetch_to_device` copies to; None or a CPU copies nothing.
+    data/order/split.py says which samples are whose. device: where `config.prefetch_to_device` copies to; None or a CPU copies nothing.
     """
-    share = global_batch_size // world_size
+    parts = split(global_batch_size, rank, world_size, micro_batch_size)
 
-    def starts() -> Iterator[tuple[int, int, bool]]:
+    def starts() -> Iterator[tuple[int, int, int, bool]]:
         for step in range(first_step, num_steps):
-            for offset in range(0, share, micro_batch_size):
-                yield step, step * global_batch_size + rank * share + offset, offset == 0
+            for number, (offset, count) in enumerate(parts):
+                yield step, step * global_batch_size + offset, count, number == 0
 
     workers = None
     if config.processes:
-        tasks = ((start, micro_batch_size) for _, start, _ in starts())
+        tasks = ((start, count) for _, start, count, _ in starts())
         workers = in_processes(partial(_arrays, collator), tasks, config.processes, config.processes + config.ahead)
 
-    def prepare(step: int, start: int, begins: bool) -> Batch:
+    def prepare(step: int, start: int, count: int, begins: bool) -> Batch:
         if begins:
             collator.count_ahead(step * global_batch_size, global_batch_size)
         if workers is None:
-            batch = collator(start, micro_batch_size)
-            collator.expect_after(start, micro_batch_size)
+            batch = collator(start, count)
+            collator.expect_after(start, count)
             return batch.pinned() if config.pin_memory else batch
         batch = Batch.of({name: torch.from_numpy(array) for name, array in next(workers).items()})  # of the same start: both count alike
         return batch.pinned() if config.pin_memory else batch.copied()  # out of memory that a worker fills again
@@ -245,7 +245,7 @@ def _closing(workers: Generator[dict[str, NDArray]], batches: Iterator[Batch]) -
 
 
 def _in_threads(
-    prepare: Callable[[int, int, bool], Batch], starts: Iterator[tuple[int, int, bool]], num_threads: int, most: int
+    prepare: Callable[[int, int, int, bool], Batch], starts: Iterator[tuple[int, int, int, bool]], num_threads: int, most: int
 ) -> Generator[Batch]:
     """`prepare` of every start, in order, `most` at a time; the threads end with the last, with an error, or when nobody asks any more."""
     threads = ThreadPoolExecutor(num_threads, thread_name_prefix="pi0fm-loader")

@@ -18,6 +18,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -28,7 +29,7 @@ from pi0fm import progress
 from pi0fm.train.checkpoint.format import Reader, Writer
 from pi0fm.train.checkpoint.index import COMMIT, Index, TornError, folder, read_index, remove
 from pi0fm.train.checkpoint.storage import Store, open_store
-from pi0fm.train.parallel.accelerate import Context, host_group
+from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm_client.errors import OutputError
 
 __all__ = ["COMMIT", "Checkpoints", "whole"]
@@ -43,13 +44,21 @@ class Checkpoints:
     place: a folder that all workers see, or an `s3://` address; keep: how many of the newest stay.
     """
 
-    def __init__(self, place: Path | str, context: Context, keep: int) -> None:
-        self._store, self._context, self._keep = open_store(place), context, keep
-        self._group = host_group(context)
+    def __init__(self, place: Path | str, parallel: Parallel, keep: int) -> None:
+        self._store, self._parallel, self._keep = open_store(place), parallel, keep
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pi0fm-checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
         self._buffers: dict[str, Tensor] = {}
         self.saved: int | None = None  # the step of the newest checkpoint that this process has written or read
+
+    @property
+    def place(self) -> str:
+        """Where they are stored."""
+        return self._store.where
+
+    @property
+    def _group(self) -> ProcessGroup | None:
+        return self._parallel.host_group("checkpoint")
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Copy the state after `step` steps and write it behind the training's back; waits for an earlier one first.
@@ -80,7 +89,7 @@ class Checkpoints:
             written.result()
         except (CheckpointException, OSError, RuntimeError) as error:
             reason = _reason(error)
-            if self._context.is_first:
+            if self._parallel.context.is_first:
                 stays = "there is none before it" if self.saved is None else f"the one of step {self.saved} stays"
                 progress.say(f"checkpoint of step {step} in {self._store.where} could not be written ({reason}); {stays}")
             return reason
@@ -130,7 +139,7 @@ class Checkpoints:
     def _newest(self, damaged: list[int]) -> tuple[int, Index] | None:
         """The first worker looks, all agree."""
         step, fault = _NONE, None
-        if self._context.is_first:
+        if self._parallel.context.is_first:
             try:
                 candidates = sorted(_steps(self._store.sizes()), reverse=True)
                 step = next((number for number in candidates if number not in damaged and self._whole(number)), _NONE)
@@ -149,7 +158,7 @@ class Checkpoints:
         except TornError as error:
             place = f"{self._store.where}/{folder(step)}"
             raise OutputError(
-                f"worker {self._context.rank} cannot read {place} ({error}); checkpoints must lie where all workers can read"
+                f"worker {self._parallel.context.rank} cannot read {place} ({error}); checkpoints must lie where all workers can read"
             ) from error
 
     def _whole(self, step: int) -> bool:
@@ -161,7 +170,7 @@ class Checkpoints:
         return True
 
     def _say_torn(self, step: int, reason: str) -> None:
-        if self._context.is_first:
+        if self._parallel.context.is_first:
             progress.say(f"checkpoint {self._store.where}/{folder(step)} is torn ({reason}); it is passed over")
 
     def _refuse_other(self, step: int, index: Index, tensors: Mapping[str, Tensor]) -> None:
@@ -176,11 +185,11 @@ class Checkpoints:
 
     def _part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What this worker writes: every sharded tensor, of which it holds boxes, and its share of those that all workers hold."""
-        loads = [0] * self._context.world_size
+        loads = [0] * self._parallel.context.world_size
         mine: dict[str, Tensor] = {}
         for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
             owner = loads.index(min(loads))
-            if isinstance(tensors[name], DTensor) or owner == self._context.rank:
+            if isinstance(tensors[name], DTensor) or owner == self._parallel.context.rank:
                 mine[name] = tensors[name]
             if not isinstance(tensors[name], DTensor):
                 loads[owner] += tensors[name].nbytes
@@ -207,16 +216,16 @@ class Checkpoints:
         try:
             state_dict_saver.save(
                 {},
-                storage_writer=Writer(self._store, step, self._context.rank, facts),
+                storage_writer=Writer(self._store, step, self._parallel.context.rank, facts),
                 planner=_Planner(part),
                 process_group=self._group,
                 no_dist=self._group is None,
             )
         except (CheckpointException, OSError):
-            if self._context.is_first:
+            if self._parallel.context.is_first:
                 remove(self._store, step, list(self._store.sizes()))  # room for the next one
             raise
-        if self._context.is_first:
+        if self._parallel.context.is_first:
             _keep_newest(self._store, step, self._keep)
 
 

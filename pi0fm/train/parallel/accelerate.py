@@ -1,55 +1,102 @@
-"""Who I am among the workers, and what accelerate does for each of them.
+"""Device, precision, wrapping and process groups of one worker; the one door to accelerate.
 
-Owns: `Context`, and the one place that touches accelerate: device, precision, wrapping, accumulation, clipping.
-Does not know: what is trained, who started the workers.
+Owns: `Parallel`: accelerate, the groups of workers, sums over them. Does not know: what is trained, who started the workers.
+
+    default group     gradients, sums: gloo on CPUs, nccl on GPUs      formed by accelerate, Ray Train, or `open`
+    host groups       "checkpoint", "stop": gloo, so that neither waits for a training step, nor a step for them
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import final
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, is_initialized
+from accelerate.state import AcceleratorState, GradientState, is_initialized
 from accelerate.utils import DistributedDataParallelKwargs
-from torch.distributed.distributed_c10d import PrefixStore
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from pi0fm.policy.device import compute_dtype
+from pi0fm.train.parallel.context import Context, context_from_environment, restarts
 from pi0fm_client.errors import ConfigError
 
-__all__ = ["Accelerator", "Context", "all_sum", "barrier", "context_from_environment", "host_group", "make_accelerator", "restarts"]
+__all__ = ["Accelerator", "Parallel", "make_accelerator"]
+
+HOST_GROUPS = ("checkpoint", "stop")
 
 
-@dataclass(frozen=True)
-class Context:
-    """One worker's place. `shown`: this process draws the progress bar (a Ray worker's terminal is the driver's affair)."""
+@final
+class Parallel:
+    """One worker's device, precision and process groups. Made, and each method called, by every worker in the same order.
 
-    rank: int = 0
-    world_size: int = 1
-    shown: bool = True
+    context: rank and world size; accelerator: device, autocast, accumulation; device: where the network is.
+    """
+
+    context: Context
+    accelerator: Accelerator
+    device: torch.device
+
+    def __init__(self, context: Context, precision: str = "float32", micro_steps: int = 1, allow_cuda: bool = True) -> None:
+        self._precision, self._micro_steps, self._allow_cuda = precision, micro_steps, allow_cuda
+        self.open(context)
+
+    def open(self, context: Context, store: Store | None = None) -> None:
+        """Join the workers of `context`. store: where they meet, after `close`; None for the group that the launcher describes."""
+        if store is not None and context.world_size > 1:
+            backend = "nccl" if self._allow_cuda and torch.cuda.is_available() else "gloo"
+            os.environ |= {"RANK": str(context.rank), "WORLD_SIZE": str(context.world_size)}  # accelerate asks them who it is
+            torch.distributed.init_process_group(backend, store=store, rank=context.rank, world_size=context.world_size)
+        self.context = context
+        self.accelerator = make_accelerator(self._precision, self._micro_steps, self._allow_cuda)
+        self.device = self.accelerator.device
+        together = context.world_size > 1
+        self._host: Mapping[str, ProcessGroup | None] = {
+            name: torch.distributed.new_group(backend="gloo") if together else None for name in HOST_GROUPS
+        }
+
+    def close(self) -> None:
+        """Leave all groups and forget accelerate's state; `open` joins other workers, and `prepare` wraps the network for them."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        self._host = {}
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
     @property
-    def is_first(self) -> bool:
-        """Whether this worker writes what only one may write."""
-        return self.rank == 0
+    def compute_dtype(self) -> torch.dtype:
+        """The type of the matrix products."""
+        return compute_dtype(self._precision, self.device)
 
+    def prepare[M: nn.Module](self, network: M, optimizer: torch.optim.Optimizer) -> tuple[M, torch.optim.Optimizer]:
+        """Both in accelerate's wrapping: autocast, averaged gradients, accumulation. They may be prepared again after `open`."""
+        wrapped, wrapped_optimizer = self.accelerator.prepare(network, optimizer)
+        return wrapped, wrapped_optimizer
 
-def context_from_environment(shown: bool = True) -> Context:
-    """RANK and WORLD_SIZE as torchrun and Ray Train set them; alone when they are not set."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    return Context(rank, world_size, shown and rank == 0)
+    def host_group(self, name: str) -> ProcessGroup | None:
+        """The group `name` of HOST_GROUPS on the hosts' network; None for a single worker."""
+        return self._host[name]
 
+    def barrier(self) -> None:
+        """Wait for all workers."""
+        if self.context.world_size > 1:
+            torch.distributed.barrier()
 
-def restarts() -> int:
-    """How often torchrun has started this node's workers anew; 0 under anything else."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over workers; a copy for a single worker."""
+        total = value.detach().clone()
+        if self.context.world_size > 1:
+            torch.distributed.all_reduce(total)
+        return total
 
 
 def make_accelerator(precision: str, accumulation_steps: int, allow_cuda: bool = True) -> Accelerator:
     """accelerate for this worker: nccl on GPUs, gloo on CPUs; autocast to the precision that the device is fast in.
 
-    Raises ConfigError when an earlier run of this process had another precision or device, since accelerate keeps both to its end, and
-    what `_join_after_restart` raises.
+    Raises ConfigError when an earlier run of this process had another precision or device, since accelerate keeps both until
+    `Parallel.close`, and what `_join_after_restart` raises.
     """
     on_cuda = allow_cuda and torch.cuda.is_available()
     device = "cuda" if on_cuda else "cpu"
@@ -69,10 +116,10 @@ def make_accelerator(precision: str, accumulation_steps: int, allow_cuda: bool =
 
 
 def _join_after_restart(backend: str) -> None:
-    """Form the group of workers that torchrun started anew; accelerate then takes it as it is.
+    """Form the group of workers that torchrun restarted; accelerate then takes it as it is.
 
-    torchrun lends every attempt the same store, in which the dead workers' addresses still stand (pytorch issue 135712), so each attempt
-    takes names of its own. Several nodes do not count attempts alike: raises ConfigError there, with the setting that helps.
+    torchrun lends every attempt the same store, which still holds the dead workers' addresses (pytorch issue 135712), so each attempt
+    uses names of its own. Several nodes do not count attempts alike: raises ConfigError there, with the setting that helps.
     """
     attempt, world_size = restarts(), context_from_environment().world_size
     if attempt == 0 or world_size == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -91,25 +138,3 @@ def _check_same(earlier: AcceleratorState, mixed: str, device: str) -> None:
     if before != now:
         first, second = (f"{'bfloat16' if precision == 'bf16' else 'float32'} on {place}" for precision, place in (before, now))
         raise ConfigError(f"all runs of a process share precision and device: the first had {first}, found {second}; start another process")
-
-
-def barrier(context: Context) -> None:
-    """Wait for all workers."""
-    if context.world_size > 1:
-        torch.distributed.barrier()
-
-
-def host_group(context: Context) -> torch.distributed.ProcessGroup | None:
-    """A process group of its own on the hosts' network (gloo), for what must not wait for training's; None when alone.
-
-    Called by every worker in the same order.
-    """
-    return torch.distributed.new_group(backend="gloo") if context.world_size > 1 else None
-
-
-def all_sum(context: Context, value: torch.Tensor) -> torch.Tensor:
-    """The sum over workers; a copy when alone."""
-    total = value.detach().clone()
-    if context.world_size > 1:
-        torch.distributed.all_reduce(total)
-    return total

@@ -92,15 +92,14 @@ def estimate(
 
 def estimate_run(config: TrainConfig, cameras: int, world_size: int, device: torch.device) -> MemoryEstimate:
     """`estimate` of one of the `world_size` workers of a run."""
-    micro = config.micro_batch(world_size)
     return estimate(
         config.network(),
         config.adaptation(),
         cameras=cameras,
-        micro_batch=micro,
+        micro_batch=config.largest_micro_batch(world_size),
         flow_draws=config.flow_draws_per_observation,
         averaged=config.ema_decay is not None,
-        accumulates=micro * world_size < config.global_batch_size,
+        accumulates=config.micro_steps(world_size) > 1,
         computes=compute_dtype(config.precision, device),
         device=device.type,
     )

@@ -28,8 +28,8 @@ from pi0fm import files, progress
 from pi0fm.data.loading.batch import Batch
 from pi0fm.data.loading.loader import BatchMaker, Collator
 from pi0fm.data.loading.mixture import MixtureCollator, deal
-from pi0fm.train.config import TrainConfig
-from pi0fm.train.parallel.accelerate import Context
+from pi0fm.data.order.split import split
+from pi0fm.train.parallel.context import Context
 from pi0fm_client.errors import OutputError, Pi0fmError
 
 SKIPS_IN_A_ROW = 10
@@ -48,11 +48,21 @@ class _Noted:
     event: torch.cuda.Event | None
 
 
-@final
-class Nonfinite:
-    """Watches the norms of the gradient, which all workers share, so that all decide alike without a word."""
+@dataclass(frozen=True)
+class FaultConfig:
+    """What happens after a loss that is not finite. folder: where its batch is kept; skip: go on without the step, else stop."""
 
-    def __init__(self, config: TrainConfig, context: Context, collator: BatchMaker) -> None:
+    folder: Path
+    skip: bool
+    global_batch_size: int
+    micro_batch_size: int | None
+
+
+@final
+class NonfiniteWatch:
+    """Watches the norms of the gradient, which all workers share, so that all decide alike without a message."""
+
+    def __init__(self, config: FaultConfig, context: Context, collator: BatchMaker) -> None:
         self._config, self._context, self._collator = config, context, collator
         self._noted: deque[_Noted] = deque()
         self._in_a_row = 0
@@ -82,11 +92,11 @@ class Nonfinite:
             self._in_a_row = 0
             return
         self._in_a_row += 1
-        place = self._config.output_dir / "faults" / f"step-{noted.step:09d}"
+        place = self._config.folder / f"step-{noted.step:09d}"
         culprits = self._keep(place, noted.step, norm)
         inputs = f"its {culprits} are not finite" if culprits else "what the network was given is finite"
         line = f"step {noted.step}: the loss or its gradient is not finite (norm {norm}); {inputs}; the batch is kept in {place}"
-        if self._config.on_nonfinite == "stop":
+        if not self._config.skip:
             hint = "correct the data set" if culprits else "lower optimizer.learning_rate"
             raise NonfiniteError(f"{line}; {hint}, or add --resume true --on_nonfinite skip")
         if self._in_a_row >= SKIPS_IN_A_ROW:
@@ -95,14 +105,12 @@ class Nonfinite:
             progress.say(f"{line}; the step is skipped")
 
     def _keep(self, place: Path, step: int, norm: float) -> str:
-        """Write this worker's part of the batch, made anew from its place in the stream; what of it is not finite, as words."""
+        """Write this worker's part of the batch, made again from its position in the stream; what of it is not finite, as words."""
         first = (step - 1) * self._config.global_batch_size
-        share = self._config.global_batch_size // self._context.world_size
-        micro = self._config.micro_batch(self._context.world_size)
-        mine = first + self._context.rank * share
         culprits: set[str] = set()
-        for part, start in enumerate(range(mine, mine + share, micro)):
-            tensors = _tensors(self._collator(start, micro))
+        parts = split(self._config.global_batch_size, self._context.rank, self._context.world_size, self._config.micro_batch_size)
+        for part, (offset, count) in enumerate(parts):
+            tensors = _tensors(self._collator(first + offset, count))
             culprits |= {name for name, tensor in tensors.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())}
             name = f"worker-{self._context.rank:05d}-part-{part:03d}.safetensors"
             files.write_bytes(place / name, save({name: tensor.contiguous() for name, tensor in tensors.items()}))

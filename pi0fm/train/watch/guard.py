@@ -8,38 +8,45 @@ Owns: the order of these. Does not know: how a step is taken, how each is done.
                `-- skipped, or NonfiniteError: no checkpoint beyond it
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, final
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
 
 from torch import Tensor
 
 from pi0fm.data.loading.loader import BatchMaker
 from pi0fm.train.checkpoint.checkpoints import Checkpoints
-from pi0fm.train.config import TrainConfig
-from pi0fm.train.parallel.accelerate import Context
-from pi0fm.train.watch.faults import Nonfinite, full_disk_named
+from pi0fm.train.checkpoint.facts import RunFacts
+from pi0fm.train.parallel.accelerate import Parallel
+from pi0fm.train.state import TrainState
+from pi0fm.train.watch.faults import FaultConfig, NonfiniteWatch, full_disk_named
 from pi0fm.train.watch.signals import StopSignals
 from pi0fm_client.errors import DatasetError, OutputError
 
 
+@dataclass(frozen=True)
+class GuardConfig:
+    """steps: of the whole run; checkpoint_every: steps between two checkpoints."""
+
+    output_dir: Path
+    steps: int
+    checkpoint_every: int
+    faults: FaultConfig
+
+
 @contextmanager
 def guarded(
-    config: TrainConfig,
-    context: Context,
-    checkpoints: Checkpoints,
-    collator: BatchMaker,
-    first: int,
-    state: Callable[[], dict[str, Tensor]],
-    facts: Callable[[int], dict[str, Any]],
+    config: GuardConfig, parallel: Parallel, checkpoints: Checkpoints, state: TrainState, run: RunFacts, maker: BatchMaker
 ) -> Iterator["Guard"]:
-    """Guard the steps inside the block, which begins after `first` steps. state, facts: of the run as it is, of a step."""
-    with full_disk_named(config.output_dir), StopSignals(context, config.output_dir) as stop:
-        guard = Guard(config, context, checkpoints, Nonfinite(config, context, collator), stop, first, state, facts)
+    """Guard the steps inside the block. maker: of the batches, for the one behind a loss that is not finite."""
+    with full_disk_named(config.output_dir), StopSignals(parallel, config.output_dir) as stop:
+        guard = Guard(config, checkpoints, state, run, NonfiniteWatch(config.faults, parallel.context, maker), stop)
         try:
             yield guard
         except DatasetError as error:
-            raise guard.without_data(error) from error
+            raise guard.without_data(error, alone=parallel.context.world_size == 1) from error
         finally:
             checkpoints.close()
 
@@ -50,45 +57,45 @@ class Guard:
 
     def __init__(
         self,
-        config: TrainConfig,
-        context: Context,
+        config: GuardConfig,
         checkpoints: Checkpoints,
-        nonfinite: Nonfinite,
+        state: TrainState,
+        run: RunFacts,
+        nonfinite: NonfiniteWatch,
         stop: StopSignals,
-        first: int,
-        state: Callable[[], dict[str, Tensor]],
-        facts: Callable[[int], dict[str, Any]],
     ) -> None:
-        self._config, self._context, self._checkpoints = config, context, checkpoints
-        self._nonfinite, self._stop, self._done = nonfinite, stop, first
-        self._state, self._facts = state, facts
+        self._config, self._checkpoints, self._state, self._run = config, checkpoints, state, run
+        self._nonfinite, self._stop = nonfinite, stop
 
-    def after(self, done: int, norm: Tensor) -> None:
-        """`done` steps are taken; norm: of the last one's gradient, still on the device.
+    def after_step(self, norm: Tensor) -> None:
+        """Look after the state's latest step. norm: of its gradient, still on the device.
 
         Raises NonfiniteError, StoppedError, or OutputError where the checkpoint before leaving could not be written.
         """
-        self._done = done
+        done, steps = self._state.step, self._config.steps
         self._nonfinite.after_step(done, norm)
         self._checkpoints.settle(wait=False)
         asked = self._stop.after_step()
-        last = done == self._config.steps
-        if asked or last:
+        if asked or done == steps:
             self._nonfinite.settle()
-            self._checkpoints.save_now(done, self._state(), self._facts(done))
-            if not last:
-                raise self._stop.error(asked, done, self._config.steps)
+            self._save_now()
+            if done < steps:
+                raise self._stop.error(asked, done, steps)
         elif done % self._config.checkpoint_every == 0:
             self._nonfinite.settle()
-            self._checkpoints.save(done, self._state(), self._facts(done))
+            self._checkpoints.save(done, self._state.tensors(), self._run.at(done))
 
-    def without_data(self, error: DatasetError) -> DatasetError:
-        """The line for data that could not be read in mid-run. Alone, the steps that were taken are saved first."""
-        if self._context.world_size == 1 and self._done:  # others would wait for this worker in the middle of their step
+    def without_data(self, error: DatasetError, *, alone: bool) -> DatasetError:
+        """The line for data that could not be read in mid-run. A single worker saves the steps that were taken first."""
+        done = self._state.step
+        if alone and done:  # others would wait for this worker in the middle of their step
             try:
-                self._checkpoints.save_now(self._done, self._state(), self._facts(self._done))
+                self._save_now()
             except OutputError as unsaved:
-                return DatasetError(f"{error} (in step {self._done + 1}; and {unsaved})")
+                return DatasetError(f"{error} (in step {done + 1}; and {unsaved})")
         saved = self._checkpoints.saved
         kept = f"the checkpoint of step {saved} holds what was trained; add --resume true" if saved else "nothing was trained yet"
-        return DatasetError(f"{error} (in step {self._done + 1}; {kept})")
+        return DatasetError(f"{error} (in step {done + 1}; {kept})")
+
+    def _save_now(self) -> None:
+        self._checkpoints.save_now(self._state.step, self._state.tensors(), self._run.at(self._state.step))

@@ -5,38 +5,43 @@ Owns: the turn of validations in a run, the catching up on one that a kill preve
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import final
 
 import torch
 
 from pi0fm import progress
-from pi0fm.train.config import TrainConfig
-from pi0fm.train.parallel.accelerate import Context, all_sum
+from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.watch.metrics import Metrics, read_last
 from pi0fm.train.watch.validation import NLL, Validator
 
 
 @final
-class Watch:
-    """Validations of a run, when they are due; silent in a run without. paused: is told the seconds that they took."""
+class ValidationSchedule:
+    """Runs validations when they are due; does nothing in a run without. paused: is told the seconds that they took.
+
+    steps: of the whole run, whose last is validated too; output_dir: where metrics.jsonl is.
+    """
 
     def __init__(
         self,
-        context: Context,
+        parallel: Parallel,
         metrics: Metrics | None,
-        config: TrainConfig,
         validators: Sequence[Validator],
+        steps: int,
+        output_dir: Path,
         paused: Callable[[float], None],
     ) -> None:
-        self._context, self._metrics, self._config, self._validators, self._paused = context, metrics, config, validators, paused
+        self._parallel, self._metrics, self._validators = parallel, metrics, validators
+        self._steps, self._output_dir, self._paused = steps, output_dir, paused
 
     def catch_up(self, first: int, bar: progress.Step | None) -> None:
         """The validation of the step that a resumed run starts from, where the run was killed before it was written."""
         if self._due(first):
             metric, device = self._validators[0].named(NLL), self._validators[0].device
-            written = self._context.is_first and int((read_last(self._config.output_dir, metric) or {}).get("step", 0)) == first
+            written = self._parallel.context.is_first and int((read_last(self._output_dir, metric) or {}).get("step", 0)) == first
             # one worker looked, all must agree
-            if not bool(all_sum(self._context, torch.tensor(float(written), device=device))):
+            if not bool(self._parallel.sum(torch.tensor(float(written), device=device))):
                 self.after(first, bar)
 
     def after(self, step: int, bar: progress.Step | None) -> None:
@@ -46,14 +51,14 @@ class Watch:
         began = time.perf_counter()
         found: dict[str, float] = {}
         for validator in self._validators:
-            found |= validator.validate(self._context, step, lambda text: bar.advance(0, note=text) if bar is not None else None)
+            found |= validator.validate(self._parallel, step, lambda text: bar.advance(0, note=text) if bar is not None else None)
         if self._metrics is not None and found:
             self._metrics.write(step, found)
         seconds = time.perf_counter() - began
         self._paused(seconds)
-        if self._context.shown and found:
+        if self._parallel.context.shown and found:
             said = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
             progress.say(f"step {step}: {said} ({seconds:.1f} s)")
 
     def _due(self, step: int) -> bool:
-        return bool(self._validators) and self._validators[0].due(step, self._config.steps)
+        return bool(self._validators) and self._validators[0].due(step, self._steps)

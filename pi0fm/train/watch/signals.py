@@ -21,7 +21,7 @@ from typing import Any, Self, final
 import torch
 
 from pi0fm import files
-from pi0fm.train.parallel.accelerate import Context, host_group
+from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm_client.errors import OutputError, Pi0fmError
 
 STOP_FILE = "STOP"
@@ -88,14 +88,13 @@ class NotedSignals:
 
 @final
 class StopSignals:
-    """`with StopSignals(context, output_dir) as stop: ... number = stop.after_step()`; made by every worker.
+    """`with StopSignals(parallel, output_dir) as stop: ... number = stop.after_step()`; made by every worker.
 
     A Ray worker, whose loop does not run in the main thread, listens to the file.
     """
 
-    def __init__(self, context: Context, output_dir: Path) -> None:
-        self._context, self._file = context, output_dir / STOP_FILE
-        self._group = host_group(context)
+    def __init__(self, parallel: Parallel, output_dir: Path) -> None:
+        self._parallel, self._file = parallel, output_dir / STOP_FILE
         self._noted = NotedSignals()
         self._looked = 0.0
         self._flag, self._sum = torch.zeros(1, dtype=torch.int32), None
@@ -110,14 +109,15 @@ class StopSignals:
     def after_step(self) -> int:
         """0 to go on, else the signal's number, the same for all workers after the same step. Alone: without delay."""
         self._look_at_file()
-        if self._group is None:
+        group = self._parallel.host_group("stop")
+        if group is None:
             return self._noted.number
         agreed = 0
         if self._sum is not None:
             self._sum.wait()
             agreed = int(self._flag)
         self._flag.fill_(self._noted.number)
-        self._sum = torch.distributed.all_reduce(self._flag, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        self._sum = torch.distributed.all_reduce(self._flag, torch.distributed.ReduceOp.MAX, group=group, async_op=True)
         return agreed
 
     def error(self, number: int, step: int, steps: int) -> StoppedError:
@@ -127,7 +127,7 @@ class StopSignals:
 
     def _look_at_file(self) -> None:
         now = time.monotonic()
-        if self._noted.number or not self._context.is_first or now - self._looked < SECONDS_BETWEEN_LOOKS:
+        if self._noted.number or not self._parallel.context.is_first or now - self._looked < SECONDS_BETWEEN_LOOKS:
             return
         self._looked = now
         try:

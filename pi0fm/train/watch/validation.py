@@ -12,14 +12,13 @@ by bit, since the pieces are the same and each row is computed by one worker.
 Shape letters: B chunks of a piece, H action horizon, A action dim, K draws of noise.
 """
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float64
-from torch import Tensor, nn
+from torch import Tensor
 
 from pi0fm import progress
 from pi0fm.data.loading.batch import Batch
@@ -31,7 +30,8 @@ from pi0fm.flow.solver import SOLVERS, Velocity
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
 from pi0fm.options import nearest, option
-from pi0fm.train.parallel.accelerate import Context, all_sum
+from pi0fm.train.parallel.accelerate import Parallel
+from pi0fm.train.state import TrainState
 from pi0fm_client.errors import ConfigError
 
 NLL, NLL_PER_DIM, LOSS = "validation_nll", "validation_nll_per_dim", "validation_loss"
@@ -96,13 +96,14 @@ class Validator:
         """Whether a run of `steps` steps validates after step number `step`, counted from 1."""
         return step > 0 and (step % self.config.every == 0 or step == steps)
 
-    def validate(self, context: Context, step: int, notice: Callable[[str], None]) -> dict[str, float]:
+    def validate(self, parallel: Parallel, step: int, notice: Callable[[str], None]) -> dict[str, float]:
         """The metrics of the weights as they are; called by every worker, at the same step.
 
         notice: is told which piece is being looked at. A metric that is not finite is named on standard error and left out: a weight
         that is NaN must not cost the run its checkpoint or its bundle.
         """
-        found = summarize(all_sum(context, measure(self, context.rank, context.world_size, notice)))
+        context = parallel.context
+        found = summarize(parallel.sum(measure(self, context.rank, context.world_size, notice)))
         metrics = {self.named(name): value for name, value in found.items()}
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken and context.is_first:
@@ -111,37 +112,19 @@ class Validator:
 
 
 def make_validators(
-    config: ValidationConfig,
-    collators: Mapping[str, Collator],
-    model: Pi0,
-    weights: Mapping[str, Tensor],
-    flow: FlowMatching,
-    device: torch.device,
+    config: ValidationConfig, collators: Mapping[str, Collator], state: TrainState, flow: FlowMatching, device: torch.device
 ) -> tuple[Validator, ...]:
-    """A validator of each entry of a run, none where it asks for none; they share one averaged network.
+    """A validator of each entry of a run, none where it asks for none; they share one averaged network, which follows the state.
 
-    collators: training's own, but of the held-out episodes. weights: of `Ema.weights`, followed as they change.
+    collators: training's, of the held-out episodes.
     """
     if not config.every:
         return ()
-    encode, draws = encoder(averaged(model, weights)), LOSS_DRAWS + config.probes
+    encode, draws = encoder(state.averaged_network()), LOSS_DRAWS + config.probes
     return tuple(
         Validator(config, encode, flow, replace(collator, seed=collator.seed ^ OTHER_STREAM, flow_draws=draws), device, entry)
         for entry, collator in collators.items()
     )
-
-
-def averaged(model: Pi0, weights: Mapping[str, Tensor]) -> Pi0:
-    """`model` in evaluation mode with `weights` in place of its own. The memory is shared: it changes as they do, and costs none.
-
-    Both lie on the device already: `.to(device)` would copy, since several workers on CPUs are told cpu:0 and no tensor says so of itself.
-    """
-    shared = {
-        id(parameter): nn.Parameter(weights.get(name, parameter.detach()), requires_grad=False)
-        for name, parameter in model.named_parameters()
-    }
-    # the same modules, adapters and all, around parameters that are given instead of copied
-    return copy.deepcopy(model, shared).eval()
 
 
 def encoder(model: Pi0) -> Encode:

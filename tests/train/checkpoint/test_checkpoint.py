@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from pi0fm.train.checkpoint import index as checkpoint_index
 from pi0fm.train.checkpoint import storage
 from pi0fm.train.checkpoint.checkpoints import Checkpoints, whole
-from pi0fm.train.parallel.accelerate import Context
+from pi0fm.train.parallel.accelerate import Parallel
+from pi0fm.train.parallel.context import Context
 from pi0fm_client.errors import ConfigError, OutputError
 
-ALONE = Context()
+ALONE = Parallel(Context())
 TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
 
 

@@ -11,17 +11,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.train import data, loop
 from pi0fm.train.checkpoint import checkpoints as checkpoint
-from pi0fm.train.ema import Ema
+from pi0fm.train.checkpoint.facts import data_facts
 from pi0fm.train.loop import train
-from pi0fm.train.optim import OptimizerConfig, make_optimizer
-from pi0fm.train.parallel.accelerate import Context
+from pi0fm.train.parallel.accelerate import Parallel
+from pi0fm.train.parallel.context import Context
 from pi0fm.train.start.output import claim
-from pi0fm.train.state import data_facts, tensors
 from pi0fm.train.watch import signals
 from pi0fm_client.errors import ConfigError, DatasetError
 
@@ -93,7 +91,7 @@ def test_a_stop_file_asks_where_no_signal_arrives(run, whole, monkeypatch):
 
 
 def test_a_second_signal_interrupts_at_once(tmp_path):
-    with signals.StopSignals(ALONE, tmp_path) as stop:
+    with signals.StopSignals(Parallel(ALONE), tmp_path) as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.after_step() == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
@@ -155,21 +153,3 @@ def test_checkpoints_elsewhere_hold_their_run_too(run, tmp_path, whole):
     with pytest.raises(Exception, match="holds checkpoints of a run; add --resume true"):
         start(run("newer", steps=6, checkpoint_dir=place))
     assert differing(start(run("newest", steps=6, checkpoint_dir=place, resume="true")), whole) == []
-
-
-def test_a_run_that_has_not_stepped_has_room_for_its_moments():
-    """On the parameter's device, where a fused optimiser wants them."""
-    with torch.device("meta"):
-        model = nn.Linear(3, 2)
-    held = tensors(model, make_optimizer(OptimizerConfig(), model), Ema(model, 0.9))
-    moments = [f"moments/{name}/{moment}" for name in ("weight", "bias") for moment in ("exp_avg", "exp_avg_sq")]
-    names = [f"{kind}/{name}" for kind in ("model", "average") for name in ("weight", "bias")]
-    assert sorted(held) == sorted([*names, *moments, "moments/step"])
-    assert all(tensor.is_meta for tensor in held.values())
-
-
-def test_one_count_is_every_parameters_count():
-    model = nn.Linear(3, 2)
-    optimizer = make_optimizer(OptimizerConfig(), model)
-    tensors(model, optimizer, Ema(model, None))["moments/step"].fill_(7.0)
-    assert [float(state["step"]) for state in optimizer.state.values()] == [7.0, 7.0]

@@ -7,10 +7,11 @@ import torch
 
 from pi0fm.train.checkpoint.checkpoints import Checkpoints, whole
 from pi0fm.train.checkpoint.storage import open_store
-from pi0fm.train.parallel.accelerate import Context
+from pi0fm.train.parallel.accelerate import Parallel
+from pi0fm.train.parallel.context import Context
 from pi0fm_client.errors import ConfigError, OutputError
 
-ALONE = Context()
+ALONE = Parallel(Context())
 PLACE = "s3://runs/lab/first"
 
 

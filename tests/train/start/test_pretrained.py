@@ -20,7 +20,7 @@ from pi0fm.policy import bundle
 from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.train.loop import train
 from pi0fm.train.optim import OptimizerConfig
-from pi0fm.train.parallel.accelerate import Context
+from pi0fm.train.parallel.context import Context
 from pi0fm.train.start.output import claim
 from pi0fm.train.start.pretrained import (
     Pretrained,

@@ -13,7 +13,7 @@ from pi0fm.flow.matching import FlowMatching
 from pi0fm.train import loop
 from pi0fm.train.checkpoint import checkpoints as checkpoint
 from pi0fm.train.loop import train
-from pi0fm.train.parallel.accelerate import Context
+from pi0fm.train.parallel.context import Context
 from pi0fm.train.start.output import claim
 from pi0fm.train.watch import faults
 from pi0fm.train.watch.faults import NonfiniteError

@@ -12,14 +12,15 @@ from safetensors.torch import load_file
 from pi0fm.data.order.counter import slots
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.oracle import GaussianMixture
+from pi0fm.models.pi0 import Pi0
 from pi0fm.policy import bundle
-from pi0fm.train import loop
 from pi0fm.train.checkpoint import checkpoints as checkpoint
 from pi0fm.train.data import Part, open_data
-from pi0fm.train.ema import Ema
 from pi0fm.train.loop import train
-from pi0fm.train.parallel.accelerate import Context
+from pi0fm.train.parallel.accelerate import Parallel
+from pi0fm.train.parallel.context import Context
 from pi0fm.train.start.output import claim
+from pi0fm.train.state import StateConfig, TrainState
 from pi0fm.train.watch.metrics import read_last
 from pi0fm.train.watch.validation import (
     LOSS,
@@ -53,7 +54,7 @@ def opened(config) -> Part:
 
 
 def judge_of(collator, model) -> Validator:
-    (judge,) = make_validators(OFTEN, {"": collator}, model, {}, FLOW, CPU)
+    (judge,) = make_validators(OFTEN, {"": collator}, TrainState(model, StateConfig()), FLOW, CPU)
     return judge
 
 
@@ -117,7 +118,7 @@ def test_the_loss_is_trainings_own_at_fixed_noise(data):
 
 def test_any_number_of_workers_gives_the_same_numbers_to_the_bit(data):
     torch.manual_seed(0)
-    judge = judge_of(data.held_out, loop.Pi0(data.policy.model))
+    judge = judge_of(data.held_out, Pi0(data.policy.model))
     alone = measure(judge, 0, 1)
     assert len(alone) == 2, "two pieces, so that two workers have something to share"
     shared = measure(judge, 0, 2) + measure(judge, 1, 2)
@@ -127,7 +128,7 @@ def test_any_number_of_workers_gives_the_same_numbers_to_the_bit(data):
 
 
 def test_noise_and_order_are_not_those_of_training(data):
-    judge = judge_of(data.training, model := loop.Pi0(data.policy.model))
+    judge = judge_of(data.training, model := Pi0(data.policy.model))
     assert judge.collator.seed != data.training.seed
     assert model.training, "the network of the run is left as it is"
     a, b = judge.collator(0, 4), data.training(0, 4)
@@ -135,9 +136,10 @@ def test_noise_and_order_are_not_those_of_training(data):
 
 
 def test_the_averaged_network_follows_the_average_and_costs_no_memory(data):
-    model = loop.Pi0(data.policy.model)
-    ema = Ema(model, 0.5)
-    (judge,) = make_validators(OFTEN, {"": data.held_out}, model, ema.weights(), FLOW, torch.device("cpu", 0))
+    model = Pi0(data.policy.model)
+    state = TrainState(model, StateConfig(ema_decay=0.5))
+    ema = state.average
+    (judge,) = make_validators(OFTEN, {"": data.held_out}, state, FLOW, torch.device("cpu", 0))
     shadow = judge.encode.__self__
     with torch.no_grad():
         model.action_out.weight += 1
@@ -150,7 +152,7 @@ def test_the_averaged_network_follows_the_average_and_costs_no_memory(data):
 
 
 def test_nothing_global_is_touched(data):
-    model = loop.Pi0(data.policy.model)
+    model = Pi0(data.policy.model)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
     measure(judge_of(data.held_out, model), 0, 1)
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -160,7 +162,7 @@ def test_nothing_global_is_touched(data):
 
 def test_a_network_of_nan_is_named_and_stops_nothing(data, capsys):
     judge = validator(data, lambda _: lambda x, t: torch.full_like(x, math.nan))
-    assert judge.validate(ALONE, 7, lambda _: None) == {}
+    assert judge.validate(Parallel(ALONE), 7, lambda _: None) == {}
     said = capsys.readouterr().err
     assert "log_prob (or the network's answer) must be finite" in said
     assert f"step 7: {NLL}, {NLL_PER_DIM}, {LOSS} of the held-out chunks is not finite" in said

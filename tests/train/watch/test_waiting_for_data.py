@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pi0fm.train import loop
-from pi0fm.train.parallel.accelerate import Context
+from pi0fm.train.parallel.accelerate import Parallel
+from pi0fm.train.parallel.context import Context
+from pi0fm.train.watch import log as train_log
 from pi0fm.train.watch.metrics import Metrics, read_last
 
 
@@ -23,7 +24,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(train_log, "time", clock)
     return clock
 
 
@@ -37,12 +38,12 @@ def take_steps(clock, config, loading: float, steps: int = 6, training: float = 
             clock.now += loading
             yield SimpleNamespace()
 
-    log = loop._Log(Context(shown=False), metrics, config, 0)
-    given = loop._timed(batches(), log)
-    for step in range(steps):
+    log = train_log.TrainLog(config.log(), Parallel(Context(shown=False)), metrics, 0)
+    given = log.timed(batches())
+    for step in range(1, steps + 1):
         next(given)
         clock.now += training
-        log.after(step, torch.tensor(1.0), torch.tensor(1.0), 1e-3, float("nan"))
+        log.after_step(step, torch.tensor(1.0), torch.tensor(1.0), 1e-3)
     assert next(given, None) is None
     metrics.close()
 

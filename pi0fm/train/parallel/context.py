@@ -1,0 +1,32 @@
+"""One worker's rank among all, as its launcher tells it.
+
+Owns: `Context`, the variables of torchrun and Ray Train. Does not know: torch, process groups, what is trained.
+"""
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Context:
+    """Rank and world size. `shown`: this process draws the progress bar (a Ray worker's terminal belongs to the driver)."""
+
+    rank: int = 0
+    world_size: int = 1
+    shown: bool = True
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this worker writes what only one may write."""
+        return self.rank == 0
+
+
+def context_from_environment(shown: bool = True) -> Context:
+    """Read RANK and WORLD_SIZE as torchrun and Ray Train set them; one worker when they are not set."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return Context(rank, world_size, shown and rank == 0)
+
+
+def restarts() -> int:
+    """Count how often torchrun has restarted this node's workers; 0 under any other launcher."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

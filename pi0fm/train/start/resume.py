@@ -1,0 +1,69 @@
+"""Continuing a run from its newest checkpoint.
+
+Owns: what must agree between the run and the checkpoint, the lines that are said. Does not know: the files, the tensors.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pi0fm import progress
+from pi0fm.train.checkpoint.checkpoints import Checkpoints
+from pi0fm.train.checkpoint.facts import RunFacts, versions
+from pi0fm.train.config import changed_options
+from pi0fm.train.parallel.context import Context
+from pi0fm.train.state import TrainState
+from pi0fm_client.errors import ConfigError, DatasetError, OutputError
+
+
+def restore(state: TrainState, checkpoints: Checkpoints, run: RunFacts, context: Context, *, changed_allowed: bool) -> None:
+    """Continue `state` from the newest whole checkpoint, if there is one.
+
+    changed_allowed: differences from the checkpoint's run are printed instead of refused. Raises what `refuse_changed` and
+    `Checkpoints.restore` raise.
+    """
+
+    def check(facts: Mapping[str, Any]) -> None:
+        step = int(facts["step"])
+        if step > run.steps:
+            raise OutputError(f"{checkpoints.place} holds a checkpoint of step {step}, beyond steps {run.steps}; raise --steps")
+        if not changed_allowed:
+            refuse_changed(checkpoints.place, facts, run)
+
+    found = checkpoints.restore(state.tensors(), lambda index: check(index.facts))
+    if found is not None:
+        state.step = int(found.facts["step"])
+        if context.is_first:
+            _say_resumed(found.facts, run, context)
+
+
+def refuse_changed(place: Path | str, old: Mapping[str, Any], run: RunFacts) -> None:
+    """Raise ConfigError or DatasetError with what differs between a checkpoint's facts and the run that would continue from it."""
+    data, settings = _changes(old, run)
+    how = "resume it as it was, choose another output_dir, or add --resume_changed true"
+    if settings:
+        raise ConfigError(f"{place} holds a run with another configuration: {'; '.join(settings)}; {how}")
+    if data:
+        raise DatasetError(f"the data set is not the one that {place} was trained on: {'; '.join(data)}; {how}")
+
+
+def _say_resumed(old: Mapping[str, Any], run: RunFacts, context: Context) -> None:
+    data, settings = _changes(old, run)
+    if other := _differences(old["versions"], versions()):
+        progress.say(f"the checkpoint is of other versions, so the run may differ in the last bits: {'; '.join(other)}")
+    if data + settings:
+        progress.say(f"the run goes on with changes: {'; '.join(data + settings)}")
+    if context.shown:
+        workers = f", which {old['world_size']} workers wrote" if old["world_size"] != context.world_size else ""
+        progress.say(f"resumed from step {old['step']}{workers}")
+
+
+def _changes(old: Mapping[str, Any], run: RunFacts) -> tuple[list[str], list[str]]:
+    return _differences(old["data"], run.data), changed_options(old["configuration"], run.configuration)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`name was X, now Y` for every name whose value differs."""
+    return [
+        f"{name} was {old.get(name)}, now {new.get(name)}" for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)
+    ]

@@ -1,0 +1,79 @@
+"""Loss, speed and waiting times of a run, a line every few steps.
+
+Owns: what a line of metrics holds. Does not know: the files (metrics.py), the step itself.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from pi0fm import progress
+from pi0fm.data.loading.batch import Batch
+from pi0fm.train.parallel.accelerate import Parallel
+from pi0fm.train.watch.metrics import Metrics
+
+WAITING_IS_SAID_ABOVE = 0.2  # of the time
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """every: steps between lines; steps: of the whole run, whose last one has a line too."""
+
+    every: int
+    steps: int
+    global_batch_size: int
+
+
+@final
+class TrainLog:
+    """Losses stay on the device until a line is due: reading each one would stall it.
+
+    metrics: None on all workers but the first; first_step: from which the run starts; loss: of the last line, NaN before the first.
+    """
+
+    def __init__(self, config: LogConfig, parallel: Parallel, metrics: Metrics | None, first_step: int, loss: float = math.nan) -> None:
+        self._config, self._parallel, self._metrics, self._first_step, self.loss = config, parallel, metrics, first_step, loss
+        self._losses: list[Tensor] = []
+        self._since, self._waited = time.perf_counter(), 0.0
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the time that each is waited for is counted."""
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self._waited += time.perf_counter() - began
+            yield batch
+
+    def paused(self, seconds: float) -> None:
+        """Leave out of samples a second what was no training."""
+        self._since += seconds
+
+    def after_step(self, step: int, part: Tensor, norm: Tensor, rate: float) -> None:
+        """Note step number `step`, counted from 1. part: this worker's part of its loss; norm: of its gradient."""
+        self._losses.append(part)
+        if step % self._config.every and step != self._config.steps:
+            return
+        total = self._parallel.sum(torch.stack(self._losses))
+        finite = total[total.isfinite()]
+        if len(finite):  # skipped steps count for nothing
+            self.loss = float(finite.mean())
+        now = time.perf_counter()
+        if self._metrics is not None:
+            self._write(self._metrics, step, {"loss": self.loss, "grad_norm": float(norm), "learning_rate": rate}, now - self._since)
+        self._losses, self._since, self._waited = [], now, 0.0
+
+    def _write(self, metrics: Metrics, step: int, values: dict[str, float], elapsed: float) -> None:
+        speed = {
+            "samples_per_second": len(self._losses) * self._config.global_batch_size / elapsed,
+            "waiting_for_data": self._waited / elapsed,
+        }
+        metrics.write(step, {name: value for name, value in values.items() if math.isfinite(value)} | speed)
+        if self._waited > WAITING_IS_SAID_ABOVE * elapsed and step > self._first_step + self._config.every:
+            progress.say(f"step {step}: {100 * self._waited / elapsed:.0f} % of the time went on waiting for data")
