@@ -2,12 +2,13 @@
 BIN := .venv/bin
 STAMP := .venv/.made-from-lock
 
-.PHONY: help install quickstart test unit numerics journeys long lint format types contracts clean
+.PHONY: help install quickstart test unit numerics journeys long lint format types contracts gpu gpu-wheels clean
 
 help:
 	@echo "make quickstart   record, train, evaluate, serve: one policy in about ten minutes"
 	@echo "make test         unit tests, then the journeys through the command line"
 	@echo "make unit | numerics | journeys | long | lint | format | types | contracts | install | clean"
+	@echo "make gpu          what one bare GPU says of this checkout, in eight minutes; make gpu-wheels fetches what it lacks"
 
 # Made again when the lock or the dependencies change; otherwise a second run starts at once.
 $(STAMP): uv.lock pyproject.toml
@@ -48,6 +49,12 @@ types: $(STAMP)
 
 contracts: $(STAMP)
 	@$(BIN)/lint-imports --no-cache
+
+gpu:
+	@.ci/gpu
+
+gpu-wheels: $(STAMP)
+	@$(BIN)/python .ci/gpu_wheels.py
 
 clean:
 	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist

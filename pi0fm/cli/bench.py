@@ -10,5 +10,6 @@ SUBCOMMANDS = {
     "inference": "ten Euler steps for one observation: LeRobot's own PI0 against ours",
     "training": "one optimiser step on the same batch: LeRobot's own PI0 against ours",
     "checkpoint": "steps with an asynchronous checkpoint beside steps without",
+    "card": "one GPU in eight minutes: whether it computes right, inference and training at full size",
     "density": "a chunk's log-likelihood beside its sampling, with the same evaluations",
 }

@@ -15,11 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import av
-import av.error
-import av.logging
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from pi0fm_client.errors import ConfigError, DatasetError
@@ -61,14 +57,24 @@ def decode(path: Path, fps: float, decoder: Literal["pyav", "torchcodec"], start
                 return
             if number >= start:
                 yield number, frame
-    except (av.error.FFmpegError, RuntimeError, ValueError) as error:
+    except (_ffmpeg_error(), RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DatasetError(
             f"the data set's video {path} cannot be decoded ({reason:.160}); download or record the data set again"
         ) from None
 
 
+def _ffmpeg_error() -> type[Exception]:
+    import av.error
+
+    return av.error.FFmpegError
+
+
 def _pyav(path: Path, fps: float, start: int) -> Frames:
+    # here, since a machine that reads no video trains without PyAV
+    import av.logging
+    from av.video.reformatter import VideoReformatter
+
     av.logging.set_libav_level(av.logging.PANIC)  # its lines on standard error say once more what the one raised here says
     with av.open(str(path)) as container:
         stream = container.streams.video[0]

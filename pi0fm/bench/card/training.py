@@ -1,0 +1,189 @@
+"""Optimiser steps at full size, on batches that are on the device.
+
+Owns: the cases, growing batches until memory ends, the estimate beside the peak. Does not know: data sets, checkpoints.
+
+    full, checkpointed    with the moving average and without; the batch grows until the device has no memory left
+    expert only, LoRA     the largest batch of a few that fits
+"""
+
+import functools
+import gc
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from pi0fm.bench.card.inference import GIB
+from pi0fm.bench.card.limits import Rates, forget_peak, measure_rates, peak_bytes, synchronize, training_flops
+from pi0fm.bench.card.policies import random_network
+from pi0fm.bench.card.results import OUT_OF_MEMORY, Results
+from pi0fm.bench.step_clock import PARTS, StepClock, averaging, clocked_step
+from pi0fm.data.batch import Batch
+from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.models.lora import LoraConfig
+from pi0fm.models.observation import ModelObservation
+from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.models.presets import PI0, TINY
+from pi0fm.train.adaptation import Adaptation, adapt
+from pi0fm.train.ema import Ema
+from pi0fm.train.memory import estimate
+from pi0fm.train.optim import OptimizerConfig, make_optimizer
+from pi0fm.train.parallel import Accelerator, make_accelerator
+from pi0fm.train.step import train_step
+
+CAMERAS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train. batches: in growing order; the case ends with the first that does not fit."""
+
+    name: str
+    how: Adaptation
+    averaged: bool
+    compiled: bool
+    batches: tuple[int, ...]
+    target: str = ""
+
+
+def cases() -> list[Case]:
+    """In order of worth."""
+    full, lora = Adaptation(activation_checkpointing=True), LoraConfig(rank=16)
+    adapted = Adaptation(lora=lora, frozen_bfloat16=True, activation_checkpointing=True)
+    expert = Adaptation("expert_only", frozen_bfloat16=True)
+    found = [
+        Case("full, checkpointed, no average", full, False, False, (8, 16, 32, 48, 64, 96), ">= 26 samples/s"),
+        Case("expert only", expert, True, False, (32, 64, 128), ">= 60 samples/s"),
+        Case("LoRA 16, checkpointed", adapted, True, False, (32, 64), ">= 30 samples/s"),
+        Case("full, checkpointed, with average", full, True, False, (4, 8, 16, 24)),
+    ]
+    if can_compile():
+        found.insert(1, replace(found[0], name="full, checkpointed, no average, compiled", compiled=True, batches=(32, 48, 64)))
+        found.append(replace(found[2], name="expert only, compiled", compiled=True, batches=(64, 128)))
+    return found
+
+
+def can_compile() -> bool:
+    """Whether training can be compiled."""
+    return False
+
+
+def compiled_for_training(model: Pi0) -> Pi0:
+    """The model as a training with compilation runs it."""
+    return model
+
+
+def measure(results: Results, device: torch.device, whole: bool) -> None:
+    """All cases. whole: at full size; else the tiny preset with two small batches."""
+    rates = measure_rates(device, whole)
+    results.add("bfloat16 product rate", rates.flops_per_second / 1e12, "TFLOP/s")
+    for case in cases():
+        tried = case if whole else replace(case, batches=(1, 2))
+        results.attempt(f"training, {case.name}", functools.partial(_grow, results, tried, device, rates, whole), 12 if whole else 1, clear)
+        clear()
+
+
+def clear() -> None:
+    """Give back what the last case held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """All that a step needs but its batch."""
+
+    model: Pi0
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+    ema: Ema
+    flow: FlowMatching
+
+
+def prepared(config: Pi0Config, case: Case, device: torch.device) -> Trained:
+    """Network, optimiser and average on the device, as `pi0fm train` makes them."""
+    accelerator = make_accelerator("bfloat16", 1, allow_cuda=device.type == "cuda")
+    model = adapt(random_network(config, device), case.how, torch.bfloat16).to(device).train()
+    optimizer = make_optimizer(OptimizerConfig(), model)
+    ema = Ema(model, 0.999 if case.averaged else None)
+    wrapped, fast = accelerator.prepare(compiled_for_training(model) if case.compiled else model, optimizer)
+    return Trained(wrapped, fast, accelerator, ema, FlowMatching.from_config(FlowConfig()))
+
+
+def random_batch(config: Pi0Config, size: int, device: torch.device) -> Batch:
+    """Made on the device; every camera, token and action is real."""
+    random = torch.Generator(device).manual_seed(0)
+    side, shape = config.vision.image_size, (size, config.action_horizon, config.action_dim)
+    made = functools.partial(torch.randn, generator=random, device=device)
+    return Batch(
+        observation=ModelObservation(
+            images=torch.randint(0, 256, (size, CAMERAS, side, side, 3), dtype=torch.uint8, generator=random, device=device),
+            image_mask=torch.ones(size, CAMERAS, dtype=torch.bool, device=device),
+            prompt_tokens=torch.randint(3, config.vocab_size, (size, config.max_prompt_tokens), generator=random, device=device),
+            prompt_mask=torch.ones(size, config.max_prompt_tokens, dtype=torch.bool, device=device),
+            state=made(size, config.state_dim),
+        ),
+        actions=made(*shape),
+        action_mask=torch.ones(shape, dtype=torch.bool, device=device),
+        noise=made(size, 1, *shape[1:]),
+        uniform=torch.rand(size, 1, generator=random, device=device),
+    )
+
+
+def _grow(results: Results, case: Case, device: torch.device, rates: Rates, whole: bool) -> None:
+    config = PI0 if whole else TINY
+    trained = prepared(config, case, device)
+    flops = training_flops(config, case.how, CAMERAS)
+    for size in case.batches:
+        what = f"training, {case.name}, batch {size}"
+        one = functools.partial(_one, results, what, case, trained, size, flops, rates, device, whole)
+        reason = results.attempt(what, one, 4 if whole else 0.5, functools.partial(_forget, trained))
+        if reason:
+            if reason == OUT_OF_MEMORY:
+                break
+            return
+
+
+def _one(
+    results: Results, what: str, case: Case, trained: Trained, size: int, flops: float, rates: Rates, device: torch.device, whole: bool
+) -> None:
+    config = trained.accelerator.unwrap_model(trained.model).config
+    batch = random_batch(config, size, device)
+    batches: Iterator[Batch] = itertools.repeat(batch)
+    valid = batch.action_mask.numel()
+    average, clock = averaging(trained.ema), StepClock(device)
+    given = (trained.model, trained.flow, trained.optimizer, trained.accelerator, batches, valid, 1.0)
+    forget_peak(device)
+    for _ in range(2):
+        train_step(*given)
+        average()
+    synchronize(device)
+    steps = (4 if size < 32 else 3) if whole else 2
+    for _ in range(steps):
+        clocked_step(clock, *given, average)
+    each = {part: seconds / steps for part, seconds in clock.seconds().items()}
+    seconds = sum(each.values())
+    peak = peak_bytes(device)
+    guess = estimate(config, case.how, cameras=CAMERAS, micro_batch=size, averaged=case.averaged, device=device.type).total
+    note = ", ".join(f"{part} {1e3 * each[part]:.0f} ms" for part in PARTS)
+    note += f"; {peak / GIB:.1f} GiB" + (f", estimate {guess / peak:.2f} of it" if peak else "")
+    results.add(
+        what,
+        size / seconds,
+        "samples/s",
+        limit_share=flops * size / seconds / rates.flops_per_second,
+        target=case.target,
+        note=note,
+        step_ms=1e3 * seconds,
+        parts_ms={part: 1e3 * value for part, value in each.items()},
+        peak_gib=peak / GIB,
+        estimate_gib=guess / GIB,
+        tflop_a_sample=flops / 1e12,
+    )
+
+
+def _forget(trained: Trained) -> None:
+    trained.optimizer.zero_grad(set_to_none=True)
+    clear()
