@@ -14,11 +14,11 @@ from typing import Any, final
 
 import torch
 
-from pi0fm.data.batch import Batch
+from pi0fm.data.loading.batch import Batch
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0
 from pi0fm.train.ema import Ema
-from pi0fm.train.parallel import Accelerator
+from pi0fm.train.parallel.accelerate import Accelerator
 from pi0fm.train.step import train_step
 
 PARTS = ("data", "forward", "backward", "optimizer", "average")

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from pi0fm.bench.card.limits import (
-    Rates,
     device_seconds,
     forget_peak,
     host_seconds,
@@ -32,8 +31,8 @@ from pi0fm.bench.card.limits import (
 )
 from pi0fm.bench.card.policies import FLOW_STEPS, Asked, make_policy, observations, random_network
 from pi0fm.bench.card.results import Results
-from pi0fm.data.transforms import Sample
-from pi0fm.models.observation import ModelObservation, pixels
+from pi0fm.data.chain import Sample
+from pi0fm.models.observation import pixels
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.models.presets import PI0, PI05, TINY
 from pi0fm.policy.cuda_graphs import Recorder
@@ -168,16 +167,16 @@ class Inference:
         }
         with torch.inference_mode(), sampler.precision():
             field = sampler.field(seen)
-        found["steps"] = self.staged(
-            sampler.precision, lambda: sampler.flow.sample(field, there, mask=mask, check=False), rounds
-        )
+        found["steps"] = self.staged(sampler.precision, lambda: sampler.flow.sample(field, there, mask=mask, check=False), rounds)
         found["copy out"] = host_seconds(lambda: there.float().cpu().numpy(), self.device, rounds)
         found["inverse chain"] = host_seconds(lambda: policy.chain.inverse(Sample(inputs.state.numpy(), chunk)), self.device, rounds)
         ms = {stage: 1e3 * percentile(seconds, 0.5) for stage, seconds in found.items()}
         ms["prefix"] = ms.pop("encode") - ms["vision"]
         work = inference_work(config, 1, BEST.cameras, config.max_prompt_tokens, FLOW_STEPS)
         limits = {stage: 1e3 * seconds for stage, seconds in work.seconds(self.rates).items()}
-        note = ", ".join(f"{stage} {value:.2f}" + (f" (limit {limits[stage]:.2f})" if stage in limits else "") for stage, value in ms.items())
+        note = ", ".join(
+            f"{stage} {value:.2f}" + (f" (limit {limits[stage]:.2f})" if stage in limits else "") for stage, value in ms.items()
+        )
         total = sum(ms.values())
         share = sum(limits.values()) / total
         self.results.add(what, total, "ms", limit_share=share, note=note, stages_ms=ms, limits_ms=limits)
@@ -234,5 +233,3 @@ class Inference:
 def _something(answer: object) -> Tensor:
     """A tensor for the recorder, which asks for one."""
     return answer if isinstance(answer, Tensor) else torch.empty(())
-
-

@@ -6,7 +6,7 @@ Owns: the two rates, the operations and bytes of each stage, clocks for a device
     stage       least seconds = the longer of operations / product rate, bytes / copy rate
                 bytes: weights, once a stage and once an evaluation of the velocity; keys and values, once an evaluation
 
-Operations are those of the matrix products, counted on fake tensors: no number is computed, and no card is asked for. Shape letters: B batch, C cameras.
+Operations are those of the matrix products, counted on fake tensors: no number is computed, and no card is asked for.
 """
 
 import math
@@ -21,12 +21,12 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pi0fm.models.observation import ModelObservation, pixels
 from pi0fm.models.lora import is_adapter
+from pi0fm.models.observation import ModelObservation, pixels
 from pi0fm.models.parts import Part, part_of
 from pi0fm.models.pi0 import Pi0, Pi0Config
-from pi0fm.train.adaptation import Adaptation, adapt
-from pi0fm.train.memory import gradient_flows
+from pi0fm.train.plan.memory import gradient_flows
+from pi0fm.train.start.adaptation import Adaptation, adapt
 
 WHOLE_COPY, WHOLE_SIDE = 2**31, 8192  # bytes of the copy, rows and columns of the product; less where it is only tried out
 TRIED_COPY, TRIED_SIDE = 2**24, 256
@@ -209,4 +209,3 @@ def _weight_bytes(model: nn.Module, bytes_each: int) -> dict[str, int]:
             part = part_of(name)
             found[part] = found.get(part, 0) + parameter.numel() * bytes_each
     return found
-

@@ -36,6 +36,8 @@ def lerobot_call(device: torch.device, whole: bool) -> Callable[[], Tensor]:
 
     def call() -> Tensor:
         with torch.no_grad():
-            return policy.model.sample_actions(pictures, there, words, torch.ones_like(words, dtype=torch.bool), state, noise=noise, num_steps=FLOW_STEPS)
+            return policy.model.sample_actions(
+                pictures, there, words, torch.ones_like(words, dtype=torch.bool), state, noise=noise, num_steps=FLOW_STEPS
+            )
 
     return call

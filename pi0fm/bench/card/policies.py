@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from pi0fm.data.embodiment import Embodiment
-from pi0fm.data.norm_stats import NormStats, column_stats
+from pi0fm.data.chain import Chain, Sample, make_chain
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.norm_stats import NormStats, column_stats
 from pi0fm.data.prompt import BYTES, PromptTokenizer, load_tokenizer
-from pi0fm.data.transforms import Chain, Sample, make_chain
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.policy.local import LocalPolicy
@@ -61,7 +61,9 @@ def make_policy(model: Pi0, cameras: int, device: torch.device, dtype: torch.dty
 def chain(config: Pi0Config, cameras: int) -> Chain:
     """Of a robot with seven joints, all of whose statistics are those of N(0, 1)."""
     embodiment = Embodiment(
-        cameras={name: f"observation.images.{name}" for name in CAMERAS[:cameras]}, state_dim=_width(config), robot_action_dim=_width(config)
+        cameras={name: f"observation.images.{name}" for name in CAMERAS[:cameras]},
+        state_dim=_width(config),
+        robot_action_dim=_width(config),
     )
     normal = np.random.default_rng(0).normal(size=(200, _width(config))).astype(np.float32)
     stats = NormStats(column_stats(normal, "state"), column_stats(normal, "action"), len(normal))

@@ -82,7 +82,13 @@ class Results:
     def write(self, finished: bool) -> None:
         """Put what there is on disk."""
         seconds = round(time.monotonic() - self._began, 1)
-        tree = {"part": self._part, "finished": finished, "seconds": seconds, "facts": self.facts, "rows": [asdict(row) for row in self.rows]}
+        tree = {
+            "part": self._part,
+            "finished": finished,
+            "seconds": seconds,
+            "facts": self.facts,
+            "rows": [asdict(row) for row in self.rows],
+        }
         files.write_json(self._path, tree)
 
     def _keep(self, row: Row) -> None:

@@ -19,17 +19,17 @@ from pi0fm.bench.card.limits import Rates, forget_peak, measure_rates, peak_byte
 from pi0fm.bench.card.policies import random_network
 from pi0fm.bench.card.results import OUT_OF_MEMORY, Results
 from pi0fm.bench.step_clock import PARTS, StepClock, averaging, clocked_step
-from pi0fm.data.batch import Batch
+from pi0fm.data.loading.batch import Batch
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.lora import LoraConfig
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.models.presets import PI0, TINY
-from pi0fm.train.adaptation import Adaptation, adapt
 from pi0fm.train.ema import Ema
-from pi0fm.train.memory import estimate
 from pi0fm.train.optim import OptimizerConfig, make_optimizer
-from pi0fm.train.parallel import Accelerator, make_accelerator
+from pi0fm.train.parallel.accelerate import Accelerator, make_accelerator
+from pi0fm.train.plan.memory import estimate
+from pi0fm.train.start.adaptation import Adaptation, adapt
 from pi0fm.train.step import train_step
 
 CAMERAS = 3
