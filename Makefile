@@ -25,10 +25,10 @@ test: $(STAMP)
 
 # What mirrors pi0fm/; closed forms, parity with LeRobot, measurements, documents and deploy/ have a line of their own.
 unit: $(STAMP)
-	@$(BIN)/pytest -m "not journey and not long" --ignore=tests/numerics --ignore=tests/parity --ignore=tests/bench --ignore=tests/docs --ignore=tests/deploy
+	@$(BIN)/pytest -m "not journey and not long and not gpu" --ignore=tests/numerics --ignore=tests/parity --ignore=tests/bench --ignore=tests/docs --ignore=tests/deploy
 
 numerics: $(STAMP)
-	@$(BIN)/pytest -m "not journey and not long" tests/numerics tests/parity tests/bench tests/docs tests/deploy
+	@$(BIN)/pytest -m "not journey and not long and not gpu" tests/numerics tests/parity tests/bench tests/docs tests/deploy
 
 journeys: $(STAMP)
 	@$(BIN)/pytest -m "journey and not long"
