@@ -1,4 +1,4 @@
-"""Every test here runs small on a CPU in the default suite, and on a CUDA device under `-m gpu`: it is known right before a card sees it."""
+"""Every test here runs small on a CPU in the default suite, and on a CUDA device under `-m gpu`: known right before a card sees it."""
 
 from collections.abc import Iterator
 

@@ -54,7 +54,7 @@ def test_compiled_and_recorded_chunks_are_the_plain_ones(device, name, dtype):
         pytest.skip("one compilation less: pi05 runs in bfloat16")
     words = ("kernels", "graph") if device.type == "cuda" else ("off",)
     program = [sys.executable, str(SUPPORT / "device_chunks.py"), name, device.type, dtype, *words]
-    places = [str(SUPPORT), str(SUPPORT.parents[1]), os.environ.get("PYTHONPATH", "")]
+    places = [str(SUPPORT), str(SUPPORT.parents[1]), str(SUPPORT.parents[1] / "client"), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(program, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(places)}, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout.splitlines()[-1])
@@ -86,4 +86,4 @@ def test_a_chunk_does_not_depend_on_its_batch(device, small_policy, observations
     policy = made(small_policy, device)
     together = policy.infer_batch(observations, SEEDS)
     for chunk, observation, seed in zip(together, observations, SEEDS, strict=True):
-        np.testing.assert_allclose(chunk.actions, policy.infer(observation, seed).actions, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(chunk.actions, policy.infer_batch([observation], [seed])[0].actions, rtol=0, atol=1e-4)

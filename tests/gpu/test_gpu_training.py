@@ -209,7 +209,7 @@ def test_one_distributed_worker_trains_as_none(device):
 def test_a_killed_training_goes_on_from_its_checkpoint(device, tmp_path):
     """Checkpoints written behind the training's back; SIGKILL in mid-run; the rest gives what an uninterrupted run gives."""
     program = [sys.executable, str(SUPPORT / "device_training.py"), device.type]
-    places = [str(SUPPORT), str(SUPPORT.parents[1]), os.environ.get("PYTHONPATH", "")]
+    places = [str(SUPPORT), str(SUPPORT.parents[1]), str(SUPPORT.parents[1] / "client"), os.environ.get("PYTHONPATH", "")]
     run = {
         "env": {**os.environ, "PYTHONPATH": os.pathsep.join(places)},
         "stdout": subprocess.PIPE,

@@ -6,8 +6,8 @@ Owns: the parts, the options and their ranges. It imports nothing heavy.
 from dataclasses import dataclass
 from pathlib import Path
 
-from pi0fm.errors import ConfigError
 from pi0fm.options import nearest, option
+from pi0fm_client.errors import ConfigError
 
 PARTS = {"right": 150, "inference": 170, "training": 120, "extras": 40}
 """In order of worth, with the seconds that each may take: eight minutes in all."""

@@ -16,7 +16,7 @@ from pi0fm.data.prompt import BYTES, PromptTokenizer, load_tokenizer
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.policy.local import LocalPolicy
-from pi0fm.types import Observation
+from pi0fm_client.types import Observation
 
 ROBOT_DIM = 7
 CAMERAS = ("base", "left_wrist", "right_wrist")

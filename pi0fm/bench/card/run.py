@@ -21,7 +21,7 @@ from typing import Any
 from pi0fm import files, progress
 from pi0fm.bench.card.config import PARTS, CardConfig
 from pi0fm.bench.card.results import Results
-from pi0fm.errors import ConfigError
+from pi0fm_client.errors import ConfigError
 
 RIGHT = "right"
 GRACE = 5.0
