@@ -68,4 +68,5 @@ class Bare:
         return PathFinder.find_distributions(*args, **kwargs)
 
 
+Bare.__name__ = PathFinder.__name__  # by which jaxtyping finds it
 sys.meta_path[sys.meta_path.index(PathFinder)] = Bare

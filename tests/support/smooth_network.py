@@ -12,6 +12,7 @@ def smooth_in_time(model: Pi0) -> None:
     """Forget the quick waves of the time embedding, in place: what is left has periods of 1.6 and more."""
     width = model.action_in.out_features
     half = width // 2
-    quick = [width + side * half + k for side in (0, 1) for k in range(half - 3)]
+    first = model.time_mlp_in.in_features - width  # pi0's actions come before the time
+    quick = [first + side * half + k for side in (0, 1) for k in range(half - 3)]
     with torch.no_grad():
         model.time_mlp_in.weight[:, quick] = 0

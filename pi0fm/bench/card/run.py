@@ -62,7 +62,9 @@ def _right(config: CardConfig, seconds: float) -> dict[str, Any]:
     code = _ended(words, log, seconds)
     lines = log.read_text(errors="replace").splitlines()
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    last = next((line.strip("= ") for line in reversed(lines) if " passed" in line or " failed" in line or " error" in line), "")
+    last = next(
+        (line.strip("= ") for line in reversed(lines) if " passed" in line or " failed" in line or " error" in line), (lines or [""])[-1]
+    )
     tree = {"part": RIGHT, "seconds": round(time.monotonic() - began, 1), "ended": _how(code), "summary": last, "failures": failures}
     files.write_json(config.output_dir / "right.json", tree)
     return tree
