@@ -40,6 +40,18 @@ def write_faults(path: Path) -> Iterator[None]:
         raise OutputError(f"{path} must be writable, found {place}: {error.strerror}; {_REMEDIES[error.errno]}") from error
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it. Raises OutputError for a name that is no UTF-8, a link to nothing, and as `write_faults` does."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise OutputError(f"a folder's name must be UTF-8, found {os.fsencode(path)!r}; choose another folder") from None
+    if path.is_symlink() and not path.exists():
+        raise OutputError(f"{path} is a link to {os.readlink(path)}, which is not there; make that folder, or choose another")
+    with write_faults(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def fsync_directory(path: Path) -> None:
     """Make the names in `path` durable; of a file its bytes."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -120,7 +132,7 @@ def _locked_aside(path: Path, directory: bool) -> Iterator[tuple[Path, int]]:
             descriptor = os.open(aside, os.O_RDONLY if directory else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileNotFoundError:
             continue  # swept between its making and its lock
-        if _lock(descriptor) is not False and aside.exists():
+        if try_lock(descriptor) is not False and aside.exists():
             break
         os.close(descriptor)
     try:
@@ -138,14 +150,14 @@ def _sweep(folder: Path, prefix: str) -> None:
         with suppress(OSError):
             descriptor = os.open(left, os.O_RDONLY)
             try:
-                if _lock(descriptor):
+                if try_lock(descriptor):
                     _remove(left)
             finally:
                 os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool | None:
-    """Whether the lock is ours now; None where there are no locks."""
+def try_lock(descriptor: int) -> bool | None:
+    """Lock an open file for this process; False when another holds it, None where the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -14,13 +14,13 @@ from rich.table import Table
 from pi0fm import files, machine, options, progress
 from pi0fm.bench.learning_config import LearningConfig, refuse_passed_over
 from pi0fm.cli.quickstart import shipped_config
-from pi0fm.cluster import evaluation
 from pi0fm.cluster.recording import record_demonstrations
 from pi0fm.cluster.training import TrainingRun
 from pi0fm.demos.config import DatasetName, DemosConfig
 from pi0fm.eval.config import EvalConfig, camera_specs, plan, refuse_seen_seeds
+from pi0fm.eval.evaluate import WorkerSetup, in_this_process, run_episodes, settings_for
 from pi0fm.eval.report.page import percent
-from pi0fm.eval.summary import Summary
+from pi0fm.eval.summary import Summary, summarize
 from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.sim import catalog
 from pi0fm_client.errors import OutputError
@@ -95,12 +95,12 @@ def _judge(config: LearningConfig, execution_horizon: int, policy: PolicyConfig)
     open_environment = partial(catalog.open_environment, cameras=cameras, max_steps=config.max_steps)
 
     def judge(judged: Policy) -> Summary:
-        setup = evaluation.Setup(lambda: judged, open_environment, evaluation.settings_for(asked, metadata), asked.environments_per_worker)
-        rows, summary = evaluation.run(plan(asked), (config.task,), setup, 0, config.output_dir)
-        for row in rows:
-            if row["error"] is not None:
-                progress.say(f"CRASHED seed {row['seed']}: {row['error']}")
-        return summary
+        setup = WorkerSetup(lambda: judged, open_environment, settings_for(asked, metadata), asked.environments_per_worker)
+        results = run_episodes(plan(asked), setup, in_this_process)
+        for result in results:
+            if result.error is not None:
+                progress.say(f"CRASHED seed {result.seed}: {result.error}")
+        return summarize(results, (config.task,))
 
     return judge
 

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pi0fm import progress
-from pi0fm.cluster.evaluation import Evaluation, evaluate
+from pi0fm.cluster.evaluation import evaluate_on_cluster
 from pi0fm.eval.config import EvalConfig
+from pi0fm.eval.evaluate import Evaluation
 from pi0fm.eval.report.page import percent
 from pi0fm.eval.statistics import Interval
 
@@ -21,7 +22,7 @@ ALIASES: dict[str, str] = {"policy.path": "policy", "eval.n_episodes": "episodes
 
 def run(options: EvalConfig) -> dict[str, Any]:
     """Evaluate, print a table, return the figures."""
-    evaluation = evaluate(options)
+    evaluation = evaluate_on_cluster(options)
     show(evaluation)
     return evaluation.json()
 

@@ -24,12 +24,13 @@ from rich.table import Table
 
 from pi0fm import options, progress
 from pi0fm.cli import eval as eval_command
-from pi0fm.cluster.evaluation import Evaluation, evaluate
+from pi0fm.cluster.evaluation import evaluate_on_cluster
 from pi0fm.cluster.recording import record_demonstrations
 from pi0fm.cluster.runtime import ray_session
 from pi0fm.cluster.training import TrainingRun, run_training
 from pi0fm.demos.config import DatasetName, DemosConfig
 from pi0fm.eval.config import EvalConfig
+from pi0fm.eval.evaluate import Evaluation
 from pi0fm.eval.report.filmstrip import write_filmstrip
 from pi0fm.options import option
 from pi0fm.processes import PeakMemory
@@ -145,7 +146,7 @@ def _train(config: QuickstartConfig, root: Path) -> Path:
 
 
 def _evaluate(config: EvalConfig) -> Evaluation:
-    evaluation = evaluate(config)
+    evaluation = evaluate_on_cluster(config)
     eval_command.show(evaluation)
     return evaluation
 

@@ -30,7 +30,7 @@ class EpisodeResult:
     """What came of an episode.
 
     steps: actions that were executed. seconds: wall time of this episode's own reset, steps and pictures, not of the policy.
-    error: one line, for a crash only. video: mp4 bytes, for a recorded episode that did not crash.
+    error: one line, for a crash only. video: mp4 bytes, for a recorded episode that did not crash; video_path: where they were written.
     scores: `ActionChunk.scores` of each policy call, in order; empty when none were asked for.
     """
 
@@ -42,13 +42,14 @@ class EpisodeResult:
     error: str | None = None
     video: bytes | None = None
     scores: tuple[Mapping[str, float], ...] = ()
+    video_path: str | None = None
 
     def mean_score(self, name: str) -> float:
         """Mean of one of SCORES over the policy calls, of which there must be one."""
         return sum(each[name] for each in self.scores) / len(self.scores)
 
-    def row(self, video_path: str | None) -> dict[str, Any]:
-        """The line of episodes.json; `video_path` is where the video was written."""
+    def row(self) -> dict[str, Any]:
+        """The line of episodes.json."""
         return {
             "task": self.task,
             "seed": self.seed,
@@ -56,7 +57,7 @@ class EpisodeResult:
             "steps": self.steps,
             "seconds": round(self.seconds, 3),
             "error": self.error,
-            "video": video_path,
+            "video": self.video_path,
             "scores": {name: self._described(name) for name in SCORES} if self.scores else None,
         }
 

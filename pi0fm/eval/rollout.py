@@ -1,14 +1,14 @@
-"""Environments that step together, served by one batched policy call a round.
+"""Environments that step together, served by one batched policy call for each chunk of actions.
 
-Owns: the rounds, what a crash is, the refill of a slot. Does not know: simulators, networks, processes, files.
+Owns: what one advance does, what a crash is, which environment is used again. Does not know: simulators, networks, processes, files.
 
-    round          1                2                3                     execution_horizon = 4
-    slot 0         ?aaaa          ?aaS             ?dddd        ?  its observation in the round's one policy call, here of 3
-    slot 1         ?bbbb          ?bbbb            ?bF          a  one action of episode a; S success, F failure, X crash
-    slot 2         ?cX            ?eeee            ?eeee
+    advance             1                2                3                execution_horizon = 4
+    environment 0     ?aaaa            ?aaS             ?dddd         ?  its observation in the one policy call, here of 3
+    environment 1     ?bbbb            ?bbbb            ?bF           a  one action of episode a; S success, F failure, X crash
+    environment 2     ?cX              ?eeee            ?eeee
 
-A slot whose episode ended waits for the end of the round and then takes the next. The wait costs nothing, because the environments of one
-process step one after the other anyway; in return all slots ask for a chunk at the same time, and the batch stays full.
+An environment whose episode ended waits for the end of the advance, then begins the next. The wait costs nothing, because the environments
+of one process step one after the other; in return all ask for a chunk at the same time, and the batch stays full.
 """
 
 import time
@@ -38,26 +38,25 @@ def rollout(environments: Sequence[tuple[Environment, int]], policy: Policy, set
     """
     pool = [environment for environment, _ in environments]
 
-    def take(task: str) -> Environment:
+    def open_given(task: str) -> Environment:
         return pool.pop(next(index for index, environment in enumerate(pool) if environment.task == task))
 
     episodes = [Episode(environment.task, seed) for environment, seed in environments]
-    results = list(run_all(episodes, Lockstep(take, policy, settings, max(1, len(episodes)))))
+    results = list(run_all(episodes, BatchedRollout(open_given, policy, settings, max(1, len(episodes)))))
     found = {(result.task, result.seed): result for result in results}
     return [found[episode.task, episode.seed] for episode in episodes]
 
 
-def run_all(episodes: Sequence[Episode], lockstep: "Lockstep") -> Iterator[EpisodeResult]:
-    """Run a queue of episodes through the slots of `lockstep`; results come as they are ready, in no promised order."""
+def run_all(episodes: Sequence[Episode], batch: "BatchedRollout") -> Iterator[EpisodeResult]:
+    """Run a queue of episodes through `batch`; results come as they are ready, in no promised order."""
     waiting = list(reversed(episodes))
-    while waiting or lockstep.busy:
-        taken = [waiting.pop() for _ in range(min(lockstep.free, len(waiting)))]
-        yield from lockstep.round(taken)
+    while waiting or batch.active:
+        yield from batch.advance([waiting.pop() for _ in range(min(batch.free, len(waiting)))])
 
 
 @dataclass
-class _Run:
-    """An episode in a slot."""
+class _RunningEpisode:
+    """An episode that has begun."""
 
     episode: Episode
     environment: Environment | None = None
@@ -86,39 +85,39 @@ class _Run:
 
 
 @final
-class Lockstep:
-    """Up to `slots` episodes that advance together; the caller hands in new ones between rounds.
+class BatchedRollout:
+    """Up to `num_environments` episodes that advance together; the caller hands in new ones between advances.
 
     open_environment: makes the environment of a task; a Pi0fmError from it (an unknown camera), and a SimulationError from the first
     picture (no renderer), are passed on: every episode would meet them. Any other fault of an environment is a crash.
-    At most `slots` environments are open at a time; one that ended well is used again for the next episode of its task.
+    At most `num_environments` are open at a time; one that ended well is used again for the next episode of its task.
     """
 
-    def __init__(self, open_environment: OpenEnvironment, policy: Policy, settings: RolloutSettings, slots: int) -> None:
-        self._open, self._policy, self._settings, self._slots = open_environment, policy, settings, slots
-        self._running: list[_Run] = []
+    def __init__(self, open_environment: OpenEnvironment, policy: Policy, settings: RolloutSettings, num_environments: int) -> None:
+        self._open, self._policy, self._settings, self._num_environments = open_environment, policy, settings, num_environments
+        self._running: list[_RunningEpisode] = []
         self._idle: list[Environment] = []
         self._prompts: dict[str, str] = {}
 
     @property
-    def busy(self) -> int:
+    def active(self) -> int:
         """Episodes that have begun and not ended."""
         return len(self._running)
 
     @property
     def free(self) -> int:
-        """Episodes that the next round can take."""
-        return self._slots - len(self._running)
+        """Episodes that can begin with the next advance."""
+        return self._num_environments - len(self._running)
 
-    def round(self, episodes: Sequence[Episode]) -> list[EpisodeResult]:
+    def advance(self, episodes: Sequence[Episode]) -> list[EpisodeResult]:
         """Begin `episodes` (at most `free`), ask the policy once for all, execute `execution_horizon` actions; return what ended."""
         for episode in episodes:
             self._begin(episode)
         for run in self._running:
-            self._look(run)
+            self._observe(run)
         live = [run for run in self._running if run.outcome is None]
         if live:
-            chunks = self._ask(live)
+            chunks = self._infer(live)
             for k in range(self._settings.execution_horizon):
                 for run, actions in zip(live, chunks, strict=True):
                     if run.outcome is None:
@@ -134,7 +133,7 @@ class Lockstep:
         self._running, self._idle = [], []
 
     def _begin(self, episode: Episode) -> None:
-        run = _Run(episode)
+        run = _RunningEpisode(episode)
         with run.guard(Pi0fmError):
             run.prompt = self._changed_prompt(episode.task)
             run.environment = self._environment(episode.task)
@@ -146,14 +145,14 @@ class Lockstep:
                     # A copy: a renderer may hand out the same buffer again.
                     run.frozen = {name: image.copy() for name, image in run.environment.observe().images.items()}
                 run.environment.reset(episode.seed)
-                self._film(run)
+                self._record_frame(run)
 
     def _environment(self, task: str) -> Environment:
         for environment in self._idle:
             if environment.task == task:
                 self._idle.remove(environment)
                 return environment
-        while self._idle and len(self._running) + len(self._idle) >= self._slots:
+        while self._idle and len(self._running) + len(self._idle) >= self._num_environments:
             self._idle.pop(0).close()
         return self._open(task)
 
@@ -168,7 +167,7 @@ class Lockstep:
             environment.close()
         return self._prompts[shown]
 
-    def _look(self, run: _Run) -> None:
+    def _observe(self, run: _RunningEpisode) -> None:
         if run.outcome is not None or run.environment is None:
             return
         # A machine that cannot render says so at the first picture: that is the user's to mend, and not this episode's crash.
@@ -180,15 +179,15 @@ class Lockstep:
         if run.outcome is None and run.steps == 0 and run.observation is not None:
             check_fit(run.environment, run.observation, self._policy.metadata, self._settings.execution_horizon)
 
-    def _ask(self, live: Sequence[_Run]) -> list[NDArray[np.float32]]:
+    def _infer(self, live: Sequence[_RunningEpisode]) -> list[NDArray[np.float32]]:
         observations = [run.observation for run in live if run.observation is not None]
         seeds = [noise_seed(self._settings.seed, run.episode.task, run.episode.seed, run.steps) for run in live]
         chunks = self._policy.infer_batch(observations, seeds)
         if len(chunks) != len(live):
             raise BundleError(f"a policy answers one chunk for each observation: {len(live)} observations, {len(chunks)} chunks")
-        return [self._executable(run, chunk) for run, chunk in zip(live, chunks, strict=True)]
+        return [self._checked_actions(run, chunk) for run, chunk in zip(live, chunks, strict=True)]
 
-    def _executable(self, run: _Run, chunk: ActionChunk) -> NDArray[np.float32]:
+    def _checked_actions(self, run: _RunningEpisode, chunk: ActionChunk) -> NDArray[np.float32]:
         horizon = self._settings.execution_horizon
         dim = run.environment.action_dim if run.environment is not None else 0
         actions = np.asarray(chunk.actions)
@@ -209,7 +208,7 @@ class Lockstep:
             run.scores.append(chunk.scores)
         return np.ascontiguousarray(actions[:horizon], dtype=np.float32)
 
-    def _step(self, run: _Run, action: NDArray[np.float32]) -> None:
+    def _step(self, run: _RunningEpisode, action: NDArray[np.float32]) -> None:
         with run.guard():
             assert run.environment is not None
             result = run.environment.step(action)
@@ -219,9 +218,9 @@ class Lockstep:
             elif result.done or run.steps >= run.environment.max_steps:
                 run.outcome = "failure"
             if run.outcome is not None or run.steps % self._settings.video_every == 0:
-                self._film(run)
+                self._record_frame(run)
 
-    def _film(self, run: _Run) -> None:
+    def _record_frame(self, run: _RunningEpisode) -> None:
         if run.episode.record and run.environment is not None:
             side = self._settings.video_side
             run.frames.append(run.environment.picture(side, side).copy())
@@ -231,20 +230,20 @@ class Lockstep:
         self._running = [run for run in self._running if run.outcome is None]
         return [self._result(run) for run in ended]
 
-    def _result(self, run: _Run) -> EpisodeResult:
+    def _result(self, run: _RunningEpisode) -> EpisodeResult:
         assert run.outcome is not None
-        film = None
+        movie = None
         if run.environment is not None and run.outcome != "crash":
             self._idle.append(run.environment)
             if run.frames:
-                film = video.encode(run.frames, run.environment.fps / self._settings.video_every)
+                movie = video.encode(run.frames, run.environment.fps / self._settings.video_every)
         else:
             self._discard(run)
         scores = tuple(run.scores)
-        return EpisodeResult(run.episode.task, run.episode.seed, run.outcome, run.steps, run.seconds, run.error, film, scores)
+        return EpisodeResult(run.episode.task, run.episode.seed, run.outcome, run.steps, run.seconds, run.error, movie, scores)
 
     @staticmethod
-    def _discard(run: _Run) -> None:
+    def _discard(run: _RunningEpisode) -> None:
         environment, run.environment = run.environment, None
         crash = run.error
         with run.guard():

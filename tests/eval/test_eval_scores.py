@@ -8,12 +8,12 @@ import tiny_dataset
 import torch
 from eval_fakes import PointEnvironment, PointPolicy
 
-from pi0fm.cluster.evaluation import Setup, run
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats, column_stats
 from pi0fm.eval.episode import Episode, EpisodeResult, RolloutSettings
+from pi0fm.eval.evaluate import WorkerSetup, in_this_process, run_episodes
 from pi0fm.eval.report import page as report
-from pi0fm.eval.report.page import Background
+from pi0fm.eval.report.page import ReportContext
 from pi0fm.eval.rollout import rollout
 from pi0fm.eval.summary import summarize
 from pi0fm.flow.matching import FlowConfig, FlowMatching
@@ -51,12 +51,12 @@ def test_each_call_of_an_episode_leaves_its_scores():
     for result in results:
         calls = -(-result.steps // 4)
         assert [each["log_prob"] for each in result.scores] == [-float(call) for call in range(1, calls + 1)]
-        row = result.row(None)["scores"]
+        row = result.row()["scores"]
         assert row["log_prob"] == {"mean": round(-(calls + 1) / 2, 4), "min": -float(calls), "calls": [-float(k + 1) for k in range(calls)]}
         assert row["noise_norm"]["min"] == 1
     (plain,) = rollout([(PointEnvironment("a"), 1)], PointPolicy(), RolloutSettings(execution_horizon=4))
     assert plain.scores == ()
-    assert plain.row(None)["scores"] is None
+    assert plain.row()["scores"] is None
 
 
 def test_a_mean_is_over_episodes_and_has_its_count():
@@ -72,14 +72,14 @@ def test_a_mean_is_over_episodes_and_has_its_count():
 
 
 def test_the_page_and_the_files_show_them(tmp_path):
-    summary, rows = summarize(RESULTS, ("push", "pull")), [result.row(None) for result in RESULTS]
-    page = report.write(tmp_path, summary, rows, Background("policy")).read_text()
+    summary, rows = summarize(RESULTS, ("push", "pull")), [result.row() for result in RESULTS]
+    page = report.write(tmp_path, summary, rows, ReportContext("policy")).read_text()
     assert "mean log-likelihood, nats" in page
     assert "<td>push</td>" in page and '<td class="n">2</td><td class="n">3</td><td class="n">4.00</td><td class="n">6.500</td>' in page
     assert '<td class="n">2</td><td class="n">2.00</td><td class="n">1.00</td><td class="n">5.000</td>' in page
     assert json.loads((tmp_path / "summary.json").read_text())["scores"]["push"]["failure"]["episodes"] == 1
     assert json.loads((tmp_path / "episodes.json").read_text())[0]["scores"]["log_prob"]["calls"] == [1.0, 3.0]
-    plain = report.render(tmp_path, summarize([EpisodeResult("a", 1, "success", 1, 0.1)], ("a",)), [], Background("policy"))
+    plain = report.render(tmp_path, summarize([EpisodeResult("a", 1, "success", 1, 0.1)], ("a",)), [], ReportContext("policy"))
     assert "log-likelihood" not in plain
 
 
@@ -97,7 +97,7 @@ class Recorded:
 
 @pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize("solver", ["euler", "ancestral"])
-def test_outcomes_with_and_without_scores_are_identical(tmp_path, solver):
+def test_outcomes_with_and_without_scores_are_identical(solver):
     """A random network on the point: the same chunks, bit by bit, so the same outcomes."""
     config = PolicyConfig(
         model=tiny_dataset.network(),
@@ -118,9 +118,8 @@ def test_outcomes_with_and_without_scores_are_identical(tmp_path, solver):
     for judged in (policy, Scoring(policy, ScoreOptions())):
         judged = Recorded(judged)
         asked.append(judged.chunks)
-        setup = Setup(lambda judged=judged: judged, PointEnvironment, RolloutSettings(execution_horizon=4), 4)
-        rows, _ = run(episodes, ("a",), setup, 0, tmp_path)
-        found.append(rows)
+        setup = WorkerSetup(lambda judged=judged: judged, PointEnvironment, RolloutSettings(execution_horizon=4), 4)
+        found.append([result.row() for result in run_episodes(episodes, setup, in_this_process)])
     without, with_scores = ([(row["seed"], row["outcome"], row["steps"], row["error"]) for row in rows] for rows in found)
     assert without == with_scores
     assert len(asked[0]) > 4 and all(np.array_equal(*pair) for pair in zip(*asked, strict=True))

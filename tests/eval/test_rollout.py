@@ -8,14 +8,14 @@ import pytest
 from eval_fakes import HORIZON, PointEnvironment, PointPolicy, no_fault
 
 from pi0fm.eval.episode import Episode, RolloutSettings, noise_seed, other_seed
-from pi0fm.eval.rollout import Lockstep, rollout, run_all
+from pi0fm.eval.rollout import BatchedRollout, rollout, run_all
 from pi0fm_client.errors import BundleError, ConfigError, ServingError, SimulationError
 from pi0fm_client.types import ActionChunk
 
 FOUR = RolloutSettings(execution_horizon=4)
 
 
-def run(seeds, *, slots=3, fault=no_fault, policy=None, settings=FOUR, tasks=("a",), record=False):
+def run(seeds, *, environments=3, fault=no_fault, policy=None, settings=FOUR, tasks=("a",), record=False):
     opened = []
 
     def open_environment(task):
@@ -23,10 +23,10 @@ def run(seeds, *, slots=3, fault=no_fault, policy=None, settings=FOUR, tasks=("a
         return opened[-1]
 
     policy = policy or PointPolicy()
-    lockstep = Lockstep(open_environment, policy, settings, slots)
+    batch = BatchedRollout(open_environment, policy, settings, environments)
     episodes = [Episode(task, seed, record) for task in tasks for seed in seeds]
-    results = {(result.task, result.seed): result for result in run_all(episodes, lockstep)}
-    lockstep.close()
+    results = {(result.task, result.seed): result for result in run_all(episodes, batch)}
+    batch.close()
     return results, policy, opened
 
 
@@ -35,7 +35,7 @@ def verdicts(results):
 
 
 def test_one_call_serves_every_slot_and_the_batch_stays_full():
-    results, policy, opened = run(range(9), slots=3)
+    results, policy, opened = run(range(9), environments=3)
     sizes = [len(batch) for batch in policy.batches]
     rounds = sum(-(-result.steps // 4) for result in results.values())
     assert len(results) == 9 and sum(sizes) == rounds
@@ -44,11 +44,11 @@ def test_one_call_serves_every_slot_and_the_batch_stays_full():
     assert len(opened) == 3 and all(environment.closed == 1 for environment in opened)
 
 
-@pytest.mark.parametrize("slots", [1, 2, 5, 12])
-def test_results_do_not_depend_on_batching_or_order(slots):
-    alone, _, _ = run(range(12), slots=1)
+@pytest.mark.parametrize("environments", [1, 2, 5, 12])
+def test_results_do_not_depend_on_batching_or_order(environments):
+    alone, _, _ = run(range(12), environments=1)
     assert {outcome for outcome, _ in verdicts(alone).values()} == {"success", "failure"}, "the fake must tell episodes apart"
-    together, _, _ = run(reversed(range(12)), slots=slots)
+    together, _, _ = run(reversed(range(12)), environments=environments)
     assert verdicts(together) == verdicts(alone)
 
 
@@ -86,12 +86,12 @@ def test_an_environment_that_does_not_open_is_a_crash_but_an_unknown_task_is_the
         def open_environment(task):
             raise error
 
-        return Lockstep(open_environment, PointPolicy(), FOUR, 2)
+        return BatchedRollout(open_environment, PointPolicy(), FOUR, 2)
 
-    (result,) = broken(OSError("no file")).round([Episode("a", 1)])
+    (result,) = broken(OSError("no file")).advance([Episode("a", 1)])
     assert (result.outcome, result.error) == ("crash", "OSError: no file")
     with pytest.raises(SimulationError, match="unknown task"):
-        broken(SimulationError("unknown task")).round([Episode("a", 1)])
+        broken(SimulationError("unknown task")).advance([Episode("a", 1)])
 
 
 def test_a_machine_that_cannot_render_stops_the_evaluation():
@@ -172,7 +172,7 @@ def test_a_frozen_image_is_the_start_picture_of_another_seed_and_never_changes()
 
 def test_a_swapped_prompt_is_the_next_tasks():
     settings = RolloutSettings(execution_horizon=4, observation_change="swapped_prompt", tasks=("a", "b", "c"))
-    _, policy, _ = run([1], slots=3, settings=settings, tasks=("a", "b", "c"))
+    _, policy, _ = run([1], environments=3, settings=settings, tasks=("a", "b", "c"))
     assert [observation.prompt for observation in policy.batches[0]] == ["do b", "do c", "do a"]
     with pytest.raises(ConfigError, match="name two or more"):
         RolloutSettings(observation_change="swapped_prompt", tasks=("a",))

@@ -3,15 +3,17 @@
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import eval_fakes
 import pytest
 from eval_fakes import point_setup
 
-from pi0fm.cluster.evaluation import run, stream
+from pi0fm.cluster.evaluation import on_actors
 from pi0fm.cluster.runtime import ray_session
 from pi0fm.eval.episode import Episode
+from pi0fm.eval.evaluate import in_this_process, run_episodes
 from pi0fm_client.errors import ConfigError, SimulationError
 
 EPISODES = [Episode(task, seed, record=seed == 1) for task in ("a", "b") for seed in range(1, 9)]
@@ -41,7 +43,7 @@ def verdicts(results):
 
 
 def test_two_workers_find_what_the_calling_process_finds():
-    assert verdicts(stream(EPISODES, point_setup(), 2)) == verdicts(stream(EPISODES, point_setup(), 0))
+    assert verdicts(on_actors(EPISODES, point_setup(), 2)) == verdicts(in_this_process(EPISODES, point_setup()))
 
 
 def test_an_episode_that_kills_its_worker_is_a_crash_and_takes_no_other_along(tmp_path):
@@ -53,20 +55,19 @@ def test_an_episode_that_kills_its_worker_is_a_crash_and_takes_no_other_along(tm
                 file.write("x")
             os._exit(1)
 
-    rows, summary = run(EPISODES[:8], ("a",), point_setup(fault), 2, tmp_path)
+    results = run_episodes(EPISODES[:8], point_setup(fault), partial(on_actors, num_workers=2))
     assert deaths.read_text() == "xx", "tried twice"
-    healthy = {row[1]: row[2:] for row in verdicts(stream(EPISODES[:8], point_setup(), 0))}
-    assert [row["seed"] for row in rows if row["outcome"] == "crash"] == [3]
-    assert "its worker died twice" in rows[2]["error"]
-    assert all((row["outcome"], row["steps"]) == healthy[row["seed"]] for row in rows if row["seed"] != 3)
-    assert summary.crashes == 1
+    healthy = {row[1]: row[2:] for row in verdicts(in_this_process(EPISODES[:8], point_setup()))}
+    assert [result.seed for result in results if result.outcome == "crash"] == [3]
+    assert "its worker died twice" in results[2].error
+    assert all((result.outcome, result.steps) == healthy[result.seed] for result in results if result.seed != 3)
 
 
 def test_a_fault_of_the_user_arrives_as_itself_on_one_line():
     with pytest.raises(SimulationError) as caught:
-        list(stream(EPISODES, point_setup(unrendered), 1))
+        list(on_actors(EPISODES, point_setup(unrendered), 1))
     assert str(caught.value) == "no renderer on this machine"
     with pytest.raises(ConfigError, match="Ray has room for 2"):
-        list(stream(EPISODES, point_setup(), 3))
+        list(on_actors(EPISODES, point_setup(), 3))
     with pytest.raises(ConfigError, match="needs 1 GPU"):
-        list(stream(EPISODES, replace(point_setup(), gpus_per_worker=1.0), 1))
+        list(on_actors(EPISODES, replace(point_setup(), gpus_per_worker=1.0), 1))

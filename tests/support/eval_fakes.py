@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pi0fm.cluster.evaluation import Setup
 from pi0fm.eval.episode import RolloutSettings
+from pi0fm.eval.evaluate import WorkerSetup
 from pi0fm.sim.environment import CameraSpec, Environment, StepResult
 from pi0fm_client.errors import SimulationError
 from pi0fm_client.types import ActionChunk, Observation, Policy
@@ -89,9 +89,9 @@ class PointPolicy:
         return ActionChunk(actions=(distance / 5 + noise).astype(np.float32))
 
 
-def point_setup(fault: Fault = no_fault, slots: int = 3, policy: Callable[[], Policy] = PointPolicy) -> Setup:
-    """A Setup that can travel to another process."""
-    return Setup(policy, partial(_open, fault), RolloutSettings(execution_horizon=4), slots)
+def point_setup(fault: Fault = no_fault, environments: int = 3, policy: Callable[[], Policy] = PointPolicy) -> WorkerSetup:
+    """A WorkerSetup that can travel to another process."""
+    return WorkerSetup(policy, partial(_open, fault), RolloutSettings(execution_horizon=4), environments)
 
 
 def _open(fault: Fault, task: str) -> PointEnvironment:

@@ -5,6 +5,7 @@
       summary.json    rates, intervals, crashes
       episodes.json   one row an episode
       videos/         TASK-seed-N.mp4
+      episodes.jsonl  until then, what eval/journal keeps of an evaluation that has not ended
 
 Owns: the folder and the page. Does not know: how episodes ran.
 """
@@ -12,7 +13,7 @@ Owns: the folder and the page. Does not know: how episodes ran.
 import base64
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from pi0fm.eval.summary import Summary
 from pi0fm_client.errors import OutputError
 
 OWN_FILES = ("report.html", "summary.json", "episodes.json")
+JOURNAL = "episodes.jsonl"
 EMBEDDED_VIDEO_BYTES = 24 * 2**20
 
 
 @dataclass(frozen=True)
-class Background:
+class ReportContext:
     """What a reader needs beside the figures.
 
     title: the policy. facts: tables by heading, such as {"machine": {"cores": "2"}}. losses: of the policy's training, if known.
@@ -42,25 +44,25 @@ class Background:
 
 
 def refuse_other_evaluation(output_dir: Path) -> None:
-    """Raise OutputError when the folder holds an evaluation, or is not a folder."""
+    """Raise OutputError when the folder holds an evaluation that has ended, or is not a folder."""
     if output_dir.exists() and not output_dir.is_dir():
         raise OutputError(f"output_dir must be a folder, found a file at {output_dir}; type --output_dir ANOTHER")
     held = [name for name in OWN_FILES if (output_dir / name).exists()]
-    if held:
+    if held and not (output_dir / JOURNAL).exists():
         raise OutputError(f"an evaluation is never overwritten, and {output_dir} holds {held[0]}; type --output_dir ANOTHER")
 
 
-def keep_video(output_dir: Path, result: EpisodeResult) -> str | None:
-    """Write the video of an episode, if it has one; its path relative to `output_dir`."""
+def keep_video(output_dir: Path, result: EpisodeResult) -> EpisodeResult:
+    """Write the video of an episode, if it has one; the result with its path relative to `output_dir` instead of its bytes."""
     if result.video is None:
-        return None
+        return result
     # The task is a name that somebody typed: it must not lead out of the folder.
     name = f"videos/{re.sub(r'[^A-Za-z0-9._-]+', '_', result.task).lstrip('.')}-seed-{result.seed}.mp4"
     files.write_bytes(output_dir / name, result.video)
-    return name
+    return replace(result, video=None, video_path=name)
 
 
-def write(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]], background: Background) -> Path:
+def write(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]], background: ReportContext) -> Path:
     """Write the two JSON files and the page; the page's path. `rows` are `EpisodeResult.row`, videos already in place."""
     page = render(output_dir, summary, rows, background)
     files.write_json(output_dir / "episodes.json", list(rows))
@@ -71,7 +73,7 @@ def write(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]],
     return path
 
 
-def render(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]], background: Background) -> str:
+def render(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]], background: ReportContext) -> str:
     """The page. Everything that comes from outside is escaped; nothing is loaded from anywhere."""
     return pages.render(
         "eval/report/report.html.j2",

@@ -3,10 +3,9 @@
 Owns: H.264 in yuv420p with the index in front. Does not know: who took the pictures, where the file goes.
 """
 
-import tempfile
+import os
 from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
@@ -23,10 +22,9 @@ def encode(frames: Sequence[NDArray[np.uint8]], fps: float) -> bytes:
     if not frames:
         raise ValueError("a video needs one frame or more, found none")
     height, width = frames[0].shape[0] // 2 * 2, frames[0].shape[1] // 2 * 2
-    # Not into memory: moving the index to the front needs a file that can be opened a second time.
-    with tempfile.TemporaryDirectory(prefix="pi0fm-video-") as folder:
-        path = Path(folder) / "episode.mp4"
-        with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+    # Moving the index to the front needs a file that can be opened a second time: one in memory, so that no full disk meets it.
+    with os.fdopen(os.memfd_create("pi0fm-video"), "rb") as file:
+        with av.open(f"/proc/self/fd/{file.fileno()}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(min(fps, FASTEST)).limit_denominator(1000))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.options = {"crf": "23", "preset": "veryfast", "threads": "1"}
@@ -34,4 +32,4 @@ def encode(frames: Sequence[NDArray[np.uint8]], fps: float) -> bytes:
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
                 container.mux(stream.encode(picture))
             container.mux(stream.encode(None))
-        return path.read_bytes()
+        return file.read()

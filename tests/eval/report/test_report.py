@@ -13,7 +13,7 @@ from PIL import Image
 from pi0fm.eval.episode import EpisodeResult
 from pi0fm.eval.report import curve, video
 from pi0fm.eval.report import page as report
-from pi0fm.eval.report.page import Background
+from pi0fm.eval.report.page import ReportContext
 from pi0fm.eval.summary import summarize
 from pi0fm_client.errors import ConfigError, OutputError
 
@@ -50,9 +50,9 @@ def written(folder, film, **background):
         EpisodeResult(EVIL, 1, "crash", 3, 0.1, error=f"ValueError: {EVIL}"),
         EpisodeResult(EVIL, 2, "success", 7, 0.1, video=film),
     ]
-    rows = [result.row(report.keep_video(folder, result)) for result in results]
+    rows = [report.keep_video(folder, result).row() for result in results]
     summary = summarize(results, ("push", EVIL))
-    path = report.write(folder, summary, rows, Background(**({"title": EVIL, "command": f"pi0fm eval {EVIL}"} | background)))
+    path = report.write(folder, summary, rows, ReportContext(**({"title": EVIL, "command": f"pi0fm eval {EVIL}"} | background)))
     return Page(path.read_text()), path
 
 
@@ -100,6 +100,9 @@ def test_an_evaluation_is_never_overwritten(tmp_path, film):
     (tmp_path / "notes.txt").write_text("mine")
     report.refuse_other_evaluation(tmp_path)
     written(tmp_path, film)
+    (tmp_path / "episodes.jsonl").write_text("{}")  # an evaluation that ended while it wrote its report goes on
+    report.refuse_other_evaluation(tmp_path)
+    (tmp_path / "episodes.jsonl").unlink()
     with pytest.raises(OutputError, match=r"never overwritten.*--output_dir ANOTHER"):
         report.refuse_other_evaluation(tmp_path)
     with pytest.raises(OutputError, match="found a file"):

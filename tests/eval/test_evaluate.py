@@ -1,4 +1,4 @@
-"""Who runs what: the ledger, the calling process, the whole command with fakes in place of bundle and simulator."""
+"""The order policy -> episodes -> report, with fakes in place of bundle and simulator."""
 
 import json
 from dataclasses import replace
@@ -8,11 +8,11 @@ from eval_fakes import PointEnvironment, PointPolicy, point_setup
 
 from pi0fm import options
 from pi0fm.cli import eval as command
-from pi0fm.cluster import evaluation
-from pi0fm.cluster.evaluation import run, settings_for, stream
-from pi0fm.cluster.ledger import Ledger
+from pi0fm.eval import evaluate as module
 from pi0fm.eval.config import EvalConfig
-from pi0fm.eval.episode import Episode, EpisodeResult
+from pi0fm.eval.episode import Episode
+from pi0fm.eval.evaluate import in_this_process, run_episodes, settings_for
+from pi0fm.eval.journal import Journal
 from pi0fm.sim import catalog
 from pi0fm.sim.environment import parse_cameras
 from pi0fm_client.errors import ConfigError, OutputError
@@ -20,50 +20,20 @@ from pi0fm_client.errors import ConfigError, OutputError
 EPISODES = [Episode(task, seed, record=seed == 1) for task in ("a", "b") for seed in range(1, 7)]
 
 
-def success(episode):
-    return EpisodeResult(episode.task, episode.seed, "success", 1, 0.0)
-
-
-def test_the_ledger_hands_out_each_episode_once_and_fills_slots():
-    ledger = Ledger(EPISODES)
-    first, second = ledger.take(0, 5), ledger.take(1, 5)
-    assert first + second == EPISODES[:10]
-    assert ledger.take(0, 5) == []
-    ledger.ended(0, [success(first[0])])
-    assert ledger.take(0, 5) == [EPISODES[10]]
-    assert (ledger.holds(0), ledger.holds(1), ledger.holds(2)) == (5, 5, 0)
-
-
-def test_a_dead_workers_episodes_are_tried_once_more_alone_then_crash():
-    ledger = Ledger(EPISODES[:4])
-    ledger.take(0, 2)
-    ledger.take(1, 1)
-    assert ledger.lost(0, "gone") == []
-    # The fresh one first; then one second try at a time, for a worker that holds nothing.
-    assert ledger.take(0, 2) == [EPISODES[3]]
-    assert ledger.take(1, 1) == []
-    ledger.ended(0, [success(EPISODES[3])])
-    assert ledger.take(0, 2) == [EPISODES[0]]
-    assert ledger.take(0, 2) == []
-    (crash,) = ledger.lost(0, "gone again")
-    assert (crash.task, crash.seed, crash.outcome, crash.error) == ("a", 1, "crash", "its worker died twice: gone again")
-    assert ledger.take(0, 2) == [EPISODES[1]]
-    ledger.ended(0, [success(EPISODES[1])])
-    assert ledger.take(0, 2) == []
-    assert ledger.holds(0) == 0
-
-
 def test_rows_keep_the_order_of_the_episodes_and_videos_go_to_disk(tmp_path, capsys):
-    rows, summary = run(EPISODES, ("a", "b"), point_setup(), 0, tmp_path)
-    assert [(row["task"], row["seed"]) for row in rows] == [(episode.task, episode.seed) for episode in EPISODES]
-    assert [row["video"] for row in rows if row["video"]] == ["videos/a-seed-1.mp4", "videos/b-seed-1.mp4"]
+    with Journal(tmp_path, {}) as journal:
+        results = run_episodes(EPISODES, point_setup(), in_this_process, journal)
+    assert [(result.task, result.seed) for result in results] == [(episode.task, episode.seed) for episode in EPISODES]
+    assert [result.row()["video"] for result in results if result.video_path] == ["videos/a-seed-1.mp4", "videos/b-seed-1.mp4"]
     assert (tmp_path / "videos/a-seed-1.mp4").stat().st_size > 0
-    assert summary.episodes == 12 and summary.crashes == 0
+    assert {result.outcome for result in results} <= {"success", "failure"}
     assert "evaluating 12/12 (100%)" in capsys.readouterr().err
 
 
 def test_the_environments_a_worker_has_change_nothing():
-    one, many = (sorted((r.task, r.seed, r.outcome, r.steps) for r in stream(EPISODES, point_setup(slots=slots), 0)) for slots in (1, 7))
+    one, many = (
+        sorted((r.task, r.seed, r.outcome, r.steps) for r in in_this_process(EPISODES, point_setup(environments=count))) for count in (1, 7)
+    )
     assert one == many
 
 
@@ -108,8 +78,8 @@ def faked(monkeypatch):
 
         return PointEnvironment(task, fault)
 
-    monkeypatch.setattr(evaluation, "_read_metadata", read_metadata)
-    monkeypatch.setattr(evaluation, "_open_policy", open_policy)
+    monkeypatch.setattr(module, "_read_metadata", read_metadata)
+    monkeypatch.setattr(module, "_open_policy", open_policy)
     monkeypatch.setattr(catalog, "open_environment", open_environment)
     return asked
 

@@ -1,0 +1,211 @@
+"""An evaluation from its configuration to its report.
+
+Owns: the order policy -> episodes -> report. Does not know: how an episode is run (rollout), what the page looks like (report/page), Ray.
+
+    evaluate ── plan ──> execute(episodes, setup) ──results, one by one──> journal: row, video ──> summary ──> report.html
+                         '- in_this_process, or actors that pi0fm.cluster gives
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pi0fm import files, machine, progress
+from pi0fm.eval.config import DEFAULT_EXECUTION_HORIZON, EvalConfig, camera_specs, plan, refuse_seen_seeds
+from pi0fm.eval.episode import Episode, EpisodeResult, RolloutSettings
+from pi0fm.eval.journal import Journal
+from pi0fm.eval.report import curve
+from pi0fm.eval.report import page as report
+from pi0fm.eval.rollout import BatchedRollout, OpenEnvironment, run_all
+from pi0fm.eval.summary import Summary, summarize
+from pi0fm.sim import catalog
+from pi0fm.sim.environment import CameraSpec
+from pi0fm.sim.suite import Suite
+from pi0fm_client.types import Policy
+
+NOISY = "euler_maruyama"  # flow.solver.EULER_MARUYAMA: that module imports torch, which a driver of remote policies does without
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """What runs episodes in one process. Both openers travel to other processes: functions of a module, or partials of them."""
+
+    open_policy: Callable[[], Policy]
+    open_environment: OpenEnvironment
+    settings: RolloutSettings
+    environments_per_worker: int = 10
+    gpus_per_worker: float = 0.0
+
+    def rollout(self, num_environments: int) -> BatchedRollout:
+        """Open the policy, for `num_environments` episodes at a time."""
+        return BatchedRollout(self.open_environment, self.open_policy(), self.settings, num_environments)
+
+
+Executor = Callable[[Sequence[Episode], WorkerSetup], Iterator[EpisodeResult]]
+"""Runs episodes and gives their results as they come, in no promised order. What is found does not depend on the executor."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found, and where its report is."""
+
+    summary: Summary
+    rows: tuple[dict[str, Any], ...]
+    seconds: float
+    report: Path
+    output_dir: Path
+
+    def json(self) -> dict[str, Any]:
+        """The last line of the command."""
+        return self.summary.json() | {"seconds": round(self.seconds, 1), "report": str(self.report), "output_dir": str(self.output_dir)}
+
+
+def evaluate(config: EvalConfig, execute: Executor) -> Evaluation:
+    """Judge a policy and write the report; go on with what an interrupted evaluation of the same settings left in `output_dir`.
+
+    Raises OutputError for a folder with another evaluation or that cannot be written, BundleError or ServingError for the policy,
+    ConfigError for seeds that were demonstrated, an unknown task or camera, and tasks that do not fit the policy, SimulationError for a
+    machine that cannot render.
+    """
+    began = time.monotonic()
+    output_dir = Path(config.output_dir)
+    report.refuse_other_evaluation(output_dir)
+    suite = catalog.shared_suite(config.tasks)
+    losses = curve.read_losses(Path(config.metrics)) if config.metrics else []
+    metadata = _read_metadata(config)
+    refuse_seen_seeds(config, metadata)
+    cameras = camera_specs(config, metadata, suite)
+    for task in config.tasks:
+        suite.check(catalog.find(task)[1], cameras, config.max_steps)
+    settings = settings_for(config, metadata)
+    open_environment = partial(catalog.open_environment, cameras=cameras, max_steps=config.max_steps)
+    setup = WorkerSetup(partial(_open_policy, config), open_environment, settings, config.environments_per_worker, config.gpus_per_worker)
+    facts = _settings_facts(config, settings, cameras, metadata, suite)
+    with Journal(output_dir, _identity(config, facts, metadata)) as journal:
+        results = run_episodes(plan(config), setup, execute, journal)
+        summary, rows = summarize(results, config.tasks), [result.row() for result in results]
+        seconds = time.monotonic() - began
+        context = report.ReportContext(
+            title=config.policy,
+            command=machine.command_line(),
+            seconds=seconds,
+            observation_change=config.observation_change,
+            facts={
+                "policy": {name: str(value) for name, value in metadata.items() if isinstance(value, str | int | float)}
+                | {name: str(value) for name, value in dict(metadata.get("training") or {}).items()},
+                "settings": facts,
+                "machine": machine.describe_machine(),
+                "versions": machine.describe_versions(*suite.packages),
+            },
+            losses=losses,
+        )
+        with files.write_faults(output_dir):
+            path = report.write(output_dir, summary, rows, context)
+            journal.remove()
+    return Evaluation(summary, tuple(rows), seconds, path, output_dir)
+
+
+def run_episodes(episodes: Sequence[Episode], setup: WorkerSetup, execute: Executor, journal: Journal | None = None) -> list[EpisodeResult]:
+    """The results of `episodes`, in their order, with a progress line; what `journal` holds already is not run again."""
+    found = journal.finished(episodes) if journal else {}
+    successes, crashes = (sum(result.outcome == outcome for result in found.values()) for outcome in ("success", "crash"))
+    left = [episode for episode in episodes if (episode.task, episode.seed) not in found]
+    with progress.step("evaluating", len(episodes), start=len(found)) as bar:
+        for result in execute(left, setup) if left else ():
+            found[result.task, result.seed] = journal.add(result) if journal else replace(result, video=None)
+            successes += result.outcome == "success"
+            crashes += result.outcome == "crash"
+            bar.advance(note=f"success {successes}/{len(found) - crashes}" + (f", {crashes} CRASHED" if crashes else ""))
+    return [found[episode.task, episode.seed] for episode in episodes]
+
+
+def in_this_process(episodes: Sequence[Episode], setup: WorkerSetup) -> Iterator[EpisodeResult]:
+    """The Executor that needs no other process."""
+    rollout = setup.rollout(min(setup.environments_per_worker, len(episodes)))
+    try:
+        yield from run_all(episodes, rollout)
+    finally:
+        rollout.close()
+
+
+def settings_for(config: EvalConfig, metadata: Mapping[str, Any]) -> RolloutSettings:
+    """The options that each worker needs, with what the policy says where they are not given."""
+    longest = metadata.get("action_horizon", DEFAULT_EXECUTION_HORIZON)
+    horizon = config.execution_horizon or metadata.get("execution_horizon") or min(DEFAULT_EXECUTION_HORIZON, longest)
+    return RolloutSettings(horizon, config.seed, config.observation_change, tuple(config.tasks))
+
+
+def _open_policy(config: EvalConfig) -> Policy:
+    """One thread also in the calling process: sums in another order would make results depend on the number of workers."""
+    if config.remote:
+        from pi0fm_client.client import RemotePolicy
+
+        return RemotePolicy(config.policy, connections=config.environments_per_worker)
+    from pi0fm.policy import bundle
+    from pi0fm.policy.local import Scoring
+    from pi0fm.policy.scores import ScoreOptions
+
+    policy = bundle.load(
+        config.policy,
+        robot=config.robot,
+        num_flow_steps=config.num_flow_steps,
+        solver=config.solver,
+        noise_level=config.noise_level,
+        threads=1,
+        compile=config.compile,
+    )
+    return Scoring(policy, ScoreOptions(config.score_probes)) if config.scores else policy
+
+
+def _read_metadata(config: EvalConfig) -> dict[str, Any]:
+    """What the policy says of itself, without its weights: those are for the workers."""
+    if config.remote:
+        from pi0fm_client.client import RemotePolicy
+
+        remote = RemotePolicy(config.policy, connections=1)
+        try:
+            return dict(remote.metadata)
+        finally:
+            remote.close()
+    from pi0fm.policy import bundle
+
+    return bundle.metadata(Path(config.policy), config.robot)
+
+
+def _identity(config: EvalConfig, facts: Mapping[str, str], metadata: Mapping[str, Any]) -> dict[str, str]:
+    """All that an episode's result is a function of, beside its task and seed."""
+    manifest = Path(config.policy) / "manifest.json"
+    told = manifest.read_bytes() if manifest.is_file() else json.dumps(dict(metadata), default=str, sort_keys=True).encode()
+    own = {"policy": hashlib.sha256(told).hexdigest(), "robot": str(config.robot), "compile": config.compile}
+    ring = ",".join(config.tasks) if config.observation_change == "swapped_prompt" else ""
+    return own | {name: value for name, value in facts.items() if name != "seeds"} | {"swapped among": ring}
+
+
+def _settings_facts(
+    config: EvalConfig, settings: RolloutSettings, cameras: Sequence[CameraSpec], metadata: Mapping[str, Any], suite: Suite
+) -> dict[str, str]:
+    solver = config.solver or str(metadata.get("solver", "the policy's own"))
+    level = metadata.get("noise_level", 1.0) if config.noise_level is None else config.noise_level
+    limits = {config.max_steps or suite.tasks[catalog.find(task)[1]].max_steps for task in config.tasks}
+    return {
+        "seeds": f"{config.first_seed} to {config.first_seed + config.episodes - 1}",
+        "max steps": ", ".join(map(str, sorted(limits))),
+        "execution horizon": str(settings.execution_horizon),
+        "cameras": ", ".join(map(str, cameras)),
+        "flow steps": str(config.num_flow_steps or metadata.get("num_flow_steps", "the policy's own")),
+        "solver": f"{solver}, noise level {level}" if solver == NOISY else solver,
+        "scores": _scores_fact(config),
+        "noise seed": str(config.seed),
+        "observation change": config.observation_change,
+    }
+
+
+def _scores_fact(config: EvalConfig) -> str:
+    if not config.scores:
+        return "none"
+    return f"log-likelihood by Hutchinson's estimate, probes: {config.score_probes}" if config.score_probes else "exact log-likelihood"
