@@ -23,7 +23,7 @@ from pi0fm_client.errors import OutputError
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV)
-_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, then type the same again")
+_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room on that disk")
 _REMEDIES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose a folder that this user may write to")
 _REMEDIES |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a part of that name is a file: choose another folder")
 

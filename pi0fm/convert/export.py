@@ -1,7 +1,6 @@
 """A bundle's weights under openpi's names, whole: every key that the peers' own classes have.
 
-Owns: which bundles a peer can hold, the weights of both directions' file, openpi's directory. Does not know: LeRobot's files
-(convert/export_lerobot).
+Owns: which bundles a peer can hold, the weights' file. Does not know: what else a peer's directory holds.
 
     read by nothing, so that a bundle lacks it       lm_head                     the embedding once more
                                                      expert's lm_head, last      zeros
@@ -15,16 +14,12 @@ from pathlib import Path
 
 import torch
 
-from pi0fm import files
 from pi0fm.convert.names import EMBEDDING, LM_HEAD, Kind
-from pi0fm.convert.read import Checkpoint
 from pi0fm.convert.shapes import parts, sizes_of, unread_shapes
-from pi0fm.convert.stats import written_stats
-from pi0fm.convert.write import common_dtype, tensor_file
-from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.prompt import LEROBOT, OPENPI, STATELESS
 from pi0fm.models.pi0 import Pi0Config
 from pi0fm.policy.bundle import PolicyConfig
+from pi0fm.policy.weights import Weights, common_dtype, tensor_file
 from pi0fm.progress import step
 from pi0fm_client.errors import BundleError
 
@@ -42,6 +37,15 @@ NAMED = {
     "X": "vision num_heads",
     "P": "patch_size",
 }
+
+
+def variants(config: Pi0Config) -> dict[str, str]:
+    """The streams' sizes by the peers' words; gemma's smallest of each where there is none, for a class of the user's own."""
+    streams = {
+        "paligemma_variant": (config.decoder.backbone, "gemma_2b"),
+        "action_expert_variant": (config.decoder.action_expert, "gemma_300m"),
+    }
+    return {word: VARIANTS.get((stream.width, stream.mlp_width), usual) for word, (stream, usual) in streams.items()}
 
 
 def kind_of(config: Pi0Config) -> Kind:
@@ -114,7 +118,7 @@ def refuse_other_prompts(config: PolicyConfig, peer: str, asked: str | None) -> 
         )
 
 
-def write_weights(path: Path, weights: Checkpoint, config: PolicyConfig, peer: str, dtype: torch.dtype | None) -> int:
+def write_weights(path: Path, weights: Weights, config: PolicyConfig, peer: str, dtype: torch.dtype | None) -> int:
     """Write `path`, a safetensors file with the peer's full key set, tensor by tensor; returns the number of tensors.
 
     Peers feed noise to the action dimensions that the robot does not have. Weights that never saw it get zeros there, which is what
@@ -152,24 +156,3 @@ def write_weights(path: Path, weights: Checkpoint, config: PolicyConfig, peer: s
             del tensor, rows  # else the next one is read beside it
             bar.advance()
     return len(entries)
-
-
-def write_openpi(aside: Path, config: PolicyConfig, stats: NormStats, stand_ins: tuple[str, ...]) -> None:
-    """What lies beside the weights: config.json as openpi's converter writes it, and assets/EMBODIMENT/norm_stats.json."""
-    streams = config.model.decoder
-    files.write_json(
-        aside / "config.json",
-        {
-            "action_dim": config.model.action_dim,
-            "action_horizon": config.model.action_horizon,
-            "paligemma_variant": VARIANTS.get((streams.backbone.width, streams.backbone.mlp_width), "gemma_2b"),
-            "action_expert_variant": VARIANTS.get((streams.action_expert.width, streams.action_expert.mlp_width), "gemma_300m"),
-            "precision": "float32",
-        },
-    )
-    written = written_stats(stats, config.normalization, config.norm_floor, stand_ins)
-    columns = {
-        theirs: {name: array.tolist() for name, array in written[ours].items() if name in ("mean", "std", "q01", "q99")}
-        for ours, theirs in (("state", "state"), ("action", "actions"))
-    }
-    files.write_json(aside / "assets" / config.embodiment.name / "norm_stats.json", {"norm_stats": columns})

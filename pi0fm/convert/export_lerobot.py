@@ -16,12 +16,14 @@ from safetensors.numpy import save_file
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from pi0fm import files
-from pi0fm.convert.export import VARIANTS, kind_of
+from pi0fm.convert.export import kind_of, variants
+from pi0fm.convert.facts import ConvertConfig
 from pi0fm.convert.lerobot import ACTION, STATE
 from pi0fm.convert.stats import written_stats
 from pi0fm.data.columns.norm_stats import NormStats
-from pi0fm.data.prompt import PromptTokenizer
+from pi0fm.data.prompt import BYTES, PromptTokenizer, load_tokenizer
 from pi0fm.policy.bundle import PolicyConfig
+from pi0fm.progress import say
 from pi0fm_client.errors import BundleError
 
 PALIGEMMA = "google/paligemma-3b-pt-224"
@@ -31,18 +33,24 @@ NORMALIZATION = {"z_score": "MEAN_STD", "quantile": "QUANTILES"}
 Step = tuple[str, dict[str, Any]]
 
 
-def write_lerobot(aside: Path, config: PolicyConfig, stats: NormStats, tokenizer_name: str, dtype: str, stand_ins: tuple[str, ...]) -> None:
+def write_lerobot(aside: Path, config: PolicyConfig, stats: NormStats, options: ConvertConfig, dtype: str) -> None:
     """Write everything but the weights into `aside`. Raises BundleError for what LeRobot cannot express."""
     state_dim, action_dim = config.embodiment.dims()
-    delta = config.embodiment.delta_actions
-    if delta and state_dim < action_dim:
+    if config.embodiment.delta_actions and state_dim < action_dim:
         raise BundleError(
             f"LeRobot needs a state as wide as the {action_dim} actions for relative ones, found {state_dim}; such a policy stays a bundle"
         )
+    place = config.tokenizer if config.tokenizer == BYTES else str(options.source / config.tokenizer)
+    tokenizer = load_tokenizer(place, config.model.vocab_size)
+    refuse_other_tokens(tokenizer, config.model.max_prompt_tokens)
+    tokenizer.save_pretrained(aside / "tokenizer")
+    own = str((options.output_dir / "tokenizer").resolve())
+    name = options.tokenizer_name or (PALIGEMMA if config.model.vocab_size == 257_152 else own)
+    say(f"LeRobot will look for the tokenizer at {name}")
     files.write_json(aside / "config.json", _config(config, dtype))
-    written = written_stats(stats, config.normalization, config.norm_floor, stand_ins)
+    written = written_stats(stats, config)
     columns = {STATE: written["state"], ACTION: written["action"]}
-    before, after = _steps(config, tokenizer_name)
+    before, after = _steps(config, name)
     _write_processor(aside, "policy_preprocessor", before, columns)
     _write_processor(aside, "policy_postprocessor", after, columns)
 
@@ -82,7 +90,6 @@ def _relative(config: PolicyConfig) -> dict[str, Any]:
 def _config(config: PolicyConfig, dtype: str) -> dict[str, Any]:
     model, relative = config.model, _relative(config)
     inputs, outputs = _features(config)
-    streams = model.decoder
     return {
         "type": kind_of(model),
         "n_obs_steps": 1,
@@ -90,8 +97,7 @@ def _config(config: PolicyConfig, dtype: str) -> dict[str, Any]:
         "output_features": outputs,
         "device": None,
         "push_to_hub": False,
-        "paligemma_variant": VARIANTS.get((streams.backbone.width, streams.backbone.mlp_width), "gemma_2b"),
-        "action_expert_variant": VARIANTS.get((streams.action_expert.width, streams.action_expert.mlp_width), "gemma_300m"),
+        **variants(model),
         "dtype": dtype,
         "chunk_size": model.action_horizon,
         "n_action_steps": config.execution_horizon,

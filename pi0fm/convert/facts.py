@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from pi0fm.convert.names import Kind
-from pi0fm.convert.read import read_json
-from pi0fm.convert.stats import Columns, ForeignStats, columns_of, foreign_stats
+from pi0fm.convert.stats import STAND_INS_FACT, Columns, columns_of, foreign_stats
 from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.prompt import BYTES, DIALECTS, OPENPI, refuse_dialect
 from pi0fm.flow.matching import FlowConfig
 from pi0fm.models.pi0 import Pi0Config
 from pi0fm.options import option, required
 from pi0fm.policy.bundle import PolicyConfig
+from pi0fm.policy.manifest import read_json
+from pi0fm.progress import say
 from pi0fm_client.errors import ConfigError
 
 NORMALIZATION: dict[Kind, str] = {"pi0": "z_score", "pi05": "quantile"}
@@ -103,8 +105,8 @@ def merged_embodiment(given: Embodiment, found: Embodiment) -> Embodiment:
     return replace(found, **typed)
 
 
-def robot(options: ConvertConfig, facts: ForeignFacts, kind: Kind) -> tuple[Embodiment, ForeignStats, str]:
-    """(embodiment with its widths, statistics, normalisation). Raises ConfigError that names what neither source nor options say."""
+def policy_config(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config, kind: Kind) -> tuple[PolicyConfig, NormStats]:
+    """The configuration of the bundle, and its statistics. Raises ConfigError that names what neither source nor options say."""
     embodiment = merged_embodiment(options.embodiment, facts.embodiment)
     if not embodiment.cameras:
         raise ConfigError(
@@ -120,9 +122,35 @@ def robot(options: ConvertConfig, facts: ForeignFacts, kind: Kind) -> tuple[Embo
         )
     normalization = options.normalization or facts.normalization or NORMALIZATION[kind]
     widths = {"state": embodiment.state_dim, "action": embodiment.robot_action_dim}
-    stats = foreign_stats(columns, normalization, widths, where)
-    found = replace(embodiment, state_dim=len(stats.stats.state.mean), robot_action_dim=len(stats.stats.action.mean))
-    return found, stats, normalization
+    stats, stand_ins = foreign_stats(columns, normalization, widths, where)
+    training = {"converted_from": f"{facts.peer} {kind}"}
+    if stand_ins:
+        training[STAND_INS_FACT] = ",".join(stand_ins)
+        say(f"absent from the statistics, and read by no {normalization}: {', '.join(stand_ins)}; neighbours stand in")
+    horizon = options.execution_horizon or facts.execution_horizon or 8
+    if horizon > model.action_horizon and options.execution_horizon:
+        raise ConfigError(
+            f"execution_horizon must be at most action_horizon {model.action_horizon}, found {horizon}; "
+            f"type --execution_horizon {model.action_horizon}"
+        )
+    dialect = options.prompt_dialect or facts.prompt_dialect
+    refuse_dialect(dialect, model.state_input == "prompt")
+    if facts.peer == "openpi" and kind == "pi05" and options.prompt_dialect is None:
+        say("openpi's weights do not say whether prompts hold the state: they do, unless --prompt_dialect openpi_stateless (pi05_libero)")
+    config = PolicyConfig(
+        model=model,
+        flow=FlowConfig(num_flow_steps=options.num_flow_steps or facts.num_flow_steps or 10),
+        embodiment=replace(embodiment, state_dim=len(stats.state.mean), robot_action_dim=len(stats.action.mean)),
+        normalization=normalization,
+        norm_floor=options.norm_floor or facts.norm_floor,
+        tokenizer=tokenizer_of(options, facts),
+        prompt_dialect=dialect,
+        execution_horizon=min(horizon, model.action_horizon),
+        fps=options.fps,
+        training=training,
+        padded_noise=True,
+    )
+    return config, stats
 
 
 def tokenizer_of(options: ConvertConfig, facts: ForeignFacts) -> str:
@@ -134,37 +162,6 @@ def tokenizer_of(options: ConvertConfig, facts: ForeignFacts) -> str:
     if options.tokenizer:
         found = f"was given {options.tokenizer!r}, which is no directory"
     raise ConfigError(f"{facts.where} {found}; type --tokenizer DIR, for released weights the files of google/paligemma-3b-pt-224")
-
-
-def policy_config(
-    options: ConvertConfig, facts: ForeignFacts, model: Pi0Config, robots: tuple[Embodiment, ForeignStats, str], kind: Kind
-) -> PolicyConfig:
-    """The configuration of the bundle."""
-    embodiment, stats, normalization = robots
-    training = {"converted_from": f"{facts.peer} {kind}"}
-    if stats.stand_ins:
-        training["stand_in_statistics"] = ",".join(stats.stand_ins)
-    horizon = options.execution_horizon or facts.execution_horizon or 8
-    if horizon > model.action_horizon and options.execution_horizon:
-        raise ConfigError(
-            f"execution_horizon must be at most action_horizon {model.action_horizon}, found {horizon}; "
-            f"type --execution_horizon {model.action_horizon}"
-        )
-    dialect = options.prompt_dialect or facts.prompt_dialect
-    refuse_dialect(dialect, model.state_input == "prompt")
-    return PolicyConfig(
-        model=model,
-        flow=FlowConfig(num_flow_steps=options.num_flow_steps or facts.num_flow_steps or 10),
-        embodiment=embodiment,
-        normalization=normalization,
-        norm_floor=options.norm_floor or facts.norm_floor,
-        tokenizer=tokenizer_of(options, facts),
-        prompt_dialect=dialect,
-        execution_horizon=min(horizon, model.action_horizon),
-        fps=options.fps,
-        training=training,
-        padded_noise=True,
-    )
 
 
 def lengths(options: ConvertConfig, facts: ForeignFacts, kind: Kind) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from safetensors.numpy import load_file
 
 from pi0fm.convert.facts import ForeignFacts
 from pi0fm.convert.names import Kind
-from pi0fm.convert.read import read_json
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.prompt import LEROBOT
+from pi0fm.policy.manifest import read_json
+from pi0fm.policy.weights import damaged
 from pi0fm_client.errors import BundleError
 
 STATE, ACTION = "observation.state", "action"
@@ -164,7 +165,7 @@ def _state(path: Path, step: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     try:
         arrays = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise BundleError(f"{file} is cut or damaged ({' '.join(str(error).split()):.120}); copy it again") from None
+        raise damaged(file, error) from None
     columns: dict[str, dict[str, Any]] = {}
     for key, array in arrays.items():
         column, statistic = key.rsplit(".", 1)

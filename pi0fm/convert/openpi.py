@@ -1,6 +1,6 @@
 """What openpi keeps beside its weights, which is little: most of a policy is said in its code.
 
-Owns: config.json of its PyTorch form, assets/NAME/norm_stats.json. Does not know: weights, the way back (convert/export).
+Owns: config.json of its PyTorch form and assets/NAME/norm_stats.json, in and out. Does not know: weights.
 
     DIR/model.safetensors                PyTorch, with or without config.json
     DIR/params/                          JAX; DIR may also be params/ itself
@@ -9,9 +9,15 @@ Owns: config.json of its PyTorch form, assets/NAME/norm_stats.json. Does not kno
 
 from pathlib import Path
 
+from pi0fm import files
+from pi0fm.convert.export import variants
 from pi0fm.convert.facts import ForeignFacts
-from pi0fm.convert.read import read_json
-from pi0fm.convert.stats import Columns, columns_of
+from pi0fm.convert.stats import Columns, columns_of, written_stats
+from pi0fm.data.columns.norm_stats import NormStats
+from pi0fm.data.prompt import STATELESS
+from pi0fm.policy.bundle import PolicyConfig
+from pi0fm.policy.manifest import read_json
+from pi0fm.progress import say
 from pi0fm_client.errors import BundleError
 
 EPSILON = 1e-6  # openpi adds it to every scale
@@ -33,6 +39,21 @@ def read_openpi(path: Path, find_stats: bool = True) -> ForeignFacts:
         action_horizon=horizon,
         remarks=tuple(remarks),
     )
+
+
+def write_openpi(aside: Path, config: PolicyConfig, stats: NormStats) -> None:
+    """Write what a directory of openpi holds beside the weights, as openpi's converter does."""
+    model = config.model
+    tree = {"action_dim": model.action_dim, "action_horizon": model.action_horizon, **variants(model), "precision": "float32"}
+    files.write_json(aside / "config.json", tree)
+    written = written_stats(stats, config)
+    columns = {
+        theirs: {name: written[ours][name].tolist() for name in ("mean", "std", "q01", "q99") if name in written[ours]}
+        for ours, theirs in (("state", "state"), ("action", "actions"))
+    }
+    files.write_json(aside / "assets" / config.embodiment.name / "norm_stats.json", {"norm_stats": columns})
+    if config.prompt_dialect == STATELESS:
+        say("openpi must be told that no prompt holds the state: discrete_state_input=False in its configuration")
 
 
 def _columns(path: Path) -> Columns | None:

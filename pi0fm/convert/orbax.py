@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pi0fm.convert.orbax_chunks import ArrayStream, Find, Index, array_stream, find_in_files, find_in_tree
-from pi0fm.convert.read import Checkpoint
+from pi0fm.policy.weights import Weights, damaged
 from pi0fm_client.errors import BundleError, ConfigError
 
 MARKS = ("manifest.ocdbt", "_METADATA")
@@ -36,7 +36,7 @@ def is_orbax(path: Path) -> bool:
     return _root(path) is not None
 
 
-def open_orbax(path: Path) -> Checkpoint:
+def open_orbax(path: Path) -> Weights:
     """The arrays under `path`. Nothing but their metadata is read here; each array's entries are best read in growing order.
 
     Raises BundleError for a store that is cut or damaged, holds other than floating-point numbers or an array of absurd size,
@@ -68,7 +68,7 @@ def open_orbax(path: Path) -> Checkpoint:
         }
         find = find_in_files(root) if not tree else find_in_tree(root, tensorstore.KvStore.open(base).result(), tensorstore.ocdbt.dump)
     except ValueError as error:
-        raise _damaged(root, error) from None
+        raise damaged(root, error) from None
     if not arrays:
         raise BundleError(f"{root} must hold arrays as orbax writes them, found {len(keys)} keys and none; copy it again, all files")
     for name, array in arrays.items():
@@ -83,9 +83,9 @@ def open_orbax(path: Path) -> Checkpoint:
         try:
             return _tensor(reader(names[name], index))
         except (ValueError, OSError) as error:
-            raise _damaged(root, error) from None
+            raise damaged(root, error) from None
 
-    return Checkpoint(
+    return Weights(
         path,
         {name: tuple(arrays[stored_name].shape) for name, stored_name in names.items()},
         {name: DTYPES[arrays[stored_name].dtype.name] for name, stored_name in names.items()},
@@ -123,7 +123,3 @@ def _tensor(array: Any) -> Tensor:
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def _damaged(root: Path, error: Exception) -> BundleError:
-    return BundleError(f"{root} is cut or damaged ({' '.join(str(error).split()):.160}); copy it again, all files")

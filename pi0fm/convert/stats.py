@@ -8,7 +8,7 @@ Owns: which of their statistics are needed, what stands in for those that nothin
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pi0fm.data.chain import affine
 from pi0fm.data.columns.norm_stats import ColumnStats, NormStats
+from pi0fm.policy.bundle import PolicyConfig
 from pi0fm_client.errors import BundleError
 
 NEEDED = {"z_score": ("mean", "std"), "quantile": ("q01", "q99")}
@@ -24,15 +25,10 @@ STAND_INS = {"q01": "min", "q99": "max", "min": "q01", "max": "q99"}
 # column of ours -> the words of others
 COLUMNS = {"state": ("state", "observation.state"), "action": ("action", "actions")}
 
+# in a bundle's training facts: the names of statistics that stand for a missing one, and are never written back
+STAND_INS_FACT = "stand_in_statistics"
+
 Columns = Mapping[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class ForeignStats:
-    """The statistics, and the names of those that stand for a missing one, such as `min`: they are never written back."""
-
-    stats: NormStats
-    stand_ins: tuple[str, ...] = ()
 
 
 def columns_of(tree: Mapping[str, Any]) -> Columns:
@@ -41,9 +37,10 @@ def columns_of(tree: Mapping[str, Any]) -> Columns:
     return {str(name): group for name, group in inner.items() if isinstance(group, Mapping)} if isinstance(inner, Mapping) else {}
 
 
-def foreign_stats(columns: Columns, normalization: str, widths: Mapping[str, int | None], where: str, num_frames: int = 0) -> ForeignStats:
-    """Our statistics from theirs; `widths` of `state` and `action`, where known, cut off the padding that openpi's files may carry.
+def foreign_stats(columns: Columns, normalization: str, widths: Mapping[str, int | None], where: str) -> tuple[NormStats, tuple[str, ...]]:
+    """Our statistics from theirs, and the names of those for which another stands in.
 
+    widths: of `state` and `action`, where known; they cut off the padding that openpi's files may carry.
     Raises BundleError for a missing column, a missing statistic that the normalisation reads, one that is too short or not finite.
     """
     if normalization not in NEEDED:
@@ -69,19 +66,18 @@ def foreign_stats(columns: Columns, normalization: str, widths: Mapping[str, int
         if len({array.shape for array in arrays.values()}) != 1:
             raise BundleError(f"{where}: statistics of {name} differ in length: { {word: len(array) for word, array in arrays.items()} }")
         found[name] = ColumnStats(**arrays)
-    return ForeignStats(NormStats(found["state"], found["action"], num_frames), tuple(sorted(missing)))
+    return NormStats(found["state"], found["action"], 0), tuple(sorted(missing))
 
 
-def written_stats(
-    stats: NormStats, normalization: str, floor: float, stand_ins: tuple[str, ...] = ()
-) -> dict[str, dict[str, NDArray[np.float32]]]:
+def written_stats(stats: NormStats, config: PolicyConfig) -> dict[str, dict[str, NDArray[np.float32]]]:
     """Ours for a peer, which knows no floor: a deviation below it is written as the floor, so that both sides scale alike."""
+    stand_ins = config.training.get(STAND_INS_FACT, "").split(",")
     columns: dict[str, dict[str, NDArray[np.float32]]] = {}
     for name in COLUMNS:
         column: ColumnStats = getattr(stats, name)
         arrays = {field.name: getattr(column, field.name) for field in fields(ColumnStats) if field.name not in stand_ins}
-        offset, scale = affine(column, normalization, floor)
-        if normalization == "z_score":
+        offset, scale = affine(column, config.normalization, config.norm_floor)
+        if config.normalization == "z_score":
             arrays["std"] = scale
         else:
             flat = scale > (column.q99 - column.q01) / np.float32(2)

@@ -1,6 +1,6 @@
 """A policy on disk: one directory that holds all it needs; nothing is looked up by name.
 
-Owns: the bundle's files, their check, loading and saving. Does not know: training, serving.
+Owns: what is in a bundle's files, loading and saving. Does not know: their hashes (policy/manifest), training, serving.
 
     my_policy/
       manifest.json        written last: size and SHA-256 of every other file; a bundle without it is not one
@@ -11,17 +11,16 @@ Owns: the bundle's files, their check, loading and saving. Does not know: traini
       tokenizer/           only for a tokenizer that is not byt5
 """
 
-import hashlib
-import json
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pi0fm import files, options
@@ -34,13 +33,16 @@ from pi0fm.flow.sampling import overridden
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.policy import robots
 from pi0fm.policy.device import choose_device, inference_dtype
+from pi0fm.policy.load_options import LoadOptions
 from pi0fm.policy.local import LocalPolicy
+from pi0fm.policy.manifest import CONFIG, FORMAT, STATS, WEIGHTS, check_files, identity, listed_files, read_json, sha256, write_manifest
 from pi0fm.policy.robots import Robots
 from pi0fm.policy.sampler import refuse_compile
+from pi0fm.policy.weights import Entries, Put, Weights, filled, open_file, tensor_file
+from pi0fm.progress import say
 from pi0fm_client.errors import BundleError, ConfigError
 
-FORMAT = 2
-SMALL = 64 * 2**20  # files up to here are hashed at every load; larger ones are told by their size and their own header
+SAID_FROM = 2**30  # bytes of weights whose check is said, with its time
 
 
 @dataclass(frozen=True)
@@ -105,84 +107,106 @@ class PolicyConfig:
         }
 
 
-def save(path: Path, weights: Mapping[str, Tensor], config: PolicyConfig, stats: NormStats, own: Robots | None = None) -> None:
-    """Write a bundle to `path`, which must not exist; a reader sees all of it or nothing. Raises BundleError when it exists.
+def save(
+    path: Path, weights: Mapping[str, Tensor], config: PolicyConfig, stats: NormStats, own: Robots | None = None, keep_older: bool = False
+) -> None:
+    """Write a bundle to `path` in float32, tensor by tensor from wherever they are; otherwise as `new_bundle`."""
+    entries = {name: (tuple(tensor.shape), torch.float32) for name, tensor in weights.items()}
+    with new_bundle(path, entries, config, stats, own, keep_older) as put:
+        for name, tensor in weights.items():
+            put(name, 0, tensor)
 
-    own: of a mixture, its robots by name; `config` and `stats` are then those of the first.
+
+@contextmanager
+def new_bundle(
+    path: Path, entries: Entries, config: PolicyConfig, stats: NormStats, own: Robots | None = None, keep_older: bool = False
+) -> Iterator[Put]:
+    """Write a bundle to `path`; the block puts its weights, as `tensor_file` says. A reader sees all of it or nothing.
+
+    own: of a mixture, its robots by name; `config` and `stats` are then those of the first. keep_older: a bundle that is at `path` keeps
+    its name until this one is whole, and then is `path-STEPS`. Raises BundleError where one exists otherwise, OutputError for a place
+    that cannot be written.
     """
-    if path.exists():
+    if path.exists() and not keep_older:
         raise BundleError(f"a bundle is written to a new directory, but {path} exists; remove it or choose another")
-    with files.new_directory(path) as aside:
-        save_file({name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}, aside / "model.safetensors")
+    with files.write_faults(path), files.new_directory(path, _older_name(path) if path.exists() else None) as aside:
         if config.tokenizer != BYTES:
             load_tokenizer(config.tokenizer, config.model.vocab_size).save_pretrained(aside / "tokenizer")
             config = replace(config, tokenizer="tokenizer")
-        tree = {
-            "format": FORMAT,
-            "policy": options.encode(config),
-            "versions": {name: version(name) for name in ("pi0fm", "torch", "transformers")},
-        }
-        files.write_json(aside / "config.json", tree)
-        files.write_json(aside / "norm_stats.json", stats.to_json())
+        versions = {name: version(name) for name in ("pi0fm", "torch", "transformers")}
+        files.write_json(aside / CONFIG, {"format": FORMAT, "policy": options.encode(config), "versions": versions})
+        files.write_json(aside / STATS, stats.to_json())
         if own:
             files.write_json(aside / robots.FILE, robots.to_json(own))
-        listed = {str(file.relative_to(aside)): _describe(file) for file in sorted(aside.rglob("*")) if file.is_file()}
-        files.write_json(aside / "manifest.json", {"format": FORMAT, "files": listed})
+        with tensor_file(aside / WEIGHTS, entries) as put:
+            yield put
+        write_manifest(aside)
 
 
-def load(
-    path: str | Path,
-    *,
-    robot: str | None = None,
-    device: str | None = None,
-    precision: str = "auto",
-    num_flow_steps: int | None = None,
-    solver: str | None = None,
-    noise_level: float | None = None,
-    threads: int | None = None,
-    compile: str = "off",
-) -> LocalPolicy:
-    """The policy in a bundle.
+def _older_name(path: Path) -> Path:
+    """Where the bundle at `path` goes: under its number of steps, and a count where that is taken."""
+    try:
+        steps = read(path)[0].training["steps"]
+    except (BundleError, KeyError):
+        steps = "unreadable"  # kept all the same: the run that just ended must not fail for it
+    aside, count = path.with_name(f"{path.name}-{steps}"), 1
+    while aside.exists():
+        aside, count = path.with_name(f"{path.name}-{steps}.{count}"), count + 1
+    return aside
 
-    robot: of a mixture's bundle, the name of the robot that it is to serve; the first when None.
-    device: the best that works when None. precision: `auto`, `float32` or `bfloat16`, of the towers' matrices.
-    num_flow_steps, solver, noise_level: in place of the bundle's; noise_level belongs to solver euler_maruyama.
-    threads: torch's CPU threads, a setting of the whole process. compile: off, kernels or graph; see policy/sampler.py.
-    Raises BundleError for a missing, cut or mismatched file, ConfigError for an option that cannot be honoured.
+
+def load(path: str | Path, options: LoadOptions | None = None, **words: Any) -> LocalPolicy:
+    """The policy in a bundle, opened as `options` say, or as LoadOptions(**words).
+
+    Its weights go straight to the device in the numbers they are multiplied in, and are hashed meanwhile.
+    Raises BundleError for a missing, cut, changed or mismatched file, ConfigError for an option that cannot be honoured.
     """
-    path = Path(path)
-    config, stats = read(path, robot)
-    config = replace(config, flow=overridden(config.flow, num_flow_steps, solver, noise_level))
-    flow = FlowMatching.from_config(config.flow)
-    if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"threads must be >= 1, found {threads}")
-        torch.set_num_threads(threads)
-    chosen = choose_device(device)
-    refuse_compile(compile, chosen, flow)
-    with torch.device("meta"):
-        model = Pi0(config.model)
-    _fill(model, load_weights(path), path)
+    path, options = Path(path), options or LoadOptions(**words)
+    config, stats = read(path, options.robot)
+    config = replace(config, flow=overridden(config.flow, options.num_flow_steps, options.solver, options.noise_level))
+    flow, device = FlowMatching.from_config(config.flow), choose_device(options.device)
+    dtype = inference_dtype(options.precision, device, config.model.decoder.backbone.width)
+    refuse_compile(options.compile, device, flow)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    model = load_network(path, config.model, device, dtype)
     chain = config.chain(stats, None if config.tokenizer == BYTES else str(path / config.tokenizer))
-    return LocalPolicy(
-        model,
-        flow,
-        chain,
-        config.metadata() | _robot_facts(path, robot),
-        chosen,
-        inference_dtype(precision, chosen, config.model.decoder.backbone.width),
-        config.padded_noise,
-        compile,
-    )
+    known = config.metadata() | _facts(path, options.robot)
+    return LocalPolicy(model, flow, chain, known, device, dtype, config.padded_noise, options.compile)
+
+
+def load_network(path: Path, model: Pi0Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Pi0:
+    """A network of `model` with the bundle's weights on `device`, the towers' matrices in `dtype`, all else in float32.
+
+    Raises BundleError where the weights do not fit, or differ from the manifest.
+    """
+    with open_weights(path) as weights:
+        return filled(weights, model, torch.device(device), dtype)
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[Weights]:
+    """A bundle's weights; a thread hashes them while the block reads. Raises BundleError at its end where the manifest says otherwise."""
+    file, expected = path / WEIGHTS, listed_files(path)[WEIGHTS]["sha256"]
+    began = time.perf_counter()
+    with ThreadPoolExecutor(1, "pi0fm-hash") as pool:
+        found = pool.submit(sha256, file)
+        yield open_file(file)
+        if found.result() != expected:
+            raise BundleError(f"{file} differs from the manifest's SHA-256; it was changed or damaged: copy the bundle again")
+    size = file.stat().st_size
+    if size >= SAID_FROM:
+        say(f"{file}: {size / 1e9:.1f} GB read and verified in {time.perf_counter() - began:.1f} s")
 
 
 def read(path: Path, robot: str | None = None) -> tuple[PolicyConfig, NormStats]:
     """Configuration and statistics of a bundle whose files were checked against its manifest; of a mixture's for one robot.
 
-    Raises ConfigError for a robot that it does not hold. A bundle of one data set knows its robot by `embodiment.name`.
+    The weights' bytes are checked when they are read. Raises ConfigError for a robot that it does not hold. A bundle of one data set knows
+    its robot by `embodiment.name`.
     """
-    _check(path)
-    tree = _json(path / "config.json")
+    check_files(path)
+    tree = read_json(path / CONFIG)
     if tree.get("format") != FORMAT:
         raise BundleError(
             f"{path} is a bundle of format {tree.get('format')}, this pi0fm reads {FORMAT}; "
@@ -191,8 +215,8 @@ def read(path: Path, robot: str | None = None) -> tuple[PolicyConfig, NormStats]
     try:
         config = options.decode(PolicyConfig, tree["policy"])
     except ConfigError as error:
-        raise BundleError(f"{path / 'config.json'} does not fit this version of pi0fm: {error}") from None
-    stats = norm_stats_from_json(_json(path / "norm_stats.json"), str(path / "norm_stats.json"))
+        raise BundleError(f"{path / CONFIG} does not fit this version of pi0fm: {error}") from None
+    stats = norm_stats_from_json(read_json(path / STATS), str(path / STATS))
     if robot is None:
         return config, stats
     own = _robots(path)
@@ -210,84 +234,18 @@ def robot_names(path: Path) -> tuple[str, ...]:
 
 def metadata(path: Path, robot: str | None = None) -> dict[str, Any]:
     """What the policy that `load` makes says of itself, without its weights."""
-    return read(path, robot)[0].metadata() | _robot_facts(path, robot)
+    return read(path, robot)[0].metadata() | _facts(path, robot)
 
 
 def _robots(path: Path) -> Robots:
     """Of a mixture's bundle its robots, of another none."""
     file = path / robots.FILE
-    return robots.from_json(_json(file), str(file)) if file.is_file() else {}
+    return robots.from_json(read_json(file), str(file)) if file.is_file() else {}
 
 
-def _robot_facts(path: Path, robot: str | None) -> dict[str, Any]:
-    """Of a mixture's bundle, which robot is served, which others could be, and the seeds that any of them demonstrated."""
-    own = _robots(path)
-    return {"robot": robot or next(iter(own)), "robots": list(own), "demonstration_seeds": robots.demonstrated(own)} if own else {}
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a bundle, on the CPU. Nothing is unpickled."""
-    try:
-        return load_file(path / "model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise BundleError(f"{path / 'model.safetensors'} is cut or damaged ({error}); copy the bundle again") from None
-
-
-def _fill(model: Pi0, weights: dict[str, Tensor], path: Path) -> None:
-    wanted = model.state_dict()
-    missing, unexpected = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
-    shapes = [
-        f"{name} {list(weights[name].shape)} for {list(wanted[name].shape)}"
-        for name in wanted.keys() & weights.keys()
-        if weights[name].shape != wanted[name].shape
-    ]
-    if missing or unexpected or shapes:
-        raise BundleError(
-            f"the weights in {path} do not fit its configuration: missing {missing}, unexpected {unexpected}, of another shape {shapes}"
-        )
-    # converted weights may be bfloat16: computing begins in float32, whatever is stored
-    model.load_state_dict({name: weights.pop(name).float() for name in list(weights)}, assign=True)
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
-
-
-def _check(path: Path) -> None:
-    if not path.is_dir():
-        raise BundleError(
-            f"no bundle at {path}; train one with pi0fm train, whose last line names the directory, or convert weights with pi0fm convert"
-        )
-    listed = _json(path / "manifest.json").get("files")
-    if not isinstance(listed, dict) or not all(
-        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in listed.values()
-    ):
-        raise BundleError(f"{path / 'manifest.json'} must say bytes and sha256 of each file; copy the bundle again")
-    for name in ("config.json", "norm_stats.json", "model.safetensors", *listed):
-        file = path / name
-        if name not in listed or not file.resolve().is_relative_to(path.resolve()):
-            raise BundleError(f"{path / 'manifest.json'} must list {name} inside the bundle; copy the bundle again")
-        if not file.is_file():
-            raise BundleError(f"the bundle {path} lacks {name}; copy it again, all files")
-        size = file.stat().st_size
-        if size != listed[name]["bytes"]:
-            raise BundleError(f"{file} has {size} bytes, the manifest says {listed[name]['bytes']}; it is cut: copy the bundle again")
-        if size <= SMALL and _describe(file)["sha256"] != listed[name]["sha256"]:
-            raise BundleError(f"{file} differs from the manifest's SHA-256; it was changed or damaged: copy the bundle again")
-    # A tokenizer reads whatever lies in its folder. Hidden files are those of file managers and downloads.
-    found = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
-    extra = sorted(
-        str(name) for name in found if str(name) not in (*listed, "manifest.json") and not any(part.startswith(".") for part in name.parts)
-    )
-    if extra:
-        raise BundleError(f"the bundle {path} holds {', '.join(extra[:5])}, which its manifest does not list; move it elsewhere")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise BundleError(f"the bundle {path.parent} lacks {path.name}; copy it again, all files") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise BundleError(f"{path} is not readable ({' '.join(str(error).split()):.120}); copy the bundle again") from None
+def _facts(path: Path, robot: str | None) -> dict[str, Any]:
+    """The bundle's identity; of a mixture's which robot is served, which others could be, and the seeds that any of them demonstrated."""
+    own, known = _robots(path), {"identity": identity(path)}
+    if not own:
+        return known
+    return {**known, "robot": robot or next(iter(own)), "robots": list(own), "demonstration_seeds": robots.demonstrated(own)}

@@ -131,6 +131,14 @@ def halve_matrices(model: nn.Module, dtype: torch.dtype) -> None:
 
     Norms, embeddings and the action head stay float32.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.startswith(("vision.", "decoder.layers.")) and "modulation" not in name:
-            module.to(dtype)
+    for matrix in tower_matrices(model).values():
+        matrix.to(dtype)
+
+
+def tower_matrices(model: nn.Module) -> dict[str, nn.Linear]:
+    """The matrices of both towers by name, without those that modulate norms."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(("vision.", "decoder.layers.")) and "modulation" not in name
+    }

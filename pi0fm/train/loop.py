@@ -20,7 +20,7 @@ import torch
 from pi0fm import options, progress
 from pi0fm.data.loading.loader import micro_batches
 from pi0fm.flow.matching import FlowMatching
-from pi0fm.train.bundle import write_bundle
+from pi0fm.policy import bundle
 from pi0fm.train.checkpoint.checkpoints import Checkpoints
 from pi0fm.train.checkpoint.facts import RunFacts
 from pi0fm.train.config import TrainConfig
@@ -94,6 +94,6 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
     path = config.output_dir / "bundle"
     if metrics is not None:
         metrics.close()
-        write_bundle(path, state, data)
+        bundle.save(path, state.bundle_weights(), data.policy, data.parts[0].stats, data.robots(), keep_older=True)
     parallel.barrier()
     return TrainResult(path, config.steps, log.loss, time.perf_counter() - began)

@@ -496,6 +496,9 @@ def test_directions_that_do_not_exist(bundles, openpi, enter, tmp_path):
         enter(bundles["pi0"])
     with pytest.raises(BundleError, match="must be a directory"):
         enter(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("thesis")
+    for run in (enter, lambda source, **changes: convert(ConvertConfig(source=bundles["pi0"], to="openpi", any_size=True, **changes))):
+        assert "a part of that name is a file" in refused(run, openpi, output_dir=tmp_path / "file/bundle")
     (tmp_path / "empty").mkdir()
     assert "found nothing" in refused(enter, tmp_path / "empty")
 

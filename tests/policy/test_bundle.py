@@ -1,6 +1,9 @@
 """Bundles: what was saved is what is loaded, and anything else is refused in one line."""
 
+import errno
 import json
+import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +17,12 @@ from transformers import ByT5Tokenizer
 import pi0fm
 from pi0fm import files
 from pi0fm.policy import bundle
-from pi0fm_client.errors import BundleError, ConfigError, ObservationError
+from pi0fm.policy.manifest import FORMAT, write_manifest
+from pi0fm_client.errors import BundleError, ConfigError, ObservationError, OutputError
+from pi0fm_client.types import Observation
 
 FILES = ["config.json", "manifest.json", "model.safetensors", "norm_stats.json"]
+OLD = Path(__file__).parent / "format_2"
 FLAT = {
     "observation/images/base": np.zeros((32, 32, 3), np.uint8),
     "observation/state": np.zeros(4, np.float32),
@@ -36,12 +42,6 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
-def relist(path: Path) -> None:
-    """Make the manifest fit what lies there."""
-    listed = {name: bundle._describe(path / name) for name in FILES if name != "manifest.json"}
-    files.write_json(path / "manifest.json", {"format": bundle.FORMAT, "files": listed})
-
-
 def test_round_trip(small_policy, saved, observations):
     """The same actions before and after, for the same noise."""
     assert sorted(path.name for path in saved.iterdir()) == FILES
@@ -49,7 +49,7 @@ def test_round_trip(small_policy, saved, observations):
     for seed, observation in enumerate(observations):
         before = small_policy.in_memory().infer_batch([observation], [seed])[0]
         assert np.array_equal(loaded.infer_batch([observation], [seed])[0].actions, before.actions)
-    assert loaded.metadata == small_policy.config.metadata()
+    assert loaded.metadata == {**small_policy.config.metadata(), "identity": bundle.identity(saved)}
     assert bundle.read(saved)[0] == small_policy.config
 
 
@@ -105,10 +105,48 @@ def test_a_cut_file(copy, name, keep):
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "manifest.json"])
 def test_a_changed_file_of_the_same_size(copy, name):
+    """Whatever its size: a single bit of the weights."""
     content = bytearray((copy / name).read_bytes())
     content[-20] ^= 1
     (copy / name).write_bytes(bytes(content))
     assert "differs from the manifest's SHA-256" in refused(copy)
+
+
+def test_the_check_of_large_weights_is_said(saved, monkeypatch, capsys):
+    bundle.load(saved, device="cpu")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(bundle, "SAID_FROM", 1)
+    bundle.load(saved, device="cpu")
+    assert re.search(r"model\.safetensors: 0\.0 GB read and verified in \d+\.\d s", capsys.readouterr().err)
+
+
+def test_one_identity_over_every_file(saved, copy):
+    """The same for a copy, in metadata too; another where any file is another."""
+    known = bundle.identity(saved)
+    assert re.fullmatch("[0-9a-f]{16}", known)
+    assert bundle.identity(copy) == bundle.metadata(copy)["identity"] == bundle.load(saved, device="cpu").metadata["identity"] == known
+    seen = {known}
+    for name in FILES:
+        if name != "manifest.json":
+            (copy / name).write_bytes((copy / name).read_bytes() + b" ")
+            write_manifest(copy)
+            seen.add(bundle.identity(copy))
+    assert len(seen) == len(FILES)
+
+
+def test_a_bundle_of_format_2_acts_as_it_did():
+    """As the version that wrote it: pictures that are resized, a dimension that never moves, a state at its quantile."""
+    known = json.loads((OLD / "answer.json").read_text())
+
+    def picture(height, width, number):
+        y, x, c = np.ogrid[:height, :width, :3]
+        return ((y * 7 + x * 13 + c * 29 + number * 31) % 256).astype(np.uint8)
+
+    pictures = [{"base": picture(48, 85, 0), "wrist": picture(50, 33, 1)}, {"base": picture(24, 41, 2)}]
+    policy = bundle.load(OLD / "bundle", device="cpu", precision="float32")
+    for seed, (images, prompt) in enumerate(zip(pictures, ("press", "lift it"), strict=True)):
+        observation = Observation(images, np.float32(known["state"][seed]), prompt)
+        assert np.allclose(policy.infer_batch([observation], [seed])[0].actions, known["actions"][seed], rtol=1e-5, atol=1e-5)
 
 
 def test_an_extra_file_but_not_a_hidden_one(copy):
@@ -129,7 +167,7 @@ def test_a_manifest_that_is_none(copy, content):
 def test_a_manifest_may_not_point_outside(copy):
     tree = json.loads((copy / "manifest.json").read_text())
     (copy.parent / "secret").write_text("x")
-    tree["files"]["../secret"] = bundle._describe(copy.parent / "secret")
+    tree["files"]["../secret"] = {"bytes": 1, "sha256": ""}
     (copy / "manifest.json").write_text(json.dumps(tree))
     assert "must list ../secret inside the bundle" in refused(copy)
 
@@ -150,23 +188,23 @@ def test_weights_that_do_not_fit(copy, change, words):
     weights = load_file(copy / "model.safetensors")
     change(weights)
     save_file(weights, copy / "model.safetensors")
-    relist(copy)
+    write_manifest(copy)
     assert words in refused(copy)
 
 
 def test_weights_that_are_not_safetensors(copy):
     (copy / "model.safetensors").write_bytes(b"\x80\x04pickled?" * 10)
-    relist(copy)
+    write_manifest(copy)
     assert "model.safetensors is cut or damaged" in refused(copy)
 
 
 def test_another_format_and_a_configuration_of_another_version(copy):
     tree = json.loads((copy / "config.json").read_text())
-    files.write_json(copy / "config.json", tree | {"format": bundle.FORMAT - 1})
-    relist(copy)
-    assert f"format {bundle.FORMAT - 1}, this pi0fm reads {bundle.FORMAT}" in refused(copy)
+    files.write_json(copy / "config.json", tree | {"format": FORMAT - 1})
+    write_manifest(copy)
+    assert f"format {FORMAT - 1}, this pi0fm reads {FORMAT}" in refused(copy)
     files.write_json(copy / "config.json", tree | {"policy": tree["policy"] | {"colour": "red"}})
-    relist(copy)
+    write_manifest(copy)
     assert "unknown option colour" in refused(copy)
 
 
@@ -174,7 +212,7 @@ def test_a_missing_statistic(copy):
     tree = json.loads((copy / "norm_stats.json").read_text())
     del tree["action"]["std"]
     files.write_json(copy / "norm_stats.json", tree)
-    relist(copy)
+    write_manifest(copy)
     assert "lacks action.std" in refused(copy)
 
 
@@ -196,7 +234,54 @@ def test_a_save_that_fails_leaves_nothing(small_policy, tmp_path):
 def test_weights_are_saved_in_float32(small_policy, tmp_path):
     halved = {name: tensor.bfloat16() for name, tensor in small_policy.weights.items()}
     bundle.save(tmp_path / "bundle", halved, small_policy.config, small_policy.stats)
-    assert {tensor.dtype for tensor in bundle.load_weights(tmp_path / "bundle").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "bundle/model.safetensors").values()} == {torch.float32}
+
+
+def test_a_service_may_read_what_was_saved(small_policy, tmp_path):
+    before = os.umask(0o022)
+    bundle.save(tmp_path / "bundle", small_policy.weights, small_policy.config, small_policy.stats)
+    os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "bundle").iterdir()} == {"0o644"}
+
+
+def test_the_older_bundle_keeps_its_name_until_the_new_one_is_whole(small_policy, tmp_path):
+    path, seen = tmp_path / "bundle", []
+
+    class Watched(dict):
+        def items(self):
+            seen.append(bundle.read(path)[0].training["steps"])
+            return super().items()
+
+    bundle.save(path, small_policy.weights, small_policy.config, small_policy.stats)
+    for steps in ("8", "8"):
+        config = replace(small_policy.config, training={"steps": steps})
+        bundle.save(path, Watched(small_policy.weights), config, small_policy.stats, keep_older=True)
+    assert seen[1::2] == ["7", "8"]
+    assert {each.name: bundle.read(each)[0].training["steps"] for each in tmp_path.iterdir()} == {
+        "bundle": "8",
+        "bundle-7": "7",
+        "bundle-8": "8",
+    }
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(small_policy, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pi0fm.policy.weights._write", full)
+    with pytest.raises(OutputError, match="No space left on device; make room"):
+        bundle.save(tmp_path / "bundle", small_policy.weights, small_policy.config, small_policy.stats)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_go_to_the_device_in_the_numbers_they_are_multiplied_in(saved, small_policy):
+    """As the sampler keeps them, so that no second copy is made there; `meta` stands for a device that is not the host."""
+    expected = small_policy.in_memory(torch.bfloat16).model.state_dict()
+    found = bundle.load_network(saved, small_policy.config.model, "meta", torch.bfloat16).state_dict()
+    kept = {name: tensor.dtype for name, tensor in expected.items() if name in found}  # a CPU may pack its matrices
+    assert {name: tensor.dtype for name, tensor in found.items() if name in kept} == kept
+    assert {tensor.device.type for tensor in found.values()} == {"meta"}
+    assert found["decoder.layers.0.backbone.qkv.weight"].dtype == torch.bfloat16
 
 
 def test_a_tokenizer_of_its_own_travels_along(small_policy, tmp_path, observations):

@@ -13,6 +13,7 @@ from pi0fm import files
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats, column_stats
 from pi0fm.policy import bundle, robots
+from pi0fm.policy.manifest import write_manifest
 from pi0fm.policy.robots import Robot, Robots
 from pi0fm_client.errors import BundleError, ConfigError, ObservationError
 from pi0fm_client.types import Observation
@@ -42,12 +43,6 @@ def several(small_policy, own, tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(several, tmp_path) -> Path:
     return Path(shutil.copytree(several, tmp_path / "copy"))
-
-
-def relist(path: Path) -> None:
-    """Make the manifest fit what lies there."""
-    listed = {file.name: bundle._describe(file) for file in path.iterdir() if file.name != "manifest.json"}
-    files.write_json(path / "manifest.json", {"format": bundle.FORMAT, "files": listed})
 
 
 def test_what_was_saved_is_what_is_read(several, small_policy, own):
@@ -109,7 +104,7 @@ def test_a_bundle_that_lost_its_robots_is_refused(copy):
 )
 def test_robots_that_are_none(copy, content, words):
     files.write_json(copy / robots.FILE, content)
-    relist(copy)
+    write_manifest(copy)
     with pytest.raises(BundleError, match=words) as caught:
         bundle.read(copy, "arm")
     assert "\n" not in str(caught.value)

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pi0fm import options
 from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.prompt import BYTES, load_tokenizer
@@ -22,7 +20,7 @@ from pi0fm.models.presets import PRESETS
 from pi0fm.options import nearest
 from pi0fm.policy import bundle
 from pi0fm.policy.bundle import PolicyConfig
-from pi0fm_client.errors import BundleError, ConfigError
+from pi0fm_client.errors import ConfigError
 
 OWN = "pretrained"  # --tokenizer pretrained, --prompt_dialect pretrained: the bundle's
 FIXED_IN_FLOW = ("path", "prediction")
@@ -102,15 +100,7 @@ def starting_network(pretrained: Pretrained | None, config: Pi0Config) -> Pi0:
     """
     if pretrained is None:
         return Pi0(config)
-    with torch.device("meta"):
-        model = Pi0(config)
-    weights = {name: tensor.float() for name, tensor in bundle.load_weights(pretrained.path).items()}
-    try:
-        model.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise BundleError(f"the weights in {pretrained.path} do not fit its configuration ({reason:.300}); copy the bundle again") from None
-    return model.requires_grad_()
+    return bundle.load_network(pretrained.path, config).requires_grad_()
 
 
 def _needed(option: str, pretrained: Pretrained | None) -> Pretrained:

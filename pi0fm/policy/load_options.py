@@ -1,0 +1,31 @@
+"""How a bundle is opened: the options that load, serve, eval and the measurements share.
+
+Owns: `LoadOptions`. Does not know: the bundle; torch is not imported, so that a command line may read it.
+"""
+
+from dataclasses import dataclass
+
+from pi0fm.options import option
+from pi0fm_client.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """What stands in place of the bundle's own, and where and how it computes. Raises ConfigError for a number out of range."""
+
+    robot: str | None = option(None, "of a mixture's bundle, the robot to serve; its first when not given")
+    num_flow_steps: int | None = option(None, "solver steps from noise to actions; the bundle's own when not given")
+    solver: str | None = option(None, "euler, midpoint, heun, rk4, dopri5, euler_maruyama, ancestral; the bundle's own when not given")
+    noise_level: float | None = option(
+        None, "euler_maruyama's noise as a multiple of g, 1 the reverse diffusion; the bundle's own when not given"
+    )
+    device: str | None = option(None, "cpu, cuda or cuda:N; the best one that works when not given")
+    precision: str = option("auto", "auto, float32 or bfloat16, of the towers' matrices")
+    threads: int | None = option(None, "CPU threads of one inference, a setting of the whole process; torch's choice when not given")
+    compile: str = option("off", "off; kernels: torch.compile, a minute before it is ready; graph: the same and CUDA graphs, on a GPU")
+
+    def __post_init__(self) -> None:
+        for name in ("num_flow_steps", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} must be >= 1, found {value}; leave it out for the usual")

@@ -1,0 +1,88 @@
+"""Which files a bundle has: their sizes and hashes in manifest.json, and the one hash over all of them.
+
+Owns: writing, reading and holding a folder against its manifest, the bundle's identity. Does not know: what the files say.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pi0fm import files
+from pi0fm_client.errors import BundleError
+
+FORMAT = 2
+MANIFEST, CONFIG, STATS, WEIGHTS = "manifest.json", "config.json", "norm_stats.json", "model.safetensors"
+
+
+def write_manifest(path: Path) -> None:
+    """List every file below `path`; the last one that is written."""
+    found = [file for file in sorted(path.rglob("*")) if file.is_file() and file != path / MANIFEST]
+    listed = {str(file.relative_to(path)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in found}
+    files.write_json(path / MANIFEST, {"format": FORMAT, "files": listed})
+
+
+def listed_files(path: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash by name. Raises BundleError where there is no bundle, or no manifest that says them of files inside it."""
+    if not path.is_dir():
+        raise BundleError(
+            f"no bundle at {path}; train one with pi0fm train, whose last line names the directory, or convert weights with pi0fm convert"
+        )
+    listed = read_json(path / MANIFEST).get("files")
+    if not isinstance(listed, dict) or not all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in listed.values()
+    ):
+        raise BundleError(f"{path / MANIFEST} must say bytes and sha256 of each file; copy the bundle again")
+    for name in (CONFIG, STATS, WEIGHTS, *listed):
+        if name not in listed or not (path / name).resolve().is_relative_to(path.resolve()):
+            raise BundleError(f"{path / MANIFEST} must list {name} inside the bundle; copy the bundle again")
+    return listed
+
+
+def check_files(path: Path) -> None:
+    """Raise BundleError for a file that is missing, cut, changed or not listed. The weights' bytes are left to who reads them."""
+    listed = listed_files(path)
+    for name, entry in listed.items():
+        file = path / name
+        if not file.is_file():
+            raise BundleError(f"the bundle {path} lacks {name}; copy it again, all files")
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            raise BundleError(f"{file} has {size} bytes, the manifest says {entry['bytes']}; it is cut: copy the bundle again")
+        if name != WEIGHTS and sha256(file) != entry["sha256"]:
+            raise BundleError(f"{file} differs from the manifest's SHA-256; it was changed or damaged: copy the bundle again")
+    # A tokenizer reads whatever lies in its folder. Hidden files are those of file managers and downloads.
+    found = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    extra = sorted(
+        str(name) for name in found if str(name) not in (*listed, MANIFEST) and not any(part.startswith(".") for part in name.parts)
+    )
+    if extra:
+        raise BundleError(f"the bundle {path} holds {', '.join(extra[:5])}, which its manifest does not list; move it elsewhere")
+
+
+def identity(path: Path) -> str:
+    """One hash over weights, configuration, statistics, robots, tokenizer and versions: 16 hexadecimal digits of the manifest's SHA-256."""
+    lines = sorted(f"{name} {entry['sha256']}\n" for name, entry in listed_files(path).items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def sha256(file: Path) -> str:
+    """Of a file's bytes, as hexadecimal digits. Raises BundleError for a file that cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise BundleError(f"{file} is not readable ({error.strerror}); copy the bundle again") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file. Raises BundleError that names it."""
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise BundleError(f"{path.parent} lacks {path.name}; copy it again, all files") from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} is not readable JSON ({' '.join(str(error).split()):.120}); copy it again") from None
+    if not isinstance(tree, dict):
+        raise BundleError(f"{path} must hold a mapping, found {type(tree).__name__}; copy it again")
+    return tree

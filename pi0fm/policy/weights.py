@@ -1,0 +1,189 @@
+"""Tensors in safetensors files: told by their headers, read one by one, written piece by piece, put into a network where it computes.
+
+Owns: the file's format, the casts between types of numbers. Does not know: what a tensor means, shards, the rest of a bundle.
+
+    8 bytes  length of the header     u64, little-endian
+    header   {"name": {"dtype", "shape", "data_offsets"}, ..., "__metadata__"}, padded with spaces to a multiple of 8
+    data     the tensors, one behind the other; a piece is written at `start of its tensor + its first entry`
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.policy.sampler import tower_matrices
+from pi0fm_client.errors import BundleError, OutputError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # of what is written
+PIECE = 2**20  # entries that are cast and written at a time
+
+Shape = tuple[int, ...]
+Entries = Mapping[str, tuple[Shape, torch.dtype]]
+Put = Callable[[str, int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by name, described by their headers.
+
+    read(name, index): entry `index` of the tensor's leading axes on the CPU, all of it for (); raises BundleError for a file that is cut
+    or damaged.
+    """
+
+    path: Path
+    shapes: Mapping[str, Shape]
+    dtypes: Mapping[str, torch.dtype]
+    read: Callable[[str, Shape], Tensor]
+
+
+def open_file(file: Path) -> Weights:
+    """The tensors of one safetensors file. Nothing of it stays mapped: memory holds what was read and is kept.
+
+    Raises BundleError for a file that is missing, cut or damaged, or holds other than floating-point numbers of 16 to 64 bits.
+    """
+    try:
+        with safe_open(file, framework="pt"), file.open("rb") as opened:  # safetensors holds every size against the file's length
+            start = 8 + int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(start - 8))
+    except (SafetensorError, OSError) as error:
+        raise damaged(file, error) from None
+    header.pop("__metadata__", None)
+    strange = sorted(f"{name} ({entry['dtype']})" for name, entry in header.items() if entry["dtype"] not in DTYPES)
+    if strange:
+        raise BundleError(
+            f"weights must be floating-point numbers of 16 to 64 bits, {file} holds {', '.join(strange)}; save it without quantisation"
+        )
+    dtypes = {name: DTYPES[entry["dtype"]] for name, entry in header.items()}
+
+    def read(name: str, index: Shape) -> Tensor:
+        tensor = torch.empty(header[name]["shape"], dtype=dtypes[name])
+        left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        try:
+            with file.open("rb", buffering=0) as opened:
+                opened.seek(start + header[name]["data_offsets"][0])
+                while left:
+                    count = opened.readinto(left)
+                    if not count:
+                        raise EOFError(f"{name} ends {len(left)} bytes early")
+                    left = left[count:]
+        except (OSError, EOFError) as error:
+            raise damaged(file, error) from None
+        return tensor[index]
+
+    return Weights(file, {name: tuple(entry["shape"]) for name, entry in header.items()}, dtypes, read)
+
+
+def damaged(file: Path, error: Exception) -> BundleError:
+    """The line for a file that cannot be read as what it should be."""
+    return BundleError(f"{file} is cut or damaged ({' '.join(str(error).split()):.160}); copy it again, all files")
+
+
+@contextmanager
+def tensor_file(path: Path, entries: Entries) -> Iterator[Put]:
+    """Open `path` for the tensors `entries`, name -> (shape, float32 or bfloat16), and yield `put(name, first entry, rows)`.
+
+    Every entry must be put exactly once, from any device. Raises OutputError when the disk has no room.
+    """
+    header, starts, total = _header(entries)
+    free = shutil.disk_usage(path.parent).free
+    if free < len(header) + total:
+        raise OutputError(
+            f"{path.parent} must have room for {(len(header) + total) / 1e9:.1f} GB, found {free / 1e9:.1f} GB free; make room"
+        )
+    left = {name: math.prod(shape) for name, (shape, _) in entries.items()}
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + total)
+
+        def put(name: str, first: int, rows: Tensor) -> None:
+            dtype = entries[name][1]
+            file.seek(len(header) + starts[name] + first * dtype.itemsize)
+            _write(file, rows, dtype)
+            left[name] -= rows.numel()
+
+        yield put
+    unfilled = [name for name, count in left.items() if count]
+    if unfilled:
+        raise AssertionError(f"not every entry was written once: {unfilled}")
+
+
+def common_dtype(dtypes: list[torch.dtype], wanted: torch.dtype | None) -> torch.dtype:
+    """`wanted`, else bfloat16 where all of a tensor's parts are, else float32."""
+    if wanted is not None:
+        return wanted
+    return torch.bfloat16 if set(dtypes) == {torch.bfloat16} else torch.float32
+
+
+def network_shapes(model: Pi0Config) -> dict[str, Shape]:
+    """Of every tensor of the network; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in Pi0(model).state_dict().items()}
+
+
+def refuse_misfit(weights: Weights, model: Pi0Config) -> None:
+    """Raise BundleError that names every tensor which the network lacks, needs, or has in another shape."""
+    found, wanted = weights.shapes, network_shapes(model)
+    if found != wanted:
+        missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+        shapes = [
+            f"{name} {list(found[name])} for {list(wanted[name])}"
+            for name in sorted(wanted.keys() & found.keys())
+            if found[name] != wanted[name]
+        ]
+        raise BundleError(
+            f"the weights in {weights.path.parent} do not fit its configuration: missing {missing}, unexpected {unexpected}, "
+            f"of another shape {shapes}; copy the bundle again"
+        )
+
+
+def filled(weights: Weights, model: Pi0Config, device: torch.device, dtype: torch.dtype) -> Pi0:
+    """A network with these weights on `device`, tensor by tensor: beside it the host holds one of them at a time.
+
+    dtype: of the towers' matrices, all else is float32, whatever is stored. Raises BundleError where the weights do not fit.
+    """
+    refuse_misfit(weights, model)
+    with torch.device("meta"):
+        network = Pi0(model)
+    narrow = {f"{name}.{leaf}" for name, matrix in tower_matrices(network).items() for leaf, _ in matrix.named_parameters()}
+    tensors = {name: weights.read(name, ()).to(device, dtype if name in narrow else torch.float32) for name in weights.shapes}
+    network.load_state_dict(tensors, assign=True)
+    return network
+
+
+def _header(entries: Entries) -> tuple[bytes, dict[str, int], int]:
+    """The file's beginning, where each tensor starts behind it, and the length of all of them."""
+    starts: dict[str, int] = {}
+    tree: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    # the wider numbers first: then each tensor begins at a multiple of its own width; by name, so that one set of weights is one file
+    for name, (shape, dtype) in sorted(entries.items(), key=lambda entry: (-entry[1][1].itemsize, entry[0])):
+        size = math.prod(shape) * dtype.itemsize
+        starts[name] = position
+        tree[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps(tree, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, starts, position
+
+
+def _write(file: BinaryIO, rows: Tensor, dtype: torch.dtype) -> None:
+    """All entries of `rows` in order; only a piece of them is ever copied."""
+    rows = rows.detach()
+    if rows.ndim == 0 or rows.numel() <= PIECE:
+        pieces = [rows]
+    else:
+        step = max(1, PIECE * rows.shape[0] // rows.numel())
+        pieces = [rows[start : start + step] for start in range(0, rows.shape[0], step)]
+    for piece in pieces:
+        file.write(memoryview(piece.to("cpu", dtype).reshape(-1).contiguous().view(torch.uint8).numpy()))
