@@ -17,7 +17,6 @@ import torch
 from pi0fm.data.loading.batch import Batch
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0
-from pi0fm.train.ema import Ema
 from pi0fm.train.parallel.accelerate import Accelerator
 from pi0fm.train.step import train_step
 
@@ -55,6 +54,7 @@ class StepClock:
 
 def clocked_step(
     clock: StepClock,
+    average: Callable[[], None],
     model: Pi0,
     flow: FlowMatching,
     optimizer: torch.optim.Optimizer,
@@ -62,7 +62,6 @@ def clocked_step(
     batches: Iterator[Batch],
     valid_elements: int,
     clip_norm: float,
-    average: Callable[[], None],
 ) -> torch.Tensor:
     """`train_step` and the average behind it, with marks; the loss, on the device."""
     clock.mark("")
@@ -72,12 +71,6 @@ def clocked_step(
     average()
     clock.mark("average")
     return loss
-
-
-def averaging(ema: Ema) -> Callable[[], None]:
-    """The average's update after one more step, counted from the first call."""
-    steps = iter(range(10**12))
-    return lambda: ema.update(next(steps))
 
 
 def _marked(batches: Iterator[Batch], clock: StepClock) -> Iterator[Batch]:

@@ -12,11 +12,11 @@ import torch
 from device_cases import FLOW, Synthetic, configuration
 from small_pi0 import network
 
-from pi0fm.train import state
 from pi0fm.train.checkpoint.checkpoints import Checkpoints
-from pi0fm.train.ema import Ema
-from pi0fm.train.optim import OptimizerConfig, make_optimizer
-from pi0fm.train.parallel.accelerate import Context, make_accelerator
+from pi0fm.train.optim import OptimizerConfig
+from pi0fm.train.parallel.accelerate import Parallel
+from pi0fm.train.parallel.context import Context
+from pi0fm.train.state import StateConfig, TrainState
 from pi0fm.train.step import train_step
 
 BATCH, EVERY, STEPS = 4, 4, 24
@@ -25,21 +25,22 @@ BATCH, EVERY, STEPS = 4, 4, 24
 def main(kind: str, place: Path, more: int) -> None:
     """Train to the next multiple of STEPS behind what is there, or `more` steps beyond it."""
     device, config = torch.device(kind), configuration("pi0", "small")
-    model = network(config).to(device).train()
-    accelerator = make_accelerator("float32", 1, allow_cuda=device.type == "cuda")
-    optimizer, ema = make_optimizer(OptimizerConfig(learning_rate=1e-3), model), Ema(model, 0.9)
-    checkpoints, collator = Checkpoints(place, Context(), keep=2), Synthetic(config)
-    index = checkpoints.restore(state.tensors(model, optimizer, ema), lambda _: None)
-    first = 0 if index is None else int(index.facts["step"])
+    parallel = Parallel(Context(), "float32", 1, allow_cuda=device.type == "cuda")
+    state = TrainState(network(config).to(device), StateConfig(optimizer=OptimizerConfig(learning_rate=1e-3), ema_decay=0.9))
+    checkpoints, collator = Checkpoints(place, parallel, keep=2), Synthetic(config)
+    index = checkpoints.restore(state.tensors(), lambda _: None)
+    first = state.step = 0 if index is None else int(index.facts["step"])
+    state.prepare(parallel)
     last, loss = STEPS * (1 + first // STEPS) + more, torch.zeros(())
     for step in range(first, last):
         batch = collator(step * BATCH, BATCH)
-        loss, _ = train_step(model, FLOW, optimizer, accelerator, iter([batch]), int(batch.action_mask.sum()), 1.0)
-        ema.update(step)
-        if (step + 1) % EVERY == 0:
-            checkpoints.save(step + 1, state.tensors(model, optimizer, ema), {"step": step + 1})
+        valid = int(batch.action_mask.sum())
+        loss, _ = train_step(state.trained, FLOW, state.optimizer, parallel.accelerator, iter([batch]), valid, 1.0)
+        state.advance()
+        if state.step % EVERY == 0:
+            checkpoints.save(state.step, state.tensors(), {"step": state.step})
     checkpoints.close()
-    norm = torch.stack([value.norm() for value in ema.weights().values()]).norm()
+    norm = torch.stack([value.norm() for value in state.average.weights().values()]).norm()
     sys.stdout.write(f"{first} {last} {float(loss)} {float(norm)}\n")
 
 

@@ -11,6 +11,7 @@ import gc
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -18,18 +19,18 @@ from pi0fm.bench.card.inference import GIB
 from pi0fm.bench.card.limits import Rates, forget_peak, measure_rates, peak_bytes, synchronize, training_flops
 from pi0fm.bench.card.policies import random_network
 from pi0fm.bench.card.results import OUT_OF_MEMORY, Results
-from pi0fm.bench.step_clock import PARTS, StepClock, averaging, clocked_step
+from pi0fm.bench.step_clock import PARTS, StepClock, clocked_step
 from pi0fm.data.loading.batch import Batch
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.lora import LoraConfig
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.models.presets import PI0, TINY
-from pi0fm.train.ema import Ema
-from pi0fm.train.optim import OptimizerConfig, make_optimizer
-from pi0fm.train.parallel.accelerate import Accelerator, make_accelerator
+from pi0fm.train.parallel.accelerate import Accelerator, Parallel
+from pi0fm.train.parallel.context import Context
 from pi0fm.train.plan.memory import estimate
 from pi0fm.train.start.adaptation import Adaptation, adapt
+from pi0fm.train.state import StateConfig, TrainState
 from pi0fm.train.step import train_step
 
 CAMERAS = 3
@@ -95,21 +96,24 @@ def clear() -> None:
 class Trained:
     """All that a step needs but its batch."""
 
-    model: Pi0
-    optimizer: torch.optim.Optimizer
+    config: Pi0Config
+    state: TrainState
     accelerator: Accelerator
-    ema: Ema
     flow: FlowMatching
+
+    def step(self, batches: Iterator[Batch], valid: int) -> tuple[Any, ...]:
+        """The arguments of `train_step`."""
+        return self.state.trained, self.flow, self.state.optimizer, self.accelerator, batches, valid, 1.0
 
 
 def prepared(config: Pi0Config, case: Case, device: torch.device) -> Trained:
     """Network, optimiser and average on the device, as `pi0fm train` makes them."""
-    accelerator = make_accelerator("bfloat16", 1, allow_cuda=device.type == "cuda")
-    model = adapt(random_network(config, device), case.how, torch.bfloat16).to(device).train()
-    optimizer = make_optimizer(OptimizerConfig(), model)
-    ema = Ema(model, 0.999 if case.averaged else None)
-    wrapped, fast = accelerator.prepare(compiled_for_training(model) if case.compiled else model, optimizer)
-    return Trained(wrapped, fast, accelerator, ema, FlowMatching.from_config(FlowConfig()))
+    parallel = Parallel(Context(), "bfloat16", 1, allow_cuda=device.type == "cuda")
+    model = adapt(random_network(config, device), case.how, torch.bfloat16).to(device)
+    model = compiled_for_training(model) if case.compiled else model
+    state = TrainState(model, StateConfig(adaptation=case.how, ema_decay=0.999 if case.averaged else None))
+    state.prepare(parallel)
+    return Trained(config, state, parallel.accelerator, FlowMatching.from_config(FlowConfig()))
 
 
 def random_batch(config: Pi0Config, size: int, device: torch.device) -> Batch:
@@ -149,20 +153,17 @@ def _grow(results: Results, case: Case, device: torch.device, rates: Rates, whol
 def _one(
     results: Results, what: str, case: Case, trained: Trained, size: int, flops: float, rates: Rates, device: torch.device, whole: bool
 ) -> None:
-    config = trained.accelerator.unwrap_model(trained.model).config
+    config, clock = trained.config, StepClock(device)
     batch = random_batch(config, size, device)
-    batches: Iterator[Batch] = itertools.repeat(batch)
-    valid = batch.action_mask.numel()
-    average, clock = averaging(trained.ema), StepClock(device)
-    given = (trained.model, trained.flow, trained.optimizer, trained.accelerator, batches, valid, 1.0)
+    given = trained.step(itertools.repeat(batch), batch.action_mask.numel())
     forget_peak(device)
     for _ in range(2):
         train_step(*given)
-        average()
+        trained.state.advance()
     synchronize(device)
     steps = (4 if size < 32 else 3) if whole else 2
     for _ in range(steps):
-        clocked_step(clock, *given, average)
+        clocked_step(clock, trained.state.advance, *given)
     each = {part: seconds / steps for part, seconds in clock.seconds().items()}
     seconds = sum(each.values())
     peak = peak_bytes(device)
@@ -185,5 +186,5 @@ def _one(
 
 
 def _forget(trained: Trained) -> None:
-    trained.optimizer.zero_grad(set_to_none=True)
+    trained.state.optimizer.zero_grad(set_to_none=True)
     clear()
