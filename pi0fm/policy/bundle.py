@@ -42,6 +42,8 @@ from pi0fm.policy.weights import Entries, Put, Weights, filled, open_file, tenso
 from pi0fm.progress import say
 from pi0fm_client.errors import BundleError, ConfigError
 
+# by format, what a bundle means by the fields of its policy that it does not name: each keeps the rules that its weights were trained under
+UNNAMED: Mapping[int, Mapping[str, Any]] = {2: {}, FORMAT: {}}
 SAID_FROM = 2**30  # bytes of weights whose check is said, with its time
 
 
@@ -207,13 +209,13 @@ def read(path: Path, robot: str | None = None) -> tuple[PolicyConfig, NormStats]
     """
     check_files(path)
     tree = read_json(path / CONFIG)
-    if tree.get("format") != FORMAT:
+    if tree.get("format") not in UNNAMED:
         raise BundleError(
-            f"{path} is a bundle of format {tree.get('format')}, this pi0fm reads {FORMAT}; "
+            f"{path} is a bundle of format {tree.get('format')}, this pi0fm reads {', '.join(map(str, UNNAMED))}; "
             "the version that wrote it exports it (pi0fm convert --to lerobot), and this one converts that back"
         )
     try:
-        config = options.decode(PolicyConfig, tree["policy"])
+        config = options.decode(PolicyConfig, {**UNNAMED[tree["format"]], **tree["policy"]})
     except ConfigError as error:
         raise BundleError(f"{path / CONFIG} does not fit this version of pi0fm: {error}") from None
     stats = norm_stats_from_json(read_json(path / STATS), str(path / STATS))

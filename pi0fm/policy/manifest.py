@@ -11,7 +11,7 @@ from typing import Any
 from pi0fm import files
 from pi0fm_client.errors import BundleError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST, CONFIG, STATS, WEIGHTS = "manifest.json", "config.json", "norm_stats.json", "model.safetensors"
 
 
