@@ -37,8 +37,10 @@ def _print(result: dict[str, Any]) -> None:
         table.add_row(name, "", "", "", f"{part['ended']}, {part.get('seconds', 0):.0f} s")
         if "summary" in part:
             table.add_row("  tests/gpu", "", "", "none fails", part["summary"])
-            for line in part["failures"]:
+            for line in (*part["failures"], *part["reasons"]):
                 table.add_row("", "", "", "", line)
+        for line in part.get("last_words", ()):
+            table.add_row("", "", "", "", line)
         for row in part.get("rows", []):
             figure = "" if row["value"] is None else f"{row['value']:g} {row['unit']}"
             share = "" if row["limit_share"] is None else f"{100 * row['limit_share']:.0f} %"

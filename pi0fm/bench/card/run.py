@@ -3,17 +3,20 @@
 Owns: the processes and their time, the files, what the whole comes to. Does not know: what is measured; it imports no torch.
 
     part's process    rows -> PART.json, after every row            ended by its own end, or when its time is over
-    this process      waits; then reads what is there               output_dir: PART.json, PART.log, card.json
+    this process      waits; then reads what is there               output_dir: PART.json, card.json, card.log
 """
 
 import contextlib
 import importlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,9 @@ from pi0fm.bench.card.config import PARTS, CardConfig
 from pi0fm.bench.card.results import Results
 from pi0fm_client.errors import ConfigError
 
-RIGHT = "right"
-GRACE = 5.0
+RIGHT, LOG = "right", "card.log"
+GRACE = 5.0  # seconds between a part's own end and that by force
+_OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b")
 
 
 def measure_card(config: CardConfig) -> dict[str, Any]:
@@ -33,6 +37,7 @@ def measure_card(config: CardConfig) -> dict[str, Any]:
     if RIGHT in config.bounds() and not tests.is_dir():
         raise ConfigError(f"part {RIGHT} runs {tests} of a checkout, found none in {Path.cwd()}; go there, or leave the part out")
     config.output_dir.mkdir(parents=True, exist_ok=True)
+    (config.output_dir / LOG).unlink(missing_ok=True)
     began, found = time.monotonic(), {}
     for part, seconds in config.bounds().items():
         progress.say(f"{part}: at most {seconds:.0f} s")
@@ -46,42 +51,49 @@ def _measured(config: CardConfig, part: str, seconds: float) -> dict[str, Any]:
     path = config.output_dir / f"{part}.json"
     path.unlink(missing_ok=True)
     words = [sys.executable, "-m", "pi0fm.bench.card.run", part, str(path), str(seconds), config.device, str(int(config.whole))]
-    code = _ended(words, config.output_dir / f"{part}.log", seconds + GRACE)
+    code, said = _ended(words, config.output_dir / LOG, seconds + GRACE)
     tree: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"part": part, "rows": [], "facts": {}}
+    if code:
+        tree["last_words"] = said[-5:]
     return tree | {"ended": _how(code)}
 
 
 def _right(config: CardConfig, seconds: float) -> dict[str, Any]:
-    """The tests of the CUDA path, several at a time; on a CPU their quick form."""
-    log, report = config.output_dir / "right.log", config.output_dir / "right.xml"
-    report.unlink(missing_ok=True)
-    where = ["-m", "gpu"] if config.device == "cuda" else ["-m", "not gpu"]
-    workers = ["-n", "4", "--dist", "worksteal"] if config.device == "cuda" else ["-n", "0"]
-    words = [sys.executable, "-m", "pytest", "tests/gpu", "-q", *where, *workers, "-o", f"timeout={seconds:.0f}", f"--junitxml={report}"]
+    """The tests of the CUDA path, several at a time; on a CPU their quick form. Those that ended before the time was over count."""
+    where = ["-m", "gpu", "-n", "4", "--dist", "worksteal"] if config.device == "cuda" else ["-m", "not gpu", "-n", "0"]
+    words = [sys.executable, "-m", "pytest", "tests/gpu", "-v", "--tb=short", *where, "-o", f"timeout={seconds:.0f}"]
     began = time.monotonic()
-    code = _ended(words, log, seconds)
-    lines = log.read_text(errors="replace").splitlines()
-    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    last = next(
-        (line.strip("= ") for line in reversed(lines) if " passed" in line or " failed" in line or " error" in line), (lines or [""])[-1]
-    )
-    tree = {"part": RIGHT, "seconds": round(time.monotonic() - began, 1), "ended": _how(code), "summary": last, "failures": failures}
+    code, said = _ended(words, config.output_dir / LOG, seconds)
+    ends = [found for line in said if (found := _OUTCOME.search(line)) and "tests/gpu" in line]
+    counts = Counter(found[0].lower() for found in ends)
+    failures = sorted({word for found in ends if found[0] in ("FAILED", "ERROR") for word in found.string.split() if "::" in word})
+    reasons = [line for line in said if line.startswith("E  ")][:20]
+    tree = {
+        "part": RIGHT,
+        "seconds": round(time.monotonic() - began, 1),
+        "ended": _how(code),
+        "summary": ", ".join(f"{count} {word}" for word, count in counts.items()) or (said or ["nothing was said"])[-1],
+        "failures": failures,
+        "reasons": reasons,
+    }
     files.write_json(config.output_dir / "right.json", tree)
     return tree
 
 
-def _ended(words: Sequence[str], log: Path, seconds: float) -> int | None:
-    """The exit code of a program, None when it was ended for its time; all that it started ends with it."""
-    with log.open("wb") as output:
+def _ended(words: Sequence[str], log: Path, seconds: float) -> tuple[int | None, list[str]]:
+    """The exit code of a program and its lines; None when it was ended for its time; all that it started ends with it."""
+    before = log.stat().st_size if log.exists() else 0
+    with log.open("ab") as output:
         process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
         try:
-            return process.wait(seconds)
+            code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            return None
+            code = None
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+    return code, log.read_bytes()[before:].decode(errors="replace").splitlines()
 
 
 def _how(code: int | None) -> str:
@@ -92,7 +104,15 @@ def _how(code: int | None) -> str:
 
 def _device(found: dict[str, Any]) -> str:
     names = [part.get("facts", {}).get("device") for part in found.values()]
-    return next((name for name in names if name), "unknown")
+    return next((name for name in names if name), "") or _asked()
+
+
+def _asked() -> str:
+    """The name that the driver gives the first device."""
+    if shutil.which("nvidia-smi") is None:
+        return "CPU"
+    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return (subprocess.run(words, capture_output=True, text=True, check=False).stdout.splitlines() or ["unknown"])[0].strip()
 
 
 def _main(part: str, path: str, seconds: str, device: str, whole: str) -> None:
