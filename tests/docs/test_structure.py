@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "pi0fm"
 CLIENT = ROOT / "client" / "pi0fm_client"
 STRUCTURE = (ROOT / "docs" / "structure.md").read_text()
+LOG = (ROOT / "docs" / "LOG.md").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "deploy" / "README.md"])
 DECISIONS = sorted((ROOT / "docs" / "adr").glob("*.md"))
 ONE_PAGE = 60  # lines
@@ -109,13 +110,35 @@ def test_links_lead_somewhere_and_lines_fit(page: Path) -> None:
     assert page.parent.name == "deploy" or too_wide == []
 
 
-def test_decisions_are_numbered_without_gap_and_named_in_structure() -> None:
-    assert [int(page.name[:4]) for page in DECISIONS] == list(range(1, len(DECISIONS) + 1))
-    assert [page.name for page in DECISIONS if f"(adr/{page.name})" not in STRUCTURE] == []
+def test_decisions_are_numbered_without_gap_in_structure() -> None:
+    """Every number has a row: a link to its page, or the word that it is withdrawn and where its text went."""
+    rows = re.findall(r"^\| (?:\[(\d+)\]\(adr/(\d+)-[\w-]+\.md\) \| |(\d+) \| withdrawn\b.*; see \S)", STRUCTURE, re.MULTILINE)
+    assert [int(number or withdrawn) for number, _, withdrawn in rows] == list(range(1, len(rows) + 1))
+    assert [page.name[:4] for page in DECISIONS] == [file for _, file, _ in rows if file], "a page without a row, or a row without a page"
+    assert all(int(number) == int(file) for number, file, _ in rows if file)
+
+
+def test_the_log_opens_with_a_scoreboard_whose_commands_exist_and_whose_dates_have_entries() -> None:
+    headings = re.findall(r"^## (.*)$", LOG, re.MULTILINE)
+    assert headings[0] == "Scoreboard"
+    machines = set(re.findall(r"^Machine (\w+): ", LOG, re.MULTILINE))
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in re.findall(r"^\|.*\|$", LOG.split("\n## ")[1], re.MULTILINE)]
+    assert rows[0] == ["figure", "best", "command", "machine", "date"]
+    assert len(rows) > 10
+    for figure, best, commands, machine, date in rows[2:]:
+        assert figure and best
+        assert machine in machines
+        assert any(heading.startswith(date) for heading in headings), f"no entry of {date}"
+        for words in (command.split() for command in re.findall(r"`([^`]+)`", commands)):
+            known = (PACKAGE / "cli" / f"{'_'.join(word for word in words[1:3] if not word.startswith('-'))}.py").is_file()
+            assert (known and words[0] == "pi0fm") or words[0] == "make", words
 
 
 @pytest.mark.parametrize("page", DECISIONS, ids=lambda page: page.stem)
-def test_a_decision_is_one_page_with_its_four_parts(page: Path) -> None:
+def test_a_decision_is_one_page_with_a_status_and_its_four_parts(page: Path) -> None:
     lines = page.read_text().splitlines()
     assert len(lines) <= ONE_PAGE
     assert [line for line in lines if line.startswith("## ")] == ["## Context", "## Decision", "## Weighed", "## Consequences"]
+    status = re.fullmatch(r"Status: (accepted|superseded by (\d+))", lines[2])
+    assert status is not None, f"the third line of {page.name} must be `Status: accepted` or `Status: superseded by N`, found {lines[2]!r}"
+    assert status[2] is None or any(int(status[2]) == int(other.name[:4]) > int(page.name[:4]) for other in DECISIONS)

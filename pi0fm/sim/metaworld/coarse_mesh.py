@@ -3,7 +3,8 @@
 Owns: vertex clustering of a MuJoCo model's meshes. Does not know: cameras, tasks, physics.
 A software renderer spends its time on vertices: Meta-World's robot has 68 000 triangles and covers some thousand pixels of a 96 px
 picture. Vertices in one cell of a grid become one (Rossignac and Borrel 1993); triangles that collapse are left out. Only the lists of
-faces change, which rendering alone reads: collisions use convex hulls made at compilation.
+faces change, which rendering alone reads: collisions use convex hulls made at compilation. drawer-open-v3 at 96 x 96: 67 795 triangles
+become 20 569, a picture takes 9.8 ms of CPU instead of 17.6, and 5 % of the pixels differ, by 0.4 of 255 in the mean (docs/LOG.md).
 """
 
 from typing import Any
