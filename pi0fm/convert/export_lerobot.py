@@ -7,6 +7,8 @@ Owns: config.json, the two processors with their statistics, the tokenizer's pla
     after    unnormalise, absolute, device
 """
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,16 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from pi0fm import files
 from pi0fm.convert.export import kind_of, variants
 from pi0fm.convert.facts import ConvertConfig
-from pi0fm.convert.lerobot import ACTION, STATE
+from pi0fm.convert.lerobot import ACTION, EPSILON, STATE
 from pi0fm.convert.stats import written_stats
+from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.prompt import BYTES, PromptTokenizer, load_tokenizer
 from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.progress import say
 from pi0fm_client.errors import BundleError
 
+PREFIX = "observation."
 PALIGEMMA = "google/paligemma-3b-pt-224"
 SAMPLE = "pick up the red block"
 NORMALIZATION = {"z_score": "MEAN_STD", "quantile": "QUANTILES"}
@@ -47,10 +51,12 @@ def write_lerobot(aside: Path, config: PolicyConfig, stats: NormStats, options: 
     own = str((options.output_dir / "tokenizer").resolve())
     name = options.tokenizer_name or (PALIGEMMA if config.model.vocab_size == 257_152 else own)
     say(f"LeRobot will look for the tokenizer at {name}")
+    _say_what_differs(config.embodiment, columns_of(config.embodiment))
     files.write_json(aside / "config.json", _config(config, dtype))
-    written = written_stats(stats, config)
+    epsilon = config.norm_epsilon or EPSILON
+    written = written_stats(stats, config, epsilon if config.normalization == "z_score" else 0.0)
     columns = {STATE: written["state"], ACTION: written["action"]}
-    before, after = _steps(config, name)
+    before, after = _steps(config, name, epsilon)
     _write_processor(aside, "policy_preprocessor", before, columns)
     _write_processor(aside, "policy_postprocessor", after, columns)
 
@@ -66,10 +72,39 @@ def refuse_other_tokens(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> 
         )
 
 
+def columns_of(embodiment: Embodiment) -> dict[str, str]:
+    """Our columns -> LeRobot's. It hands a policy only those that begin with `observation.`: a camera of another name gets its own word."""
+    found: dict[str, str] = {}
+    for camera, column in embodiment.cameras.items():
+        name = column if column.startswith(PREFIX) else f"{PREFIX}images.{camera}"
+        while name in found.values():
+            name += "_"
+        found[column] = name
+    return {**found, embodiment.state: STATE}
+
+
+def _say_what_differs(embodiment: Embodiment, columns: Mapping[str, str]) -> None:
+    """What no file can make LeRobot do by itself."""
+    renamed = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
+    unseen = {ours: theirs for ours, theirs in renamed.items() if not ours.startswith(PREFIX)}
+    if unseen:
+        listed = ", ".join(f"{ours} as {theirs}" for ours, theirs in unseen.items())
+        say(f"LeRobot hands a policy only columns that begin with {PREFIX}: in its data sets and robots name {listed}")
+    if renamed.keys() - unseen.keys():
+        seen = {ours: theirs for ours, theirs in renamed.items() if ours not in unseen}
+        say(f"lerobot-eval forgets a policy's renaming unless it is typed: --rename_map='{json.dumps(seen)}'")
+    if embodiment.delta_actions:
+        say(
+            "LeRobot adds the state of every step to an action that was queued steps before: of a chunk of relative actions only the first "
+            "is right there; type --policy.n_action_steps=1, or ask predict_action_chunk and postprocess the whole chunk"
+        )
+
+
 def _features(config: PolicyConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     state_dim, action_dim = config.embodiment.dims()
     size = config.model.vision.image_size
-    pictures = {column: {"type": "VISUAL", "shape": [3, size, size]} for column in config.embodiment.cameras.values()}
+    columns = columns_of(config.embodiment)
+    pictures = {columns[ours]: {"type": "VISUAL", "shape": [3, size, size]} for ours in config.embodiment.cameras.values()}
     return {**pictures, STATE: {"type": "STATE", "shape": [state_dim]}}, {ACTION: {"type": "ACTION", "shape": [action_dim]}}
 
 
@@ -113,16 +148,17 @@ def _config(config: PolicyConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def _steps(config: PolicyConfig, tokenizer_name: str) -> tuple[list[Step], list[Step]]:
+def _steps(config: PolicyConfig, tokenizer_name: str, epsilon: float) -> tuple[list[Step], list[Step]]:
     inputs, outputs = _features(config)
-    renamed = {} if config.embodiment.state == STATE else {config.embodiment.state: STATE}
+    state = config.embodiment.state
+    renamed = {state: STATE} if state != STATE and state.startswith(PREFIX) else {}
     rename: Step = ("rename_observations_processor", {"rename_map": renamed})
     batch: Step = ("to_batch_processor", {})
     device: Step = ("device_processor", {"device": "cpu", "float_dtype": None})
     relative: Step = ("relative_actions_processor", _relative(config))
     absolute: Step = ("absolute_actions_processor", {"enabled": _relative(config)["enabled"]})
-    normalize: Step = ("normalizer_processor", {"eps": 1e-8, "features": {**inputs, **outputs}, "norm_map": _modes(config)})
-    unnormalize: Step = ("unnormalizer_processor", {"eps": 1e-8, "features": outputs, "norm_map": _modes(config)})
+    normalize: Step = ("normalizer_processor", {"eps": epsilon, "features": {**inputs, **outputs}, "norm_map": _modes(config)})
+    unnormalize: Step = ("unnormalizer_processor", {"eps": epsilon, "features": outputs, "norm_map": _modes(config)})
     tokenizer: Step = (
         "tokenizer_processor",
         {

@@ -41,7 +41,7 @@ class ConvertConfig:
     embodiment: Embodiment = option(Embodiment, "")
     norm_stats: Path | None = option(None, "statistics where the source has none: norm_stats.json, or a data set's meta/stats.json")
     normalization: str | None = option(None, "z_score or quantile; empty takes the source's, else z_score for pi0, quantile for pi0.5")
-    norm_floor: float | None = option(None, "least scale of a dimension; empty takes the source's epsilon, so that nothing changes")
+    norm_floor: float | None = option(None, "least scale of a dimension; empty has none, so that nothing changes")
     tokenizer: str | None = option(None, "directory of the tokenizer, PaliGemma's for released weights; or byt5")
     tokenizer_name: str | None = option(None, "--to lerobot: where LeRobot finds the tokenizer; empty: Hugging Face's name of PaliGemma's")
     prompt_dialect: str | None = option(
@@ -85,7 +85,8 @@ class ForeignFacts:
     embodiment: Embodiment = field(default_factory=Embodiment)
     columns: Columns | None = None
     normalization: str | None = None
-    norm_floor: float = 1e-6
+    norm_floor: float = 0.0
+    norm_epsilon: float = 0.0
     tokenizer: str | None = None
     prompt_dialect: str = OPENPI
     action_horizon: int | None = None
@@ -143,6 +144,7 @@ def policy_config(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config,
         embodiment=replace(embodiment, state_dim=len(stats.state.mean), robot_action_dim=len(stats.action.mean)),
         normalization=normalization,
         norm_floor=options.norm_floor or facts.norm_floor,
+        norm_epsilon=facts.norm_epsilon,
         tokenizer=tokenizer_of(options, facts),
         prompt_dialect=dialect,
         execution_horizon=min(horizon, model.action_horizon),

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from pi0fm.convert.facts import ForeignFacts
+from pi0fm.convert.facts import NORMALIZATION, ForeignFacts
 from pi0fm.convert.names import Kind
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.prompt import LEROBOT
@@ -26,6 +26,7 @@ from pi0fm.policy.weights import damaged
 from pi0fm_client.errors import BundleError
 
 STATE, ACTION = "observation.state", "action"
+EPSILON = 1e-8  # LeRobot's, where a processor says no other
 MODES = {"MEAN_STD": "z_score", "QUANTILES": "quantile"}
 # What must be so for our network to compute the same; a key that is absent has this value in LeRobot.
 FIXED: dict[str, Any] = {"n_obs_steps": 1, "min_period": 4e-3, "max_period": 4.0, "use_peft": False}
@@ -60,14 +61,19 @@ def _facts(path: Path, config: Mapping[str, Any]) -> ForeignFacts:
     columns = _columns(path, pre, post)
     tokenizer = pre.get("tokenizer_processor", {}).get("config", {}).get("tokenizer_name")
     resolution = config.get("image_resolution", [224, 224])
+    kind, normalization = KINDS[config["type"]], _normalization(path, config)
+    # added to a deviation, but put in the place of a range of quantiles that is 0
+    epsilon = float(pre.get("normalizer_processor", {}).get("config", {}).get("eps", EPSILON))
+    quantiles = (normalization or NORMALIZATION[kind]) == "quantile"
     return ForeignFacts(
         peer="lerobot",
         where=str(path),
-        kind=KINDS[config["type"]],
+        kind=kind,
         embodiment=_embodiment(path, config, pre),
         columns=columns,
-        normalization=_normalization(path, config),
-        norm_floor=float(pre.get("normalizer_processor", {}).get("config", {}).get("eps", 1e-8)),
+        normalization=normalization,
+        norm_floor=epsilon / 2 if quantiles else 0.0,
+        norm_epsilon=0.0 if quantiles else epsilon,
         tokenizer=tokenizer,
         prompt_dialect=LEROBOT,
         action_horizon=int(config.get("chunk_size", 50)),

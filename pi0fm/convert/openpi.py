@@ -20,7 +20,7 @@ from pi0fm.policy.manifest import read_json
 from pi0fm.progress import say
 from pi0fm_client.errors import BundleError
 
-EPSILON = 1e-6  # openpi adds it to every scale
+EPSILON = 1e-6  # openpi adds it to every deviation and range
 
 
 def read_openpi(path: Path, find_stats: bool = True) -> ForeignFacts:
@@ -35,7 +35,7 @@ def read_openpi(path: Path, find_stats: bool = True) -> ForeignFacts:
         peer="openpi",
         where=str(path),
         columns=_columns(path) if find_stats else None,
-        norm_floor=EPSILON,
+        norm_epsilon=EPSILON,
         action_horizon=horizon,
         remarks=tuple(remarks),
     )
@@ -46,7 +46,7 @@ def write_openpi(aside: Path, config: PolicyConfig, stats: NormStats) -> None:
     model = config.model
     tree = {"action_dim": model.action_dim, "action_horizon": model.action_horizon, **variants(model), "precision": "float32"}
     files.write_json(aside / "config.json", tree)
-    written = written_stats(stats, config)
+    written = written_stats(stats, config, EPSILON)
     columns = {
         theirs: {name: written[ours][name].tolist() for name in ("mean", "std", "q01", "q99") if name in written[ours]}
         for ours, theirs in (("state", "state"), ("action", "actions"))

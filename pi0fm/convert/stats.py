@@ -69,19 +69,20 @@ def foreign_stats(columns: Columns, normalization: str, widths: Mapping[str, int
     return NormStats(found["state"], found["action"], 0), tuple(sorted(missing))
 
 
-def written_stats(stats: NormStats, config: PolicyConfig) -> dict[str, dict[str, NDArray[np.float32]]]:
-    """Ours for a peer, which knows no floor: a deviation below it is written as the floor, so that both sides scale alike."""
+def written_stats(stats: NormStats, config: PolicyConfig, epsilon: float) -> dict[str, dict[str, NDArray[np.float32]]]:
+    """Ours for a peer, which adds `epsilon` and knows no floor: where it would scale otherwise, the numbers with which it scales alike."""
     stand_ins = config.training.get(STAND_INS_FACT, "").split(",")
     columns: dict[str, dict[str, NDArray[np.float32]]] = {}
     for name in COLUMNS:
         column: ColumnStats = getattr(stats, name)
         arrays = {field.name: getattr(column, field.name) for field in fields(ColumnStats) if field.name not in stand_ins}
-        offset, scale = affine(column, config.normalization, config.norm_floor)
+        offset, scale = affine(column, config.normalization, config.norm_floor, config.norm_epsilon)
+        alike = scale == affine(column, config.normalization, 0.0, epsilon)[1]
         if config.normalization == "z_score":
-            arrays["std"] = scale
+            arrays["std"] = np.where(alike, column.std, scale - np.float32(epsilon))
         else:
-            flat = scale > (column.q99 - column.q01) / np.float32(2)
-            arrays |= {"q01": np.where(flat, offset - scale, column.q01), "q99": np.where(flat, offset + scale, column.q99)}
+            arrays["q01"] = np.where(alike, column.q01, offset - scale)
+            arrays["q99"] = np.where(alike, column.q99, offset + scale - np.float32(epsilon))
         columns[name] = arrays
     return columns
 

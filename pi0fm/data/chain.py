@@ -108,16 +108,19 @@ class PadDimensions(Transform):
         return Sample(sample.state[..., : self.state_dim], actions)
 
 
-def affine(stats: ColumnStats, kind: str, floor: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def affine(stats: ColumnStats, kind: str, floor: float, epsilon: float = 0.0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """(offset, scale) of `z_score` (mean, std) or `quantile` (q01..q99 to [-1, 1]); scale is at least `floor`.
 
-    The floor keeps a dimension that hardly moves from being blown up by its own noise.
+    The floor keeps a dimension that hardly moves from being blown up by its own noise. epsilon: what openpi adds to a deviation, or to the
+    range of two quantiles, before it divides.
     """
     if kind == "z_score":
-        return stats.mean, np.maximum(stats.std, np.float32(floor))
+        return stats.mean, np.maximum((stats.std.astype(np.float64) + epsilon).astype(np.float32), np.float32(floor))
     if kind == "quantile":
-        half = np.maximum((stats.q99 - stats.q01) / np.float32(2), np.float32(floor))
-        return (stats.q99 + stats.q01) / np.float32(2), half
+        if not epsilon:
+            return (stats.q99 + stats.q01) / np.float32(2), np.maximum((stats.q99 - stats.q01) / np.float32(2), np.float32(floor))
+        half = np.maximum((stats.q99.astype(np.float64) - stats.q01 + epsilon) / 2, floor)
+        return (stats.q01 + half).astype(np.float32), half.astype(np.float32)
     raise ConfigError(f"normalization must be 'z_score' or 'quantile', found {kind!r}")
 
 
@@ -181,6 +184,7 @@ def make_chain(
     *,
     normalization: str,
     floor: float,
+    epsilon: float = 0.0,
     image_size: int,
     padded_state_dim: int,
     padded_action_dim: int,
@@ -195,7 +199,7 @@ def make_chain(
             raise ConfigError(f"norm stats of the {what} are {stats_width} wide, the embodiment's {what} is {width}; compute them anew")
     transforms = (
         DeltaActions(embodiment.delta_actions),
-        Normalize(*affine(stats.state, normalization, floor), *affine(stats.action, normalization, floor)),
+        Normalize(*affine(stats.state, normalization, floor, epsilon), *affine(stats.action, normalization, floor, epsilon)),
         PadDimensions(state_dim, action_dim, padded_state_dim, padded_action_dim),
     )
     return Chain(embodiment, transforms, tokenizer, image_size)

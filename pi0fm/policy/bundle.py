@@ -53,6 +53,7 @@ class PolicyConfig:
 
     demonstration_seeds: by task, the lowest and highest seed that its data set holds; an evaluation must not use them.
     camera_sources: by camera, where a simulator finds it (`corner2:96x96`). training: free facts about the run.
+    norm_epsilon: what is added to every deviation or range of quantiles, where the weights were trained so (openpi's 1e-6).
     padded_noise: the weights know noise in the dimensions that the robot lacks (released ones do); else these are held at 0.
     """
 
@@ -61,6 +62,7 @@ class PolicyConfig:
     embodiment: Embodiment
     normalization: str = "z_score"
     norm_floor: float = 1e-3
+    norm_epsilon: float = 0.0
     tokenizer: str = BYTES
     prompt_dialect: str = OPENPI
     execution_horizon: int = 8
@@ -79,6 +81,7 @@ class PolicyConfig:
             PromptTokenizer(loaded, self.model.max_prompt_tokens, self.model.state_input == "prompt", self.prompt_dialect),
             normalization=self.normalization,
             floor=self.norm_floor,
+            epsilon=self.norm_epsilon,
             image_size=self.model.vision.image_size,
             padded_state_dim=self.model.state_dim,
             padded_action_dim=self.model.action_dim,

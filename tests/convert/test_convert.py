@@ -16,6 +16,7 @@ from pi0fm.cli.main import main
 from pi0fm.convert.conversion import convert
 from pi0fm.convert.facts import ConvertConfig
 from pi0fm.convert.names import EMBEDDING, LM_HEAD
+from pi0fm.data.chain import Sample
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy import bundle
 from pi0fm.policy.robots import Robot
@@ -110,7 +111,7 @@ def refused(run, *arguments, **changes) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("peer", ["lerobot", "openpi"])
-def test_there_and_back_is_bit_identical(kind, peer, bundles, peers, enter, tmp_path):
+def test_there_and_back_is_bit_identical(kind, peer, bundles, peers, enter, character_tokenizer, tmp_path):
     result = enter(peers[kind, peer], num_flow_steps=4, execution_horizon=2, max_prompt_tokens=64)
     assert (result.kind, result.source) == (kind, peer)
     assert same_weights(bundles[kind], tmp_path / "bundle")
@@ -122,9 +123,8 @@ def test_there_and_back_is_bit_identical(kind, peer, bundles, peers, enter, tmp_
     assert dataclasses.replace(after.embodiment, name="robot") == before.embodiment
     assert (after.flow, after.normalization, after.execution_horizon) == (before.flow, before.normalization, before.execution_horizon)
     assert after.prompt_dialect == peer
-    for column in ("state", "action"):
-        for statistic in ("mean", "std", "q01", "q99") + (("min", "max") if peer == "lerobot" else ()):
-            assert np.array_equal(getattr(getattr(found, column), statistic), getattr(getattr(stats, column), statistic))
+    ours, theirs = before.chain(stats, str(character_tokenizer)).transforms[1], after.chain(found, str(character_tokenizer)).transforms[1]
+    assert all(np.allclose(value, vars(theirs)[name], rtol=1e-6, atol=1e-6) for name, value in vars(ours).items())
 
 
 def test_lerobots_files_alone_say_everything_but_the_heads(peers, bundles, tmp_path):
@@ -365,12 +365,58 @@ def test_a_bundle_of_bfloat16_opens_and_acts(openpi, enter, tmp_path, observatio
     assert np.isfinite(chunk.actions).all()
 
 
-def test_a_floor_is_written_into_the_statistics(small_policy, character_tokenizer, tmp_path):
-    """A peer knows no floor: without this a dimension that hardly moves would be scaled otherwise there."""
-    source = make(tmp_path / "bundle", "pi0", small_policy, character_tokenizer, norm_floor=2.5)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("changes", "epsilon"), [({"norm_floor": 2.5}, 0.0), ({"norm_floor": 0.0}, 1e-6)])
+def test_a_peer_scales_as_the_bundle_does(kind, changes, epsilon, small_policy, character_tokenizer, tmp_path):
+    """By openpi's own formulas, which add 1e-6 and know no floor, over raw states."""
+    source = make(tmp_path / "bundle", kind, small_policy, character_tokenizer, norm_epsilon=epsilon, **changes)
     convert(ConvertConfig(source=source, output_dir=tmp_path / "openpi", to="openpi", any_size=True))
-    found = json.loads((tmp_path / "openpi/assets/robot/norm_stats.json").read_text())["norm_stats"]["state"]["std"]
-    assert np.array_equal(np.float32(found), np.maximum(small_policy.stats.state.std, np.float32(2.5)))
+    tree = json.loads((tmp_path / "openpi/assets/robot/norm_stats.json").read_text())["norm_stats"]["state"]
+    stats = {name: np.float64(values) for name, values in tree.items()}
+    x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    if kind == "pi0":
+        expected = (x - stats["mean"]) / (stats["std"] + 1e-6)
+    else:
+        expected = (x - stats["q01"]) / (stats["q99"] - stats["q01"] + 1e-6) * 2 - 1
+    config, found = bundle.read(source)
+    ours = config.chain(found, str(character_tokenizer)).transforms[1].forward(Sample(x, None)).state
+    assert np.allclose(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_openpis_epsilon_is_honoured_for_weights_that_come_from_there(kind, peers, enter, tmp_path):
+    """Where it is most of a scale: a dimension that moves by a millionth, and one that never does."""
+    group = {"mean": [0.0, 1.0, 2.0, 3.0], "std": [1.0, 1e-6, 0.0, 2.0], "q01": [-1.0, 1.0, 2.0, 3.0], "q99": [1.0, 1.000001, 2.0, 9.0]}
+    files.write_json(tmp_path / "stats.json", {"norm_stats": {"state": group, "actions": {name: rows[:3] for name, rows in group.items()}}})
+    enter(peers[kind, "openpi"], norm_stats=tmp_path / "stats.json")
+    config, stats = bundle.read(tmp_path / "bundle")
+    assert (config.norm_epsilon, config.norm_floor) == (1e-6, 0.0)
+    low, high, std = (np.float32(group[name]).astype(np.float64) for name in ("q01", "q99", "std"))
+    scale = {"pi0": std + 1e-6, "pi05": (high - low + 1e-6) / 2}[kind]
+    normalize = config.chain(stats, str(tmp_path / "bundle/tokenizer")).transforms[1]
+    assert np.allclose(normalize.state_scale, scale, rtol=1e-6, atol=0)
+    if kind == "pi05":
+        at_low = normalize.forward(Sample(np.float32([group["q01"]]), None)).state
+        assert np.allclose(at_low[0, [0, 3]], -1, atol=1e-6)
+
+
+def test_lerobot_is_asked_by_names_that_it_can_read(small_policy, character_tokenizer, tmp_path, capsys):
+    """It hands a policy only what begins with `observation.`; what no file can say is said."""
+    robot = dataclasses.replace(
+        small_policy.config.embodiment, cameras={"base": "image", "wrist": "observation.images.left"}, state="observation.qpos"
+    )
+    for column in ("observation.qpos", "state"):
+        path = tmp_path / column
+        embodiment = dataclasses.replace(robot, state=column)
+        source = make(path / "bundle", "pi0", small_policy, character_tokenizer, embodiment=embodiment, prompt_dialect="lerobot")
+        convert(ConvertConfig(source=source, output_dir=path / "out", to="lerobot", any_size=True))
+        inputs = json.loads((path / "out/config.json").read_text())["input_features"]
+        assert list(inputs) == ["observation.images.base", "observation.images.left", "observation.state"]
+        said = capsys.readouterr().err
+        assert "name image as observation.images.base" in said
+        assert ("state as observation.state" in said) == (column == "state")
+        assert ("""--rename_map='{"observation.qpos": "observation.state"}'""" in said) == (column != "state")
+        assert "of a chunk of relative actions only the first is right there; type --policy.n_action_steps=1" in said
 
 
 def test_dimensions_that_the_robot_lacks_carry_no_noise_into_weights_that_never_saw_it(small_policy, character_tokenizer, tmp_path):

@@ -160,11 +160,15 @@ def test_openpis_loader_takes_an_export(kind, saved, converted, tmp_path):
     assert np.array_equal(Theirs(loaded, saved[0].before, saved[0].after).act(observation, noise), expected)
 
 
-def test_a_robot_narrower_than_the_network(kind, converted, tmp_path):
-    """pi0fm holds the dimensions that a robot lacks at 0, LeRobot lets noise flow there: an export makes it harmless."""
+def test_a_robot_narrower_than_the_network_with_names_of_its_own(kind, converted, tmp_path):
+    """pi0fm holds the dimensions that a robot lacks at 0, LeRobot lets noise flow there: an export makes it harmless.
+
+    LeRobot sees no column called `image`: it is asked under the camera's name.
+    """
     config, stats = bundle.read(converted)
     narrow = ColumnStats(**{name: getattr(stats.action, name)[:3] for name in stats.to_json()["action"]})
-    robot = dataclasses.replace(config.embodiment, robot_action_dim=3, delta_actions=())
+    names = {"cameras": {"base": "image", "wrist": "wrist_image"}, "state": "state"}
+    robot = dataclasses.replace(config.embodiment, robot_action_dim=3, delta_actions=(), **names)
     changed = dataclasses.replace(config, embodiment=robot, padded_noise=False, tokenizer=str(converted / "tokenizer"))
     bundle.save(tmp_path / "narrow", load_file(converted / "model.safetensors"), changed, dataclasses.replace(stats, action=narrow))
     convert(ConvertConfig(source=tmp_path / "narrow", output_dir=tmp_path / "lerobot", to="lerobot", any_size=True))
