@@ -41,15 +41,20 @@ def write_faults(path: Path) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it. Raises OutputError for a name that is no UTF-8, a link to nothing, and as `write_faults` does."""
+    """Make a folder, and those above it. Raises OutputError as `refuse_name` and `write_faults` do."""
+    refuse_name(path)
+    with write_faults(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_name(path: Path) -> None:
+    """Raise OutputError for a name that is no UTF-8, and for a link to nothing."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
         raise OutputError(f"a folder's name must be UTF-8, found {os.fsencode(path)!r}; choose another folder") from None
     if path.is_symlink() and not path.exists():
         raise OutputError(f"{path} is a link to {os.readlink(path)}, which is not there; make that folder, or choose another")
-    with write_faults(path):
-        path.mkdir(parents=True, exist_ok=True)
 
 
 def fsync_directory(path: Path) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0fm import progress
-from pi0fm.demos.encoding import EncodedEpisode, encode
-from pi0fm.demos.episode import Episode
-from pi0fm.demos.lerobot_writer import Layout, Written, write_segment
+from pi0fm.demos.demonstration import Demonstration
+from pi0fm.demos.encoding import EncodedDemonstration, encode
+from pi0fm.demos.lerobot_writer import Contents, Layout, write_segment
 
 FPS = 50
 EPISODE_FRAMES = 100
@@ -28,9 +28,9 @@ def write_dataset(root: Path, frames: int, size: int) -> None:
     names = tuple(f"x{number}" for number in range(WIDTH))
     layout = Layout(FPS, "drawn", names, names, {"base": (size, size)})
     episodes = -(-frames // EPISODE_FRAMES)
-    written = Written()
-    pending: list[EncodedEpisode] = []
-    encoded: list[EncodedEpisode] = []
+    written = Contents()
+    pending: list[EncodedDemonstration] = []
+    encoded: list[EncodedDemonstration] = []
     with progress.step("write a data set", episodes) as bar:
         for seed in range(episodes):
             if seed < DISTINCT_EPISODES:
@@ -38,11 +38,11 @@ def write_dataset(root: Path, frames: int, size: int) -> None:
             pending.append(encoded[seed % DISTINCT_EPISODES])
             bar.advance()
             if len(pending) == SEGMENT_EPISODES or seed + 1 == episodes:
-                written, _ = write_segment(root, layout, written, pending)
+                written = write_segment(root, layout, written, pending)
                 pending = []
 
 
-def draw_episode(seed: int, size: int) -> Episode:
+def draw_episode(seed: int, size: int) -> Demonstration:
     """One episode, a function of its seed."""
     random = np.random.default_rng(seed)
     time = np.arange(EPISODE_FRAMES) / FPS
@@ -51,7 +51,7 @@ def draw_episode(seed: int, size: int) -> Episode:
     pictures = np.stack([_with_gripper(table, point) for point in path])
     state = np.concatenate([path, np.gradient(path, axis=0)], axis=1).astype(np.float32)
     action = np.roll(state, -1, axis=0)
-    return Episode("push", PROMPT, seed, {"base": pictures}, state, action)
+    return Demonstration("push", PROMPT, seed, {"base": pictures}, state, action)
 
 
 def _table(random: np.random.Generator, size: int) -> NDArray[np.uint8]:

@@ -14,21 +14,20 @@ from contextlib import contextmanager
 
 from pi0fm.cluster.runtime import ONE_THREAD, ray_session, require_resources
 from pi0fm.demos.config import DemosConfig
-from pi0fm.demos.encoding import EncodedEpisode
+from pi0fm.demos.encoding import EncodedDemonstration
 from pi0fm.demos.interrupt import sigterm_interrupts
-from pi0fm.demos.record import Submit, record, simulate, submit_here
+from pi0fm.demos.record import Submit, record, record_here, simulate
 
 EPISODES_AHEAD = 2  # for each actor: one runs and one waits; more would only fill the object store
 
 
 def record_demonstrations(config: DemosConfig) -> dict[str, object]:
-    """`demos.record` with `config.num_workers` Ray actors of one core each, or in this process when that is 0.
+    """`demos.record.record` with `config.num_workers` Ray actors of one core each, or in this process when that is 0.
 
     SIGTERM acts like Ctrl-C meanwhile. Raises ConfigError when Ray has fewer cores than that, and what `record` raises.
     """
     if config.num_workers == 0:
-        with sigterm_interrupts():
-            return record(config, submit_here(config), window=1)
+        return record_here(config)
     # inside Ray's session: Ray takes the signal for itself when it starts
     with ray_session(config.ray_address), sigterm_interrupts(), simulators(config) as submit:
         return record(config, submit, window=EPISODES_AHEAD * config.num_workers)
@@ -37,7 +36,7 @@ def record_demonstrations(config: DemosConfig) -> dict[str, object]:
 class Simulator:
     """What an actor runs; it keeps its environments from one episode to the next."""
 
-    def episode(self, config: DemosConfig, task: str, seed: int) -> EncodedEpisode | None:
+    def episode(self, config: DemosConfig, task: str, seed: int) -> EncodedDemonstration | None:
         """One attempt of the expert."""
         return simulate(config, task, seed)
 
@@ -52,7 +51,7 @@ def simulators(config: DemosConfig) -> Iterator[Submit]:
     actors = [kind.remote() for _ in range(config.num_workers)]
     turn = itertools.cycle(actors)
 
-    def submit(task: str, seed: int) -> functools.partial[EncodedEpisode | None]:
+    def submit(task: str, seed: int) -> functools.partial[EncodedDemonstration | None]:
         return functools.partial(_wait, next(turn).episode.remote(config, task, seed))
 
     try:
@@ -62,12 +61,12 @@ def simulators(config: DemosConfig) -> Iterator[Submit]:
             ray.kill(actor)
 
 
-def _wait(reference: object) -> EncodedEpisode | None:
+def _wait(reference: object) -> EncodedDemonstration | None:
     """The episode, or the fault as the simulator raised it: a Pi0fmError arrives as itself, so the user reads its line."""
     import ray
 
     try:
-        episode: EncodedEpisode | None = ray.get(reference)
+        episode: EncodedDemonstration | None = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, Exception):
             raise error.cause from None

@@ -1,17 +1,19 @@
 """A LeRobot data set that opens at every moment of its recording.
 
-Owns: the published folder and the one that is being written. Does not know: the files' format, where episodes come from.
+Owns: the published folder, its replacement, the lock, the check that it is undamaged. Does not know: the files' format, where episodes come
+from.
 
-Rows, videos and metadata of a data set must change together. So episodes go, a segment of ten at a time, into a copy beside the data
-set, and the finished copy takes the place of the data set in one step:
+Rows, videos and metadata of a data set must change together. So episodes are added, a segment of ten at a time, to a copy beside the data
+set, and the finished copy replaces the data set in one step:
 
-    ROOT/                    the data set, always whole                 <──┐ swapped (renameat2 EXCHANGE)
-    .NAME.recording/next/    hard links to ROOT's files + new segment   ───┘ fsynced, then
-    .NAME.recording/lock     held while a process records; the system drops it when that process dies
+    ROOT/                        the data set, always whole                 <──┐ exchanged (renameat2) once its files are synced
+    .ROOT.HOST-RANDOM/           hard links to ROOT's files + new segment   ───┘
+    .ROOT.recording/lock         held while a process records; the system drops it when that process dies
+    .ROOT.recording/previous/    the former data set, until it is removed
 A segment only adds files, and replaces the few small ones in meta/ by new ones: no file that is linked ever changes.
 """
 
-import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -21,57 +23,60 @@ from typing import Any, Self
 
 from pyarrow import parquet
 
+from pi0fm import files
 from pi0fm.demos.config import DemosConfig
-from pi0fm.demos.encoding import EncodedEpisode
-from pi0fm.demos.lerobot_writer import Layout, Written, read_written, write_segment
-from pi0fm.demos.swap import swap_directories
-from pi0fm.files import fsync_directory, write_json
+from pi0fm.demos.encoding import EncodedDemonstration
+from pi0fm.demos.lerobot_writer import Contents, Layout, read_contents, write_segment
 from pi0fm.sim import catalog
-from pi0fm_client.errors import OutputError
+from pi0fm_client.errors import DatasetError, OutputError
 
 SEGMENT_EPISODES = 10
 SETTINGS_FILE = "meta/pi0fm_recording.json"
+HASHED = ("data", "videos", "meta/episodes")  # folders whose files never change
 
 
 class Recording:
     """A data set under construction; `with Recording(root, config) as recording: recording.add(episode)`."""
 
     def __init__(self, root: Path, config: DemosConfig) -> None:
-        """Raises OutputError when `root` holds something else, other settings, or is being recorded by another process."""
-        self.root = root.absolute()
+        files.refuse_name(root)
+        self.root = root.resolve()  # of a link its target: an exchange would replace the link
         self._config = config
         self._work = self.root.parent / f".{self.root.name}.recording"
         self._settings = recording_settings(config)
         self._layout = layout_of(config)
-        self._written = Written()  # what `root` holds
-        self._pending: list[EncodedEpisode] = []
+        self._published = Contents()
+        self._hashes: dict[str, str] = {}
+        self._pending: list[EncodedDemonstration] = []
         self._lock = -1
         self._seeds: dict[str, list[int]] = {task: [] for task in config.task_names}
 
     def __enter__(self) -> Self:
+        """Raises DatasetError for a damaged recording.
+
+        Raises OutputError for a root that cannot be written, holds something else or other settings, or is recorded by another process.
+        """
         refuse_foreign(self.root, self._settings)
-        self._work.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self._work / "lock", os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise OutputError(f"{self.root} is being recorded by another process; wait for it, or choose another --dataset.root") from None
-        try:
-            self._mend()
-            refuse_foreign(self.root, self._settings)
-            if (self.root / SETTINGS_FILE).exists():
-                self._read_what_is_there()
-        except BaseException:
-            self._leave()
-            raise
+        if is_mount_point(self.root):
+            raise OutputError(f"{self.root} is a mount point, which nothing can replace; type --dataset.root {self.root / 'set'}")
+        files.make_folder(self.root.parent)
+        with files.write_faults(self.root):
+            self._acquire()
+            try:
+                self._restore_previous()
+                refuse_foreign(self.root, self._settings)
+                if (self.root / SETTINGS_FILE).exists():
+                    self._read_published()
+            except BaseException:
+                self._release()
+                raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             self.publish()
         finally:
-            self._leave()
+            self._release()
 
     @property
     def episodes(self) -> int:
@@ -81,13 +86,13 @@ class Recording:
     @property
     def frames(self) -> int:
         """Frames in the data set, those of the unpublished segment too."""
-        return self._written.frames + sum(len(episode.action) for episode in self._pending)
+        return self._published.frames + sum(len(episode.action) for episode in self._pending)
 
     def seeds(self, task: str) -> tuple[int, ...]:
         """The seeds of `task` that are kept, in order."""
         return tuple(self._seeds[task])
 
-    def add(self, episode: EncodedEpisode) -> None:
+    def add(self, episode: EncodedDemonstration) -> None:
         """Take one episode; every tenth publishes."""
         self._pending.append(episode)
         self._seeds[episode.task].append(episode.seed)
@@ -95,48 +100,72 @@ class Recording:
             self.publish()
 
     def publish(self) -> None:
-        """Make every added episode part of the data set at `root`; nothing happens when there is none.
+        """Make every added episode part of the data set at `root`; nothing happens when there is none. Raises OutputError on a full disk.
 
-        One that Ctrl-C cuts short is done again, from the start, by `__exit__`: nothing is kept of the first attempt, unless the swap was
-        its last act.
+        One that Ctrl-C cuts short is done again, from the start, by `__exit__`: nothing is kept of the first attempt, unless the exchange
+        was its last act.
         """
         if not self._pending:
             return
-        self._mend()
+        self._restore_previous()
         if published_episodes(self.root) == self.episodes:
-            self._written, self._pending = read_written(self.root, self._layout), []
+            self._published, self._pending = read_contents(self.root, self._layout), []
             return
-        folder = self._work / "next"
-        shutil.rmtree(folder, ignore_errors=True)
-        link_tree(self.root, folder)
-        written, files = write_segment(folder, self._layout, self._written, self._pending)
-        write_json(folder / SETTINGS_FILE, self._settings)
-        for file in files:
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        swap_directories(folder, self.root, aside=self._work / "previous")
-        self._written, self._pending = written, []
-        fsync_directory(self.root.parent)
+        previous = self._work / "previous"
+        shutil.rmtree(previous, ignore_errors=True)
+        with files.write_faults(self.root):
+            with files.new_directory(self.root, older=previous) as folder:
+                link_tree(self.root, folder)
+                published = write_segment(folder, self._layout, self._published, self._pending)
+                self._hashes |= hash_files(folder, known=self._hashes)
+                files.write_json(folder / SETTINGS_FILE, self._settings | {"files": self._hashes})
+            self._published, self._pending = published, []
+            shutil.rmtree(previous, ignore_errors=True)
 
-    def _mend(self) -> None:
-        """After an end between the two renames of a file system that cannot swap, the data set lies aside."""
+    def _acquire(self) -> None:
+        """Lock the file that `_work` holds: a process that ends removes it, and another may have made a new one since it was opened."""
+        while self._lock < 0:
+            self._work.mkdir(exist_ok=True)
+            path = self._work / "lock"
+            try:
+                lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+            except FileNotFoundError:
+                continue  # the folder was removed since
+            if files.try_lock(lock) is False:
+                os.close(lock)
+                raise OutputError(f"{self.root} is being recorded by another process; wait for it, or choose another --dataset.root")
+            if path.exists() and path.stat().st_ino == os.fstat(lock).st_ino:
+                self._lock = lock
+            else:
+                os.close(lock)
+
+    def _release(self) -> None:
+        self._restore_previous()
+        shutil.rmtree(self._work, ignore_errors=True)
+        os.close(self._lock)
+        self._lock = -1
+
+    def _restore_previous(self) -> None:
+        """After an end between the renames of a file system without exchange, the data set is at `previous`."""
         previous = self._work / "previous"
         if previous.exists() and not self.root.exists():
             previous.rename(self.root)
 
-    def _leave(self) -> None:
-        self._mend()
-        shutil.rmtree(self._work, ignore_errors=True)
-        os.close(self._lock)
-
-    def _read_what_is_there(self) -> None:
-        kept = read_seeds(self.root, {prompt: task for task, prompt in self._settings["prompts"].items()})
+    def _read_published(self) -> None:
+        self._hashes = refuse_damaged(self.root)
+        try:
+            kept = read_seeds(self.root, {prompt: task for task, prompt in self._settings["prompts"].items()})
+            self._published = read_contents(self.root, self._layout)
+        except (OSError, ValueError, KeyError) as error:  # pyarrow's and JSON's errors are of these
+            raise DatasetError(damage(self.root, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")) from None
+        counted = sum(len(seeds) for seeds in kept.values())
+        if counted != self._published.episodes:
+            raise DatasetError(damage(self.root, f"meta/info.json counts {self._published.episodes} episodes, its rows are of {counted}"))
         for task, seeds in kept.items():
             if len(seeds) > self._config.episodes:
                 found = f"{self.root} already holds {len(seeds)} episodes of {task}, more than episodes={self._config.episodes}"
                 raise OutputError(f"{found}; ask for more, or choose another --dataset.root")
             self._seeds[task] = seeds
-        self._written = read_written(self.root, self._layout)
 
 
 def recording_settings(config: DemosConfig) -> dict[str, Any]:
@@ -153,9 +182,9 @@ def recording_settings(config: DemosConfig) -> dict[str, Any]:
 
 def refuse_foreign(root: Path, settings: dict[str, Any]) -> None:
     """Raise OutputError unless `root` is missing, empty, or a recording with these settings."""
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return
     try:
+        if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+            return
         there = json.loads((root / SETTINGS_FILE).read_text())
     except (OSError, ValueError):
         raise OutputError(
@@ -167,6 +196,43 @@ def refuse_foreign(root: Path, settings: dict[str, Any]) -> None:
             found, asked = (", ".join(x) if isinstance(x, dict | list) else x for x in (there.get(name), value))
             difference = f"{root} was recorded with {shown}={found}, but {shown}={asked} is asked for"
             raise OutputError(f"{difference}; give the same settings, or choose another --dataset.root")
+
+
+def refuse_damaged(root: Path) -> dict[str, str]:
+    """SHA-256 by file, of the files that were published with one. Raises DatasetError for one that is missing or has another."""
+    known: dict[str, str] = json.loads((root / SETTINGS_FILE).read_text()).get("files", {})
+    for name, digest in known.items():
+        if not (root / name).is_file():
+            raise DatasetError(damage(root, f"{name} is missing"))
+        if sha256(root / name) != digest:
+            raise DatasetError(damage(root, f"{name} is not what was recorded"))
+    return known
+
+
+def damage(root: Path, found: str) -> str:
+    """The line for a recording that must not grow."""
+    return f"a damaged recording does not go on: of {root} {found}; restore it from a copy, or choose another --dataset.root"
+
+
+def hash_files(root: Path, known: dict[str, str]) -> dict[str, str]:
+    """SHA-256 of every file that never changes and is not `known`."""
+    found = (path for folder in HASHED for path in sorted((root / folder).rglob("*")) if path.is_file())
+    return {name: sha256(path) for path in found if (name := path.relative_to(root).as_posix()) not in known}
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_mount_point(path: Path) -> bool:
+    """Whether a file system is mounted at `path`, by a bind too."""
+    if path.is_mount():
+        return True
+    table = Path("/proc/self/mountinfo")
+    mounted = [line.split()[4] for line in table.read_text().splitlines()] if table.is_file() else []
+    return str(path) in [name.encode().decode("unicode_escape") for name in mounted]  # a space is written \040
 
 
 def layout_of(config: DemosConfig) -> Layout:
@@ -196,8 +262,7 @@ def read_seeds(root: Path, task_of_prompt: dict[str, str]) -> dict[str, list[int
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Copy a folder, which may be missing, without copying what its files hold: hard links."""
-    target.mkdir(parents=True)
+    """Copy a folder, which may be missing, into another without copying what its files hold: hard links."""
     for file in source.rglob("*"):
         copy = target / file.relative_to(source)
         if file.is_dir():

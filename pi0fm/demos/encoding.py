@@ -20,7 +20,7 @@ import av.video
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm.demos.episode import Episode
+from pi0fm.demos.demonstration import Demonstration
 from pi0fm.demos.statistics import Statistics, of_pictures
 from pi0fm_client.errors import OutputError
 
@@ -45,8 +45,8 @@ class Video:
 
 
 @dataclass(frozen=True)
-class EncodedEpisode:
-    """An `Episode` ready to be stored. videos: by camera name. state: float32 [T, S]. action: float32 [T, A]."""
+class EncodedDemonstration:
+    """A `Demonstration` ready to be stored. videos: by camera name. state: float32 [T, S]. action: float32 [T, A]."""
 
     task: str
     prompt: str
@@ -56,10 +56,10 @@ class EncodedEpisode:
     action: NDArray[np.float32]
 
 
-def encode(episode: Episode, fps: int) -> EncodedEpisode:
+def encode(episode: Demonstration, fps: int) -> EncodedDemonstration:
     """Encode every camera, on one thread: the bytes are a function of the pictures and `fps`, whichever process works."""
     videos = {name: Video(encode_pictures(pictures, fps), of_pictures(pictures)) for name, pictures in episode.images.items()}
-    return EncodedEpisode(episode.task, episode.prompt, episode.seed, videos, episode.state, episode.action)
+    return EncodedDemonstration(episode.task, episode.prompt, episode.seed, videos, episode.state, episode.action)
 
 
 def encode_pictures(pictures: NDArray[np.uint8], fps: int) -> bytes:

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pi0fm.demos.encoding import CODEC, EncodedEpisode, join_videos
+from pi0fm.demos.encoding import CODEC, EncodedDemonstration, join_videos
 from pi0fm.demos.statistics import NAMES, Statistics, of_columns, union
 from pi0fm.files import write_bytes, write_json
 
@@ -31,7 +31,7 @@ CHUNK_FILES = 1000
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-_PARQUET: Mapping[str, Any] = {"compression": "snappy", "use_dictionary": True}
+_PARQUET: Mapping[str, Any] = {"compression": "snappy", "use_dictionary": True, "write_page_checksum": True}
 _COUNTERS: Mapping[str, Any] = {
     "timestamp": {"dtype": "float32", "shape": [1], "names": None},
     "frame_index": {"dtype": "int64", "shape": [1], "names": None},
@@ -72,7 +72,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Written:
+class Contents:
     """What a data set holds, as far as the next segment needs it.
 
     file: number of the next file. columns: every frame, by feature, [N, D]. pictures: statistics by video feature.
@@ -95,15 +95,16 @@ def video_key(camera: str) -> str:
     return f"observation.images.{camera}"
 
 
-def read_written(root: Path, layout: Layout) -> Written:
+def read_contents(root: Path, layout: Layout) -> Contents:
     """What the data set at `root` holds, whether this module or LeRobot wrote it."""
     info = json.loads((root / "meta/info.json").read_text())
     stats = json.loads((root / "meta/stats.json").read_text())
     names = list(layout.columns)
-    table = pa.concat_tables(pq.ParquetFile(path).read(columns=names) for path in (root / "data").glob("*/*.parquet")).sort_by("index")
+    found = [pq.ParquetFile(path, page_checksum_verification=True) for path in (root / "data").glob("*/*.parquet")]
+    table = pa.concat_tables(file.read(columns=names) for file in found).sort_by("index")
     words = pq.read_table(root / "meta/tasks.parquet").sort_by("task_index")
     pictures = {key: {name: np.array(stats[key][name]) for name in NAMES} for key in map(video_key, layout.cameras)}
-    return Written(
+    return Contents(
         episodes=info["total_episodes"],
         file=_next_file(root),
         tasks=tuple(words["task"].to_pylist()),
@@ -112,8 +113,8 @@ def read_written(root: Path, layout: Layout) -> Written:
     )
 
 
-def write_segment(root: Path, layout: Layout, before: Written, episodes: Sequence[EncodedEpisode]) -> tuple[Written, list[Path]]:
-    """Add `episodes` to the data set at `root`, which holds `before`; what it holds then, and the files that are new.
+def write_segment(root: Path, layout: Layout, before: Contents, episodes: Sequence[EncodedDemonstration]) -> Contents:
+    """Add `episodes` to the data set at `root`, which holds `before`; what it holds then.
 
     Raises OutputError when the episodes' videos do not fit together.
     """
@@ -132,23 +133,21 @@ def write_segment(root: Path, layout: Layout, before: Written, episodes: Sequenc
         offset += len(episode.action)
     everything = [before.columns, *rows] if before.columns else rows
     columns = {name: np.concatenate([part[name] for part in everything]) for name in layout.columns}
-    after = Written(before.episodes + len(episodes), before.file + 1, tasks, columns, pictures)
+    after = Contents(before.episodes + len(episodes), before.file + 1, tasks, columns, pictures)
 
-    data = root / DATA_PATH.format(chunk_index=chunk, file_index=file)
-    described = root / EPISODES_PATH.format(chunk_index=chunk, file_index=file)
-    _write_tables(data, [pa.table([_arrow(row[name], layout.columns[name]) for name in row], schema=_schema(layout)) for row in rows])
-    _write_tables(described, [pa.Table.from_pydict({name: [line[name] for line in lines] for name in lines[0]})])
-    new = [data, described]
+    tables = [pa.table([_arrow(row[name], layout.columns[name]) for name in row], schema=_schema(layout)) for row in rows]
+    _write_tables(root / DATA_PATH.format(chunk_index=chunk, file_index=file), tables)
+    table = pa.Table.from_pydict({name: [line[name] for line in lines] for name in lines[0]})
+    _write_tables(root / EPISODES_PATH.format(chunk_index=chunk, file_index=file), [table])
     for camera in layout.cameras:
         path = root / VIDEO_PATH.format(video_key=video_key(camera), chunk_index=chunk, file_index=file)
         path.parent.mkdir(parents=True, exist_ok=True)
         join_videos(path, [episode.videos[camera].content for episode in episodes], layout.fps)
-        new.append(path)
     _write_meta(root, layout, after)
-    return after, new
+    return after
 
 
-def _rows(episode: EncodedEpisode, number: int, offset: int, task: int, fps: int) -> dict[str, NDArray[Any]]:
+def _rows(episode: EncodedDemonstration, number: int, offset: int, task: int, fps: int) -> dict[str, NDArray[Any]]:
     """The columns of one episode, each [T, D], in the order of the file."""
     length = len(episode.action)
     frame = np.arange(length)[:, None]
@@ -165,7 +164,7 @@ def _rows(episode: EncodedEpisode, number: int, offset: int, task: int, fps: int
 
 
 def _episode_line(
-    episode: EncodedEpisode, number: int, place: tuple[int, int], rows: Mapping[str, NDArray[Any]], begins: float, layout: Layout
+    episode: EncodedDemonstration, number: int, place: tuple[int, int], rows: Mapping[str, NDArray[Any]], begins: float, layout: Layout
 ) -> dict[str, Any]:
     """The episode's row of meta/episodes. place: chunk and file; begins: seconds from the start of the videos."""
     length = len(episode.action)
@@ -182,7 +181,7 @@ def _episode_line(
     return line | {"meta/episodes/chunk_index": place[0], "meta/episodes/file_index": place[1]}
 
 
-def _write_meta(root: Path, layout: Layout, written: Written) -> None:
+def _write_meta(root: Path, layout: Layout, written: Contents) -> None:
     """Statistics are exact over all frames, where LeRobot's quantiles are means of the episodes'; pictures' are joined as LeRobot does."""
     info = {
         "codebase_version": "v3.0",

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from pi0fm import progress
 from pi0fm.demos.config import DemosConfig
 from pi0fm.demos.dataset import Recording
-from pi0fm.demos.encoding import EncodedEpisode, encode
-from pi0fm.demos.episode import record_episode
+from pi0fm.demos.demonstration import record_demonstration
+from pi0fm.demos.encoding import EncodedDemonstration, encode
+from pi0fm.demos.interrupt import sigterm_interrupts
 from pi0fm.sim import catalog
 from pi0fm.sim.environment import CameraSpec, Environment
 from pi0fm_client.errors import SimulationError
 
-Submit = Callable[[str, int], Callable[[], EncodedEpisode | None]]
+Submit = Callable[[str, int], Callable[[], EncodedDemonstration | None]]
 """(task, seed) -> a call that waits for the episode, encoded."""
 HOPELESS_FAILURES = 20
 _ENVIRONMENTS_KEPT = 2
@@ -53,12 +54,12 @@ def record(config: DemosConfig, submit: Submit, window: int) -> dict[str, object
         }
 
 
-def _successes(task: str, config: DemosConfig, recording: Recording, submit: Submit, window: int) -> Iterator[EncodedEpisode]:
+def _successes(task: str, config: DemosConfig, recording: Recording, submit: Submit, window: int) -> Iterator[EncodedDemonstration]:
     """The episodes that `task` still lacks, in seed order."""
     seeds = recording.seeds(task)
     wanted = config.episodes - len(seeds)
     next_seed = seeds[-1] + 1 if seeds else config.first_seed
-    ahead: deque[Callable[[], EncodedEpisode | None]] = deque()
+    ahead: deque[Callable[[], EncodedDemonstration | None]] = deque()
     failures = 0
     while wanted > 0:
         while len(ahead) < min(window, wanted):
@@ -75,14 +76,15 @@ def _successes(task: str, config: DemosConfig, recording: Recording, submit: Sub
             raise SimulationError(f"the expert of {task} failed {failures} times in a row; {advice}")
 
 
-def submit_here(config: DemosConfig) -> Submit:
-    """Simulate and encode in the calling process, when the episode is asked for."""
-    return lambda task, seed: functools.partial(simulate, config, task, seed)
+def record_here(config: DemosConfig) -> dict[str, object]:
+    """`record`, simulating in this process; SIGTERM acts like Ctrl-C meanwhile."""
+    with sigterm_interrupts():
+        return record(config, lambda task, seed: functools.partial(simulate, config, task, seed), window=1)
 
 
-def simulate(config: DemosConfig, task: str, seed: int) -> EncodedEpisode | None:
-    """`record_episode` and `encode`, in an environment that this process keeps: building one takes longer than some episodes."""
-    episode = record_episode(_environment(task, config.camera_specs, config.step_limit), seed, config.noise)
+def simulate(config: DemosConfig, task: str, seed: int) -> EncodedDemonstration | None:
+    """`record_demonstration` and `encode`, in an environment that this process keeps: building one takes longer than some episodes."""
+    episode = record_demonstration(_environment(task, config.camera_specs, config.step_limit), seed, config.noise)
     return None if episode is None else encode(episode, config.control_rate)
 
 

@@ -4,7 +4,7 @@ import pytest
 from demos_help import config, submit
 
 from pi0fm.cluster.runtime import ray_session
-from pi0fm.demos.encoding import EncodedEpisode
+from pi0fm.demos.encoding import EncodedDemonstration
 from pi0fm.demos.record import record
 from pi0fm_client.errors import ConfigError
 
@@ -19,7 +19,7 @@ def test_no_more_than_the_window_is_in_flight_and_seeds_are_taken_in_order(tmp_p
         flying.append(seed)
         most = max(most, len(flying))
 
-        def wait() -> EncodedEpisode | None:
+        def wait() -> EncodedDemonstration | None:
             flying.remove(seed)
             taken.append(seed)
             return submit(task, seed)()

@@ -7,8 +7,6 @@ from demos_help import config, submit
 
 from pi0fm.demos.dataset import SETTINGS_FILE, Recording, read_seeds
 from pi0fm.demos.record import record
-from pi0fm.demos.swap import swap_directories
-from pi0fm.files import exchange
 from pi0fm.sim import catalog
 from pi0fm_client.errors import ConfigError, OutputError, SimulationError
 
@@ -121,18 +119,6 @@ def test_a_hopeless_expert_is_given_up(tmp_path: Path) -> None:
 def test_options_out_of_range(tmp_path: Path, change: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         config(tmp_path, **change)
-
-
-def test_swap(tmp_path: Path) -> None:
-    new, current = tmp_path / "new", tmp_path / "current"
-    for path in (new, current):
-        path.mkdir()
-        (path / "name").write_text(path.name)
-    assert exchange(new, current)
-    assert (new / "name").read_text() == "current"
-    assert exchange(new, current)
-    swap_directories(new, current, tmp_path / "aside")
-    assert (current / "name").read_text() == "new" and sorted(path.name for path in tmp_path.iterdir()) == ["current"]
 
 
 def test_the_settings_are_readable(recorded: Path) -> None:

@@ -23,7 +23,7 @@ BROKEN_BY = {
     "accelerate": [("pi0fm.train.loop", "accelerate")],
     "peft": [("pi0fm.train.start.adaptation", "peft"), ("pi0fm.models.pi0", "peft")],
     "lerobot": [("pi0fm.convert.lerobot", "lerobot"), ("pi0fm.data.loading.loader", "lerobot")],
-    "simulators": [("pi0fm.eval.rollout", "mujoco"), ("pi0fm.demos.episode", "metaworld")],
+    "simulators": [("pi0fm.eval.rollout", "mujoco"), ("pi0fm.demos.demonstration", "metaworld")],
     "shared nouns": [("pi0fm.files", "torch"), ("pi0fm.cli.main", "ray"), ("pi0fm.options", "pi0fm.models.pi0")],
     "robot's client": [("pi0fm_client.client", "torch"), ("pi0fm_client.wire", "pi0fm.files")],
 }

@@ -22,9 +22,9 @@ from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
 from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.demos.config import DemosConfig
 from pi0fm.demos.dataset import SETTINGS_FILE, Recording, layout_of, read_seeds
+from pi0fm.demos.demonstration import Demonstration
 from pi0fm.demos.encoding import CODEC, encode
-from pi0fm.demos.episode import Episode
-from pi0fm.demos.lerobot_writer import CHUNK_FILES, Written, write_segment
+from pi0fm.demos.lerobot_writer import CHUNK_FILES, Contents, write_segment
 from pi0fm.demos.record import record
 from pi0fm.sim import catalog
 
@@ -39,7 +39,7 @@ def settings(root: Path) -> DemosConfig:
     return config(root, episodes=6, cameras="base=corner2:32x48,wrist=gripperPOV:32x48")
 
 
-def demonstrations() -> list[Episode]:
+def demonstrations() -> list[Demonstration]:
     """Six of each task; the wrist sees what the base sees, backwards in time."""
     found = []
     for number, length in enumerate(LENGTHS):
@@ -55,7 +55,7 @@ def lerobot_options() -> dict[str, Any]:
     return how | {"rgb_encoder": RGBEncoderConfig(**CODEC), "video_backend": "pyav"}
 
 
-def add(data: Any, one: Episode) -> None:
+def add(data: Any, one: Demonstration) -> None:
     for row, (state, action) in enumerate(zip(one.state, one.action, strict=True)):
         images = {f"observation.images.{name}": frames[row] for name, frames in one.images.items()}
         data.add_frame({"observation.state": state, "action": action, "seed": np.array([one.seed], np.int64), "task": one.prompt, **images})
@@ -246,9 +246,9 @@ def test_our_reader_sees_what_lerobots_sees(ours: Path, tmp_path: Path) -> None:
 def test_the_chunk_after_the_thousandth_file(tmp_path: Path) -> None:
     layout = layout_of(config(tmp_path))
     episodes = [encoded("reach-v3", seed) for seed in range(4)]
-    after, _ = write_segment(tmp_path, layout, Written(file=CHUNK_FILES - 1), episodes[:2])
-    after, files = write_segment(tmp_path, layout, after, episodes[2:])
-    assert files[0] == tmp_path / "data/chunk-001/file-000.parquet" and after.file == CHUNK_FILES + 1
+    after = write_segment(tmp_path, layout, Contents(file=CHUNK_FILES - 1), episodes[:2])
+    after = write_segment(tmp_path, layout, after, episodes[2:])
+    assert (tmp_path / "data/chunk-001/file-000.parquet").is_file() and after.file == CHUNK_FILES + 1
     data = opened(tmp_path)
     assert len(data) == 32 and data.meta.get_video_file_path(0, CAMERAS[0]).as_posix() == f"videos/{CAMERAS[0]}/chunk-000/file-999.mp4"
     assert [int(item["seed"]) for item in data] == np.repeat(range(4), 8).tolist()

@@ -8,8 +8,8 @@ import numpy as np
 
 from pi0fm import options
 from pi0fm.demos.config import DemosConfig
-from pi0fm.demos.encoding import EncodedEpisode, encode
-from pi0fm.demos.episode import Episode
+from pi0fm.demos.demonstration import Demonstration
+from pi0fm.demos.encoding import EncodedDemonstration, encode
 from pi0fm.sim import catalog
 
 
@@ -24,11 +24,11 @@ def config(root: Path, **changes: Any) -> DemosConfig:
     return options.decode(DemosConfig, tree | changes)
 
 
-def episode(task: str, seed: int, length: int = 8) -> Episode:
+def episode(task: str, seed: int, length: int = 8) -> Demonstration:
     random = np.random.default_rng([seed, len(task)])
     coarse = random.integers(0, 255, (length, 6, 4, 3), np.uint8)
     images = coarse.repeat(8, axis=1).repeat(8, axis=2)
-    return Episode(
+    return Demonstration(
         task,
         catalog.prompt_of(task),
         seed,
@@ -38,10 +38,10 @@ def episode(task: str, seed: int, length: int = 8) -> Episode:
     )
 
 
-def encoded(task: str, seed: int, length: int = 8) -> EncodedEpisode:
+def encoded(task: str, seed: int, length: int = 8) -> EncodedDemonstration:
     return encode(episode(task, seed, length), catalog.find(task)[0].fps)
 
 
-def submit(task: str, seed: int) -> Callable[[], EncodedEpisode | None]:
+def submit(task: str, seed: int) -> Callable[[], EncodedDemonstration | None]:
     """Every seed that ends in 6 fails."""
     return lambda: None if seed % 10 == 6 else encoded(task, seed)

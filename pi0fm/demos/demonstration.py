@@ -1,6 +1,6 @@
 """One demonstration: a scripted expert with noise on what is executed.
 
-Owns: `Episode`, the noise, the clean-action rule. Does not know: which simulator, who stores the episode, Ray.
+Owns: `Demonstration`, the noise, the clean-action rule. Does not know: which simulator, who stores the episode, Ray.
 Shape letters: T steps, A action dim, S state dim.
 """
 
@@ -14,7 +14,7 @@ from pi0fm.sim.environment import Environment
 
 
 @dataclass(frozen=True)
-class Episode:
+class Demonstration:
     """A successful demonstration; row t is what was seen before step t, and what the expert wanted then.
 
     images: by camera name, uint8 [T, height, width, 3]. state: float32 [T, S]. action: float32 [T, A], without noise.
@@ -28,7 +28,7 @@ class Episode:
     action: NDArray[np.float32]
 
 
-def record_episode(environment: Environment, seed: int, noise: float) -> Episode | None:
+def record_demonstration(environment: Environment, seed: int, noise: float) -> Demonstration | None:
     """Let the expert act from the start that `seed` gives; None when it does not succeed within `max_steps`.
 
         observe ── expert ── clean action ──┬── stored
@@ -45,7 +45,7 @@ def record_episode(environment: Environment, seed: int, noise: float) -> Episode
         if result.success:
             images = {camera.name: np.stack([seen.images[camera.name] for seen in observations]) for camera in environment.cameras}
             state = np.stack([seen.state for seen in observations])
-            return Episode(environment.task, environment.prompt, seed, images, state, np.stack(actions))
+            return Demonstration(environment.task, environment.prompt, seed, images, state, np.stack(actions))
         if result.done:
             break
     return None

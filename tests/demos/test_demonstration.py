@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pi0fm.demos.episode import noise_at, record_episode
+from pi0fm.demos.demonstration import noise_at, record_demonstration
 from pi0fm.sim.environment import CameraSpec, Environment, StepResult
 from pi0fm_client.types import Observation
 
@@ -40,7 +40,7 @@ class Counting(Environment):
 
 def test_the_clean_action_is_stored_and_the_noisy_one_executed() -> None:
     environment = Counting(6)
-    episode = record_episode(environment, seed=4, noise=0.3)
+    episode = record_demonstration(environment, seed=4, noise=0.3)
     assert episode is not None
     assert (episode.action == environment.expert_action()).all()
     expected = [np.clip(environment.expert_action() + 0.3 * noise_at(4, step, 4), -1, 1) for step in range(6)]
@@ -50,7 +50,7 @@ def test_the_clean_action_is_stored_and_the_noisy_one_executed() -> None:
 
 
 def test_row_t_is_what_was_seen_before_step_t() -> None:
-    episode = record_episode(Counting(6), seed=4, noise=0.0)
+    episode = record_demonstration(Counting(6), seed=4, noise=0.0)
     assert episode is not None
     assert episode.state[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
     assert episode.images["base"][:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
@@ -58,7 +58,7 @@ def test_row_t_is_what_was_seen_before_step_t() -> None:
 
 
 def test_a_failure_is_none() -> None:
-    assert record_episode(Counting(11), seed=4, noise=0.3) is None
+    assert record_demonstration(Counting(11), seed=4, noise=0.3) is None
 
 
 def test_noise_is_a_function_of_seed_and_step() -> None:

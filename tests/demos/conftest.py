@@ -1,0 +1,5 @@
+"""Small disks."""
+
+from small_disks import small_disk
+
+__all__ = ["small_disk"]
