@@ -10,6 +10,7 @@ import pytest
 
 SUPPORTED = '#!/bin/sh\nexec {real} "$@"\n'
 SHIM = "#!/bin/sh\necho 'pyenv: command not found' >&2\nexit 127\n"
+EXACT = '#!/bin/sh\ncase "$*" in *sys.argv*3.10) exit 0;; *sys.executable*) echo /opt/3.10;; *) exit 1;; esac\n'
 OLD = '#!/bin/sh\ncase "$*" in *\'(3, 12)\'*) exit 1;; *) exec {real} "$@";; esac\n'
 
 
@@ -60,6 +61,13 @@ def test_an_old_python_serves_only_to_fetch_uv(clone: Path) -> None:
         pytest.skip("this machine has a supported Python at a fixed place, which is rightly found")
     assert find(clone).returncode == 1
     assert find(clone, "any").stdout == f"{sys.executable}\n"
+
+
+def test_a_python_of_one_version_is_found_for_the_robots_client(clone: Path) -> None:
+    put(clone / "bin" / "python3", SUPPORTED)
+    assert find(clone, "3.10").returncode == 1
+    put(clone / "bin" / "python3.10", EXACT)
+    assert find(clone, "3.10").stdout == "/opt/3.10\n"
 
 
 def test_the_targets_of_the_readme_exist(repository: Path) -> None:
