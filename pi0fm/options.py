@@ -1,44 +1,79 @@
-"""From a YAML file and `--dotted.options` to one frozen dataclass; an option is honoured or refused.
+"""From YAML files and `--dotted.options` to one frozen dataclass; an option is honoured or refused.
 
-Owns: reading, merging, naming the nearest known option for an unknown one, the help text. draccus does the typed decoding.
-Does not know: what any option means; each component owns its dataclass and checks ranges in `__post_init__`.
+Owns: finding and merging files, typed decoding, naming the nearest known option for an unknown one, the help text. Does not know: what
+any option means; each component owns its dataclass and checks ranges in `__post_init__`.
+
+    pi05.yaml  libero.yaml  lora.yaml  --steps 100     a row: each lays its options on those before it, dotted options come last
 """
 
 import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
 from typing import Any
 
-import draccus
 import yaml
-from draccus.utils import DecodingError
 
 from pi0fm_client.errors import ConfigError
 
 Tree = dict[str, Any]
+WITH = "with"  # in a file of a row: NAME -> options that hold only where the file NAME stands in the same row
 
 
 def option(default: Any, text: str) -> Any:
-    """A dataclass field with a default (a callable makes a fresh one) and the line that `--help` shows."""
+    """Declare a dataclass field with a default (a callable makes a fresh one) and the line that `--help` shows."""
     if callable(default):
         return dataclasses.field(default_factory=default, metadata={"help": text})
     return dataclasses.field(default=default, metadata={"help": text})
 
 
 def required(text: str) -> Any:
-    """A dataclass field that must be given."""
+    """Declare a dataclass field that must be given."""
     return dataclasses.field(metadata={"help": text})
 
 
+def shipped() -> dict[str, Path]:
+    """Return the configuration files that come with pi0fm by name: those of an installed package, or of a checkout's configs/."""
+    package = Path(__file__).parent
+    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_file(name: str) -> Path:
+    """Return the file at the path `name`, else the shipped one of that name (`pi05`, `configs/pi05.yaml`). Raises ConfigError."""
+    path, known = Path(name), shipped()
+    if path.is_file():
+        return path
+    if path.suffix in ("", ".yaml") and path.parent in (Path(), Path("configs")) and path.stem in known:
+        return known[path.stem]
+    parts = path.stem.split("_")
+    row = f"; recipes are composed, type {' '.join(parts)}" if len(parts) > 1 and set(parts) <= known.keys() else ""
+    raise ConfigError(f"no configuration file at {name}{row}; of the shipped ones, {nearest(path.stem, list(known))}")
+
+
+def read_files(names: Sequence[str]) -> Tree:
+    """Merge a row of files in order; what a file has `with` another one holds where both stand in the row. Raises ConfigError."""
+    paths, tree = [find_file(name) for name in names], Tree()
+    row = {path.stem for path in paths}
+    for path in paths:
+        own = read_yaml(path)
+        beside = own.pop(WITH, {})
+        unknown = [name for name in beside if name not in {*row, *shipped()}]
+        if unknown:
+            raise ConfigError(
+                f"{path} has options {WITH} {unknown[0]!r}, but no file has that name: {nearest(unknown[0], list(shipped()))}"
+            )
+        for part in (own, *(options for name, options in beside.items() if name in row)):
+            tree = merge(tree, part)
+    return tree
+
+
 def read_yaml(path: Path) -> Tree:
-    """The mapping in a YAML file. Raises ConfigError that names the file, and the line of a syntax error."""
+    """Return the mapping in a YAML file. Raises ConfigError that names the file, and the line of a syntax error."""
     try:
         tree = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"no configuration file at {path}; the shipped ones are in configs/") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -52,41 +87,43 @@ def parse[T](
     aliases: Mapping[str, str] | None = None,
     base: Tree | None = None,
     positional: str | None = None,
+    named_by_row: str | None = None,
 ) -> T:
-    """Decode `[FILE.yaml] --dotted.option value ...` into `cls`; later options win over the file, the file over `base`.
+    """Decode `[FILE.yaml ...] --dotted.option value ...` into `cls`; later options win over earlier ones, files over `base`.
 
-    aliases: other words for an option (LeRobot's), each a dotted name to a dotted name.
-    positional: the option whose value may stand first, in the place of the file.
+    aliases: other words for an option (LeRobot's), each a dotted name to a dotted name. positional: the option whose value may stand
+    first, in the place of the files. named_by_row: the folder that is outputs/NAME_NAME where files stand in a row and none gives it.
     Raises ConfigError for an unknown option, a value of another type, or a missing required one.
     """
-    remaining = list(arguments)
+    count = next((index for index, word in enumerate(arguments) if word.startswith("--")), len(arguments))
+    first, remaining = arguments[:count], arguments[count:]
     tree = dict(base or {})
-    if remaining and not remaining[0].startswith("--"):
-        first = remaining.pop(0)
-        tree = merge(tree, read_yaml(Path(first)) if positional is None else {positional: first})
-    for name, text in _pairs(remaining, "configuration file" if positional is None else positional):
+    if positional is None:
+        tree = merge(tree, read_files(first))
+        if named_by_row and len(first) > 1:
+            tree.setdefault(named_by_row, f"outputs/{'_'.join(Path(name).stem for name in first)}")
+    elif first:
+        tree, remaining = merge(tree, {positional: first[0]}), [*first[1:], *remaining]
+    for name, text in _pairs(remaining, "configuration files stand first" if positional is None else f"one {positional} may stand first"):
         path = (aliases or {}).get(name, name).split(".")
         tree = merge(tree, _nested(path, text if _is_text(cls, path) else _typed(text)))
     return decode(cls, tree)
 
 
 def decode[T](cls: type[T], tree: Mapping[str, Any]) -> T:
-    """Decode a mapping into the dataclass `cls`, strictly."""
-    _refuse_unknown(cls, tree, "")
-    try:
-        return typing.cast(T, draccus.decode(cls, _split_lists(cls, tree)))
-    except ConfigError:
-        raise
-    except (DecodingError, TypeError, ValueError) as error:
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, ConfigError):
-            raise cause from None
-        raise ConfigError(f"an option has a value that cannot be used: {' '.join(str(error).split())}; {_hint(cls)}") from None
+    """Decode a mapping into the dataclass `cls`, strictly. Raises ConfigError that names the option."""
+    return typing.cast(T, _group(cls, tree, ""))
 
 
-def encode(config: Any) -> Tree:
-    """The plain mapping that `decode` turns back into an equal dataclass."""
-    return typing.cast(Tree, draccus.encode(config))
+def encode(config: Any) -> Any:
+    """Return the plain mappings, lists and values that `decode` turns back into an equal dataclass."""
+    if dataclasses.is_dataclass(config):
+        return {field.name: encode(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {key: encode(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [encode(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
 
 
 def merge(base: Tree, over: Mapping[str, Any]) -> Tree:
@@ -133,7 +170,7 @@ def _pairs(arguments: Sequence[str], first: str) -> list[tuple[str, str]]:
         word = arguments[position]
         position += 1
         if not word.startswith("--") or word == "--":
-            raise ConfigError(f"expected an option like --steps 100, found {word!r}; one {first} may stand first")
+            raise ConfigError(f"expected an option like --steps 100, found {word!r}; {first}")
         name, equals, text = word[2:].partition("=")
         if not equals:
             if position < len(arguments) and not arguments[position].startswith("--"):
@@ -157,15 +194,13 @@ def _is_text(cls: type, path: Sequence[str]) -> bool:
     """Whether the option holds text or a path: then `0123`, `null` and `true` are those very letters."""
     hint: Any = cls
     for name in path:
-        named = _named_in(hint)
-        if named is not None:
-            hint = named
-            continue
         inner = _dataclass_in(hint)
-        hints = typing.get_type_hints(inner) if inner is not None else {}
-        if name not in hints:
+        if typing.get_origin(hint) is dict:
+            hint = typing.get_args(hint)[1]
+        elif inner is not None and name in (hints := typing.get_type_hints(inner)):
+            hint = hints[name]
+        else:
             return False
-        hint = hints[name]
     return set(_choices(hint)) - {type(None)} <= {str, Path}
 
 
@@ -175,45 +210,78 @@ def _nested(path: Sequence[str], value: Any) -> Tree:
     return typing.cast(Tree, value)
 
 
-def _refuse_unknown(cls: type, tree: Mapping[str, Any], where: str) -> None:
-    hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    for key, value in tree.items():
-        if key not in names:
-            raise ConfigError(f"unknown option {where}{key}: {nearest(str(key), names)}")
-        inner, named = _dataclass_in(hints[key]), _named_in(hints[key])
-        if value is None or (inner is None and named is None):
-            continue
+def _group(cls: type, tree: Any, where: str) -> Any:
+    """Decode the options of one dataclass; `where` is their dotted name so far, with a dot at its end."""
+    hints, fields = typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"option {where[:-1]} is a group: expected options in it, found {tree!r}; options here: {', '.join(fields)}")
+    for key in tree:
+        if key not in fields:
+            raise ConfigError(f"unknown option {where}{key}: {nearest(str(key), list(fields))}")
+    decoded = {key: _value(hints[key], value, f"{where}{key}") for key, value in tree.items()}
+    for name, field in fields.items():
+        if name not in tree and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"option {where}{name} is required: {field.metadata.get('help', 'no default')}")
+    return cls(**decoded)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """Decode one option to its annotated type. A number may be written as text, and several values with commas."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _one_of(arguments, value, where)
+    if dataclasses.is_dataclass(hint):
+        return _group(typing.cast(type, hint), value, f"{where}.")
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ConfigError(f"option {where} must be one of {', '.join(map(str, arguments))}, found {value!r}")
+        return value
+    if origin is dict:
         if not isinstance(value, Mapping):
-            found = f"expected {where}{key}.NAME, found {value!r}" + (f"; {_hint(inner)}" if inner is not None else "")
-            raise ConfigError(f"option {where}{key} is a group: {found}")
-        if inner is not None:
-            _refuse_unknown(inner, value, f"{where}{key}.")
-        if named is not None:
-            for name, group in value.items():
-                if not isinstance(group, Mapping):
-                    raise ConfigError(f"option {where}{key}.{name} is a group: expected options in it, found {group!r}; {_hint(named)}")
-                _refuse_unknown(named, group, f"{where}{key}.{name}.")
-    for field in dataclasses.fields(cls):
-        missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if missing and field.name not in tree:
-            raise ConfigError(f"option {where}{field.name} is required: {field.metadata.get('help', 'no default')}")
+            raise ConfigError(f"option {where} is a group: expected {where}.NAME, found {value!r}")
+        return {str(key): _value(arguments[1], each, f"{where}.{key}") for key, each in value.items()}
+    if origin in (tuple, list):
+        words = value if isinstance(value, list | tuple) else _words(value)
+        hints = [arguments[0]] * len(words) if origin is list or arguments[1:] == (...,) else list(arguments)
+        if value is None or isinstance(value, Mapping) or len(words) != len(hints):
+            many = "a list" if len(words) == len(hints) else f"{len(hints)} values"
+            raise ConfigError(f"option {where} must be {many}, written [a, b] or a,b, found {value!r}")
+        return origin(_value(inner, word, where) for inner, word in zip(hints, words, strict=True))
+    return _plain(hint, value, where)
 
 
-def _split_lists(cls: type, tree: Mapping[str, Any]) -> Tree:
-    """`a,b` for an option that holds several becomes [a, b]: draccus would take a text for the list of its letters."""
-    hints = typing.get_type_hints(cls)
-    split: Tree = {}
-    for key, value in tree.items():
-        inner, named = _dataclass_in(hints[key]), _named_in(hints[key])
-        if inner is not None and isinstance(value, Mapping):
-            value = _split_lists(inner, value)
-        elif named is not None and isinstance(value, Mapping):
-            value = {name: _split_lists(named, group) for name, group in value.items()}
-        elif typing.get_origin(hints[key]) is tuple and isinstance(value, str | int | float):
-            value = [word.strip() for word in str(value).split(",") if word.strip()]
-        split[key] = value
-    return split
+def _one_of(hints: Sequence[Any], value: Any, where: str) -> Any:
+    """Decode to the first of several types that takes the value."""
+    if value is None and type(None) in hints:
+        return None
+    choices = [hint for hint in hints if hint is not type(None)]
+    for hint in choices[:-1]:
+        try:
+            return _value(hint, value, where)
+        except ConfigError:
+            continue
+    return _value(choices[-1], value, where)
+
+
+def _plain(hint: Any, value: Any, where: str) -> Any:
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+    text = value.strip() if isinstance(value, str) and hint not in (str, Path) else value
+    try:
+        if hint is bool and str(text).lower() in ("true", "false"):
+            return str(text).lower() == "true"
+        if hint in (int, float) and not isinstance(text, bool) and (hint is float or not isinstance(text, float)):
+            return hint(text)
+        if hint in (str, Path) and isinstance(text, str | int | float | Path):
+            return hint(str(text))
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(f"option {where} must be {kinds.get(hint, hint)}, found {value!r}")
+
+
+def _words(value: Any) -> list[str]:
+    return [word.strip() for word in str(value).split(",") if word.strip()]
 
 
 def _dataclass_in(hint: Any) -> type | None:
@@ -228,8 +296,4 @@ def _named_in(hint: Any) -> type | None:
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
-
-
-def _hint(cls: type) -> str:
-    return f"options here: {', '.join(field.name for field in dataclasses.fields(cls))}"
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)

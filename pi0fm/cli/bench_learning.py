@@ -13,7 +13,6 @@ from rich.table import Table
 
 from pi0fm import files, machine, options, progress
 from pi0fm.bench.learning_config import LearningConfig, refuse_passed_over
-from pi0fm.cli.quickstart import shipped_config
 from pi0fm.cluster.recording import record_demonstrations
 from pi0fm.cluster.training import TrainingRun
 from pi0fm.demos.config import DatasetName, DemosConfig
@@ -42,7 +41,7 @@ def run(config: LearningConfig) -> dict[str, Any]:
         raise OutputError(
             f"a comparison is never overwritten, and {written} is there; type --output_dir ANOTHER, and --dataset.root to reuse data"
         )
-    base = options.decode(TrainingRun, options.read_yaml(config.config or shipped_config("quickstart.yaml")))
+    base = options.decode(TrainingRun, options.read_files([str(config.config or options.shipped()["quickstart"])]))
     refuse_passed_over(base)
     config = _with_demonstrations(config)
     progress.say("loading LeRobot")

@@ -1,9 +1,9 @@
-"""`pi0fm COMMAND [FILE.yaml] [--option value ...]`: find the command, decode its options, print its result.
+"""`pi0fm COMMAND [FILE.yaml ...] [--option value ...]`: find the command, decode its options, print its result.
 
 Owns: dispatch, help, exit codes, the last line of JSON. Does not know: what any command does.
 Each command is a module of pi0fm/cli with `HELP`, `Options`, `ALIASES` and `run(options) -> result`, imported when it is called; or with
 `SUBCOMMANDS`, name -> help line, each of which is a module COMMAND_NAME. `POSITIONAL` names an option that may stand first without its
-name, where other commands have FILE.yaml.
+name, where other commands have files; `NAMED_BY_ROW` one that is outputs/NAME_NAME where several files stand in a row.
 """
 
 import importlib
@@ -59,7 +59,8 @@ def _dispatch(path: tuple[str, ...], commands: Mapping[str, str], words: Sequenc
     if "-h" in rest or "--help" in rest:
         _print_options(name, command)
         return 0
-    result = command.run(options.parse(command.Options, rest, command.ALIASES, positional=_positional(command)))
+    positional, named_by_row = _constant(command, "POSITIONAL"), _constant(command, "NAMED_BY_ROW")
+    result = command.run(options.parse(command.Options, rest, command.ALIASES, positional=positional, named_by_row=named_by_row))
     if result is not None:
         # one write: torchrun's workers share an unbuffered pipe, where print's newline may follow another worker's text
         sys.stdout.write(json.dumps(result) + "\n")
@@ -67,9 +68,9 @@ def _dispatch(path: tuple[str, ...], commands: Mapping[str, str], words: Sequenc
     return 0
 
 
-def _positional(command: ModuleType) -> str | None:
-    name: str | None = getattr(command, "POSITIONAL", None)
-    return name
+def _constant(command: ModuleType, name: str) -> str | None:
+    value: str | None = getattr(command, name, None)
+    return value
 
 
 def _print_commands(path: tuple[str, ...], commands: Mapping[str, str]) -> None:
@@ -91,8 +92,8 @@ def _print_options(name: str, command: ModuleType) -> None:
     for row in options.describe(command.Options):
         table.add_row(*row)
     console = Console(width=max(100, int(os.environ.get("COLUMNS", "120"))), markup=False)
-    first = _positional(command)
-    console.print(f"pi0fm {name} {first.upper() if first else '[FILE.yaml]'} [--option value ...]: {command.HELP}\n", highlight=False)
+    first = _constant(command, "POSITIONAL")
+    console.print(f"pi0fm {name} {first.upper() if first else '[FILE.yaml ...]'} [--option value ...]: {command.HELP}\n", highlight=False)
     console.print(table)
     for other, meaning in command.ALIASES.items():
         console.print(f"  --{other} is another word for --{meaning}", highlight=False)

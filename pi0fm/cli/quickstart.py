@@ -120,19 +120,10 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     return result
 
 
-def shipped_config(name: str) -> Path:
-    """A file of configs/, in a checkout or in an installed package."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package.parent / "configs", package / "configs"):
-        if (folder / name).is_file():
-            return folder / name
-    raise ConfigError(f"configs/{name} is not installed beside pi0fm; give --config FILE")
-
-
 def _train(config: QuickstartConfig, root: Path) -> Path:
     """The bundle. A run that is whole already is not run again."""
     folder = root / "train"
-    tree = options.read_yaml(config.config or shipped_config("quickstart.yaml"))
+    tree = options.read_files([str(config.config or options.shipped()["quickstart"])])
     over: dict[str, Any] = {"output_dir": str(folder), "dataset": {"root": str(root / "dataset")}, "seed": config.seed}
     if config.steps is not None:
         over["steps"] = config.steps

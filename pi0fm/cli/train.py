@@ -1,4 +1,4 @@
-"""`pi0fm train`: a configuration to a bundle.
+"""`pi0fm train`: a row of configuration files to a bundle.
 
 Owns: the command's result. Does not know: how training runs.
 """
@@ -10,6 +10,7 @@ from pi0fm.train.parallel.context import context_from_environment
 
 HELP = "train a policy on a LeRobot data set, or on a mixture of them"
 Options = training.TrainingRun
+NAMED_BY_ROW = "output_dir"
 ALIASES = {"batch_size": "global_batch_size", "policy.type": "model.preset", "policy.path": "pretrained"}
 
 

@@ -88,7 +88,7 @@ def test_a_data_set_that_is_named_is_taken_as_it_is(nothing_recorded):
 def test_help_lists_every_option(capsys):
     assert main(["bench", "learning", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert "pi0fm bench learning [FILE.yaml]" in shown
+    assert "pi0fm bench learning [FILE.yaml ...]" in shown
     assert all(f"--{name}" in shown for name in ("task", "cpu_seconds", "seeds", "threads", "dataset.root", "output_dir"))
 
 
@@ -96,10 +96,9 @@ def test_the_shipped_configuration_can_be_compared():
     """LeRobot takes its shape, and its fields are the trainer's."""
     from pi0fm import options
     from pi0fm.bench.learning import comparable
-    from pi0fm.cli.quickstart import shipped_config
     from pi0fm.cluster.training import TrainingRun
 
-    run = comparable(options.decode(TrainingRun, options.read_yaml(shipped_config("quickstart.yaml"))), bench_learning.Options())
+    run = comparable(options.decode(TrainingRun, options.read_yaml(options.shipped()["quickstart"])), bench_learning.Options())
     assert run.optimizer.learning_rate == 1e-3
     assert run.execution_horizon == 8
     json.dumps(options.encode(run))

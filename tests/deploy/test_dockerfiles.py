@@ -1,6 +1,7 @@
 """The Dockerfiles, as far as text can be judged without an engine that builds them."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,13 @@ def test_what_is_copied_exists_and_is_in_the_build_context(instructions: list[tu
     copied = [word for rest in of(instructions, "COPY") if "--from=" not in rest for word in rest.split()[:-1] if not word.startswith("--")]
     assert set(copied) == context
     assert [name for name in copied if not (repository / name).exists()] == []
+
+
+def test_the_build_has_all_that_the_wheel_holds(instructions: list[tuple[str, str]], repository: Path) -> None:
+    """hatchling passes over a folder that is not there, and would build a wheel without it."""
+    wheel = tomllib.loads((repository / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    copied = {word for rest in of(instructions, "COPY") if "--from=" not in rest for word in rest.split()[:-1]}
+    assert set(wheel["only-include"]) <= copied
 
 
 def test_the_renderer_is_what_ci_installs(instructions: list[tuple[str, str]], repository: Path) -> None:

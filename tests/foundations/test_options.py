@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -27,6 +28,7 @@ class Run:
     tasks: tuple[str, ...] = option((), "task names")
     resume: bool = option(False, "go on where a run stopped")
     seed: int | None = option(None, "of everything")
+    shape: Literal["round", "flat"] = option("round", "of nothing")
     optimizer: Optimizer = option(Optimizer, "AdamW")
 
 
@@ -57,7 +59,7 @@ def test_defaults_stand_when_only_the_required_option_is_given() -> None:
         (["--tasks", "[reach-v3, push-v3]"], Run("x", tasks=("reach-v3", "push-v3"))),
         (["--seed", "3"], Run("x", seed=3)),
         (["--seed", "null"], Run("x")),
-        (["--optimizer.learning_rate", "0.5"], Run("x", optimizer=Optimizer(0.5))),
+        (["--optimizer.learning_rate", "5e-1"], Run("x", optimizer=Optimizer(0.5))),
         (["--optimizer.learning-rate", "0.5"], Run("x", optimizer=Optimizer(0.5))),
         (["--policy.optimizer_lr", "0.5"], Run("x", optimizer=Optimizer(0.5))),
         (["--steps", "7", "--steps", "8"], Run("x", steps=8)),
@@ -73,6 +75,60 @@ def test_command_line_wins_over_the_file_and_the_file_over_the_base(tmp_path: Pa
     path.write_text("output: file\nsteps: 2\noptimizer:\n  learning_rate: 0.25\n")
     run = parse(str(path), "--steps", "3", output="base", seed=1)
     assert run == Run("file", steps=3, seed=1, optimizer=Optimizer(0.25))
+
+
+def test_files_in_a_row_are_merged_in_order(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("output: one\nsteps: 1\noptimizer: {learning_rate: 0.25}\n")
+    (tmp_path / "two.yaml").write_text("steps: 2\noptimizer: {betas: [0.5, 0.75]}\n")
+    row = [str(tmp_path / name) for name in ("one.yaml", "two.yaml")]
+    assert parse(*row, "--seed", "1") == Run("one", steps=2, seed=1, optimizer=Optimizer(0.25, (0.5, 0.75)))
+    assert parse(*row[::-1]).steps == 1
+
+
+def test_a_row_names_the_folder_that_none_of_its_files_gives(tmp_path: Path) -> None:
+    for name, text in (("one", "steps: 1\n"), ("two", "seed: 2\n"), ("named", "output: here\n")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+
+    def output(*names: str) -> str:
+        return options.parse(Run, [*(str(tmp_path / f"{name}.yaml") for name in names)], named_by_row="output").output
+
+    assert output("one", "two") == "outputs/one_two"
+    assert output("one", "named") == "here"
+    with pytest.raises(ConfigError, match="option output is required"):
+        output("one")
+
+
+def test_options_with_another_file_hold_where_it_stands_in_the_row(tmp_path: Path) -> None:
+    (tmp_path / "robot.yaml").write_text("output: x\nsteps: 5\nwith:\n  small: {steps: 1}\n")
+    (tmp_path / "small.yaml").write_text("seed: 3\n")
+    robot, small = str(tmp_path / "robot.yaml"), str(tmp_path / "small.yaml")
+    assert parse(small, robot) == Run("x", steps=1, seed=3)
+    assert parse(small, robot, "--steps", "9").steps == 9
+    with pytest.raises(ConfigError, match=r"robot\.yaml has options with 'small', but no file has that name: "):
+        parse(robot)
+
+
+@pytest.mark.parametrize("name", ["pi05", "pi05.yaml", "configs/pi05.yaml"])
+def test_a_shipped_file_is_found_by_its_name_in_any_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert options.find_file(name) == options.shipped()["pi05"]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("a: 1\n")
+    assert options.find_file(name) == Path(name), "a file that is there comes first"
+
+
+@pytest.mark.parametrize(("name", "guess"), [("p05", "pi05"), ("liberro.yaml", "libero"), ("configs/quick_start.yaml", "quickstart")])
+def test_the_nearest_shipped_file_is_named(name: str, guess: str) -> None:
+    with pytest.raises(ConfigError, match=rf"no configuration file at {name}; of the shipped ones, did you mean '{guess}'"):
+        options.find_file(name)
+
+
+def test_a_number_in_a_file_may_be_written_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "output: 7\nsteps: '12'\nresume: 'true'\noptimizer: {learning_rate: 1e-2, betas: '0.5, 0.75'}\n"
+    )  # 1e-2 is text to YAML
+    assert parse(str(path)) == Run("7", steps=12, resume=True, optimizer=Optimizer(0.01, (0.5, 0.75)))
 
 
 def test_encode_is_the_inverse_of_decode() -> None:
@@ -91,10 +147,19 @@ def test_merge_changes_neither_side() -> None:
     [
         (["--stesp", "7"], r"unknown option stesp: did you mean 'steps'\?"),
         (["--optimizer.learning_rat", "1"], r"unknown option optimizer\.learning_rat: did you mean 'learning_rate'\?"),
-        (["--zzz", "7"], "unknown option zzz: known: optimizer, output, resume, seed, steps, tasks"),
-        (["--steps", "many"], "many"),
-        (["--steps", "1.5"], "1.5"),
-        (["--optimizer", "adam"], r"option optimizer is a group: expected optimizer\.NAME, found 'adam'"),
+        (["--zzz", "7"], "unknown option zzz: known: optimizer, output, resume, seed, shape, steps, tasks"),
+        (["--steps", "many"], "^option steps must be a whole number, found 'many'$"),
+        (["--steps", "1.5"], "^option steps must be a whole number, found 1.5$"),
+        (["--steps", "true"], "^option steps must be a whole number, found True$"),
+        (["--steps", "null"], "^option steps must be a whole number, found None$"),
+        (["--resume", "2"], "^option resume must be true or false, found 2$"),
+        (["--seed", "x"], "^option seed must be a whole number, found 'x'$"),
+        (["--optimizer.learning_rate", "fast"], "^option optimizer.learning_rate must be a number, found 'fast'$"),
+        (["--optimizer.betas", "0.5"], r"^option optimizer.betas must be 2 values, written \[a, b\] or a,b, found 0.5$"),
+        (["--optimizer.betas", "0.5,x"], "^option optimizer.betas must be a number, found 'x'$"),
+        (["--tasks", "{a: 1}"], r"^option tasks must be a list, written \[a, b\] or a,b, found \{'a': 1\}$"),
+        (["--shape", "square"], "^option shape must be one of round, flat, found 'square'$"),
+        (["--optimizer", "adam"], r"option optimizer is a group: expected options in it, found 'adam'; options here: learning_rate, betas"),
         (["--optimizer.learning_rate", "-1"], "^learning_rate must be above 0, found -1.0; type --optimizer.learning_rate 0.001$"),
         (["steps", "7"], "expected an option like --steps 100, found 'steps'"),
         (["--", "7"], "expected an option like --steps 100, found '--'"),
@@ -143,7 +208,7 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, content: str, message: 
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no configuration file at .*absent\.yaml; the shipped ones are in configs/"):
+    with pytest.raises(ConfigError, match=r"no configuration file at .*absent\.yaml; of the shipped ones, "):
         parse(str(tmp_path / "absent.yaml"))
 
 
@@ -154,6 +219,7 @@ def test_describe_lists_every_leaf_with_its_default() -> None:
         ("--tasks", "()", "task names"),
         ("--resume", "False", "go on where a run stopped"),
         ("--seed", "None", "of everything"),
+        ("--shape", "round", "of nothing"),
         ("--optimizer.learning_rate", "0.001", "peak"),
         ("--optimizer.betas", "(0.9, 0.95)", "moments"),
     ]

@@ -107,7 +107,7 @@ def test_an_output_folder_that_holds_something_else(tmp_path, refused):
         (("--embodiment.robot_action_dim", "7"), "embodiment.robot_action_dim is 7, but column 'action'"),
         (("--model.action_dim", "2"), "the robot's action is 3 wide, the model's 2"),
         (("--stepz", "3"), "unknown option stepz: did you mean 'steps'"),
-        (("--steps", "many"), "an option has a value that cannot be used"),
+        (("--steps", "many"), "option steps must be a whole number"),
         (("--model.preset", "tinny"), "did you mean 'tiny'"),
         (("--model.max_prompt_tokens", "nine"), "max_prompt_tokens"),
         (("--micro_batch_size", "3"), "must be a multiple of micro_batch_size, found 3"),
