@@ -3,7 +3,7 @@
 Owns: the buffers that a graph reads, which graphs are kept. Does not know: what is recorded.
 
     first call of a shape    inputs -> buffers -> warm-up calls on a side stream -> record -> replay
-    later calls              inputs -> buffers ----------------------------------------------> replay -> copy of the output
+    later calls              inputs -> page-locked host memory -> buffers, without waiting -> replay -> the output, to the host
                              one place of memory for all graphs: they never run at the same time
 
 A shape is (batch, cameras, prompt tokens). Prompts come in multiples of 8 tokens, so a robot with a few instructions needs few graphs.
@@ -33,23 +33,25 @@ class Graphs:
 
     def __init__(self, call: Call, device: torch.device, record: Record | None = None) -> None:
         self._call, self._device, self._record = call, device, record or Recorder(device)
-        self._kept: OrderedDict[tuple[torch.Size, ...], tuple[list[Tensor], Callable[[], Tensor]]] = OrderedDict()
+        self._kept: OrderedDict[tuple[torch.Size, ...], tuple[list[Tensor], list[Tensor], Callable[[], Tensor]]] = OrderedDict()
 
     def __call__(self, observation: ModelObservation, noise: Tensor, mask: Tensor) -> Tensor:
-        """The call's answer, a tensor of its own."""
+        """The call's answer, on the host, a tensor of its own."""
         given = [*(getattr(observation, item.name) for item in fields(observation)), noise, mask]
         shape = tuple(tensor.shape for tensor in given)
         if shape not in self._kept:
             while len(self._kept) >= KEPT:
                 self._kept.popitem(last=False)
             buffers = [tensor.to(self._device, copy=True) for tensor in given]
+            locked = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._device.type == "cuda") for tensor in given]
             seen = ModelObservation(*buffers[:-2])
-            self._kept[shape] = buffers, self._record(lambda: self._call(seen, *buffers[-2:]))
+            self._kept[shape] = buffers, locked, self._record(lambda: self._call(seen, *buffers[-2:]))
         self._kept.move_to_end(shape)
-        buffers, replay = self._kept[shape]
-        for buffer, tensor in zip(buffers, given, strict=True):
-            buffer.copy_(tensor, non_blocking=True)
-        return replay().clone()
+        buffers, locked, replay = self._kept[shape]
+        for buffer, held, tensor in zip(buffers, locked, given, strict=True):
+            # the copy of the last call out of `held` has ended: its answer was waited for
+            buffer.copy_(held.copy_(tensor) if tensor.device.type == "cpu" else tensor, non_blocking=True)
+        return replay().to("cpu", copy=True)
 
 
 @final

@@ -4,7 +4,7 @@ Owns: how its matrices are kept, in which precision it multiplies, what it compi
 
     compile    the prefix, and a velocity                    a whole chunk                      where
     off        operation by operation                        the solver calls the velocity      anywhere
-    kernels    torch.compile: fewer, larger kernels          the same                           anywhere
+    kernels    CUDA: models/kernels; else torch.compile      the same                           anywhere
     graph      the same kernels                              a CUDA graph for each shape        CUDA, solvers of fixed steps without noise
 """
 
@@ -39,18 +39,15 @@ class Sampler:
 
     def __init__(self, model: Pi0, flow: FlowMatching, device: torch.device, dtype: torch.dtype, compile: str = "off") -> None:
         refuse_compile(compile, device, flow)
-        self.model, self.flow, self.device, self.dtype, self.compile = (
-            model.to(device).eval().requires_grad_(False),
-            flow,
-            device,
-            dtype,
-            compile,
-        )
-        arrange_matrices(self.model, dtype, device, packs=compile == "off")
+        self.flow, self.device, self.dtype, self.compile = flow, device, dtype, compile
+        model = model.to(device).eval().requires_grad_(False)
+        arrange_matrices(model, dtype, device, packs=compile == "off")
+        fused = _with_fused_layers(model) if compile != "off" and device.type == "cuda" else None
+        self.model = model if fused is None else fused
         self._times: dict[float, FlowTime] = {}
-        self._encode: Callable[[ModelObservation], PrefixCache] = model.encode_prefix
-        self._move = model.move
-        if compile != "off":
+        self._encode: Callable[[ModelObservation], PrefixCache] = self.model.encode_prefix
+        self._move = self.model.move
+        if compile != "off" and fused is None:
             # any batch and prompt length by the same kernels: a robot's first long sentence must not wait for a compiler
             self._encode, self._move = torch.compile(model.encode_prefix, dynamic=True), torch.compile(model.move, dynamic=True)
         self._graphs = Graphs(self._recorded, device) if compile == "graph" else None
@@ -62,12 +59,12 @@ class Sampler:
         mask: Bool[Tensor, "B H A"],
         increments: Float[Tensor, "K B H A"] | None = None,
     ) -> Float[Tensor, "B H A"]:
-        """The chunks that `noise` flows to, on the device, float32. mask: False where they are held at 0. increments: see flow/sampling.
+        """The chunks that `noise` flows to, float32, on the device, from a graph on the host. mask: False where they are held at 0.
 
-        All of it may lie on the host. An observation that is `trimmed` costs nothing for what is not there.
+        increments: see flow/sampling. All of it may lie on the host. An observation that is `trimmed` costs nothing for what is not there.
         """
         if self._graphs is not None:
-            chunk = self._graphs(observation, noise, mask)
+            chunk = self._graphs(observation, noise, mask)  # on the host: a robot waits for it, and the check costs nothing there
             check_finite("the sample (or its noise, or the network's answer)", chunk)
             return chunk
         noise, mask = noise.to(self.device), mask.to(self.device)
@@ -96,6 +93,12 @@ class Sampler:
             return self.flow.sample(self.field(observation), noise, mask=mask, check=False)
 
 
+def _with_fused_layers(model: Pi0) -> Pi0 | None:
+    from pi0fm.models.kernels import with_fused_layers  # Triton is there where CUDA is
+
+    return with_fused_layers(model)
+
+
 def refuse_compile(word: str, device: torch.device, flow: FlowMatching) -> None:
     """Raise ConfigError for a word that is not known, or that this device or solver cannot do."""
     if word not in COMPILE:
@@ -120,6 +123,9 @@ def arrange_matrices(model: nn.Module, dtype: torch.dtype, device: torch.device,
         halve_matrices(model, dtype)
         if packs and device.type == "cpu" and dtype == torch.bfloat16 and can_pack():
             pack(model)
+        if device.type == "cuda":  # the products behind a flow time, which `pack` must leave as they are
+            for name in ("time_mlp_in", "time_mlp_out"):
+                getattr(model, name, nn.Identity()).to(dtype)
     elif device.type == "cpu":
         for module in model.modules():
             if isinstance(module, nn.Linear):

@@ -1,0 +1,501 @@
+"""pi0's layers on a GPU without a gradient: few launches a layer, and fewer bytes for the few rows of a chunk.
+
+Owns: Triton kernels, the order in which a layer launches them. Does not know: what a token stands for, who solves the flow.
+`with_fused_layers` puts `FusedVision` and `FusedDecoder` in the place of the tower and of the decoder; they answer the same calls.
+
+    x, y -> [ x + gate * y, norm ] -> qkv -> [ rotation; keys and values into the cache ] -> attention -> out product -> y
+    x, y -> [ x + gate * y, norm ] -> gate and up -> [ gelu(gate) * up ] -> down product -> y
+
+A sampler reads every matrix of the action expert once a step, for fifty rows: the time is that of memory and of launches. Up to ROWS rows
+each product has a kernel of its own, and what follows it is computed before it leaves the chip:
+
+    [ qkv product, rotation, cache ]    [ gate and up products, gelu ]    [ a slice of out or down along K each ] -> y in parts
+
+A product of few columns is split along K, so that every multiprocessor has a share; the norm that reads the parts sums them in a fixed
+order. Few rows look at the keys in slices too, joined by a second kernel. Residual stream, sums and softmax are float32.
+
+Shape letters: B batch, T tokens, M = B T rows, D width, F hidden width, N heads, K head dim, J keys, P prefix tokens.
+"""
+
+import copy
+from typing import Any, NamedTuple, cast, final
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from pi0fm.models.attention import additive
+from pi0fm.models.joint_decoder import JointDecoder, JointDecoderLayer, Stream
+from pi0fm.models.layers import NORM_EPSILON, AdaptiveRMSNorm, Modulation, RMSNorm, Rotation, rotation
+from pi0fm.models.pi0 import Pi0
+from pi0fm.models.prefix_cache import ActionContext, KeyValue, Modulations, PrefixCache, Room
+from pi0fm.models.vision import VisionLayer, VisionTower
+
+ROWS = 64  # rows of a tile: the fewest that a Hopper matrix instruction takes
+COLUMNS = 32  # of a product's tile: 32 to 80 tiles, times SLICES, for 132 multiprocessors
+HALF = 16  # columns of either half of a head in the rotated product
+SLICES = 4  # of K, of the products that have few columns
+DEPTH = 128  # of K at a time
+KEYS = 64  # a slice of the keys
+
+
+@triton.jit
+def _dot(a, b, sum):  # type: ignore[no-untyped-def]
+    return tl.dot(a, tl.trans(b), sum, input_precision="ieee")
+
+
+@triton.jit
+def _gelu(x, TANH: tl.constexpr):  # type: ignore[no-untyped-def]
+    if TANH:  # 0.5 (1 + tanh(u)) is the logistic function of 2 u
+        answer = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        answer = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return answer
+
+
+@triton.jit
+def _add_norm(  # type: ignore[no-untyped-def]
+    x, parts, gate, factor, shift, sum_out, normed_out, rows, tokens, gate_stride, factor_stride, shift_stride,
+    D: tl.constexpr, SLICES: tl.constexpr, GATED: tl.constexpr, ADAPTIVE: tl.constexpr, EPSILON: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row a program: x + gate * sum of the parts, stored, and its norm."""
+    row = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < D
+    value = tl.load(x + row * D + columns, mask=inside, other=0.0).to(tl.float32)
+    if SLICES > 0:
+        added = tl.zeros((BLOCK,), tl.float32)
+        for part in tl.static_range(SLICES):
+            added += tl.load(parts + (part * rows + row) * D + columns, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            added *= tl.load(gate + (row // tokens) * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        value += added
+        tl.store(sum_out + row * D + columns, value, mask=inside)
+    normed = value / tl.sqrt(tl.sum(value * value) / D + EPSILON)
+    scale = tl.load(factor + (row // tokens) * factor_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if ADAPTIVE:
+        normed = normed * scale + tl.load(shift + (row // tokens) * shift_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    else:
+        normed *= 1.0 + scale
+    tl.store(normed_out + row * D + columns, normed.to(normed_out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_head(  # type: ignore[no-untyped-def]
+    left, right, row, low, live, head, cos, sin, query, key, value, tokens, first, capacity,
+    HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Columns `low` of both halves of one head: queries, rotated, to [M, N, K]; keys, rotated, and values to the cache from `first` on."""
+    if head < HEADS + KV:
+        angle = row[:, None] * K + low[None, :]
+        turned = left * tl.load(cos + angle, mask=live, other=0.0) + right * tl.load(sin + angle, mask=live, other=0.0)
+        right = right * tl.load(cos + angle + K // 2, mask=live, other=0.0) + left * tl.load(sin + angle + K // 2, mask=live, other=0.0)
+        left = turned
+    dtype = key.dtype.element_ty
+    if head < HEADS:
+        place = (row[:, None] * HEADS + head) * K + low[None, :]
+        tl.store(query + place, left.to(dtype), mask=live)
+        tl.store(query + place + K // 2, right.to(dtype), mask=live)
+    else:
+        cached = ((row // tokens) * KV + (head - HEADS) % KV) * capacity + first + row % tokens
+        place = cached[:, None] * K + low[None, :]
+        if head < HEADS + KV:
+            tl.store(key + place, left.to(dtype), mask=live)
+            tl.store(key + place + K // 2, right.to(dtype), mask=live)
+        else:
+            tl.store(value + place, left.to(dtype), mask=live)
+            tl.store(value + place + K // 2, right.to(dtype), mask=live)
+
+
+@triton.jit
+def _rotated_qkv(  # type: ignore[no-untyped-def]
+    x, matrix, cos, sin, query, key, value, rows, tokens, first, capacity,
+    D: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The product of few rows, HALF columns of each half of one head a program, and what `_store_head` does with it."""
+    head, row = tl.program_id(0), tl.arange(0, ROWS)
+    low = tl.program_id(1) * HALF + tl.arange(0, HALF)
+    left, right = tl.zeros((ROWS, HALF), tl.float32), tl.zeros((ROWS, HALF), tl.float32)
+    live = row[:, None] < rows
+    for start in range(0, D, DEPTH):
+        depth = start + tl.arange(0, DEPTH)
+        given = tl.load(x + row[:, None] * D + depth[None, :], mask=live, other=0.0)
+        left = _dot(given, tl.load(matrix + (head * K + low)[:, None] * D + depth[None, :]), left)
+        right = _dot(given, tl.load(matrix + (head * K + K // 2 + low)[:, None] * D + depth[None, :]), right)
+    _store_head(left, right, row, low, live, head, cos, sin, query, key, value, tokens, first, capacity, HEADS, KV, K)
+
+
+@triton.jit
+def _rotated_heads(  # type: ignore[no-untyped-def]
+    qkv, cos, sin, query, key, value, rows, tokens, first, capacity,
+    HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, HEADS_IN: tl.constexpr,
+):  # fmt: skip
+    """The same for a product that is there: qkv [M, HEADS_IN, K], whose first HEADS are queries."""
+    row, head = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    low, live = tl.arange(0, K // 2), row[:, None] < rows
+    place = (row[:, None] * HEADS_IN + head) * K + low[None, :]
+    left = tl.load(qkv + place, mask=live, other=0.0).to(tl.float32)
+    right = tl.load(qkv + place + K // 2, mask=live, other=0.0).to(tl.float32)
+    _store_head(left, right, row, low, live, head, cos, sin, query, key, value, tokens, first, capacity, HEADS, KV, K)
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    query, key, value, bias, sums, largest, totals, tokens, keys, capacity, bias_stride, scale,
+    HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows (a token's heads one after the other) against KEYS keys: unnormalised sums, and the softmax's maximum and total."""
+    GROUP: tl.constexpr = HEADS // KV
+    cut, pair = tl.program_id(1), tl.program_id(2)
+    batch, kv = pair // KV, pair % KV
+    row, depth = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, K)
+    live = row < tokens * GROUP
+    asked = ((batch * tokens + row // GROUP) * HEADS + kv * GROUP + row % GROUP) * K
+    seen = cut * KEYS + tl.arange(0, KEYS)
+    there = seen < keys
+    place = (pair * capacity + seen)[:, None] * K + depth[None, :]
+    queries = tl.load(query + asked[:, None] + depth[None, :], mask=live[:, None], other=0.0)
+    scores = _dot(queries, tl.load(key + place, mask=there[:, None], other=0.0), tl.zeros((ROWS, KEYS), tl.float32)) * scale
+    if BIASED:
+        scores += tl.load(bias + batch * bias_stride + seen, mask=there, other=0.0)[None, :]
+    scores = tl.where(there[None, :], scores, float("-inf"))
+    top = tl.max(scores, 1)
+    weights = tl.exp(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
+    values = tl.load(value + place, mask=there[:, None], other=0.0)
+    found = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+    line = (pair * tl.num_programs(1) + cut) * tokens * GROUP + row
+    tl.store(sums + line[:, None] * K + depth[None, :], found, mask=live[:, None])
+    tl.store(largest + line, top, mask=live)
+    tl.store(totals + line, tl.sum(weights, 1), mask=live)
+
+
+@triton.jit
+def _join(  # type: ignore[no-untyped-def]
+    sums, largest, totals, joined, tokens, cuts, HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, CUTS: tl.constexpr
+):
+    """A row a program: the slices of the keys weighed against each other; to [B, T, N K]."""
+    GROUP: tl.constexpr = HEADS // KV
+    row, pair = tl.program_id(0), tl.program_id(1)
+    cut, depth = tl.arange(0, CUTS), tl.arange(0, K)
+    line = (pair * cuts + cut) * tokens * GROUP + row
+    top = tl.load(largest + line, mask=cut < cuts, other=float("-inf"))
+    weights = tl.exp(top - tl.max(top))
+    total = tl.sum(weights * tl.load(totals + line, mask=cut < cuts, other=0.0))
+    found = tl.load(sums + line[:, None] * K + depth[None, :], mask=(cut < cuts)[:, None], other=0.0)
+    answer = tl.sum(found * weights[:, None], 0) / total
+    place = ((pair // KV * tokens + row // GROUP) * HEADS + pair % KV * GROUP + row % GROUP) * K
+    tl.store(joined + place + depth, answer.to(joined.dtype.element_ty))
+
+
+@triton.jit
+def _sliced_product(  # type: ignore[no-untyped-def]
+    x, matrix, parts, rows, N: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """x [M, D] times a slice of `matrix` [N, D] along D: float32 parts [slices, M, N]."""
+    row, column, part = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1)
+    live = row[:, None] < rows
+    found = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, SLICE, DEPTH):
+        depth = part * SLICE + start + tl.arange(0, DEPTH)
+        given = tl.load(x + row[:, None] * D + depth[None, :], mask=live, other=0.0)
+        found = _dot(given, tl.load(matrix + column[:, None] * D + depth[None, :]), found)
+    tl.store(parts + (part * rows + row)[:, None] * N + column[None, :], found, mask=live)
+
+
+@triton.jit
+def _gated_product(  # type: ignore[no-untyped-def]
+    x, matrix, out, rows, F: tl.constexpr, D: tl.constexpr, TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """gelu(x gate') * (x up') for COLUMNS hidden units; matrix [2 F, D] holds gate, then up."""
+    row, column = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    live = row[:, None] < rows
+    gate, up = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, D, DEPTH):
+        depth = start + tl.arange(0, DEPTH)
+        given = tl.load(x + row[:, None] * D + depth[None, :], mask=live, other=0.0)
+        gate = _dot(given, tl.load(matrix + column[:, None] * D + depth[None, :]), gate)
+        up = _dot(given, tl.load(matrix + (F + column)[:, None] * D + depth[None, :]), up)
+    tl.store(out + row[:, None] * F + column[None, :], (_gelu(gate, TANH) * up).to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _gate(halves, out, F: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """gelu(gate) * up of a row's two halves."""
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < F
+    place = halves + tl.program_id(0).to(tl.int64) * 2 * F + column
+    gate, up = tl.load(place, mask=inside, other=0.0).to(tl.float32), tl.load(place + F, mask=inside, other=0.0).to(tl.float32)
+    answer = _gelu(gate, TANH) * up
+    tl.store(out + tl.program_id(0).to(tl.int64) * F + column, answer.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_layer_norm(  # type: ignore[no-untyped-def]
+    x, y, weight, bias, sum_out, normed_out, D: tl.constexpr, ADDED: tl.constexpr, EPSILON: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A row a program: x + y, stored, and its layer norm."""
+    row, columns = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = columns < D
+    value = tl.load(x + row * D + columns, mask=inside, other=0.0).to(tl.float32)
+    if ADDED:
+        value += tl.load(y + row * D + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(sum_out + row * D + columns, value, mask=inside)
+    centred = tl.where(inside, value - tl.sum(value) / D, 0.0)
+    normed = centred / tl.sqrt(tl.sum(centred * centred) / D + EPSILON)
+    normed = normed * tl.load(weight + columns, mask=inside, other=0.0) + tl.load(bias + columns, mask=inside, other=0.0)
+    tl.store(normed_out + row * D + columns, normed.to(normed_out.dtype.element_ty), mask=inside)
+
+
+class Cached(NamedTuple):
+    """Where a layer's tokens put their keys and values: buffers [B, kv, J, K] from `first` on; what lies before is there already."""
+
+    key: Tensor
+    value: Tensor
+    first: int
+
+
+@final
+class FusedDecoder(nn.Module):
+    """`JointDecoder.encode`, `context`, `modulations` and `move` by these kernels; the same answers up to rounding.
+
+    space: how many tokens may follow the prefix, so that a cache has room for them from the start.
+    """
+
+    def __init__(self, decoder: JointDecoder, space: int) -> None:
+        super().__init__()
+        self.layers, self.final_norm, self.head_dim, self.modulations = decoder.layers, decoder.final_norm, decoder.head_dim, decoder.modulations
+        self._space = space
+
+    def encode(self, prefix: Float[Tensor, "B P D"], mask: Bool[Tensor, "B P"]) -> PrefixCache:
+        """Run the prefix alone; the cache's buffers have `space` behind it."""
+        batch, tokens, _ = prefix.shape
+        streams = [layer.backbone for layer in self.layers if isinstance(layer, JointDecoderLayer)]
+        matrix, kv = streams[0].qkv.weight, streams[0].num_kv_heads
+        buffers = matrix.new_empty(len(streams), 2, batch, kv, tokens + self._space, self.head_dim)
+        turn, bias = rotation(mask.long().cumsum(dim=1) - 1, self.head_dim), additive(mask[:, None, None]).to(matrix.dtype)
+
+        def attend(query: Tensor, cached: Cached) -> Tensor:
+            key, value = cached.key[:, :, :tokens], cached.value[:, :, :tokens]
+            found = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=bias, enable_gqa=key.shape[1] != query.shape[2])
+            return found.transpose(1, 2).flatten(2)
+
+        x, y = prefix.contiguous(), None
+        for stream, buffer in zip(streams, buffers, strict=True):
+            x, y, _ = _layer(stream, x, y, None, (None, None), turn, Cached(buffer[0], buffer[1], 0), attend, few=False)
+        return PrefixCache(tuple(KeyValue(buffer[0], buffer[1]) for buffer in buffers), mask, mask.sum(dim=1))
+
+    def context(self, cache: PrefixCache, state: Float[Tensor, "B Z D"] | None, num_actions: int) -> ActionContext:
+        """As JointDecoder's; the state's keys and values follow the prefix's in the same buffers."""
+        mask, prefix = cache.mask, cache.mask.shape[1]
+        seen = torch.cat((mask, mask.new_ones(len(mask), self._space)), dim=1)
+        bias = additive(seen[:, None, None])
+        steps = torch.arange(self._space, device=mask.device)
+        turn = rotation(mask.sum(dim=1)[:, None] + steps, self.head_dim)
+        states = 0 if state is None else state.shape[1]
+        if state is not None:
+            self._suffix(state, cache.layers, prefix, _rows_of(turn, 0, states), bias, None)
+        room = tuple(Room(each.key, each.value, num_actions) for each in cache.layers)
+        return ActionContext(room, _rows_of(turn, states, states + num_actions), bias)
+
+    def move(
+        self, actions: Float[Tensor, "B H D"], context: ActionContext, condition: Tensor | Modulations | None
+    ) -> Float[Tensor, "B H D"]:
+        """Action tokens through all layers and the final norm, float32."""
+        made = condition if isinstance(condition, Modulations) or condition is None else self.modulations(condition)
+        first = context.layers[0].key.shape[2] - context.layers[0].own
+        x, y, gate = self._suffix(actions, context.layers, first, context.turn, context.bias, made)
+        return add_norm(x, y, gate, self.final_norm, None if made is None else made.final, torch.float32)[1]
+
+    def _suffix(
+        self, tokens: Tensor, layers: tuple[KeyValue | Room, ...], first: int, turn: Rotation, bias: Tensor | None, made: Modulations | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x, y, gate = tokens.contiguous(), None, None
+        few = tokens.shape[0] * tokens.shape[1] <= ROWS
+        for index, (layer, cached) in enumerate(zip(self.layers, layers, strict=True)):
+            assert isinstance(layer, JointDecoderLayer)
+            place = Cached(cached.key, cached.value, first)
+            by = (None, None) if made is None else made.layers[index]
+            x, y, gate = _layer(layer.action_expert, x, y, gate, by, turn, place, lambda query, to: attend_in_slices(query, to, bias), few)
+        return x, y, gate
+
+
+def _layer(  # type: ignore[no-untyped-def]
+    stream: Stream, x: Tensor, y: Tensor | None, gate: Tensor | None, by: tuple[Modulation | None, Modulation | None], turn: Rotation,
+    cached: Cached, attend, few: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """One layer of one stream. x + gate * y is the residual stream, before and after; y may be in parts, and None stands for 0."""
+    dtype = stream.qkv.weight.dtype
+    x, normed = add_norm(x, y, gate, stream.attention_norm, by[0], dtype)
+    query = rotated_qkv(normed, stream, turn, cached, few)
+    if not stream.num_heads:  # the last layer of the prefix: only its keys and values are read
+        return x, None, None
+    x, normed = add_norm(x, product(attend(query, cached), stream.out, few), None if by[0] is None else by[0].gate, stream.mlp_norm, by[1], dtype)
+    hidden = gated_product(normed, stream.mlp.gate_up, stream.mlp.gelu, few)
+    return x, product(hidden, stream.mlp.down, few), None if by[1] is None else by[1].gate
+
+
+def add_norm(
+    x: Tensor, parts: Tensor | None, gate: Tensor | None, norm: nn.Module, by: Modulation | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x [B, T, D] + gate * sum of the parts, float32 (x itself without parts), and its norm in `dtype`."""
+    batch, tokens, width = x.shape
+    assert isinstance(norm, RMSNorm | AdaptiveRMSNorm)
+    total = x if parts is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    normed = torch.empty(x.shape, dtype=dtype, device=x.device)
+    factor, shift = (norm.scale, norm.scale) if by is None else (by.factor, by.shift)
+    flags: Any = {
+        "D": width, "SLICES": 0 if parts is None else len(parts), "GATED": gate is not None, "ADAPTIVE": by is not None,
+        "EPSILON": NORM_EPSILON, "BLOCK": triton.next_power_of_2(width),
+    }  # fmt: skip
+    strides = (_stride(gate), _stride(None if by is None else by.factor), _stride(None if by is None else by.shift))
+    given = (x, x if parts is None else parts, x if gate is None else gate, factor, shift, total, normed)
+    _add_norm[(batch * tokens,)](*given, batch * tokens, tokens, *strides, **flags)
+    return total, normed
+
+
+def rotated_qkv(x: Float[Tensor, "B T D"], stream: Stream, by: Rotation, cached: Cached, few: bool) -> Float[Tensor, "B T N K"]:
+    """Rotated queries; the tokens' own keys and values go to the cache."""
+    batch, tokens, width = x.shape
+    kv, capacity, head_dim = cached.key.shape[1:]
+    heads = stream.num_heads
+    query = x.new_empty(batch, tokens, heads, head_dim)
+    places = (by.cos, by.sin, query, cached.key, cached.value, batch * tokens, tokens, cached.first, capacity)
+    if few:
+        _rotated_qkv[(heads + 2 * kv, head_dim // 2 // HALF)](
+            x, stream.qkv.weight, *places,
+            D=width, HEADS=heads, KV=kv, K=head_dim, ROWS=ROWS, HALF=HALF, DEPTH=min(DEPTH, width), num_warps=4, num_stages=4,
+        )  # fmt: skip
+    else:
+        whole = heads + 2 * kv
+        _rotated_heads[(triton.cdiv(batch * tokens, 8), whole)](
+            F.linear(x, stream.qkv.weight), *places, HEADS=heads, KV=kv, K=head_dim, ROWS=8, HEADS_IN=whole
+        )
+    return query
+
+
+def attend_in_slices(query: Float[Tensor, "B T N K"], cached: Cached, bias: Tensor | None) -> Float[Tensor, "B T NK"]:
+    """Softmax attention of all rows to the cache up to the rows' own keys. bias: [B, 1, 1, J] float32, None when every key is seen."""
+    batch, tokens, heads, head_dim = query.shape
+    kv, capacity = cached.key.shape[1:3]
+    keys = cached.first + tokens
+    rows, cuts = tokens * heads // kv, triton.cdiv(keys, KEYS)
+    sums = query.new_empty(batch * kv, cuts, rows, head_dim, dtype=torch.float32)
+    largest, totals = (query.new_empty(batch * kv, cuts, rows, dtype=torch.float32) for _ in range(2))
+    sizes = (tokens, keys, capacity, 0 if bias is None else bias.shape[-1], head_dim**-0.5)
+    _attend[(triton.cdiv(rows, ROWS), cuts, batch * kv)](
+        query, cached.key, cached.value, query if bias is None else bias, sums, largest, totals, *sizes,
+        HEADS=heads, KV=kv, K=head_dim, BIASED=bias is not None, ROWS=ROWS, KEYS=KEYS, num_warps=8, num_stages=1,
+    )  # fmt: skip
+    joined = query.new_empty(batch, tokens, heads * head_dim)
+    sizes = {"HEADS": heads, "KV": kv, "K": head_dim, "CUTS": triton.next_power_of_2(cuts)}  # type: ignore[assignment]
+    _join[(rows, batch * kv)](sums, largest, totals, joined, tokens, cuts, **sizes)  # type: ignore[arg-type]
+    return joined
+
+
+def product(x: Float[Tensor, "B T D"], linear: nn.Linear, few: bool) -> Float[Tensor, "parts B T N"]:
+    """x times the matrix, in parts to be summed: SLICES of them for few rows, else one."""
+    if not few:
+        return F.linear(x, linear.weight)[None]
+    columns, width = linear.weight.shape
+    parts = x.new_empty(SLICES, *x.shape[:2], columns, dtype=torch.float32)
+    _sliced_product[(columns // COLUMNS, SLICES)](
+        x, linear.weight, parts, x.shape[0] * x.shape[1],
+        N=columns, D=width, SLICE=width // SLICES, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=min(DEPTH, width // SLICES), num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return parts
+
+
+def gated_product(x: Float[Tensor, "B T D"], linear: nn.Linear, gelu: str, few: bool) -> Float[Tensor, "B T F"]:
+    """`gelu(gate) * up`, the two halves of one product."""
+    hidden, width = linear.out_features // 2, linear.in_features
+    out = x.new_empty(*x.shape[:2], hidden)
+    rows = x.shape[0] * x.shape[1]
+    if few:
+        _gated_product[(hidden // COLUMNS,)](
+            x, linear.weight, out, rows,
+            F=hidden, D=width, TANH=gelu == "tanh", ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=min(DEPTH, width), num_warps=4, num_stages=4,
+        )  # fmt: skip
+    else:
+        _gate[(rows, triton.cdiv(hidden, 2048))](F.linear(x, linear.weight), out, F=hidden, TANH=gelu == "tanh", BLOCK=2048, num_warps=8)
+    return out
+
+
+@final
+class FusedVision(nn.Module):
+    """`VisionTower.forward` by these kernels."""
+
+    def __init__(self, tower: VisionTower) -> None:
+        super().__init__()
+        self.patch_embedding, self.position_embedding, self.layers = tower.patch_embedding, tower.position_embedding, tower.layers
+        self.final_norm, self.projector = tower.final_norm, tower.projector
+
+    def forward(self, pictures: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B V E"]:
+        """pictures in [-1, 1] to tokens."""
+        x, y = (self.patch_embedding(pictures) + self.position_embedding).contiguous(), None
+        for layer in self.layers:
+            assert isinstance(layer, VisionLayer)
+            dtype = layer.qkv.weight.dtype
+            x, normed = add_layer_norm(x, y, layer.attention_norm, dtype)
+            query, key, value = layer.qkv(normed).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            attended = F.scaled_dot_product_attention(query, key, value)
+            x, normed = add_layer_norm(x, layer.out(attended.transpose(1, 2).flatten(2)), layer.mlp_norm, dtype)
+            y = layer.mlp.fc2(_bias_gelu(normed, layer.mlp.fc1, layer.mlp.gelu))
+        return cast(Tensor, self.projector(add_layer_norm(x, y, self.final_norm, self.projector.weight.dtype)[1]))
+
+
+def add_layer_norm(x: Tensor, y: Tensor | None, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [B, V, D] + y, float32 (x itself without y), and its norm in `dtype`."""
+    width = x.shape[-1]
+    total = x if y is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    normed = torch.empty(x.shape, dtype=dtype, device=x.device)
+    _add_layer_norm[(x.numel() // width,)](
+        x, x if y is None else y, norm.weight, norm.bias, total, normed,
+        D=width, ADDED=y is not None, EPSILON=norm.eps, BLOCK=triton.next_power_of_2(width),
+    )  # fmt: skip
+    return total, normed
+
+
+def _bias_gelu(x: Tensor, linear: nn.Linear, gelu: str) -> Tensor:
+    if gelu == "tanh" and x.is_cuda:  # the product's own epilogue
+        return torch._addmm_activation(linear.bias, x.flatten(0, 1), linear.weight.t(), use_gelu=True).unflatten(0, x.shape[:2])
+    return F.gelu(linear(x), approximate=gelu)
+
+
+def with_fused_layers(model: Pi0) -> Pi0 | None:
+    """The same network and weights with `FusedVision` and `FusedDecoder`, for inference; None where a size does not fit."""
+    config, decoder = model.config, model.decoder
+    state = config.state_input == "token"
+    if not isinstance(decoder, JointDecoder) or (state and config.time_conditioning == "adaptive_norm") or not fits(decoder):
+        return None
+    fused = copy.copy(model)
+    fused._modules = dict(model._modules)
+    fused.vision, fused.decoder = FusedVision(model.vision), FusedDecoder(decoder, config.action_horizon + state)  # type: ignore[assignment]
+    return fused
+
+
+def fits(decoder: JointDecoder) -> bool:
+    """Whether these kernels take a decoder of this size: sizes in whole tiles, matrices as `nn.Linear` keeps them."""
+    layer = decoder.layers[0]
+    assert isinstance(layer, JointDecoderLayer)
+    stream = layer.action_expert
+
+    def whole(size: int, slices: int) -> bool:
+        return size % slices == 0 and size // slices % min(DEPTH, size // slices) == 0 and min(DEPTH, size // slices) in (16, 32, 64, 128)
+
+    width, attended, hidden, head_dim = stream.qkv.in_features, stream.out.in_features, stream.mlp.down.in_features, stream.head_dim
+    products = whole(width, 1) and whole(attended, SLICES) and whole(hidden, SLICES)
+    return products and width % COLUMNS == 0 and hidden % COLUMNS == 0 and head_dim in (32, 64, 128, 256)
+
+
+def _stride(x: Tensor | None) -> int:
+    """From a row of the batch to the next; 0 where one serves all."""
+    return 0 if x is None or len(x) == 1 else x.stride(0)
+
+
+def _rows_of(turn: Rotation, first: int, last: int) -> Rotation:
+    return Rotation(*(angle[:, :, first:last].contiguous() for angle in turn))
