@@ -43,12 +43,12 @@ KEYS = 64  # a slice of the keys
 
 
 @triton.jit
-def _dot(a, b, sum):  # type: ignore[no-untyped-def]
+def _dot(a, b, sum):
     return tl.dot(a, tl.trans(b), sum, input_precision="ieee")
 
 
 @triton.jit
-def _gelu(x, TANH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gelu(x, TANH: tl.constexpr):
     if TANH:  # 0.5 (1 + tanh(u)) is the logistic function of 2 u
         answer = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     else:
@@ -57,7 +57,7 @@ def _gelu(x, TANH: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add_norm(  # type: ignore[no-untyped-def]
+def _add_norm(
     x, parts, gate, factor, shift, sum_out, normed_out, rows, tokens, gate_stride, factor_stride, shift_stride,
     D: tl.constexpr, SLICES: tl.constexpr, GATED: tl.constexpr, ADAPTIVE: tl.constexpr, EPSILON: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,7 @@ def _add_norm(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _store_head(  # type: ignore[no-untyped-def]
+def _store_head(
     left, right, row, low, live, head, cos, sin, query, key, value, tokens, first, capacity,
     HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +111,7 @@ def _store_head(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _rotated_qkv(  # type: ignore[no-untyped-def]
+def _rotated_qkv(
     x, matrix, cos, sin, query, key, value, rows, tokens, first, capacity,
     D: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +129,7 @@ def _rotated_qkv(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _rotated_heads(  # type: ignore[no-untyped-def]
+def _rotated_heads(
     qkv, cos, sin, query, key, value, rows, tokens, first, capacity,
     HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, HEADS_IN: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +143,7 @@ def _rotated_heads(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _attend(  # type: ignore[no-untyped-def]
+def _attend(
     query, key, value, bias, sums, largest, totals, tokens, keys, capacity, bias_stride, scale,
     HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -173,9 +173,7 @@ def _attend(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _join(  # type: ignore[no-untyped-def]
-    sums, largest, totals, joined, tokens, cuts, HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, CUTS: tl.constexpr
-):
+def _join(sums, largest, totals, joined, tokens, cuts, HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, CUTS: tl.constexpr):
     """A row a program: the slices of the keys weighed against each other; to [B, T, N K]."""
     GROUP: tl.constexpr = HEADS // KV
     row, pair = tl.program_id(0), tl.program_id(1)
@@ -191,7 +189,7 @@ def _join(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sliced_product(  # type: ignore[no-untyped-def]
+def _sliced_product(
     x, matrix, parts, rows, N: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +205,7 @@ def _sliced_product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gated_product(  # type: ignore[no-untyped-def]
+def _gated_product(
     x, matrix, out, rows, F: tl.constexpr, D: tl.constexpr, TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -224,7 +222,7 @@ def _gated_product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gate(halves, out, F: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gate(halves, out, F: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr):
     """gelu(gate) * up of a row's two halves."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < F
@@ -235,7 +233,7 @@ def _gate(halves, out, F: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _add_layer_norm(  # type: ignore[no-untyped-def]
+def _add_layer_norm(
     x, y, weight, bias, sum_out, normed_out, D: tl.constexpr, ADDED: tl.constexpr, EPSILON: tl.constexpr, BLOCK: tl.constexpr
 ):
     """A row a program: x + y, stored, and its layer norm."""
@@ -268,7 +266,12 @@ class FusedDecoder(nn.Module):
 
     def __init__(self, decoder: JointDecoder, space: int) -> None:
         super().__init__()
-        self.layers, self.final_norm, self.head_dim, self.modulations = decoder.layers, decoder.final_norm, decoder.head_dim, decoder.modulations
+        self.layers, self.final_norm, self.head_dim, self.modulations = (
+            decoder.layers,
+            decoder.final_norm,
+            decoder.head_dim,
+            decoder.modulations,
+        )
         self._space = space
 
     def encode(self, prefix: Float[Tensor, "B P D"], mask: Bool[Tensor, "B P"]) -> PrefixCache:
@@ -281,7 +284,9 @@ class FusedDecoder(nn.Module):
 
         def attend(query: Tensor, cached: Cached) -> Tensor:
             key, value = cached.key[:, :, :tokens], cached.value[:, :, :tokens]
-            found = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=bias, enable_gqa=key.shape[1] != query.shape[2])
+            found = F.scaled_dot_product_attention(
+                query.transpose(1, 2), key, value, attn_mask=bias, enable_gqa=key.shape[1] != query.shape[2]
+            )
             return found.transpose(1, 2).flatten(2)
 
         x, y = prefix.contiguous(), None
@@ -324,7 +329,7 @@ class FusedDecoder(nn.Module):
         return x, y, gate
 
 
-def _layer(  # type: ignore[no-untyped-def]
+def _layer(
     stream: Stream, x: Tensor, y: Tensor | None, gate: Tensor | None, by: tuple[Modulation | None, Modulation | None], turn: Rotation,
     cached: Cached, attend, few: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
@@ -334,7 +339,9 @@ def _layer(  # type: ignore[no-untyped-def]
     query = rotated_qkv(normed, stream, turn, cached, few)
     if not stream.num_heads:  # the last layer of the prefix: only its keys and values are read
         return x, None, None
-    x, normed = add_norm(x, product(attend(query, cached), stream.out, few), None if by[0] is None else by[0].gate, stream.mlp_norm, by[1], dtype)
+    x, normed = add_norm(
+        x, product(attend(query, cached), stream.out, few), None if by[0] is None else by[0].gate, stream.mlp_norm, by[1], dtype
+    )
     hidden = gated_product(normed, stream.mlp.gate_up, stream.mlp.gelu, few)
     return x, product(hidden, stream.mlp.down, few), None if by[1] is None else by[1].gate
 

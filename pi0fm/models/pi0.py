@@ -137,6 +137,11 @@ class Pi0(nn.Module):
         self.decoder.activation_checkpointing = True
         self.vision.checkpoint_activations()
 
+    def compile_layers(self) -> None:
+        """Compile every layer of both towers, for training: one set of kernels for all batches and prompt lengths."""
+        for layer in (*self.vision.layers, *self.decoder.layers):
+            layer.compile(fullgraph=True, dynamic=True)
+
     def _prefix(self, observation: ModelObservation) -> tuple[Tensor, Tensor]:
         batch, cameras = observation.image_mask.shape
         pictures = self.vision(pixels(observation.images.flatten(0, 1)))

@@ -24,7 +24,7 @@ from pi0fm.data.loading.batch import Batch
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.lora import LoraConfig
 from pi0fm.models.observation import ModelObservation
-from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.models.pi0 import Pi0Config
 from pi0fm.models.presets import PI0, TINY
 from pi0fm.train.parallel.accelerate import Accelerator, Parallel
 from pi0fm.train.parallel.context import Context
@@ -59,20 +59,9 @@ def cases() -> list[Case]:
         Case("LoRA 16, checkpointed", adapted, True, False, (32, 64), ">= 30 samples/s"),
         Case("full, checkpointed, with average", full, True, False, (4, 8, 16, 24)),
     ]
-    if can_compile():
-        found.insert(1, replace(found[0], name="full, checkpointed, no average, compiled", compiled=True, batches=(32, 48, 64)))
-        found.append(replace(found[2], name="expert only, compiled", compiled=True, batches=(64, 128)))
+    found.insert(1, replace(found[0], name="full, checkpointed, no average, compiled", compiled=True, batches=(32, 48, 64)))
+    found.append(replace(found[2], name="expert only, compiled", compiled=True, batches=(64, 128)))
     return found
-
-
-def can_compile() -> bool:
-    """Whether training can be compiled."""
-    return False
-
-
-def compiled_for_training(model: Pi0) -> Pi0:
-    """The model as a training with compilation runs it."""
-    return model
 
 
 def measure(results: Results, device: torch.device, whole: bool) -> None:
@@ -110,7 +99,8 @@ def prepared(config: Pi0Config, case: Case, device: torch.device) -> Trained:
     """Network, optimiser and average on the device, as `pi0fm train` makes them."""
     parallel = Parallel(Context(), "bfloat16", 1, allow_cuda=device.type == "cuda")
     model = adapt(random_network(config, device), case.how, torch.bfloat16).to(device)
-    model = compiled_for_training(model) if case.compiled else model
+    if case.compiled:
+        model.compile_layers()
     state = TrainState(model, StateConfig(adaptation=case.how, ema_decay=0.999 if case.averaged else None))
     state.prepare(parallel)
     return Trained(config, state, parallel.accelerator, FlowMatching.from_config(FlowConfig()))
