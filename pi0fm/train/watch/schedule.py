@@ -13,7 +13,7 @@ import torch
 from pi0fm import progress
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.watch.metrics import Metrics, read_last
-from pi0fm.train.watch.validation import NLL, Validator
+from pi0fm.train.watch.validation import LOSS, NLL, Validator
 
 
 @final
@@ -34,11 +34,17 @@ class ValidationSchedule:
     ) -> None:
         self._parallel, self._metrics, self._validators = parallel, metrics, validators
         self._steps, self._output_dir, self._paused = steps, output_dir, paused
+        for each in validators if parallel.context.shown else ():
+            if each.num_whole < each.num_chunks:
+                progress.say(
+                    f"{each.named(NLL)}: {each.num_chunks - each.num_whole} of {each.num_chunks} held-out chunks pass their episode's end, "
+                    "where training judges nothing; the others have a density, all have a loss"
+                )
 
     def catch_up(self, first: int, bar: progress.Step | None) -> None:
         """The validation of the step that a resumed run starts from, where the run was killed before it was written."""
         if self._due(first):
-            metric, device = self._validators[0].named(NLL), self._validators[0].device
+            metric, device = self._validators[0].named(LOSS), self._validators[0].device
             written = self._parallel.context.is_first and int((read_last(self._output_dir, metric) or {}).get("step", 0)) == first
             # one worker looked, all must agree
             if not bool(self._parallel.sum(torch.tensor(float(written), device=device))):

@@ -7,6 +7,8 @@ Does not know: which episodes are held out (data/columns/held_out.py), when it i
                                                                rank 0    rank 1    rank 0    rank 1        W = 2
     piece -> encode_prefix once -> push_backward (averaged weights, float32) -> chunks, nats, entries \
                                 -> loss at fixed noise and times             -> sum, count             > one row; ranks add their rows
+A density is of whole chunks. Past an episode's end training shows repeated actions on their way from noise, and judges none of them: there
+is no value at which such steps could be held that the network knows, so chunks that pass the end are left out. The loss is of all.
 Every number is a function of (seed, weights, held-out episodes): a resumed run, or another number of workers, gives the same ones bit
 by bit, since the pieces are the same and each row is computed by one worker.
 Shape letters: B chunks of a piece, H action horizon, A action dim, K draws of noise.
@@ -16,8 +18,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from pi0fm import progress
@@ -92,6 +95,13 @@ class Validator:
         """How many chunks are looked at."""
         return min(self.config.samples, len(self.collator.source.frames))
 
+    @property
+    def num_whole(self) -> int:
+        """How many of them lie inside their episode, so that they have a density."""
+        source = self.collator.source
+        frames = source.frames[self.collator.places(np.arange(self.num_chunks)).index]
+        return int((source.end[frames] - frames >= self.collator.action_horizon).sum())
+
     def due(self, step: int, steps: int) -> bool:
         """Whether a run of `steps` steps validates after step number `step`, counted from 1."""
         return step > 0 and (step % self.config.every == 0 or step == steps)
@@ -133,7 +143,7 @@ def encoder(model: Pi0) -> Encode:
 
 
 def measure(validator: Validator, rank: int, world_size: int, notice: Callable[[str], None] | None = None) -> Float64[Tensor, "pieces 5"]:
-    """A row for each piece: chunks, nats, entries, sum of squared errors, their count; 0 for the pieces of other ranks.
+    """A row for each piece: whole chunks, their nats and entries, sum of squared errors of all, their count; 0 for other ranks' pieces.
 
     Nats are NaN where the density is not finite, and the reason is said.
     """
@@ -147,21 +157,22 @@ def measure(validator: Validator, rank: int, world_size: int, notice: Callable[[
         batch = validator.collator(first, min(PIECE, validator.num_chunks - first)).to(validator.device)
         with torch.no_grad():
             velocity = validator.encode(batch.observation)
-            nats = _nats(validator, velocity, batch)
+            whole = batch.action_mask.any(2).all(1)
+            nats = _nats(validator, velocity, batch, whole)
             total, count = _loss(validator.flow, velocity, batch)
-        chunks = nats.new_full((), len(batch.actions))
-        rows[number] = torch.stack([chunks, nats, batch.action_mask.sum().double(), total, count])
+        rows[number] = torch.stack([whole.sum().double(), nats, batch.action_mask[whole].sum().double(), total, count])
     return rows
 
 
 def summarize(rows: Float64[Tensor, "pieces 5"]) -> dict[str, float]:
-    """The metrics from every piece's row: mean nats of a chunk, nats of one entry, mean squared error."""
+    """The metrics from every piece's row: mean nats of a whole chunk, nats of one entry, where there are any; mean squared error."""
     chunks, nats, entries, total, count = rows.sum(0).tolist()
-    return {NLL: nats / chunks, NLL_PER_DIM: nats / entries, LOSS: total / count}
+    density = {NLL: nats / chunks, NLL_PER_DIM: nats / entries} if chunks else {}
+    return {**density, LOSS: total / count}
 
 
-def _nats(validator: Validator, velocity: Velocity, batch: Batch) -> Float64[Tensor, ""]:
-    """Negative log-likelihood of a piece, over all its chunks: nats of the normalised entries inside the episode."""
+def _nats(validator: Validator, velocity: Velocity, batch: Batch, whole: Bool[Tensor, " B"]) -> Float64[Tensor, ""]:
+    """Negative log-likelihood of a piece, over its whole chunks: nats of the normalised entries."""
     config = validator.config
     # the sign of a normal number is +1 or -1 with equal odds
     probes = torch.where(batch.noise[:, LOSS_DRAWS:] < 0, -1.0, 1.0).transpose(0, 1)
@@ -171,7 +182,7 @@ def _nats(validator: Validator, velocity: Velocity, batch: Batch) -> Float64[Ten
     except FlowError as error:
         progress.say(f"validation: {error}")
         return torch.full((), math.nan, dtype=torch.float64, device=validator.device)
-    return -pushed.log_prob.double().sum()
+    return -pushed.log_prob[whole].double().sum()
 
 
 def _loss(flow: FlowMatching, velocity: Velocity, batch: Batch) -> tuple[Tensor, Tensor]:

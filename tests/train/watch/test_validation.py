@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from pi0fm.data.order.counter import slots
+from pi0fm.flow.likelihood import DensityOptions, log_prob
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.oracle import GaussianMixture
 from pi0fm.models.pi0 import Pi0
@@ -95,17 +96,38 @@ def test_options_out_of_range(wrong, words):
 
 
 def test_the_density_of_a_gaussian_is_its_closed_form(data):
-    """Under the exact field of data N(m, s^2 I); chunks at the end of the episode count what lies inside it."""
+    """Under the exact field of data N(m, s^2 I), of the chunks inside their episode."""
     mean, scale = 0.3, 0.8
     gaussian = GaussianMixture(torch.full((1, 4, 5), mean), torch.ones(1), scale)
     judge = validator(data, lambda _: lambda x, t: gaussian.velocity(FLOW.path, x, t), solver="rk4", num_flow_steps=24, samples=64)
     found = summarize(measure(judge, 0, 1))
     batch = judge.collator(0, judge.num_chunks)
-    real = batch.actions[batch.action_mask].double()
-    assert not batch.action_mask[:, :, :3].all(), "some chunks pass the end"
+    whole = batch.action_mask[:, -1, 0]
+    assert 0 < whole.sum() == judge.num_whole < judge.num_chunks, "some chunks pass the end"
+    real = batch.actions[whole][batch.action_mask[whole]].double()
     nats = ((real - mean) ** 2 / (2 * scale**2) + math.log(scale * math.sqrt(2 * math.pi))).sum()
-    assert found[NLL] == pytest.approx(float(nats) / len(batch.actions), rel=1e-4)
+    assert found[NLL] == pytest.approx(float(nats) / judge.num_whole, rel=1e-4)
     assert found[NLL_PER_DIM] == pytest.approx(float(nats) / len(real), rel=1e-4)
+
+
+def test_what_stands_past_an_episodes_end_changes_no_density(data):
+    """A network that lets steps see each other, as ours does: near an end it met only repeated actions in training, never a zero."""
+
+    def encode(_):
+        return lambda x, t: x + x.mean(dim=1, keepdim=True)
+
+    judge = validator(data, encode, samples=8)
+    batch = judge.collator(0, 8)
+    whole = batch.action_mask[:, -1, 0]
+    assert 0 < whole.sum() == judge.num_whole < 8
+    probes = torch.where(batch.noise[whole, LOSS_DRAWS:] < 0, -1.0, 1.0).transpose(0, 1)
+    density = DensityOptions(probes, OFTEN.num_flow_steps, OFTEN.solver)
+    alone = log_prob(FLOW, encode(None), batch.actions[whole], batch.action_mask[whole], density)
+    assert summarize(measure(judge, 0, 1))[NLL] == pytest.approx(-float(alone.mean()), rel=1e-6)
+    source = data.held_out.source
+    short = replace(judge, collator=replace(judge.collator, source=replace(source, frames=source.frames[-2:])))
+    assert short.num_whole == 0
+    assert set(summarize(measure(short, 0, 1))) == {LOSS}
 
 
 def test_the_loss_is_trainings_own_at_fixed_noise(data):
