@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -26,7 +27,6 @@ from pi0fm.toy.comparison import compare
 from pi0fm.toy.datasets import DATASETS
 from pi0fm.toy.methods import Method
 from pi0fm.toy.pictures import PICTURES
-from pi0fm.toy.training import one_thread
 from pi0fm_client.errors import ConfigError, OutputError
 
 HELP = "flow matching, CNF and diffusion on data in the plane: figures and a comparison"
@@ -89,12 +89,12 @@ def run(config: DemoConfig) -> dict[str, Any]:
     refuse_other_folder(config.output_dir)
     seconds = SECONDS if config.seconds is None and config.steps is None else config.seconds
     pictures = {}
-    with one_thread():
-        found = compare(DATASETS[config.dataset], config.methods(), config.seed, seconds=seconds, steps=config.steps)
-        with progress.step("drawing", len(PICTURES)) as bar:
-            for name, draw in PICTURES.items():
-                pictures[name] = draw(found)
-                bar.advance(note=name)
+    torch.set_num_threads(1)  # processor seconds are seconds then, and all methods have the same machine
+    found = compare(DATASETS[config.dataset], config.methods(), config.seed, seconds=seconds, steps=config.steps)
+    with progress.step("drawing", len(PICTURES)) as bar:
+        for name, draw in PICTURES.items():
+            pictures[name] = draw(found)
+            bar.advance(note=name)
     versions = machine.describe_versions()
     facts = {
         "machine": machine.describe_machine(),

@@ -14,8 +14,7 @@ the same on an idle machine.
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -95,14 +94,3 @@ def rate(spent: float) -> float:
     if spent < WARM_UP:
         return (spent + WARM_UP / 10) / (1.1 * WARM_UP)
     return (1 + math.cos(math.pi * min(1.0, (spent - WARM_UP) / (1 - WARM_UP)))) / 2
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread inside: then processor seconds are seconds, and all methods have the same machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

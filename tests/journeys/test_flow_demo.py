@@ -12,7 +12,7 @@ from pi0fm.toy import methods
 from pi0fm.toy.comparison import held_out_nll
 from pi0fm.toy.datasets import DATASETS
 from pi0fm.toy.pictures import PICTURES
-from pi0fm.toy.training import one_thread, train
+from pi0fm.toy.training import train
 
 pytestmark = pytest.mark.journey
 METHODS = {"flow_matching", "cnf", "diffusion"}
@@ -63,9 +63,8 @@ def test_the_cnf_reaches_the_nll_of_flow_matching(shapes_unchecked):
     held_out = dataset.sample(4000, torch.Generator().manual_seed(2**33))
     entropy = -float(dataset.log_prob(held_out).mean())
     found = {}
-    with one_thread():
-        for method, steps in ((methods.flow_matching(FlowConfig(time_density="uniform")), 800), (methods.cnf(FlowConfig()), 260)):
-            network, _ = train(method, dataset, 0, lambda _: 0.0, steps=steps)
-            found[method.name] = held_out_nll(method.flow, network, held_out, 32)
+    for method, steps in ((methods.flow_matching(FlowConfig(time_density="uniform")), 800), (methods.cnf(FlowConfig()), 260)):
+        network, _ = train(method, dataset, 0, lambda _: 0.0, steps=steps)
+        found[method.name] = held_out_nll(method.flow, network, held_out, 32)
     assert abs(found["cnf"] - found["flow_matching"]) < 0.1
     assert max(found.values()) < entropy + 0.15
