@@ -220,7 +220,7 @@ def decode_all(source: LeRobotSource, dataset: DatasetConfig) -> None:
     decoder = choose_decoder(dataset.video_decoder)
 
     def decode_file(path: Path) -> None:
-        for _ in decode(path, source.fps, decoder):
+        for _ in decode(path, decoder):
             pass
 
     with ThreadPoolExecutor(cores()) as threads:

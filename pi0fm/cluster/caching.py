@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from pi0fm.cluster.runtime import ray_session
-from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.columns.lerobot_source import open_source
+from pi0fm.data.loading.mixture import MixtureEntry
 from pi0fm.data.pictures.frame_cache import cache_bytes, open_cache
 from pi0fm_client.errors import Pi0fmError
 
 
 def cache_everywhere(
-    datasets: Sequence[tuple[DatasetConfig, Embodiment]],
+    entries: Sequence[MixtureEntry],
     size: int,
     ray_address: str | None = None,
     needs: Mapping[str, float] = MappingProxyType({}),
@@ -44,7 +44,7 @@ def cache_everywhere(
                 num_cpus=0,
                 max_retries=1,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-            ).remote(list(datasets), size)
+            ).remote(list(entries), size)
             for node in nodes
         }
         try:
@@ -55,11 +55,11 @@ def cache_everywhere(
             raise
 
 
-def build(datasets: Sequence[tuple[DatasetConfig, Embodiment]], size: int) -> float:
+def build(entries: Sequence[MixtureEntry], size: int) -> float:
     """What a node does; the seconds that it took."""
     began = time.perf_counter()
-    for dataset, embodiment in datasets:
-        source = open_source(dataset, embodiment)
+    for entry in entries:
+        source, dataset = open_source(entry.dataset, entry.embodiment, entry.selection()), entry.dataset
         if cache_bytes(source, size, dataset.cache_format) <= dataset.cache_limit_gib * 2**30:
             open_cache(source, dataset, size, dataset.cache_format)
     return time.perf_counter() - began

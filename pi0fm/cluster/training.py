@@ -84,7 +84,7 @@ def _on_ray(run: TrainingRun) -> TrainResult:
     require_resources(each, run.num_workers)
     if sum(node["Alive"] for node in ray.nodes()) > 1:  # on one machine the first worker builds, while the others wait for its lock
         found = _absolute(run).entries().values()
-        cache_everywhere([(entry.dataset, entry.embodiment) for entry in found], run.network().vision.image_size, needs=each)
+        cache_everywhere(list(found), run.network().vision.image_size, needs=each)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"run": options.encode(_absolute(run))},

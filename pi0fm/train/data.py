@@ -18,7 +18,7 @@ from pi0fm.data.columns import held_out
 from pi0fm.data.columns.lerobot_source import LeRobotSource, open_source
 from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.loading.loader import BatchMaker, Collator
-from pi0fm.data.loading.mixture import MixtureCollator, MixtureEntry, entry_named, filtered, part_seed, sample_order
+from pi0fm.data.loading.mixture import MixtureCollator, MixtureEntry, entry_named, part_seed, sample_order
 from pi0fm.data.order.orders import Weighted
 from pi0fm.data.pictures.streaming import open_pictures
 from pi0fm.policy.bundle import PolicyConfig
@@ -159,7 +159,7 @@ class _Checked:
 
 def _read(name: str, entry: MixtureEntry) -> LeRobotSource:
     with entry_named(name):
-        return filtered(open_source(entry.dataset, entry.embodiment), entry)
+        return open_source(entry.dataset, entry.embodiment, entry.selection())
 
 
 def _in_one_order_of_cameras(sources: Mapping[str, LeRobotSource]) -> dict[str, LeRobotSource]:

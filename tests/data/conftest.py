@@ -59,6 +59,8 @@ def memory_source() -> LeRobotSource:
         demonstration_seeds={},
         camera_sources={},
         fingerprint="",
+        rows=np.arange(total),
+        time=np.concatenate([np.arange(length) / 10 for length in LENGTHS]),
     )
 
 

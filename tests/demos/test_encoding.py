@@ -15,8 +15,8 @@ FPS = 80
 
 
 def frames(path: Path, fps: int = FPS) -> tuple[list[int], NDArray[np.uint8]]:
-    numbers, pictures = zip(*decode(path, fps, "pyav"), strict=True)
-    return list(numbers), np.stack(pictures)
+    times, pictures = zip(*decode(path, "pyav"), strict=True)
+    return [round(time * fps) for time in times], np.stack(pictures)
 
 
 def slow_film(length: int) -> NDArray[np.uint8]:

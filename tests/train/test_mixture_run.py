@@ -305,8 +305,8 @@ def test_one_entry_may_be_streamed_beside_one_that_is_cached(mixed, configure, t
 def test_the_caches_of_all_entries_are_built_ahead(mixed, tmp_path):
     """What a node does; tests/journeys runs it as a task of Ray."""
     entries = mixed(tmp_path / "any", crane={}).entries().values()
-    places = [(replace(entry.dataset, cache_dir=tmp_path / "cache"), entry.embodiment) for entry in entries]
-    assert caching.build(places, 32) > 0
+    elsewhere = [replace(entry, dataset=replace(entry.dataset, cache_dir=tmp_path / "cache")) for entry in entries]
+    assert caching.build(elsewhere, 32) > 0
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 2
 
 

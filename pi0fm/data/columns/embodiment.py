@@ -4,7 +4,9 @@ Owns: the names and dimensions of one robot, and the passage from a flat map of 
 Does not know: normalisation, padding, tensors.
 """
 
-from collections.abc import Mapping
+import re
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +18,7 @@ from pi0fm_client.errors import ConfigError, ObservationError
 from pi0fm_client.types import Observation
 
 PROMPT_KEYS = ("prompt", "task")
+BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # LeRobot's own columns
 
 
 @dataclass(frozen=True)
@@ -48,23 +51,34 @@ class Embodiment:
     def observation(self, flat: Mapping[str, Any]) -> Observation:
         """The observation in a flat map such as `{"observation.images.base": uint8 [h, w, 3], "observation.state": [S], "prompt": str}`.
 
-        Keys may be written with `/` for `.`, and `task` for `prompt`. A camera that is absent is treated as missing.
-        Raises ObservationError for an unknown key, no camera at all, or an array of another shape or type.
+        `/` and `.` in a key are the same, and so are `task` and `prompt`. A camera that is absent is treated as missing.
+        Raises ObservationError for an unknown key, one that is given twice, no camera at all, or an array of another shape or type.
         """
-        given = {str(key).replace("/", "."): value for key, value in flat.items()}
-        known = {*(column.replace("/", ".") for column in self.cameras.values()), self.state, *PROMPT_KEYS}
+        given: dict[str, Any] = {}
+        for key, value in flat.items():
+            if dotted(str(key)) in given:
+                raise ObservationError(f"an observation has each key once, found {key!r} in two spellings; leave one of them out")
+            given[dotted(str(key))] = value
+        columns = {name: dotted(column) for name, column in self.cameras.items()}
+        state = dotted(self.state)
+        known = {*columns.values(), state, *PROMPT_KEYS}
         for key in given:
             if key not in known:
                 raise ObservationError(f"unknown observation key {key!r}: {nearest(key, sorted(known))}")
         prompts = [given[key] for key in PROMPT_KEYS if key in given]
         if len(prompts) != 1 or not isinstance(prompts[0], str):
             raise ObservationError(f"an observation needs one text under 'prompt', found {prompts!r:.80}")
-        images = {name: picture(given[column], column) for name, column in self.cameras.items() if column in given}
-        if self.cameras and not images:
-            raise ObservationError(f"an observation needs at least one picture of: {', '.join(self.cameras.values())}")
-        if self.state not in given:
-            raise ObservationError(f"an observation needs the state under {self.state!r}, found keys: {', '.join(sorted(given))}")
-        return Observation(images, vector(given[self.state], self.dims()[0], self.state), prompts[0])
+        images = {name: picture(given[column], column) for name, column in columns.items() if column in given}
+        if columns and not images:
+            raise ObservationError(f"an observation needs at least one picture of: {', '.join(columns.values())}")
+        if state not in given:
+            raise ObservationError(f"an observation needs the state under {state!r}, found keys: {', '.join(sorted(given))}")
+        return Observation(images, vector(given[state], self.dims()[0], state), prompts[0])
+
+
+def dotted(key: str) -> str:
+    """A key in the one spelling that keys are compared in."""
+    return key.replace("/", ".")
 
 
 def picture(value: Any, key: str) -> NDArray[np.uint8]:
@@ -85,30 +99,66 @@ def vector(value: Any, width: int, key: str) -> NDArray[np.float32]:
     return array.astype(np.float32)
 
 
-def resolve(embodiment: Embodiment, columns: Mapping[str, tuple[int, ...]], picture_columns: list[str], where: str) -> Embodiment:
-    """The embodiment with every blank filled from a data set's columns (name -> shape).
+def camera_names(columns: Sequence[str]) -> dict[str, str]:
+    """Camera name -> column: the last word of the column, with as many words before it as tell it from the others.
 
-    Raises ConfigError when it names a column that is not there, or a width that differs.
+    observation.images.base                        base
+    left/rgb, right/rgb                            left_rgb, right_rgb
     """
-    cameras = dict(embodiment.cameras) or {column.rsplit(".", 1)[-1]: column for column in picture_columns}
+    words = [re.findall(r"[^./\s]+", column) or [column] for column in columns]
+    for count in range(1, max((len(each) for each in words), default=0) + 1):
+        names = ["_".join(each[-count:]) for each in words]
+        if len(set(names)) == len(names):
+            return dict(zip(names, columns, strict=True))
+    return {column: column for column in columns}
+
+
+def resolve(
+    embodiment: Embodiment, columns: Mapping[str, tuple[int, ...]], picture_columns: list[str], where: str, depth: Sequence[str] = ()
+) -> Embodiment:
+    """The embodiment with every blank filled from a data set's columns (name -> shape). depth: its depth maps, which are no pictures.
+
+    Raises ConfigError when it names a column that is not there, a depth map, or a width that differs.
+    """
+    cameras = dict(embodiment.cameras) or camera_names(picture_columns)
     if not cameras:
-        raise ConfigError(f"{where} must hold at least one picture column, found: {', '.join(columns)}")
+        held = f"found depth maps only: {', '.join(depth)}" if depth else f"found: {', '.join(columns)}"
+        raise ConfigError(f"{where} must hold at least one picture column, {held}")
     for name, column in cameras.items():
+        if column in depth:
+            raise ConfigError(f"camera {name!r} is column {column!r} of {where}, a depth map; pi0fm reads colour pictures: leave it out")
         if column not in picture_columns:
             raise ConfigError(f"camera {name!r} wants column {column!r}, which {where} does not hold: {nearest(column, picture_columns)}")
+    alike = [column for column in cameras.values() if [dotted(each) for each in cameras.values()].count(dotted(column)) > 1]
+    if alike:
+        raise ConfigError(
+            f"columns {' and '.join(map(repr, alike))} of {where} are one key to a client; type --embodiment.cameras.NAME COLUMN"
+        )
     widths: dict[str, Any] = {}
-    for field, column, stated in (
-        ("state_dim", embodiment.state, embodiment.state_dim),
-        ("robot_action_dim", embodiment.action, embodiment.robot_action_dim),
+    for option_, column, field, stated in (
+        ("state", embodiment.state, "state_dim", embodiment.state_dim),
+        ("action", embodiment.action, "robot_action_dim", embodiment.robot_action_dim),
     ):
         shape = columns.get(column)
-        if shape is None or len(shape) != 1:
+        if shape is None:
+            raise ConfigError(f"{where} must hold the {option_} under {column!r}, found no such column; {_suggested(option_, columns)}")
+        if len(shape) > 1:
             raise ConfigError(
-                f"{where} must hold a one-dimensional column {column!r}, found shape {shape}: {nearest(column, list(columns))}"
+                f"column {column!r} of {where} must be one-dimensional, found shape {list(shape)}; write it as one row of numbers"
             )
-        if stated not in (None, shape[0]):
+        width = shape[0] if shape else 1
+        if stated not in (None, width):
             raise ConfigError(
-                f"embodiment.{field} is {stated}, but column {column!r} of {where} is {shape[0]} wide; leave it out or correct it"
+                f"embodiment.{field} is {stated}, but column {column!r} of {where} is {width} wide; leave it out or correct it"
             )
-        widths[field] = shape[0]
+        widths[field] = width
     return replace(embodiment, cameras=cameras, **widths)
+
+
+def _suggested(word: str, columns: Mapping[str, tuple[int, ...]]) -> str:
+    """What to type for a state or an action column that has another name: one whose last word begins with `word`, else the nearest."""
+    rows = [name for name, shape in columns.items() if len(shape) <= 1 and name not in BOOKKEEPING]
+    fitting = [name for name in rows if dotted(name).rsplit(".", 1)[-1].startswith(word)]
+    if fitting:
+        return f"type --embodiment.{word} {shlex.quote(fitting[0])}"
+    return f"type --embodiment.{word} COLUMN; columns here: {', '.join(rows) or 'none'}"

@@ -1,32 +1,38 @@
-"""A LeRobot data set (format v3.0) as arrays: state, action, task and episode of every frame, and where its pictures lie.
+"""A LeRobot data set (format v3.0) as arrays: state, action, task, episode and time of every row, and where its pictures lie.
 
-Owns: the format's layout. Does not know: normalisation, the network, the order of training.
+Owns: `DatasetConfig`, `LeRobotSource`, opening one. Does not know: how files are read and compared (metadata, rows), normalisation, the
+network, the order of training.
 The columns are read with pyarrow, in a tenth of a second; lerobot itself, whose import alone costs many CPU-seconds, is called only to
 download what is not on the disk. tests/data compares every column and picture with LeRobotDataset's own.
-Shape letters: N frames, S state dim, A action dim.
+
+    meta/*  -> chosen episodes -> their rows -> compared with meta/* -> faults of episodes, which are refused or left out -> arrays
+
+Rows of episodes that are not used are not in the arrays: a row's place is its number among those that are.
+Shape letters: N rows, S state dim, A action dim.
 """
 
 import hashlib
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pi0fm import progress
 from pi0fm.data.columns.embodiment import Embodiment, resolve
+from pi0fm.data.columns.faults import Fault, refuse
+from pi0fm.data.columns.metadata import Episodes, read_episodes, read_info, read_json, read_tasks
 from pi0fm.data.columns.norm_stats import NormStats, compute_norm_stats
+from pi0fm.data.columns.rows import Rows, Selection, choose, compare, read_rows, refuse_unknown_sentences
+from pi0fm.data.columns.tables import read_table, reading, scalars
 from pi0fm.data.pictures.video import Decoder
-from pi0fm.options import option
+from pi0fm.options import nearest, option
 from pi0fm_client.errors import ConfigError, DatasetError
 
-FORMAT = "v3."
 RECORDING = "meta/pi0fm_recording.json"  # what `pi0fm demos` leaves beside LeRobot's own files
 
 
@@ -37,6 +43,10 @@ class DatasetConfig:
     repo_id: str = option("", "name of the data set, such as lerobot/pusht; found under $HF_LEROBOT_HOME, else downloaded")
     root: Path | None = option(None, "directory of the data set, when it lies elsewhere")
     episodes: tuple[int, ...] = option((), "train on these episodes only; empty takes all")
+    skip_bad: bool = option(False, "leave out the episodes that pi0fm doctor names; the list goes into the run and its bundle")
+    tolerance_s: float | None = option(
+        None, "most seconds between a row and its picture; empty takes a period of the rows or of the video, whichever is longer"
+    )
     video_decoder: Decoder = option("auto", "pyav, torchcodec, or auto: torchcodec when it loads")
     cache_dir: Path | None = option(None, "where decoded frames are kept; default ~/.cache/pi0fm/frames")
     cache_limit_gib: float = option(64.0, "a data set whose decoded frames would take more is streamed from its videos instead")
@@ -46,6 +56,8 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         if self.video_decoder not in ("auto", "pyav", "torchcodec"):
             raise ConfigError(f"dataset.video_decoder must be auto, pyav or torchcodec, found {self.video_decoder!r}")
+        if self.tolerance_s is not None and not self.tolerance_s >= 0:
+            raise ConfigError(f"dataset.tolerance_s must be >= 0, found {self.tolerance_s}; leave it out for the default")
         if self.cache_limit_gib <= 0:
             raise ConfigError(f"dataset.cache_limit_gib must be > 0, found {self.cache_limit_gib}")
         if self.cache_format not in ("uint8", "jpeg"):
@@ -56,21 +68,25 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class Clip:
-    """One episode's pictures from one camera: frames `first .. first + count - 1` of the data set, from `offset` in `file`."""
+    """One episode's pictures from one camera, for the rows `first .. first + count - 1`: those of `file` from `begin` to `end` seconds."""
 
     file: Path
-    offset: int
+    begin: float
+    end: float
     first: int
     count: int
+    episode: int
 
 
 @dataclass(frozen=True)
 class LeRobotSource:
-    """The whole data set but its pictures.
+    """All that is used of a data set but its pictures.
 
-    state [N, S], action [N, A] float32; episode, task and end [N] int64, `end` being the index behind each frame's episode;
-    frames: the indices to train on; clips: by camera name, one for each episode with video; stored_pictures: cameras kept in parquet.
+    state [N, S], action [N, A] float32; episode (its number in the data set), task (place in `tasks`), rows (`index` in the data set) and
+    end (the place behind the row's episode) [N] int64; time [N] float64, seconds since the episode's start.
+    frames: the places to train on; clips: by camera name, one an episode; stored_pictures: cameras kept in parquet; files: with the rows.
     demonstration_seeds: by task, lowest and highest; camera_sources: by camera; both only from a recording that says so.
+    left_out: why episodes that were chosen are not here.
     """
 
     root: Path
@@ -89,76 +105,226 @@ class LeRobotSource:
     demonstration_seeds: dict[str, list[int]]
     camera_sources: dict[str, str]
     fingerprint: str
+    rows: NDArray[np.int64]
+    time: NDArray[np.float64]
+    files: tuple[Path, ...] = ()
+    left_out: tuple[Fault, ...] = ()
 
     def norm_stats(self, action_horizon: int) -> NormStats:
-        """Statistics over the frames that are trained on."""
-        chosen = self.frames
-        if len(chosen) == len(self.state):
-            return compute_norm_stats(self.state, self.action, self.end, self.embodiment.delta_actions, action_horizon)
-        place = np.cumsum(np.isin(np.arange(len(self.state)), chosen)) - 1  # whole episodes are kept, so places stay consecutive in each
-        ends = place[self.end[chosen] - 1] + 1
-        return compute_norm_stats(self.state[chosen], self.action[chosen], ends, self.embodiment.delta_actions, action_horizon)
+        """Statistics over the rows that are trained on, and the chunks that begin there."""
+        return compute_norm_stats(self.state, self.action, self.end, self.embodiment.delta_actions, action_horizon, self.frames)
 
-    def stored(self, camera: str) -> Iterator[tuple[int, bytes]]:
-        """(frame index, encoded picture) of a camera whose pictures lie in the parquet files."""
+    def stored(self, camera: str) -> Iterator[tuple[int, Any]]:
+        """(place, what the column holds of the picture) of a camera whose pictures lie in the parquet files, file by file."""
         column = self.embodiment.cameras[camera]
-        for path in data_files(self.root):
-            with _reading(path):
-                for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=["index", column]):
-                    yield from ((int(row["index"]), row[column]["bytes"]) for row in batch.to_pylist())
+        for path in self.files:
+            with reading(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+                if column not in file.schema_arrow.names:
+                    raise DatasetError(f"{path} lacks the column {column!r}; record or download the data set again")
+                for batch in file.iter_batches(batch_size=256, columns=["index", column]):
+                    index = np.asarray(batch["index"].to_numpy(zero_copy_only=False)).astype(np.int64).reshape(-1)
+                    places = np.searchsorted(self.rows, index)
+                    used = self.rows[np.minimum(places, len(self.rows) - 1)] == index
+                    kept = batch.column(batch.schema.names.index(column)).filter(used)
+                    yield from zip(places[used].tolist(), kept.to_pylist(), strict=True)
 
+    def column(self, name: str) -> NDArray[np.float64]:
+        """A column of one number a row. Raises DatasetError where it does not exist, or a row has no finite number."""
+        values = np.full(len(self.rows), np.nan)
+        for path in self.files:
+            with reading(path):
+                present = pq.ParquetFile(path).schema_arrow.names
+            if name not in present:
+                raise DatasetError(f"{self.root} has no column {name!r} to weigh samples by: {nearest(name, present)}")
+            table = read_table(path, ["index", name])
+            index, found = scalars(table["index"]), scalars(table[name])
+            places = np.searchsorted(self.rows, index.values)
+            used = self.rows[np.minimum(places, len(self.rows) - 1)] == index.values
+            values[places[used]] = np.where(found.bad, np.nan, found.values)[used]
+        wrong = np.flatnonzero(~np.isfinite(values[self.frames]))
+        if len(wrong):
+            row = int(self.frames[wrong[0]])
+            raise DatasetError(
+                f"the column {name!r} of {self.root} must be one finite number a row, found none in row {self.rows[row]} of episode "
+                f"{self.episode[row]}; correct the column, or weigh by another"
+            )
+        return values
 
-def open_source(config: DatasetConfig, embodiment: Embodiment) -> LeRobotSource:
-    """Read a data set. Raises ConfigError for what the configuration got wrong, DatasetError for what the data set got wrong."""
-    root = locate(config)
-    info = _json(root / "meta" / "info.json")
-    version = str(info.get("codebase_version", "unknown"))
-    if not version.startswith(FORMAT):
-        raise DatasetError(
-            f"{root} is a LeRobot data set {version}, v3.0 is needed; convert it: "
-            f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={config.repo_id or root.name}"
+    def without(self, episodes: Sequence[int], faults: Sequence[Fault] = ()) -> "LeRobotSource":
+        """The source without these episodes, which `faults` are noted for."""
+        kept = ~np.isin(self.episode, list(episodes))
+        place = np.cumsum(kept) - 1
+        framed = np.zeros(len(kept), dtype=bool)
+        framed[self.frames] = True
+        clips = {
+            camera: tuple(replace(clip, first=int(place[clip.first])) for clip in each if kept[clip.first])
+            for camera, each in self.clips.items()
+        }
+        arrays = {name: getattr(self, name)[kept] for name in ("state", "action", "episode", "task", "rows", "time")}
+        return replace(
+            self,
+            **arrays,
+            end=place[self.end[kept] - 1] + 1,
+            frames=place[framed & kept],
+            clips=clips,
+            left_out=(*self.left_out, *faults),
         )
-    lacking = [key for key in ("features", "fps", "total_frames") if key not in info]
-    if lacking:
-        raise DatasetError(f"{root / 'meta' / 'info.json'} lacks {', '.join(lacking)}; record or download the data set again")
-    features: dict[str, Any] = info["features"]
-    pictures = [name for name, feature in features.items() if feature["dtype"] in ("video", "image")]
-    columns = {name: tuple(feature["shape"]) for name, feature in features.items() if name not in pictures}
-    embodiment = resolve(embodiment, columns, pictures, f"the data set {root}")
-    wanted = ["index", "episode_index", "task_index", embodiment.state, embodiment.action, *(["seed"] if "seed" in features else [])]
-    table = _read_columns(root, list(dict.fromkeys(wanted)), int(info["total_frames"]))  # states may be actions, a few steps ahead
-    episode = _integers(table, "episode_index")
-    episodes = _episodes(root)
-    end = np.asarray(episodes["dataset_to_index"].to_numpy(), dtype=np.int64)
-    if len(end) <= episode.max(initial=0):
-        raise DatasetError(f"{root} describes {len(end)} episodes, but its rows name episode {episode.max()}; record or download it again")
-    tasks = _tasks(root)
-    task = _integers(table, "task_index")
-    videos = [name for name in pictures if features[name]["dtype"] == "video"]
-    recording = _json(root / RECORDING) if (root / RECORDING).is_file() else {}
-    names = {prompt: name for name, prompt in recording.get("prompts", {}).items()}
+
+
+def open_source(config: DatasetConfig, embodiment: Embodiment, selection: Selection | None = None) -> LeRobotSource:
+    """Read a data set. selection: of its episodes; those of `config.episodes` when None.
+
+    Raises ConfigError for what the configuration got wrong, DatasetError for what the data set got wrong: with `config.skip_bad` only for
+    what no choice of episodes mends.
+    """
+    source, faults = examine(config, embodiment, selection)
+    if not config.skip_bad:
+        refuse(faults, config.root or config.repo_id)
+    return leave_out(source, faults)
+
+
+def leave_out(source: LeRobotSource, faults: Sequence[Fault]) -> LeRobotSource:
+    """The source without the episodes that have faults, which is said. Raises DatasetError when none is left or a fault has no episode."""
+    refuse([fault for fault in faults if fault.episode is None], source.root)
+    bad = _spoiled(faults)
+    if not bad:
+        return source
+    kept = source.without(bad, faults)
+    if not len(kept.frames):
+        refuse(list(faults), source.root)
+    progress.say(
+        f"{source.root}: left out {len(bad)} of {len(bad) + len(np.unique(kept.episode))} episodes: {', '.join(map(str, bad)):.200}"
+    )
+    return kept
+
+
+def examine(config: DatasetConfig, embodiment: Embodiment, selection: Selection | None = None) -> tuple[LeRobotSource, list[Fault]]:
+    """The chosen episodes that could be read, and what is wrong with them, their columns only; faulty episodes are in the source still.
+
+    Raises as `open_source` does where nothing can be read.
+    """
+    selection = selection or Selection(config.episodes)
+    root = locate(config)
+    info = read_info(root, config.repo_id)
+    colour = [name for name in info.pictures if name not in info.depth]
+    embodiment = resolve(embodiment, info.shapes, colour, f"the data set {root}", sorted(info.depth))
     cameras = embodiment.cameras.items()
-    fps = float(info["fps"])
+    videos = [column for _, column in cameras if info.pictures[column] == "video"]
+    episodes = read_episodes(root, info, videos, sentences=bool(selection.tasks))
+    tasks = read_tasks(root)
+    refuse_unknown_sentences(selection.tasks, tasks, root)
+    chosen = choose(episodes, selection)
+    if selection.tasks:
+        chosen &= _present(episodes, set(selection.tasks))
+    if not chosen.any():
+        raise _nothing(root, selection, len(episodes.number))
+    rows, faults = read_rows(root, episodes, chosen, embodiment, lambda name: name in info.shapes, info.fps)
+    if selection.tasks:
+        wanted = [number for number, text in tasks.items() if text in selection.tasks]
+        named = np.unique(rows.episode[np.isin(rows.task, wanted)])
+        chosen &= np.isin(episodes.number, [*named, *_spoiled(faults)])
+        rows = _only(rows, np.isin(rows.episode, episodes.number[chosen]))
+        if not chosen.any():
+            raise _nothing(root, selection, len(episodes.number))
+    read = chosen & ~np.isin(episodes.number, _spoiled(faults))
+    picked = set(episodes.number[read].tolist())
+    faults += [fault for fault in episodes.faults if fault.episode in picked]
+    broken = _spoiled(faults)  # what their metadata lacks cannot be compared
+    comparable = read & ~np.isin(episodes.number, broken)
+    compared = _only(rows, ~np.isin(rows.episode, broken)) if broken else rows
+    faults += compare(compared, episodes, comparable, info, tasks, embodiment)
+    source = _source(config, root, embodiment, info.fps, rows, episodes, comparable, tasks, selection, videos)
+    return source, sorted(faults, key=lambda fault: fault.episode is not None)
+
+
+def _source(
+    config: DatasetConfig,
+    root: Path,
+    embodiment: Embodiment,
+    fps: float,
+    rows: Rows,
+    episodes: Episodes,
+    comparable: NDArray[np.bool_],
+    tasks: dict[int, str | None],
+    selection: Selection,
+    videos: list[str],
+) -> LeRobotSource:
+    """Rows as they are, grouped by episode; several numbers with one sentence become one task."""
+    if (np.diff(rows.episode) < 0).any():  # of faulty episodes only, or of a data set whose episodes are not in the order of their rows
+        rows = _only(rows, np.lexsort((rows.index, _first_row(rows))))
+    begins = np.flatnonzero(np.diff(rows.episode, prepend=rows.episode[:1] - 1))
+    ends = np.append(begins[1:], len(rows.episode))
+    end = np.repeat(ends, ends - begins)
+    keys = np.array(sorted(tasks), dtype=np.int64)
+    sentences = list(dict.fromkeys(tasks[key] or "" for key in keys.tolist()))
+    numbered = {text: place for place, text in enumerate(sentences)}
+    place = np.array([numbered[tasks[key] or ""] for key in keys.tolist()], dtype=np.int64)
+    found = np.minimum(np.searchsorted(keys, rows.task), max(len(keys) - 1, 0))
+    task = place[found] if len(keys) else np.zeros(len(rows.task), dtype=np.int64)
+    span = {int(rows.episode[begin]): (int(begin), int(stop)) for begin, stop in zip(begins, ends, strict=True)}
+    recording = read_json(root / RECORDING) if (root / RECORDING).is_file() else {}
+    prompts = recording.get("prompts")
+    names = {prompt: name for name, prompt in prompts.items()} if isinstance(prompts, dict) else {}
+    cameras = embodiment.cameras.items()
+    frames: NDArray[np.int64] = np.arange(len(rows.index))
+    if selection.tasks:
+        frames = np.flatnonzero(np.isin(task, [numbered[text] for text in selection.tasks]))
     return LeRobotSource(
         root=root,
         repo_id=config.repo_id,
         fps=fps,
         embodiment=embodiment,
-        state=_matrix(table, embodiment.state),
-        action=_matrix(table, embodiment.action),
-        episode=episode,
+        state=rows.state.values,
+        action=rows.action.values,
+        episode=rows.episode,
         task=task,
-        end=end[episode],
-        frames=_chosen(config.episodes, episode, len(end)),
-        tasks=tasks,
-        clips={name: _clips(root, info, episodes, column, fps) for name, column in cameras if column in videos},
+        end=end,
+        frames=frames,
+        tasks=tuple(sentences),
+        clips={name: _clips(episodes, comparable, column, span, rows.time, fps) for name, column in cameras if column in videos},
         stored_pictures=tuple(name for name, column in cameras if column not in videos),
-        demonstration_seeds=_seed_ranges(_integers(table, "seed"), task, [names.get(text, text) for text in tasks])
-        if "seed" in features
-        else {},
+        demonstration_seeds={} if rows.seed is None else _seed_ranges(rows.seed, task, [names.get(text, text) for text in sentences]),
         camera_sources=_camera_sources(recording, embodiment),
         fingerprint=_fingerprint(root),
+        rows=rows.index,
+        time=rows.time,
+        files=rows.files,
     )
+
+
+def _spoiled(faults: Sequence[Fault]) -> list[int]:
+    return sorted({fault.episode for fault in faults if fault.episode is not None})
+
+
+def _first_row(rows: Rows) -> NDArray[np.int64]:
+    """The lowest index of each row's episode."""
+    numbers, own = np.unique(rows.episode, return_inverse=True)
+    first = np.full(len(numbers), np.iinfo(np.int64).max)
+    np.minimum.at(first, own, rows.index)
+    return first[own]
+
+
+def _only(rows: Rows, kept: NDArray[Any]) -> Rows:
+    """Some of the rows, or all in another order."""
+    arrays: dict[str, Any] = {name: getattr(rows, name)[kept] for name in ("file", "index", "episode", "task", "time")}
+    arrays |= {name: replace(part := getattr(rows, name), values=part.values[kept], bad=part.bad[kept]) for name in ("state", "action")}
+    arrays |= {name: None if getattr(rows, name) is None else getattr(rows, name)[kept] for name in ("frame", "seed")}
+    return replace(rows, **arrays)
+
+
+def _present(episodes: Episodes, sentences: set[str]) -> NDArray[np.bool_]:
+    """[E] False where an episode's file of rows is not on this disk and none of its sentences is wanted: it may be left out unread."""
+    exists = {path: path is None or path.is_file() for path in set(episodes.files)}
+    noted = zip(episodes.files, episodes.tasks, strict=True)
+    return np.array([exists[path] or tasks is None or bool(tasks & sentences) for path, tasks in noted], dtype=bool)
+
+
+def _nothing(root: Path, selection: Selection, count: int) -> DatasetError | ConfigError:
+    if count == 0:
+        return DatasetError(f"{root} holds no episodes; record or download the data set again")
+    if selection == Selection(selection.episodes):
+        return DatasetError(f"{root} holds no rows of the chosen episodes; choose other dataset.episodes")
+    return ConfigError(f"the filters of {root} leave no episode; loosen episodes, exclude_episodes, tasks or min_frames")
 
 
 def locate(config: DatasetConfig) -> Path:
@@ -177,11 +343,6 @@ def locate(config: DatasetConfig) -> Path:
     return _download(config.repo_id)
 
 
-def data_files(root: Path) -> list[Path]:
-    """The parquet files with the rows, in order."""
-    return sorted((root / "data").glob("*/*.parquet"))
-
-
 def _download(repo_id: str) -> Path:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -194,98 +355,26 @@ def _download(repo_id: str) -> Path:
         ) from error
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise DatasetError(f"{path} is not readable ({' '.join(str(error).split()):.120}); record or download the data set again") from None
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """What pyarrow raises for a file that is cut, damaged or lacks a column, as one line."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise DatasetError(f"{path} is cut or damaged ({reason:.120}); record or download the data set again") from None
-
-
-def _read_table(path: Path, names: list[str] | None = None) -> pa.Table:
-    """The named columns of a parquet file, in this order; all of them without names."""
-    with _reading(path):
-        table = pq.ParquetFile(path).read(columns=names)
-        return table if names is None else table.select(names)
-
-
-def _read_columns(root: Path, names: list[str], num_frames: int) -> pa.Table:
-    files = data_files(root)
-    table = pa.concat_tables(_read_table(path, names) for path in files) if files else None
-    if table is None or len(table) != num_frames:
-        found = 0 if table is None else len(table)
-        raise DatasetError(
-            f"{root} promises {num_frames} frames in meta/info.json, but its parquet files hold {found}; record or download it again"
-        )
-    table = table.sort_by("index")
-    if not np.array_equal(_integers(table, "index"), np.arange(num_frames)):
-        raise DatasetError(f"the column 'index' of {root} must count 0..{num_frames - 1}; record or download it again")
-    return table
-
-
-def _integers(table: pa.Table, name: str) -> NDArray[np.int64]:
-    column = table[name].combine_chunks()
-    values = column.flatten() if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type) else column
-    return np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.int64)
-
-
-def _matrix(table: pa.Table, name: str) -> NDArray[np.float32]:
-    flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return np.ascontiguousarray(flat, dtype=np.float32).reshape(len(table), -1)
-
-
-def _episodes(root: Path) -> Any:
-    """meta/episodes as a pandas frame sorted by episode."""
-    files = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
-    if not files:
-        raise DatasetError(f"{root} has no meta/episodes; record or download it again")
-    with _reading(files[0]):
-        wanted = [name for name in pq.ParquetFile(files[0]).schema_arrow.names if not name.startswith("stats/")]
-    table = pa.concat_tables((_read_table(path, wanted) for path in files), promote_options="default")
-    return table.sort_by("episode_index").to_pandas()
-
-
-def _tasks(root: Path) -> tuple[str, ...]:
-    frame = _read_table(root / "meta" / "tasks.parquet").to_pandas().reset_index()
-    text = next(name for name in frame.columns if name != "task_index")
-    return tuple(str(task) for task in frame.sort_values("task_index")[text])
-
-
-def _chosen(wanted: tuple[int, ...], episode: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    unknown = sorted(set(wanted) - set(range(count)))
-    if unknown:
-        raise ConfigError(f"dataset.episodes must lie in 0..{count - 1}, found {unknown[:8]}")
-    return np.flatnonzero(np.isin(episode, wanted)) if wanted else np.arange(len(episode))
-
-
-def _clips(root: Path, info: dict[str, Any], episodes: Any, column: str, fps: float) -> tuple[Clip, ...]:
-    places = zip(
-        episodes[f"videos/{column}/chunk_index"],
-        episodes[f"videos/{column}/file_index"],
-        episodes[f"videos/{column}/from_timestamp"],
-        episodes["dataset_from_index"],
-        episodes["length"],
-        strict=True,
-    )
-    paths = (
-        (root / info["video_path"].format(video_key=column, chunk_index=int(chunk), file_index=int(file)), start, first, length)
-        for chunk, file, start, first, length in places
-    )
-    return tuple(Clip(path, round(float(start) * fps), int(first), int(length)) for path, start, first, length in paths)
+def _clips(
+    episodes: Episodes, comparable: NDArray[np.bool_], column: str, span: dict[int, tuple[int, int]], time: NDArray[np.float64], fps: float
+) -> tuple[Clip, ...]:
+    """One a comparable episode, in the order of the rows."""
+    videos = episodes.videos[column]
+    found = []
+    for place in np.flatnonzero(comparable).tolist():
+        number, file = int(episodes.number[place]), videos.files[place]
+        if number not in span or file is None:
+            continue
+        first, stop = span[number]
+        begin, end = float(videos.begin[place]), float(videos.end[place])
+        found.append(Clip(file, begin, begin + float(time[stop - 1]) + 1 / fps if np.isnan(end) else end, first, stop - first, number))
+    return tuple(sorted(found, key=lambda clip: clip.first))
 
 
 def _camera_sources(recording: dict[str, Any], embodiment: Embodiment) -> dict[str, str]:
     """By camera of the embodiment, where the simulator that recorded it finds it."""
-    sources = dict(text.split("=", 1) for text in recording.get("cameras", []))
+    noted = recording.get("cameras")
+    sources = dict(text.split("=", 1) for text in noted if isinstance(text, str) and "=" in text) if isinstance(noted, list) else {}
     by_column = {f"observation.images.{name}": source for name, source in sources.items()}
     return {name: by_column[column] for name, column in embodiment.cameras.items() if column in by_column}
 

@@ -1,6 +1,6 @@
 """Several data sets in one stream, each with its own robot, statistics and weight.
 
-Owns: the options of a data set in a mixture, which data set stands at a position, filters of episodes, weights of samples, one batch out
+Owns: the options of a data set in a mixture, which data set stands at a position, weights of samples, one batch out
 of several. Does not know: how a data set is read, how a network is chosen.
 
     position     0    1    2    3    4    5    6    7        weights 4 : 2 : 1
@@ -18,20 +18,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, data_files
+from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource
+from pi0fm.data.columns.rows import Selection, refuse_unknown_sentences
 from pi0fm.data.loading.batch import Batch
 from pi0fm.data.loading.loader import BatchMaker, Collator, keep_count
 from pi0fm.data.order.orders import Weighted, weighted
 from pi0fm.data.pictures.augmentation import Augmentation
 from pi0fm.models.observation import ModelObservation
-from pi0fm.options import nearest, option
-from pi0fm_client.errors import ConfigError, DatasetError, Pi0fmError
+from pi0fm.options import option
+from pi0fm_client.errors import ConfigError, Pi0fmError
 
 UNITS = 2**20  # weights are counted in millionths, so that shares are exact at any position
 
@@ -55,6 +55,10 @@ class MixtureEntry:
             raise ConfigError(f"a mixture's weight must be > 0, found {self.weight}; leave the data set out instead of giving it 0")
         if self.min_frames < 1:
             raise ConfigError(f"min_frames must be >= 1, found {self.min_frames}; leave it out for all episodes")
+
+    def selection(self) -> Selection:
+        """The episodes that are used of the data set."""
+        return Selection(self.dataset.episodes, self.exclude_episodes, self.tasks, self.min_frames)
 
 
 def refuse_entries(mixture: Mapping[str, MixtureEntry]) -> None:
@@ -82,33 +86,16 @@ def entry_named(name: str) -> Iterator[None]:
         raise type(error)(f"mixture.{name}: {text}") from error
 
 
-def filtered(source: LeRobotSource, entry: MixtureEntry) -> LeRobotSource:
-    """The source without the episodes that the entry leaves out. Raises ConfigError for an unknown one, or when none is left."""
-    unknown = sorted(set(entry.exclude_episodes) - set(source.episode.tolist()))
-    if unknown:
-        raise ConfigError(f"exclude_episodes must lie in 0..{int(source.episode.max())}, found {unknown[:8]}; correct the list")
-    for text in (*entry.tasks, *entry.task_weights):
-        if text not in source.tasks:
-            raise ConfigError(f"{source.root} has no instruction {text!r}: {nearest(text, source.tasks)}")
-    frames = source.frames
-    lengths = np.bincount(source.episode)
-    keep = ~np.isin(source.episode[frames], entry.exclude_episodes) & (lengths[source.episode[frames]] >= entry.min_frames)
-    if entry.tasks:
-        keep &= np.isin(source.task[frames], [source.tasks.index(text) for text in entry.tasks])
-    if not keep.any():
-        raise ConfigError(f"the filters of {source.root} leave no episode; loosen episodes, exclude_episodes, tasks or min_frames")
-    return replace(source, frames=frames[keep])
-
-
 def sample_order(source: LeRobotSource, entry: MixtureEntry) -> Weighted | None:
     """The order by the entry's weights of samples, None where it has none. Raises what `weighted` does, DatasetError for the column."""
     if not entry.task_weights and entry.weight_column is None:
         return None
+    refuse_unknown_sentences(list(entry.task_weights), dict(enumerate(source.tasks)), source.root)
     weights = np.ones(len(source.state))
     for text, weight in entry.task_weights.items():
         weights[source.task == source.tasks.index(text)] = weight
     if entry.weight_column is not None:
-        weights *= _column(source, entry.weight_column)
+        weights *= source.column(entry.weight_column)
     return weighted(weights[source.frames])
 
 
@@ -226,15 +213,3 @@ def _neutral(count: int, cameras: int) -> Augmentation:
     window: Tensor = torch.zeros(count, cameras, 3)
     window[..., 0] = 1
     return Augmentation(window, torch.zeros(count, cameras), torch.ones(count, cameras, 3))
-
-
-def _column(source: LeRobotSource, name: str) -> NDArray[np.float64]:
-    """A column of one number a frame, by index."""
-    values = np.full(len(source.state), np.nan)
-    for path in data_files(source.root):
-        schema = pq.read_schema(path).names
-        if name not in schema:
-            raise DatasetError(f"{source.root} has no column {name!r} to weigh samples by: {nearest(name, schema)}")
-        table = pq.read_table(path, columns=["index", name])
-        values[np.asarray(table["index"])] = np.asarray(table[name], dtype=np.float64)
-    return values

@@ -1,7 +1,7 @@
 """Stretches of video to arrays, in this process or in helpers that do nothing else.
 
-Owns: `Job`, decoding one into an array or a shard, the helper program and those who feed it. Does not know: data sets, locks, what is
-on the disk already.
+Owns: `Job`, which picture belongs to which row, decoding a job into an array or a shard, the helper program and those who feed it.
+Does not know: data sets, locks, what is on the disk already.
 
     caller   thread 1 -- Job as a line of JSON -->  helper 1   decode, resize, write the shard   -- {"done": ..} or why not -->
              thread 2 ---------------------------->  helper 2   `python -m pi0fm.data.pictures.decoding`
@@ -17,18 +17,20 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
 from pi0fm.data.pictures.shards import CacheFormat, write_shard
-from pi0fm.data.pictures.video import decode
+from pi0fm.data.pictures.video import CLOSE, Picture, open_video
 from pi0fm_client.errors import DatasetError, Pi0fmError
 
 BATCH = 64
@@ -38,27 +40,41 @@ FRAMES_WORTH_HELPERS = 100_000  # a helper's start and imports cost as much as d
 
 @dataclass(frozen=True)
 class Stretch:
-    """`count` pictures of `file` from its frame `offset` on; they go to places `place .. place + count - 1` of the result."""
+    """Pictures of `file` at these times, in seconds and ascending, of what it shows from `begin` to `end`: rows of one episode.
+
+    first: the data set's index of the first row, for messages.
+    """
 
     file: str
-    offset: int
-    place: int
-    count: int
+    times: tuple[float, ...]
+    begin: float
+    end: float
+    episode: int
+    first: int
 
 
 @dataclass(frozen=True)
 class Job:
-    """The pictures of one camera that are decoded together. count: of the result, which the stretches fill between them."""
+    """The pictures of one camera that are decoded together, in the order of the stretches. period: seconds between rows.
+
+    tolerance: most seconds between a row and its picture; None for the longer of the rows' and the video's period.
+    """
 
     stretches: tuple[Stretch, ...]
-    count: int
     size: int
-    fps: float
+    period: float
     decoder: Literal["pyav", "torchcodec"]
+    tolerance: float | None = None
+    resize: Resize = ANTIALIAS
+
+    @property
+    def count(self) -> int:
+        """Pictures."""
+        return sum(len(stretch.times) for stretch in self.stretches)
 
 
 def decode_job(job: Job) -> NDArray[np.uint8]:
-    """uint8 [count, size, size, 3]. Raises DatasetError for an unreadable video, or one that lacks a frame."""
+    """uint8 [count, size, size, 3]. Raises DatasetError for an unreadable video, or one without a picture for a row."""
     pictures = np.empty((job.count, job.size, job.size, 3), np.uint8)
     for number, picture in enumerate(decoded(job)):
         pictures[number] = picture
@@ -67,8 +83,8 @@ def decode_job(job: Job) -> NDArray[np.uint8]:
 
 def decoded(job: Job) -> Iterator[NDArray[np.uint8]]:
     """The pictures of `decode_job` one by one, in order."""
-    for run in _runs(job.stretches):
-        yield from _decode_run(run, job)
+    for run in _runs(job):
+        yield from fitted(_nearest(run, job), job.size, job.resize)
 
 
 def write_jobs(work: Sequence[tuple[Path, Job]], form: CacheFormat) -> Iterator[Job]:
@@ -111,45 +127,96 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _runs(stretches: Sequence[Stretch]) -> list[list[Stretch]]:
+def _runs(job: Job) -> list[list[Stretch]]:
     """Stretches that follow each other in one file, so that one pass reads them."""
     runs: list[list[Stretch]] = []
-    for stretch in stretches:
+    for stretch in job.stretches:
         last = runs[-1][-1] if runs else None
-        if last is not None and last.file == stretch.file and 0 <= stretch.offset - last.offset - last.count < BATCH:
+        if last is not None and last.file == stretch.file and 0 < stretch.times[0] - last.times[-1] < BATCH * job.period:
             runs[-1].append(stretch)
         else:
             runs.append([stretch])
     return runs
 
 
-def _decode_run(run: list[Stretch], job: Job) -> Iterator[NDArray[np.uint8]]:
-    """Every picture of a run, in order; a frame that the episodes expect and the file lacks is an error."""
-    start, stop = run[0].offset, run[-1].offset + run[-1].count
-    waiting = np.zeros(stop - start, dtype=bool)
-    for stretch in run:
-        waiting[stretch.offset - start : stretch.offset - start + stretch.count] = True
-    expected = left = int(waiting.sum())
-    open_ = waiting.tolist()
+def _nearest(run: Sequence[Stretch], job: Job) -> Iterator[NDArray[np.uint8]]:
+    r"""For each time of the stretches the picture nearest to it; of two as near, the earlier.
+
+        file       f0    f1    f2    f3  |  f4    f5            | the stretch's end: f4 is the next episode's
+        rows        r0   r1  r2      r3  |
+        shown       f0   f1  f1      f3  |                      never f4, however near
+
+    Raises DatasetError where the nearest picture is too far away.
+    """
+    path = Path(run[0].file)
+    waiting = iter(run)
+    stretch, row = next(waiting), 0
+    held: tuple[float, Picture] | None = None
+    picture: NDArray[np.uint8] | None = None  # of `held`, once it was asked for
+    with open_video(path, job.decoder, run[0].times[0]) as video:
+        slack = min(job.period, video.period or job.period) / 4
+        tolerance = job.tolerance if job.tolerance is not None else max(job.period, video.period)
+        latest = -np.inf
+        for time, frame in chain(video.frames, ((np.inf, _no_picture),)):
+            if time <= latest:  # a clock that goes backwards has no order
+                continue
+            latest = time
+            while True:
+                inside = stretch.begin - slack <= time < stretch.end - slack
+                while row < len(stretch.times) and held is not None:
+                    wanted = stretch.times[row]
+                    if inside and time - wanted < wanted - held[0] - CLOSE:
+                        break
+                    if abs(held[0] - wanted) > tolerance + CLOSE:
+                        raise _too_far(stretch, row, held[0], tolerance)
+                    picture = held[1]() if picture is None else picture
+                    yield picture
+                    row += 1
+                if row < len(stretch.times) and held is None and time >= stretch.end - slack:
+                    raise _too_far(stretch, row, None, tolerance)
+                if row < len(stretch.times):
+                    break
+                following = next(waiting, None)
+                if following is None:
+                    return
+                stretch, row, held, picture = following, 0, None, None
+            if inside:
+                held, picture = (time, frame), None
+
+
+def _no_picture() -> NDArray[np.uint8]:
+    raise AssertionError("the end of a file has no picture")
+
+
+def _too_far(stretch: Stretch, row: int, nearest: float | None, tolerance: float) -> DatasetError:
+    span = f"{stretch.begin:g}..{stretch.end:g} s"
+    found = f"no picture in its span {span}" if nearest is None else f"the nearest one at {nearest:.3f} s"
+    wider = "" if nearest is None else f", or type --dataset.tolerance_s {abs(nearest - stretch.times[row]) + 0.001:.3f}"
+    return DatasetError(
+        f"video {stretch.file} must show row {stretch.first + row} of episode {stretch.episode}, at {stretch.times[row]:.3f} s, within "
+        f"{tolerance:.3f} s, found {found}; download or record the episode again{wider}"
+    )
+
+
+def fitted(pictures: Iterable[NDArray[np.uint8]], size: int, resize: Resize) -> Iterator[NDArray[np.uint8]]:
+    """Pictures of any sizes as squares, in order; those of one size are resized together."""
     pending: list[NDArray[np.uint8]] = []
-    for number, frame in decode(Path(run[0].file), job.fps, job.decoder, start, stop):
-        if not open_[number - start]:
-            continue
-        open_[number - start] = False
-        left -= 1
-        if frame.shape[:2] == (job.size, job.size):
-            yield frame
-        elif max(frame.shape[:2]) == job.size:
-            yield _padded(frame, job.size)
+
+    def flushed() -> Iterator[NDArray[np.uint8]]:
+        if pending:
+            from pi0fm.data.pictures.images import resize_with_padding  # torch, which a helper may do without
+
+            yield from resize_with_padding(np.stack(pending), size, resize)
+            pending.clear()
+
+    for picture in pictures:
+        if pending and (pending[0].shape != picture.shape or len(pending) == BATCH):
+            yield from flushed()
+        if max(picture.shape[:2]) != size:
+            pending.append(picture)
         else:
-            pending.append(frame)
-            if len(pending) == BATCH:
-                yield from _resized(pending, job.size)
-    yield from _resized(pending, job.size)
-    if left:
-        raise DatasetError(
-            f"video {run[0].file} holds {expected - left} of the {expected} frames that its episodes name; download or record it again"
-        )
+            yield picture if picture.shape[:2] == (size, size) else _padded(picture, size)
+    yield from flushed()
 
 
 def _padded(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -159,14 +226,6 @@ def _padded(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     square = np.zeros((size, size, 3), np.uint8)
     square[top : top + height, left : left + width] = frame
     return square
-
-
-def _resized(pending: list[NDArray[np.uint8]], size: int) -> Iterator[NDArray[np.uint8]]:
-    if pending:
-        from pi0fm.data.pictures.images import resize_with_padding  # torch, which a helper may do without
-
-        yield from resize_with_padding(np.stack(pending), size)
-        pending.clear()
 
 
 def _feed(
@@ -228,7 +287,8 @@ def _serve() -> None:
     for line in sys.stdin:
         task = json.loads(line)
         tree = task["job"]
-        job = Job(**{**tree, "stretches": tuple(Stretch(**stretch) for stretch in tree["stretches"])})
+        stretches = tuple(Stretch(**{**stretch, "times": tuple(stretch["times"])}) for stretch in tree["stretches"])
+        job = Job(**{**tree, "stretches": stretches})
         try:
             _write(Path(task["path"]), job, task["form"])
             answer = {"done": "yes"}

@@ -3,7 +3,7 @@
 Owns: which shard holds which frames, building what is missing under a lock that all processes of a node share, its check.
 Does not know: training, how a shard is laid out, how a video is decoded.
 
-    <cache_dir>/<fingerprint of data set>-<columns>-<size>-<format>/<column>/00003.u8     a stretch of whole episodes
+    <cache_dir>/<data set>-<episodes>-<columns>-<size>-<resize>-<format>/<column>/00003.u8    a stretch of whole episodes
                                                                    verified-<host>.json   what was checked since the machine started
     open    size and count of every shard; sums of those that changed, or that a restart of the machine may have torn
     build   what is missing or torn, so that an interrupted build goes on where it was
@@ -12,7 +12,7 @@ Folders are named by the data set's column: two embodiments may give one column 
 """
 
 import fcntl
-import io
+import hashlib
 import json
 import os
 import shutil
@@ -23,24 +23,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
-from PIL import Image
 
 from pi0fm import files, progress
 from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource
 from pi0fm.data.order.orders import Order, Shuffled
 from pi0fm.data.pictures.decoding import Job, Stretch, cores, write_jobs
 from pi0fm.data.pictures.images import resize_with_padding
+from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
 from pi0fm.data.pictures.shards import SUFFIX, CacheFormat, ShardedFrames, is_whole, open_shard, write_shard
 from pi0fm.data.pictures.source import Pictures
+from pi0fm.data.pictures.stored import stored_picture
 from pi0fm.data.pictures.video import choose_decoder
 from pi0fm_client.errors import DatasetError
 
 SHARD_BYTES = 64 * 2**20
 MOST_SHARDS = 4096  # a camera: each is a memory map, of which a process may have some ten thousand
+LONGEST_NAME = 120  # characters of a folder's name that come from columns
 JPEG_SHARE = 0.2  # of the raw bytes, at quality 95; only to guess the room
 
 
@@ -56,7 +59,7 @@ class ShardFolder:
 
     def path(self, column: str, number: int) -> Path:
         """The file of a shard."""
-        return self.directory / column.replace("/", "_") / f"{number:05d}.{SUFFIX[self.form]}"
+        return self.directory / file_name(column) / f"{number:05d}.{SUFFIX[self.form]}"
 
     def open(self) -> "FrameCache":
         """The pictures, of shards that are known to be whole."""
@@ -96,11 +99,13 @@ class FrameCache(Pictures):
         return out
 
 
-def open_cache(source: LeRobotSource, config: DatasetConfig, size: int, form: CacheFormat = "uint8") -> FrameCache:
+def open_cache(
+    source: LeRobotSource, config: DatasetConfig, size: int, form: CacheFormat = "uint8", resize: Resize = ANTIALIAS
+) -> FrameCache:
     """Open the cache, building what is missing. Raises DatasetError when it would exceed the limit, or a video is unreadable."""
-    directory = cache_folder(source, config, size, form)
+    directory = cache_folder(source, config, size, form, resize)
     firsts = shard_firsts(source, size)
-    cache = _Folder(ShardFolder(directory, tuple(source.embodiment.cameras.values()), firsts, size, form), source)
+    cache = _Folder(ShardFolder(directory, tuple(source.embodiment.cameras.values()), firsts, size, form), source, resize)
     with _locked(directory):
         missing = cache.missing()
         if missing:
@@ -110,10 +115,19 @@ def open_cache(source: LeRobotSource, config: DatasetConfig, size: int, form: Ca
     return cache.place.open()
 
 
-def cache_folder(source: LeRobotSource, config: DatasetConfig, size: int, form: CacheFormat = "uint8") -> Path:
-    """Where the frames of one data set are kept at one size."""
-    columns = "+".join(sorted(source.embodiment.cameras.values())).replace("/", "_")
-    return cache_directory(config) / f"{source.fingerprint}-{columns}-{size}-{form}"
+def cache_folder(source: LeRobotSource, config: DatasetConfig, size: int, form: CacheFormat = "uint8", resize: Resize = ANTIALIAS) -> Path:
+    """Where the frames of the episodes of a source are kept at one size."""
+    episodes = hashlib.sha256(np.unique(source.episode).tobytes() + str(config.tolerance_s).encode()).hexdigest()[:8]
+    columns = file_name("+".join(sorted(source.embodiment.cameras.values())))
+    return cache_directory(config) / f"{source.fingerprint}-{episodes}-{columns}-{size}-{resize}-{form}"
+
+
+def file_name(column: str) -> str:
+    """A name of a column that a file system takes, another one for every column."""
+    name = quote(column, safe="+ ")
+    if name.strip(".") and len(name) <= LONGEST_NAME:
+        return name
+    return hashlib.sha256(column.encode()).hexdigest()[:32]
 
 
 def cache_directory(config: DatasetConfig) -> Path:
@@ -137,13 +151,22 @@ def shard_firsts(source: LeRobotSource, size: int) -> tuple[int, ...]:
     return tuple(firsts)
 
 
+def make_job(
+    source: LeRobotSource, config: DatasetConfig, camera: str, first: int, stop: int, size: int, resize: Resize = ANTIALIAS
+) -> Job:
+    """What it takes to decode one camera's pictures of the rows first .. stop - 1."""
+    decoder = choose_decoder(config.video_decoder)
+    return Job(stretches(source, camera, first, stop), size, 1 / source.fps, decoder, config.tolerance_s, resize)
+
+
 def stretches(source: LeRobotSource, camera: str, first: int, stop: int) -> tuple[Stretch, ...]:
-    """Where the video frames of one camera lie that the data set's frames first .. stop - 1 show."""
+    """Where the pictures of one camera lie that the rows first .. stop - 1 show."""
     found = []
     for clip in source.clips[camera]:
         begin, end = max(clip.first, first), min(clip.first + clip.count, stop)
         if begin < end:
-            found.append(Stretch(str(clip.file), clip.offset + begin - clip.first, begin - first, end - begin))
+            times = tuple((clip.begin + source.time[begin:end]).tolist())
+            found.append(Stretch(str(clip.file), times, clip.begin, clip.end, clip.episode, int(source.rows[begin])))
     return tuple(found)
 
 
@@ -153,6 +176,7 @@ class _Folder:
 
     place: ShardFolder
     source: LeRobotSource
+    resize: Resize
 
     def count(self, number: int) -> int:
         """Pictures in a shard."""
@@ -184,12 +208,10 @@ class _Folder:
     def build(self, config: DatasetConfig, missing: Sequence[tuple[str, int]]) -> None:
         """Decode what is missing. A data set that cannot be read loses its folder: mended, it has another fingerprint."""
         work = []
-        decoder = choose_decoder(config.video_decoder)
         ends = (*self.place.firsts[1:], len(self.source.state))
         for camera, number in missing:
             if camera not in self.source.stored_pictures:
-                found = stretches(self.source, camera, self.place.firsts[number], ends[number])
-                job = Job(found, self.count(number), self.place.size, self.source.fps, decoder)
+                job = make_job(self.source, config, camera, self.place.firsts[number], ends[number], self.place.size, self.resize)
                 work.append((self.place.path(self.source.embodiment.cameras[camera], number), job))
         try:
             with progress.step("decode frames", sum(self.count(number) for _, number in missing)) as bar:
@@ -232,33 +254,38 @@ class _Folder:
         if not wanted:
             return
         column = self.source.embodiment.cameras[camera]
-        pending: list[bytes] = []
+        pending: list[tuple[int, Any]] = []
         number = 0
+
+        def square(item: tuple[int, Any]) -> NDArray[np.uint8]:
+            return resize_with_padding(read_stored(self.source, camera, *item)[None], self.place.size, self.resize)[0]
+
         with ThreadPoolExecutor(cores()) as threads:
-            for _, encoded in _in_order(self.source.stored(camera)):
-                pending.append(encoded)
+            for item in _in_order(self.source.stored(camera)):
+                pending.append(item)
                 if len(pending) == self.count(number):
                     if number in wanted:
-                        pictures = threads.map(lambda content: _decode_picture(content, self.place.size), pending)
+                        pictures = threads.map(square, pending)
                         write_shard(self.place.path(column, number), pictures, self.place.size, self.place.form)
                         bar.advance(len(pending))
                     pending, number = [], number + 1
 
 
-def _in_order(rows: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-    """The same rows by index; files that hold whole episodes are a permutation of a few stretches."""
-    held: dict[int, bytes] = {}
+def read_stored(source: LeRobotSource, camera: str, place: int, value: Any) -> NDArray[np.uint8]:
+    """uint8 [height, width, 3] of what `source.stored` gave for a place. Raises DatasetError."""
+    what = f"{source.embodiment.cameras[camera]!r} in row {source.rows[place]} of episode {source.episode[place]} of {source.root}"
+    return stored_picture(value, [source.root, *dict.fromkeys(path.parent for path in source.files)], what)
+
+
+def _in_order(rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """The same rows by place; files that hold whole episodes are a permutation of a few stretches."""
+    held: dict[int, Any] = {}
     following = 0
-    for index, encoded in rows:
-        held[index] = encoded
+    for place, value in rows:
+        held[place] = value
         while following in held:
             yield following, held.pop(following)
             following += 1
-
-
-def _decode_picture(encoded: bytes, size: int) -> NDArray[np.uint8]:
-    with Image.open(io.BytesIO(encoded)) as picture:
-        return resize_with_padding(np.array(picture.convert("RGB"))[None], size)[0]
 
 
 def _stamp(path: Path) -> list[int]:

@@ -22,11 +22,11 @@ from pi0fm import progress
 from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource
 from pi0fm.data.order.orders import Order
 from pi0fm.data.order.streamed import StreamOrder, lanes_of
-from pi0fm.data.pictures.decoding import Job, cores, decode_job
-from pi0fm.data.pictures.frame_cache import cache_bytes, open_cache, stretches
+from pi0fm.data.pictures.decoding import cores, decode_job
+from pi0fm.data.pictures.frame_cache import cache_bytes, make_job, open_cache
+from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
 from pi0fm.data.pictures.shards import CacheFormat
 from pi0fm.data.pictures.source import Pictures
-from pi0fm.data.pictures.video import choose_decoder
 from pi0fm_client.errors import ConfigError, DatasetError
 
 BUFFER_GIB = 4.0
@@ -37,15 +37,22 @@ SHORTEST_GROUP, LONGEST_GROUP = 16, 256
 class FrameStream(Pictures):
     """The pictures of a data set by frame, decoded when they are asked for or expected, and dropped when memory is needed."""
 
-    def __init__(self, source: LeRobotSource, config: DatasetConfig, size: int, global_batch_size: int, buffer_gib: float) -> None:
+    def __init__(
+        self,
+        source: LeRobotSource,
+        config: DatasetConfig,
+        size: int,
+        global_batch_size: int,
+        buffer_gib: float,
+        resize: Resize = ANTIALIAS,
+    ) -> None:
         """Raises DatasetError for pictures that are not videos, ConfigError for a buffer too small to shuffle in."""
         if source.stored_pictures:
             raise DatasetError(
                 f"{source.root} keeps pictures of {', '.join(source.stored_pictures)} in parquet files, which are not streamed; "
                 "raise --dataset.cache_limit_gib, or record the data set as videos"
             )
-        self._source, self._size = source, size
-        self._decoder = choose_decoder(config.video_decoder)
+        self._source, self._config, self._size, self._resize = source, config, size, resize
         self.capacity = int(buffer_gib * 2**30) // (len(source.embodiment.cameras) * size * size * 3)
         lanes = lanes_of(global_batch_size)
         longest = int(np.clip(self.capacity // (GROUPS_A_LANE * lanes), SHORTEST_GROUP, LONGEST_GROUP))
@@ -170,8 +177,7 @@ class FrameStream(Pictures):
             self._frames_decoded += count
         cameras = []
         for camera in self._source.embodiment.cameras:
-            found = stretches(self._source, camera, first, first + count)
-            cameras.append(decode_job(Job(found, count, self._size, self._source.fps, self._decoder)))
+            cameras.append(decode_job(make_job(self._source, self._config, camera, first, first + count, self._size, self._resize)))
         return cameras[0][:, None] if len(cameras) == 1 else np.stack(cameras, axis=1)
 
 
@@ -182,6 +188,7 @@ def open_pictures(
     global_batch_size: int,
     form: CacheFormat = "uint8",
     buffer_gib: float = BUFFER_GIB,
+    resize: Resize = ANTIALIAS,
 ) -> Pictures:
     """The frame cache where it fits into `config.cache_limit_gib`, else the stream; which of the two is said.
 
@@ -189,12 +196,12 @@ def open_pictures(
     """
     needed = cache_bytes(source, size, form) / 2**30
     if needed <= config.cache_limit_gib:
-        return open_cache(source, config, size, form)
+        return open_cache(source, config, size, form, resize)
     progress.say(
         f"decoded frames would take {needed:.1f} GiB, more than dataset.cache_limit_gib {config.cache_limit_gib:g}: "
         f"streaming from the videos with a buffer of {buffer_gib:g} GiB"
     )
-    return FrameStream(source, config, size, global_batch_size, buffer_gib)
+    return FrameStream(source, config, size, global_batch_size, buffer_gib, resize)
 
 
 def group_ends(source: LeRobotSource, longest: int) -> NDArray[np.int64]:

@@ -1,19 +1,24 @@
-"""A video file to frames, in order, from any frame on.
+"""A video file to frames with their times, in order, from any time on.
 
 Owns: sequential decoding with PyAV, or torchcodec where it loads. Does not know: episodes, data sets.
 
     key frame       K . . . K . . . K . . . K
-    asked for                 [ start .. stop )
-    decoded                 K . . . K . .            from the last key frame at or before `start`; what lies before it is dropped
+    asked for                 | start ....
+    decoded                 K . . . K . .            from the last key frame at or before `start`
 
+A frame's time is what the file says, in seconds; rates, starts and gaps are its own. Frames are converted to pictures when they are asked
+for: of those between two that are used only the decoder's work is spent.
 One thread a call: callers read several files at once, and an idle pool of threads in every decoder costs a fifth of the work.
 """
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +26,17 @@ from numpy.typing import NDArray
 from pi0fm_client.errors import ConfigError, DatasetError
 
 Decoder = Literal["auto", "pyav", "torchcodec"]
-Frames = Iterator[tuple[int, NDArray[np.uint8]]]
+CLOSE = 1e-4  # seconds by which a time of the data set and one of the file may differ and be the same
+BACK = 64  # frames
+Picture = Callable[[], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video that is being read. period: seconds between two frames on average; frames: (time, uint8 [height, width, 3] on demand)."""
+
+    period: float
+    frames: Iterator[tuple[float, Picture]]
 
 
 def choose_decoder(wanted: Decoder) -> Literal["pyav", "torchcodec"]:
@@ -43,21 +58,19 @@ def choose_decoder(wanted: Decoder) -> Literal["pyav", "torchcodec"]:
     return "pyav"
 
 
-def decode(path: Path, fps: float, decoder: Literal["pyav", "torchcodec"], start: int = 0, stop: int | None = None) -> Frames:
-    """(frame number = round(time * fps), uint8 [height, width, 3]) for every frame in start .. stop - 1 that can be read, in order.
+@contextmanager
+def open_video(path: Path, decoder: Literal["pyav", "torchcodec"], start: float = 0.0) -> Iterator[Video]:
+    """The frames of a file in order, from the last one at or before `start` seconds that can be reached, or an earlier one, on.
 
-    Raises DatasetError for a file that is missing, or that cannot be opened or read on.
+    Raises DatasetError, inside the block too, for a file that is missing, that cannot be opened or read on, or that holds a depth map.
     """
     if not path.is_file():
         raise DatasetError(f"the data set's video {path} is missing; download or record the data set again")
     read = _pyav if decoder == "pyav" else _torchcodec
     try:
-        for number, frame in read(path, fps, start):
-            if stop is not None and number >= stop:
-                return
-            if number >= start:
-                yield number, frame
-    except (_ffmpeg_error(), RuntimeError, ValueError) as error:
+        with read(path, start) as video:
+            yield video
+    except (_ffmpeg_error(), RuntimeError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise DatasetError(
             f"the data set's video {path} cannot be decoded ({reason:.160}); download or record the data set again"
@@ -70,37 +83,64 @@ def _ffmpeg_error() -> type[Exception]:
     return av.error.FFmpegError
 
 
-def _pyav(path: Path, fps: float, start: int) -> Frames:
+def decode(path: Path, decoder: Literal["pyav", "torchcodec"], start: float = 0.0) -> Iterator[tuple[float, NDArray[np.uint8]]]:
+    """(time, picture) of every frame as `open_video` gives them. Raises DatasetError."""
+    with open_video(path, decoder, start) as video:
+        for time, picture in video.frames:
+            yield time, picture()
+
+
+@contextmanager
+def _pyav(path: Path, start: float) -> Iterator[Video]:
     # here, since a machine that reads no video trains without PyAV
     import av.logging
-    from av.video.reformatter import VideoReformatter
 
     av.logging.set_libav_level(av.logging.PANIC)  # its lines on standard error say once more what the one raised here says
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
         stream.codec_context.thread_count = 1
-        converter = VideoReformatter()  # one for all frames: setting up a conversion costs as much as converting a small frame
-        if start:
-            container.seek(round(start / fps / float(stream.time_base or 1)), stream=stream)
-        first = True
-        for frame in container.decode(stream):
-            number = round((frame.time or 0.0) * fps)
-            if first and number > start:  # the container's index and the frames' clock disagree
-                yield from _pyav(path, fps, 0)
-                return
-            first = False
-            if number >= start:
-                yield number, converter.reformat(frame, format="rgb24").to_ndarray()
+        pixels = str(stream.codec_context.pix_fmt)
+        if pixels.startswith("gray") and pixels not in ("gray", "gray8"):
+            raise DatasetError(f"the data set's video {path} is a depth map ({pixels}), not colour of 8 bits; leave this camera out")
+        rate = stream.average_rate or stream.guessed_rate
+        yield Video(1 / float(rate) if rate else 0.0, _pyav_frames(container, stream, start))
 
 
-def _torchcodec(path: Path, fps: float, start: int) -> Frames:
+def _pyav_frames(container: Any, stream: Any, start: float) -> Iterator[tuple[float, Picture]]:
+    from av.video.reformatter import VideoReformatter
+
+    converter = VideoReformatter()  # one for all frames: setting up a conversion costs as much as converting a small frame
+    if start > 0:
+        container.seek(int((start + CLOSE) / float(stream.time_base or 1)), stream=stream)
+    first = start > 0
+    for frame in container.decode(stream):
+        if frame.time is None:
+            continue
+        if first and frame.time > start + CLOSE:  # the container's index and the frames' clock disagree
+            container.seek(0, stream=stream)
+            yield from _pyav_frames(container, stream, 0.0)
+            return
+        first = False
+        yield frame.time, partial(_rgb, converter, frame)
+
+
+def _rgb(converter: Any, frame: Any) -> NDArray[np.uint8]:
+    return converter.reformat(frame, format="rgb24").to_ndarray()
+
+
+@contextmanager
+def _torchcodec(path: Path, start: float) -> Iterator[Video]:
     decoders = importlib.import_module("torchcodec.decoders")
     video = decoders.VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
-    for index in range(start, len(video)):
-        frame = video.get_frame_at(index)
-        number = round(frame.pts_seconds * fps)
-        if index == start and number > start:  # frames are missing in front: their place in the file is not their number
-            yield from _torchcodec(path, fps, 0)
-            return
-        yield number, frame.data.numpy()
+    rate = float(video.metadata.average_fps or 0)
+    yield Video(1 / rate if rate else 0.0, _torchcodec_frames(video, int(start * rate), start))
+
+
+def _torchcodec_frames(video: Any, index: int, start: float) -> Iterator[tuple[float, Picture]]:
+    index = max(0, min(index, len(video) - 1))
+    while index > 0 and video.get_frame_at(index).pts_seconds > start + CLOSE:  # a rate that is not constant
+        index = max(0, index - BACK)
+    for number in range(index, len(video)):
+        frame = video.get_frame_at(number)
+        yield frame.pts_seconds, frame.data.numpy

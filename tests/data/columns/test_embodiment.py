@@ -81,8 +81,8 @@ def test_widths_are_unknown_before():
         (Embodiment(cameras={"base": "observation.images.bas"}), "camera 'base'.*did you mean 'observation.images.base'"),
         (Embodiment(robot_action_dim=7), "robot_action_dim is 7, but column 'action'.* is 2 wide"),
         (Embodiment(state_dim=7), "state_dim is 7"),
-        (Embodiment(action="actoin"), "did you mean 'action'"),
-        (Embodiment(state="matrix"), r"found shape \(2, 2\)"),
+        (Embodiment(action="actoin"), "--embodiment.action action$"),
+        (Embodiment(state="matrix"), r"must be one-dimensional, found shape \[2, 2\]"),
         (Embodiment(delta_actions=(2,)), "delta_actions"),
     ],
 )

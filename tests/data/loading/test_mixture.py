@@ -9,9 +9,10 @@ import torch
 
 from pi0fm.data.chain import make_chain
 from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.data.columns.norm_stats import compute_norm_stats
 from pi0fm.data.loading.loader import micro_batches
-from pi0fm.data.loading.mixture import MixtureCollator, MixtureEntry, deal, filtered, part_seed, sample_order
+from pi0fm.data.loading.mixture import MixtureCollator, MixtureEntry, deal, part_seed, sample_order
 from pi0fm.data.order.orders import weighted
 from pi0fm.data.pictures.augmentation import AugmentConfig
 from pi0fm.data.pictures.frame_cache import FrameCache
@@ -111,19 +112,22 @@ def test_parts_need_seeds_of_their_own_and_one_network(collator, other):
     assert len({part_seed(7, part) for part in range(50)}) == 50
 
 
-def test_filters_of_episodes(memory_source):
+def test_filters_of_episodes(tiny_config):
+    """Lengths 12, 9, 7; the second episode has a sentence of its own."""
+
     def kept(**filters) -> list[int]:
-        source = filtered(memory_source, MixtureEntry(**filters))
-        return np.unique(source.episode[source.frames]).tolist()
+        source = open_source(tiny_config, Embodiment(), MixtureEntry(**filters).selection())
+        assert len(source.frames) == len(source.state)
+        return np.unique(source.episode).tolist()
 
     assert kept() == [0, 1, 2]
     assert kept(exclude_episodes=(1,)) == [0, 2]
-    assert kept(tasks=("open it wide",)) == [1]
-    assert kept(min_frames=6) == [0, 2]
+    assert kept(tasks=(tiny_dataset.PROMPTS[1],)) == [1]
+    assert kept(min_frames=8) == [0, 1]
     for filters, text in (
         ({"exclude_episodes": (7,)}, r"must lie in 0\.\.2, found \[7\]"),
-        ({"tasks": ("open it wider",)}, "has no instruction 'open it wider': .*open it wide"),
-        ({"min_frames": 9}, "leave no episode"),
+        ({"tasks": ("press the buttn",)}, "has no instruction 'press the buttn': .*press the button"),
+        ({"min_frames": 19}, "leave no episode"),
     ):
         with pytest.raises(ConfigError, match=text):
             kept(**filters)

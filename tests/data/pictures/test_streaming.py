@@ -104,6 +104,7 @@ def test_pictures_in_parquet_and_small_buffers_are_refused(tiny_source, tiny_con
 
 def test_an_unreadable_video_is_named_when_it_is_reached(tiny_config, opened):
     stream = opened(48)
-    stream._source = replace(stream._source, clips={"base": tuple(replace(c, offset=c.offset + 1) for c in stream._source.clips["base"])})
-    with pytest.raises(DatasetError, match=r"file-000\.mp4 holds"):
+    later = tuple(replace(clip, begin=clip.begin + 1, end=clip.end + 1) for clip in stream._source.clips["base"])
+    stream._source = replace(stream._source, clips={"base": later})
+    with pytest.raises(DatasetError, match=r"file-000\.mp4 must show row 2. of episode 2"):
         stream.gather(np.array([TOTAL - 1]))

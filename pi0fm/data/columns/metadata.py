@@ -1,0 +1,274 @@
+"""What a LeRobot data set (format v3.0) says of itself: meta/info.json, meta/episodes, meta/tasks.parquet.
+
+Owns: reading them in every layout that LeRobot's versions and converters have written, and what is wrong in them alone.
+Does not know: the rows.
+
+    meta/info.json        features, fps, number of frames, where files lie
+    meta/episodes/*/*     an episode a row: number, first and last row, its file of rows, the file and span of each of its videos
+    meta/tasks.parquet    number -> sentence; a number is a key: there may be gaps, and it may begin anywhere
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pi0fm.data.columns.faults import RECORD_AGAIN, Fault
+from pi0fm.data.columns.tables import Numbers, integers, read_table, reading, scalars
+from pi0fm_client.errors import DatasetError
+
+FORMAT = "v3."
+PICTURES = ("video", "image")
+BOUNDS = ("length", "dataset_from_index", "dataset_to_index")
+DATA_PLACE = ("data/chunk_index", "data/file_index")
+VIDEO_PLACE = ("chunk_index", "file_index", "from_timestamp")
+
+
+@dataclass(frozen=True)
+class Info:
+    """meta/info.json as far as it is needed. shapes: of the columns that are no pictures; pictures: column -> `video` or `image`."""
+
+    path: Path
+    fps: float
+    total_frames: int
+    total_episodes: int | None
+    shapes: dict[str, tuple[int, ...]]
+    pictures: dict[str, str]
+    depth: frozenset[str]
+    data_path: str | None
+    video_path: str | None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises DatasetError."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DatasetError(f"{path} is not readable ({' '.join(str(error).split()):.120}); {RECORD_AGAIN}") from None
+
+
+def read_info(root: Path, repo_id: str) -> Info:
+    """meta/info.json. Raises DatasetError for another format, or for an entry that is missing or of another form."""
+    path = root / "meta" / "info.json"
+    tree = read_json(path)
+    version = str(tree.get("codebase_version", "unknown"))
+    if not version.startswith(FORMAT):
+        raise DatasetError(
+            f"{root} is a LeRobot data set {version}, v3.0 is needed; convert it: "
+            f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={repo_id or root.name}"
+        )
+    lacking = [key for key in ("features", "fps", "total_frames") if tree.get(key) is None]
+    if lacking:
+        raise DatasetError(f"{path} lacks {', '.join(lacking)}; {RECORD_AGAIN}")
+    features = tree["features"]
+    if not isinstance(features, dict) or not all(isinstance(feature, dict) for feature in features.values()):
+        raise DatasetError(f"features of {path} must be an object of objects, found {features!r:.80}; {RECORD_AGAIN}")
+    fps, total = _number(tree["fps"]), _number(tree["total_frames"])
+    if fps is None or fps <= 0:
+        raise DatasetError(f"fps of {path} must be a number above 0, found {tree['fps']!r:.40}; write the control rate there")
+    if total is None or total != int(total) or total < 0:
+        raise DatasetError(f"total_frames of {path} must be a whole number, found {tree['total_frames']!r:.40}; {RECORD_AGAIN}")
+    pictures = {name: str(feature["dtype"]) for name, feature in features.items() if feature.get("dtype") in PICTURES}
+    episodes = _number(tree.get("total_episodes"))
+    return Info(
+        path=path,
+        fps=fps,
+        total_frames=int(total),
+        total_episodes=None if episodes is None else int(episodes),
+        shapes={name: shape for name, feature in features.items() if name not in pictures and (shape := _shape(feature)) is not None},
+        pictures=pictures,
+        depth=frozenset(name for name in pictures if _is_depth(features[name])),
+        data_path=_pattern(tree.get("data_path")),
+        video_path=_pattern(tree.get("video_path")),
+    )
+
+
+@dataclass(frozen=True)
+class Videos:
+    """Where the videos of one column lie, by episode: file (None where none is named) and span in seconds, NaN where unknown."""
+
+    files: tuple[Path | None, ...]
+    begin: NDArray[np.float64]
+    end: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """meta/episodes by ascending episode number, E rows. files: of each episode's rows, None where none is named.
+
+    tasks: the sentences that are noted of an episode, None where none are; path: the folder, for messages.
+    """
+
+    path: Path
+    number: NDArray[np.int64]
+    first: NDArray[np.int64]
+    stop: NDArray[np.int64]
+    length: NDArray[np.int64]
+    files: tuple[Path | None, ...]
+    videos: dict[str, Videos]
+    tasks: tuple[frozenset[str] | None, ...]
+    faults: tuple[Fault, ...] = field(default=())
+
+
+def read_episodes(root: Path, info: Info, video_columns: Sequence[str], *, sentences: bool = False) -> Episodes:
+    """meta/episodes, the sentences of each only on demand.
+
+    Raises DatasetError for what spoils the whole data set; what spoils one episode is among `faults`.
+    """
+    folder = root / "meta" / "episodes"
+    paths = sorted(folder.glob("*/*.parquet"))
+    if not paths:
+        raise DatasetError(f"{root} has no meta/episodes; {RECORD_AGAIN}")
+    tables = []
+    for path in paths:
+        with reading(path):
+            present = pq.ParquetFile(path).schema_arrow.names
+        tables.append(read_table(path, [name for name in dict.fromkeys(present) if not name.startswith("stats/")]))
+    number = _whole(paths, tables, "episode_index")
+    if number.bad.any():
+        raise DatasetError(f"episode_index of {folder} must be whole numbers, found {number.found}; {RECORD_AGAIN}")
+    order = np.argsort(number.values, kind="stable")
+    numbers = number.values[order]
+    twice = np.flatnonzero(np.diff(numbers) == 0)
+    if len(twice):
+        where = np.repeat(np.arange(len(paths)), [len(table) for table in tables])[order]
+        first, second = paths[where[twice[0]]], paths[where[twice[0] + 1]]
+        raise DatasetError(
+            f"episode {numbers[twice[0]]} is listed twice, in {first} and {second}; remove the file or the rows that are there twice"
+        )
+    if info.total_episodes is not None and len(numbers) != info.total_episodes:
+        raise DatasetError(f"{info.path} promises {info.total_episodes} episodes, but {folder} lists {len(numbers)}; {RECORD_AGAIN}")
+    faults: list[Fault] = []
+
+    def column(name: str, read: Any) -> NDArray[Any]:
+        found: Numbers = read(paths, tables, name)
+        values, bad = found.values[order], found.bad[order]
+        for row in np.flatnonzero(bad).tolist():
+            text = f"{folder} must give {name} of every episode, found {found.found} for episode {numbers[row]}"
+            faults.append(Fault("metadata", text, RECORD_AGAIN, int(numbers[row])))
+        return values
+
+    length, first, stop = (column(name, _whole) for name in BOUNDS)
+    names = set(tables[0].column_names)
+    files: tuple[Path | None, ...] = (None,) * len(numbers)
+    if names.issuperset(DATA_PLACE):
+        chunks, numbered = (_whole(paths, tables, name) for name in DATA_PLACE)
+        placed = zip(
+            chunks.values[order].tolist(), numbered.values[order].tolist(), (chunks.bad | numbered.bad)[order].tolist(), strict=True
+        )
+        files = tuple(None if bad else _place(root, info.path, "data_path", info.data_path, *each) for *each, bad in placed)
+    videos = {}
+    for name in video_columns:
+        chunk, file, begin = (
+            column(f"videos/{name}/{part}", read) for part, read in zip(VIDEO_PLACE, (_whole, _whole, _real), strict=True)
+        )
+        end: NDArray[np.float64] = np.full(len(numbers), np.nan)
+        if f"videos/{name}/to_timestamp" in names:
+            noted_end = _real(paths, tables, f"videos/{name}/to_timestamp")
+            end = np.where(noted_end.bad, np.nan, noted_end.values)[order]
+        found = zip(chunk.tolist(), file.tolist(), strict=True)
+        videos[name] = Videos(tuple(_place(root, info.path, "video_path", info.video_path, *each, name) for each in found), begin, end)
+    noted = [each for table in tables for each in _sentences(table)] if sentences else [None] * len(numbers)
+    return Episodes(folder, numbers, first, stop, length, files, videos, tuple(noted[row] for row in order), tuple(faults))
+
+
+def read_tasks(root: Path) -> dict[int, str | None]:
+    """Sentence by number. Raises DatasetError for a table without numbers or sentences, or with one number for two sentences."""
+    path = root / "meta" / "tasks.parquet"
+    table = read_table(path)
+    keys, words = _task_columns(path, table)
+    found: dict[int, str | None] = {}
+    for key, sentence in zip(keys, words, strict=True):
+        text = None if sentence is None else str(sentence)
+        if key in found and found[key] != text:
+            raise DatasetError(f"{path} gives task {key} two sentences, {found[key]!r:.60} and {text!r:.60}; keep one of them")
+        found[key] = text
+    return found
+
+
+def _task_columns(path: Path, table: pa.Table) -> tuple[list[int], list[Any]]:
+    """(numbers, sentences) of tasks.parquet: sentences as pandas' index, or as a column; numbers as a column, or as pandas' index."""
+    kinds = {field.name: field.type.value_type if pa.types.is_dictionary(field.type) else field.type for field in table.schema}
+    text = [name for name, kind in kinds.items() if pa.types.is_string(kind) or pa.types.is_large_string(kind)]
+    whole = [field.name for field in table.schema if pa.types.is_integer(field.type)]
+    name = next((name for name in ("task", "tasks", "__index_level_0__") if name in text), text[0] if len(text) == 1 else None)
+    if name is None and not len(table):
+        return [], []
+    if name is None:
+        raise DatasetError(f"{path} must hold one column with sentences, found {', '.join(table.column_names):.200}; {RECORD_AGAIN}")
+    sentences = table[name].to_pylist()
+    index = next((each for each in ("__index_level_0__", "index") if each in whole), None)
+    key = "task_index" if "task_index" in table.column_names else index
+    if key is None:
+        ranges = [each for each in (table.schema.pandas_metadata or {}).get("index_columns", []) if isinstance(each, dict)]
+        if not ranges:
+            raise DatasetError(f"{path} must hold the column task_index, found {', '.join(table.column_names):.200}; {RECORD_AGAIN}")
+        return list(range(ranges[0]["start"], ranges[0]["stop"], ranges[0]["step"])), sentences
+    numbers = integers(table[key])
+    if numbers.bad.any():
+        raise DatasetError(f"task_index of {path} must be whole numbers, found {numbers.found}; {RECORD_AGAIN}")
+    return numbers.values.tolist(), sentences
+
+
+def _sentences(table: pa.Table) -> list[frozenset[str] | None]:
+    if "tasks" not in table.column_names:
+        return [None] * len(table)
+    return [frozenset(map(str, each)) if isinstance(each, list) and each else None for each in table["tasks"].to_pylist()]
+
+
+def _whole(paths: Sequence[Path], tables: Sequence[pa.Table], name: str) -> Numbers:
+    return _joined(paths, tables, name, integers)
+
+
+def _real(paths: Sequence[Path], tables: Sequence[pa.Table], name: str) -> Numbers:
+    found = _joined(paths, tables, name, scalars)
+    bad = found.bad | ~np.isfinite(found.values)
+    return Numbers(found.values.astype(np.float64), bad, found.found or ("a number that is not finite" if bad.any() else ""))
+
+
+def _joined(paths: Sequence[Path], tables: Sequence[pa.Table], name: str, read: Any) -> Numbers:
+    """A column over all files. Raises DatasetError for a file without it."""
+    parts = []
+    for path, table in zip(paths, tables, strict=True):
+        if name not in table.column_names:
+            raise DatasetError(f"{path} lacks the column {name!r}; {RECORD_AGAIN}")
+        parts.append(read(table[name]))
+    found = next((part.found for part in parts if part.found), "")
+    return Numbers(np.concatenate([part.values for part in parts]), np.concatenate([part.bad for part in parts]), found)
+
+
+def _place(root: Path, path: Path, name: str, pattern: str | None, chunk: int, file: int, video_key: str = "") -> Path:
+    if pattern is None:
+        raise DatasetError(f"{path} must give {name}, the pattern of file names, found none; {RECORD_AGAIN}")
+    try:
+        return root / pattern.format(video_key=video_key, chunk_index=chunk, file_index=file)
+    except (KeyError, IndexError, ValueError) as error:
+        raise DatasetError(f"{name} of {path} is {pattern!r}, which names an unknown field ({error}); {RECORD_AGAIN}") from None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+        return None
+    return float(value)
+
+
+def _shape(feature: dict[str, Any]) -> tuple[int, ...] | None:
+    shape = feature.get("shape")
+    if not isinstance(shape, list | tuple) or not all(isinstance(each, int) for each in shape):
+        return None
+    return tuple(shape)
+
+
+def _pattern(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _is_depth(feature: dict[str, Any]) -> bool:
+    notes = [feature.get("info"), feature.get("video_info"), feature]
+    return any(isinstance(note, dict) and (note.get("is_depth_map") or note.get("video.is_depth_map")) for note in notes)

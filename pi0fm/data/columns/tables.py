@@ -1,0 +1,217 @@
+"""Parquet files that anybody may have written, as arrays of numbers.
+
+Owns: reading columns of a file, every layout in which a number or a row of numbers may be stored, which rows are not what they should be.
+Does not know: what a column means.
+
+    one number a row     int*, uint*, float*, bool; a list of one     -> int64 [N] or float64 [N]
+    W numbers a row      lists (plain, large, fixed) of those, also of lists; W = 1 also as plain numbers      -> float32 [N, W]
+    bad [N]              True for a row that is null, has a null, or is of another width; its numbers are 0
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pi0fm_client.errors import DatasetError
+
+_LIST_LEVELS = re.compile(r"(\.list\.(element|item))+$")  # how a list's numbers are called in a footer
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """values [N] or [N, W]; bad [N]: rows without a value of the right form; found: how the first of them looks."""
+
+    values: NDArray[Any]
+    bad: NDArray[np.bool_]
+    found: str = ""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What pyarrow raises for a file that is cut or damaged, as one line. Raises DatasetError."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"{path} is cut or damaged ({reason:.120}); record or download the data set again") from None
+
+
+def read_table(path: Path, names: Sequence[str] | None = None) -> pa.Table:
+    """The named columns of a parquet file, in this order; all of them without names. Pages that carry checksums are verified.
+
+    Raises DatasetError for a file that is missing, cut or damaged, lacks a column, or has numbers beyond the bounds in its own footer.
+    """
+    if not path.is_file():
+        raise DatasetError(f"{path} is missing; download or record the data set again")
+    with reading(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        present = file.schema_arrow.names
+        lacking = [name for name in names or () if name not in present]
+        if lacking:
+            raise DatasetError(f"{path} lacks the column {lacking[0]!r}, found {', '.join(present):.300}; record or download it again")
+        table = file.read(columns=None if names is None else list(dict.fromkeys(names)))
+        table = table if names is None else table.select(list(names))
+        _refuse_out_of_bounds(path, file.metadata, table)
+    return table
+
+
+def integers(column: pa.ChunkedArray | pa.Array) -> Numbers:
+    """int64 [N]; a row that is no whole number is bad."""
+    numbers = scalars(column)
+    whole = np.isfinite(numbers.values) & (numbers.values == np.rint(numbers.values)) if numbers.values.dtype.kind == "f" else None
+    if whole is None:
+        return Numbers(numbers.values.astype(np.int64), numbers.bad, numbers.found)
+    bad = numbers.bad | ~whole
+    found = numbers.found or (str(numbers.values[~whole][0]) if not whole.all() else "")
+    return Numbers(np.where(bad, 0, numbers.values).astype(np.int64), bad, found)
+
+
+def scalars(column: pa.ChunkedArray | pa.Array) -> Numbers:
+    """[N] int64 for whole types, float64 for others; one number a row, as it is or in a list of one."""
+    flat = _flat(column, 1)
+    kind = np.int64 if flat.values.dtype.kind in "iub" else np.float64
+    return Numbers(flat.values.reshape(-1).astype(kind), flat.bad, flat.found)
+
+
+def matrix(column: pa.ChunkedArray | pa.Array, width: int) -> Numbers:
+    """float32 [N, W]."""
+    flat = _flat(column, width)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which is judged as such
+        return Numbers(np.ascontiguousarray(flat.values, dtype=np.float32), flat.bad, flat.found)
+
+
+def _flat(column: pa.ChunkedArray | pa.Array, width: int) -> Numbers:
+    """[N, W] of the column's own numbers."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):  # too long for one chunk of 32-bit offsets
+        parts = [_flat(chunk, width) for chunk in array.chunks]
+        found = next((part.found for part in parts if part.found), "")
+        return Numbers(np.concatenate([part.values for part in parts]), np.concatenate([part.bad for part in parts]), found)
+    rows = len(array)
+    widths: NDArray[np.int64] = np.ones(rows, dtype=np.int64)
+    null = np.zeros(rows, dtype=bool)
+    listed = _is_list(array.type)
+    while _is_list(array.type):
+        here, array = _unlisted(array, widths, null)
+        widths = here
+    if not _is_number(array.type):
+        return Numbers(np.zeros((rows, width), np.float32), np.ones(rows, dtype=bool), f"{column.type}")
+    if not listed:
+        null |= _nulls(array)
+    bad = null | (widths != width)
+    values = _values(array)
+    if array.null_count and listed:
+        owner = np.repeat(np.arange(rows), widths)
+        bad[owner[_nulls(array)]] = True
+    found = ""
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        found = "null" if null[row] else f"{widths[row]} numbers" if widths[row] != width else "a null among its numbers"
+    if (widths == width).all():
+        return Numbers(_zeroed(values.reshape(rows, width), bad), bad, found)
+    dense = np.zeros((rows, width), dtype=values.dtype)
+    starts = np.cumsum(widths) - widths
+    good = np.flatnonzero(widths == width)
+    dense[good] = values[starts[good][:, None] + np.arange(width)]
+    return Numbers(_zeroed(dense, bad), bad, found)
+
+
+def _unlisted(array: pa.Array, widths: NDArray[np.int64], null: NDArray[np.bool_]) -> tuple[NDArray[np.int64], pa.Array]:
+    """(numbers of each row one level further in, the values there); rows with a null list are marked in `null` and have none."""
+    missing = _nulls(array)
+    if pa.types.is_fixed_size_list(array.type):
+        lengths = np.where(missing, 0, array.type.list_size)
+    else:
+        offsets = np.asarray(array.offsets, dtype=np.int64)
+        lengths = np.where(missing, 0, np.diff(offsets))
+    owner = np.repeat(np.arange(len(widths)), widths)
+    null[owner[missing]] = True
+    return np.bincount(owner, weights=lengths, minlength=len(widths)).astype(np.int64), array.flatten()
+
+
+def _zeroed(values: NDArray[Any], bad: NDArray[np.bool_]) -> NDArray[Any]:
+    if bad.any():
+        values = values.copy()
+        values[bad] = 0
+    return values
+
+
+def _values(array: pa.Array) -> NDArray[Any]:
+    if pa.types.is_boolean(array.type):
+        array = array.cast(pa.int8())
+    if array.null_count:
+        array = array.fill_null(0)
+    return array.to_numpy(zero_copy_only=False)
+
+
+def _nulls(array: pa.Array) -> NDArray[np.bool_]:
+    if not array.null_count:
+        return np.zeros(len(array), dtype=bool)
+    return np.asarray(array.is_null().to_numpy(zero_copy_only=False), dtype=bool)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+
+def _refuse_out_of_bounds(path: Path, footer: Any, table: pa.Table) -> None:
+    """Raise DatasetError for a number outside the lowest and highest that the writer noted in the file's footer: its pages have changed."""
+    for name in table.column_names:
+        if len(table) == 0 or not _is_number(_innermost(table.schema.field(name).type)):
+            continue
+        bounds = _bounds(footer, name)
+        if bounds is None:
+            continue
+        values = _values(_leaves(table[name]))
+        if values.dtype.kind == "f":
+            values = values[np.isfinite(values)]
+        low, high = bounds
+        if len(values) and not (low <= values.min() and values.max() <= high):
+            wrong = values.min() if values.min() < low else values.max()
+            raise DatasetError(
+                f"{path} is damaged: its footer says that {name!r} lies in {low:g}..{high:g}, found {wrong:g}; download the file again"
+            )
+
+
+def _bounds(footer: Any, name: str) -> tuple[float, float] | None:
+    """The least and the greatest number of a column over all row groups; None where one has no statistics, or only nulls."""
+    lows, highs = [], []
+    for group in range(footer.num_row_groups):
+        rows = footer.row_group(group)
+        for place in range(rows.num_columns):
+            column = rows.column(place)
+            if _LIST_LEVELS.sub("", column.path_in_schema) == name:
+                stats = column.statistics
+                if stats is None or not stats.has_min_max or isinstance(stats.min, bytes | str):
+                    return None
+                lows.append(float(stats.min))
+                highs.append(float(stats.max))
+    return (min(lows), max(highs)) if lows else None
+
+
+def _innermost(kind: pa.DataType) -> pa.DataType:
+    while _is_list(kind):
+        kind = kind.value_type
+    return kind
+
+
+def _leaves(column: pa.ChunkedArray) -> pa.Array:
+    array = column.combine_chunks()
+    chunks = array.chunks if isinstance(array, pa.ChunkedArray) else [array]
+    flat = []
+    for chunk in chunks:
+        while _is_list(chunk.type):
+            chunk = chunk.flatten()
+        flat.append(chunk.drop_null() if chunk.null_count else chunk)
+    return pa.concat_arrays(flat) if len(flat) > 1 else flat[0]

@@ -1,0 +1,23 @@
+"""How a picture of any size is brought into the network's square: the forms that weights have been trained with.
+
+Owns: their names, the box that the content fills. Does not know: pixels (images), which form a policy has (its bundle says).
+
+    antialias   openpi's: the box is the integer part of size / ratio, filtered where it is scaled down
+    plain       LeRobot's: the same box, bilinear interpolation between four pixels however far it is scaled down
+    rounded     bundles of pi0fm before format 3: the box is rounded, filtered
+"""
+
+from typing import Literal
+
+Resize = Literal["antialias", "plain", "rounded"]
+ANTIALIAS: Resize = "antialias"
+RESIZES: tuple[Resize, ...] = ("antialias", "plain", "rounded")
+
+
+def content_box(height: int, width: int, size: int, resize: Resize) -> tuple[int, int]:
+    """(height, width) that a picture has inside the square; at least one pixel each."""
+    ratio = max(width / size, height / size)
+    if resize == "rounded":
+        scale = size / max(height, width)
+        return max(1, round(height * scale)), max(1, round(width * scale))
+    return max(1, int(height / ratio)), max(1, int(width / ratio))

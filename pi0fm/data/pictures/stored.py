@@ -1,0 +1,60 @@
+"""A picture that a parquet file holds: as bytes, as the path of a file, or both.
+
+Owns: finding its bytes, what modes of pictures are colour. Does not know: data sets, sizes of the network.
+
+    8-bit colour, gray, palette, with or without alpha -> RGB; a gray value is red, green and blue, alpha is dropped
+    16-bit, 32-bit, floating point                     -> refused: a depth map, or what scaling to 8 bits would make of it nobody said
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pi0fm_client.errors import DatasetError
+
+COLOUR = ("RGB", "RGBA", "RGBX", "L", "LA", "La", "P", "PA", "1", "CMYK", "YCbCr", "HSV", "LAB")
+
+
+def stored_picture(value: Any, folders: Sequence[Path], what: str) -> NDArray[np.uint8]:
+    """uint8 [height, width, 3] of what a row holds. folders: where a relative path may begin; what: the row, for messages.
+
+    Raises DatasetError for nothing, a file that is not there, a broken picture, or one that is no colour picture.
+    """
+    content = _content(value, folders, what)
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            if picture.mode not in COLOUR:
+                raise DatasetError(
+                    f"{what} must be a colour or gray picture of 8 bits, found mode {picture.mode!r}, a depth map; leave this camera out"
+                )
+            return np.array(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"{what} cannot be decoded ({reason:.120}); record or download the data set again") from None
+
+
+def _content(value: Any, folders: Sequence[Path], what: str) -> bytes:
+    content, path = value, None
+    if isinstance(value, Mapping):
+        content, path = value.get("bytes"), value.get("path")
+    elif isinstance(value, str):
+        content, path = None, value
+    if isinstance(content, bytes) and content:
+        return content
+    if not isinstance(path, str) or not path:
+        raise DatasetError(
+            f"{what} must be a picture, found {'null' if value is None else 'neither bytes nor a path'}; leave the episode out"
+        )
+    tried = [folder / path for folder in folders]
+    file = next((each for each in tried if each.is_file()), None)
+    if file is None:
+        raise DatasetError(f"{what} is said to be the file {path}, which is not in {folders[0]}; copy the pictures too")
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DatasetError(f"{what} is the file {file}, which cannot be read ({error.strerror}); copy it again") from None
