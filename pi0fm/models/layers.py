@@ -14,6 +14,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pi0fm.models.initial import Constant, Initial
+
 NORM_EPSILON = 1e-6
 ROPE_BASE = 10_000.0
 Gelu = Literal["tanh", "none"]
@@ -44,6 +46,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.scale, self.for_products = nn.Parameter(torch.zeros(width)), for_products
 
+    def initial_values(self) -> dict[str, Initial]:
+        """The identity's scale."""
+        return {"scale": Constant(0.0)}
+
     def forward(self, x: Float[Tensor, "*n D"], condition: Tensor | None = None) -> tuple[Float[Tensor, "*n D"], Tensor | None]:
         """The normed input, and None: a plain norm has no gate on its residual."""
         dtype = product_dtype(x) if self.for_products else x.dtype
@@ -61,10 +67,9 @@ class AdaptiveRMSNorm(nn.Module):
         super().__init__()
         self.modulation, self.for_products = nn.Linear(condition_width, 3 * width), for_products
 
-    def reset_parameters(self) -> None:
-        """Zero, whatever the initialisation of the rest."""
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+    def initial_values(self) -> dict[str, Initial]:
+        """Zero, whatever the rest of the network starts with."""
+        return {"modulation.weight": Constant(0.0), "modulation.bias": Constant(0.0)}
 
     def modulate(self, condition: Float[Tensor, "B D"]) -> Modulation:
         """All of it that does not depend on x: a sampler makes it once a flow time instead of once an evaluation."""

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pi0fm.models.initial import Initial, Normal, initialise_new, unit_variance
 from pi0fm.models.joint_decoder import DecoderConfig, JointDecoder
-from pi0fm.models.layers import AdaptiveRMSNorm, at_least_float32, time_embedding
+from pi0fm.models.layers import at_least_float32, time_embedding
 from pi0fm.models.observation import ModelObservation, pixels
 from pi0fm.models.prefix_cache import ActionContext, Modulations, PrefixCache
 from pi0fm.models.vision import VisionConfig, VisionTower
@@ -88,7 +89,7 @@ class Pi0(nn.Module):
         # pi0: (action, time) -> token. pi0.5: time -> condition of the norms.
         self.time_mlp_in = nn.Linear(expert if adaptive else 2 * expert, expert)
         self.time_mlp_out = nn.Linear(expert, expert)
-        self._initialise()
+        initialise_new(self)
 
     def encode_prefix(self, observation: ModelObservation) -> PrefixCache:
         """Run pictures and prompt through the backbone once; the cache serves every flow time."""
@@ -184,18 +185,13 @@ class Pi0(nn.Module):
         # the head of released weights points from data to noise
         return -at_least_float32(head)
 
-    def _initialise(self) -> None:
-        """Unit-variance tokens, and residual branches that start small; the tower has its own."""
-        for module in (self.decoder, self.action_in, self.time_mlp_in, self.time_mlp_out):
-            for linear in module.modules():
-                if isinstance(linear, nn.Linear):
-                    nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-                    if linear.bias is not None:
-                        nn.init.zeros_(linear.bias)
-        for norm in self.decoder.modules():
-            if isinstance(norm, AdaptiveRMSNorm):
-                norm.reset_parameters()
-        nn.init.normal_(self.prompt_embedding.weight, std=self.prompt_embedding.embedding_dim**-0.5)
+    def initial_values(self) -> dict[str, Initial]:
+        """Unit-variance tokens, and residual branches that start small; the tower and the norms have their own."""
+        found: dict[str, Initial] = {"prompt_embedding.weight": Normal(self.prompt_embedding.embedding_dim**-0.5)}
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and name.startswith(("decoder.", "action_in", "time_mlp_")):
+                found |= {f"{name}.{part}": initial for part, initial in unit_variance(module).items()}
+        return found
 
 
 @final

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pi0fm.models.attention import attend_pictures
+from pi0fm.models.initial import Constant, Initial, Normal, Uniform
 from pi0fm.models.layers import Gelu, product_dtype, run_layer
 from pi0fm_client.errors import ConfigError
 
@@ -117,7 +118,6 @@ class VisionTower(nn.Module):
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.depth))
         self.final_norm = ProductNorm(config.width)
         self.projector = nn.Linear(config.width, backbone_width)
-        self._initialise()
 
     def checkpoint_activations(self) -> None:
         """In training, keep only what enters each layer; see `Pi0.checkpoint_activations`."""
@@ -130,18 +130,21 @@ class VisionTower(nn.Module):
             x = run_layer(layer, self.activation_checkpointing, x)
         return self.projector(self.final_norm(x))
 
-    def _initialise(self) -> None:
+    def initial_values(self) -> dict[str, Initial]:
         """The variances of transformers' class; the projector keeps torch's."""
         patch, (_, width) = self.patch_embedding, self.position_embedding.shape
-        # of the normal that has the fan-in's variance once it is cut at two deviations; whole, it learns faster (docs/LOG.md)
-        nn.init.normal_(patch.weight, std=patch.weight[0].numel() ** -0.5 / 0.87962566)
-        nn.init.zeros_(patch.bias)
-        nn.init.normal_(self.position_embedding, std=width**-0.5)
-        for layer in self.layers:
+        found: dict[str, Initial] = {
+            # of the normal that has the fan-in's variance once it is cut at two deviations; whole, it learns faster (docs/LOG.md)
+            "patch_embedding.weight": Normal(patch.weight[0].numel() ** -0.5 / 0.87962566),
+            "patch_embedding.bias": Constant(0.0),
+            "position_embedding": Normal(width**-0.5),
+        }
+        for number, layer in enumerate(self.layers):
             assert isinstance(layer, VisionLayer)
-            for matrix in (*layer.qkv.weight.chunk(3), layer.out.weight, layer.mlp.fc1.weight, layer.mlp.fc2.weight):
-                nn.init.xavier_uniform_(matrix)
-            for bias in (layer.qkv.bias, layer.out.bias):
-                nn.init.zeros_(bias)
-            for bias in (layer.mlp.fc1.bias, layer.mlp.fc2.bias):
-                nn.init.normal_(bias, std=1e-6)
+            hidden = layer.mlp.fc1.out_features
+            square, wide = Uniform((3 / width) ** 0.5), Uniform((6 / (width + hidden)) ** 0.5)  # Xavier's
+            weights = {"qkv": square, "out": square, "mlp.fc1": wide, "mlp.fc2": wide}
+            biases = {"qkv": Constant(0.0), "out": Constant(0.0), "mlp.fc1": Normal(1e-6), "mlp.fc2": Normal(1e-6)}
+            found |= {f"layers.{number}.{name}.weight": initial for name, initial in weights.items()}
+            found |= {f"layers.{number}.{name}.bias": initial for name, initial in biases.items()}
+        return found

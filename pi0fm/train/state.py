@@ -2,7 +2,7 @@
 
 Owns: the order in which it is built, its tensors by name, the weights of the bundle. Does not know: files, data, when it is saved.
 
-    network -> adapt -> (shard) -> optimiser -> average -> restore -> prepare
+    layout on meta -> adapt -> (shard) -> weights -> optimiser -> average -> restore -> prepare
 
     model/NAME                  weights and buffers
     moments/NAME/exp_avg(_sq)   AdamW's, by the parameter's name, so that no order is relied on
@@ -22,8 +22,9 @@ from pi0fm.models.pi0 import Pi0, Pi0Config, parameter_count
 from pi0fm.train.ema import Ema
 from pi0fm.train.optim import OptimizerConfig, learning_rate, make_optimizer, set_learning_rate
 from pi0fm.train.parallel.accelerate import Parallel
-from pi0fm.train.start.adaptation import Adaptation, adapt, plain_weights
-from pi0fm.train.start.pretrained import Pretrained, starting_network
+from pi0fm.train.start.adaptation import Adaptation, plain_weights
+from pi0fm.train.start.network import starting_network
+from pi0fm.train.start.pretrained import Pretrained
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,8 @@ class TrainState:
     @classmethod
     def build(cls, network: Pi0Config, config: StateConfig, pretrained: Pretrained | None, parallel: Parallel) -> "TrainState":
         """The state before the first step, on the worker's device. Raises ConfigError and BundleError for what cannot be built."""
-        torch.manual_seed(config.seed)  # initial weights only; data, noise and times have counters
-        model = adapt(starting_network(pretrained, network), config.adaptation, parallel.compute_dtype)
-        return cls(model.to(parallel.device), config)
+        model = starting_network(network, config.adaptation, config.seed, pretrained, parallel.compute_dtype, parallel.device)
+        return cls(model, config)
 
     def prepare(self, parallel: Parallel) -> None:
         """Wrap network and optimiser for training; again after `parallel` was opened for other workers."""

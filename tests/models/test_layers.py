@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
+from pi0fm.models.initial import initialise
 from pi0fm.models.layers import AdaptiveRMSNorm, GatedMLP, RMSNorm, _Gated, _gated, _Rotate, inverse_rms, rotate, rotation, time_embedding
 from pi0fm.models.layers import _RMSNorm as FastNorm
 
@@ -78,7 +79,7 @@ def test_norm_of_bfloat16_is_computed_in_float32():
 
 def test_adaptive_norm_starts_as_a_plain_norm_with_a_closed_gate():
     norm = AdaptiveRMSNorm(8, 6)
-    norm.reset_parameters()
+    initialise(norm, 0)
     x = normal(2, 3, 8, dtype=torch.float32)
     found, gate = norm(x, normal(2, 6, seed=1, dtype=torch.float32))
     torch.testing.assert_close(found, RMSNorm(8)(x)[0])

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from pi0fm.models.initial import initialise
 from pi0fm.models.vision import PatchEmbedding, ProductNorm, VisionConfig, VisionTower
 
 SMALL = VisionConfig(width=24, depth=2, num_heads=3, mlp_width=40, patch_size=4, image_size=12)
@@ -73,6 +74,7 @@ def test_it_starts_with_the_librarys_variances():
     config = VisionConfig(width=192, depth=1, num_heads=3, mlp_width=512, patch_size=8, image_size=64)
     torch.manual_seed(1)
     other, tower = dict(library(config).named_parameters()), VisionTower(config, 16)
+    initialise(tower, 1)
     for name, parameter in tower.named_parameters():
         if name.startswith("projector"):
             continue

@@ -1,6 +1,6 @@
 """The bundle that a run starts from.
 
-Owns: what of it must agree with the run, what is the run's own affair, its weights in a new network. Does not know: what trains.
+Owns: what of it must agree with the run, what is the run's own affair. Does not know: what trains, its weights.
 
     of the bundle, refused by name where the run says otherwise   network, path and prediction of the flow, normalisation, prompt dialect,
                                                                   tokenizer
@@ -15,7 +15,7 @@ from typing import Any
 from pi0fm import options
 from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.prompt import BYTES, load_tokenizer
-from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.models.pi0 import Pi0Config
 from pi0fm.models.presets import PRESETS
 from pi0fm.options import nearest
 from pi0fm.policy import bundle
@@ -90,17 +90,6 @@ def kept_stats(pretrained: Pretrained, entry: str, run: PolicyConfig) -> NormSta
                 f"{pretrained.path}; leave it out, so that they are computed from the data set"
             )
     return stats
-
-
-def starting_network(pretrained: Pretrained | None, config: Pi0Config) -> Pi0:
-    """A network of `config` with the bundle's weights, float32 whatever the file holds; with random ones where there is no bundle.
-
-    A bundle's weights are neither initialised first nor copied twice. Raises BundleError where the file does not hold what its
-    configuration promises.
-    """
-    if pretrained is None:
-        return Pi0(config)
-    return bundle.load_network(pretrained.path, config).requires_grad_()
 
 
 def _needed(option: str, pretrained: Pretrained | None) -> Pretrained:

@@ -20,7 +20,8 @@ from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.models.vision import VisionConfig
 from pi0fm.train.ema import Ema
 from pi0fm.train.optim import OptimizerConfig, make_optimizer
-from pi0fm.train.start.adaptation import TRAINED, Adaptation, adapt
+from pi0fm.train.start.adaptation import TRAINED, Adaptation, adapt, plain_weights
+from pi0fm.train.start.network import starting_network
 from pi0fm.train.step import train_step
 from pi0fm_client.errors import ConfigError
 
@@ -232,3 +233,16 @@ def test_frozen_matrices_are_halved_and_nothing_else():
 def test_what_does_not_go_together_is_refused_with_its_reason(how, computes, words):
     with pytest.raises(ConfigError, match=words):
         adapt(network(LIKE_PI0), Adaptation(**how), computes)
+
+
+@pytest.mark.parametrize("how", [Adaptation(lora=LORA), Adaptation("expert_only", frozen_bfloat16=True)])
+def test_an_adapted_network_starts_from_the_plain_one(how):
+    """Its weights are those of the run without the adaptation, cast where they are kept in bfloat16; adapters change nothing yet."""
+
+    def weights(how: Adaptation, seed: int) -> dict[str, Tensor]:
+        return plain_weights(starting_network(LIKE_PI0, how, seed, None, torch.bfloat16).state_dict(), how)
+
+    plain, found = weights(Adaptation(), 3), weights(how, 3)
+    assert found.keys() == plain.keys()
+    assert [name for name, value in found.items() if not torch.equal(value, plain[name].to(value.dtype))] == []
+    assert not torch.equal(weights(how, 4)["action_in.weight"], plain["action_in.weight"])

@@ -21,6 +21,8 @@ from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.train.loop import train
 from pi0fm.train.optim import OptimizerConfig
 from pi0fm.train.parallel.context import Context
+from pi0fm.train.start.adaptation import Adaptation
+from pi0fm.train.start.network import starting_network
 from pi0fm.train.start.output import claim
 from pi0fm.train.start.pretrained import (
     Pretrained,
@@ -28,7 +30,6 @@ from pi0fm.train.start.pretrained import (
     chosen_tokenizer,
     open_pretrained,
     refuse_other_policy,
-    starting_network,
 )
 from pi0fm.train.watch.validation import ValidationConfig
 from pi0fm_client.errors import BundleError, ConfigError
@@ -116,7 +117,7 @@ def test_validation_sees_the_adapted_network(run, base):
 def test_weights_are_taken_as_float32_whatever_the_file_holds(base):
     pretrained = open_pretrained(base)
     assert pretrained is not None
-    model = starting_network(pretrained, tiny_dataset.network())
+    model = starting_network(tiny_dataset.network(), Adaptation(), 0, pretrained)
     saved = weights(base)
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -128,7 +129,7 @@ def test_lengths_are_the_runs_own(base):
     longer = dataclasses.replace(tiny_dataset.network(), action_horizon=9, max_prompt_tokens=40)
     pretrained = open_pretrained(base)
     refuse_other_policy(pretrained, config(model=longer, execution_horizon=9, embodiment=dataclasses.replace(ROBOT, name="other")))
-    starting_network(pretrained, longer)
+    starting_network(longer, Adaptation(), 0, pretrained)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_weights_that_are_not_what_the_configuration_says(tmp_path, base):
     path = tmp_path / "short"
     bundle.save(path, {name: value for name, value in weights(base).items() if name != "action_in.bias"}, config(), STATS)
     with pytest.raises(BundleError, match=r"do not fit its configuration.*action_in\.bias") as caught:
-        starting_network(Pretrained(path, *bundle.read(path)), tiny_dataset.network())
+        starting_network(tiny_dataset.network(), Adaptation(), 0, Pretrained(path, *bundle.read(path)))
     assert "\n" not in str(caught.value)
 
 

@@ -1,0 +1,58 @@
+"""The network that a run starts from, adapted, with its first weights.
+
+Owns: the order: laid out on meta, adapted, filled parameter by parameter. Does not know: optimisers, checkpoints.
+
+    no bundle     each parameter a function of (seed, its name in a plain network): models/initial.py
+    a bundle      its tensors, cast to the parameter's type; adapters, which no bundle holds, as without one
+
+No parameter is made twice, and one tensor at a time is copied. A sharded parameter will take its rows of the same numbers.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from pi0fm.models.initial import distributions, fill
+from pi0fm.models.lora import initial_adapter, is_adapter, plain_name
+from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.policy import bundle
+from pi0fm.policy.weights import refuse_misfit
+from pi0fm.train.start.adaptation import Adaptation, adapt
+from pi0fm.train.start.pretrained import Pretrained
+
+
+def starting_network(
+    config: Pi0Config,
+    how: Adaptation,
+    seed: int,
+    pretrained: Pretrained | None,
+    computes: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Pi0:
+    """A network of `config` on `device` (the CPU by default), adapted. computes: the type of the products.
+
+    Raises ConfigError for an adaptation that cannot be, BundleError for a file that does not hold what its configuration promises.
+    """
+    with torch.device("meta"):
+        model = Pi0(config)
+        initial = distributions(model)
+        adapt(model, how, computes)
+    model.to_empty(device=device or torch.device("cpu"))
+    with bundle.open_weights(pretrained.path) if pretrained is not None else nullcontext() as weights:
+        if weights is not None:
+            refuse_misfit(weights, config)
+        for name, parameter in model.named_parameters():
+            plain = plain_name(name)
+            if is_adapter(name):
+                fill(parameter, initial_adapter(name, parameter), seed, name)
+            elif weights is None:
+                fill(parameter, initial[plain], seed, plain)
+            else:
+                _copy(parameter, weights.read(plain, ()))
+    return model
+
+
+@torch.no_grad()
+def _copy(parameter: Tensor, stored: Tensor) -> None:
+    parameter.copy_(stored.float())  # through float32: a bundle's type says nothing of the run's
