@@ -55,7 +55,7 @@ class TrainConfig:
     steps: int = option(30_000, "optimiser steps")
     global_batch_size: int = option(32, "samples a step over all workers")
     flow_draws_per_observation: int = option(1, "pairs of noise and flow time that train on one encoding of each observation")
-    micro_batch_size: int | None = option(None, "samples a forward pass; empty takes a worker's whole share")
+    micro_batch_size: int | None = option(None, "at most so many samples a forward pass; empty takes a worker's whole share")
     dataset: DatasetConfig = option(DatasetConfig, "")
     embodiment: Embodiment = option(Embodiment, "")
     mixture: dict[str, MixtureEntry] = option(

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import tiny_dataset
 import torch
+from forked_workers import workers
 
 from pi0fm.data.loading.loader import Batch
+from pi0fm.data.order.split import micro_steps, split
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
-from pi0fm.train.parallel.accelerate import make_accelerator
+from pi0fm.train.parallel.accelerate import Parallel, make_accelerator
+from pi0fm.train.parallel.context import Context
 from pi0fm.train.step import train_step
 from pi0fm_client.errors import ConfigError
 
@@ -41,13 +44,19 @@ def one_draw(whole: Batch, number: int) -> Batch:
     return replace(whole, noise=whole.noise[:, number : number + 1], uniform=whole.uniform[:, number : number + 1])
 
 
-def parts(whole: Batch, size: int) -> Iterator[Batch]:
-    def cut(value, start):
-        return value[start : start + size]
+def cut(whole: Batch, start: int, count: int) -> Batch:
+    """Samples start .. start + count - 1."""
 
+    def part(value: torch.Tensor) -> torch.Tensor:
+        return value[start : start + count]
+
+    seen = ModelObservation(**{name: part(value) for name, value in vars(whole.observation).items()})
+    return Batch(seen, *(part(getattr(whole, name)) for name in ("actions", "action_mask", "noise", "uniform")))
+
+
+def parts(whole: Batch, size: int) -> Iterator[Batch]:
     for start in range(0, 8, size):
-        seen = ModelObservation(**{name: cut(value, start) for name, value in vars(whole.observation).items()})
-        yield Batch(seen, *(cut(getattr(whole, name), start) for name in ("actions", "action_mask", "noise", "uniform")))
+        yield cut(whole, start, size)
 
 
 def model() -> Pi0:
@@ -103,6 +112,30 @@ def test_the_gradient_of_several_draws_is_the_mean_of_theirs():
     for name, found in gradients.items():
         mean = sum(one[2][name] for one in alone) / 3
         assert float((found - mean).abs().max()) < 2e-5 * max(1.0, float(mean.abs().max())), name
+
+
+@pytest.mark.usefixtures("shapes_unchecked")  # DistributedDataParallel is no Pi0
+@pytest.mark.parametrize("micro", [None, 2])
+def test_workers_with_unequal_shares_make_the_gradient_of_one(tmp_path, micro):
+    """Eight samples over three workers: 2, 3 and 3."""
+    whole = batch(2)
+
+    def body(context: Context) -> tuple[float, float, dict[str, np.ndarray]]:
+        steps = micro_steps(8, 3, micro)
+        network, parallel = model(), Parallel(context, "float32", steps, allow_cuda=False)
+        before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+        wrapped, optimizer = parallel.prepare(network, torch.optim.SGD(network.parameters(), lr=1.0))
+        mine = (cut(whole, start, count) for start, count in split(8, context.rank, 3, micro))
+        part, norm = train_step(wrapped, FLOW, optimizer, parallel.accelerator, mine, valid_elements(whole), 1e9)
+        found = {name: (before[name] - parameter.detach()).numpy() for name, parameter in network.named_parameters()}
+        return float(parallel.sum(part)), float(norm), found
+
+    loss, norm, gradients = step(whole, 8)
+    for theirs in workers(3, tmp_path, body):
+        assert theirs[0] == pytest.approx(loss, rel=1e-5)
+        assert theirs[1] == pytest.approx(norm, rel=1e-4)
+        for name, found in theirs[2].items():
+            assert np.abs(found - gradients[name].numpy()).max() < 2e-5 * max(1.0, float(gradients[name].abs().max())), name
 
 
 def test_padded_dimensions_teach_nothing():

@@ -110,7 +110,7 @@ def test_an_output_folder_that_holds_something_else(tmp_path, refused):
         (("--steps", "many"), "option steps must be a whole number"),
         (("--model.preset", "tinny"), "did you mean 'tiny'"),
         (("--model.max_prompt_tokens", "nine"), "max_prompt_tokens"),
-        (("--micro_batch_size", "3"), "must be a multiple of micro_batch_size, found 3"),
+        (("--micro_batch_size", "0"), "micro_batch_size must be >= 1, found 0"),
         (("--tokenizer", "/nowhere"), "tokenizer must be 'byt5' or a directory"),
         (("--dataset.episodes", "[9]"), "dataset.episodes must lie in 0..2, found [9]"),
     ],

@@ -53,13 +53,20 @@ def test_a_network_that_does_not_exist(model, words):
 
 
 @pytest.mark.parametrize(
-    ("total", "micro", "workers", "expected"), [(32, None, 1, 32), (32, None, 4, 8), (32, 4, 2, 4), (32, 64, 2, 16), (6, 1, 3, 1)]
+    ("total", "micro", "workers", "expected"),
+    [(32, None, 1, 32), (32, None, 4, 8), (32, 4, 2, 4), (32, 64, 2, 16), (6, 1, 3, 1), (32, None, 3, 11), (32, 5, 1, 5)],
 )
 def test_micro_batch(total, micro, workers, expected):
     assert TrainConfig(global_batch_size=total, micro_batch_size=micro).largest_micro_batch(workers) == expected
 
 
-@pytest.mark.parametrize(("total", "micro", "workers"), [(32, None, 3), (2, None, 4), (32, 5, 1), (32, 3, 2)])
-def test_a_batch_that_cannot_be_split(total, micro, workers):
-    with pytest.raises(ConfigError, match="multiple of"):
-        TrainConfig(global_batch_size=total, micro_batch_size=micro).largest_micro_batch(workers)
+@pytest.mark.parametrize(
+    ("total", "micro", "workers", "words"),
+    [
+        (2, None, 4, "at least the number of workers, found 2 for 4; type --global_batch_size 4"),
+        (32, 1, 3, "shares of 10 and 11 samples .* found micro_batch_size 1; type --micro_batch_size 2"),
+    ],
+)
+def test_a_batch_that_cannot_be_split(total, micro, workers, words):
+    with pytest.raises(ConfigError, match=words):
+        TrainConfig(global_batch_size=total, micro_batch_size=micro).micro_steps(workers)

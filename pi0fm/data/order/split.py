@@ -4,7 +4,7 @@ Owns: shares and parts as (offset, count). Does not know: where batches come fro
 
     global batch   | 0 1 2 3 4 5 6 7 8 9 |      contiguous shares, so that the union is the same for any number of workers
     3 workers      | 0 1 2 | 3 4 5 | 6 7 8 9 |  they differ by one sample at most
-    micro batches  | 0 | 1 2 | ...              every worker makes as many, of as equal sizes
+    micro batches  | 0 | 1 2 | ...              every worker makes as many, and they differ by one sample at most
 """
 
 from itertools import pairwise
@@ -21,14 +21,20 @@ def split(global_batch_size: int, rank: int, world_size: int, micro_batch_size: 
 
 
 def micro_steps(global_batch_size: int, world_size: int, micro_batch_size: int | None = None) -> int:
-    """Micro batches of a step, of every worker alike. micro_batch_size: the largest one; None for a worker's whole share.
+    """Micro batches of a step, of every worker alike. micro_batch_size: at most so many samples in one; None for a worker's whole share.
 
-    Raises ConfigError when the global batch cannot be split so.
+    Raises ConfigError when a worker would have an empty one.
     """
-    share, rest = divmod(global_batch_size, world_size)
-    if rest or share == 0:
-        raise ConfigError(f"global_batch_size must be a multiple of the {world_size} workers, found {global_batch_size}")
-    micro = min(micro_batch_size or share, share)
-    if share % micro:
-        raise ConfigError(f"each worker's share of {share} samples must be a multiple of micro_batch_size, found {micro}")
-    return share // micro
+    smallest, largest = global_batch_size // world_size, -(-global_batch_size // world_size)
+    if smallest == 0:
+        raise ConfigError(
+            f"global_batch_size must be at least the number of workers, found {global_batch_size} for {world_size}; "
+            f"type --global_batch_size {world_size}, or fewer workers"
+        )
+    steps = -(-largest // (micro_batch_size or largest))
+    if steps > smallest:
+        raise ConfigError(
+            f"shares of {smallest} and {largest} samples must be cut into as many micro batches, found micro_batch_size "
+            f"{micro_batch_size}; type --micro_batch_size 2"
+        )
+    return steps
