@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from pi0fm.convert.names import EMBEDDING, LM_HEAD, Kind
-from pi0fm.convert.shapes import parts, sizes_of, unread_shapes
+from pi0fm.convert.shapes import FIELDS, parts, sizes_of, unread_shapes
 from pi0fm.data.prompt import LEROBOT, OPENPI, STATELESS
 from pi0fm.models.pi0 import Pi0Config
 from pi0fm.policy.bundle import PolicyConfig
@@ -25,18 +25,6 @@ from pi0fm_client.errors import BundleError
 
 VARIANTS = {(2048, 16384): "gemma_2b", (1024, 4096): "gemma_300m"}
 RELEASED = {"L": 18, "N": 8, "K": 1, "H": 256, "W": 257_152, "D": 1152, "M": 4304, "T": 27, "X": 16, "P": 14}
-NAMED = {
-    "L": "depth",
-    "N": "num_heads",
-    "K": "num_kv_heads",
-    "H": "head_dim",
-    "W": "vocab_size",
-    "D": "vision width",
-    "M": "vision mlp_width",
-    "T": "vision depth",
-    "X": "vision num_heads",
-    "P": "patch_size",
-}
 
 
 def variants(config: Pi0Config) -> dict[str, str]:
@@ -74,7 +62,7 @@ def refuse_what_peers_lack(config: PolicyConfig, peer: str, any_size: bool) -> N
             "such a policy stays a bundle"
         )
     sizes = sizes_of(model)
-    odd = [f"{NAMED[letter]} {sizes[letter]} for {size}" for letter, size in RELEASED.items() if sizes[letter] != size]
+    odd = [f"{FIELDS[letter]} {sizes[letter]} for {size}" for letter, size in RELEASED.items() if sizes[letter] != size]
     for name, stream in (("backbone", model.decoder.backbone), ("action_expert", model.decoder.action_expert)):
         if (stream.width, stream.mlp_width) not in VARIANTS:
             odd.append(f"{name} {stream.width}, {stream.mlp_width} for one of {', '.join(map(str, VARIANTS))}")

@@ -1,6 +1,6 @@
 """The sizes that a checkpoint's shapes tell, and what of it fits a network of those sizes.
 
-Owns: the reading of checkpoint_map's notation, the sizes, the comparison of what is there with what must be. Does not know: files,
+Owns: the reading of convert/names' notation, the sizes, the comparison of what is there with what must be. Does not know: files,
 numbers' types, robots.
 
     names and shapes --tell_sizes--> sizes --parts--> which foreign rows make which of ours
@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 
 from torch import Tensor
 
@@ -23,6 +24,13 @@ from pi0fm.models.vision import VisionConfig
 from pi0fm_client.errors import BundleError
 
 Shape = tuple[int, ...]
+FIELDS = {
+    "B": "decoder.backbone.width", "F": "decoder.backbone.mlp_width",
+    "E": "decoder.action_expert.width", "G": "decoder.action_expert.mlp_width",
+    "L": "decoder.depth", "N": "decoder.num_heads", "K": "decoder.num_kv_heads", "H": "decoder.head_dim",
+    "W": "vocab_size", "A": "action_dim", "S": "state_dim",
+    "D": "vision.width", "M": "vision.mlp_width", "T": "vision.depth", "X": "vision.num_heads", "P": "vision.patch_size",
+}  # fmt: skip
 LARGEST_SIZE = 2**24  # no axis of a policy is longer: a header that says so is damaged
 LARGEST_DEPTH = 1024
 
@@ -49,24 +57,8 @@ class Part:
         return math.prod(self.shape[len(self.index) :])
 
 
-@dataclass(frozen=True)
-class Misfit:
-    """What keeps a checkpoint from being used, by name; empty when nothing does. `shapes` says what was found for what."""
-
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    shapes: tuple[str, ...]
-
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.shapes)
-
-    def __str__(self) -> str:
-        groups = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.shapes}
-        return "; ".join(f"{word} ({len(names)}): {', '.join(names)}" for word, names in groups.items() if names)
-
-
 def tell_sizes(layout: Layout, kind: Kind, shapes: Mapping[str, Shape], known: Mapping[str, int]) -> dict[str, int]:
-    """The size letters of checkpoint_map, from the shapes; `known` holds those that are given. Each is what most tensors say.
+    """The size letters of convert/names, from the shapes; `known` holds those that are given. Each is what most tensors say.
 
     Raises BundleError for a size that nothing tells, or that no policy has.
     """
@@ -121,20 +113,20 @@ def unread_shapes(layout: Layout, kind: Kind, sizes: Mapping[str, int]) -> dict[
     }
 
 
-def misfit(layout: Layout, kind: Kind, sizes: Mapping[str, int], shapes: Mapping[str, Shape]) -> Misfit:
-    """Every name that is missing, not known or of another shape. What nothing reads may be absent, but not of another shape."""
+def misfit(layout: Layout, kind: Kind, sizes: Mapping[str, int], shapes: Mapping[str, Shape]) -> str:
+    """Every name that is missing, unknown or of another shape; empty when none is. What nothing reads may be absent."""
     read = {part.name: part.shape for group in parts(layout, kind, sizes).values() for part in group}
-    dead = unread_shapes(layout, kind, sizes)
-    expected = dead | read
-    return Misfit(
-        missing=tuple(sorted(read.keys() - shapes.keys())),
-        unexpected=tuple(sorted(shapes.keys() - expected.keys())),
-        shapes=tuple(
+    expected = unread_shapes(layout, kind, sizes) | read
+    groups = {
+        "missing": sorted(read.keys() - shapes.keys()),
+        "unexpected": sorted(shapes.keys() - expected.keys()),
+        "of another shape": [
             f"{name} {list(shapes[name])} for {list(expected[name])}"
             for name in sorted(shapes.keys() & expected.keys())
             if shapes[name] != expected[name]
-        ),
-    )
+        ],
+    }
+    return "; ".join(f"{word} ({len(names)}): {', '.join(names)}" for word, names in groups.items() if names)
 
 
 def network_config(kind: Kind, sizes: Mapping[str, int], action_horizon: int, max_prompt_tokens: int) -> Pi0Config:
@@ -162,27 +154,9 @@ def network_config(kind: Kind, sizes: Mapping[str, int], action_horizon: int, ma
 
 def sizes_of(config: Pi0Config) -> dict[str, int]:
     """The size letters of a network; the inverse of `network_config`."""
-    vision, decoder = config.vision, config.decoder
-    return {
-        "B": decoder.backbone.width,
-        "F": decoder.backbone.mlp_width,
-        "E": decoder.action_expert.width,
-        "G": decoder.action_expert.mlp_width,
-        "L": decoder.depth,
-        "N": decoder.num_heads,
-        "K": decoder.num_kv_heads,
-        "H": decoder.head_dim,
-        "W": config.vocab_size,
-        "A": config.action_dim,
-        "S": config.state_dim,
-        "D": vision.width,
-        "M": vision.mlp_width,
-        "T": vision.depth,
-        "X": vision.num_heads,
-        "Y": vision.width // vision.num_heads,
-        "P": vision.patch_size,
-        "V": vision.tokens_per_image,
-    }
+    vision = config.vision
+    sizes = {letter: int(attrgetter(field)(config)) for letter, field in FIELDS.items()}
+    return {**sizes, "Y": vision.width // vision.num_heads, "V": vision.tokens_per_image}
 
 
 def _votes(witnesses: list[tuple[str, int]], sizes: Mapping[str, int]) -> dict[str, Counter[int]]:

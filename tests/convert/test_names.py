@@ -64,10 +64,8 @@ def test_every_fault_is_named_and_none_hides_another(layout, kind):
     shapes[turned] = (shapes[turned][0] + 1,)
     shapes["PaliGemma/img/lora" if layout == "jax" else "lora"] = (1,)
     found = misfit(layout, kind, told(layout, kind, shapes), shapes)
-    assert found.missing == (dropped,)
-    assert [name.rsplit("/")[-1] for name in found.unexpected] == ["lora"]
-    assert [text.split(" ")[0] for text in found.shapes] == [turned]
-    assert all(name in str(found) for name in (dropped, turned, "lora"))
+    extra = "PaliGemma/img/lora" if layout == "jax" else "lora"
+    assert found.startswith(f"missing (1): {dropped}; unexpected (1): {extra}; of another shape (1): {turned} [")
 
 
 def test_a_whole_layer_that_is_missing_is_listed():
@@ -75,7 +73,7 @@ def test_a_whole_layer_that_is_missing_is_listed():
     shapes = foreign_shapes("torch", "pi0")
     last = {name for name in shapes if "gemma_expert.model.layers.2." in name}
     cut = {name: shape for name, shape in shapes.items() if name not in last}
-    assert set(misfit("torch", "pi0", told("torch", "pi0", cut), cut).missing) == last
+    assert misfit("torch", "pi0", told("torch", "pi0", cut), cut) == f"missing ({len(last)}): {', '.join(sorted(last))}"
 
 
 def test_what_nothing_reads_may_be_absent_but_not_of_another_shape():
@@ -85,7 +83,7 @@ def test_what_nothing_reads_may_be_absent_but_not_of_another_shape():
     assert EMBEDDING in read
     assert not misfit("torch", "pi0", told("torch", "pi0", read), read)
     wrong = shapes | {"paligemma_with_expert.gemma_expert.lm_head.weight": (40, 25)}
-    assert len(misfit("torch", "pi0", told("torch", "pi0", wrong), wrong).shapes) == 1
+    assert "of another shape (1): paligemma_with_expert.gemma_expert.lm_head" in misfit("torch", "pi0", told("torch", "pi0", wrong), wrong)
 
 
 @pytest.mark.parametrize("change", [{"action_in_proj.weight": (24, 2**40)}, {}])
