@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -574,3 +575,22 @@ def test_the_command(peers, tmp_path, capsys):
     assert Path(result["path"]) == tmp_path / "bundle"
     assert main(words) == 1
     assert "exists; remove it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("short", ["tokenizer", "weights", "manifest"])
+def test_a_disk_without_room_is_one_line_and_stays_empty(short, bundles, openpi, enter, small_disk, tmp_path):
+    """Whatever it is that does not fit."""
+    enter(openpi)
+    pages = sum(-(-file.stat().st_size // 4096) for file in (tmp_path / "bundle").rglob("*") if file.is_file())
+    disk = small_disk({"tokenizer": "16k", "weights": "64k", "manifest": f"{4 * pages - 4}k"}[short])
+    assert "make room" in refused(enter, openpi, output_dir=disk / "out")
+    assert list(disk.iterdir()) == []
+    if short != "manifest":
+        assert "make room" in refused(convert, ConvertConfig(source=bundles["pi0"], output_dir=disk / "out", to="openpi", any_size=True))
+        assert list(disk.iterdir()) == []
+
+
+def test_a_disk_that_is_read_only(openpi, enter, small_disk):
+    disk = small_disk("1m")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    assert "Read-only file system; choose a folder that this user may write to" in refused(enter, openpi, output_dir=disk / "out")
