@@ -15,13 +15,14 @@ import torch
 from pi0fm.bench.budget import TrainingPlan, TrainingResult, spend, steps_in_budget
 from pi0fm.bench.shared_data import SharedData
 from pi0fm.flow.matching import FlowMatching
-from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.device import compute_dtype
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.ema import Ema
 from pi0fm.train.optim import learning_rate, make_optimizer, set_learning_rate
 from pi0fm.train.parallel.accelerate import make_accelerator
+from pi0fm.train.start.adaptation import Adaptation
+from pi0fm.train.start.network import starting_network
 from pi0fm.train.step import train_step
 
 
@@ -57,8 +58,7 @@ class _Updater:
         self._batches = (self._collator(first, micro) for first in itertools.count(0, micro))
         self._flow = FlowMatching.from_config(run.flow)
         self._accelerator = make_accelerator(run.precision, run.global_batch_size // micro, allow_cuda=False)
-        torch.manual_seed(plan.seed)  # initial weights only; data, noise and times have counters of their own
-        self._model = Pi0(data.policy.model)
+        self._model = starting_network(data.policy.model, Adaptation(), plan.seed, None)
         self._optimizer = make_optimizer(self._rates, self._model)
         self._ema = Ema(self._model, run.ema_decay)
         self._prepared = self._accelerator.prepare(self._model.train(), self._optimizer)
