@@ -10,13 +10,24 @@ Nothing heavy is imported before it is used: a robot's computer has `pi0fm_clien
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pi0fm.policy.local import LocalPolicy
 
-__all__ = ["load"]
+__all__ = ["__version__", "load"]
 
 
-def load(path: str, **options: Any) -> "LocalPolicy":
-    """The policy in the bundle at `path`; the options are those of `pi0fm.policy.bundle.load`."""
+def load(path: "str | Path", **options: Any) -> "LocalPolicy":
+    """Load the policy in the bundle at `path`; the options are the fields of `pi0fm.policy.load_options.LoadOptions`."""
     from pi0fm.policy import bundle
+    from pi0fm.policy.load_options import LoadOptions
 
-    return bundle.load(path, **options)
+    return bundle.load(path, LoadOptions(**options))
+
+
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import version
+
+    return version("pi0fm")

@@ -89,7 +89,7 @@ def _print_options(name: str, command: ModuleType) -> None:
     table = Table(box=None, padding=(0, 2), header_style="")
     for heading in ("option", "default", "meaning"):
         table.add_column(heading, overflow="fold")
-    for row in options.describe(command.Options):
+    for row in sorted(options.describe(command.Options), key=lambda row: row[1] != "required"):
         table.add_row(*row)
     console = Console(width=max(100, int(os.environ.get("COLUMNS", "120"))), markup=False)
     first = _constant(command, "POSITIONAL")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pi0fm.options import option, required
+from pi0fm.policy.load_options import LoadOptions
 from pi0fm.progress import say
 from pi0fm.serve import app as application
 from pi0fm.serve import server
@@ -24,11 +25,10 @@ TOKEN_VARIABLE = "PI0FM_TOKEN"  # noqa: S105 - the name, not the key
 
 
 @dataclass(frozen=True)
-class ServeConfig:
-    """Options of `pi0fm serve`."""
+class ServeConfig(LoadOptions):
+    """Options of `pi0fm serve`: how the bundle is loaded, and where and for whom it is served."""
 
     bundle: Path = required("folder of the policy, as pi0fm train wrote it")
-    robot: str | None = option(None, "of a bundle that was trained on a mixture: the robot that is served; the first when not given")
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens it to every network, so give a token with it")
     port: int = option(8000, "port to listen on; 0 takes a free one, which the ready line names")
     token: str | None = option(
@@ -37,23 +37,14 @@ class ServeConfig:
     max_batch_size: int = option(8, "most observations in one inference")
     max_queue: int = option(64, "most requests that wait; a further one is refused")
     max_connections: int = option(64, "most robots that are connected at a time; a further one is refused")
-    num_flow_steps: int | None = option(None, "solver steps from noise to actions; the bundle's own when not given")
-    solver: str | None = option(None, "euler, midpoint, heun, rk4, dopri5, euler_maruyama, ancestral; the bundle's own when not given")
-    noise_level: float | None = option(
-        None, "euler_maruyama's noise as a multiple of g, 1 the reverse diffusion; the bundle's own when not given"
-    )
-    device: str | None = option(None, "cpu, cuda or cuda:N; the best one that works when not given")
-    precision: str = option("auto", "auto, float32 or bfloat16, of the towers' matrices")
-    threads: int | None = option(None, "CPU threads of one inference; torch's choice when not given")
-    compile: str = option("off", "off; kernels: torch.compile, a minute before it is ready; graph: the same and CUDA graphs, on a GPU")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must lie in 0..65535, found {self.port}: 8000 is the default, 0 takes a free one")
-        for name in ("max_batch_size", "max_queue", "max_connections", "num_flow_steps", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} must be >= 1, found {value}")
+        for name in ("max_batch_size", "max_queue", "max_connections"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} must be >= 1, found {getattr(self, name)}")
 
 
 Options = ServeConfig
@@ -72,17 +63,7 @@ def run(options: ServeConfig) -> None:
         # Imported here: torch takes seconds, and a port in use should be told at once.
         from pi0fm.policy.bundle import load
 
-        policy = load(
-            options.bundle,
-            robot=options.robot,
-            device=options.device,
-            precision=options.precision,
-            num_flow_steps=options.num_flow_steps,
-            solver=options.solver,
-            noise_level=options.noise_level,
-            threads=options.threads,
-            compile=options.compile,
-        )
+        policy = load(options.bundle, options)
         app = application.create_app(
             policy,
             to_observation=policy.observation,

@@ -4,13 +4,14 @@ Owns: `EvalConfig`, its ranges, the list of its episodes, the refusal of seeds t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import yaml
 
 from pi0fm.eval.episode import Episode
 from pi0fm.options import option, required
+from pi0fm.policy.load_options import LoadOptions
 from pi0fm.sim import catalog
 from pi0fm.sim.environment import CameraSpec, parse_cameras
 from pi0fm.sim.suite import Suite
@@ -25,22 +26,20 @@ LEAST = {
     "num_workers": 0,
     "environments_per_worker": 1,
     "videos_per_task": 0,
-    "num_flow_steps": 1,
     "score_probes": 0,
     "gpus_per_worker": 0,
 }
 
 
-@dataclass(frozen=True)
-class EvalConfig:
-    """What to judge, on what, and where the report goes.
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(LoadOptions):
+    """The policy to judge and how it is loaded, the tasks, and where the report goes.
 
     After construction `tasks` and `cameras` are tuples, and tasks have their reports' names.
     """
 
     policy: str = required("a bundle's directory, or the ws:// address of a server")
     tasks: str | tuple[str, ...] = required(f"tasks with commas between them, each {catalog.TASK_FORM}")
-    robot: str | None = option(None, "of a bundle that was trained on a mixture: the robot that acts; the first when not given")
     episodes: int = option(20, "episodes of each task, one seed each")
     first_seed: int = option(1, "seed of the first episode; the others follow one by one")
     allow_seen_seeds: bool = option(False, "accept start positions that the policy saw in its demonstrations")
@@ -52,12 +51,10 @@ class EvalConfig:
     environments_per_worker: int = option(10, "environments that step together, and the policy's batch")
     videos_per_task: int = option(1, "episodes of each task that are filmed, from the first on")
     output_dir: str = option("outputs/eval", "folder for report.html, summary.json, episodes.json and videos/")
-    num_flow_steps: int | None = option(None, "integration steps of the sampler; the policy's own when not given")
-    solver: str | None = option(
-        None, "sampler: euler, midpoint, heun, rk4, dopri5, euler_maruyama, ancestral; the policy's own when not given"
+    threads: int | None = option(
+        1,
+        "CPU threads of one inference; with another number sums are in another order, and results differ",
     )
-    noise_level: float | None = option(None, "euler_maruyama's noise as a multiple of g; the policy's own when not given")
-    compile: str = option("off", "off; kernels: torch.compile, a minute before it begins; graph: the same and CUDA graphs, on a GPU")
     scores: bool = option(
         False, "log-likelihood and noise-space norm of every chunk, in the report and episodes.json; outcomes stay the same"
     )
@@ -67,6 +64,7 @@ class EvalConfig:
     observation_change: str = option("none", "ablation: none, frozen_image (of another seed) or swapped_prompt (of the next task)")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "tasks", tuple(catalog.report_name(task) for task in _names(self.tasks)))
         object.__setattr__(self, "cameras", _names(self.cameras))
         if not self.tasks:
@@ -90,14 +88,12 @@ class EvalConfig:
             self._refuse_what_a_server_owns()
 
     def _refuse_what_a_server_owns(self) -> None:
-        if any(value is not None for value in (self.num_flow_steps, self.solver, self.noise_level)):
+        given = [field.name for field in fields(LoadOptions) if getattr(self, field.name) != getattr(type(self), field.name)]
+        if given:
             raise ConfigError(
-                f"num_flow_steps, solver and noise_level belong to the server {self.policy}, which runs the model; give them to pi0fm serve"
+                f"{' and '.join(given)} belong{'s' * (len(given) == 1)} to the server {self.policy}, which runs the model; "
+                "type it behind pi0fm serve"
             )
-        if self.compile != "off":
-            raise ConfigError(f"compile belongs to the server {self.policy}, which runs the model; give it to pi0fm serve")
-        if self.robot is not None:
-            raise ConfigError(f"robot belongs to the server {self.policy}, which serves one; give it to pi0fm serve")
         if self.scores:
             raise ConfigError(
                 f"scores need the derivatives of the network, and {self.policy} sends actions only; give --policy the bundle's directory"

@@ -141,7 +141,7 @@ def settings_for(config: EvalConfig, metadata: Mapping[str, Any]) -> RolloutSett
 
 
 def _open_policy(config: EvalConfig) -> Policy:
-    """One thread also in the calling process: sums in another order would make results depend on the number of workers."""
+    """Load the policy, or connect to it. One thread unless told otherwise: sums in another order would change results."""
     if config.remote:
         from pi0fm_client.client import RemotePolicy
 
@@ -150,15 +150,7 @@ def _open_policy(config: EvalConfig) -> Policy:
     from pi0fm.policy.local import Scoring
     from pi0fm.policy.scores import ScoreOptions
 
-    policy = bundle.load(
-        config.policy,
-        robot=config.robot,
-        num_flow_steps=config.num_flow_steps,
-        solver=config.solver,
-        noise_level=config.noise_level,
-        threads=1,
-        compile=config.compile,
-    )
+    policy = bundle.load(config.policy, config)
     return Scoring(policy, ScoreOptions(config.score_probes)) if config.scores else policy
 
 

@@ -1,5 +1,6 @@
 """Dispatch: exit codes, one-line errors on standard error, one JSON line on standard output."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -170,3 +171,11 @@ def test_the_installed_program_and_the_module_agree_and_start_without_torch() ->
     module = subprocess.run([sys.executable, "-m", "pi0fm.cli.main", "nothing"], capture_output=True, text=True, timeout=50, check=False)
     assert (done.returncode, done.stdout) == (2, "set()\n")
     assert (module.returncode, module.stdout, module.stderr) == (2, "", done.stderr)
+
+
+def test_the_package_says_its_version() -> None:
+    import pi0fm
+
+    assert pi0fm.__version__ == importlib.metadata.version("pi0fm")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        pi0fm.nothing  # noqa: B018

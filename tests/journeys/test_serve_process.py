@@ -28,7 +28,7 @@ class Tiny:
     def infer_batch(self, observations, noise_seeds=None):
         return [ActionChunk(o.state[None] + 1) for o in observations]
 
-def load(path, **options):
+def load(path, options):
     print("loading now", file=sys.stderr, flush=True)
     time.sleep(30 if str(path) == "slow" else 0)
     return Tiny()
@@ -73,8 +73,8 @@ def test_it_says_ready_answers_and_leaves_with_zero(number: signal.Signals, tmp_
 def test_a_signal_during_the_load_ends_it_with_zero(tmp_path: Path) -> None:
     with served("slow", tmp_path) as process:
         assert process.stderr is not None
-        while "loading now" not in process.stderr.readline():
-            pass
+        while "loading now" not in (line := process.stderr.readline()):
+            assert line, "it ended before it loaded"
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=20)
     assert process.returncode == 0 and out == "" and "Traceback" not in err

@@ -4,6 +4,7 @@ import asyncio
 import socket
 import sys
 import types
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from pi0fm.cli import serve as command
 from pi0fm.cli.main import main
 from pi0fm.options import parse
+from pi0fm.policy.load_options import LoadOptions
 from pi0fm.serve import server
 from pi0fm.serve.app import create_app
 from pi0fm_client.errors import BundleError, ConfigError, ServingError
@@ -22,8 +24,8 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Every call of the bundle's `load`, which finds no bundle."""
     calls: list[dict[str, Any]] = []
 
-    def load(path: Path, **options: Any) -> None:
-        calls.append({"path": path, **options})
+    def load(path: Path, options: LoadOptions) -> None:
+        calls.append({"path": path, **{field.name: getattr(options, field.name) for field in fields(LoadOptions)}})
         raise BundleError(f"no bundle at {path}")
 
     stand_in = types.ModuleType("pi0fm.policy.bundle")
@@ -43,22 +45,8 @@ def test_a_port_in_use_is_one_line_before_anything_is_loaded(loads: list[Any], c
 
 
 def test_options_reach_the_bundle_and_its_fault_the_user(loads: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "--policy.path",
-        "b",
-        "--port",
-        "0",
-        "--num_flow_steps",
-        "5",
-        "--robot",
-        "arm",
-        "--solver",
-        "heun",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-    ]
+    words = ["--policy.path", "b", "--port", "0", "--num_flow_steps", "5", "--robot", "arm", "--solver", "heun"]
+    words += ["--device", "cpu", "--threads", "1"]
     assert main(["serve", *words]) == 1
     wanted = {
         "robot": "arm",
@@ -72,6 +60,11 @@ def test_options_reach_the_bundle_and_its_fault_the_user(loads: list[Any], capsy
     }
     assert loads == [{"path": Path("b"), **wanted}]
     assert "no bundle at b" in capsys.readouterr().err
+
+
+def test_the_bundle_comes_first_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--help"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "--" in line][1] == "--bundle"
 
 
 def test_the_port_is_free_again_after_a_fault(loads: list[Any]) -> None:
