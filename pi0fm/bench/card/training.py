@@ -9,14 +9,23 @@ Owns: the cases, growing batches until memory ends, the estimate beside the peak
 import functools
 import gc
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from pi0fm.bench.card.inference import GIB
-from pi0fm.bench.card.limits import Rates, forget_peak, measure_rates, peak_bytes, synchronize, training_flops
+from pi0fm.bench.card.limits import (
+    Rates,
+    device_seconds,
+    forget_peak,
+    measure_rates,
+    peak_bytes,
+    percentile,
+    synchronize,
+    training_flops,
+)
 from pi0fm.bench.card.policies import random_network
 from pi0fm.bench.card.results import OUT_OF_MEMORY, Results
 from pi0fm.bench.step_clock import PARTS, StepClock, clocked_step
@@ -72,6 +81,9 @@ def measure(results: Results, device: torch.device, whole: bool) -> None:
         tried = case if whole else replace(case, batches=(1, 2))
         results.attempt(f"training, {case.name}", functools.partial(_grow, results, tried, device, rates, whole), 12 if whole else 1, clear)
         clear()
+    results.attempt(
+        "training, LeRobot's PI0, full, checkpointed", functools.partial(_peer, results, device, whole), 15 if whole else 1, clear
+    )
 
 
 def clear() -> None:
@@ -173,6 +185,27 @@ def _one(
         estimate_gib=guess / GIB,
         tflop_a_sample=flops / 1e12,
     )
+
+
+def _peer(results: Results, device: torch.device, whole: bool) -> None:
+    """LeRobot's network in float32 under autocast, at growing batch."""
+    from pi0fm.bench.card import peer  # LeRobot, where it can be imported
+
+    if not whole:  # LeRobot has no small network: the import is what can be tried
+        peer.imported()
+        return
+    model = peer.network(device, "float32")
+    for size in (8, 16, 32):
+        what = f"training, LeRobot's PI0, full, checkpointed, batch {size}"
+        if results.attempt(what, functools.partial(_peer_step, results, what, peer.training(model, device, size), device, size), 6):
+            return
+
+
+def _peer_step(results: Results, what: str, step: Callable[[], object], device: torch.device, size: int) -> None:
+    forget_peak(device)
+    seconds = percentile(device_seconds(step, device, 3, warm_up=2), 0.5)
+    note = f"{peak_bytes(device) / GIB:.1f} GiB"
+    results.add(what, size / seconds, "samples/s", target="ours >= 2 x", note=note, step_ms=1e3 * seconds)
 
 
 def _forget(trained: Trained) -> None:
