@@ -1,6 +1,6 @@
 """A program: chunks of compiled and recorded samplers beside the plain one on a device; JSON on the last line.
 
-python device_chunks.py pi0 cuda bfloat16 kernels graph
+python device_chunks.py pi0 wide cuda bfloat16 kernels graph
 """
 
 import json
@@ -9,6 +9,7 @@ import sys
 import torch
 from device_cases import configuration, observe
 from small_pi0 import network
+from smooth_network import smooth_in_time
 
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.policy.sampler import Sampler
@@ -22,11 +23,12 @@ CASES = {
 }
 
 
-def main(name: str, kind: str, precision: str, words: list[str]) -> None:
+def main(name: str, size: str, kind: str, precision: str, words: list[str]) -> None:
     """The largest difference over the largest way that an action is moved from its noise."""
-    config, device, dtype = configuration(name, "small"), torch.device(kind), getattr(torch, precision)
+    config, device, dtype = configuration(name, size), torch.device(kind), getattr(torch, precision)
     flow = FlowMatching.from_config(FlowConfig(num_flow_steps=4))
     model = network(config)
+    smooth_in_time(model)
     plain = Sampler(model, flow, device, dtype)
     rows = []
     for word in words:
@@ -43,4 +45,4 @@ def main(name: str, kind: str, precision: str, words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:])
+    main(*sys.argv[1:5], sys.argv[5:])

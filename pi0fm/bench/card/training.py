@@ -81,9 +81,7 @@ def measure(results: Results, device: torch.device, whole: bool) -> None:
         tried = case if whole else replace(case, batches=(1, 2))
         results.attempt(f"training, {case.name}", functools.partial(_grow, results, tried, device, rates, whole), 12 if whole else 1, clear)
         clear()
-    results.attempt(
-        "training, LeRobot's PI0, full, checkpointed", functools.partial(_peer, results, device, whole), 15 if whole else 1, clear
-    )
+    results.attempt("training, LeRobot's PI0, full", functools.partial(_peer, results, device, whole), 15 if whole else 1, clear)
 
 
 def clear() -> None:
