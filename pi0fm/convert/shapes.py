@@ -21,6 +21,7 @@ from pi0fm.convert.names import Kind, Layout, dead_rows, table, unread
 from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
 from pi0fm.models.pi0 import Pi0Config
 from pi0fm.models.vision import VisionConfig
+from pi0fm.policy import weights
 from pi0fm_client.errors import BundleError
 
 Shape = tuple[int, ...]
@@ -116,17 +117,7 @@ def unread_shapes(layout: Layout, kind: Kind, sizes: Mapping[str, int]) -> dict[
 def misfit(layout: Layout, kind: Kind, sizes: Mapping[str, int], shapes: Mapping[str, Shape]) -> str:
     """Every name that is missing, unknown or of another shape; empty when none is. What nothing reads may be absent."""
     read = {part.name: part.shape for group in parts(layout, kind, sizes).values() for part in group}
-    expected = unread_shapes(layout, kind, sizes) | read
-    groups = {
-        "missing": sorted(read.keys() - shapes.keys()),
-        "unexpected": sorted(shapes.keys() - expected.keys()),
-        "of another shape": [
-            f"{name} {list(shapes[name])} for {list(expected[name])}"
-            for name in sorted(shapes.keys() & expected.keys())
-            if shapes[name] != expected[name]
-        ],
-    }
-    return "; ".join(f"{word} ({len(names)}): {', '.join(names)}" for word, names in groups.items() if names)
+    return weights.misfit(shapes, read, unread_shapes(layout, kind, sizes))
 
 
 def network_config(kind: Kind, sizes: Mapping[str, int], action_horizon: int, max_prompt_tokens: int) -> Pi0Config:

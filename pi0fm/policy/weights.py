@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import torch
@@ -131,20 +132,26 @@ def network_shapes(model: Pi0Config) -> dict[str, Shape]:
         return {name: tuple(tensor.shape) for name, tensor in Pi0(model).state_dict().items()}
 
 
+def misfit(found: Mapping[str, Shape], needed: Mapping[str, Shape], allowed: Mapping[str, Shape] = MappingProxyType({})) -> str:
+    """Every name that is missing, neither needed nor allowed, or of another shape than either says; empty when none is."""
+    known = {**allowed, **needed}
+    groups = {
+        "missing": sorted(needed.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - known.keys()),
+        "of another shape": [
+            f"{name} {list(found[name])} for {list(known[name])}"
+            for name in sorted(found.keys() & known.keys())
+            if found[name] != known[name]
+        ],
+    }
+    return "; ".join(f"{word} ({len(names)}): {', '.join(names)}" for word, names in groups.items() if names)
+
+
 def refuse_misfit(weights: Weights, model: Pi0Config) -> None:
-    """Raise BundleError that names every tensor which the network lacks, needs, or has in another shape."""
-    found, wanted = weights.shapes, network_shapes(model)
-    if found != wanted:
-        missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-        shapes = [
-            f"{name} {list(found[name])} for {list(wanted[name])}"
-            for name in sorted(wanted.keys() & found.keys())
-            if found[name] != wanted[name]
-        ]
-        raise BundleError(
-            f"the weights in {weights.path.parent} do not fit its configuration: missing {missing}, unexpected {unexpected}, "
-            f"of another shape {shapes}; copy the bundle again"
-        )
+    """Raise BundleError that names every tensor in which a bundle's weights are not those of its network."""
+    wrong = misfit(weights.shapes, network_shapes(model))
+    if wrong:
+        raise BundleError(f"the weights in {weights.path.parent} do not fit its configuration: {wrong}; copy the bundle again")
 
 
 def filled(weights: Weights, model: Pi0Config, device: torch.device, dtype: torch.dtype) -> Pi0:
