@@ -16,7 +16,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pi0fm_client.errors import OutputError
 
@@ -66,14 +66,21 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`; a reader sees the old file or the new one, never a part."""
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file in pieces; at the end it replaces `path`. A reader sees the old file or the new one, never a part."""
     with _locked_aside(path, directory=False) as (aside, descriptor):
         with open(descriptor, "wb", closefd=False) as file:
-            file.write(content)
+            yield file
         os.fsync(descriptor)
         os.replace(aside, path)
     fsync_directory(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`new_file` for what is at hand."""
+    with new_file(path) as file:
+        file.write(content)
 
 
 def write_text(path: Path, content: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from pi0fm import files
@@ -184,6 +184,6 @@ def _write_processor(aside: Path, name: str, steps: list[Step], columns: dict[st
         if registry in ("normalizer_processor", "unnormalizer_processor"):
             entry["state_file"] = f"{name}_step_{index}_{registry}.safetensors"
             flat = {f"{column}.{statistic}": array for column, group in columns.items() for statistic, array in group.items()}
-            save_file(flat, aside / entry["state_file"])
+            files.write_bytes(aside / entry["state_file"], save(flat))  # save_file's is the owner's alone
         entries.append(entry)
     files.write_json(aside / f"{name}.json", {"name": name, "steps": entries})

@@ -128,6 +128,11 @@ def test_there_and_back_is_bit_identical(kind, peer, bundles, peers, enter, char
     assert all(np.allclose(value, vars(theirs)[name], rtol=1e-6, atol=1e-6) for name, value in vars(ours).items())
 
 
+def test_a_service_may_read_every_file(peers):
+    files_of_both = [path for peer in peers.values() for path in peer.rglob("*") if path.is_file()]
+    assert {oct(path.stat().st_mode & 0o777) for path in files_of_both} == {"0o644"}
+
+
 def test_lerobots_files_alone_say_everything_but_the_heads(peers, bundles, tmp_path):
     convert(ConvertConfig(source=peers["pi05", "lerobot"], output_dir=tmp_path / "bundle", **HEADS))
     before, after = bundle.read(bundles["pi05"])[0], bundle.read(tmp_path / "bundle")[0]

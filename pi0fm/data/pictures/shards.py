@@ -10,9 +10,7 @@ A file appears whole or not at all (written aside, fsynced, renamed), so a torn 
 """
 
 import io
-import os
 import struct
-import tempfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -21,6 +19,8 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pi0fm import files
 
 CacheFormat = Literal["uint8", "jpeg"]
 SUFFIX = {"uint8": "u8", "jpeg": "jpegs"}
@@ -61,19 +61,9 @@ class _JpegShard(Shard):
 
 def write_shard(path: Path, pictures: Iterable[NDArray[np.uint8]], size: int, form: CacheFormat) -> None:
     """Write pictures uint8 [size, size, 3] as they come; a reader of `path` sees all of them or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            length, check, count = (_write_raw if form == "uint8" else _write_jpegs)(file, pictures, size)
-            file.write(_TRAILER.pack(_MAGIC, length, check, count))
-            file.flush()
-            os.fsync(file.fileno())
-        Path(aside).chmod(0o644)
-        Path(aside).rename(path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+    with files.new_file(path) as file:
+        length, check, count = (_write_raw if form == "uint8" else _write_jpegs)(file, pictures, size)
+        file.write(_TRAILER.pack(_MAGIC, length, check, count))
 
 
 def _write_raw(file: BinaryIO, pictures: Iterable[NDArray[np.uint8]], size: int) -> tuple[int, int, int]:

@@ -7,7 +7,6 @@ Owns: `Store`, names to byte strings; a name appears whole or not at all. Does n
 """
 
 import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,20 +55,9 @@ class Folder(Store):
 
     def write(self, name: str, parts: Sequence[memoryview]) -> None:
         """Aside, fsync, rename, fsync of the folder; nothing is left of a write that failed."""
-        target = self._path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(descriptor, "wb", buffering=0) as file:
-                for part in parts:
-                    _write_all(file.fileno(), part)
-                os.fsync(file.fileno())
-            Path(aside).chmod(0o644)
-            Path(aside).rename(target)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
-        files.fsync_directory(target.parent)
+        with files.new_file(self._path / name) as file:
+            for part in parts:
+                _write_all(file.fileno(), part)
         files.fsync_directory(self._path)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
