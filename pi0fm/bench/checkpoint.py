@@ -1,6 +1,6 @@
 """What a checkpoint that is written behind the training's back costs the steps in front of it.
 
-Owns: blocks of steps with and without a checkpoint, in turn in one process. Does not know: the command line, how a checkpoint is written.
+Owns: blocks of steps with and without a checkpoint, in turn in one process. Does not know: how a checkpoint is written.
 
     with      | step | save | step | step | step | ... | step | (wait)      wait: for a checkpoint that outlasts its block
     without   | step | step | step | step | ... | step |
@@ -9,8 +9,8 @@ Owns: blocks of steps with and without a checkpoint, in turn in one process. Doe
 Inside the clock: the steps of `pi0fm train` with the moving average, gathering and copying the state, the facts of the run, and whatever
 the saving thread takes from the steps beside it while it plans, sums, writes and fsyncs, retention included. Outside: reading data, logs.
 A block is `every` steps. A checkpoint costs the same whatever that number is, so short blocks measure it best, and its share at another
-number follows. Processor time is given beside wall time: it charges the saving thread in full, as on a machine without a core to spare,
-and other work on the machine moves it less.
+number follows: `slowdown_every_1000`. A slowdown of 0.01 is one hundredth more wall time a step. Processor time is given beside wall time:
+it charges the saving thread in full, as on a machine without a core to spare, and other work on the machine moves it less.
 """
 
 import tempfile
@@ -19,34 +19,34 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-import numpy as np
 import torch
 
-from pi0fm import options, progress
-from pi0fm.bench.paired import Ratio, paired_ratio, ratio_of
-from pi0fm.bench.peer_cases import case_named, make_batch
-from pi0fm.bench.peer_config import PI0_PROPORTIONS
-from pi0fm.bench.training_sides import step_of
+from pi0fm import options as option_files
+from pi0fm import progress
+from pi0fm.bench.cases import CASES, make_batch
+from pi0fm.bench.measure import Ratio, Report, check_least, check_words, paired_ratio, ratio_of, seconds_of
+from pi0fm.bench.training import our_step, prepared
 from pi0fm.models.pi0 import Pi0, parameter_count
-from pi0fm.options import nearest, option
+from pi0fm.options import option
 from pi0fm.train.checkpoint.checkpoints import Checkpoints
 from pi0fm.train.checkpoint.facts import RunFacts
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.allocator import keep_freed_memory
-from pi0fm.train.parallel.context import Context
-from pi0fm.train.state import StateConfig, TrainState
-from pi0fm_client.errors import ConfigError
+from pi0fm.train.state import TrainState
 
-CASES = ("tiny", "width_512", PI0_PROPORTIONS)
+ALIASES = {"checkpoint_every": "every", "keep_checkpoints": "keep"}
+NETWORKS = ("tiny", "width_512", "pi0_proportions")
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """Options of `pi0fm bench checkpoint`."""
+class Options:
+    """Options of `pi0fm bench checkpoint`. Raises ConfigError for a value out of range."""
 
-    case: str = option("tiny", "network: " + ", ".join(CASES))
+    case: str = option("tiny", "network: " + ", ".join(NETWORKS))
     batch_size: int = option(32, "samples of a step")
     every: int = option(10, "steps of a block, the first of which is followed by a checkpoint; training's own default is 1000")
     rounds: int = option(20, "blocks of each kind")
@@ -56,23 +56,8 @@ class CheckpointConfig:
     threads: int = option(1, "CPU threads of a step")
 
     def __post_init__(self) -> None:
-        if self.case not in CASES:
-            raise ConfigError(f"--case must be one of the sizes, found {self.case!r}: {nearest(self.case, CASES)}")
-        for name, least in {"batch_size": 1, "every": 2, "rounds": 1, "keep": 1, "threads": 1}.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name} must be {least} or more, found {getattr(self, name)}; leave it out for the default")
-
-
-@dataclass(frozen=True)
-class CheckpointCost:
-    """Blocks with a checkpoint by blocks without. blocking: seconds of the calls that save; steps: until it was there; all medians."""
-
-    wall: Ratio
-    cpu: Ratio
-    blocking: float
-    steps: float
-    bytes: int
-    parameters: int
+        check_words("case", (self.case,), NETWORKS)
+        check_least(self, batch_size=1, every=2, rounds=1, keep=1, threads=1)
 
 
 @dataclass(frozen=True)
@@ -84,61 +69,71 @@ class _Block:
     steps: int
 
 
-def measure(config: CheckpointConfig) -> CheckpointCost:
-    """All of it, in this process. Raises OutputError where a checkpoint cannot be written."""
-    torch.set_num_threads(config.threads)
+def measure(options: Options) -> Report:
+    """All of it, in this process; `slowdown` 0.01 is one hundredth more wall time a step. Raises OutputError for a folder that is full."""
+    torch.set_num_threads(options.threads)
     keep_freed_memory()  # as training does
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Pi0(CASES[options.case].config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    state, parallel = prepared(model, options.precision, device, ema_decay=0.999)
     found: dict[bool, list[_Block]] = {True: [], False: []}
-    with tempfile.TemporaryDirectory(prefix="pi0fm-bench-checkpoint-", dir=config.folder) as folder:
-        parallel = Parallel(Context(), config.precision)
-        with closing(Checkpoints(folder, parallel, config.keep)) as checkpoints:
-            block, parameters = _blocks(config, parallel, checkpoints)
-            with progress.step("blocks", 2 * (config.rounds + 1)) as bar:
+    with tempfile.TemporaryDirectory(prefix="pi0fm-bench-checkpoint-", dir=options.folder) as folder:
+        with closing(Checkpoints(folder, parallel, options.keep)) as checkpoints:
+            block = _blocks(options, state, parallel, checkpoints)
+            with progress.step("blocks", 2 * (options.rounds + 1)) as bar:
 
                 def run(saves: bool) -> None:
                     found[saves].append(block(saves))
                     bar.advance()
 
-                wall = paired_ratio(lambda: run(True), lambda: run(False), config.rounds, warm_up=1)
-        newest = max(path for path in Path(folder).iterdir())
-        size = sum(path.stat().st_size for path in newest.iterdir())
+                wall = paired_ratio(lambda: run(True), lambda: run(False), options.rounds, warm_up=1)
+        size = sum(path.stat().st_size for path in max(Path(folder).iterdir()).iterdir())
     with_one, without = found[True][1:], found[False][1:]
     cpu = ratio_of([(one.cpu, other.cpu) for one, other in zip(with_one, without, strict=True)])
-    blocking, steps = (float(np.median([getattr(one, name) for one in with_one])) for name in ("blocking", "steps"))
-    return CheckpointCost(wall, cpu, blocking, steps, size, parameters)
+    blocking, steps = median(block.blocking for block in with_one), median(block.steps for block in with_one)
+    return Report(_figures(options, wall, cpu, blocking, steps) | {"bytes": size, "parameters": parameter_count(model)})
 
 
-def _blocks(config: CheckpointConfig, parallel: Parallel, checkpoints: Checkpoints) -> tuple[Callable[[bool], _Block], int]:
-    """`block(saves)`, which takes the steps of a block, with a checkpoint or without; and the number of parameters."""
-    case = replace(case_named(config.case), training_batch=config.batch_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Pi0(case.config)
-    state = TrainState(model.to(parallel.device), StateConfig(ema_decay=0.999))
-    state.prepare(parallel)
-    step = step_of(state.trained, state.optimizer, parallel.accelerator, make_batch(case, seed=0))
-    run = TrainConfig()
-    facts = RunFacts(options.encode(run), {}, run.steps, run.global_batch_size, run.optimizer, 1)
+def _figures(options: Options, wall: Ratio, cpu: Ratio, blocking: float, steps: float) -> dict[str, Any]:
+    every, usual = options.every, TrainConfig.checkpoint_every
+    return {
+        "slowdown": wall.median - 1,
+        "interval": [end - 1 for end in wall.interval],
+        "blocking_seconds": blocking,
+        "cpu_slowdown": cpu.median - 1,
+        "cpu_interval": [end - 1 for end in cpu.interval],
+        "slowdown_while_written": (wall.median - 1) * every / steps,
+        f"slowdown_every_{usual}": (wall.median - 1) * every / usual,
+        "steps_until_written": steps,
+        "step_seconds": wall.second_seconds / every,
+        **{name: getattr(options, name) for name in ("every", "rounds", "case", "batch_size", "threads")},
+    }
 
-    def save(taken: int) -> float:
-        began = time.perf_counter()
-        checkpoints.save(taken, state.tensors(), facts.at(taken))
-        return time.perf_counter() - began
+
+def _blocks(options: Options, state: TrainState, parallel: Parallel, checkpoints: Checkpoints) -> Callable[[bool], _Block]:
+    """`block(saves)`, which takes the steps of a block, with a checkpoint or without."""
+    case = replace(CASES[options.case], training_batch=options.batch_size)
+    step, run = our_step(state, parallel, make_batch(case, seed=0)), TrainConfig()
+    facts = RunFacts(option_files.encode(run), {}, run.steps, run.global_batch_size, run.optimizer, 1)
+
+    def save() -> float:
+        return seconds_of(lambda: checkpoints.save(state.step, state.tensors(), facts.at(state.step)))
 
     def block(saves: bool) -> _Block:
         began, asked, there, blocking = time.process_time(), 0, 0, 0.0
-        for number in range(1, config.every + 1):
+        for number in range(1, options.every + 1):
             step()
             state.advance()
-            taken = state.step
             checkpoints.settle(wait=False)  # as training looks after every step
             if saves and number == 1:
-                asked, blocking = taken, save(taken)
+                asked, blocking = state.step, save()
             if asked and not there and checkpoints.saved == asked:
                 there = number
         if asked and not there:
             checkpoints.settle()
-            there = config.every
+            there = options.every
         return _Block(time.process_time() - began, blocking, there)
 
-    return block, parameter_count(model)
+    return block

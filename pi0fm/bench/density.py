@@ -1,13 +1,12 @@
 """What a log-likelihood costs beside the sampling of the same chunk.
 
-Owns: the three comparisons, and a random policy of the tiny preset for them. Does not know: the command line.
+Owns: the three comparisons, and a random policy of the tiny preset for them. Does not know: how either is computed.
 
     cached     log_prob of a chunk            : sampling it            both against one cached prefix, the same evaluations
     one pass   sampling with its log_prob     : sampling it            the same
     call       LocalPolicy.log_prob           : LocalPolicy.infer      each with its own prefix, pictures and prompt
 
-All in one process, one thread, interleaved; a random policy costs what a trained one does, since no operation looks at values.
-Shape letters: B batch, H action horizon, A action dim.
+All in one process, one thread, in turns; a random policy costs what a trained one does, since no operation looks at values.
 """
 
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pi0fm.bench.paired import Ratio, paired_ratio
+from pi0fm.bench.measure import Report, check_least, check_words, paired_ratio
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats, column_stats
 from pi0fm.flow.likelihood import push_backward, push_forward
@@ -24,20 +23,20 @@ from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.solver import FIXED_GRID_SOLVERS, num_evaluations
 from pi0fm.models.pi0 import Pi0
 from pi0fm.models.presets import preset
-from pi0fm.options import nearest, option
+from pi0fm.options import option
 from pi0fm.policy import bundle, noise
 from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.scores import ScoreOptions
-from pi0fm_client.errors import ConfigError
 from pi0fm_client.types import Observation
 
-WIDTHS = {"state": 4, "action": 4}
+ALIASES = {"policy.path": "bundle"}
+WIDTH = 4  # of the random policy's state and action
 
 
 @dataclass(frozen=True)
-class DensityConfig:
-    """Options of `pi0fm bench density`."""
+class Options:
+    """Options of `pi0fm bench density`. Raises ConfigError for a value out of range."""
 
     bundle: Path | None = option(None, "folder of a policy; a random one of the tiny preset when not given")
     rounds: int = option(40, "times that both sides of a comparison run")
@@ -47,41 +46,25 @@ class DensityConfig:
     batch_size: int = option(1, "chunks in one call")
 
     def __post_init__(self) -> None:
-        for name, least in {"rounds": 1, "num_probes": 0, "num_flow_steps": 1, "batch_size": 1}.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name} must be {least} or more, found {getattr(self, name)}; leave it out for the default")
-        if self.solver not in FIXED_GRID_SOLVERS:
-            known = nearest(self.solver, FIXED_GRID_SOLVERS)
-            raise ConfigError(f"--solver must take the same evaluations on both sides, found {self.solver!r}: {known}")
-
-    @property
-    def evaluations(self) -> int:
-        """Of the network, on each side."""
-        return num_evaluations(self.solver, self.num_flow_steps)
+        check_least(self, rounds=1, num_probes=0, num_flow_steps=1, batch_size=1)
+        check_words("solver", (self.solver,), FIXED_GRID_SOLVERS)  # another takes other evaluations on each side
 
 
-@dataclass(frozen=True)
-class DensityCosts:
-    """The three ratios of the drawing above."""
-
-    cached: Ratio
-    one_pass: Ratio
-    call: Ratio
-
-
-def measure(config: DensityConfig) -> DensityCosts:
-    """All three, in this process with one thread."""
+def measure(options: Options) -> Report:
+    """All three, in this process with one thread; `ratio` is log-likelihood by sampling against one cached prefix."""
     torch.set_num_threads(1)
-    policy = random_policy(config) if config.bundle is None else _loaded(config.bundle, config)
-    observations = [_observation(policy, seed) for seed in range(config.batch_size)]
-    options, seeds = ScoreOptions(config.num_probes), list(range(config.batch_size))
+    if options.bundle is None:
+        policy = random_policy(options)
+    else:
+        policy = bundle.load(options.bundle, num_flow_steps=options.num_flow_steps, solver=options.solver, threads=1)
+    observations = [_observation(policy, seed) for seed in range(options.batch_size)]
+    scored, seeds = ScoreOptions(options.num_probes), list(range(options.batch_size))
     chunks = [chunk.actions for chunk in policy.infer_batch(observations, seeds)]
     inputs = policy.chain.observe(observations).to(policy.device)
     shape = (policy.model.config.action_horizon, policy.model.config.action_dim)
-    mask = policy.mask(config.batch_size)
-    start = noise.starting_noise(seeds, shape).to(policy.device)
-    probes = noise.probes(seeds, config.num_probes, shape)
-    density = options.density(None if probes is None else probes.to(policy.device))
+    mask, start = policy.mask(options.batch_size), noise.starting_noise(seeds, shape).to(policy.device)
+    probes = noise.probes(seeds, options.num_probes, shape)
+    density = scored.density(None if probes is None else probes.to(policy.device))
     with torch.no_grad(), policy.sampler.precision():
         velocity = policy.model.field(inputs)
         given = policy.flow.sample(velocity, start, mask=mask)
@@ -89,32 +72,39 @@ def measure(config: DensityConfig) -> DensityCosts:
         def sampled() -> object:
             return policy.flow.sample(velocity, start, mask=mask)
 
-        cached = paired_ratio(lambda: push_backward(policy.flow, velocity, given, mask, density), sampled, config.rounds)
-        one_pass = paired_ratio(lambda: push_forward(policy.flow, velocity, start, mask, density), sampled, config.rounds)
+        cached = paired_ratio(lambda: push_backward(policy.flow, velocity, given, mask, density), sampled, options.rounds)
+        one_pass = paired_ratio(lambda: push_forward(policy.flow, velocity, start, mask, density), sampled, options.rounds)
     call = paired_ratio(
-        lambda: policy.log_prob(observations, chunks, seeds, options), lambda: policy.infer_batch(observations, seeds), config.rounds
+        lambda: policy.log_prob(observations, chunks, seeds, scored), lambda: policy.infer_batch(observations, seeds), options.rounds
     )
-    return DensityCosts(cached, one_pass, call)
+    return Report(
+        {
+            **cached.json(),
+            "log_prob_seconds": cached.first_seconds,
+            "sample_seconds": cached.second_seconds,
+            "one_pass": one_pass.json(),
+            "call": call.json(),
+            "evaluations": num_evaluations(options.solver, options.num_flow_steps),
+            **{name: getattr(options, name) for name in ("num_probes", "solver", "batch_size", "rounds")},
+            "policy": "random, tiny preset" if options.bundle is None else str(options.bundle),
+        }
+    )
 
 
-def random_policy(config: DensityConfig) -> LocalPolicy:
+def random_policy(options: Options) -> LocalPolicy:
     """The tiny preset with initial weights, one camera, state and action of 4, on the CPU in float32."""
     random = np.random.default_rng(0)
-    state, action = (column_stats(random.normal(size=(64, width)).astype(np.float32), name) for name, width in WIDTHS.items())
+    state, action = (column_stats(random.normal(size=(64, WIDTH)).astype(np.float32), name) for name in ("state", "action"))
     policy = PolicyConfig(
         model=preset("tiny"),
-        flow=FlowConfig(solver=config.solver, num_flow_steps=config.num_flow_steps),
-        embodiment=Embodiment(cameras={"base": "observation.images.base"}, state_dim=WIDTHS["state"], robot_action_dim=WIDTHS["action"]),
+        flow=FlowConfig(solver=options.solver, num_flow_steps=options.num_flow_steps),
+        embodiment=Embodiment(cameras={"base": "observation.images.base"}, state_dim=WIDTH, robot_action_dim=WIDTH),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Pi0(policy.model)
     chain = policy.chain(NormStats(state, action, 64))
     return LocalPolicy(model, FlowMatching.from_config(policy.flow), chain, policy.metadata(), torch.device("cpu"), torch.float32)
-
-
-def _loaded(path: Path, config: DensityConfig) -> LocalPolicy:
-    return bundle.load(path, num_flow_steps=config.num_flow_steps, solver=config.solver, threads=1)
 
 
 def _observation(policy: LocalPolicy, seed: int) -> Observation:

@@ -1,42 +1,102 @@
 """The error of a sampled action chunk against the evaluations of the network that it cost, for every solver of the ODE.
 
-Owns: the settings that are compared, the reference, the errors, the cheapest setting. Does not know: policies, observations, files.
+Owns: the settings that are compared, the reference, the errors, the cheapest setting, the observations, the figure.
+Does not know: how a chunk is solved.
 
     noise --rk4, many steps-----> reference     its own error: the same with half the steps
-          --solver, n steps-----> chunk         error = chunk - reference over the real entries
+          --solver, n steps-----> chunk         error = chunk - reference over the real entries, normalised units
 
-Every setting starts from the same noise, and asks the same velocity. Units are those of the velocity's state: normalised ones.
-Shape letters: B chunks, H action horizon, A action dim.
+Every setting starts from the same noise, and asks the same velocity. Half the reference's steps end a 16th of its error away where the
+velocity is smooth in t. pi0's is not: its embedding of t has periods down to 0.004, which a policy trained for minutes does not smooth
+out, and until the steps are shorter than that every solver converges like one of order 1.
+
+    observations of a data set   |--x-----x-----x-----x--|             in the middle of equal stretches of its frames
+    of the simulator             seed n + 1:  x . . x . . x . . x      the start, and then along the policy's own steps,
+                                 seed n + 2:  x . . x . . x . . x      execution_horizon apart; n is the last seed that was demonstrated
 """
 
+import io
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
-from jaxtyping import Bool, Float
+import numpy as np
+import torch
 from torch import Tensor
 
+from pi0fm import files, progress
+from pi0fm.bench.measure import Report, check_least
+from pi0fm.data.chain import Chain, Sample
+from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.order.counter import draw
+from pi0fm.data.pictures.frame_cache import open_cache
+from pi0fm.eval.episode import noise_seed
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.solver import FIXED_GRID_SOLVERS, Counted, Velocity, num_evaluations
+from pi0fm.options import option, required
+from pi0fm.policy import bundle
+from pi0fm.policy.local import LocalPolicy
+from pi0fm.sim import catalog
+from pi0fm.sim.environment import parse_cameras
+from pi0fm_client.errors import ConfigError
+from pi0fm_client.types import Observation, Policy
 
-ADAPTIVE = "dopri5"
-REFERENCE = "rk4"
+ALIASES = {"repo_id": "dataset.repo_id", "root": "dataset.root", "policy.path": "bundle"}
+POSITIONAL = "bundle"
+RESULT, FIGURE = "steps.json", "steps.png"
+ADAPTIVE, REFERENCE = "dopri5", "rk4"
 GUESSED_EVALUATIONS = 60  # of an adaptive solver, before it has run; for the time left only
-ToRobot = Callable[[Tensor], Tensor]
+PER_EPISODE = 4  # observations of an episode
+# Okabe and Ito's colours, which readers who see few of them tell apart; the marker says the same again.
+STYLES = {"euler": "o#0072B2", "midpoint": "s#E69F00", "heun": "^#009E73", "rk4": "D#CC79A7", "dopri5": "v#444444"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `pi0fm flow steps`. Raises ConfigError for a value out of range."""
+
+    bundle: Path = required("folder of the policy, as pi0fm train wrote it")
+    dataset: DatasetConfig = option(DatasetConfig, "")
+    output_dir: Path = option(Path("outputs/flow-steps"), "folder of steps.json and steps.png")
+    tolerance: float = option(0.05, "RMS error of a chunk that is accepted, in normalised units")
+    observations: int = option(8, "from the data set, where one is named, else from the simulator at seeds that were not demonstrated")
+    evaluations: tuple[int, ...] = option((1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 64, 100), "budgets of the fixed-grid solvers")
+    dopri5_tolerances: tuple[float, ...] = option((1e-1, 1e-2, 1e-3, 1e-4), "tolerances of dopri5, beside the bundle's own")
+    reference_steps: int = option(256, "RK4 steps of what counts as exact, an even number")
+    seed: int = option(0, "of the noise that every chunk starts from")
+    device: str | None = option(None, "cpu, cuda or cuda:N; the best one that works when not given")
+    threads: int | None = option(None, "CPU threads; torch's choice when not given")
+
+    def __post_init__(self) -> None:
+        for name, values in (("tolerance", (self.tolerance,)), ("dopri5_tolerances", self.dopri5_tolerances)):
+            if not all(0 < each < math.inf for each in values):
+                raise ConfigError(f"{name} must be above 0, found {getattr(self, name)}; type --{name} 0.01")
+        check_least(self, observations=1, seed=0)
+        if not self.evaluations or min(self.evaluations) < 1:
+            raise ConfigError(f"evaluations must be numbers >= 1, found {self.evaluations}; type --evaluations 4,8,16")
+        if self.reference_steps % 2 or self.reference_steps < max(self.evaluations):
+            raise ConfigError(
+                f"reference_steps must be even and at least the largest of evaluations, {max(self.evaluations)}, so that the reference "
+                f"is finer than all that is held to it; found {self.reference_steps}"
+            )
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to sample. tolerance: of dopri5, which chooses its own steps and tries 1 / num_flow_steps first; None on a fixed grid."""
+    """One way to sample. solver_tolerance: of dopri5, which tries 1 / num_flow_steps first and chooses its own steps."""
 
     solver: str
     num_flow_steps: int
-    tolerance: float | None = None
+    solver_tolerance: float | None = None
 
     @property
     def expected_evaluations(self) -> int:
         """Evaluations of the network; a guess for dopri5."""
-        return GUESSED_EVALUATIONS if self.tolerance is not None else num_evaluations(self.solver, self.num_flow_steps)
+        return GUESSED_EVALUATIONS if self.solver == ADAPTIVE else num_evaluations(self.solver, self.num_flow_steps)
 
 
 @dataclass(frozen=True)
@@ -44,33 +104,156 @@ class Row:
     """What a setting cost and how far it is from the reference.
 
     evaluations: of the network, as counted. rms, largest: over all real entries, normalised units.
-    robot_rms: of each chunk, over all its entries in robot units.
+    robot_rms_per_chunk: over all entries of each chunk, in robot units.
     """
 
     setting: Setting
     evaluations: int
     rms: float
     largest: float
-    robot_rms: tuple[float, ...]
+    robot_rms_per_chunk: tuple[float, ...]
 
     @property
-    def mean_robot_rms(self) -> float:
+    def solver(self) -> str:
+        """Of its setting."""
+        return self.setting.solver
+
+    @property
+    def robot_rms(self) -> float:
         """Mean over the chunks."""
-        return sum(self.robot_rms) / len(self.robot_rms)
+        return float(np.mean(self.robot_rms_per_chunk))
+
+    def json(self) -> dict[str, Any]:
+        """All of it, and the options of serving and evaluation for it."""
+        found = asdict(self)
+        return found.pop("setting") | found | {"options": f"--solver {self.solver} --num_flow_steps {self.setting.num_flow_steps}"}
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The chunks that count as exact. rms, largest: how far half the steps end from them, which bounds their own error.
+def measure(options: Options) -> Report:
+    """Load, observe, solve, draw; the figures hold `error` by solver and evaluations, and `cheapest`."""
+    progress.say(f"loading {options.bundle}")
+    # float32: in bfloat16 the rounding of the network would be most of what is measured
+    policy = bundle.load(options.bundle, device=options.device, precision="float32", threads=options.threads)
+    observations, where = observe(options, policy)
+    rows, floor = solve(options, policy, observations)
+    found = cheapest(rows, options.tolerance, policy.flow.tolerance)
+    chosen, picture = next(iter(found.values()), None), options.output_dir / FIGURE
+    subject = f"{len(observations)} chunks from {where}; reference: rk4, {options.reference_steps} steps"
+    draw_figure(rows, floor, options.tolerance, chosen, subject, picture)
+    if chosen is None:
+        progress.say(f"no setting reaches {options.tolerance:g}: type a larger --tolerance, or more --evaluations; see {picture}")
+    solvers = list(dict.fromkeys(row.solver for row in rows))
+    orders = {solver: observed_order(rows, solver, floor) for solver in solvers}
+    figures = {
+        "error": {solver: {str(row.evaluations): row.rms for row in rows if row.solver == solver} for solver in solvers},
+        "cheapest": {"tolerance": options.tolerance, **({"solver": None} if chosen is None else chosen.json())},
+        "reference": {"solver": REFERENCE, "num_flow_steps": options.reference_steps, "rms_to_half": floor},
+        "order": {solver: round(order, 2) for solver, order in orders.items() if order is not None},
+        "observations": len(observations),
+        "table": str(options.output_dir / RESULT),
+        "figure": str(picture),
+    }
+    background = {"bundle": str(options.bundle), "where": where, "seed": options.seed, "rows": [row.json() for row in rows]}
+    names = ("options", "evaluations", "rms", "largest")
+    best = {solver: {name: row.json()[name] for name in names} | {"robot_rms": row.robot_rms} for solver, row in found.items()}
+    return Report(figures, {**figures, "cheapest": {f"within {options.tolerance:g}": best}}, background)
 
-    A 16th of it where the velocity is smooth in t. pi0's is not: its embedding of t has periods down to 0.004, which a policy trained for
-    minutes does not smooth out, and until the steps are shorter than that every solver converges like one of order 1.
+
+def observe(options: Options, policy: LocalPolicy) -> tuple[list[Observation], str]:
+    """Observations, and where they are from in a few words."""
+    if options.dataset.root is not None or options.dataset.repo_id:
+        name = options.dataset.repo_id or Path(str(options.dataset.root)).name
+        return from_dataset(policy.chain, options.dataset, options.observations), f"the data set {name}"
+    tasks = simulated_tasks(policy.metadata)
+    with progress.step("simulate", options.observations) as bar:
+        found = from_simulator(policy, options.observations, options.seed, bar.advance)
+    return found, f"the simulator ({', '.join(tasks)})" if len(tasks) < 4 else f"the simulator ({len(tasks)} tasks)"
+
+
+def from_dataset(chain: Chain, dataset: DatasetConfig, count: int) -> list[Observation]:
+    """`count` observations spread over the frames of a data set; all frames where there are fewer.
+
+    Raises ConfigError for a data set that is not of the policy's robot, DatasetError for one that cannot be read.
     """
+    source = open_source(dataset, chain.embodiment)
+    number = min(count, len(source.frames))
+    frames = source.frames[((np.arange(number) + 0.5) / number * len(source.frames)).astype(np.int64)]
+    pictures = open_cache(source, dataset, chain.image_size).gather(frames)
+    return [
+        Observation(dict(zip(source.embodiment.cameras, images, strict=True)), source.state[frame], source.tasks[int(source.task[frame])])
+        for frame, images in zip(frames.tolist(), pictures, strict=True)
+    ]
 
-    actions: Float[Tensor, "B *rest"]
-    num_flow_steps: int
-    rms: float
-    largest: float
+
+def simulated_tasks(metadata: Mapping[str, Any]) -> dict[str, int]:
+    """By task of the policy's demonstrations that a simulator has, the first seed behind them.
+
+    Raises ConfigError that names the option which helps, where the bundle does not say how it is simulated.
+    """
+    tasks = {task: int(high) + 1 for task, (_, high) in metadata["demonstration_seeds"].items() if catalog.known(task)}
+    if not tasks or not metadata["camera_sources"]:
+        raise ConfigError(
+            "observations are needed, and this bundle names no task and camera of a simulator to make them with; "
+            "type --dataset.root DIRECTORY, or --dataset.repo_id NAME"
+        )
+    return tasks
+
+
+def from_simulator(policy: Policy, count: int, seed: int, advance: Callable[[int], None]) -> list[Observation]:
+    """`count` observations of start positions that no demonstration used and of the policy's way from there, spread over its tasks.
+
+    Raises ConfigError as `simulated_tasks` does, SimulationError when the machine cannot render.
+    """
+    tasks = simulated_tasks(policy.metadata)
+    found: list[Observation] = []
+    for number, (task, first_seed) in enumerate(tasks.items()):
+        share = count // len(tasks) + (number < count % len(tasks))
+        with closing(_along(policy, task, first_seed, seed)) as seen:
+            for observation in islice(seen, share):
+                found.append(observation)
+                advance(1)
+    return found
+
+
+def _along(policy: Policy, task: str, first_seed: int, seed: int) -> Generator[Observation]:
+    """Observations of one task without end, one or more of each episode."""
+    cameras = parse_cameras(f"{name}={source}" for name, source in policy.metadata["camera_sources"].items())
+    environment = catalog.open_environment(task, cameras)
+    start, visit = first_seed, 0
+    try:
+        environment.reset(start)
+        while True:
+            yield (observation := environment.observe())
+            (chunk,) = policy.infer_batch([observation], [noise_seed(seed, task, start, visit)])
+            done = any(environment.step(action).done for action in chunk.actions[: policy.metadata["execution_horizon"]])
+            visit += 1
+            if done or visit == PER_EPISODE:
+                start, visit = start + 1, 0
+                environment.reset(start)
+    finally:
+        environment.close()
+
+
+def solve(options: Options, policy: LocalPolicy, observations: list[Observation]) -> tuple[list[Row], float]:
+    """A row for each setting, and how far half the reference's steps end from it; the prefix is encoded once."""
+    model, flow = policy.model, policy.flow
+    shape = (model.config.action_horizon, model.config.action_dim)
+    compared = settings(options.evaluations, (*options.dopri5_tolerances, flow.tolerance), flow.num_flow_steps)
+    inputs = policy.chain.observe(observations).to(policy.device)
+    noise = np.stack([draw(options.seed, 0, index, 0, shape)[0] for index in range(len(observations))])
+    state = inputs.state.cpu().numpy()
+
+    def to_robot(actions: Tensor) -> Tensor:
+        robot = policy.chain.inverse(Sample(state, actions.float().cpu().numpy())).actions
+        assert robot is not None
+        return torch.from_numpy(robot)
+
+    references = [Setting(REFERENCE, options.reference_steps // part).expected_evaluations for part in (1, 2)]
+    with torch.inference_mode(), progress.step("solve", sum(references) + sum(each.expected_evaluations for each in compared)) as bar:
+        given = (flow, model.field(inputs), torch.from_numpy(noise).to(policy.device), policy.mask(len(observations)))
+        reference, floor = find_reference(*given, options.reference_steps)
+        bar.advance(sum(references))
+        return errors(*given, reference, compared, to_robot, bar.advance), floor
 
 
 def settings(evaluations: Sequence[int], tolerances: Sequence[float], first_steps: int) -> list[Setting]:
@@ -84,51 +267,36 @@ def settings(evaluations: Sequence[int], tolerances: Sequence[float], first_step
     return grids + [Setting(ADAPTIVE, first_steps, tolerance) for tolerance in sorted(set(tolerances), reverse=True)]
 
 
-def find_reference(
-    flow: FlowMatching,
-    velocity: Velocity,
-    noise: Float[Tensor, "B *rest"],
-    mask: Bool[Tensor, "B *rest"],
-    num_flow_steps: int,
-    advance: Callable[[int], None] | None = None,
-) -> Reference:
-    """RK4 with `num_flow_steps` steps (even), and how far half of them end from it."""
-    sampled = []
-    for steps in (num_flow_steps // 2, num_flow_steps):
-        sampled.append(flow.sample(velocity, noise, steps, REFERENCE, mask))
-        if advance is not None:
-            advance(num_evaluations(REFERENCE, steps))
-    coarse, fine = sampled
-    rms, largest = _distance(coarse, fine, mask)
-    return Reference(fine, num_flow_steps, rms, largest)
+def find_reference(flow: FlowMatching, velocity: Velocity, noise: Tensor, mask: Tensor, num_flow_steps: int) -> tuple[Tensor, float]:
+    """RK4 with `num_flow_steps` steps (even), and the RMS distance at which half of them end from it."""
+    coarse, fine = (flow.sample(velocity, noise, steps, REFERENCE, mask) for steps in (num_flow_steps // 2, num_flow_steps))
+    return fine, _distance(coarse, fine, mask)[0]
 
 
-def measure(
+def errors(
     flow: FlowMatching,
     velocity: Velocity,
-    noise: Float[Tensor, "B *rest"],
-    mask: Bool[Tensor, "B *rest"],
-    reference: Reference,
+    noise: Tensor,
+    mask: Tensor,
+    reference: Tensor,
     compared: Sequence[Setting],
-    to_robot: ToRobot,
-    advance: Callable[[int], None] | None = None,
+    to_robot: Callable[[Tensor], Tensor],
+    advance: Callable[[int], None] = lambda _: None,
 ) -> list[Row]:
-    """A row for each setting, in order.
+    """A row for each setting, in order; all tensors [chunks, ...].
 
-    to_robot: normalised chunks to robot units, any shape that begins with B. advance: is told the expected evaluations that are done.
+    to_robot: normalised chunks to robot units. advance: is told the expected evaluations that are done.
     Raises FlowError when a chunk is not finite.
     """
-    exact = to_robot(reference.actions)
-    rows = []
+    exact, rows = to_robot(reference), []
     for setting in compared:
         counted = Counted(velocity)
-        solved_by = flow if setting.tolerance is None else replace(flow, tolerance=setting.tolerance)
+        solved_by = flow if setting.solver_tolerance is None else replace(flow, tolerance=setting.solver_tolerance)
         actions = solved_by.sample(counted, noise, setting.num_flow_steps, setting.solver, mask)
-        rms, largest = _distance(actions, reference.actions, mask)
         robot = (to_robot(actions) - exact).flatten(1).double().square().mean(1).sqrt().tolist()
+        rms, largest = _distance(actions, reference, mask)
         rows.append(Row(setting, counted.num_evaluations, rms, largest, tuple(robot)))
-        if advance is not None:
-            advance(setting.expected_evaluations)
+        advance(setting.expected_evaluations)
     return rows
 
 
@@ -137,17 +305,15 @@ def cheapest(rows: Sequence[Row], tolerance: float, own_tolerance: float) -> dic
 
     A solver that never reaches it is absent. Of dopri5 only the row at `own_tolerance` counts: a policy's options set no other.
     """
-    found: list[Row] = []
-    for solver in dict.fromkeys(row.setting.solver for row in rows):
-        own = [row for row in rows if row.setting.solver == solver and row.setting.tolerance in (None, own_tolerance)]
-        kept: Row | None = None
-        for row in sorted(own, key=lambda row: -row.evaluations):
-            if not row.rms <= tolerance:
-                break
-            kept = row
-        if kept is not None:
-            found.append(kept)
-    return {row.setting.solver: row for row in sorted(found, key=lambda row: (row.evaluations, row.rms))}
+    found: dict[str, Row] = {}
+    left: set[str] = set()
+    for row in sorted(rows, key=lambda row: -row.evaluations):
+        if row.solver not in left and row.setting.solver_tolerance in (None, own_tolerance):
+            if row.rms <= tolerance:
+                found[row.solver] = row
+            else:
+                left.add(row.solver)
+    return dict(sorted(found.items(), key=lambda item: (item[1].evaluations, item[1].rms)))
 
 
 def observed_order(rows: Sequence[Row], solver: str, floor: float) -> float | None:
@@ -155,23 +321,49 @@ def observed_order(rows: Sequence[Row], solver: str, floor: float) -> float | No
 
     None with fewer than three: what lies below is the error of the reference, not the solver's.
     """
-    own = [row for row in rows if row.setting.solver == solver and row.rms > 10 * floor][-5:]
+    own = [row for row in rows if row.solver == solver and row.rms > 10 * floor][-5:]
     if len(own) < 3 or solver not in FIXED_GRID_SOLVERS:
         return None
-    x, y = [math.log(row.setting.num_flow_steps) for row in own], [math.log(row.rms) for row in own]
-    middle_x, middle_y = sum(x) / len(own), sum(y) / len(own)
-    return -sum((a - middle_x) * (b - middle_y) for a, b in zip(x, y, strict=True)) / sum((a - middle_x) ** 2 for a in x)
-
-
-def errors(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """RMS error by solver and evaluations, for JSON."""
-    table: dict[str, dict[str, float]] = {}
-    for row in rows:
-        table.setdefault(row.setting.solver, {})[str(row.evaluations)] = row.rms
-    return table
+    return -float(np.polyfit(np.log([row.setting.num_flow_steps for row in own]), np.log([row.rms for row in own]), 1)[0])
 
 
 def _distance(a: Tensor, b: Tensor, mask: Tensor) -> tuple[float, float]:
     """(RMS, largest) of the difference over the real entries."""
     difference = (a.double() - b.double())[mask]
     return float(difference.square().mean().sqrt()), float(difference.abs().max())
+
+
+def draw_figure(rows: Sequence[Row], floor: float, tolerance: float, chosen: Row | None, subject: str, path: Path) -> None:
+    """Write the PNG: error against evaluations, a line for each solver. subject: what was sampled, for the line below the title."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 5.4), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel="RMS error, normalised units")
+    for solver in dict.fromkeys(row.solver for row in rows):
+        own = sorted((row.evaluations, row.rms) for row in rows if row.solver == solver and row.rms > 0)
+        order, style = observed_order(rows, solver, floor), STYLES[solver]
+        label = solver if order is None else f"{solver}, order {order:.1f}"
+        axes.plot(*zip(*own, strict=True), marker=style[0], color=style[1:], markersize=5, zorder=3, label=label)
+    bottom = min(*(row.rms for row in rows if row.rms > 0), floor or tolerance, tolerance) / 2.5
+    axes.set_ylim(bottom, 2 * max(*(row.rms for row in rows), tolerance))
+    axes.axhline(tolerance, color="#222222", linewidth=1.0, linestyle="--", label=f"tolerance {tolerance:g}")
+    if floor > bottom:
+        axes.axhspan(bottom, floor, color="#eeeeee", zorder=0, label="error of the reference")
+    if chosen is not None:
+        circle = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgecolor": "#222222", "linestyle": "none"}
+        label = f"cheapest within {tolerance:g}: {chosen.solver}, steps: {chosen.setting.num_flow_steps}, evaluations: {chosen.evaluations}"
+        axes.plot([chosen.evaluations], [chosen.rms], label=label, zorder=4, **circle)
+    least, most = min(row.evaluations for row in rows), 1.2 * max(row.evaluations for row in rows)
+    marks = [mark for mark in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if least <= mark <= most]
+    axes.set_xlim(least / 1.15, most)
+    axes.set_xticks(marks, [str(mark) for mark in marks])
+    axes.minorticks_off()
+    axes.grid(True, color="#e4e4e4", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=9, loc="upper right")
+    axes.set_title(f"Error of a sampled action chunk\n{subject}", loc="left", fontsize=10)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    files.write_bytes(path, content.getvalue())

@@ -1,6 +1,7 @@
 """Ten Euler steps for one observation: LeRobot's PI0 against ours, in one process, with the same weights and noise.
 
-Owns: what lies within the two clocks, the two modes, the bounds within which the chunks must agree. Does not know: the table.
+Owns: what lies within the two clocks, the two modes, the bounds within which the chunks must agree, the figures of a comparison of speed.
+Does not know: how its report is shown.
 
     inside both clocks     pictures, prompt and state to keys and values once; ten velocities; the chunk, normalised
     only inside ours       masked cameras and unused prompt columns left out, pictures from uint8 to [-1, 1]
@@ -12,47 +13,77 @@ with an observation that its chain has made. Both are eager, unless ours is told
     like_for_like   float32 on both sides, torch's default for products, the same threads
     as_shipped      LeRobot's configuration on a CPU is float32; `pi0fm.load` takes bfloat16 for the towers' matrices where the processor
                     multiplies it in hardware, and float32 elsewhere
+
+`ratio` is LeRobot's time over ours, `gemm_ratio` ours over that of its bare matrix products, `roofline_share` the least time that the
+machine's limits allow over ours.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pi0fm import progress
-from pi0fm.bench.paired import paired_ratio
-from pi0fm.bench.peer_cases import case_named, make_noise, make_observation, their_prefix
-from pi0fm.bench.peer_config import MODES, InferenceConfig
-from pi0fm.bench.peer_pair import PeerPair, build_pair, check_alike, displacement_difference
-from pi0fm.bench.peer_report import Speed, summary
-from pi0fm.bench.products import Roofline, bare, measure_roofline, products_of, synchronized, work_of
+from pi0fm.bench.cases import CASES, PeerOptions, make_noise, make_observation
+from pi0fm.bench.measure import Report, Roofline, check_words, measure_roofline, paired_ratio, products_of, synchronized
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
+from pi0fm.options import option
 from pi0fm.policy.device import choose_device, inference_dtype
-from pi0fm.policy.sampler import Sampler
+from pi0fm.policy.sampler import COMPILE, Sampler
+from pi0fm_client.errors import ConfigError
 
+ALIASES = {"num_threads": "threads"}
+RESULT = "inference.json"
+MODES = ("like_for_like", "as_shipped")
 FLOW_STEPS = 10
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Of `displacement_difference`, by the type of our matrices. bfloat16 keeps 8 bits, and ten steps through some ten layers add up."""
 
 
-def compare_inference(config: InferenceConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Options(PeerOptions):
+    """Options of `pi0fm bench inference`. Raises ConfigError for a value out of range."""
+
+    compile: str = option("off", "what ours compiles, of off, kernels, graph (CUDA alone); as shipped it is off")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_words("compile", (self.compile,), COMPILE)
+        if self.compile == "graph" and self.device != "cuda":
+            raise ConfigError(f"compile graph records CUDA graphs, found device {self.device}; type --device cuda, or --compile kernels")
+
+
+def measure(options: Options) -> Report:
     """Both modes of every case. Raises Pi0fmError when the two sides differ, ConfigError for a device that is not there."""
-    device = choose_device(config.device)
-    torch.set_num_threads(config.threads)
+    progress.say("loading LeRobot")
+    from pi0fm.bench import peer  # LeRobot's import alone takes many seconds
+
+    device = choose_device(options.device)
+    torch.set_num_threads(options.threads)
     roofline = measure_roofline(device, BOUNDS)
-    rows: dict[str, dict[str, dict[str, Any]]] = {mode: {} for mode in MODES}
-    with progress.step("calls compared", len(config.cases) * len(MODES)) as bar:
-        for name in config.cases:
-            pair = build_pair(case_named(name), config.seed, device)
-            for mode in MODES:
-                rows[mode][name] = _measured(pair, mode, config, device, roofline)
+    rows: dict[str, dict[str, Any]] = {mode: {} for mode in MODES}
+    with progress.step("calls compared", len(options.cases) * len(MODES)) as bar:
+        for name in options.cases:
+            case = CASES[name]
+            pair = peer.build_pair(case, options.seed, device)
+            observation, noise = make_observation(case, 1, options.seed), make_noise(case, 1, options.seed).to(device)
+            theirs = their_sampler(pair.theirs, observation, noise)
+            narrow = inference_dtype("auto", device, case.config.decoder.backbone.width)
+            for mode, dtype in zip(MODES, (torch.float32, narrow), strict=True):
+                ours = our_sampler(pair.ours, observation, noise, dtype, options.compile)
+                difference = peer.displacement_difference(ours(), theirs(), noise)
+                peer.check_alike(f"{name} {mode}", "action chunks", difference, BOUNDS[dtype])
+                # what compiled kernels multiply cannot be seen from outside; it is what the same network multiplies uncompiled
+                plain = ours if options.compile == "off" else our_sampler(pair.ours, observation, noise, dtype)
+                found = speed(theirs, ours, plain, plain.sampler.model, options.rounds, device, roofline)
+                rows[mode][name] = found | {"max_abs_difference": difference, "difference_bound": BOUNDS[dtype]}
                 bar.advance(1, f"{name} {mode}")
-    return summary(rows, roofline)
+    return speed_report(rows, roofline)
 
 
 @dataclass(frozen=True)
@@ -74,31 +105,54 @@ def our_sampler(model: Pi0, observation: ModelObservation, noise: Tensor, dtype:
     return OurCall(Sampler(copy.deepcopy(model), flow, noise.device, dtype, compile), observation, noise)
 
 
-def their_sampler(pair: PeerPair, observation: ModelObservation, noise: Tensor) -> Callable[[], Tensor]:
+def their_sampler(policy: Any, observation: ModelObservation, noise: Tensor) -> Callable[[], Tensor]:
     """A call of LeRobot's, on tensors that are on the device."""
-    model, prefix, state = pair.theirs.eval().model, their_prefix(observation, noise.device), observation.state.to(noise.device)
+    from pi0fm.bench.peer import their_prefix
 
-    def theirs() -> Tensor:
-        return model.sample_actions(*prefix, state, noise=noise, num_steps=FLOW_STEPS)
-
-    return theirs
+    model, prefix, state = policy.eval().model, their_prefix(observation, noise.device), observation.state.to(noise.device)
+    return lambda: model.sample_actions(*prefix, state, noise=noise, num_steps=FLOW_STEPS)
 
 
-def _measured(pair: PeerPair, mode: str, config: InferenceConfig, device: torch.device, roofline: Roofline) -> dict[str, Any]:
-    observation, noise = make_observation(pair.case, 1, config.seed), make_noise(pair.case, 1, config.seed).to(device)
-    dtype = torch.float32 if mode == MODES[0] else inference_dtype("auto", device, pair.ours.config.decoder.backbone.width)
-    ours, theirs = our_sampler(pair.ours, observation, noise, dtype, config.compile), their_sampler(pair, observation, noise)
-    difference = displacement_difference(ours(), theirs(), noise)
-    check_alike(pair.case.name, mode, "action chunks", difference, BOUNDS[dtype])
-    # what compiled kernels multiply cannot be seen from outside; it is what the same network multiplies uncompiled
-    plain = ours if config.compile == "off" else our_sampler(pair.ours, observation, noise, dtype)
-    products = products_of(plain, plain.sampler.model.parameters())
-    our_call, their_call, bare_call = (synchronized(call, device) for call in (ours, theirs, bare(products)))
-    return Speed(
-        peer=paired_ratio(their_call, our_call, config.rounds),
-        products=paired_ratio(our_call, bare_call, config.rounds),
-        difference=difference,
-        bound=BOUNDS[dtype],
-        work=work_of(products),
-        peer_flops=work_of(products_of(theirs, pair.theirs.parameters())).total_flops,
-    ).row(roofline)
+def speed(
+    theirs: Callable[[], object],
+    ours: Callable[[], object],
+    plain: Callable[[], object],
+    model: nn.Module,
+    rounds: int,
+    device: torch.device,
+    roofline: Roofline,
+) -> dict[str, Any]:
+    """The figures of one comparison. plain: `ours` as a call whose products can be listed; model: whose weights it reads."""
+    products, their_products = products_of(plain, model.parameters()), products_of(theirs)
+    their_call, our_call, bare_call = (synchronized(call, device) for call in (theirs, ours, products.run))
+    ratio, over_products = paired_ratio(their_call, our_call, rounds), paired_ratio(our_call, bare_call, rounds)
+    seconds, least, flops = ratio.second_seconds, roofline.seconds(products), products.flops.total()
+    return {
+        **ratio.json(),
+        "seconds": seconds,
+        "peer_seconds": ratio.first_seconds,
+        "gemm_ratio": over_products.median,
+        "gemm_interval": over_products.interval,
+        "products_seconds": over_products.second_seconds,
+        "gflop": flops / 1e9,
+        "peer_gflop": their_products.flops.total() / 1e9,
+        "weight_megabytes": products.weight_bytes / 1e6,
+        "gflop_per_second": flops / seconds / 1e9,
+        "roofline_seconds": least,
+        "roofline_share": least / seconds,
+    }
+
+
+def speed_report(
+    rows: Mapping[str, Mapping[str, Mapping[str, Any]]], roofline: Roofline, figures: Mapping[str, Any] | None = None
+) -> Report:
+    """`rows`, by mode and case, and `figures` behind them."""
+
+    def column(mode: str, name: str) -> dict[str, Any]:
+        return {case: row[name] for case, row in rows[mode].items()}
+
+    speeds = {str(dtype).removeprefix("torch."): speed / 1e9 for dtype, speed in roofline.flops_per_second.items()}
+    rest = {"roofline": {"gflop_per_second": speeds, "gigabytes_per_second": roofline.bytes_per_second / 1e9}, **(figures or {})}
+    found = {mode: column(mode, "ratio") for mode in MODES} | {"intervals": {mode: column(mode, "interval") for mode in MODES}}
+    found |= {name: column("like_for_like", name) for name in ("gemm_ratio", "max_abs_difference")}
+    return Report(found | {"figures": rows} | rest, shown={**rows, **rest})

@@ -1,9 +1,12 @@
 """pi0fm against LeRobot's own PI0: one task, the same demonstrations, the same size, the same processor time.
 
-Owns: which training comes when, what is alike and what is not, the figures of the whole.
-Does not know: simulators (it is handed `judge`), how the demonstrations came about.
+Owns: which training comes when, how each side trains on the shared data, what is alike and what is not, the figures.
+Does not know: LeRobot's network (bench/peer), how an episode is run (eval/rollout), how demonstrations are recorded (demos).
 
     seed 0: pi0fm trains -> is judged | LeRobot trains -> is judged | seed 1: pi0fm ... one process, one after the other
+
+    build -> [calibration on a copy: seconds a step -> length of the schedule] -> step, step, ... until the seconds are spent
+                                 not charged                                          charged
 
 With `steps` instead of processor time a policy is a function of the data, the configuration and the seed, on a busy machine too: that
 tells what each part of a recipe brings a step, and the processor seconds that stand beside it what the part costs.
@@ -13,124 +16,474 @@ memory, the samples of each step, the batch size, the peak learning rate, the th
 schedule over its budget (the same one, unless LeRobot is given another), the start positions, the rule of the noise seeds, the
 execution horizon, 10 Euler steps.
 Charged to each: making its batches, forward, backward, optimiser, average. Charged to neither: imports, building, decoding,
-calibration, evaluation.
+calibration, evaluation. `LeRobotDataset` itself would spend about 80 % of a laptop's processor time on queries in Python; a comparison of
+learning would measure that, so both sides read frames that are decoded in memory.
+LeRobot's side is its `lerobot_train` on one process: its optimiser and scheduler presets (AdamW, clipping at 1, warm-up that scales with
+the number of steps, cosine to a tenth), whose 2.5e-5 for three billion pretrained parameters gives way to the shared learning rate.
 Not alike, because each side runs as shipped: bfloat16 where the processor has it and a moving average of the weights here, float32 and the
 last weights there; GELU by the error function here (the preset says so), by its tanh approximation there; padded prompts there;
 steps past an episode's end are left out of the loss here and count there, so the two losses are not to be compared with each other.
 """
 
 import gc
+import itertools
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, final
 
+import numpy as np
 import torch
 
-from pi0fm import options, progress
-from pi0fm.bench.budget import TrainingPlan, TrainingResult
-from pi0fm.bench.learning_config import SIDES, LearningConfig
-from pi0fm.bench.lerobot_pi0 import QUERY_HEADS, ShrunkPI0, policy_config, processors, same_size
-from pi0fm.bench.lerobot_policy import LeRobotPolicy
-from pi0fm.bench.lerobot_training import train_lerobot
-from pi0fm.bench.pi0fm_training import train_pi0fm
-from pi0fm.bench.shared_data import SharedData, lerobot_batch
-from pi0fm.eval.summary import Summary
+from pi0fm import options as option_files
+from pi0fm import progress
+from pi0fm.bench.measure import Report, check_least, seconds_of
+from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, open_source
+from pi0fm.data.columns.norm_stats import NormStats
+from pi0fm.data.loading.loader import Collator, action_chunks
+from pi0fm.data.order.counter import slots
+from pi0fm.data.order.split import split
+from pi0fm.data.pictures.frame_cache import FrameCache, open_cache
+from pi0fm.demos.config import DatasetName, DemosConfig
+from pi0fm.demos.record import record_here
+from pi0fm.eval.config import EvalConfig, camera_specs, plan, refuse_seen_seeds
+from pi0fm.eval.evaluate import WorkerSetup, in_this_process, run_episodes, settings_for
+from pi0fm.eval.summary import Summary, summarize
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0, parameter_count
+from pi0fm.options import option
+from pi0fm.policy.bundle import PolicyConfig
+from pi0fm.policy.local import LocalPolicy
+from pi0fm.processes import cpu_seconds_of_tree
+from pi0fm.sim import catalog
 from pi0fm.train.config import TrainConfig
+from pi0fm.train.data import policy_config
+from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.allocator import keep_freed_memory
-from pi0fm_client.types import Policy
+from pi0fm.train.parallel.context import Context
+from pi0fm.train.state import TrainState
+from pi0fm.train.step import train_step
+from pi0fm_client.errors import ConfigError, DatasetError
+from pi0fm_client.types import ActionChunk, Observation, Policy
 
+ALIASES = {"tasks": "task", "repo_id": "dataset.repo_id", "root": "dataset.root"}
+RESULT = "learning.json"
 CALIBRATION_STEPS = 10
 FLOW_STEPS = 10  # LeRobot's default, with Euler
-
-Judge = Callable[[Policy], Summary]
+# Of pi0fm's training configuration: where a run takes place, which is here; and what both sides' training from scratch, on all of one
+# task's demonstrations, would pass over.
+PLACEMENT = ("num_workers", "gpus_per_worker", "cpus_per_worker", "max_failures", "ray_address")
+PASSED_OVER = (
+    *("validation", "mixture", "pretrained", "pretrained_norm_stats", "train_only", "lora", "frozen_bfloat16"),
+    *("activation_checkpointing", "augment", "augmentation", "resume"),
+)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One training of one side, judged."""
+class Options:
+    """Options of `pi0fm bench learning`. Raises ConfigError for a value out of range."""
 
-    side: str
-    seed: int
-    result: TrainingResult
-    summary: Summary
+    task: str = option("button-press-topdown-v3", f"task that both sides learn, {catalog.TASK_FORM}")
+    cpu_seconds: float = option(240.0, "processor seconds of each training, of all its threads and processes")
+    lerobot_cpu_seconds: float | None = option(None, "of LeRobot's trainings; empty takes cpu_seconds, 0 leaves them out")
+    steps: int | None = option(
+        None, "optimiser steps of each training, instead of processor seconds: the same policies however busy the machine is"
+    )
+    seeds: int = option(3, "trainings of each side, with seeds 0 to K - 1")
+    demonstrations: int = option(50, "episodes to record when no data set is named")
+    episodes: int = option(20, "start positions that judge each policy; none of them was demonstrated")
+    first_seed: int = option(1, "seed of the first start position; the others follow one by one")
+    max_steps: int = option(400, "an episode that has not succeeded by then is a failure")
+    threads: int = option(1, "torch's CPU threads, of both sides")
+    config: Path | None = option(None, "training configuration of pi0fm's side; configs/quickstart.yaml when not given")
+    dataset: DatasetConfig = option(DatasetConfig, "")
+    output_dir: Path = option(Path("outputs/bench-learning"), "folder of learning.json, and of the recorded data set")
+
+    def __post_init__(self) -> None:
+        catalog.find(self.task)
+        object.__setattr__(self, "task", catalog.report_name(self.task))
+        if not 0 < self.cpu_seconds < math.inf:
+            raise ConfigError(f"cpu_seconds must be above 0, found {self.cpu_seconds:g}; type --cpu_seconds 240")
+        if self.lerobot_cpu_seconds is not None and not 0 <= self.lerobot_cpu_seconds < math.inf:
+            raise ConfigError(
+                f"lerobot_cpu_seconds must be 0 or more, found {self.lerobot_cpu_seconds:g}; leave it out for cpu_seconds, "
+                "or type 0 to train pi0fm's side only"
+            )
+        check_least(self, steps=1, seeds=1, demonstrations=1, episodes=1, max_steps=1, threads=1, first_seed=0)
+        if self.steps is not None and (self.cpu_seconds != Options.cpu_seconds or self.lerobot_cpu_seconds not in {None, 0}):
+            raise ConfigError(
+                f"steps or processor seconds end a training: found --steps {self.steps} beside --cpu_seconds {self.cpu_seconds:g} and "
+                f"--lerobot_cpu_seconds {self.lerobot_cpu_seconds}; leave one out (--lerobot_cpu_seconds 0 may stay)"
+            )
+
+    def budget(self, side: str) -> float:
+        """CPU-seconds of one training of `side`, pi0fm or lerobot; infinite where its steps are counted."""
+        if self.steps is not None:
+            return math.inf
+        return self.lerobot_cpu_seconds if side == "lerobot" and self.lerobot_cpu_seconds is not None else self.cpu_seconds
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training did. scheduled_steps: the length of the learning-rate schedule; later steps keep the last rate.
+
+    losses, spent: by step, `spent` being the CPU-seconds used when the step had ended.
+    """
+
+    scheduled_steps: int
+    losses: tuple[float, ...]
+    spent: tuple[float, ...]
+
+    def curve(self) -> dict[str, list[float | None]]:
+        """For the file; null stands for a loss that is not finite."""
+        losses = [round(loss, 6) if math.isfinite(loss) else None for loss in self.losses]
+        return {"cpu_seconds": [round(seconds, 3) for seconds in self.spent], "loss": losses}
+
+
+def measure(options: Options) -> Report:
+    """Record what is missing, train and judge both sides; the last line is what learning.json holds, without the curves."""
+    base = read_training(options.config or option_files.shipped()["quickstart"])
+    if options.dataset.root is None and not options.dataset.repo_id:
+        root = options.output_dir / "dataset"
+        # in this process: what Ray leaves behind would run beside the trainings
+        demos = DemosConfig(options.task, options.demonstrations, dataset=DatasetName("local/bench-learning", str(root)), num_workers=0)
+        record_here(demos)
+        options = replace(options, dataset=replace(options.dataset, root=root))
+    progress.say("loading LeRobot")
+    run = comparable(base, options)
+    data = open_shared(run, catalog.prompt_of(options.task))
+    judge = make_judge(options, run.execution_horizon, data.policy)
+    sizes = parameters(data)
+    progress.say(f"parameters: {sizes['pi0fm']:,} here; {sizes['lerobot']:,} there, of which {sizes['lerobot_used']:,} take part")
+    figures, curves = compare(options, run, data, judge)
+    background = {"curves": curves, "training": option_files.encode(run)}
+    found = {"task": options.task, **figures, "parameters": sizes}
+    return Report(found, {"by seed": figures, **{name: found[name] for name in ("task", "parameters")}}, background)
+
+
+def read_training(path: Path) -> TrainConfig:
+    """pi0fm's side. Raises ConfigError for options that a comparison would not honour."""
+    tree = {name: value for name, value in option_files.read_files([str(path)]).items() if name not in PLACEMENT}
+    run, usual = option_files.decode(TrainConfig, tree), TrainConfig()
+    given = [name for name in PASSED_OVER if getattr(run, name) != getattr(usual, name)]
+    if given:
+        raise ConfigError(
+            f"a comparison trains both sides from scratch on all of one task's demonstrations, and judges them in the simulator: "
+            f"found {', '.join(given)} in --config; leave {'it' if len(given) == 1 else 'them'} out"
+        )
+    return run
+
+
+def comparable(run: TrainConfig, options: Options) -> TrainConfig:
+    """`run` at a shape that LeRobot's PI0 can take, sampled as LeRobot samples. Raises ConfigError when there is no such shape."""
+    from pi0fm.bench.peer import at_lerobots_heads  # LeRobot's import alone takes many seconds
+
+    decoder = at_lerobots_heads(run.network()).decoder
+    model = option_files.merge(run.model, {"decoder": {"num_heads": decoder.num_heads, "head_dim": decoder.head_dim}})
+    flow = replace(run.flow, solver="euler", num_flow_steps=FLOW_STEPS)
+    return replace(run, model=model, flow=flow, dataset=options.dataset, threads=options.threads)
+
+
+@dataclass(frozen=True)
+class SharedData:
+    """The demonstrations that both sides learn from; `policy` says how pi0fm's side reads them.
+
+    data set -> frames decoded once, copied into memory
+                                                 |
+    position in the stream -> frame numbers -----+--> Collator      -> pi0fm's Batch
+                                                 '--> lerobot_batch -> LeRobot's dict
+    """
+
+    source: LeRobotSource
+    cache: FrameCache
+    stats: NormStats
+    policy: PolicyConfig
+
+    def collator(self, seed: int, flow_draws: int = 1) -> Collator:
+        """pi0fm's batches, in the order of `seed`."""
+        model = self.policy.model
+        return Collator(self.source, self.cache, self.policy.chain(self.stats), model.action_horizon, model.action_dim, seed, flow_draws)
+
+    def lerobot_stats(self) -> dict[str, dict[str, Any]]:
+        """Mean and standard deviation as LeRobot's processors take them; the numbers that pi0fm normalises with, before its floor."""
+        columns = {"observation.state": self.stats.state, "action": self.stats.action}
+        return {key: {"mean": torch.from_numpy(column.mean), "std": torch.from_numpy(column.std)} for key, column in columns.items()}
+
+    def lerobot_batch(self, collator: Collator, first: int, count: int) -> dict[str, Any]:
+        """The samples that `collator(first, count)` holds, as LeRobot's DataLoader makes a batch: robot units, not normalised.
+
+        `observation.images.NAME` uint8 [B, 3, size, size], `observation.state` [B, S], `action` [B, H, A], `action_is_pad` bool [B, H],
+        `task`.
+        """
+        source = self.source
+        frames = source.frames[slots(collator.seed, len(source.frames), first, count).index]
+        actions, inside = action_chunks(source.action, source.end, frames, collator.action_horizon)
+        pictures = torch.from_numpy(self.cache.gather(frames)).permute(0, 1, 4, 2, 3)
+        return {
+            **{f"observation.images.{name}": pictures[:, number] for number, name in enumerate(source.embodiment.cameras)},
+            "observation.state": torch.from_numpy(source.state[frames]),
+            "action": torch.from_numpy(actions),
+            "action_is_pad": torch.from_numpy(~inside),
+            "task": [source.tasks[task] for task in source.task[frames]],
+        }
+
+
+def open_shared(run: TrainConfig, prompt: str) -> SharedData:
+    """The episodes of the data set whose sentence is `prompt`, decoded and in memory.
+
+    Raises DatasetError when there is none, ConfigError for an embodiment that LeRobot's PI0 cannot follow.
+    """
+    if run.embodiment.delta_actions:
+        raise ConfigError(
+            f"LeRobot's PI0 trains on actions as they are, found embodiment.delta_actions {run.embodiment.delta_actions}; leave it out"
+        )
+    source = open_source(run.dataset, run.embodiment)
+    if prompt not in source.tasks:
+        raise DatasetError(f"{source.root} holds no episode of {prompt!r}, found: {'; '.join(source.tasks):.300}; record the task")
+    taught = np.unique(source.episode[source.frames][source.task[source.frames] == source.tasks.index(prompt)])
+    if not len(taught):
+        raise DatasetError(f"{source.root} holds no chosen episode of {prompt!r}; record the task, or choose other dataset.episodes")
+    source = open_source(replace(run.dataset, episodes=tuple(taught.tolist())), run.embodiment)
+    policy = policy_config(run, source)
+    decoded = open_cache(source, run.dataset, policy.model.vision.image_size)
+    # A memory map would charge whoever reads a page first with its page fault.
+    cache = FrameCache(tuple(np.array(camera) for camera in decoded.cameras))
+    return SharedData(source, cache, source.norm_stats(policy.model.action_horizon), policy)
+
+
+class Training(Protocol):
+    """One side's run, all of it a function of the seed: calibration uses one up, and the run builds the same again."""
+
+    def __init__(self, run: TrainConfig, data: SharedData, seed: int, scheduled_steps: int) -> None: ...
+
+    def update(self, step: int) -> float:
+        """The loss of one step on the batch of that number, which is made within."""
+
+    def policy(self) -> Policy:
+        """What was trained."""
+
+
+@final
+class OurTraining:
+    """The parts of `train/loop` that learn, without its files, as shipped.
+
+    `train.step.train_step` with accelerate, bfloat16 where the processor has it, AdamW, warm-up and cosine, the moving average of the
+    weights as the policy. Batches are made in the thread that trains: a loader's thread saves wall time, not processor time.
+    """
+
+    def __init__(self, run: TrainConfig, data: SharedData, seed: int, scheduled_steps: int) -> None:
+        self._run, self._data, self._scheduled_steps = run, data, scheduled_steps
+        self._collator = data.collator(seed, run.flow_draws_per_observation)
+        self._flow = FlowMatching.from_config(run.flow)
+        self._parallel = Parallel(Context(), run.precision, run.micro_steps(1), allow_cuda=False)
+        self._state = TrainState.build(data.policy.model, replace(run.state(), seed=seed), None, self._parallel)
+        self._state.prepare(self._parallel)
+
+    def update(self, step: int) -> float:
+        """One step, as in `train.loop`."""
+        run, state = self._run, self._state
+        state.schedule(self._scheduled_steps)
+        first, count = step * run.global_batch_size, run.global_batch_size
+        valid = self._collator.valid_elements(first, count) * run.flow_draws_per_observation
+        batches = (self._collator(first + begin, size) for begin, size in split(count, 0, 1, run.micro_batch_size))
+        part, _ = train_step(
+            state.trained, self._flow, state.optimizer, self._parallel.accelerator, batches, valid, run.optimizer.clip_norm
+        )
+        state.advance()
+        return float(part)
+
+    def policy(self) -> LocalPolicy:
+        """The averaged weights, as a bundle of this run would load on the CPU."""
+        policy, parallel = self._data.policy, self._parallel
+        chain = policy.chain(self._data.stats)
+        return LocalPolicy(self._state.averaged_network(), self._flow, chain, policy.metadata(), parallel.device, parallel.compute_dtype)
+
+
+@final
+class LeRobotTraining:
+    """LeRobot's `update_policy` on one process: forward, backward, clip, optimiser, scheduler, in this order."""
+
+    def __init__(self, run: TrainConfig, data: SharedData, seed: int, scheduled_steps: int) -> None:
+        from pi0fm.bench import peer
+
+        state_dim, action_dim = data.source.embodiment.dims()
+        robot = peer.RobotFeatures(tuple(data.source.embodiment.cameras), state_dim, action_dim)
+        config = peer.policy_config(data.policy.model, robot, run.optimizer.learning_rate)
+        torch.manual_seed(seed)  # initial weights, then noise and times
+        self._data, self._count, self._collator = data, run.global_batch_size, data.collator(seed)
+        self._policy = peer.ShrunkPI0(config, data.policy.model)
+        self._processors = peer.processors(config, data.lerobot_stats())
+        preset = config.get_optimizer_preset()
+        self._clip, self._optimizer = preset.grad_clip_norm, preset.build(self._policy.get_optim_params())
+        self._scheduler = config.get_scheduler_preset().build(self._optimizer, scheduled_steps)
+
+    def update(self, step: int) -> float:
+        """One step on the samples that our side trains on in its step of the same number."""
+        self._policy.train()
+        loss = self.loss(step * self._count, self._count)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._policy.parameters(), self._clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._scheduler.step()
+        return float(loss.item())
+
+    def loss(self, first: int, count: int) -> torch.Tensor:
+        """Of samples of the stream: pictures from bytes to [0, 1], then LeRobot's own steps (newline, tokens, normalisation)."""
+        raw = self._data.lerobot_batch(self._collator, first, count)
+        pictures = {key: value.float() / 255 for key, value in raw.items() if key.startswith("observation.images")}
+        loss: torch.Tensor = self._policy.forward(dict(self._processors[0](raw | pictures)))[0]
+        return loss
+
+    def used(self) -> tuple[int, int]:
+        """Parameters, and how many of them ever get a gradient that is not zero.
+
+        Its two language heads, and what of the last backbone layer only feeds the prefix's own output, do not.
+        """
+        self.loss(0, 2).backward()
+        used = sum(weight.numel() for weight in self._policy.parameters() if weight.grad is not None and bool(weight.grad.any()))
+        return parameter_count(self._policy), used
+
+    def policy(self) -> "LeRobotPolicy":
+        """The last weights."""
+        return LeRobotPolicy(self._policy, self._processors)
+
+
+@final
+class LeRobotPolicy:
+    """LeRobot's PI0 as a `Policy`, so that one evaluation judges both: its `predict_action_chunk`, prefix cache and 10 Euler steps."""
+
+    def __init__(self, policy: Any, processors: Any) -> None:
+        self._policy = policy.eval()
+        self._before, self._after = processors
 
     @property
-    def success(self) -> float | None:
-        """Rate over the start positions; None when every episode crashed."""
-        return None if self.summary.mean is None else round(self.summary.mean.rate, 4)
+    def metadata(self) -> Mapping[str, Any]:
+        """`action_horizon`, `robot_action_dim`, `state_dim`, `cameras` (name -> LeRobot's key), `embodiment`."""
+        config = self._policy.config
+        return {
+            "action_horizon": config.chunk_size,
+            "robot_action_dim": config.output_features["action"].shape[0],
+            "state_dim": config.input_features["observation.state"].shape[0],
+            "cameras": {key.rpartition("observation.images.")[2]: key for key in config.image_features},
+            "embodiment": "lerobot",
+        }
+
+    def infer_batch(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> list[ActionChunk]:
+        """One chunk for each observation; the same seed and observation give the same chunk, None lets LeRobot draw its noise."""
+        began, config = time.perf_counter(), self._policy.config
+        batch: dict[str, Any] = {"task": [seen.prompt for seen in observations]}
+        batch["observation.state"] = torch.from_numpy(np.stack([seen.state for seen in observations])).float()
+        for name, key in self.metadata["cameras"].items():
+            batch[key] = torch.from_numpy(np.stack([seen.images[name] for seen in observations])).permute(0, 3, 1, 2).float() / 255
+        noise = None
+        if noise_seeds is not None:
+            shape = (config.chunk_size, config.max_action_dim)
+            noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in noise_seeds])
+        actions = np.asarray(self._after(self._policy.predict_action_chunk(self._before(batch), noise=noise)), dtype=np.float32)
+        milliseconds = (time.perf_counter() - began) * 1e3
+        return [ActionChunk(chunk, {"infer_ms": milliseconds}) for chunk in actions]
 
 
-def comparable(run: TrainConfig, config: LearningConfig) -> TrainConfig:
-    """`run` at a shape that LeRobot's PI0 can take, sampled as LeRobot samples. Raises ConfigError when there is no such shape."""
-    heads = {"num_heads": QUERY_HEADS, "head_dim": same_size(run.network()).head_dim}
-    model = options.merge(run.model, {"decoder": heads})
-    flow = replace(run.flow, solver="euler", num_flow_steps=FLOW_STEPS)
-    return replace(run, model=model, flow=flow, dataset=config.dataset, threads=config.threads)
+SIDES: dict[str, type[Training]] = {"pi0fm": OurTraining, "lerobot": LeRobotTraining}
 
 
-def compare(config: LearningConfig, run: TrainConfig, data: SharedData, judge: Judge) -> list[Outcome]:
-    """Train and judge both sides with each seed, in turn. run: what `comparable` returned, and what `data` was opened with."""
-    torch.set_num_threads(config.threads)
+def train(side: str, run: TrainConfig, data: SharedData, seed: int, cpu_seconds: float, steps: int | None) -> tuple[Policy, TrainingResult]:
+    """Train from scratch until `cpu_seconds` of the process tree are spent or `steps` done; at most one step is over the budget.
+
+    The caller's random state is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        make = SIDES[side]
+        scheduled = steps or steps_in_budget(make(run, data, seed, CALIBRATION_STEPS + 1).update, cpu_seconds)
+        training = make(run, data, seed, scheduled)
+        losses, spent = spend(side, training.update, cpu_seconds, steps)
+    return training.policy(), TrainingResult(scheduled, losses, spent)
+
+
+def spend(name: str, update: Callable[[int], float], cpu_seconds: float, steps: int | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Call `update` until `cpu_seconds` are spent or `steps` done: its losses, and the seconds used by the end of each."""
+    losses: list[float] = []
+    spent = [0.0]
+    shown, unit, whole = 0, *(("CPU-seconds", math.ceil(cpu_seconds)) if steps is None else ("steps", steps))
+    began = cpu_seconds_of_tree()
+    with progress.step(f"{name}, {unit}", whole) as bar:
+        while spent[-1] < cpu_seconds and (steps is None or len(losses) < steps):
+            losses.append(update(len(losses)))
+            spent.append(cpu_seconds_of_tree() - began)
+            reached = min(int(spent[-1]), whole) if steps is None else len(losses)
+            bar.advance(reached - shown, f"step {len(losses)}, loss {losses[-1]:.3f}")
+            shown = reached
+    return tuple(losses), tuple(spent[1:])
+
+
+def steps_in_budget(update: Callable[[int], float], cpu_seconds: float) -> int:
+    """How many steps the seconds hold, from a few of `update`; the first, which pays for allocation, is not counted."""
+    update(0)
+    used = seconds_of(lambda: [update(step) for step in range(1, CALIBRATION_STEPS + 1)], cpu_seconds_of_tree)
+    return max(1, round(cpu_seconds * CALIBRATION_STEPS / used))
+
+
+def compare(
+    options: Options, run: TrainConfig, data: SharedData, judge: Callable[[Policy], Summary]
+) -> tuple[dict[str, dict[str, list[Any]]], dict[str, list[Any]]]:
+    """Train and judge both sides with each seed, in turn: for each side its figures by seed, and its loss curves.
+
+    run: what `comparable` returned, and what `data` was opened with. A success of None: every episode crashed.
+    """
+    torch.set_num_threads(options.threads)
     keep_freed_memory()  # a setting of the process: pi0fm's training makes it, and LeRobot's is to gain from it as well
-    outcomes = []
-    for seed in range(config.seeds):
-        for side in config.sides:
-            plan = TrainingPlan(config.budget(side), run.optimizer.learning_rate, seed, config.steps, CALIBRATION_STEPS)
-            progress.say(f"\n{side}, seed {seed} of 0 to {config.seeds - 1}")
-            policy, result = _train(side, run, data, plan)
-            outcomes.append(Outcome(side, seed, result, judge(policy)))
-            del policy
-            gc.collect()  # not within the next one's budget
-    return outcomes
+    names = ("success", "cpu_seconds", "steps", "scheduled_steps", "crashes")
+    figures: dict[str, dict[str, list[Any]]] = {side: {name: [] for name in names} for side in SIDES}
+    curves: dict[str, list[Any]] = {side: [] for side in SIDES}
+    for seed, side in itertools.product(range(options.seeds), SIDES):
+        if side == "lerobot" and options.lerobot_cpu_seconds == 0:
+            continue
+        progress.say(f"\n{side}, seed {seed} of 0 to {options.seeds - 1}")
+        policy, result = train(side, run, data, seed, options.budget(side), options.steps)
+        summary = judge(policy)
+        success = None if summary.mean is None else round(summary.mean.rate, 4)
+        row = (success, round(result.spent[-1], 3), len(result.losses), result.scheduled_steps, summary.crashes)
+        for name, value in zip(names, row, strict=True):
+            figures[side][name].append(value)
+        curves[side].append(result.curve())
+        del policy
+        gc.collect()  # not within the next one's budget
+    return figures, curves
 
 
 def parameters(data: SharedData) -> dict[str, int]:
-    """Parameters of both sides, and how many of LeRobot's take part.
-
-    Its two language heads, and what of the last backbone layer only feeds the prefix's own output, never get a gradient that is not zero.
-    """
-    size = same_size(data.policy.model)
-    lerobot_config = policy_config(size, data.robot)
+    """Parameters of both sides, and how many of LeRobot's take part."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        policy = ShrunkPI0(lerobot_config, size)
-        raw = lerobot_batch(data.collator(0), 0, 2)
-        pictures = {key: value.float() / 255 for key, value in raw.items() if key.startswith("observation.images")}
-        loss, _ = policy.forward(processors(lerobot_config, data.lerobot_stats())[0](raw | pictures))
-        loss.backward()
-    used = sum(weight.numel() for weight in policy.parameters() if weight.grad is not None and bool(weight.grad.any()))
-    return {"pi0fm": parameter_count(Pi0(data.policy.model)), "lerobot": parameter_count(policy), "lerobot_used": used}
+        lerobot, used = LeRobotTraining(TrainConfig(), data, 0, 1).used()
+    return {"pi0fm": parameter_count(Pi0(data.policy.model)), "lerobot": lerobot, "lerobot_used": used}
 
 
-def figures(outcomes: list[Outcome]) -> dict[str, dict[str, list[Any]]]:
-    """For each side, success, CPU-seconds and steps by seed, and what explains them."""
-    columns: dict[str, Callable[[Outcome], Any]] = {
-        "success": lambda outcome: outcome.success,
-        "cpu_seconds": lambda outcome: round(outcome.result.cpu_seconds, 3),
-        "steps": lambda outcome: outcome.result.steps,
-        "scheduled_steps": lambda outcome: outcome.result.scheduled_steps,
-        "crashes": lambda outcome: outcome.summary.crashes,
-    }
-    by_side = {side: [outcome for outcome in outcomes if outcome.side == side] for side in SIDES}
-    return {side: {name: [read(outcome) for outcome in found] for name, read in columns.items()} for side, found in by_side.items()}
+def make_judge(options: Options, execution_horizon: int, policy: PolicyConfig) -> Callable[[Policy], Summary]:
+    """The evaluation that both sides go through. Raises ConfigError for start positions that were demonstrated."""
+    asked = EvalConfig(
+        policy="both sides",
+        tasks=(options.task,),
+        episodes=options.episodes,
+        first_seed=options.first_seed,
+        max_steps=options.max_steps,
+        execution_horizon=execution_horizon,
+        videos_per_task=0,
+    )
+    metadata = policy.metadata()
+    refuse_seen_seeds(asked, metadata)
+    cameras = camera_specs(asked, metadata, catalog.find(options.task)[0])
+    open_environment = partial(catalog.open_environment, cameras=cameras, max_steps=options.max_steps)
 
+    def judge(judged: Policy) -> Summary:
+        setup = WorkerSetup(lambda: judged, open_environment, settings_for(asked, metadata), asked.environments_per_worker)
+        results = run_episodes(plan(asked), setup, in_this_process)
+        for result in results:
+            if result.error is not None:
+                progress.say(f"CRASHED seed {result.seed}: {result.error}")
+        return summarize(results, (options.task,))
 
-def curves(outcomes: list[Outcome]) -> dict[str, list[dict[str, list[float | None]]]]:
-    """For each side and seed, the loss of each step and the CPU-seconds spent by then; null stands for a loss that is not finite."""
-    return {side: [_curve(outcome.result) for outcome in outcomes if outcome.side == side] for side in SIDES}
-
-
-def _train(side: str, run: TrainConfig, data: SharedData, plan: TrainingPlan) -> tuple[Policy, TrainingResult]:
-    if side == "pi0fm":
-        here = train_pi0fm(run, data, plan)
-        return here.policy, here.result
-    collator, count = data.collator(plan.seed), run.global_batch_size
-    size = same_size(data.policy.model)
-    trained = train_lerobot(size, data.robot, data.lerobot_stats(), lambda step: lerobot_batch(collator, step * count, count), plan)
-    return LeRobotPolicy(trained), trained.result
-
-
-def _curve(result: TrainingResult) -> dict[str, list[float | None]]:
-    losses = [round(loss, 6) if math.isfinite(loss) else None for loss in result.losses]
-    return {"cpu_seconds": [round(seconds, 3) for seconds in result.spent], "loss": losses}
+    return judge

@@ -1,96 +1,348 @@
 """What loading costs: samples from the cache, from the stream, building the cache, statistics; LeRobot and plain decoding beside them.
 
-Owns: which comparisons are made, in processor time over the process tree. Does not know: the command line, what a side does.
+Owns: what either side of a comparison does in a round, what of it is inside the clock, a data set drawn for it. Does not know: training.
 
-    cached     LeRobotDataset in its DataLoader : our loader from the frame cache     processor seconds a sample, same pictures and chunks
-    gather     copying as many bytes as one block : gathering a batch of pictures     processor seconds, both into fresh arrays
-    collate    copying as many bytes as one block : a whole batch, noise included     the same
-    build      decoding every video once, in order : building the frame cache         processor seconds, both on one processor
-    build_all  the same, as many files at once as there are processors                wall time
-    stream     decoding in order : as many pictures in the stream's order             processor seconds, both on one processor
-    batches    decoding in order : as many samples of the stream, noise included      the same
-    memory     anonymous memory of this process and its workers over many batches     a leak, however small a batch of it, shows
+    cached_ratio               LeRobotDataset in its DataLoader : our loader from the frame cache    same pictures and chunks; at least 30
+    cached_of_memcpy           copying as many bytes as one block : gathering a batch of pictures    both into fresh arrays; at least 0.5
+    batch_of_memcpy            the same : a whole batch, noise included
+    build_of_decode            decoding every video once, in order : building the frame cache        on one processor; at least 0.8
+    .._on_all_processors       the same, as many files at once as there are processors               wall time
+    streaming_of_decode        decoding in order : as many pictures in the stream's order            on one processor; at least 0.6
+    streamed_batch_of_decode   the same : as many samples of the stream, noise included
+    norm_stats_seconds         statistics of a million frames, whose columns are in memory           at most 20
+    memory_mib                 that no file backs, of this process and its workers, over many batches: a leak, however small, shows
 
-Both sides of a comparison run in turn in this process, and the ratio is of neighbours. Decoding threads share one processor on both
-sides: two on the two halves of a core are charged twice the seconds for hardly more frames, which is the machine's doing, not the
-cache's; `build_all` shows what becomes of it on all processors. What these figures do not say: disks slower than the page cache, which
-holds everything after the first round; what building the cache costs a run of few epochs (`build` says it a frame); LeRobot with workers
-pays for moving batches between processes, which --lerobot_workers shows, and ours does, which --processes shows. The drawn data set has a
-key frame every 4 frames, as `pi0fm demos` records; LeRobot's own recordings have one every 2, which makes its random access cheaper:
---root. Statistics are computed from columns in memory; reading them is not in their figure.
+A ratio is of the first's processor seconds to the second's. Both sides of a comparison run in turn in this process. Decoding threads share
+one processor on both sides: two on the two halves of a core are charged twice the seconds for hardly more frames, which is the machine's
+doing, not the cache's. What these figures do not say: disks slower than the page cache, which holds everything after the first round; what
+building the cache costs a run of few epochs; LeRobot with workers pays for moving batches between processes (--lerobot_workers), and so
+does ours (--processes). The drawn data set has a key frame every 4 frames, as `pi0fm demos` records; LeRobot's own recordings have one
+every 2, which makes its random access cheaper: --root.
+
+    stream, one round     a new buffer | first window, no clock | the middle of an epoch: CLOCK | whole windows, and one is left
+    of one epoch                         fills the buffer         decodes as much ahead at its end as lay ready at its begin
+
+In the middle of one epoch every group is used once. Over whole epochs a buffer of half the data set would still hold what the next one
+begins with, as no buffer does whose data set is as large as streams are for. A small data set has shorter groups than such a buffer, which
+cost more seeks.
 """
 
+import os
+import shutil
 import tempfile
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from pi0fm import progress
-from pi0fm.bench.loading_config import LoadingConfig, make_collator
-from pi0fm.bench.loading_data import write_dataset
-from pi0fm.bench.loading_memory import MemoryUse, memory_over
-from pi0fm.bench.loading_sides import Streaming, compare_building, compare_copying, compare_lerobot, compare_streaming
-from pi0fm.bench.paired import Ratio
+from pi0fm.bench.measure import Ratio, Report, check_least, paired_ratio, ratio_of, seconds_of
+from pi0fm.data.chain import make_chain
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, open_source
 from pi0fm.data.columns.norm_stats import compute_norm_stats
-from pi0fm.data.pictures.frame_cache import open_cache
-from pi0fm.data.pictures.video import choose_decoder
-from pi0fm.processes import cpu_seconds_of_tree
+from pi0fm.data.loading.loader import Collator, LoaderConfig, micro_batches
+from pi0fm.data.pictures.decoding import cores
+from pi0fm.data.pictures.frame_cache import FrameCache, open_cache
+from pi0fm.data.pictures.source import Pictures
+from pi0fm.data.pictures.streaming import FrameStream
+from pi0fm.data.pictures.video import choose_decoder, decode
+from pi0fm.data.prompt import BYTES, PromptTokenizer, load_tokenizer
+from pi0fm.demos.demonstration import Demonstration
+from pi0fm.demos.encoding import EncodedDemonstration, encode
+from pi0fm.demos.lerobot_writer import Contents, Layout, write_segment
+from pi0fm.options import option
+from pi0fm.processes import anonymous_memory_of_tree, cpu_seconds_of_tree
 from pi0fm.train.parallel.allocator import keep_freed_memory
+from pi0fm_client.errors import ConfigError
 
+ALIASES = {"chunk_size": "action_horizon", "dataset.root": "root", "loader.processes": "processes"}
+NETWORK_WIDTH, PROMPT_TOKENS = 32, 64  # pi0's widths of state and action
 STATS_FRAMES, STATS_WIDTH, STATS_EPISODE = 1_000_000, 14, 300
+OURS_A_ROUND = 20  # samples of ours for each of LeRobot's in a round: both sides then take a time that can be measured
+SECONDS_TO_REST = 1.0  # until worker processes have prepared the few batches that they may be ahead; no processor time
+BUFFER_SHARE = 0.5  # of the data set: groups are then about as long as in a buffer of 4 GiB
+MEMORY_LOOKS = 500
+FPS, EPISODE_FRAMES, SEGMENT_EPISODES = 50, 100, 10  # of the drawn data set
+DISTINCT_EPISODES = 40  # encoded once and written again and again: a decoder works as much on a picture that it has seen
 
 
 @dataclass(frozen=True)
-class LoadingFigures:
-    """The comparisons; each ratio is of speeds, ours over the other, and its seconds are those of a sample or a frame.
+class Options:
+    """Options of `pi0fm bench loading`. Raises ConfigError for a value out of range."""
 
-    video_backend: of both sides.
-    """
+    root: Path | None = option(None, "folder of a LeRobot data set with videos; one is drawn and written when not given")
+    frames: int = option(16000, "frames of the data set that is written")
+    size: int = option(128, "side of the pictures, of the data set that is written and of those that are loaded")
+    action_horizon: int = option(50, "actions of a sample")
+    batch_size: int = option(32, "samples of a batch, on both sides")
+    rounds: int = option(3, "times that both sides of a comparison run")
+    processes: int = option(0, "worker processes of our loader; 0 prepares in a thread")
+    lerobot_batches: int = option(2, "batches of LeRobot's loader in a round; at least one a worker is taken")
+    lerobot_workers: int = option(0, "processes of LeRobot's DataLoader; 0, its cheapest, loads in the calling process")
+    memory_batches: int = option(2000, "batches over which memory is watched; 100000 take some five minutes")
 
-    cached: Ratio
-    gather: Ratio
-    collate: Ratio
-    build: Ratio
-    build_all: Ratio
-    streaming: Streaming
-    norm_stats_seconds: float
-    memory: MemoryUse
-    frames: int
-    video_backend: str
+    def __post_init__(self) -> None:
+        check_least(self, frames=1400, size=16, action_horizon=1, batch_size=1, rounds=1, memory_batches=10)
+        check_least(self, lerobot_batches=1, lerobot_workers=0, processes=0)
+        if self.size % 2:
+            raise ConfigError(f"size must be even, since video is, found {self.size}; type --size {self.size + 1}")
 
 
-def measure(config: LoadingConfig) -> LoadingFigures:
-    """All of them, in this process with one thread. Raises DatasetError for a data set that cannot be read."""
+def measure(options: Options) -> Report:
+    """All of it, in this process with one thread. Raises DatasetError for a data set that cannot be read."""
     torch.set_num_threads(1)
     keep_freed_memory()  # as training does
     with tempfile.TemporaryDirectory(prefix="pi0fm-bench-loading-") as folder:
-        dataset = DatasetConfig(root=config.root or _written(Path(folder) / "dataset", config), cache_dir=Path(folder) / "cache")
+        dataset = DatasetConfig(root=options.root or Path(folder) / "dataset", cache_dir=Path(folder) / "cache")
+        if options.root is None:
+            write_dataset(Path(folder) / "dataset", options.frames, options.size)
         source = open_source(dataset, Embodiment())
-        cache = open_cache(source, dataset, config.size)
-        collator = make_collator(source, cache, config)
-        progress.say(f"LeRobot's loader and ours, {config.rounds} rounds")
-        cached = compare_lerobot(source, collator, config)
-        gather, collate = compare_copying(collator, config)
+        collator = make_collator(source, open_cache(source, dataset, options.size), options)
+        progress.say(f"LeRobot's loader and ours, {options.rounds} rounds")
+        cached = compare_lerobot(source, collator, options)
+        gather, collate = compare_copying(collator, options)
         progress.say("building the cache and streaming, beside decoding")
-        build, build_all = compare_building(source, dataset, config)
-        streaming = compare_streaming(source, dataset, config)
+        build, build_all = compare_building(source, dataset, options)
+        stream, batches, decoded = compare_streaming(source, dataset, options)
         progress.say("statistics, and memory")
-        return LoadingFigures(
-            cached=cached,
-            gather=gather,
-            collate=collate,
-            build=build,
-            build_all=build_all,
-            streaming=streaming,
-            norm_stats_seconds=norm_stats_seconds(),
-            memory=memory_over(collator, config),
-            frames=len(source.state),
-            video_backend=choose_decoder("auto"),
-        )
+        stats_seconds, memory = norm_stats_seconds(), memory_over(collator, options)
+    ratios = {
+        "cached_ratio": cached,
+        "cached_of_memcpy": gather,
+        "streaming_of_decode": stream,
+        "build_of_decode": build,
+        "batch_of_memcpy": collate,
+        "build_of_decode_on_all_processors": build_all,
+        "streamed_batch_of_decode": batches,
+    }
+    return Report(
+        {
+            **{name: ratio.median for name, ratio in ratios.items()},
+            "norm_stats_seconds_per_million_frames": stats_seconds,
+            "intervals": {name: ratio.interval for name, ratio in ratios.items()},
+            "cached_samples_per_cpu_second": 1 / cached.second_seconds,
+            "lerobot_samples_per_cpu_second": 1 / cached.first_seconds,
+            "decoded_frames_per_cpu_second": 1 / build.first_seconds,
+            "streamed_frames_a_sample": decoded,
+            "memory_mib": memory,
+            "memory_growth_mib": memory["end"] - memory["start"],
+            "frames": len(source.state),
+            **{name: getattr(options, name) for name in ("size", "action_horizon", "batch_size", "memory_batches")},
+            **{name: getattr(options, name) for name in ("processes", "lerobot_workers")},
+            "video_backend": choose_decoder("auto"),
+        }
+    )
+
+
+def make_collator(source: LeRobotSource, pictures: Pictures, options: Options) -> Collator:
+    """Our batches at pi0's widths: normalised, padded, tokenised, with noise and flow times."""
+    state_dim, action_dim = (max(NETWORK_WIDTH, own) for own in source.embodiment.dims())
+    chain = make_chain(
+        source.embodiment,
+        source.norm_stats(options.action_horizon),
+        PromptTokenizer(load_tokenizer(BYTES, 384), PROMPT_TOKENS),
+        normalization="z_score",
+        floor=1e-3,
+        image_size=options.size,
+        padded_state_dim=state_dim,
+        padded_action_dim=action_dim,
+    )
+    return Collator(source, pictures, chain, options.action_horizon, action_dim, seed=0)
+
+
+def compare_lerobot(source: LeRobotSource, collator: Collator, options: Options) -> Ratio:
+    """LeRobot's processor seconds for its batches by ours for as many samples.
+
+    LeRobot's side as its own training sets it up: pictures as uint8, workers that stay from round to round with what they have opened, four
+    batches ahead. Opening the data set and starting workers, theirs and ours, are outside the clock. Our threads begin and end with a
+    round; our worker processes stay, and what they prepare ahead at its end is waited for, so that none of it falls into LeRobot's time.
+    """
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    from torch.utils.data import DataLoader, RandomSampler
+
+    name, horizon, size, workers = source.embodiment.action, options.action_horizon, options.batch_size, options.lerobot_workers
+    chunk = {name: [step / source.fps for step in range(horizon)]}
+    backend = choose_decoder("auto")
+    data = LeRobotDataset(
+        source.repo_id or "local/bench", root=source.root, delta_timestamps=chunk, video_backend=backend, return_uint8=True
+    )
+    batches = max(options.lerobot_batches, workers)
+    sampler = RandomSampler(data, num_samples=batches * size)
+    ahead: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
+    loader = DataLoader(data, size, sampler=sampler, num_workers=workers, **ahead)
+
+    def theirs() -> None:
+        for batch in loader:
+            assert batch[name].shape[1] == horizon
+
+    first, each = count(), OURS_A_ROUND * batches
+    ours_loader = LoaderConfig(processes=options.processes)
+    endless = micro_batches(collator, 0, 10**9, size, 0, 1, size, ours_loader)
+
+    def in_threads() -> None:
+        begin = next(first) * each
+        _take(collator, begin, begin + each, size)
+
+    def in_processes() -> None:
+        for batch in islice(endless, each):
+            assert len(batch.actions) == size
+        time.sleep(SECONDS_TO_REST)
+
+    ours = in_processes if options.processes else in_threads
+    found = paired_ratio(theirs, ours, options.rounds, warm_up=1, clock=cpu_seconds_of_tree)
+    endless.close()
+    return found.per_piece(batches * size, OURS_A_ROUND * batches * size)
+
+
+def compare_copying(collator: Collator, options: Options) -> tuple[Ratio, Ratio]:
+    """Seconds of copying a block of the cache by those of gathering as many pictures, and by those of making the whole batch."""
+    cache = collator.cache
+    assert isinstance(cache, FrameCache)
+    camera, pictures = np.array(cache.cameras[0]), options.batch_size * len(cache.cameras)
+    random = np.random.default_rng(0)
+    batches = max(1, min(len(camera) // pictures, 64))
+
+    def copy() -> None:
+        for first in random.integers(0, max(len(camera) - pictures, 0) + 1, batches).tolist():
+            camera[first : first + pictures].copy()
+
+    def gather() -> None:
+        for _ in range(batches):
+            cache.gather(random.integers(0, len(camera), options.batch_size))
+
+    def collate() -> None:
+        for first in random.integers(0, len(camera), batches).tolist():
+            collator(first, options.batch_size)
+
+    one, other = (paired_ratio(copy, ours, 4 * options.rounds, clock=cpu_seconds_of_tree) for ours in (gather, collate))
+    return one, other
+
+
+def compare_building(source: LeRobotSource, dataset: DatasetConfig, options: Options) -> tuple[Ratio, Ratio]:
+    """Seconds of decoding every video once by those of building the cache, of a frame: on one processor, and on all of them.
+
+    The first counts processor seconds, the second wall time, in which either side decodes as many files at once as there are processors.
+    """
+    frames = len(source.state) * len(source.clips)
+
+    def compare(clock: Callable[[], float]) -> Ratio:
+        with tempfile.TemporaryDirectory(prefix="pi0fm-bench-frames-") as folder:
+            place = replace(dataset, cache_dir=Path(folder) / "cache")
+            found = paired_ratio(
+                lambda: decode_all(source, dataset),
+                lambda: open_cache(source, place, options.size),
+                options.rounds,
+                warm_up=1,
+                clock=clock,
+                after=lambda: shutil.rmtree(Path(folder) / "cache", ignore_errors=True),
+            )
+        return found.per_piece(frames, frames)
+
+    with one_processor():
+        alone = compare(cpu_seconds_of_tree)
+    return alone, compare(time.perf_counter)
+
+
+def compare_streaming(source: LeRobotSource, dataset: DatasetConfig, options: Options) -> tuple[Ratio, Ratio, float]:
+    """Processor seconds of decoding in order what a sample shows, by those of a sample of the stream: its pictures, and whole batches.
+
+    The last is how many frames the stream decoded for a sample's pictures; 1 is every frame once.
+    Raises ConfigError for a data set that is shorter than three windows.
+    """
+    pairs: tuple[list[tuple[float, float]], ...] = ([], [])
+    decoded = []
+
+    def decode_once() -> float:
+        return seconds_of(lambda: decode_all(source, dataset), cpu_seconds_of_tree) / len(source.state)
+
+    for number in range(options.rounds + 1):
+        with one_processor():
+            before = decode_once()
+            shown, frames = _stream_round(source, dataset, options, 2 * number, _gather)
+            between = decode_once()
+            made, _ = _stream_round(source, dataset, options, 2 * number + 1, _take)
+        if number:  # the first round warms up
+            pairs[0].append(((before + between) / 2, shown))  # one decoding on either side of the pictures
+            pairs[1].append((between, made))
+            decoded.append(frames)
+    return ratio_of(pairs[0]), ratio_of(pairs[1]), float(np.mean(decoded))
+
+
+def _gather(collator: Collator, first: int, stop: int, batch: int) -> None:
+    """The pictures of some steps in the stream's order, nothing else of a batch."""
+    for start in range(first * batch, stop * batch, batch):
+        places = collator.places(np.arange(start, start + batch))
+        assert len(collator.cache.gather(collator.source.frames[places.index])) == batch
+        collator.expect_after(start, batch)
+
+
+def _take(collator: Collator, first: int, stop: int, batch: int) -> None:
+    """Whole batches of some steps, as training's loader makes them in threads."""
+    for made in micro_batches(collator, first, stop, batch, 0, 1, batch, LoaderConfig()):
+        assert len(made.actions) == batch
+
+
+def _stream_round(
+    source: LeRobotSource, dataset: DatasetConfig, options: Options, epoch: int, read: Callable[[Collator, int, int, int], None]
+) -> tuple[float, float]:
+    """(processor seconds, frames decoded) for each sample in the middle of an epoch, see the drawing."""
+    gib = BUFFER_SHARE * len(source.state) * len(source.clips) * options.size**2 * 3 / 2**30
+    pictures = FrameStream(source, dataset, options.size, options.batch_size, gib)
+    collator = make_collator(source, pictures, options)
+    size, batch = len(source.frames), options.batch_size
+    first, window = -(-epoch * size // batch), -(-pictures.look_ahead // batch)
+    windows = ((epoch + 1) * size // batch - first) // window - 2  # whole ones: a window that is begun is decoded as a whole
+    begin, end = first + window, first + (1 + windows) * window
+    if windows < 1:
+        raise ConfigError(f"streaming is measured over more than three windows of {window * batch} samples, found {size}; raise --frames")
+
+    def whole(first: int, stop: int) -> None:
+        read(collator, first, stop, batch)
+        pictures.settle()
+
+    whole(first, begin)
+    before = pictures.frames_decoded
+    seconds, frames = seconds_of(lambda: whole(begin, end), cpu_seconds_of_tree), pictures.frames_decoded - before
+    pictures.close()
+    samples = (end - begin) * batch
+    return seconds / samples, frames / samples
+
+
+def decode_all(source: LeRobotSource, dataset: DatasetConfig) -> None:
+    """Every video once, from its first frame to its last, by the decoder that the loader takes; nothing is kept.
+
+    As many files at once as there are processors.
+    """
+    decoder = choose_decoder(dataset.video_decoder)
+
+    def decode_file(path: Path) -> None:
+        for _ in decode(path, decoder):
+            pass
+
+    with ThreadPoolExecutor(cores()) as threads:
+        list(threads.map(decode_file, sorted({clip.file for clips in source.clips.values() for clip in clips})))
+
+
+@contextmanager
+def one_processor() -> Iterator[None]:
+    """Keep this thread, and the threads and programs that it starts meanwhile, on one processor, where the system can."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def norm_stats_seconds(frames: int = STATS_FRAMES) -> float:
@@ -98,11 +350,61 @@ def norm_stats_seconds(frames: int = STATS_FRAMES) -> float:
     random = np.random.default_rng(0)
     state, action = (random.standard_normal((frames, STATS_WIDTH), dtype=np.float32) for _ in range(2))
     end = np.minimum((np.arange(frames) // STATS_EPISODE + 1) * STATS_EPISODE, frames)
-    began = cpu_seconds_of_tree()
-    compute_norm_stats(state, action, end, (), 50)
-    return (cpu_seconds_of_tree() - began) * STATS_FRAMES / frames
+    return seconds_of(lambda: compute_norm_stats(state, action, end, (), 50), cpu_seconds_of_tree) * STATS_FRAMES / frames
 
 
-def _written(root: Path, config: LoadingConfig) -> Path:
-    write_dataset(root, config.frames, config.size)
-    return root
+def memory_over(collator: Collator, options: Options) -> dict[str, float]:
+    """MiB that no file backs, of this process and its children: after a tenth of the batches, after all, and the most seen in between.
+
+    The first tenth fills tables and the allocator's reserve.
+    """
+    last, size = options.memory_batches, options.batch_size
+    begin, between = last // 10, max(1, last // MEMORY_LOOKS)
+    seen: list[float] = []
+    batches = micro_batches(collator, 0, last, size, 0, 1, size, LoaderConfig(processes=options.processes))
+    with progress.step("batches", last) as bar:
+        for number, _ in enumerate(batches, start=1):
+            bar.advance()
+            if number in {begin, last} or (number > begin and number % between == 0):
+                seen.append(anonymous_memory_of_tree() / 2**20)
+    return {"start": seen[0], "end": seen[-1], "peak": max(seen)}
+
+
+def write_dataset(root: Path, frames: int, size: int) -> None:
+    """At least `frames` frames of one camera, size x size (even), in whole episodes, in LeRobot's format; `root` must not exist."""
+    names = ("x0", "x1", "x2", "x3")
+    layout = Layout(FPS, "drawn", names, names, {"base": (size, size)})
+    episodes, written = -(-frames // EPISODE_FRAMES), Contents()
+    encoded: list[EncodedDemonstration] = []
+    with progress.step("write a data set", episodes) as bar:
+        for first in range(0, episodes, SEGMENT_EPISODES):
+            segment = range(first, min(first + SEGMENT_EPISODES, episodes))
+            encoded += [encode(draw_episode(seed, size), FPS) for seed in segment if seed < DISTINCT_EPISODES]
+            written = write_segment(root, layout, written, [encoded[seed % DISTINCT_EPISODES] for seed in segment])
+            bar.advance(len(segment))
+
+
+def draw_episode(seed: int, size: int) -> Demonstration:
+    """A gripper of two dark bars that follows a slow curve over a lit table with a few blocks on it, a function of the seed.
+
+    Pictures compress as a simulator's do. Nothing is noisy: noise would cost the decoder time, and so make everything that avoids decoding
+    look better.
+    """
+    random = np.random.default_rng(seed)
+    time = np.arange(EPISODE_FRAMES) / FPS
+    path = 0.5 + 0.3 * np.sin(2 * np.pi * random.uniform(0.1, 0.6, (1, 2)) * time[:, None] + random.uniform(0, 6, (1, 2)))
+    rows, columns = np.mgrid[0:size, 0:size] / size
+    light = 0.55 + 0.35 * np.exp(-((rows - 0.4) ** 2 + (columns - 0.6) ** 2) * 3)
+    table = (light + 0.03 * np.sin(columns * 60 + 4 * np.sin(rows * 9)))[..., None] * np.array([210.0, 190.0, 160.0])
+    for _ in range(5):
+        top, left = random.uniform(0.1, 0.8, 2)
+        inside = (rows > top) & (rows < top + 0.12) & (columns > left) & (columns < left + 0.12)
+        table[inside] = random.uniform(30, 230, 3) * light[inside, None]
+    pictures = np.repeat(table.clip(0, 255).astype(np.uint8)[None], EPISODE_FRAMES, axis=0)
+    bar, gap = max(size // 24, 1), max(size // 12, 2)
+    for picture, (row, column) in zip(pictures, (path * size).astype(int), strict=True):
+        for left in (column - gap, column + gap - bar):
+            picture[max(row - 3 * bar, 0) : row + 3 * bar, max(left, 0) : max(left + bar, 0)] = 40
+        picture[max(row - 5 * bar, 0) : max(row - 3 * bar, 0), max(column - gap, 0) : column + gap] = 70
+    state = np.concatenate([path, np.gradient(path, axis=0)], axis=1).astype(np.float32)
+    return Demonstration("push", "push the block to the edge", seed, {"base": pictures}, state, np.roll(state, -1, axis=0))

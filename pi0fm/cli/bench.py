@@ -1,7 +1,23 @@
-"""`pi0fm bench NAME`: measurements of pi0fm, and of its peers beside it.
+"""`pi0fm bench NAME`: one way to ask a question of pi0fm/bench, to show what was found and to keep it.
 
-Owns: the list of measurements; each is a module `bench_NAME` beside this one. Does not know: what any of them measures.
+Owns: the list, the result's file, tables, what is said of the machine, the rounding of figures. Does not know: what is measured.
+A question is a module of pi0fm/bench with `Options`, `ALIASES` and `measure(options) -> Report`; where it writes a file, `RESULT` is its
+name in `options.output_dir`.
 """
+
+import functools
+import importlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pi0fm import files, machine, progress
+from pi0fm_client.errors import OutputError
 
 HELP = "measure pi0fm, and its peers beside it, on this machine"
 SUBCOMMANDS = {
@@ -13,3 +29,104 @@ SUBCOMMANDS = {
     "card": "one GPU in eight minutes: whether it computes right, inference and training at full size",
     "density": "a chunk's log-likelihood beside its sampling, with the same evaluations",
 }
+DIGITS = 6
+
+
+def subcommand(name: str) -> ModuleType | SimpleNamespace:
+    """The question of that name as a command; `card` is a command of its own, with a place and a clock of its own."""
+    if name == "card":
+        return importlib.import_module("pi0fm.cli.bench_card")
+    return question(importlib.import_module(f"pi0fm.bench.{name}"), SUBCOMMANDS[name])
+
+
+@functools.cache
+def question(module: ModuleType, text: str) -> SimpleNamespace:
+    """A module of pi0fm/bench as a command; text: its line of help."""
+    positional = getattr(module, "POSITIONAL", None)
+    run = functools.partial(ask, module)
+    return SimpleNamespace(HELP=text, Options=module.Options, ALIASES=module.ALIASES, POSITIONAL=positional, run=run)
+
+
+def ask(module: ModuleType, options: Any) -> dict[str, Any]:
+    """Refuse a place that is taken, measure, write the result's file, show the figures, which are the last line too."""
+    written = free_place(getattr(options, "output_dir", None), getattr(module, "RESULT", None))
+    report = module.measure(options)
+    figures: dict[str, Any] = rounded(report.figures)
+    figures |= {"machine": machine.describe_machine(), "versions": machine.describe_versions()}
+    if written is not None:
+        background = rounded(report.background or {}) | {"command": machine.command_line(), "notes": module.__doc__}
+        files.write_json(written, figures | background)
+    show(figures if report.shown is None else report.shown)
+    for facts in ("machine", "versions"):
+        progress.say(", ".join(f"{name} {value}" for name, value in figures[facts].items()))
+    if written is not None:
+        progress.say(f"written: {written}")
+    return figures
+
+
+def free_place(output_dir: Path | None, name: str | None) -> Path | None:
+    """Where the result goes. Raises OutputError for a folder that is a file, or that holds a result."""
+    if output_dir is None or name is None:
+        return None
+    if output_dir.exists() and not output_dir.is_dir():
+        raise OutputError(f"output_dir must be a folder, found a file at {output_dir}; type --output_dir ANOTHER")
+    if (output_dir / name).exists():
+        raise OutputError(f"a result is never overwritten, and {output_dir / name} is there; type --output_dir ANOTHER")
+    return output_dir / name
+
+
+def show(figures: Mapping[str, Any]) -> None:
+    """Each mapping of alike rows as a table, all other figures as one, on standard error."""
+    console = Console(stderr=True, highlight=False, width=max(200, Console(stderr=True).width))
+    leaves: dict[str, Any] = {}
+    for name, value in _parts("", figures):
+        if isinstance(value, Mapping):
+            console.print(_table(name, value))
+        else:
+            leaves[name] = {"": value}
+    console.print(_table("", leaves))
+
+
+def _parts(path: str, tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(name, leaf or mapping of mappings of leaves) of all that is in `tree` but machine and versions."""
+    for key, value in tree.items():
+        name = f"{path} {key}".strip().replace("_", " ")
+        if not isinstance(value, Mapping) or (value and all(_is_row(row) for row in value.values())):
+            yield name, value
+        elif key not in {"machine", "versions"}:
+            yield from _parts(name, value)
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, Mapping) and not any(isinstance(leaf, Mapping) for leaf in value.values())
+
+
+def _table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Rows down and what they hold across, or the other way round, so that the longer side goes down."""
+    columns = dict.fromkeys(name for row in rows.values() for name in row)
+    cells = {name: {column: row.get(column, "") for column in columns} for name, row in rows.items()}
+    if len(columns) > len(rows):
+        cells = {column: {name: row[column] for name, row in cells.items()} for column in columns}
+    table = Table(box=None, padding=(0, 2), header_style="", title=title, title_justify="left")
+    for heading in ("", *next(iter(cells.values()), {})):
+        table.add_column(heading, justify="right" if table.columns else "left", no_wrap=True)
+    for name, row in cells.items():
+        table.add_row(name, *map(_text, row.values()))
+    return table
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    return "unknown" if value is None else str(value)
+
+
+def rounded(tree: Any) -> Any:
+    """`tree` with every float at DIGITS significant digits."""
+    if isinstance(tree, Mapping):
+        return {name: rounded(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [rounded(value) for value in tree]
+    return float(f"{tree:.{DIGITS}g}") if isinstance(tree, float) and math.isfinite(tree) else tree

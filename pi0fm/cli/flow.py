@@ -1,10 +1,22 @@
 """`pi0fm flow NAME`: the mathematics under the policies, seen and measured.
 
-Owns: the list; each is a module `flow_NAME` beside this one. Does not know: what any of them does.
+Owns: the list. Does not know: what any of them does.
 """
+
+import importlib
+from typing import Any
+
+from pi0fm.cli.bench import question
 
 HELP = "see and measure the flows that policies are made of"
 SUBCOMMANDS = {
     "demo": "flow matching, CNF and diffusion on data in the plane: figures and a comparison",
-    "steps": "the error of a policy's action chunks against evaluations, for every solver",
+    "steps": "the error of a chunk against the evaluations of the network, for every solver",
 }
+
+
+def subcommand(name: str) -> Any:
+    """`flow_demo` beside this module, or a question of pi0fm/bench."""
+    if name == "steps":
+        return question(importlib.import_module("pi0fm.bench.flow_steps"), SUBCOMMANDS[name])
+    return importlib.import_module(f"pi0fm.cli.flow_{name}")

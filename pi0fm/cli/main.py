@@ -2,8 +2,9 @@
 
 Owns: dispatch, help, exit codes, the last line of JSON. Does not know: what any command does.
 Each command is a module of pi0fm/cli with `HELP`, `Options`, `ALIASES` and `run(options) -> result`, imported when it is called; or with
-`SUBCOMMANDS`, name -> help line, each of which is a module COMMAND_NAME. `POSITIONAL` names an option that may stand first without its
-name, where other commands have files; `NAMED_BY_ROW` one that is outputs/NAME_NAME where several files stand in a row.
+`SUBCOMMANDS`, name -> help line, each of which is a module COMMAND_NAME or what the command's `subcommand(name)` gives. `POSITIONAL`
+names an option that may stand first without its name, where other commands have files; `NAMED_BY_ROW` one that is outputs/NAME_NAME
+where several files stand in a row.
 """
 
 import importlib
@@ -11,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from types import ModuleType
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -53,7 +54,7 @@ def _dispatch(path: tuple[str, ...], commands: Mapping[str, str], words: Sequenc
     if words[0] not in commands:
         raise ConfigError(f"unknown command {name!r}: {options.nearest(words[0], list(commands))}")
     path = (*path, words[0])
-    command = importlib.import_module(f"pi0fm.cli.{'_'.join(path)}")
+    command = find(path)
     if hasattr(command, "SUBCOMMANDS"):
         return _dispatch(path, command.SUBCOMMANDS, rest)
     if "-h" in rest or "--help" in rest:
@@ -68,7 +69,15 @@ def _dispatch(path: tuple[str, ...], commands: Mapping[str, str], words: Sequenc
     return 0
 
 
-def _constant(command: ModuleType, name: str) -> str | None:
+def find(path: Sequence[str]) -> Any:
+    """A command's module, or what stands for one: the group's `subcommand(name)` where it has that."""
+    group = importlib.import_module(f"pi0fm.cli.{path[0]}") if len(path) > 1 else None
+    if group is not None and hasattr(group, "subcommand"):
+        return group.subcommand(path[1])
+    return importlib.import_module(f"pi0fm.cli.{'_'.join(path)}")
+
+
+def _constant(command: Any, name: str) -> str | None:
     value: str | None = getattr(command, name, None)
     return value
 
@@ -85,7 +94,7 @@ def _print_commands(path: tuple[str, ...], commands: Mapping[str, str]) -> None:
     console.print(f"\n`{command} {'NAME' if path else 'COMMAND'} --help` lists every option of a command.", highlight=False)
 
 
-def _print_options(name: str, command: ModuleType) -> None:
+def _print_options(name: str, command: Any) -> None:
     table = Table(box=None, padding=(0, 2), header_style="")
     for heading in ("option", "default", "meaning"):
         table.add_column(heading, overflow="fold")

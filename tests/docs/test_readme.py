@@ -4,42 +4,40 @@ import ast
 import importlib
 import re
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 from readme_blocks import blocks, command_lines, pi0fm_words
 
-from pi0fm.cli.main import COMMANDS, main
+from pi0fm.cli.main import COMMANDS, find, main
 
 COMMAND_LINES = command_lines()
 OURS = [words for command in COMMAND_LINES if (words := pi0fm_words(command)) is not None]
 
 
-def module_of(words: list[str]) -> ModuleType:
-    """The module whose `run` the words call."""
+def command_of(words: list[str]) -> Any:
+    """The command, a module or what stands for one, whose `run` the words call."""
     path = words[:1]
-    while hasattr(module := importlib.import_module(f"pi0fm.cli.{'_'.join(path)}"), "SUBCOMMANDS"):
+    while hasattr(command := find(path), "SUBCOMMANDS"):
         path = words[: len(path) + 1]
-    return module
+    return command
 
 
 # Imported while tests are collected: the first import of torch and transformers may take longer than a test may.
-MODULES = [module_of(words) for words in OURS]
+FOUND = [command_of(words) for words in OURS]
 
 
-@pytest.mark.parametrize(("words", "module"), zip(OURS, MODULES, strict=True), ids=[" ".join(words) for words in OURS])
-def test_every_option_is_one_of_the_program(
-    words: list[str], module: ModuleType, monkeypatch: pytest.MonkeyPatch, repository: Path
-) -> None:
+@pytest.mark.parametrize(("words", "command"), zip(OURS, FOUND, strict=True), ids=[" ".join(words) for words in OURS])
+def test_every_option_is_one_of_the_program(words: list[str], command: Any, monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
     monkeypatch.chdir(repository)  # where configs/quickstart.yaml is found
     decoded: list[object] = []
-    monkeypatch.setattr(module, "run", decoded.append)
+    monkeypatch.setattr(command, "run", decoded.append)
     assert main(words) == 0
     assert len(decoded) == 1
 
 
 def test_an_option_that_is_gone_is_found_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(module_of(["train"]), "run", lambda options: None)
+    monkeypatch.setattr(command_of(["train"]), "run", lambda options: None)
     assert main(["train", "--stepz", "3"]) == 2
     assert "did you mean 'steps'" in capsys.readouterr().err
 

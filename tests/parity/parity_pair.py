@@ -12,7 +12,7 @@ import shrunk_pi05
 import torch
 from torch import Tensor
 
-from pi0fm.bench.lerobot_pi0 import RobotFeatures, same_size
+from pi0fm.bench.peer import RobotFeatures
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.observation import ModelObservation, pixels
 from pi0fm.models.pi0 import Pi0, Pi0Config
@@ -210,9 +210,8 @@ class Pair:
 
 def make_pair(kind: str, config: Pi0Config, seed: int = 0) -> Pair:
     """Both networks with the same random weights, none of which is zero. config: a pi0's, whichever the kind."""
-    size = same_size(config)
-    lerobot_config = shrunk_pi05.make_config(kind, size, RobotFeatures(CAMERAS, config.state_dim, config.action_dim))
-    theirs = shrunk_pi05.make_policy(kind, lerobot_config, size)
+    lerobot_config = shrunk_pi05.make_config(kind, config, RobotFeatures(CAMERAS, config.state_dim, config.action_dim))
+    theirs = shrunk_pi05.make_policy(kind, lerobot_config, config)
     _spread(theirs, seed)
     own = config_of(kind, config)
     ours = Pi0(own).eval()

@@ -1,4 +1,4 @@
-"""LeRobot's own PI05 at a small size: constructors alone, as pi0fm/bench/lerobot_pi0.py has them for PI0, and both with processors."""
+"""LeRobot's own PI05 at a small size: constructors alone, as pi0fm/bench/peer.py has them for PI0, and both with processors."""
 
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from lerobot.processor import (
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import nn
 
-from pi0fm.bench.lerobot_pi0 import RobotFeatures, ShrunkPI0, ShrunkSize, gemma_config, image_key, paligemma_config, policy_config
+from pi0fm.bench.peer import RobotFeatures, ShrunkPI0, gemma_config, image_key, paligemma_config, policy_config
+from pi0fm.models.pi0 import Pi0Config
 
 
 class ShrunkPI05(PI05Policy):
     """LeRobot's PI05Policy around a small PI05Pytorch."""
 
-    def __init__(self, config: PI05Config, size: ShrunkSize) -> None:
+    def __init__(self, config: PI05Config, size: Pi0Config) -> None:
         PreTrainedPolicy.__init__(self, config)
         config.validate_features()
         self.config = config
@@ -38,25 +39,26 @@ class ShrunkPI05(PI05Policy):
 
 
 class _Core(PI05Pytorch):
-    def __init__(self, config: PI05Config, size: ShrunkSize) -> None:
+    def __init__(self, config: PI05Config, size: Pi0Config) -> None:
         nn.Module.__init__(self)
+        width = size.decoder.action_expert.width
         self.config = config
         self.rtc_processor = None
         self.paligemma_with_expert = _Streams(size)
-        self.action_in_proj = nn.Linear(size.action_dim, size.expert_width)
-        self.action_out_proj = nn.Linear(size.expert_width, size.action_dim)
-        self.time_mlp_in = nn.Linear(size.expert_width, size.expert_width)
-        self.time_mlp_out = nn.Linear(size.expert_width, size.expert_width)
+        self.action_in_proj = nn.Linear(size.action_dim, width)
+        self.action_out_proj = nn.Linear(width, size.action_dim)
+        self.time_mlp_in = nn.Linear(width, width)
+        self.time_mlp_out = nn.Linear(width, width)
         self.gradient_checkpointing_enabled = False
 
 
 class _Streams(PaliGemmaWithExpertModel):
-    def __init__(self, size: ShrunkSize) -> None:
+    def __init__(self, size: Pi0Config) -> None:
         nn.Module.__init__(self)
         self.freeze_vision_encoder = False
         self.train_expert_only = False
-        expert = gemma_config(size, size.expert_width, size.expert_mlp)
-        expert.use_adarms, expert.adarms_cond_dim = True, size.expert_width
+        expert = gemma_config(size, size.decoder.action_expert)
+        expert.use_adarms, expert.adarms_cond_dim = True, size.decoder.action_expert.width
         self.paligemma = PaliGemmaForConditionalGenerationWithPiGemma(config=paligemma_config(size))
         self.gemma_expert = PiGemmaForCausalLM(config=expert)
         self.gemma_expert.model.embed_tokens = None
@@ -67,22 +69,22 @@ class _Streams(PaliGemmaWithExpertModel):
 POLICIES = {"pi0": ShrunkPI0, "pi05": ShrunkPI05}
 
 
-def make_config(kind: str, size: ShrunkSize, robot: RobotFeatures, **changes: Any) -> Any:
+def make_config(kind: str, size: Pi0Config, robot: RobotFeatures, **changes: Any) -> Any:
     """LeRobot's configuration of either, for a CPU; `changes` are fields of it."""
     if kind == "pi0":
         config = policy_config(size, robot)
     else:
-        picture = (3, size.image_size, size.image_size)
+        side = size.vision.image_size
         config = PI05Config(
-            input_features={image_key(camera): PolicyFeature(FeatureType.VISUAL, picture) for camera in robot.cameras}
+            input_features={image_key(camera): PolicyFeature(FeatureType.VISUAL, (3, side, side)) for camera in robot.cameras}
             | {OBS_STATE: PolicyFeature(FeatureType.STATE, (robot.state_dim,))},
             output_features={ACTION: PolicyFeature(FeatureType.ACTION, (robot.action_dim,))},
             chunk_size=size.action_horizon,
             n_action_steps=size.action_horizon,
             max_state_dim=size.state_dim,
             max_action_dim=size.action_dim,
-            image_resolution=(size.image_size, size.image_size),
-            tokenizer_max_length=size.prompt_tokens,
+            image_resolution=(side, side),
+            tokenizer_max_length=size.max_prompt_tokens,
             device="cpu",
             push_to_hub=False,
         )
@@ -91,7 +93,7 @@ def make_config(kind: str, size: ShrunkSize, robot: RobotFeatures, **changes: An
     return config
 
 
-def make_policy(kind: str, config: Any, size: ShrunkSize) -> Any:
+def make_policy(kind: str, config: Any, size: Pi0Config) -> Any:
     """Every parameter random, those too that start at zero."""
     torch.manual_seed(0)
     policy = POLICIES[kind](config, size).eval()

@@ -10,7 +10,7 @@ from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from parity_pair import CONFIG, KINDS, Answers, Batch, Pair, difference, gradient_difference, make_batch, make_pair, unused
 from shrunk_pi05 import make_config
 
-from pi0fm.bench.lerobot_pi0 import RobotFeatures, same_size
+from pi0fm.bench.peer import RobotFeatures
 from pi0fm.models.pi0 import Pi0, parameter_count
 from pi0fm.models.presets import PI0, PI05
 
@@ -90,7 +90,7 @@ def test_masks_are_not_passed_over(kind):
 def test_parameter_count_of_the_released_size_is_lerobots_but_for_what_is_dead(kind):
     """LeRobot's own constructor, on the meta device, less the two lm_heads and what no output depends on."""
     released = {"pi0": PI0, "pi05": PI05}[kind]
-    config = make_config(kind, same_size(PI0), RobotFeatures(("base",), 32, 32), device="meta")
+    config = make_config(kind, PI0, RobotFeatures(("base",), 32, 32), device="meta")
     with torch.device("meta"):
         theirs, ours = {"pi0": PI0Policy, "pi05": PI05Policy}[kind](config), Pi0(released)
     left_out = set(unused(released.decoder.depth))

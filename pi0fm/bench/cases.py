@@ -1,7 +1,6 @@
 """The networks and inputs on which pi0fm and LeRobot's PI0 are timed.
 
-Owns: the sizes of each case, its observations, noise and batches, all functions of a seed, in the form of each side.
-Does not know: LeRobot's library, clocks.
+Owns: the sizes of each case; its observations, noise and batches, all functions of a seed. Does not know: LeRobot's library, clocks.
 
     case                           cameras   tokens a picture   prompt tokens     horizon   what it shows
     tiny                           1         36                 23 of 64          16        the quickstart's size: the cost of calls
@@ -10,44 +9,75 @@ Does not know: LeRobot's library, clocks.
     pi0_proportions                3         256                18 of 48          50        half of pi0's widths, a third of its layers
 
 LeRobot's code fixes 8 query heads and the tanh form of GELU, so every case has them. The vocabulary is ByT5's: a lookup in a larger one
-costs the same, but memory that nothing here measures.
-Shape letters: B batch, C cameras, K flow draws, H horizon, A action dim.
+costs the same, and takes memory that nothing here measures. Shape letters: B batch, H horizon, A action dim.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pi0fm.bench.peer_config import PI0_PROPORTIONS
+from pi0fm.bench.measure import check_least, check_words
 from pi0fm.data.loading.batch import Batch
 from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
-from pi0fm.models.observation import ModelObservation, pixels
+from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0Config
 from pi0fm.models.presets import PI0, TINY
 from pi0fm.models.vision import VisionConfig
-
-Prefix = tuple[list[Tensor], list[Tensor], Tensor, Tensor]
+from pi0fm.options import option
 
 
 @dataclass(frozen=True)
 class Case:
-    """One network and what it is shown.
+    """One network and its inputs.
 
     present: which cameras there are, in order; the others are masked. prompt_tokens: real ones, the rest of the width is padding.
     training_batch: observations in a training step.
     """
 
-    name: str
     config: Pi0Config
     present: tuple[bool, ...]
     prompt_tokens: int
     training_batch: int
 
 
-def case_named(name: str) -> Case:
-    """The case of that name, one of peer_config's."""
-    return {case.name: case for case in (_tiny(), _width_512(), _width_512_one_camera_missing(), _pi0_proportions())}[name]
+TINY_8 = replace(TINY, decoder=replace(TINY.decoder, num_heads=8, head_dim=24, gelu="tanh"), vision=replace(TINY.vision, gelu="tanh"))
+WIDTH_512 = replace(
+    PI0,
+    vision=VisionConfig(width=512, depth=6, num_heads=8, mlp_width=2048, patch_size=14, image_size=224),
+    decoder=DecoderConfig(StreamConfig(512, 2048), StreamConfig(512, 2048), depth=6, num_heads=8, num_kv_heads=1, head_dim=64),
+    vocab_size=TINY.vocab_size,
+)
+PROPORTIONS = replace(
+    WIDTH_512,
+    vision=VisionConfig(width=576, depth=9, num_heads=8, mlp_width=2152, patch_size=14, image_size=224),
+    decoder=DecoderConfig(StreamConfig(1024, 8192), StreamConfig(512, 2048), depth=6, num_heads=8, num_kv_heads=1, head_dim=128),
+)
+CASES = {
+    "tiny": Case(TINY_8, (True,), prompt_tokens=23, training_batch=8),
+    "width_512": Case(WIDTH_512, (True, True, True), prompt_tokens=18, training_batch=2),
+    "width_512_one_camera_missing": Case(WIDTH_512, (True, True, False), prompt_tokens=18, training_batch=2),
+    "pi0_proportions": Case(PROPORTIONS, (True, True, True), prompt_tokens=18, training_batch=1),
+}
+PEER_CASES = tuple(CASES)[:3]  # on which LeRobot's side is timed too
+
+
+@dataclass(frozen=True)
+class PeerOptions:
+    """Options of both comparisons of speed with LeRobot's PI0. Raises ConfigError for a value out of range."""
+
+    cases: tuple[str, ...] = option(PEER_CASES, f"which networks and inputs, of {', '.join(PEER_CASES)}")
+    rounds: int = option(20, "pairs of runs, ours and LeRobot's, behind each ratio")
+    threads: int = option(1, "torch's CPU threads, of both sides")
+    device: str = option("cpu", "cpu or cuda, of both sides")
+    seed: int = option(0, "of weights, inputs and noise")
+    output_dir: Path | None = option(None, "folder of the result's JSON; nothing is written when not given")
+
+    def __post_init__(self) -> None:
+        check_words("cases", self.cases, PEER_CASES)
+        check_words("device", (self.device,), ("cpu", "cuda"))
+        check_least(self, rounds=1, threads=1, seed=0)
 
 
 def make_observation(case: Case, batch: int, seed: int) -> ModelObservation:
@@ -83,39 +113,3 @@ def make_batch(case: Case, seed: int, flow_draws: int = 1) -> Batch:
         noise=torch.randn(count, flow_draws, horizon, width, generator=random),
         uniform=torch.rand(count, flow_draws, generator=random),
     )
-
-
-def their_prefix(observation: ModelObservation, device: torch.device) -> Prefix:
-    """Pictures in [-1, 1], their masks, tokens and mask, as LeRobot's `predict_action_chunk` and `forward` hand them to its model."""
-    seen = observation.to(device)
-    cameras = range(seen.images.shape[1])
-    pictures, masks = [pixels(seen.images[:, camera]) for camera in cameras], [seen.image_mask[:, camera] for camera in cameras]
-    return pictures, masks, seen.prompt_tokens, seen.prompt_mask
-
-
-def _tiny() -> Case:
-    decoder = replace(TINY.decoder, num_heads=8, head_dim=24, gelu="tanh")
-    config = replace(TINY, decoder=decoder, vision=replace(TINY.vision, gelu="tanh"))
-    return Case("tiny", config, present=(True,), prompt_tokens=23, training_batch=8)
-
-
-def _width_512() -> Case:
-    stream = StreamConfig(width=512, mlp_width=2048)
-    config = replace(
-        PI0,
-        vision=VisionConfig(width=512, depth=6, num_heads=8, mlp_width=2048, patch_size=14, image_size=224),
-        decoder=DecoderConfig(stream, stream, depth=6, num_heads=8, num_kv_heads=1, head_dim=64),
-        vocab_size=TINY.vocab_size,
-    )
-    return Case("width_512", config, present=(True, True, True), prompt_tokens=18, training_batch=2)
-
-
-def _width_512_one_camera_missing() -> Case:
-    return replace(_width_512(), name="width_512_one_camera_missing", present=(True, True, False))
-
-
-def _pi0_proportions() -> Case:
-    vision = VisionConfig(width=576, depth=9, num_heads=8, mlp_width=2152, patch_size=14, image_size=224)
-    decoder = DecoderConfig(StreamConfig(1024, 8192), StreamConfig(512, 2048), depth=6, num_heads=8, num_kv_heads=1, head_dim=128)
-    config = replace(PI0, vision=vision, decoder=decoder, vocab_size=TINY.vocab_size)
-    return Case(PI0_PROPORTIONS, config, present=(True, True, True), prompt_tokens=18, training_batch=1)
