@@ -135,6 +135,14 @@ def merge(base: Tree, over: Mapping[str, Any]) -> Tree:
     return merged
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Tree:
+    """Dotted names to values, for a tree of groups."""
+    found: Tree = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     """`; did you mean X?` and the known words, for the end of an error line."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)

@@ -25,8 +25,11 @@ from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.policy.sampler import tower_matrices
 from pi0fm_client.errors import BundleError, OutputError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # of what is written
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE = 2**20  # entries that are cast and written at a time
 
 Shape = tuple[int, ...]
@@ -56,23 +59,27 @@ def open_file(file: Path) -> Weights:
     try:
         with safe_open(file, framework="pt"), file.open("rb") as opened:  # safetensors holds every size against the file's length
             start = 8 + int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(start - 8))
+            told = json.loads(opened.read(start - 8))
     except (SafetensorError, OSError) as error:
         raise damaged(file, error) from None
-    header.pop("__metadata__", None)
-    strange = sorted(f"{name} ({entry['dtype']})" for name, entry in header.items() if entry["dtype"] not in DTYPES)
+    told.pop("__metadata__", None)
+    strange = sorted(
+        f"{name} ({entry['dtype']})"
+        for name, entry in told.items()
+        if entry["dtype"] not in DTYPES or not DTYPES[entry["dtype"]].is_floating_point
+    )
     if strange:
         raise BundleError(
             f"weights must be floating-point numbers of 16 to 64 bits, {file} holds {', '.join(strange)}; save it without quantisation"
         )
-    dtypes = {name: DTYPES[entry["dtype"]] for name, entry in header.items()}
+    dtypes = {name: DTYPES[entry["dtype"]] for name, entry in told.items()}
 
     def read(name: str, index: Shape) -> Tensor:
-        tensor = torch.empty(header[name]["shape"], dtype=dtypes[name])
+        tensor = torch.empty(told[name]["shape"], dtype=dtypes[name])
         left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
         try:
             with file.open("rb", buffering=0) as opened:
-                opened.seek(start + header[name]["data_offsets"][0])
+                opened.seek(start + told[name]["data_offsets"][0])
                 while left:
                     count = opened.readinto(left)
                     if not count:
@@ -82,7 +89,7 @@ def open_file(file: Path) -> Weights:
             raise damaged(file, error) from None
         return tensor[index]
 
-    return Weights(file, {name: tuple(entry["shape"]) for name, entry in header.items()}, dtypes, read)
+    return Weights(file, {name: tuple(entry["shape"]) for name, entry in told.items()}, dtypes, read)
 
 
 def damaged(file: Path, error: Exception) -> BundleError:
@@ -96,20 +103,19 @@ def tensor_file(path: Path, entries: Entries) -> Iterator[Put]:
 
     Every entry must be put exactly once, from any device. Raises OutputError when the disk has no room.
     """
-    header, starts, total = _header(entries)
+    # the wider numbers first: then each tensor begins at a multiple of its own width; by name, so that one set of weights is one file
+    head, starts, total = header(dict(sorted(entries.items(), key=lambda entry: (-entry[1][1].itemsize, entry[0]))))
     free = shutil.disk_usage(path.parent).free
-    if free < len(header) + total:
-        raise OutputError(
-            f"{path.parent} must have room for {(len(header) + total) / 1e9:.1f} GB, found {free / 1e9:.1f} GB free; make room"
-        )
+    if free < len(head) + total:
+        raise OutputError(f"{path.parent} must have room for {(len(head) + total) / 1e9:.1f} GB, found {free / 1e9:.1f} GB free; make room")
     left = {name: math.prod(shape) for name, (shape, _) in entries.items()}
     with path.open("wb") as file:
-        file.write(header)
-        file.truncate(len(header) + total)
+        file.write(head)
+        file.truncate(len(head) + total)
 
         def put(name: str, first: int, rows: Tensor) -> None:
             dtype = entries[name][1]
-            file.seek(len(header) + starts[name] + first * dtype.itemsize)
+            file.seek(len(head) + starts[name] + first * dtype.itemsize)
             _write(file, rows, dtype)
             left[name] -= rows.numel()
 
@@ -168,13 +174,12 @@ def filled(weights: Weights, model: Pi0Config, device: torch.device, dtype: torc
     return network
 
 
-def _header(entries: Entries) -> tuple[bytes, dict[str, int], int]:
-    """The file's beginning, where each tensor starts behind it, and the length of all of them."""
+def header(entries: Entries) -> tuple[bytes, dict[str, int], int]:
+    """A file's beginning, where each tensor starts behind it, and the length of all of them; in the order of `entries`."""
     starts: dict[str, int] = {}
     tree: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
-    # the wider numbers first: then each tensor begins at a multiple of its own width; by name, so that one set of weights is one file
-    for name, (shape, dtype) in sorted(entries.items(), key=lambda entry: (-entry[1][1].itemsize, entry[0])):
+    for name, (shape, dtype) in entries.items():
         size = math.prod(shape) * dtype.itemsize
         starts[name] = position
         tree[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + size]}

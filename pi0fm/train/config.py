@@ -217,7 +217,7 @@ def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
     An option that the old run did not know had its default there. Of a mixture first the entries are compared, whose order counts, then
     what those that are in both say.
     """
-    known = _flat(options.encode(TrainConfig()))
+    known = options.flat(options.encode(TrainConfig()))
     both = (old.get("mixture") or {}).keys() & (new.get("mixture") or {}).keys()
     flat_old, flat_new = (known | _comparable(tree, both) for tree in (old, new))
     return [
@@ -233,21 +233,14 @@ def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
 def _comparable(tree: Mapping[str, Any], entries: Collection[str]) -> dict[str, Any]:
     """The options of a run by dotted name; of its mixture the names in order, and what `entries` say."""
     mixture = tree.get("mixture") or {}
-    flat = _flat({name: value for name, value in tree.items() if name != "mixture"}) | {"mixture": ", ".join(mixture)}
+    flat = options.flat({name: value for name, value in tree.items() if name != "mixture"}) | {"mixture": ", ".join(mixture)}
     defaults = options.encode(MixtureEntry())
     for name in entries:
-        flat |= _flat(options.merge(defaults, mixture[name]), f"mixture.{name}.")
+        flat |= options.flat(options.merge(defaults, mixture[name]), f"mixture.{name}.")
     return flat
 
 
 def _changed_from_default(name: str, value: Any) -> str | None:
     """The dotted name of the first option of a group that is not as it is when nothing is given."""
-    default = _flat(options.encode(TrainConfig()))
-    return next((key for key, found in _flat({name: options.encode(value)}).items() if found != default.get(key)), None)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
+    default = options.flat(options.encode(TrainConfig()))
+    return next((key for key, found in options.flat({name: options.encode(value)}).items() if found != default.get(key)), None)

@@ -12,7 +12,6 @@ A checkpoint is read by box: any number of workers may have written it, any numb
 """
 
 import json
-import struct
 import zlib
 from collections.abc import Mapping
 from typing import Any, final
@@ -30,10 +29,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from pi0fm.train.checkpoint.index import COMMIT, INDEX, TYPES, VERSION, Box, Index, TornError, folder, remove
+from pi0fm.policy.weights import NAMES, header
+from pi0fm.train.checkpoint.index import COMMIT, INDEX, VERSION, Box, Index, TornError, folder, remove
 from pi0fm.train.checkpoint.storage import Store
-
-_NAMES = {value: name for name, value in TYPES.items()}
 
 
 @final
@@ -73,14 +71,14 @@ class Writer(StorageWriter):
             for item in plan.items
         ]
         buffers = [memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) for tensor in tensors]
-        header = _header(keys, tensors)
-        start, results = len(header), []
+        head, _, _ = header({key: (tuple(tensor.shape), tensor.dtype) for key, tensor in zip(keys, tensors, strict=True)})
+        start, results = len(head), []
         for item, buffer in zip(plan.items, buffers, strict=True):
             place = (name, start, start + buffer.nbytes, zlib.crc32(buffer))
             results.append(WriteResult(item.index, buffer.nbytes, place))
             start += buffer.nbytes
         if results:
-            self._store.write(f"{folder(self._step)}/{name}", [memoryview(header), *buffers])
+            self._store.write(f"{folder(self._step)}/{name}", [memoryview(head), *buffers])
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -92,7 +90,7 @@ class Writer(StorageWriter):
         for name, found in metadata.state_dict_metadata.items():
             assert isinstance(found, TensorStorageMetadata)
             boxes = [Box(tuple(chunk.offsets), tuple(chunk.sizes), *places[MetadataIndex(name, chunk.offsets)]) for chunk in found.chunks]
-            tensors[name] = {"dtype": _NAMES[found.properties.dtype], "shape": list(found.size), "boxes": [vars(box) for box in boxes]}
+            tensors[name] = {"dtype": NAMES[found.properties.dtype], "shape": list(found.size), "boxes": [vars(box) for box in boxes]}
             for box in boxes:
                 files[box.file] = max(files[box.file], box.stop)
         tree = {"version": VERSION, "facts": self._facts, "tensors": tensors}
@@ -187,14 +185,3 @@ class Reader(StorageReader):
         """The step is given to the constructor, never an id."""
         del checkpoint_id
         return False
-
-
-def _header(keys: list[str], tensors: list[Tensor]) -> bytes:
-    """safetensors' head: its length, then JSON padded with blanks so that the tensors are aligned."""
-    start, head = 0, {}
-    for key, tensor in zip(keys, tensors, strict=True):
-        head[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, start + tensor.nbytes]}
-        start += tensor.nbytes
-    text = json.dumps(head, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text

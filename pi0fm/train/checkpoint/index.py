@@ -15,22 +15,11 @@ from typing import Any
 
 import torch
 
+from pi0fm.policy.weights import DTYPES
 from pi0fm.train.checkpoint.storage import Store
 
 COMMIT, INDEX, VERSION = "COMMIT", "index.json", 1
 _RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
-TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 class TornError(Exception):
@@ -102,7 +91,7 @@ def remove(store: Store, step: int, names: list[str]) -> None:
 
 def _entry(tree: Mapping[str, Any], files: Mapping[str, int]) -> Entry:
     """From JSON that anyone may have written: every number is checked against the file that it points into."""
-    dtype, shape = TYPES[tree["dtype"]], _sizes(tree["shape"])
+    dtype, shape = DTYPES[tree["dtype"]], _sizes(tree["shape"])
     boxes = []
     for found in tree["boxes"]:
         box = Box(

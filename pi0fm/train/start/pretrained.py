@@ -100,7 +100,7 @@ def _needed(option: str, pretrained: Pretrained | None) -> Pretrained:
 
 def _fixed_network(config: Pi0Config) -> dict[str, Any]:
     # lengths, which no weight knows, are the run's
-    return _flat(options.encode(replace(config, action_horizon=0, max_prompt_tokens=0)))
+    return options.flat(options.encode(replace(config, action_horizon=0, max_prompt_tokens=0)))
 
 
 def _preset_of(config: Pi0Config) -> str | None:
@@ -122,10 +122,3 @@ def _refuse_other_tokens(pretrained: Pretrained, run: PolicyConfig) -> None:
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
     return [(f"{prefix}{name}", value, ours.get(name)) for name, value in theirs.items() if ours.get(name) != value]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
