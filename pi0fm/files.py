@@ -23,14 +23,22 @@ from pi0fm_client.errors import OutputError
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV)
-_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room on that disk")
-_REMEDIES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose a folder that this user may write to")
-_REMEDIES |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a part of that name is a file: choose another folder")
+_REMEDIES = {
+    code: remedy
+    for remedy, codes in {
+        "make room on that disk": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        "choose a folder that this user may write to": (errno.EROFS, errno.EACCES, errno.EPERM),
+        "a part of that name is a file: choose another folder": (errno.ENOTDIR, errno.EEXIST),
+        "that disk is damaged or gone: choose another": (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO),
+        "no file can be called so: choose another name": (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+    }.items()
+    for code in codes
+}
 
 
 @contextmanager
 def write_faults(path: Path) -> Iterator[None]:
-    """Raise OutputError, one line, where the block meets a disk without room, a read-only place, or a file in a folder's place."""
+    """Raise OutputError, one line, where the block meets a disk that is full, read-only or damaged, or a name that cannot be."""
     try:
         yield
     except OSError as error:

@@ -143,7 +143,12 @@ def test_what_a_killed_writer_left_is_swept_by_the_next_and_what_a_live_one_writ
 
 @pytest.mark.parametrize(
     ("code", "remedy"),
-    [(errno.ENOSPC, "make room"), (errno.EROFS, "that this user may write to"), (errno.ENOTDIR, "a part of that name is a file")],
+    [
+        (errno.ENOSPC, "make room"),
+        (errno.EROFS, "that this user may write to"),
+        (errno.ENOTDIR, "a part of that name is a file"),
+        (errno.EIO, "that disk is damaged or gone"),
+    ],
 )
 def test_a_place_that_cannot_be_written_is_one_line_with_its_remedy(tmp_path: Path, code: int, remedy: str) -> None:
     with pytest.raises(OutputError, match=remedy) as caught, files.write_faults(tmp_path / "out"):
