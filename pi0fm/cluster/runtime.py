@@ -7,10 +7,12 @@ request for resources can be met. Does not know: what runs on Ray.
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from pi0fm import progress
 from pi0fm_client.errors import ClusterError, ConfigError
@@ -55,6 +57,20 @@ def ray_session(
         yield
     finally:
         ray.shutdown()
+
+
+def started_here() -> tuple[psutil.Process, ...]:
+    """Ray's own processes among the children of this one; none where a running cluster was joined."""
+    return tuple(child for child in psutil.Process().children() if child.name() in ("raylet", "gcs_server"))
+
+
+def refuse_ended(processes: Iterable[psutil.Process]) -> None:
+    """Raise ClusterError when one of Ray's processes has ended."""
+    for process in processes:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            raise ClusterError(
+                f"Ray must live as long as the run, found its process {process.pid} ended; type the same command with --resume true"
+            )
 
 
 def require_resources(each: Mapping[str, float], count: int = 1) -> None:

@@ -8,10 +8,10 @@ Owns: who starts the workers and what they are given; drawing their progress fro
 """
 
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,16 +19,19 @@ from typing import Any
 
 from pi0fm import options, progress
 from pi0fm.cluster.caching import cache_everywhere
-from pi0fm.cluster.runtime import ray_session, require_resources
+from pi0fm.cluster.runtime import ray_session, refuse_ended, require_resources, started_here
 from pi0fm.data.columns.lerobot_source import DatasetConfig
 from pi0fm.options import option
+from pi0fm.processes import end_with_parent
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.loop import TrainResult, train
 from pi0fm.train.parallel.context import Context, context_from_environment, restarts
-from pi0fm.train.start.output import RAY_FOLDER, claim, release
+from pi0fm.train.start.output import RAY_FOLDER, claimed
 from pi0fm.train.watch.metrics import read_last
-from pi0fm.train.watch.signals import NotedSignals, StoppedError, ask_to_stop, stopped
-from pi0fm_client.errors import ConfigError, Pi0fmError
+from pi0fm.train.watch.signals import NotedSignals, StoppedError, ask_to_stop, stopped, terminated_outside_steps
+from pi0fm_client.errors import ConfigError
+
+SECONDS_BETWEEN_LOOKS = 0.2  # at signals and at Ray's own processes
 
 
 @dataclass(frozen=True)
@@ -55,28 +58,35 @@ class TrainingRun(TrainConfig):
 
 def run_training(run: TrainingRun) -> TrainResult:
     """Claim the output folder, train where `run` says, and return what was reached."""
-    if run.num_workers == 0:
-        context = context_from_environment()
-        if context.is_first and not restarts():
-            claim(run)
-        return _released_on_fault(run, lambda: train(context, run)) if context.world_size == 1 else train(context, run)
-    claim(run)
-    with ray_session(run.ray_address):
-        return _released_on_fault(run, lambda: _on_ray(run))
+    with terminated_outside_steps(lambda: _unfinished(run)):
+        if run.num_workers == 0:
+            return _in_this_process(run)
+        with claimed(run), ray_session(run.ray_address):
+            return _on_ray(run)
 
 
-def _released_on_fault(run: TrainingRun, start: Callable[[], TrainResult]) -> TrainResult:
-    try:
-        return start()
-    except Pi0fmError:
-        release(run)
-        raise
+def _in_this_process(run: TrainingRun) -> TrainResult:
+    context = context_from_environment()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's agent, killed, would leave its workers training beside the next run
+        end_with_parent(os.getppid())
+    if not context.is_first:
+        return train(context, run)
+    with claimed(run, restarted=restarts() > 0):
+        return train(context, run)
+
+
+def _unfinished(run: TrainingRun) -> str:
+    if read_last(run.output_dir) is None:
+        return "stopped by SIGTERM before the first step: nothing was trained; type the same command again"
+    return f"stopped by SIGTERM outside a step; the newest checkpoint in {run.checkpoint_place} stays: add --resume true to go on"
 
 
 def _on_ray(run: TrainingRun) -> TrainResult:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pi0fm.cluster.ray_faults import EndAtFaults
 
     cluster = ray.cluster_resources()
     gpus = (1.0 if cluster.get("GPU", 0) else 0.0) if run.gpus_per_worker is None else run.gpus_per_worker
@@ -94,19 +104,41 @@ def _on_ray(run: TrainingRun) -> TrainResult:
             name=RAY_FOLDER,
             storage_path=str(run.output_dir.absolute()),
             failure_config=FailureConfig(max_failures=run.max_failures),
+            callbacks=[EndAtFaults()],
         ),
     )
     began = time.perf_counter()
     with _Watcher(run), NotedSignals(lambda: ask_to_stop(run.output_dir)) as noted:
-        try:
-            trainer.fit()
-        except Exception as error:
-            raise _cause(error) from error
+        _fit(trainer)
     last = read_last(run.output_dir) or {}
     if noted.number and int(last.get("step", 0)) < run.steps:  # the workers saved and left
         told = "Ctrl-C" if noted.number == signal.SIGINT else "SIGTERM"
         raise stopped(noted.number, f"stopped by {told}, with a checkpoint in {run.checkpoint_place}; add --resume true to go on")
     return TrainResult(run.output_dir / "bundle", run.steps, float(last.get("loss", math.nan)), time.perf_counter() - began)
+
+
+def _fit(trainer: Any) -> None:
+    """`trainer.fit()` in a thread: in the main one Ray would take the handler of SIGINT, and a signal could not be answered meanwhile.
+
+    Raises the fault behind Ray's error, ClusterError where Ray itself ended.
+    """
+    from pi0fm.cluster.ray_faults import explained
+
+    raised: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001  raised in the main thread
+            raised.append(error)
+
+    thread, ray_processes = threading.Thread(target=fit, name="pi0fm-fit", daemon=True), started_here()
+    thread.start()
+    while thread.is_alive():
+        thread.join(SECONDS_BETWEEN_LOOKS)
+        refuse_ended(ray_processes)
+    if raised:
+        raise explained(raised[0]) from raised[0]
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -143,16 +175,6 @@ def _absolute(run: TrainingRun) -> TrainingRun:
 def _found_anywhere(dataset: DatasetConfig) -> DatasetConfig:
     paths = {name: getattr(dataset, name).absolute() for name in ("root", "cache_dir") if getattr(dataset, name) is not None}
     return replace(dataset, **paths)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The fault of ours inside Ray's wrapping, or Ray's own error."""
-    failures = getattr(error, "worker_failures", None)
-    inner = next(iter(failures.values())) if failures else None
-    for candidate in (inner, getattr(inner, "cause", None), error.__cause__, getattr(error, "cause", None)):
-        if isinstance(candidate, Pi0fmError):
-            return candidate
-    return error
 
 
 class _Watcher:

@@ -10,7 +10,6 @@ Does not know: the network. The step itself was refused on the device (train/opt
     host              | norm of k? -> keep the batch, skip or stop
 """
 
-import errno
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,15 +129,18 @@ class NonfiniteWatch:
 
 
 @contextmanager
-def full_disk_named(output_dir: Path) -> Iterator[None]:
-    """A disk without room, inside the block, is the user's to mend: OutputError."""
+def write_faults(output_dir: Path) -> Iterator[None]:
+    """`files.write_faults` in the middle of a run, whose line says how the run continues. Faults of files elsewhere pass through."""
     try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        with files.write_faults(output_dir):
+            yield
+    except OutputError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError):
             raise
-        place = error.filename or output_dir
-        raise OutputError(f"no room is left to write {place} ({error.strerror}); free some, then add --resume true") from error
+        if cause.filename is not None and not Path(cause.filename).absolute().is_relative_to(output_dir.absolute()):
+            raise cause from None
+        raise OutputError(f"{error}, then add --resume true") from cause
 
 
 def _parts(maker: BatchMaker, positions: NDArray[np.int64]) -> list[tuple[Collator, NDArray[np.int64]]]:

@@ -21,7 +21,7 @@ from pi0fm.train.checkpoint.checkpoints import Checkpoints
 from pi0fm.train.checkpoint.facts import RunFacts
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.state import TrainState
-from pi0fm.train.watch.faults import FaultConfig, NonfiniteWatch, full_disk_named
+from pi0fm.train.watch.faults import FaultConfig, NonfiniteWatch, write_faults
 from pi0fm.train.watch.signals import StopSignals
 from pi0fm_client.errors import DatasetError, OutputError
 
@@ -41,7 +41,7 @@ def guarded(
     config: GuardConfig, parallel: Parallel, checkpoints: Checkpoints, state: TrainState, run: RunFacts, maker: BatchMaker
 ) -> Iterator["Guard"]:
     """Guard the steps inside the block. maker: of the batches, for the one behind a loss that is not finite."""
-    with full_disk_named(config.output_dir), StopSignals(parallel, config.output_dir) as stop:
+    with write_faults(config.output_dir), StopSignals(parallel, config.output_dir) as stop:
         guard = Guard(config, checkpoints, state, run, NonfiniteWatch(config.faults, parallel.context, maker), stop)
         try:
             yield guard

@@ -21,11 +21,11 @@ class Metrics:
 
     def __init__(self, output_dir: Path, first_step: int) -> None:
         path = output_dir / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
-            files.write_text(path, "".join(f"{line}\n" for line in kept))
-        self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)
+        with files.write_faults(output_dir):
+            if path.exists():
+                files.write_text(path, "".join(f"{line}\n" for line in _lines(path) if _step_of(line) <= first_step))
+            self._file = path.open("a", buffering=1)
+            self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line, flushed at once: a driver on another machine draws its progress bar from it."""
@@ -44,15 +44,19 @@ def read_last(output_dir: Path, metric: str = "loss") -> dict[str, float] | None
     path = output_dir / "metrics.jsonl"
     if not path.exists():
         return None
-    for line in reversed(path.read_text().splitlines()):
+    for line in reversed(_lines(path)):
         if 0 <= _step_of(line) < CUT and metric in (values := json.loads(line)):
             return dict(values)
     return None
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines()
 
 
 def _step_of(line: str) -> int:
     """The step of a line, CUT of one that is not whole, -1 of an empty one."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return CUT if line.strip() else -1

@@ -13,7 +13,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self, final
@@ -43,7 +44,8 @@ class TerminatedError(StoppedError):
 
 def ask_to_stop(output_dir: Path) -> None:
     """Ask a run for a checkpoint and its end from another process: a driver on behalf of its workers, a person on a shared disk."""
-    files.write_text(output_dir / STOP_FILE, f"{os.getpid()}\n")
+    with files.write_faults(output_dir):
+        files.write_text(output_dir / STOP_FILE, f"{os.getpid()}\n")
 
 
 def withdraw(output_dir: Path) -> None:
@@ -54,6 +56,29 @@ def withdraw(output_dir: Path) -> None:
 def stopped(number: int, line: str) -> StoppedError:
     """The error of a run that the signal `number` stopped."""
     return StoppedError(line) if number == signal.SIGINT else TerminatedError(line)
+
+
+@contextmanager
+def terminated_outside_steps(describe: Callable[[], str]) -> Iterator[None]:
+    """Turn SIGTERM inside the block, where no other handler is set, into TerminatedError with the line of `describe`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt  # which no library takes for an error of its own
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not noted:
+            raise
+        raise TerminatedError(describe()) from None
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 @final

@@ -8,7 +8,7 @@ import pytest
 
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.train.config import TrainConfig
-from pi0fm.train.start.output import claim
+from pi0fm.train.start.output import claim, claimed
 from pi0fm.train.watch.validation import ValidationConfig
 from pi0fm_client.errors import ConfigError, OutputError
 
@@ -21,6 +21,12 @@ def contents(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
 
 
+def begun(run: TrainConfig) -> None:
+    """Claim the folder, and log a step."""
+    claim(run)
+    (run.output_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_new_or_empty_folder_is_claimed(tmp_path, exists):
     folder = tmp_path / "deep/run"
@@ -31,7 +37,7 @@ def test_a_new_or_empty_folder_is_claimed(tmp_path, exists):
 
 
 def test_a_run_is_not_started_over(tmp_path):
-    claim(config(tmp_path))
+    begun(config(tmp_path))
     before = contents(tmp_path)
     with pytest.raises(OutputError, match="holds a run; add --resume true"):
         claim(config(tmp_path))
@@ -39,20 +45,20 @@ def test_a_run_is_not_started_over(tmp_path):
 
 
 def test_resume_may_change_what_does_not_change_the_run(tmp_path):
-    claim(config(tmp_path))
+    begun(config(tmp_path))
     claim(config(tmp_path, resume="true", steps=40_000, micro_batch_size=4, log_every=7, checkpoint_every=9, keep_checkpoints=3, threads=2))
     assert json.loads(contents(tmp_path)["run.json"])["steps"] == 40_000
 
 
 def test_resume_may_look_at_the_held_out_episodes_in_another_way(tmp_path):
-    claim(config(tmp_path, validation=ValidationConfig(episodes=3)))
+    begun(config(tmp_path, validation=ValidationConfig(episodes=3)))
     changed = ValidationConfig(every=9, episodes=3, samples=8, probes=5, num_flow_steps=7, solver="rk4")
     claim(config(tmp_path, resume="true", validation=changed))
     assert json.loads(contents(tmp_path)["run.json"])["validation"]["every"] == 9
 
 
 def test_an_option_that_an_older_run_did_not_know_had_its_default(tmp_path):
-    claim(config(tmp_path))
+    begun(config(tmp_path))
     tree = json.loads((tmp_path / "run.json").read_text())
     del tree["validation"]
     (tmp_path / "run.json").write_text(json.dumps(tree))
@@ -73,7 +79,7 @@ def test_an_option_that_an_older_run_did_not_know_had_its_default(tmp_path):
     ],
 )
 def test_resume_of_another_run_is_refused(tmp_path, change, words):
-    claim(config(tmp_path))
+    begun(config(tmp_path))
     before = contents(tmp_path)
     with pytest.raises(ConfigError, match=words):
         claim(config(tmp_path, resume="true", **change))
@@ -81,7 +87,7 @@ def test_resume_of_another_run_is_refused(tmp_path, change, words):
 
 
 def test_auto_starts_a_new_run_and_goes_on_with_its_own(tmp_path):
-    claim(config(tmp_path / "run", resume="auto"))
+    begun(config(tmp_path / "run", resume="auto"))
     claim(config(tmp_path / "run", resume="auto", steps=40_000))
     assert json.loads(contents(tmp_path)["run/run.json"])["steps"] == 40_000
     with pytest.raises(ConfigError, match="seed was 0, now 1"):
@@ -118,6 +124,56 @@ def test_a_damaged_record_is_refused(tmp_path, content):
 
 
 def test_the_same_run_twice_is_no_difference(tmp_path):
-    claim(config(tmp_path))
+    begun(config(tmp_path))
     claim(dataclasses.replace(config(tmp_path), resume="true"))
     claim(dataclasses.replace(config(tmp_path), resume="true"))
+
+
+@pytest.mark.parametrize("resume", ["false", "true", "auto"])
+def test_a_start_that_came_to_nothing_is_begun_again_with_any_options(tmp_path, resume, capsys):
+    claim(config(tmp_path / "run"))
+    (tmp_path / "run/metrics.jsonl").touch()
+    claim(config(tmp_path / "run", seed=1, resume=resume))
+    assert json.loads((tmp_path / "run/run.json").read_text())["seed"] == 1
+    said = f"no checkpoint in {tmp_path}/run/checkpoints: the run starts at step 0"
+    assert (said in capsys.readouterr().err) == (resume == "true")
+
+
+def test_a_record_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "run.json").write_text('{"name": "marathon"}')
+    with pytest.raises(OutputError, match="not of a run of pi0fm"):
+        claim(config(tmp_path))
+    assert contents(tmp_path) == {"run.json": '{"name": "marathon"}'}
+
+
+def test_a_resume_without_a_checkpoint_says_that_it_starts_at_the_beginning(tmp_path, capsys):
+    begun(config(tmp_path))
+    claim(config(tmp_path, resume="true"))
+    assert "no checkpoint in" in capsys.readouterr().err
+
+
+def test_a_folder_below_a_file_is_one_line_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with (
+        pytest.raises(OutputError, match=r"must be writable, found .*: (Not a directory|File exists)"),
+        claimed(config(tmp_path / "file/run")),
+    ):
+        raise AssertionError("claimed")
+    assert contents(tmp_path) == {"file": "mine"}
+
+
+def test_an_error_before_the_first_step_gives_the_folder_back(tmp_path):
+    with pytest.raises(KeyboardInterrupt), claimed(config(tmp_path / "run")):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(KeyboardInterrupt), claimed(config(tmp_path / "run")):
+        (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+        raise KeyboardInterrupt
+    assert sorted(contents(tmp_path)) == ["run/metrics.jsonl", "run/run.json"]
+
+
+def test_a_foreign_folder_stays_as_it_is(tmp_path):
+    (tmp_path / "thesis.txt").write_text("chapter one")
+    with pytest.raises(OutputError, match="is not a run"), claimed(config(tmp_path)):
+        raise AssertionError("claimed")
+    assert contents(tmp_path) == {"thesis.txt": "chapter one"}

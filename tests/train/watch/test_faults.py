@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -131,10 +132,24 @@ def test_an_unreadable_video_is_named_and_what_was_trained_is_kept(run, monkeypa
     assert [name for name, tensor in weights(whole).items() if not torch.equal(weights(found)[name], tensor)] == []
 
 
-def test_a_full_disk_under_the_metrics_is_named(run, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "name", "words"),
+    [
+        (errno.ENOSPC, "metrics.jsonl", r"run/metrics.jsonl: No space left on device; make room on that disk, then add --resume true"),
+        (errno.EROFS, "tensorboard", r"Read-only file system; choose a folder .*, then add --resume true"),
+    ],
+)
+def test_a_disk_that_takes_no_more_metrics_is_named(run, monkeypatch, number, name, words):
+    config = run("run", steps=2)
+
     def write(self, step, values):
-        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+        raise OSError(number, os.strerror(number), str(config.output_dir / name))
 
     monkeypatch.setattr(Metrics, "write", write)
-    with pytest.raises(OutputError, match=r"no room is left to write metrics.jsonl \(No space left on device\); free some"):
-        start(run("run", steps=2))
+    with pytest.raises(OutputError, match=words):
+        start(config)
+
+
+def test_a_file_elsewhere_is_no_fault_of_the_output_folder(tmp_path):
+    with pytest.raises(PermissionError), faults.write_faults(tmp_path / "run"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/data/set/video.mp4")
