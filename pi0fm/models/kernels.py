@@ -17,7 +17,8 @@ order. Few rows look at the keys in slices too, joined by a second kernel. Resid
 Shape letters: B batch, T tokens, M = B T rows, D width, F hidden width, N heads, K head dim, J keys, P prefix tokens.
 """
 
-import copy
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast, final
 
 import torch
@@ -30,16 +31,38 @@ from torch import Tensor, nn
 from pi0fm.models.attention import additive
 from pi0fm.models.joint_decoder import JointDecoder, JointDecoderLayer, Stream
 from pi0fm.models.layers import NORM_EPSILON, AdaptiveRMSNorm, Modulation, RMSNorm, Rotation, rotation
-from pi0fm.models.pi0 import Pi0
-from pi0fm.models.prefix_cache import ActionContext, KeyValue, Modulations, PrefixCache, Room
+from pi0fm.models.pi0 import FlowTime, Pi0
+from pi0fm.models.prefix_cache import KeyValue, Modulations, PrefixCache
 from pi0fm.models.vision import VisionLayer, VisionTower
 
-ROWS = 64  # rows of a tile: the fewest that a Hopper matrix instruction takes
-COLUMNS = 32  # of a product's tile: 32 to 80 tiles, times SLICES, for 132 multiprocessors
+ROWS = 64  # rows of a product's tile: the fewest that a Hopper matrix instruction takes
+COLUMNS = 32  # of a product's tile: 32 to 128 tiles, times SLICES, for 132 multiprocessors
 HALF = 16  # columns of either half of a head in the rotated product
 SLICES = 4  # of K, of the products that have few columns
 DEPTH = 128  # of K at a time
-KEYS = 64  # a slice of the keys
+ASKING, KEYS = 32, 128  # rows and keys of a slice of the attention
+PRODUCT: Any = {"num_warps": 4, "num_stages": 4}
+LINE = 128  # bytes that one prefetch brings
+OVERLAP = True
+
+
+@triton.jit
+def _after_previous(PDL: tl.constexpr):
+    """Wait for the previous kernel. What stands before this call overlaps with it, and may touch weights only."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _prefetch(matrix, row, first, STRIDE: tl.constexpr, SPAN: tl.constexpr, PER_LINE: tl.constexpr, PDL: tl.constexpr):
+    """Bring columns first .. first + SPAN of these rows to the second-level cache while the previous kernel still runs."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if SPAN > 0:
+            place = matrix + row[:, None] * STRIDE + (first + tl.arange(0, SPAN // PER_LINE) * PER_LINE)[None, :]
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1];\n\tmov.u32 $0, 0;", "=r,l", [place.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+            )
 
 
 @triton.jit
@@ -60,8 +83,12 @@ def _gelu(x, TANH: tl.constexpr):
 def _add_norm(
     x, parts, gate, factor, shift, sum_out, normed_out, rows, tokens, gate_stride, factor_stride, shift_stride,
     D: tl.constexpr, SLICES: tl.constexpr, GATED: tl.constexpr, ADAPTIVE: tl.constexpr, EPSILON: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A row a program: x + gate * sum of the parts, stored, and its norm."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    _after_previous(PDL)
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < D
@@ -114,10 +141,14 @@ def _store_head(
 def _rotated_qkv(
     x, matrix, cos, sin, query, key, value, rows, tokens, first, capacity,
     D: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, DEPTH: tl.constexpr,
+    SPAN: tl.constexpr, PER_LINE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The product of few rows, HALF columns of each half of one head a program, and what `_store_head` does with it."""
     head, row = tl.program_id(0), tl.arange(0, ROWS)
     low = tl.program_id(1) * HALF + tl.arange(0, HALF)
+    _prefetch(matrix, head * K + low, 0, D, SPAN, PER_LINE, PDL)
+    _prefetch(matrix, head * K + K // 2 + low, 0, D, SPAN, PER_LINE, PDL)
+    _after_previous(PDL)
     left, right = tl.zeros((ROWS, HALF), tl.float32), tl.zeros((ROWS, HALF), tl.float32)
     live = row[:, None] < rows
     for start in range(0, D, DEPTH):
@@ -144,11 +175,18 @@ def _rotated_heads(
 
 @triton.jit
 def _attend(
-    query, key, value, bias, sums, largest, totals, tokens, keys, capacity, bias_stride, scale,
+    query, key, value, bias, sums, largest, totals, tokens, keys, capacity, bias_stride, alone, scale,
     HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows (a token's heads one after the other) against KEYS keys: unnormalised sums, and the softmax's maximum and total."""
+    """ROWS rows (a token's heads one after the other) against KEYS keys: unnormalised sums, and the softmax's maximum and total.
+
+    The first `alone` tokens see none of the own keys of the others.
+    """
     GROUP: tl.constexpr = HEADS // KV
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    _after_previous(PDL)
     cut, pair = tl.program_id(1), tl.program_id(2)
     batch, kv = pair // KV, pair % KV
     row, depth = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, K)
@@ -161,7 +199,8 @@ def _attend(
     scores = _dot(queries, tl.load(key + place, mask=there[:, None], other=0.0), tl.zeros((ROWS, KEYS), tl.float32)) * scale
     if BIASED:
         scores += tl.load(bias + batch * bias_stride + seen, mask=there, other=0.0)[None, :]
-    scores = tl.where(there[None, :], scores, float("-inf"))
+    hidden = (row // GROUP < alone)[:, None] & (seen >= keys - tokens + alone)[None, :]
+    scores = tl.where(there[None, :] & (hidden == 0), scores, float("-inf"))
     top = tl.max(scores, 1)
     weights = tl.exp(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
     values = tl.load(value + place, mask=there[:, None], other=0.0)
@@ -191,11 +230,13 @@ def _join(sums, largest, totals, joined, tokens, cuts, HEADS: tl.constexpr, KV: 
 @triton.jit
 def _sliced_product(
     x, matrix, parts, rows, N: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    DEPTH: tl.constexpr, SPAN: tl.constexpr, PER_LINE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [M, D] times a slice of `matrix` [N, D] along D: float32 parts [slices, M, N]."""
     row, column, part = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1)
     live = row[:, None] < rows
+    _prefetch(matrix, column, part * SLICE, D, SPAN, PER_LINE, PDL)
+    _after_previous(PDL)
     found = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, SLICE, DEPTH):
         depth = part * SLICE + start + tl.arange(0, DEPTH)
@@ -207,11 +248,14 @@ def _sliced_product(
 @triton.jit
 def _gated_product(
     x, matrix, out, rows, F: tl.constexpr, D: tl.constexpr, TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    DEPTH: tl.constexpr, SPAN: tl.constexpr, PER_LINE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """gelu(x gate') * (x up') for COLUMNS hidden units; matrix [2 F, D] holds gate, then up."""
     row, column = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     live = row[:, None] < rows
+    _prefetch(matrix, column, 0, D, SPAN, PER_LINE, PDL)
+    _prefetch(matrix, F + column, 0, D, SPAN, PER_LINE, PDL)
+    _after_previous(PDL)
     gate, up = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, D, DEPTH):
         depth = start + tl.arange(0, DEPTH)
@@ -230,6 +274,38 @@ def _gate(halves, out, F: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr)
     gate, up = tl.load(place, mask=inside, other=0.0).to(tl.float32), tl.load(place + F, mask=inside, other=0.0).to(tl.float32)
     answer = _gelu(gate, TANH) * up
     tl.store(out + tl.program_id(0).to(tl.int64) * F + column, answer.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _head(
+    x, parts, gate, factor, shift, matrix, bias, out, rows, tokens, first, gate_stride, factor_stride, shift_stride,
+    D: tl.constexpr, A: tl.constexpr, SLICES: tl.constexpr, GATED: tl.constexpr, ADAPTIVE: tl.constexpr, EPSILON: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """A token a program, those from `first` on: the last residual sum, its norm, and the negated product with the head [A, D]; float32."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    _after_previous(PDL)
+    given = tokens - first
+    batch = tl.program_id(0) // given
+    row = batch * tokens + first + tl.program_id(0) % given
+    columns, out_column = tl.arange(0, D), tl.arange(0, A)
+    value = tl.load(x + row * D + columns).to(tl.float32)
+    added = tl.zeros((D,), tl.float32)
+    for part in tl.static_range(SLICES):
+        added += tl.load(parts + (part * rows + row) * D + columns).to(tl.float32)
+    if GATED:
+        added *= tl.load(gate + batch * gate_stride + columns).to(tl.float32)
+    value += added
+    normed = value / tl.sqrt(tl.sum(value * value) / D + EPSILON)
+    scale = tl.load(factor + batch * factor_stride + columns).to(tl.float32)
+    if ADAPTIVE:
+        normed = normed * scale + tl.load(shift + batch * shift_stride + columns).to(tl.float32)
+    else:
+        normed *= 1.0 + scale
+    weights = tl.load(matrix + out_column[:, None] * D + columns[None, :])
+    answer = tl.sum(weights * normed[None, :], 1) + tl.load(bias + out_column)
+    tl.store(out + tl.program_id(0) * A + out_column, -answer)
 
 
 @triton.jit
@@ -257,9 +333,25 @@ class Cached(NamedTuple):
     first: int
 
 
+@dataclass(frozen=True)
+class FusedContext:
+    """What the action tokens need to know of the rest. buffers: a layer's keys and values each; turn: of state and actions.
+
+    state: tokens whose keys and values are not in the buffers yet: they ride along with the actions of the first step, which saves a pass
+    over the weights. Emptied by it.
+    """
+
+    buffers: tuple[KeyValue, ...]
+    turn: Rotation
+    bias: Tensor
+    prefix: int
+    state: list[Tensor]
+    states: int
+
+
 @final
 class FusedDecoder(nn.Module):
-    """`JointDecoder.encode`, `context`, `modulations` and `move` by these kernels; the same answers up to rounding.
+    """`JointDecoder.encode` and `context` by these kernels, and the layers behind a velocity; the same answers up to rounding.
 
     space: how many tokens may follow the prefix, so that a cache has room for them from the start.
     """
@@ -294,39 +386,56 @@ class FusedDecoder(nn.Module):
             x, y, _ = _layer(stream, x, y, None, (None, None), turn, Cached(buffer[0], buffer[1], 0), attend, few=False)
         return PrefixCache(tuple(KeyValue(buffer[0], buffer[1]) for buffer in buffers), mask, mask.sum(dim=1))
 
-    def context(self, cache: PrefixCache, state: Float[Tensor, "B Z D"] | None, num_actions: int) -> ActionContext:
-        """As JointDecoder's; the state's keys and values follow the prefix's in the same buffers."""
-        mask, prefix = cache.mask, cache.mask.shape[1]
+    def context(self, cache: PrefixCache, state: Float[Tensor, "B Z D"] | None, num_actions: int) -> FusedContext:
+        """As JointDecoder's; nothing is run before the first step."""
+        mask = cache.mask
         seen = torch.cat((mask, mask.new_ones(len(mask), self._space)), dim=1)
-        bias = additive(seen[:, None, None])
-        steps = torch.arange(self._space, device=mask.device)
-        turn = rotation(mask.sum(dim=1)[:, None] + steps, self.head_dim)
-        states = 0 if state is None else state.shape[1]
-        if state is not None:
-            self._suffix(state, cache.layers, prefix, _rows_of(turn, 0, states), bias, None)
-        room = tuple(Room(each.key, each.value, num_actions) for each in cache.layers)
-        return ActionContext(room, _rows_of(turn, states, states + num_actions), bias)
+        turn = rotation(mask.sum(dim=1)[:, None] + torch.arange(self._space, device=mask.device), self.head_dim)
+        pending = [] if state is None else [state]
+        return FusedContext(cache.layers, turn, additive(seen[:, None, None]), mask.shape[1], pending, self._space - num_actions)
 
-    def move(
-        self, actions: Float[Tensor, "B H D"], context: ActionContext, condition: Tensor | Modulations | None
-    ) -> Float[Tensor, "B H D"]:
-        """Action tokens through all layers and the final norm, float32."""
-        made = condition if isinstance(condition, Modulations) or condition is None else self.modulations(condition)
-        first = context.layers[0].key.shape[2] - context.layers[0].own
-        x, y, gate = self._suffix(actions, context.layers, first, context.turn, context.bias, made)
-        return add_norm(x, y, gate, self.final_norm, None if made is None else made.final, torch.float32)[1]
-
-    def _suffix(
-        self, tokens: Tensor, layers: tuple[KeyValue | Room, ...], first: int, turn: Rotation, bias: Tensor | None, made: Modulations | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x, y, gate = tokens.contiguous(), None, None
-        few = tokens.shape[0] * tokens.shape[1] <= ROWS
-        for index, (layer, cached) in enumerate(zip(self.layers, layers, strict=True)):
+    def run(
+        self, actions: Float[Tensor, "B H D"], context: FusedContext, made: Modulations | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+        """Through all layers: x, parts and gate, whose sum is the residual stream, and how many tokens stand before the actions."""
+        alone, first, turn = 0, context.prefix + context.states, _rows_of(context.turn, context.states, self._space)
+        if context.state:
+            state = context.state.pop()
+            alone, first, turn = state.shape[1], context.prefix, context.turn
+            actions = torch.cat((state.to(actions.dtype), actions), dim=1)
+        x, y, gate = actions.contiguous(), None, None
+        few = actions.shape[0] * actions.shape[1] <= ROWS
+        for index, (layer, cached) in enumerate(zip(self.layers, context.buffers, strict=True)):
             assert isinstance(layer, JointDecoderLayer)
-            place = Cached(cached.key, cached.value, first)
             by = (None, None) if made is None else made.layers[index]
-            x, y, gate = _layer(layer.action_expert, x, y, gate, by, turn, place, lambda query, to: attend_in_slices(query, to, bias), few)
-        return x, y, gate
+            attend = partial(attend_in_slices, bias=context.bias, alone=alone)
+            x, y, gate = _layer(layer.action_expert, x, y, gate, by, turn, Cached(cached.key, cached.value, first), attend, few)
+        return x, y, gate, alone
+
+
+@final
+class FusedPi0(Pi0):
+    """A network for inference that shares another's weights, by these kernels."""
+
+    def __init__(self, model: Pi0, decoder: JointDecoder) -> None:
+        nn.Module.__init__(self)
+        self.config = model.config
+        for name, child in model.named_children():
+            setattr(self, name, child)
+        space = model.config.action_horizon + (model.config.state_input == "token")
+        self.vision, self.decoder = FusedVision(model.vision), FusedDecoder(decoder, space)  # type: ignore[assignment]
+        self.eval()
+
+    def move(self, x_t: Float[Tensor, "B H A"], time: FlowTime, context: Any) -> Float[Tensor, "B H A"]:
+        """As Pi0's."""
+        decoder = cast(FusedDecoder, self.decoder)
+        actions, condition = self._actions(x_t, time.embedded)
+        made = time.modulations
+        if made is None and condition is not None:
+            made = decoder.modulations(condition)
+        x, parts, gate, before = decoder.run(actions, context, made)
+        assert parts is not None
+        return head(x, parts, gate, decoder.final_norm, None if made is None else made.final, self.action_out, before)
 
 
 def _layer(
@@ -358,7 +467,7 @@ def add_norm(
     flags: Any = {
         "D": width, "SLICES": 0 if parts is None else len(parts), "GATED": gate is not None, "ADAPTIVE": by is not None,
         "EPSILON": NORM_EPSILON, "BLOCK": triton.next_power_of_2(width),
-    }  # fmt: skip
+    } | _overlap(x)  # fmt: skip
     strides = (_stride(gate), _stride(None if by is None else by.factor), _stride(None if by is None else by.shift))
     given = (x, x if parts is None else parts, x if gate is None else gate, factor, shift, total, normed)
     _add_norm[(batch * tokens,)](*given, batch * tokens, tokens, *strides, **flags)
@@ -375,7 +484,8 @@ def rotated_qkv(x: Float[Tensor, "B T D"], stream: Stream, by: Rotation, cached:
     if few:
         _rotated_qkv[(heads + 2 * kv, head_dim // 2 // HALF)](
             x, stream.qkv.weight, *places,
-            D=width, HEADS=heads, KV=kv, K=head_dim, ROWS=ROWS, HALF=HALF, DEPTH=min(DEPTH, width), num_warps=4, num_stages=4,
+            D=width, HEADS=heads, KV=kv, K=head_dim, ROWS=ROWS, HALF=HALF, DEPTH=min(DEPTH, width), **_lines(stream.qkv.weight, width),
+            **PRODUCT, **_overlap(x),
         )  # fmt: skip
     else:
         whole = heads + 2 * kv
@@ -385,22 +495,21 @@ def rotated_qkv(x: Float[Tensor, "B T D"], stream: Stream, by: Rotation, cached:
     return query
 
 
-def attend_in_slices(query: Float[Tensor, "B T N K"], cached: Cached, bias: Tensor | None) -> Float[Tensor, "B T NK"]:
-    """Softmax attention of all rows to the cache up to the rows' own keys. bias: [B, 1, 1, J] float32, None when every key is seen."""
+def attend_in_slices(query: Float[Tensor, "B T N K"], cached: Cached, bias: Tensor, alone: int = 0) -> Float[Tensor, "B T NK"]:
+    """Softmax attention of all rows to the cache up to the rows' own keys. bias: [B, 1, 1, J] float32; alone: see `_attend`."""
     batch, tokens, heads, head_dim = query.shape
     kv, capacity = cached.key.shape[1:3]
     keys = cached.first + tokens
     rows, cuts = tokens * heads // kv, triton.cdiv(keys, KEYS)
     sums = query.new_empty(batch * kv, cuts, rows, head_dim, dtype=torch.float32)
     largest, totals = (query.new_empty(batch * kv, cuts, rows, dtype=torch.float32) for _ in range(2))
-    sizes = (tokens, keys, capacity, 0 if bias is None else bias.shape[-1], head_dim**-0.5)
-    _attend[(triton.cdiv(rows, ROWS), cuts, batch * kv)](
-        query, cached.key, cached.value, query if bias is None else bias, sums, largest, totals, *sizes,
-        HEADS=heads, KV=kv, K=head_dim, BIASED=bias is not None, ROWS=ROWS, KEYS=KEYS, num_warps=8, num_stages=1,
+    _attend[(triton.cdiv(rows, ASKING), cuts, batch * kv)](
+        query, cached.key, cached.value, bias, sums, largest, totals, tokens, keys, capacity, bias.shape[-1], alone, head_dim**-0.5,
+        HEADS=heads, KV=kv, K=head_dim, BIASED=True, ROWS=ASKING, KEYS=KEYS, num_warps=8, num_stages=1, **_overlap(query),
     )  # fmt: skip
     joined = query.new_empty(batch, tokens, heads * head_dim)
-    sizes = {"HEADS": heads, "KV": kv, "K": head_dim, "CUTS": triton.next_power_of_2(cuts)}  # type: ignore[assignment]
-    _join[(rows, batch * kv)](sums, largest, totals, joined, tokens, cuts, **sizes)  # type: ignore[arg-type]
+    flags: Any = {"HEADS": heads, "KV": kv, "K": head_dim, "CUTS": triton.next_power_of_2(cuts)} | _overlap(query)
+    _join[(rows, batch * kv)](sums, largest, totals, joined, tokens, cuts, **flags)
     return joined
 
 
@@ -409,10 +518,12 @@ def product(x: Float[Tensor, "B T D"], linear: nn.Linear, few: bool) -> Float[Te
     if not few:
         return F.linear(x, linear.weight)[None]
     columns, width = linear.weight.shape
+    part = width // SLICES
     parts = x.new_empty(SLICES, *x.shape[:2], columns, dtype=torch.float32)
     _sliced_product[(columns // COLUMNS, SLICES)](
         x, linear.weight, parts, x.shape[0] * x.shape[1],
-        N=columns, D=width, SLICE=width // SLICES, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=min(DEPTH, width // SLICES), num_warps=4, num_stages=4,
+        N=columns, D=width, SLICE=part, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=min(DEPTH, part), **_lines(linear.weight, part), **PRODUCT,
+        **_overlap(x),
     )  # fmt: skip
     return parts
 
@@ -424,11 +535,29 @@ def gated_product(x: Float[Tensor, "B T D"], linear: nn.Linear, gelu: str, few: 
     rows = x.shape[0] * x.shape[1]
     if few:
         _gated_product[(hidden // COLUMNS,)](
-            x, linear.weight, out, rows,
-            F=hidden, D=width, TANH=gelu == "tanh", ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=min(DEPTH, width), num_warps=4, num_stages=4,
+            x, linear.weight, out, rows, F=hidden, D=width, TANH=gelu == "tanh", ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=min(DEPTH, width),
+            **_lines(linear.weight, width), **PRODUCT, **_overlap(x),
         )  # fmt: skip
     else:
         _gate[(rows, triton.cdiv(hidden, 2048))](F.linear(x, linear.weight), out, F=hidden, TANH=gelu == "tanh", BLOCK=2048, num_warps=8)
+    return out
+
+
+def head(
+    x: Tensor, parts: Tensor, gate: Tensor | None, norm: nn.Module, by: Modulation | None, linear: nn.Linear, first: int
+) -> Float[Tensor, "B H A"]:
+    """The final norm and the head of released weights, which points from data to noise, negated; of the tokens from `first` on."""
+    batch, tokens, width = x.shape
+    assert isinstance(norm, RMSNorm | AdaptiveRMSNorm)
+    out = torch.empty(batch, tokens - first, linear.out_features, dtype=torch.float32, device=x.device)
+    factor, shift = (norm.scale, norm.scale) if by is None else (by.factor, by.shift)
+    flags: Any = {
+        "D": width, "A": linear.out_features, "SLICES": len(parts), "GATED": gate is not None, "ADAPTIVE": by is not None,
+        "EPSILON": NORM_EPSILON, "num_warps": 8,
+    } | _overlap(x)  # fmt: skip
+    strides = (_stride(gate), _stride(None if by is None else by.factor), _stride(None if by is None else by.shift))
+    given = (x, parts, x if gate is None else gate, factor, shift, linear.weight, linear.bias, out)
+    _head[(batch * (tokens - first),)](*given, batch * tokens, tokens, first, *strides, **flags)
     return out
 
 
@@ -474,15 +603,11 @@ def _bias_gelu(x: Tensor, linear: nn.Linear, gelu: str) -> Tensor:
 
 
 def with_fused_layers(model: Pi0) -> Pi0 | None:
-    """The same network and weights with `FusedVision` and `FusedDecoder`, for inference; None where a size does not fit."""
+    """The same network and weights as `FusedPi0`, for inference; None where a size does not fit."""
     config, decoder = model.config, model.decoder
-    state = config.state_input == "token"
-    if not isinstance(decoder, JointDecoder) or (state and config.time_conditioning == "adaptive_norm") or not fits(decoder):
+    if not isinstance(decoder, JointDecoder) or (config.state_input == "token" and config.time_conditioning == "adaptive_norm"):
         return None
-    fused = copy.copy(model)
-    fused._modules = dict(model._modules)
-    fused.vision, fused.decoder = FusedVision(model.vision), FusedDecoder(decoder, config.action_horizon + state)  # type: ignore[assignment]
-    return fused
+    return FusedPi0(model, decoder) if fits(decoder) and config.action_dim in (16, 32, 64, 128) else None
 
 
 def fits(decoder: JointDecoder) -> bool:
@@ -496,7 +621,20 @@ def fits(decoder: JointDecoder) -> bool:
 
     width, attended, hidden, head_dim = stream.qkv.in_features, stream.out.in_features, stream.mlp.down.in_features, stream.head_dim
     products = whole(width, 1) and whole(attended, SLICES) and whole(hidden, SLICES)
-    return products and width % COLUMNS == 0 and hidden % COLUMNS == 0 and head_dim in (32, 64, 128, 256)
+    return products and triton.next_power_of_2(width) == width and hidden % COLUMNS == 0 and head_dim in (32, 64, 128, 256)
+
+
+def _overlap(x: Tensor) -> dict[str, Any]:
+    """Whether a kernel may begin before its predecessor ends (programmatic dependent launch, Hopper and later)."""
+    overlaps = OVERLAP and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    return {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}
+
+
+def _lines(matrix: Tensor, columns: int) -> dict[str, int]:
+    """How many columns to prefetch, and how many a line of the cache holds."""
+    per_line = LINE // matrix.element_size()
+    lines = columns // per_line
+    return {"SPAN": columns if columns % per_line == 0 and lines & (lines - 1) == 0 else 0, "PER_LINE": per_line}
 
 
 def _stride(x: Tensor | None) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from device_cases import FLOW, Synthetic, apart, configuration, gradient_apart, gradients, make_batch, mean_loss, on
 from small_pi0 import network
 from torch import nn
@@ -40,6 +41,7 @@ def trained(
     device: torch.device, how: Adaptation, batches: list[Batch], name: str = "pi0", wrap=lambda model: model
 ) -> tuple[Pi0, list[float]]:
     """A network after a step on each batch, and the losses."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # which holds a process to the first device that it trained on
     torch.manual_seed(7)  # the adapters'
     model = adapt(network(configuration(name, "small")), how, torch.float32).to(device).train()
     accelerator = make_accelerator("float32", 1, allow_cuda=device.type == "cuda")

@@ -1,0 +1,71 @@
+"""A program: velocities by models/kernels.py beside the plain ones; JSON on the last line.
+
+TRITON_INTERPRET=1 python fused_layers.py pi0 cpu        python fused_layers.py pi05 cuda
+"""
+
+import json
+import sys
+
+import torch
+from torch import nn
+
+from pi0fm.models import kernels
+from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
+from pi0fm.models.layers import AdaptiveRMSNorm
+from pi0fm.models.observation import ModelObservation
+from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.models.vision import VisionConfig
+from pi0fm.policy.sampler import halve_matrices
+
+
+def small(name: str, horizon: int) -> Pi0Config:
+    """Two layers in whole tiles; keys outnumber a slice of the attention."""
+    return Pi0Config(
+        vision=VisionConfig(width=48, depth=2, num_heads=4, mlp_width=96, patch_size=8, image_size=16),
+        decoder=DecoderConfig(StreamConfig(96, 160), StreamConfig(64, 128), depth=2, num_heads=4, num_kv_heads=2, head_dim=32),
+        vocab_size=64,
+        max_prompt_tokens=9,
+        action_dim=16,
+        state_dim=5,
+        action_horizon=horizon,
+        state_input="token" if name == "pi0" else "prompt",
+        time_conditioning="concatenate" if name == "pi0" else "adaptive_norm",
+    )
+
+
+def rows_of(name: str, device: torch.device, batch: int, horizon: int, dtype: torch.dtype) -> dict[str, float]:
+    """The largest difference of three velocities, over the largest velocity."""
+    torch.manual_seed(0)
+    model = Pi0(small(name, horizon)).to(device).eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, AdaptiveRMSNorm):
+            nn.init.normal_(module.modulation.weight, std=0.1)
+    if dtype != torch.float32:
+        halve_matrices(model, dtype)
+    fused = kernels.with_fused_layers(model)
+    assert fused is not None
+    prompts, cameras = torch.ones(batch, 9, dtype=torch.bool), torch.ones(batch, 2, dtype=torch.bool)
+    prompts[0, -3:], cameras[-1, 1] = False, batch == 1
+    images, tokens = torch.randint(0, 255, (batch, 2, 16, 16, 3), dtype=torch.uint8), torch.randint(0, 64, (batch, 9))
+    seen = ModelObservation(images, cameras, tokens, prompts, torch.randn(batch, 5)).to(device)
+    x_t, each = torch.randn(batch, horizon, 16).to(device), torch.rand(batch).to(device)
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        plain, ours = model.field(seen), fused.field(seen)
+        pairs = [(plain.at(x_t, t), ours.at(x_t, t)) for t in (0.1, 0.7)] + [(plain(x_t, each), ours(x_t, each))]
+    worst = max(float((expected - found).abs().max() / expected.abs().max()) for expected, found in pairs)
+    return {"rows": batch * horizon, "difference": worst, "bound": 1e-5 if dtype == torch.float32 else 3e-2}
+
+
+def main(name: str, kind: str) -> None:
+    """One tile of rows; on a GPU several too, and in bfloat16. The interpreter takes seconds a kernel."""
+    kernels.KEYS, kernels.ASKING = 16, 16
+    cases = [(1, 5, torch.float32)]
+    if kind == "cuda":
+        cases += [(8, 9, torch.float32), (1, 5, torch.bfloat16), (8, 9, torch.bfloat16)]
+    found = [rows_of(name, torch.device(kind), *case) for case in cases]
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("highest")
+    main(sys.argv[1], sys.argv[2])
