@@ -1,7 +1,7 @@
-"""The robot's side: ask a policy server for actions, with numpy, msgpack and websockets alone.
+"""Ask a policy server for actions from the robot's computer.
 
-Owns: asking, time-outs, reconnection, and `RemotePolicy`, which looks like a local policy. Does not know: torch, the server's insides,
-how a server is reached (connection.py). It also speaks to an openpi server.
+Owns: requests, time-outs, reconnection, and `RemotePolicy`, which stands for a local policy. Does not know: torch, how the server works,
+how a connection is made (connection.py). It also speaks to openpi's servers.
 
     infer  --send--> reply in time             -> an ActionChunk
                      text                      -> ServingError with the server's line
@@ -48,13 +48,13 @@ class PolicyClient:
         self._timeout_seconds = timeout_seconds
         self._address = connection.Address(url, token, timeout_seconds, connect_timeout_seconds)
         self._connection: ClientConnection | None
-        self._connection, self._greeting = connection.reach(self._address)
+        self._connection, self._greeting = connection.connect_to(self._address)
         self._metadata = self._decode(self._greeting)
         self._open = True
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What the server said of its policy when the connection was made."""
+        """Facts about the policy, as the server sent them when the connection was made."""
         return self._metadata
 
     def infer(self, observation: Mapping[str, Any], noise_seed: int | None = None) -> ActionChunk:
@@ -71,14 +71,14 @@ class PolicyClient:
             raise ObservationError(f"an observation may take {limit} bytes on {self._url}, found {len(frame)}: send smaller images")
         reply = self._exchange(frame)
         if isinstance(reply, str):
-            self._drop()
+            self._disconnect()
             raise ServingError(f"{self._url} answered: {reply}")
         return self._chunk(self._decode(reply), began)
 
     def close(self) -> None:
-        """Say goodbye to the server; the client cannot be used afterwards."""
+        """Close the connection; the client cannot be used afterwards."""
         self._open = False
-        self._drop()
+        self._disconnect()
 
     def __enter__(self) -> "PolicyClient":
         return self
@@ -87,22 +87,22 @@ class PolicyClient:
         self.close()
 
     def _exchange(self, frame: bytes) -> bytes | str:
-        """Send and receive, once more after a lost connection."""
+        """Send and receive; after a lost connection, connect and try once more."""
         if not self._open:
             raise ServingError(f"this client of {self._url} was closed: make a new PolicyClient")
         if self._connection is not None:
             try:
                 return self._send_and_receive(self._connection, frame)
             except ConnectionClosed as error:
-                self._drop()
-                self._refuse_too_big(error, frame)
+                self._disconnect()
+                self._raise_if_too_big(error, frame)
                 if not self._reconnect:
                     raise ServingError(
                         f"{self._url} closed the connection ({connection.reason(error)}): look at the server's log"
                     ) from None
         elif not self._reconnect:
             raise ServingError(f"the connection to {self._url} is gone and reconnect is off: make a new PolicyClient")
-        fresh, greeting = connection.reach(self._address)
+        fresh, greeting = connection.connect_to(self._address)
         if greeting != self._greeting:
             fresh.close()
             raise ServingError(f"{self._url} now serves another policy: make a new PolicyClient, and reset the robot first")
@@ -110,8 +110,8 @@ class PolicyClient:
         try:
             return self._send_and_receive(fresh, frame)
         except ConnectionClosed as error:
-            self._drop()
-            self._refuse_too_big(error, frame)
+            self._disconnect()
+            self._raise_if_too_big(error, frame)
             raise ServingError(
                 f"{self._url} closed the connection twice for one observation ({connection.reason(error)}): look at its log"
             ) from None
@@ -126,7 +126,7 @@ class PolicyClient:
         except ConnectionClosed as error:
             if not connection.send_timed_out(error):
                 raise
-        self._drop()
+        self._disconnect()
         raise ServingError(
             f"{self._url} gave no answer in {self._timeout_seconds:g} s: see GET /healthz and its load, or raise timeout_seconds"
         )
@@ -147,14 +147,14 @@ class PolicyClient:
         try:
             return wire.unpack(frame)
         except ObservationError as error:
-            self._drop()
+            self._disconnect()
             raise ServingError(f"{self._url} is no policy server, or speaks another protocol: {error}") from None
 
-    def _refuse_too_big(self, error: ConnectionClosed, frame: bytes) -> None:
+    def _raise_if_too_big(self, error: ConnectionClosed, frame: bytes) -> None:
         if error.rcvd is not None and error.rcvd.code == _CLOSE_TOO_BIG:
             raise ObservationError(f"{self._url} takes no frame of {len(frame)} bytes: send smaller images") from None
 
-    def _drop(self) -> None:
+    def _disconnect(self) -> None:
         lost, self._connection = self._connection, None
         if lost is not None:
             lost.close()
@@ -162,7 +162,7 @@ class PolicyClient:
 
 @final
 class RemotePolicy:
-    """A `pi0fm_client.types.Policy` on a server: a batch goes over up to `connections` at once, so the server infers it as one.
+    """A `pi0fm_client.types.Policy` on a server: a batch is sent over up to `connections` sockets, so the server infers it together.
 
     url, token, timeout_seconds, connect_timeout_seconds: as for PolicyClient. Raises what PolicyClient raises, and ServingError when
     the metadata does not say which keys an observation has (an openpi server's does not: use PolicyClient there).
@@ -193,15 +193,15 @@ class RemotePolicy:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """The policy's metadata, as the server sent it."""
+        """Facts about the policy, as the server sent them."""
         return self._clients[0].metadata
 
     def infer(self, observation: Mapping[str, Any], noise_seed: int | None = None) -> ActionChunk:
-        """As `PolicyClient.infer`, on the first connection."""
+        """Ask for the chunk of one observation, as `PolicyClient.infer`."""
         return self._clients[0].infer(observation, noise_seed)
 
     def infer_batch(self, observations: Sequence[Observation], noise_seeds: Sequence[int | None] | None = None) -> list[ActionChunk]:
-        """One chunk for each observation, in order, with the `timings` of `PolicyClient.infer`."""
+        """Return one chunk for each observation, in order, with the `timings` of `PolicyClient.infer`."""
         if noise_seeds is not None and len(noise_seeds) != len(observations):
             raise ObservationError(f"a batch needs one noise seed for each observation, found {len(noise_seeds)} for {len(observations)}")
         seeds = [None] * len(observations) if noise_seeds is None else list(noise_seeds)

@@ -1,7 +1,7 @@
-"""Reaching a policy server: the handshake, its first frame, and which faults pass with time.
+"""Connect to a policy server: the handshake, the first frame, retries.
 
-Owns: trying again with a bounded pause, and one clear line for every way in which an address is no policy server. Does not know:
-observations, replies (client.py).
+Owns: which faults are tried again, the pauses between tries, one line for each way in which an address is no policy server. Does not
+know: observations, replies (client.py).
 """
 
 import socket
@@ -18,12 +18,12 @@ from pi0fm_client.wire import MAX_FRAME_BYTES
 
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 2.0
-_STATUS_LATER = (502, 503, 504)  # a server that warms up, or a proxy before one
+_STATUS_TRY_AGAIN = (502, 503, 504)  # a server that warms up, or a proxy before one
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server is, its key, and the patience: for one frame, and for a connection."""
+    """URL and key of a server, with the time-outs of one frame and of a connection."""
 
     url: str
     token: str | None = field(repr=False)
@@ -31,12 +31,12 @@ class Address:
     connect_timeout_seconds: float
 
 
-class _NotYetError(Exception):
-    """No server yet, for a reason that may pass."""
+class _TryAgainError(Exception):
+    """The server cannot be reached now, but may be later."""
 
 
-def reach(address: Address) -> tuple[ClientConnection, bytes]:
-    """A connection and the server's first frame; a server that is not there yet is tried again until the time is over.
+def connect_to(address: Address) -> tuple[ClientConnection, bytes]:
+    """Return a connection and the server's first frame; retry until the time-out while the server is not there yet.
 
     Raises ServingError that names the address and what to check.
     """
@@ -44,8 +44,8 @@ def reach(address: Address) -> tuple[ClientConnection, bytes]:
     pause = FIRST_PAUSE_SECONDS
     while True:
         try:
-            return _greeted(address, _handshake(address, max(0.1, deadline - time.monotonic())))
-        except _NotYetError as error:
+            return _receive_metadata(address, _handshake(address, max(0.1, deadline - time.monotonic())))
+        except _TryAgainError as error:
             if time.monotonic() + pause >= deadline:
                 waited = f"{address.connect_timeout_seconds:g} s"
                 fault = f"no policy server at {address.url} in {waited} ({error})"
@@ -55,12 +55,12 @@ def reach(address: Address) -> tuple[ClientConnection, bytes]:
 
 
 def reason(error: ConnectionClosed) -> str:
-    """Why a connection ended, in a few words."""
+    """Return the close code and reason of an ended connection."""
     return f"code {error.rcvd.code} {error.rcvd.reason}".strip() if error.rcvd is not None else "no closing frame"
 
 
 def send_timed_out(error: ConnectionClosed) -> bool:
-    """Whether a connection ended because the peer read nothing for `timeout_seconds`: the socket's bound on sends gives EAGAIN."""
+    """Whether a connection ended because the peer read nothing for `timeout_seconds`: the socket's send time-out gives EAGAIN."""
     return isinstance(error.__cause__, BlockingIOError)
 
 
@@ -79,19 +79,19 @@ def _handshake(address: Address, seconds: float) -> ClientConnection:
     except InvalidURI:
         raise ServingError(f"{address.url!r} is no WebSocket address: write ws://HOST:PORT") from None
     except InvalidHandshake as error:
-        raise _explain(address.url, error) from None
+        raise _fault_of_handshake(address.url, error) from None
     except OSError as error:  # refused, unreachable, unknown host, timed out
-        raise _NotYetError(error.strerror or str(error) or type(error).__name__) from None
-    _bound_sends(connection.socket, address.timeout_seconds)
+        raise _TryAgainError(error.strerror or str(error) or type(error).__name__) from None
+    _limit_send_time(connection.socket, address.timeout_seconds)
     return connection
 
 
-def _greeted(address: Address, connection: ClientConnection) -> tuple[ClientConnection, bytes]:
-    """The connection with the metadata that the server sends first."""
+def _receive_metadata(address: Address, connection: ClientConnection) -> tuple[ClientConnection, bytes]:
+    """Return the connection and the metadata frame, which the server sends first."""
     try:
         greeting = connection.recv(timeout=address.timeout_seconds)
     except ConnectionClosed as error:
-        raise _NotYetError(f"it closed the connection: {reason(error)}") from None
+        raise _TryAgainError(f"it closed the connection: {reason(error)}") from None
     except TimeoutError:
         connection.close()
         raise ServingError(
@@ -103,22 +103,22 @@ def _greeted(address: Address, connection: ClientConnection) -> tuple[ClientConn
     return connection, greeting
 
 
-def _explain(url: str, error: InvalidHandshake) -> Exception:
-    """The fault of a handshake: to be tried again, or to be told."""
+def _fault_of_handshake(url: str, error: InvalidHandshake) -> Exception:
+    """Return the exception for a failed handshake: one to retry, or one for the user."""
     if isinstance(error, InvalidStatus):
         status = error.response.status_code
-        if status in _STATUS_LATER:
-            return _NotYetError(f"HTTP {status}")
+        if status in _STATUS_TRY_AGAIN:
+            return _TryAgainError(f"HTTP {status}")
         if status in (401, 403):
             return ServingError(f"{url} refused the token (HTTP {status}): give the server's key as token=")
         return ServingError(f"{url} is no policy server: it answers a WebSocket handshake with HTTP {status}; check host, port and path")
     if isinstance(error.__cause__, EOFError | OSError):
-        return _NotYetError("it closed the connection during the handshake")
+        return _TryAgainError("it closed the connection during the handshake")
     return ServingError(f"{url} is no policy server: {' '.join(str(error).split())[:120]}; check host and port")
 
 
-def _bound_sends(connected: socket.socket, seconds: float) -> None:
-    """Let a send to a peer that reads no more fail after `seconds`; websockets bounds only what it receives."""
+def _limit_send_time(connected: socket.socket, seconds: float) -> None:
+    """Make a send fail after `seconds` when the peer reads no more; websockets only limits receiving."""
     if sys.platform == "win32":
         value: bytes | int = int(seconds * 1000)
     else:

@@ -1,6 +1,6 @@
-"""The faults that a user can mend.
+"""Errors that a user can correct.
 
-Owns: one exception class for each kind of input that can be wrong. Does not know: what printed them.
+Owns: one exception class for each kind of input that can be wrong. Does not know: who prints them.
 Every message is one line that says the rule, what was found, and what to type instead; the command line
 shows `str(error)` and exits with 1 (2 for a wrong option), so no traceback reaches a user. Each class takes one string, so that it
 survives pickling between Ray workers.
@@ -8,7 +8,7 @@ survives pickling between Ray workers.
 
 
 class Pi0fmError(Exception):
-    """A fault in what was given to pi0fm; `str(error)` is the line that the user reads."""
+    """Base of the errors in what was given to pi0fm; `str(error)` is the line that the user reads."""
 
 
 class ConfigError(Pi0fmError):
@@ -28,7 +28,7 @@ class SimulationError(Pi0fmError):
 
 
 class OutputError(Pi0fmError):
-    """An output folder that holds something which must not be overwritten."""
+    """An output folder whose content must not be overwritten."""
 
 
 class ObservationError(Pi0fmError):

@@ -36,20 +36,20 @@ _CONTAINERS = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
 
 
 def pack(message: Mapping[Any, Any]) -> bytes:
-    """One frame from a map of text, numbers, lists, maps and arrays. Raises ObservationError for what has no place on the wire."""
+    """Encode a map of text, numbers, lists, maps and arrays as one frame. Raises ObservationError for any other value."""
     if not isinstance(message, Mapping):
         raise ObservationError(f"a message must be a flat map of keys, found {type(message).__name__}: send {{'prompt': ..., ...}}")
     for key in message:
         if not isinstance(key, str):
             raise ObservationError(f"a message's keys must be text, found {key!r}: name it with a str")
     try:
-        return msgpack.packb(dict(message), default=_plain)  # type: ignore[no-any-return,unused-ignore]
+        return msgpack.packb(dict(message), default=_encode_unknown)  # type: ignore[no-any-return,unused-ignore]
     except (OverflowError, TypeError, ValueError, RecursionError) as error:
         raise ObservationError(f"a message must be plain data: {_one_line(error)}; send text, numbers within 64 bits and arrays") from None
 
 
 def unpack(frame: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> dict[str, Any]:
-    """The map in one frame; arrays are C-contiguous, writable, in this machine's byte order.
+    """Decode the map in one frame; arrays are C-contiguous, writable, in this machine's byte order.
 
     Raises ObservationError, before it allocates, for a frame or an array that is cut, too large, too deep, or of another kind.
     """
@@ -57,7 +57,7 @@ def unpack(frame: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> dict[str, Any]:
         raise ObservationError(f"a frame may hold {max_bytes} bytes, found {len(frame)}: send smaller images")
     _check_bounds(frame)
     try:
-        message = msgpack.unpackb(frame, object_hook=_revive, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS)
+        message = msgpack.unpackb(frame, object_hook=_decode_marker_map, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS)
     except ObservationError:
         raise
     except (ValueError, TypeError, msgpack.UnpackException) as error:
@@ -92,7 +92,7 @@ def _check_bounds(frame: bytes) -> None:
             continue
         due[-1] -= 1
         items += 1
-        position, children = _item(frame, position)
+        position, children = _read_item(frame, position)
         if position > len(frame):
             raise ObservationError(f"a frame must be whole: it ends at byte {len(frame)}, inside an item; send it again, in one message")
         if items + children > MAX_ITEMS:
@@ -105,7 +105,7 @@ def _check_bounds(frame: bytes) -> None:
         raise ObservationError(f"a frame must hold one message: {len(frame) - position} bytes follow it; send one map a frame")
 
 
-def _item(frame: bytes, position: int) -> tuple[int, int]:
+def _read_item(frame: bytes, position: int) -> tuple[int, int]:
     """Return where the bytes of one item end and how many items it contains; an end past the frame's end means that the frame is cut."""
     if position >= len(frame):
         return len(frame) + 1, 0
@@ -132,34 +132,36 @@ def _item(frame: bytes, position: int) -> tuple[int, int]:
     )
 
 
-def _plain(value: Any) -> Any:
-    """What msgpack does not know, as plain data. msgpack calls it for unknown types only."""
+def _encode_unknown(value: Any) -> Any:
+    """Return arrays, numpy scalars and mappings as plain data. msgpack calls it for types that it does not know."""
     if isinstance(value, np.ndarray):
-        _dtype(value.dtype.str)
+        _number_type(value.dtype.str)
         # tobytes is C order whatever the array's own layout, and also right for a transposed or empty one.
         return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
     if isinstance(value, np.generic):
-        _dtype(value.dtype.str)
+        _number_type(value.dtype.str)
         return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"{type(value).__name__} has no place in it")
 
 
-def _revive(found: dict[Any, Any]) -> Any:
-    """A marker map as the array or scalar that it stands for; any other map as it is."""
+def _decode_marker_map(found: dict[Any, Any]) -> Any:
+    """Return the array or scalar that a marker map encodes; return any other map unchanged."""
     fields = {key.decode("ascii", "replace") if isinstance(key, bytes) else key: value for key, value in found.items()}
-    for marker, keys, build in (("__ndarray__", _ARRAY_KEYS, _array), ("__npgeneric__", _SCALAR_KEYS, _scalar)):
+    for marker, keys, build in (("__ndarray__", _ARRAY_KEYS, _decode_array), ("__npgeneric__", _SCALAR_KEYS, _decode_scalar)):
         if marker not in fields:
             continue
         if len(found) != len(keys) or set(fields) != keys or fields[marker] is not True:
-            raise ObservationError(f"a map with {marker} must have {marker} = true and {sorted(keys - {marker})}, found {_names(found)}")
+            raise ObservationError(
+                f"a map with {marker} must have {marker} = true and {sorted(keys - {marker})}, found {_first_keys(found)}"
+            )
         return build(fields)
     return found
 
 
-def _array(fields: Mapping[str, Any]) -> NDArray[Any]:
-    data, dtype, shape = fields["data"], _dtype(fields["dtype"]), fields["shape"]
+def _decode_array(fields: Mapping[str, Any]) -> NDArray[Any]:
+    data, dtype, shape = fields["data"], _number_type(fields["dtype"]), fields["shape"]
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
         raise ObservationError(f"an array's shape must be a list of at most {MAX_DIMENSIONS} sizes, found {str(shape)[:60]}")
     if not all(type(size) is int and size >= 0 for size in shape):
@@ -178,8 +180,8 @@ def _array(fields: Mapping[str, Any]) -> NDArray[Any]:
     return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))
 
 
-def _scalar(fields: Mapping[str, Any]) -> np.generic:
-    dtype, data = _dtype(fields["dtype"]), fields["data"]
+def _decode_scalar(fields: Mapping[str, Any]) -> np.generic:
+    dtype, data = _number_type(fields["dtype"]), fields["data"]
     allowed: type | tuple[type, ...] = {"b": bool, "i": int, "u": int}.get(dtype.kind, (int, float))
     if not isinstance(data, allowed) or (isinstance(data, bool) and dtype.kind != "b"):
         raise ObservationError(f"a scalar of type {dtype.str} must hold such a number, found {str(data)[:40]!r}")
@@ -189,8 +191,8 @@ def _scalar(fields: Mapping[str, Any]) -> np.generic:
         raise ObservationError(f"a scalar of type {dtype.str} cannot hold {data}: send a wider type") from None
 
 
-def _dtype(text: Any) -> np.dtype[Any]:
-    """The number type that a text such as `<f4` names, without asking numpy to parse foreign text."""
+def _number_type(text: Any) -> np.dtype[Any]:
+    """Return the number type that a text such as `<f4` names; numpy never parses foreign text."""
     kind, size = (text[1:2], text[2:]) if isinstance(text, str) and len(text) == 3 and text[0] in "<>|=" else ("", "")
     if kind not in _SIZES_BY_KIND or size not in [str(size) for size in _SIZES_BY_KIND[kind]]:
         raise ObservationError(
@@ -200,7 +202,7 @@ def _dtype(text: Any) -> np.dtype[Any]:
     return dtype
 
 
-def _names(found: Mapping[Any, Any]) -> str:
+def _first_keys(found: Mapping[Any, Any]) -> str:
     return ", ".join(str(key)[:20] for key in list(found)[:6])
 
 

@@ -1,6 +1,6 @@
-"""`pi0fm serve`: a bundle on a port.
+"""`pi0fm serve`: serve a bundle on a port.
 
-Owns: the options, and the line that says ready. Does not know: the protocol, what is in a bundle.
+Owns: the options, and the line that says ready. Does not know: the protocol, the content of a bundle.
 """
 
 import asyncio
@@ -55,8 +55,8 @@ def run(options: ServeConfig) -> None:
     token = options.token if options.token is not None else os.environ.get(TOKEN_VARIABLE)
     application.check_token(token)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    with server.until_stopped(), server.reserve(options.host, options.port) as reserved:
-        url = server.url_of(reserved)
+    with server.until_stopped(), server.bind(options.host, options.port) as bound:
+        url = server.url_of(bound)
         if token is None and options.host not in ("127.0.0.1", "localhost", "::1"):
             say(f"anyone who reaches {options.host} can use this policy: set {TOKEN_VARIABLE} to ask for a key")
         say(f"loading {options.bundle}")
@@ -83,5 +83,5 @@ def run(options: ServeConfig) -> None:
             print(json.dumps(ready), flush=True)
             say(f"serving {options.bundle}{''.join(f' for {name}' for name in robot.values())} on {url}; ^C stops it")
 
-        asyncio.run(server.serve(server.make_server(app), app, reserved, announce))
+        asyncio.run(server.serve(server.make_server(app), app, bound, announce))
     say("stopped serving")

@@ -49,7 +49,7 @@ def create_app(
     max_frame_bytes: int = wire.MAX_FRAME_BYTES,
     max_connections: int = 64,
 ) -> Starlette:
-    """The application that serves `policy`; it warms up in its lifespan unless `warm_up` was awaited before.
+    """Build the application that serves `policy`; it warms up in its lifespan unless `warm_up` was awaited before.
 
     to_observation: raises ObservationError, whose line the client sees; it runs on the event loop.
     metadata: the first frame of every connection; the warm-up reads `cameras` (name -> key), `state_key`, `state_dim` and,
@@ -68,7 +68,7 @@ def create_app(
         yield
         await service.close()
 
-    routes = [WebSocketRoute("/", service.converse), Route("/healthz", service.healthz), Route("/", service.explain)]
+    routes = [WebSocketRoute("/", service.handle_connection), Route("/healthz", service.healthz), Route("/", service.index)]
     app = Starlette(routes=routes, lifespan=lifespan)
     app.state.service = service
     return app
@@ -91,7 +91,7 @@ def check_token(token: str | None) -> None:
 
 
 def synthetic_observation(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with black images and a zero state of the sizes that `metadata` names. Raises ServingError when it names none."""
+    """Make a message with black images and a zero state of the sizes in `metadata`. Raises ServingError when it has none."""
     try:
         height, width = metadata.get("image_size", WARM_UP_IMAGE_SIZE)
         message: dict[str, Any] = {key: np.zeros((height, width, 3), np.uint8) for key in metadata["cameras"].values()}
@@ -103,7 +103,7 @@ def synthetic_observation(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 @final
 class _Service:
-    """What the routes share. `ready` turns true after the warm-up and false at the end."""
+    """State that the routes share. `_ready` is true between the warm-up and the end."""
 
     def __init__(
         self, batcher: Batcher, metadata: Mapping[str, Any], token: str | None, max_frame_bytes: int, max_connections: int
@@ -137,12 +137,12 @@ class _Service:
     async def healthz(self, request: Request) -> Response:
         return PlainTextResponse("OK\n") if self._ready else PlainTextResponse("warming up\n", 503)
 
-    async def explain(self, request: Request) -> Response:
-        """For a browser at `/`."""
+    async def index(self, request: Request) -> Response:
+        """Answer a browser at `/`."""
         return PlainTextResponse("a pi0fm policy server: speak WebSocket here (pi0fm_client), GET /healthz for its health\n", 426)
 
-    async def converse(self, websocket: WebSocket) -> None:
-        """One connection, from the handshake to its end."""
+    async def handle_connection(self, websocket: WebSocket) -> None:
+        """Serve one connection, from the handshake to its end."""
         if self._authorization is not None:
             given = websocket.headers.get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(given, self._authorization):
@@ -166,7 +166,7 @@ class _Service:
             self._connections -= 1
 
     async def _exchange(self, websocket: WebSocket) -> None:
-        """Request and reply in turn. The next frame is awaited during the inference, because that is how a client that left is seen."""
+        """Answer requests in turn. The next frame is awaited during the inference, which is how a lost client is noticed."""
         previous_total_ms: float | None = None
         incoming = asyncio.create_task(websocket.receive())
         answering: asyncio.Task[bytes | str] | None = None
@@ -191,14 +191,14 @@ class _Service:
                 answering.cancel()
 
     async def _answer(self, frame: bytes | None, previous_total_ms: float | None) -> bytes | str:
-        """The reply's bytes, or the one line of an error; only a line about the client's own doing says more than an id."""
+        """Return the reply's bytes, or an error line; only an error in the client's own request says more than an id."""
         try:
             began = time.perf_counter()
             if frame is None:
                 raise ObservationError("a request must be a binary frame, found text: send the msgpack bytes")
             message = wire.unpack(frame, max_bytes=self._max_frame_bytes)
-            chunk = await self._batcher.submit(message, _take_noise_seed(message))
-            return _reply(chunk, _milliseconds_since(began), previous_total_ms)
+            chunk = await self._batcher.submit(message, _pop_noise_seed(message))
+            return _encode_reply(chunk, _milliseconds_since(began), previous_total_ms)
         except (ObservationError, RefusedError) as error:
             identifier = secrets.token_hex(4)
             line = " ".join(str(error).split())[:1000]
@@ -210,8 +210,8 @@ class _Service:
             return f"internal error {identifier}"
 
 
-def _take_noise_seed(message: dict[str, Any]) -> int | None:
-    """Remove `noise_seed` from a request: a whole number in [0, 2**63), or None when there is none."""
+def _pop_noise_seed(message: dict[str, Any]) -> int | None:
+    """Remove `noise_seed` from a request and return it: a whole number in [0, 2**63), or None."""
     seed = message.pop("noise_seed", None)
     if seed is None:
         return None
@@ -220,8 +220,8 @@ def _take_noise_seed(message: dict[str, Any]) -> int | None:
     return int(seed)
 
 
-def _reply(chunk: ActionChunk, server_ms: float, previous_total_ms: float | None) -> bytes:
-    """openpi's reply. `server_timing.infer_ms` holds the wait in the queue too, `policy_timing.infer_ms` the inference alone."""
+def _encode_reply(chunk: ActionChunk, server_ms: float, previous_total_ms: float | None) -> bytes:
+    """Encode openpi's reply. `server_timing.infer_ms` holds the wait in the queue too, `policy_timing.infer_ms` the inference alone."""
     if not np.isfinite(chunk.actions).all():
         raise RuntimeError("the policy answered an action that is not finite; no robot may be sent it")
     server_timing = {"infer_ms": server_ms}

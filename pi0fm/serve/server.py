@@ -1,8 +1,8 @@
-"""The application on a port: taken early, opened late, left cleanly.
+"""Run the application on a port: bound before the policy is loaded, opened after the warm-up, closed on a signal.
 
 Owns: the listening socket, uvicorn's settings, the moment of readiness, signals. Does not know: the protocol, the policy.
 
-    reserve        load the policy    warm up     open, announce      serve ...       SIGINT or SIGTERM
+    bind           load the policy    warm up     open, announce      serve ...       SIGINT or SIGTERM
     |--------------|------------------|-----------|-------------------|---------------|
     a port in use                     nobody can connect              clients         1012 to clients, exit code 0
     ends it here
@@ -28,28 +28,28 @@ from pi0fm_client.wire import MAX_FRAME_BYTES
 SECONDS_TO_LEAVE = 5
 
 
-def reserve(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet; port 0 takes a free one. Raises ServingError when the address cannot be had."""
+def bind(host: str, port: int) -> socket.socket:
+    """Bind a socket without listening yet; port 0 takes a free one. Raises ServingError for an address that cannot be bound."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError as error:
         raise ServingError(
             f"--host {host} is no address of this machine ({error.strerror}): give 127.0.0.1, or 0.0.0.0 for every network"
         ) from None
-    reserved = socket.socket(family, socket.SOCK_STREAM)
+    bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         # A server that restarts must not wait for the old connections' TIME_WAIT to pass.
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reserved.bind(address)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
     except OSError as error:
-        reserved.close()
-        raise _refused(host, port, error) from None
-    return reserved
+        bound.close()
+        raise _bind_fault(host, port, error) from None
+    return bound
 
 
-def url_of(reserved: socket.socket) -> str:
-    """The address that a client on this machine connects to, `ws://HOST:PORT`."""
-    host, port = reserved.getsockname()[:2]
+def url_of(bound: socket.socket) -> str:
+    """Return the URL for a client on this machine, `ws://HOST:PORT`."""
+    host, port = bound.getsockname()[:2]
     address = ipaddress.ip_address(host.partition("%")[0])
     if address.is_unspecified:  # every interface: the loopback one is the one that this machine can always reach
         host = "127.0.0.1" if address.version == 4 else "::1"
@@ -57,7 +57,7 @@ def url_of(reserved: socket.socket) -> str:
 
 
 def make_server(app: Starlette, max_frame_bytes: int = MAX_FRAME_BYTES) -> uvicorn.Server:
-    """uvicorn for `app`: frames bounded, no compression (images do not shrink, and it costs milliseconds), no access log."""
+    """Configure uvicorn for `app`: frames bounded, no compression (images do not shrink, and it costs milliseconds), no access log."""
     config = uvicorn.Config(
         app,
         ws="websockets-sansio",
@@ -75,13 +75,13 @@ def make_server(app: Starlette, max_frame_bytes: int = MAX_FRAME_BYTES) -> uvico
     return uvicorn.Server(config)
 
 
-async def serve(server: uvicorn.Server, app: Starlette, reserved: socket.socket, announce: Callable[[float], None]) -> None:
+async def serve(server: uvicorn.Server, app: Starlette, bound: socket.socket, announce: Callable[[float], None]) -> None:
     """Warm up, open the port, call `announce` with the warm-up's seconds, and serve until `server.should_exit` or a signal.
 
     Raises ServingError when the warm-up fails, or when another process opened the port in the meantime.
     """
     seconds = await warm_up(app)
-    serving = asyncio.create_task(server.serve(sockets=[reserved]))
+    serving = asyncio.create_task(server.serve(sockets=[bound]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     if server.started:
@@ -89,8 +89,8 @@ async def serve(server: uvicorn.Server, app: Starlette, reserved: socket.socket,
     try:
         await serving
     except OSError as error:
-        host, port = reserved.getsockname()[:2]
-        raise _refused(host, port, error) from None
+        host, port = bound.getsockname()[:2]
+        raise _bind_fault(host, port, error) from None
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _refused(host: str, port: int, error: OSError) -> ServingError:
+def _bind_fault(host: str, port: int, error: OSError) -> ServingError:
     if error.errno == errno.EADDRINUSE:
         return ServingError(
             f"port {port} on {host} is in use: stop the process that holds it, or choose another with --port (0 takes a free one)"

@@ -68,7 +68,7 @@ def test_the_bundle_comes_first_in_the_help(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_port_is_free_again_after_a_fault(loads: list[Any]) -> None:
-    with server.reserve("127.0.0.1", 0) as probe:
+    with server.bind("127.0.0.1", 0) as probe:
         port = probe.getsockname()[1]
     for _ in range(2):
         assert main(["serve", "--bundle", "b", "--port", str(port)]) == 1
@@ -104,14 +104,14 @@ def test_a_port_for_everyone_without_a_key_is_told(loads: list[Any], capsys: pyt
 
 def test_addresses_that_this_machine_does_not_have_are_refused() -> None:
     with pytest.raises(ServingError, match=r"cannot listen on 192\.0\.2\.1"):
-        server.reserve("192.0.2.1", 0)
+        server.bind("192.0.2.1", 0)
     with pytest.raises(ServingError, match="is no address of this machine"):
-        server.reserve("no such host", 0)
+        server.bind("no such host", 0)
 
 
 def test_two_servers_that_warm_up_for_one_port_end_as_one(fake_policy: Any, start_server: Any) -> None:
     """Two sockets may be bound to one port while neither listens; the later listener is told as if it had looked at once."""
-    with server.reserve("127.0.0.1", 0) as late:
+    with server.bind("127.0.0.1", 0) as late:
         port = late.getsockname()[1]
         start_server(port=port)
         policy = fake_policy()
@@ -121,5 +121,5 @@ def test_two_servers_that_warm_up_for_one_port_end_as_one(fake_policy: Any, star
 
 
 def test_the_url_is_one_that_this_machine_reaches() -> None:
-    with server.reserve("0.0.0.0", 0) as reserved:
-        assert server.url_of(reserved) == f"ws://127.0.0.1:{reserved.getsockname()[1]}"
+    with server.bind("0.0.0.0", 0) as bound:
+        assert server.url_of(bound) == f"ws://127.0.0.1:{bound.getsockname()[1]}"

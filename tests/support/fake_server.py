@@ -109,11 +109,11 @@ def start_server(leaving: list[threading.Thread]) -> Iterator[StartServer]:
         seconds, policy.seconds = policy.seconds, 0.0  # the warm-up need not be slow
         app = create_app(policy, to_observation=policy.observation, metadata=policy.metadata, **options)
         server = serving.make_server(app, options.get("max_frame_bytes", 32 * 1024 * 1024))
-        reserved = serving.reserve("127.0.0.1", port)
-        url, ready = serving.url_of(reserved), threading.Event()
+        bound = serving.bind("127.0.0.1", port)
+        url, ready = serving.url_of(bound), threading.Event()
 
         def work() -> None:
-            asyncio.run(serving.serve(server, app, reserved, lambda seconds: ready.set()))
+            asyncio.run(serving.serve(server, app, bound, lambda seconds: ready.set()))
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
