@@ -32,6 +32,7 @@ from pi0fm.train.plan.memory import memory_line
 from pi0fm.train.start.resume import restore
 from pi0fm.train.state import TrainState
 from pi0fm.train.step import train_step
+from pi0fm.train.watch.faults import write_faults
 from pi0fm.train.watch.guard import guarded
 from pi0fm.train.watch.log import TrainLog
 from pi0fm.train.watch.metrics import Metrics, read_last
@@ -93,7 +94,8 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
             validation.after(state.step, bar)
     path = config.output_dir / "bundle"
     if metrics is not None:
-        metrics.close()
+        with write_faults(config.output_dir):
+            metrics.close()
         bundle.save(path, state.bundle_weights(), data.policy, data.parts[0].stats, data.robots(), keep_older=True)
     parallel.barrier()
     return TrainResult(path, config.steps, log.loss, time.perf_counter() - began)

@@ -180,3 +180,27 @@ def test_metrics_are_whole_lines(run, tmp_path):
         file.write('{"step": 6, "lo')
     assert read_last(config.output_dir)["step"] == 5
     assert read_last(tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize("broken", [b"\xff\xfe{", b'{"step": Infinity, "loss": 1.0}', b"[" * 100_000, b'{"step": 3, "lo'])
+def test_a_broken_line_of_metrics_is_dropped_at_a_resume(run, curve, whole, killed, broken):
+    config = run("broken", steps=10)
+    killed(config, 7)
+    with (config.output_dir / "metrics.jsonl").open("ab") as file:
+        file.write(broken)
+    start(run("broken", resume="true"))
+    assert curve(config.output_dir) == curve(whole.bundle.parent)
+
+
+def test_tensorboard_shows_the_steps_that_count(run, killed):
+    """Those of a resumed run, once each."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    killed(run("run", steps=6, checkpoint_every=3), 5)
+    config = run("run", steps=6, checkpoint_every=3, resume="true")
+    start(config)
+    board = EventAccumulator(str(config.output_dir / "tensorboard"))
+    board.Reload()
+    lines = [json.loads(line) for line in (config.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in board.Scalars("loss")] == pytest.approx([line["loss"] for line in lines], rel=1e-6)

@@ -3,16 +3,24 @@
 Owns: the two files. Does not know: what the numbers mean.
 """
 
+import io
 import json
+import os
+import socket
+import time
 from pathlib import Path
+from typing import Any, final
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pi0fm import files
 
 CUT = 2**62  # the step of a line that was cut by a kill: later than any
 
 
+@final
 class Metrics:
     """Appends to `<output_dir>/metrics.jsonl`, one object a line with `step`, and to TensorBoard files beside it.
 
@@ -25,18 +33,39 @@ class Metrics:
             if path.exists():
                 files.write_text(path, "".join(f"{line}\n" for line in _lines(path) if _step_of(line) <= first_step))
             self._file = path.open("a", buffering=1)
-            self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)
+            self._board = _Board(output_dir / "tensorboard", first_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line, flushed at once: a driver on another machine draws its progress bar from it."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._board.write(step, values)
 
     def close(self) -> None:
         """Flush both."""
         self._file.close()
         self._board.close()
+
+
+@final
+class _Board:
+    """One event file of TensorBoard, written at once: its own writer does so in a thread, whose faults nobody catches."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}").open("ab", buffering=0)
+        self._add(file_version="brain.Event:2")
+        self._add(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # hides later steps of a run that was killed
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._add(step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()]))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _add(self, **content: Any) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(Event(wall_time=time.time(), **content).SerializeToString())
+        self._file.write(record.getvalue())
 
 
 def read_last(output_dir: Path, metric: str = "loss") -> dict[str, float] | None:
