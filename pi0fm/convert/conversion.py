@@ -70,7 +70,7 @@ def convert(config: ConvertConfig) -> Converted:
 
 
 def _import(config: ConvertConfig) -> Converted:
-    """Foreign weights to a bundle."""
+    """Write foreign weights to a bundle."""
     facts, weights = _open(config.source, config.norm_stats is None)
     layout, kind = layout_of(weights.shapes), _kind(weights, facts)
     model, found = _network(config, facts, weights, layout, kind)
@@ -87,7 +87,7 @@ def _import(config: ConvertConfig) -> Converted:
 
 
 def _export(config: ConvertConfig) -> Converted:
-    """A bundle to a peer's directory."""
+    """Write a bundle to a peer's directory."""
     if config.to == "bundle":
         raise ConfigError(f"{config.source} is a bundle already; type --to lerobot or --to openpi")
     known = bundle.robot_names(config.source)
@@ -116,7 +116,7 @@ def _export(config: ConvertConfig) -> Converted:
 def _converted(
     config: ConvertConfig, kind: Kind, source: str, tensors: int, shapes: Mapping[str, tuple[int, ...]], path: Path
 ) -> Converted:
-    """The result, which is said too. path: of the bundle at either end."""
+    """Say and return the result. path: of the bundle at either end."""
     known = identity(path)
     zero = "" if config.to == "bundle" else "; what no output depends on is zero"
     say(f"{config.output_dir}: {kind} from {source} to {config.to}, {tensors} tensors, bundle {known}{zero}")
@@ -125,7 +125,7 @@ def _converted(
 
 
 def _open(source: Path, find_stats: bool) -> tuple[ForeignFacts, Weights]:
-    """What the directory says, and its tensors under openpi's names; remarks on both are said."""
+    """Open a foreign directory: what it says, and its tensors under openpi's names. Remarks on both are said."""
     if is_orbax(source):
         facts, weights, remarks = read_openpi(source, find_stats), open_orbax(source), [""]
     else:

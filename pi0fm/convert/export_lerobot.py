@@ -84,7 +84,7 @@ def columns_of(embodiment: Embodiment) -> dict[str, str]:
 
 
 def _say_what_differs(embodiment: Embodiment, columns: Mapping[str, str]) -> None:
-    """What no file can make LeRobot do by itself."""
+    """Say what no file can make LeRobot do by itself."""
     renamed = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
     unseen = {ours: theirs for ours, theirs in renamed.items() if not ours.startswith(PREFIX)}
     if unseen:

@@ -115,7 +115,7 @@ def unread_shapes(layout: Layout, kind: Kind, sizes: Mapping[str, int]) -> dict[
 
 
 def misfit(layout: Layout, kind: Kind, sizes: Mapping[str, int], shapes: Mapping[str, Shape]) -> str:
-    """Every name that is missing, unknown or of another shape; empty when none is. What nothing reads may be absent."""
+    """List every name that is missing, unknown or of another shape; empty when none is. What nothing reads may be absent."""
     read = {part.name: part.shape for group in parts(layout, kind, sizes).values() for part in group}
     return weights.misfit(shapes, read, unread_shapes(layout, kind, sizes))
 

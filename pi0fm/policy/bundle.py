@@ -149,7 +149,7 @@ def new_bundle(
 
 
 def _older_name(path: Path) -> Path:
-    """Where the bundle at `path` goes: under its number of steps, and a count where that is taken."""
+    """Return the name that the bundle at `path` is kept under: its number of steps, and a count where that is taken."""
     try:
         steps = read(path)[0].training["steps"]
     except (BundleError, KeyError):

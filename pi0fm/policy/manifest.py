@@ -23,7 +23,7 @@ def write_manifest(path: Path) -> None:
 
 
 def listed_files(path: Path) -> dict[str, dict[str, Any]]:
-    """Size and hash by name. Raises BundleError where there is no bundle, or no manifest that says them of files inside it."""
+    """Read size and hash of each file by name. Raises BundleError where there is no bundle, or no manifest that says them of files inside it."""
     if not path.is_dir():
         raise BundleError(
             f"no bundle at {path}; train one with pi0fm train, whose last line names the directory, or convert weights with pi0fm convert"
@@ -67,7 +67,7 @@ def identity(path: Path) -> str:
 
 
 def sha256(file: Path) -> str:
-    """Of a file's bytes, as hexadecimal digits. Raises BundleError for a file that cannot be read."""
+    """Hash a file's bytes, as hexadecimal digits. Raises BundleError for a file that cannot be read."""
     try:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -76,7 +76,7 @@ def sha256(file: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file. Raises BundleError that names it."""
+    """Read the mapping in a JSON file. Raises BundleError that names it."""
     try:
         tree = json.loads(path.read_text())
     except FileNotFoundError:

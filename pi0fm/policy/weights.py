@@ -93,7 +93,7 @@ def open_file(file: Path) -> Weights:
 
 
 def damaged(file: Path, error: Exception) -> BundleError:
-    """The line for a file that cannot be read as what it should be."""
+    """Return the error for a file that cannot be read as what it should be."""
     return BundleError(f"{file} is cut or damaged ({' '.join(str(error).split()):.160}); copy it again, all files")
 
 
@@ -133,13 +133,13 @@ def common_dtype(dtypes: list[torch.dtype], wanted: torch.dtype | None) -> torch
 
 
 def network_shapes(model: Pi0Config) -> dict[str, Shape]:
-    """Of every tensor of the network; nothing is allocated."""
+    """Return the shape of every tensor of the network; nothing is allocated."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in Pi0(model).state_dict().items()}
 
 
 def misfit(found: Mapping[str, Shape], needed: Mapping[str, Shape], allowed: Mapping[str, Shape] = MappingProxyType({})) -> str:
-    """Every name that is missing, neither needed nor allowed, or of another shape than either says; empty when none is."""
+    """List every name that is missing, neither needed nor allowed, or of another shape than either says; empty when none is."""
     known = {**allowed, **needed}
     groups = {
         "missing": sorted(needed.keys() - found.keys()),
@@ -190,7 +190,7 @@ def header(entries: Entries) -> tuple[bytes, dict[str, int], int]:
 
 
 def _write(file: BinaryIO, rows: Tensor, dtype: torch.dtype) -> None:
-    """All entries of `rows` in order; only a piece of them is ever copied."""
+    """Write all entries of `rows` in order; only a piece of them is ever copied."""
     rows = rows.detach()
     if rows.ndim == 0 or rows.numel() <= PIECE:
         pieces = [rows]
