@@ -23,7 +23,7 @@ def write_manifest(path: Path) -> None:
 
 
 def listed_files(path: Path) -> dict[str, dict[str, Any]]:
-    """Read size and hash of each file by name. Raises BundleError where there is no bundle, or no manifest that says them of files inside it."""
+    """Read size and hash of each file. Raises BundleError where there is no bundle, or no manifest that says them of files inside it."""
     if not path.is_dir():
         raise BundleError(
             f"no bundle at {path}; train one with pi0fm train, whose last line names the directory, or convert weights with pi0fm convert"
