@@ -599,3 +599,18 @@ def test_a_disk_that_is_read_only(openpi, enter, small_disk):
     disk = small_disk("1m")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     assert "Read-only file system; choose a folder that this user may write to" in refused(enter, openpi, output_dir=disk / "out")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("peer", ["lerobot", "openpi"])
+def test_a_peers_own_files_come_back_bit_by_bit(kind, peer, peers, enter, tmp_path):
+    """Weights, configuration and statistics, through a bundle and out again."""
+    source = peers[kind, peer]
+    enter(source, num_flow_steps=4, execution_horizon=2, max_prompt_tokens=64)
+    convert(ConvertConfig(source=tmp_path / "bundle", output_dir=tmp_path / "out", to=peer, any_size=True))
+    told = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.suffix in (".json", ".safetensors")]
+    assert len(told) >= 3
+    moved = str(tmp_path / "out/tokenizer"), str(source / "tokenizer")  # LeRobot's files name the tokenizer's place
+    for name in told:
+        written = (tmp_path / "out" / name).read_bytes()
+        assert written.replace(moved[0].encode(), moved[1].encode()) == (source / name).read_bytes(), name
