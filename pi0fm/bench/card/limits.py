@@ -129,7 +129,7 @@ def inference_work(config: Pi0Config, batch: int, cameras: int, prompt_tokens: i
 def _one_observation(config: Pi0Config, cameras: int, prompt_tokens: int) -> Work:
     """Operations for one observation and bytes of the weights; of `steps` one evaluation."""
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():  # a CPU would look at the masks, which have no values here
-        model = _laid_out(config)
+        model = laid_out(config)
         observation = empty_observation(config, 1, cameras, prompt_tokens)
         x_t = torch.empty(1, config.action_horizon, config.action_dim)
         pictures = pixels(observation.images.flatten(0, 1))
@@ -142,7 +142,7 @@ def _one_observation(config: Pi0Config, cameras: int, prompt_tokens: int) -> Wor
     return Work((vision, weights["vision"]), (encoded - vision, weights["backbone"]), (step, weights["action_expert"]))
 
 
-def _laid_out(config: Pi0Config) -> Pi0:
+def laid_out(config: Pi0Config) -> Pi0:
     """The network without numbers, on torch's device of the moment."""
     with torch.device("meta"):
         model = Pi0(config)
