@@ -8,10 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = (
-    *("draccus", "mergedeep", "toml", "typing-inspect", "mypy-extensions"),  # options
     "beartype",  # tests
     *("starlette", "anyio", "uvicorn", "h11", "click", "websockets"),  # server
-    *("lerobot", "einops"),  # the peer
+    *("lerobot", "einops", "draccus", "mergedeep", "toml", "typing-inspect", "mypy-extensions"),  # the peer
 )
 PURE = ("--no-deps", "--only-binary=:all:", "--platform", "any", "--implementation", "py", "--python-version", "3.12")
 
