@@ -78,10 +78,11 @@ def run(options: ServeConfig) -> None:
             # a collection of garbage would look at a million objects of the libraries, a third of a second in which no robot is answered
             gc.collect()
             gc.freeze()
-            robot = {name: policy.metadata[name] for name in ("robot",) if name in policy.metadata}
-            ready = {"ready": True, "url": url, "bundle": str(options.bundle), **robot, "warm_up_seconds": round(seconds, 3)}
+            known = {name: policy.metadata[name] for name in ("identity", "robot") if name in policy.metadata}
+            ready = {"ready": True, "url": url, "bundle": str(options.bundle), **known, "warm_up_seconds": round(seconds, 3)}
             print(json.dumps(ready), flush=True)
-            say(f"serving {options.bundle}{''.join(f' for {name}' for name in robot.values())} on {url}; ^C stops it")
+            named = "".join(f", {name} {value}" for name, value in known.items())
+            say(f"serving {options.bundle}{named} on {url}; ^C stops it")
 
         asyncio.run(server.serve(server.make_server(app), app, bound, announce))
     say("stopped serving")
