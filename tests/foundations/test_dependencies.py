@@ -14,7 +14,6 @@ PART_OF = {"triton": "torch", "botocore": "boto3", "tokenizers": "transformers",
 RUN_BY_HAND = {"make_fixtures.py"}  # names the environment that it wants
 NAMES = {"PIL": "pillow", "yaml": "pyyaml"}  # for an environment that lacks the distribution's list of modules
 NOT_IMPORTED = {
-    "tensorboard": "torch.utils.tensorboard writes with it",
     "mujoco": "imported by name, after the choice of the GL library",
     "gymnasium": "the interface of metaworld's environments, in a version that is known",
 }
@@ -61,7 +60,7 @@ def test_the_package_imports_what_it_declares(repository: Path, project: dict[st
     used = distributions(imported(repository / "pi0fm", repository / "client" / "pi0fm_client"))
     undeclared = {name: path for name, path in used.items() if name not in project["pi0fm"] | project["extras"] | OPTIONAL}
     assert undeclared == {}
-    assert project["pi0fm"] - used.keys() == NOT_IMPORTED.keys()
+    assert project["pi0fm"] - used.keys() <= NOT_IMPORTED.keys()
 
 
 def test_the_client_imports_what_it_declares(repository: Path, project: dict[str, set[str]]) -> None:
