@@ -151,7 +151,9 @@ def _locked_aside(path: Path, directory: bool) -> Iterator[tuple[Path, int]]:
         try:
             descriptor = os.open(aside, os.O_RDONLY if directory else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileNotFoundError:
-            continue  # swept between its making and its lock
+            if directory:
+                continue  # swept between its making and its lock
+            raise
         if try_lock(descriptor) is not False and aside.exists():
             break
         os.close(descriptor)
