@@ -1,6 +1,7 @@
 """Child processes of a command: a function in a fresh one, the end of a child with its parent, time and memory of a whole tree.
 
-Owns: starting a process for one function, its answer and its death; what a process and its descendants have used. Does not know: what runs.
+Owns: starting a process for one function, its answer and its death; SIGTERM as Ctrl-C; what a process and its descendants have used.
+Does not know: what runs.
 
     this process          its own time, its own memory
     |- live child         the same, and the time of its ended children
@@ -10,15 +11,16 @@ Owns: starting a process for one function, its answer and its death; what a proc
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Self
 
 import psutil
@@ -58,6 +60,26 @@ def end_with_parent(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="pi0fm-parent", daemon=True).start()
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM, which batch systems and containers send, raise KeyboardInterrupt inside the block, as Ctrl-C does.
+
+    Only the main thread can set a handler: in another thread this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 def cpu_seconds_of_tree() -> float:

@@ -7,27 +7,30 @@ Owns: the actors, and the restart of one that dies. Does not know: which worker 
 One call is one advance, so at most `environments_per_worker` episodes and their videos are in flight at an actor.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, final
 
-from pi0fm.cluster.runtime import ONE_THREAD, ray_session, require_resources
+from pi0fm.cluster.runtime import ONE_THREAD, first_ready, ray_session, require_resources
 from pi0fm.eval.config import EvalConfig
 from pi0fm.eval.episode import Episode, EpisodeResult, one_line
 from pi0fm.eval.evaluate import Evaluation, WorkerSetup, evaluate, in_this_process
 from pi0fm.eval.ledger import Ledger
 from pi0fm.eval.rollout import BatchedRollout
+from pi0fm.processes import end_with_parent, sigterm_interrupts
 from pi0fm_client.errors import ConfigError
 
 
 def evaluate_on_cluster(config: EvalConfig) -> Evaluation:
-    """`eval.evaluate` on `config.num_workers` actors, or in this process when that is 0."""
-    return evaluate(config, in_this_process if config.num_workers == 0 else partial(on_actors, num_workers=config.num_workers))
+    """`eval.evaluate` on `config.num_workers` actors, or in this process when that is 0; SIGTERM acts like Ctrl-C meanwhile."""
+    with sigterm_interrupts():
+        return evaluate(config, in_this_process if config.num_workers == 0 else partial(on_actors, num_workers=config.num_workers))
 
 
 def on_actors(episodes: Sequence[Episode], setup: WorkerSetup, num_workers: int | None) -> Iterator[EpisodeResult]:
     """The Executor of a cluster; num_workers None takes every core that Ray has."""
-    with ray_session():
+    with ray_session(), sigterm_interrupts():  # Ray takes the signal for itself when it starts
         yield from _stream(episodes, setup, num_workers)
 
 
@@ -51,10 +54,10 @@ def _stream(episodes: Sequence[Episode], setup: WorkerSetup, num_workers: int | 
                     calls[actors[worker].advance.remote(assigned)] = worker
             if not calls:
                 return
-            ready, _ = ray.wait(list(calls), num_returns=1)
-            worker = calls.pop(ready[0])
+            ready = first_ready(list(calls))
+            worker = calls.pop(ready)
             try:
-                results = ray.get(ready[0])
+                results = ray.get(ready)
                 ledger.complete(worker, results)
             except RayTaskError as error:
                 # Ray wraps what was raised there, with a traceback in its text; the user reads the fault itself.
@@ -79,6 +82,7 @@ class _EvaluationActor:
     """One process: its policy is opened by the first call, so that a fault of it arrives as itself and not as the death of an actor."""
 
     def __init__(self, setup: WorkerSetup, num_environments: int) -> None:
+        end_with_parent(os.getppid())  # the raylet, whose sudden death Ray's workers outlive
         self._setup, self._num_environments = setup, num_environments
         self._rollout: BatchedRollout | None = None
 

@@ -9,14 +9,15 @@ Owns: the simulating actors and how episodes are dealt to them. Does not know: s
 
 import functools
 import itertools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pi0fm.cluster.runtime import ONE_THREAD, ray_session, require_resources
+from pi0fm.cluster.runtime import ONE_THREAD, first_ready, ray_session, require_resources
 from pi0fm.demos.config import DemosConfig
 from pi0fm.demos.encoding import EncodedDemonstration
-from pi0fm.demos.interrupt import sigterm_interrupts
 from pi0fm.demos.record import Submit, record, record_here, simulate
+from pi0fm.processes import end_with_parent, sigterm_interrupts
 
 EPISODES_AHEAD = 2  # for each actor: one runs and one waits; more would only fill the object store
 
@@ -35,6 +36,9 @@ def record_demonstrations(config: DemosConfig) -> dict[str, object]:
 
 class Simulator:
     """What an actor runs; it keeps its environments from one episode to the next."""
+
+    def __init__(self) -> None:
+        end_with_parent(os.getppid())  # the raylet, whose sudden death Ray's workers outlive
 
     def episode(self, config: DemosConfig, task: str, seed: int) -> EncodedDemonstration | None:
         """One attempt of the expert."""
@@ -65,6 +69,7 @@ def _wait(reference: object) -> EncodedDemonstration | None:
     """The episode, or the fault as the simulator raised it: a Pi0fmError arrives as itself, so the user reads its line."""
     import ray
 
+    first_ready([reference])
     try:
         episode: EncodedDemonstration | None = ray.get(reference)
     except ray.exceptions.RayTaskError as error:

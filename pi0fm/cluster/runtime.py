@@ -7,7 +7,7 @@ request for resources can be met. Does not know: what runs on Ray.
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pi0fm import progress
 from pi0fm_client.errors import ClusterError, ConfigError
 
 OBJECT_STORE_BYTES = 256 * 2**20
+SECONDS_BETWEEN_LOOKS = 2.0
 SMALLEST_OBJECT_STORE_BYTES = 80 * 2**20  # Ray refuses less than 75 MiB
 
 # For `.options(runtime_env=ONE_THREAD)`: a worker that simulates or loads must not start one thread a core beside its siblings.
@@ -64,13 +65,11 @@ def started_here() -> tuple[psutil.Process, ...]:
     return tuple(child for child in psutil.Process().children() if child.name() in ("raylet", "gcs_server"))
 
 
-def refuse_ended(processes: Iterable[psutil.Process]) -> None:
+def refuse_ended(processes: Iterable[psutil.Process], advice: str = "type the same command with --resume true") -> None:
     """Raise ClusterError when one of Ray's processes has ended."""
     for process in processes:
         if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-            raise ClusterError(
-                f"Ray must live as long as the run, found its process {process.pid} ended; type the same command with --resume true"
-            )
+            raise ClusterError(f"Ray must live as long as the run, found its process {process.pid} ended; {advice}")
 
 
 def require_resources(each: Mapping[str, float], count: int = 1) -> None:
@@ -96,6 +95,20 @@ def require_resources(each: Mapping[str, float], count: int = 1) -> None:
         raise ConfigError(
             f"{count} workers with {wanted} each are asked for, but Ray has room for {room}; lower the number of workers, or add nodes"
         )
+
+
+def first_ready(references: Sequence[Any]) -> Any:
+    """Wait for the first of `references`.
+
+    Raises ClusterError soon after a process of the Ray that was started here has died; Ray itself waits on, without end or for a minute.
+    """
+    import ray
+
+    while True:
+        ready, _ = ray.wait(list(references), num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
+        if ready:
+            return ready[0]
+        refuse_ended(started_here(), "type the same command again, which goes on")
 
 
 def _start(num_cpus: int | None, resources: dict[str, float] | None, object_store_bytes: int) -> None:

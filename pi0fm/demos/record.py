@@ -17,7 +17,7 @@ from pi0fm.demos.config import DemosConfig
 from pi0fm.demos.dataset import Recording
 from pi0fm.demos.demonstration import record_demonstration
 from pi0fm.demos.encoding import EncodedDemonstration, encode
-from pi0fm.demos.interrupt import sigterm_interrupts
+from pi0fm.processes import sigterm_interrupts
 from pi0fm.sim import catalog
 from pi0fm.sim.environment import CameraSpec, Environment
 from pi0fm_client.errors import SimulationError

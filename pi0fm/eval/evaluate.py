@@ -171,9 +171,9 @@ def _read_metadata(config: EvalConfig) -> dict[str, Any]:
 
 def _identity(config: EvalConfig, facts: Mapping[str, str], metadata: Mapping[str, Any]) -> dict[str, str]:
     """All that an episode's result is a function of, beside its task and seed."""
-    manifest = Path(config.policy) / "manifest.json"
-    told = manifest.read_bytes() if manifest.is_file() else json.dumps(dict(metadata), default=str, sort_keys=True).encode()
-    own = {"policy": hashlib.sha256(told).hexdigest(), "robot": str(config.robot), "compile": config.compile}
+    told = json.dumps(dict(metadata), default=str, sort_keys=True)  # of a bundle and of our server its identity is in there
+    own = {"policy": hashlib.sha256(told.encode()).hexdigest()}
+    own |= {name: str(getattr(config, name)) for name in ("robot", "compile", "device", "precision", "threads")}
     ring = ",".join(config.tasks) if config.observation_change == "swapped_prompt" else ""
     return own | {name: value for name, value in facts.items() if name != "seeds"} | {"swapped among": ring}
 

@@ -1,6 +1,8 @@
 """Evaluation on real Ray actors: the same results as in the calling process, an actor that dies, faults that arrive as themselves."""
 
 import os
+import re
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -61,6 +63,54 @@ def test_an_episode_that_kills_its_worker_is_a_crash_and_takes_no_other_along(tm
     assert [result.seed for result in results if result.outcome == "crash"] == [3]
     assert "its worker died twice" in results[2].error
     assert all((result.outcome, result.steps) == healthy[result.seed] for result in results if result.seed != 3)
+
+
+ENDED = """
+import os, signal, sys, time
+import eval_fakes, psutil
+from ray import cloudpickle
+from pi0fm.cluster.evaluation import on_actors
+from pi0fm.cluster.runtime import ray_session
+from pi0fm.eval.episode import Episode
+from pi0fm_client.errors import ClusterError
+
+cloudpickle.register_pickle_by_value(eval_fakes)
+cloudpickle.register_pickle_by_value(sys.modules["__main__"])
+
+def slow(where, seed, step):
+    time.sleep(0.05)
+
+def evaluate(at_the_first_result):
+    for number, result in enumerate(on_actors([Episode("a", seed) for seed in range(400)], eval_fakes.point_setup(slow), 1)):
+        if number == 0:
+            at_the_first_result()
+
+with ray_session(num_cpus=1):
+    try:
+        evaluate(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    except KeyboardInterrupt:
+        print("ours: interrupted")
+    family = {}
+
+    def kill_raylet():
+        family.update({child: child.as_dict(["name"])["name"] for child in psutil.Process().children(recursive=True)})
+        next(child for child, name in family.items() if name == "raylet").kill()
+
+    try:
+        evaluate(kill_raylet)
+    except ClusterError as error:
+        print("ours:", error)
+print("ours:", [family[process] for process in psutil.wait_procs(list(family), timeout=20)[1] if "Agent" not in family[process]])
+"""
+
+
+def test_sigterm_interrupts_and_a_ray_that_died_is_one_line():
+    """Ray itself aborts at SIGTERM, and waits without end for a raylet that was killed."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(eval_fakes.__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", ENDED], env=environment, capture_output=True, text=True, timeout=400, check=False)
+    own = [line for line in done.stdout.splitlines() if line.startswith("ours: ")]  # Ray prints the end of the raylet's log, or does not
+    assert (own[0], own[2]) == ("ours: interrupted", "ours: []"), done.stderr[-2000:]
+    assert re.fullmatch(r"ours: Ray must live as long as the run, found its process \d+ ended; type the same command again.*", own[1])
 
 
 def test_a_fault_of_the_user_arrives_as_itself_on_one_line():

@@ -30,7 +30,7 @@ import sys
 import time
 from pathlib import Path
 from demos_help import config, submit
-from pi0fm.demos.interrupt import sigterm_interrupts
+from pi0fm.processes import sigterm_interrupts
 from pi0fm.demos.record import record
 
 def slowly(task, seed):
