@@ -30,7 +30,7 @@ from pi0fm_client.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Part:
+class RunDataset:
     """One data set of a run.
 
     policy: what the bundle says of it; held_out: its episodes that nothing trains on, 0 or more; order: by sample weights, if it has any.
@@ -53,7 +53,7 @@ class Part:
 class RunData:
     """All data sets of a run, opened. training: the batches of all together."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[RunDataset, ...]
     training: BatchMaker
     pretrained: Pretrained | None
 
@@ -190,7 +190,7 @@ def _check(config: TrainConfig, name: str, number: int, recorded: LeRobotSource,
         return _Checked(name, entry, policy, stats, policy.chain(stats), sample_order(source, entry), source, unseen)
 
 
-def _with_pictures(config: TrainConfig, number: int, found: _Checked) -> Part:
+def _with_pictures(config: TrainConfig, number: int, found: _Checked) -> RunDataset:
     model, dataset = found.policy.model, found.entry.dataset
     with entry_named(found.name):
         cache = open_pictures(
@@ -213,7 +213,7 @@ def _with_pictures(config: TrainConfig, number: int, found: _Checked) -> Part:
             padded_noise=found.policy.padded_noise,
         )
     unseen = replace(collator, source=found.unseen, augmentation=None, order=None)
-    return Part(found.name, found.policy, found.stats, collator, unseen, found.order)
+    return RunDataset(found.name, found.policy, found.stats, collator, unseen, found.order)
 
 
 def _robot(policy: PolicyConfig) -> Robot:
