@@ -88,11 +88,13 @@ def parse[T](
     base: Tree | None = None,
     positional: str | None = None,
     named_by_row: str | None = None,
+    others: str | None = None,
 ) -> T:
     """Decode `[FILE.yaml ...] --dotted.option value ...` into `cls`; later options win over earlier ones, files over `base`.
 
     aliases: other words for an option (LeRobot's), each a dotted name to a dotted name. positional: the option whose value may stand
-    first, in the place of the files. named_by_row: the folder that is outputs/NAME_NAME where files stand in a row and none gives it.
+    first, in the place of the files; others: the one that takes the words behind it. named_by_row: the folder that is outputs/NAME_NAME
+    where files stand in a row and none gives it.
     Raises ConfigError for an unknown option, a value of another type, or a missing required one.
     """
     count = next((index for index, word in enumerate(arguments) if word.startswith("--")), len(arguments))
@@ -103,7 +105,10 @@ def parse[T](
         if named_by_row and len(first) > 1:
             tree.setdefault(named_by_row, f"outputs/{'_'.join(Path(name).stem for name in first)}")
     elif first:
-        tree, remaining = merge(tree, {positional: first[0]}), [*first[1:], *remaining]
+        tree, rest = merge(tree, {positional: first[0]}), first[1:]
+        if others and rest:
+            tree, rest = merge(tree, {others: list(rest)}), []
+        remaining = [*rest, *remaining]
     for name, text in _pairs(remaining, "configuration files stand first" if positional is None else f"one {positional} may stand first"):
         path = (aliases or {}).get(name, name).split(".")
         tree = merge(tree, _nested(path, text if _is_text(cls, path) else _typed(text)))

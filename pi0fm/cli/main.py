@@ -3,7 +3,8 @@
 Owns: dispatch, help, exit codes, the last line of JSON. Does not know: what any command does.
 Each command is a module of pi0fm/cli with `HELP`, `Options`, `ALIASES` and `run(options) -> result`, imported when it is called; or with
 `SUBCOMMANDS`, name -> help line, each of which is a module COMMAND_NAME or what the command's `subcommand(name)` gives. `POSITIONAL`
-names an option that may stand first without its name, where other commands have files; `NAMED_BY_ROW` one that is outputs/NAME_NAME
+names an option that may stand first without its name, where other commands have files, `OTHERS` the one that the words behind it are
+of; `NAMED_BY_ROW` one that is outputs/NAME_NAME
 where several files stand in a row.
 """
 
@@ -23,6 +24,7 @@ from pi0fm_client.errors import ConfigError, Pi0fmError
 COMMANDS = {
     "quickstart": "record, train, evaluate, serve and evaluate over the network, with one command",
     "demos": "record scripted experts into a LeRobot data set",
+    "doctor": "judge a data set before anything is trained on it",
     "train": "train a policy on a LeRobot data set",
     "eval": "judge a policy in simulation",
     "convert": "openpi's and LeRobot's weights to a bundle, and back",
@@ -60,8 +62,8 @@ def _dispatch(path: tuple[str, ...], commands: Mapping[str, str], words: Sequenc
     if "-h" in rest or "--help" in rest:
         _print_options(name, command)
         return 0
-    positional, named_by_row = _constant(command, "POSITIONAL"), _constant(command, "NAMED_BY_ROW")
-    result = command.run(options.parse(command.Options, rest, command.ALIASES, positional=positional, named_by_row=named_by_row))
+    words_first: dict[str, Any] = {name.lower(): _constant(command, name) for name in ("POSITIONAL", "OTHERS", "NAMED_BY_ROW")}
+    result = command.run(options.parse(command.Options, rest, command.ALIASES, **words_first))
     if result is not None:
         # one write: torchrun's workers share an unbuffered pipe, where print's newline may follow another worker's text
         sys.stdout.write(json.dumps(result) + "\n")

@@ -16,6 +16,7 @@ from pi0fm.cluster.runtime import ray_session
 from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.data.loading.mixture import MixtureEntry
 from pi0fm.data.pictures.frame_cache import cache_bytes, open_cache
+from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
 from pi0fm_client.errors import Pi0fmError
 
 
@@ -24,6 +25,7 @@ def cache_everywhere(
     size: int,
     ray_address: str | None = None,
     needs: Mapping[str, float] = MappingProxyType({}),
+    resize: Resize = ANTIALIAS,
 ) -> dict[str, float]:
     """Build the caches of all data sets of a run on every node that is alive; by node id, the seconds that it took. Paths must be absolute.
 
@@ -44,7 +46,7 @@ def cache_everywhere(
                 num_cpus=0,
                 max_retries=1,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-            ).remote(list(entries), size)
+            ).remote(list(entries), size, resize)
             for node in nodes
         }
         try:
@@ -55,11 +57,11 @@ def cache_everywhere(
             raise
 
 
-def build(entries: Sequence[MixtureEntry], size: int) -> float:
+def build(entries: Sequence[MixtureEntry], size: int, resize: Resize = ANTIALIAS) -> float:
     """What a node does; the seconds that it took."""
     began = time.perf_counter()
     for entry in entries:
         source, dataset = open_source(entry.dataset, entry.embodiment, entry.selection()), entry.dataset
         if cache_bytes(source, size, dataset.cache_format) <= dataset.cache_limit_gib * 2**30:
-            open_cache(source, dataset, size, dataset.cache_format)
+            open_cache(source, dataset, size, dataset.cache_format, resize)
     return time.perf_counter() - began

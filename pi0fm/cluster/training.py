@@ -21,6 +21,7 @@ from pi0fm import options, progress
 from pi0fm.cluster.caching import cache_everywhere
 from pi0fm.cluster.runtime import ray_session, refuse_ended, require_resources, started_here
 from pi0fm.data.columns.lerobot_source import DatasetConfig
+from pi0fm.data.pictures.resizing import ANTIALIAS
 from pi0fm.options import option
 from pi0fm.processes import end_with_parent
 from pi0fm.train.config import TrainConfig
@@ -94,7 +95,7 @@ def _on_ray(run: TrainingRun) -> TrainResult:
     require_resources(each, run.num_workers)
     if sum(node["Alive"] for node in ray.nodes()) > 1:  # on one machine the first worker builds, while the others wait for its lock
         found = _absolute(run).entries().values()
-        cache_everywhere(list(found), run.network().vision.image_size, needs=each)
+        cache_everywhere(list(found), run.network().vision.image_size, needs=each, resize=run.resize or ANTIALIAS)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"run": options.encode(_absolute(run))},

@@ -11,6 +11,7 @@ from pi0fm.convert.names import Kind
 from pi0fm.convert.stats import STAND_INS_FACT, Columns, columns_of, foreign_stats
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats
+from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
 from pi0fm.data.prompt import BYTES, DIALECTS, OPENPI, refuse_dialect
 from pi0fm.flow.matching import FlowConfig
 from pi0fm.models.pi0 import Pi0Config
@@ -87,6 +88,7 @@ class ForeignFacts:
     normalization: str | None = None
     norm_floor: float = 0.0
     norm_epsilon: float = 0.0
+    resize: Resize = ANTIALIAS
     tokenizer: str | None = None
     prompt_dialect: str = OPENPI
     action_horizon: int | None = None
@@ -145,6 +147,8 @@ def policy_config(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config,
         normalization=normalization,
         norm_floor=options.norm_floor or facts.norm_floor,
         norm_epsilon=facts.norm_epsilon,
+        norm_rule="absolute",
+        resize=facts.resize,
         tokenizer=tokenizer_of(options, facts),
         prompt_dialect=dialect,
         execution_horizon=min(horizon, model.action_horizon),

@@ -74,6 +74,7 @@ def _facts(path: Path, config: Mapping[str, Any]) -> ForeignFacts:
         normalization=normalization,
         norm_floor=epsilon / 2 if quantiles else 0.0,
         norm_epsilon=0.0 if quantiles else epsilon,
+        resize="plain",
         tokenizer=tokenizer,
         prompt_dialect=LEROBOT,
         action_horizon=int(config.get("chunk_size", 50)),

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm.data.chain import affine
 from pi0fm.data.columns.norm_stats import ColumnStats, NormStats
+from pi0fm.data.normalization import scaling
 from pi0fm.policy.bundle import PolicyConfig
 from pi0fm_client.errors import BundleError
 
@@ -76,13 +76,14 @@ def written_stats(stats: NormStats, config: PolicyConfig, epsilon: float) -> dic
     for name in COLUMNS:
         column: ColumnStats = getattr(stats, name)
         arrays = {field.name: getattr(column, field.name) for field in fields(ColumnStats) if field.name not in stand_ins}
-        offset, scale = affine(column, config.normalization, config.norm_floor, config.norm_epsilon)
-        alike = scale == affine(column, config.normalization, 0.0, epsilon)[1]
+        ours = scaling(column, config.normalization, config.norm_floor, config.norm_epsilon, config.norm_rule)
+        alike = ours.scale == scaling(column, config.normalization, 0.0, epsilon, "absolute").scale
         if config.normalization == "z_score":
-            arrays["std"] = np.where(alike, column.std, scale - np.float32(epsilon))
+            arrays["std"] = np.where(alike, column.std, ours.scale - np.float32(epsilon))
         else:
-            arrays["q01"] = np.where(alike, column.q01, offset - scale)
-            arrays["q99"] = np.where(alike, column.q99, offset + scale - np.float32(epsilon))
+            low = ours.offset - np.float32(1 - ours.shift) * ours.scale
+            arrays["q01"] = np.where(alike, column.q01, low)
+            arrays["q99"] = np.where(alike, column.q99, low + np.float32(2) * ours.scale - np.float32(epsilon))
         columns[name] = arrays
     return columns
 

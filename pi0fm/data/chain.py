@@ -18,8 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from pi0fm.data.columns.embodiment import Embodiment, picture, vector
-from pi0fm.data.columns.norm_stats import ColumnStats, NormStats
+from pi0fm.data.columns.norm_stats import NormStats
+from pi0fm.data.normalization import RELATIVE, Scaling, scaling
 from pi0fm.data.pictures.images import resize_with_padding
+from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
 from pi0fm.data.prompt import PromptTokenizer
 from pi0fm.models.observation import ModelObservation
 from pi0fm_client.errors import ConfigError, ObservationError
@@ -70,22 +72,18 @@ class DeltaActions(Transform):
 
 @dataclass(frozen=True)
 class Normalize(Transform):
-    """An affine map of state and actions, dimension by dimension: `(x - offset) / scale`."""
+    """An affine map of state and actions, dimension by dimension (data/normalization.py)."""
 
-    state_offset: NDArray[np.float32]
-    state_scale: NDArray[np.float32]
-    action_offset: NDArray[np.float32]
-    action_scale: NDArray[np.float32]
+    state: Scaling
+    action: Scaling
 
     def forward(self, sample: Sample) -> Sample:
         """To units of the data set's spread."""
-        actions = None if sample.actions is None else (sample.actions - self.action_offset) / self.action_scale
-        return Sample((sample.state - self.state_offset) / self.state_scale, actions)
+        return Sample(self.state.forward(sample.state), None if sample.actions is None else self.action.forward(sample.actions))
 
     def inverse(self, sample: Sample) -> Sample:
         """To robot units."""
-        actions = None if sample.actions is None else sample.actions * self.action_scale + self.action_offset
-        return Sample(sample.state * self.state_scale + self.state_offset, actions)
+        return Sample(self.state.inverse(sample.state), None if sample.actions is None else self.action.inverse(sample.actions))
 
 
 @dataclass(frozen=True)
@@ -108,22 +106,6 @@ class PadDimensions(Transform):
         return Sample(sample.state[..., : self.state_dim], actions)
 
 
-def affine(stats: ColumnStats, kind: str, floor: float, epsilon: float = 0.0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(offset, scale) of `z_score` (mean, std) or `quantile` (q01..q99 to [-1, 1]); scale is at least `floor`.
-
-    The floor keeps a dimension that hardly moves from being blown up by its own noise. epsilon: what openpi adds to a deviation, or to the
-    range of two quantiles, before it divides.
-    """
-    if kind == "z_score":
-        return stats.mean, np.maximum((stats.std.astype(np.float64) + epsilon).astype(np.float32), np.float32(floor))
-    if kind == "quantile":
-        if not epsilon:
-            return (stats.q99 + stats.q01) / np.float32(2), np.maximum((stats.q99 - stats.q01) / np.float32(2), np.float32(floor))
-        half = np.maximum((stats.q99.astype(np.float64) - stats.q01 + epsilon) / 2, floor)
-        return (stats.q01 + half).astype(np.float32), half.astype(np.float32)
-    raise ConfigError(f"normalization must be 'z_score' or 'quantile', found {kind!r}")
-
-
 @dataclass(frozen=True)
 class Chain:
     """Everything between an embodiment's observations and a network's tensors."""
@@ -132,6 +114,7 @@ class Chain:
     transforms: tuple[Transform, ...]
     tokenizer: PromptTokenizer
     image_size: int
+    resize: Resize = ANTIALIAS
 
     def forward(self, sample: Sample) -> Sample:
         """All transforms, in order."""
@@ -157,7 +140,8 @@ class Chain:
             self._refuse_unknown_cameras(observation.images)
             for column, name in enumerate(names):
                 if name in observation.images:
-                    images[row, column] = resize_with_padding(picture(observation.images[name], name)[None], self.image_size)[0]
+                    given = picture(observation.images[name], name)
+                    images[row, column] = resize_with_padding(given[None], self.image_size, self.resize)[0]
                     mask[row, column] = True
         width, key = self.embodiment.dims()[0], self.embodiment.state
         state = np.stack([vector(observation.state, width, key) for observation in observations])
@@ -185,6 +169,8 @@ def make_chain(
     normalization: str,
     floor: float,
     epsilon: float = 0.0,
+    rule: str = RELATIVE,
+    resize: Resize = ANTIALIAS,
     image_size: int,
     padded_state_dim: int,
     padded_action_dim: int,
@@ -199,10 +185,10 @@ def make_chain(
             raise ConfigError(f"norm stats of the {what} are {stats_width} wide, the embodiment's {what} is {width}; compute them anew")
     transforms = (
         DeltaActions(embodiment.delta_actions),
-        Normalize(*affine(stats.state, normalization, floor, epsilon), *affine(stats.action, normalization, floor, epsilon)),
+        Normalize(*(scaling(column, normalization, floor, epsilon, rule) for column in (stats.state, stats.action))),
         PadDimensions(state_dim, action_dim, padded_state_dim, padded_action_dim),
     )
-    return Chain(embodiment, transforms, tokenizer, image_size)
+    return Chain(embodiment, transforms, tokenizer, image_size, resize)
 
 
 def _pad(array: NDArray[np.float32], width: int) -> NDArray[np.float32]:

@@ -100,7 +100,12 @@ class PromptTokenizer:
 
 def bins(state: NDArray[np.float32]) -> str:
     """256 equal bins of [-1, 1] as numbers: -1 below the range, 255 at its end and beyond (openpi's convention)."""
-    return " ".join(str(number) for number in np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1)
+    return " ".join(map(str, bin_numbers(state).tolist()))
+
+
+def bin_numbers(state: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The numbers of `bins`, in the shape of `state`."""
+    return np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1
 
 
 def clean(prompt: str) -> str:

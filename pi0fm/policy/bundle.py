@@ -27,6 +27,8 @@ from pi0fm import files, options
 from pi0fm.data.chain import Chain, make_chain
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats, norm_stats_from_json
+from pi0fm.data.normalization import RELATIVE, NormRule
+from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
 from pi0fm.data.prompt import BYTES, OPENPI, PromptTokenizer, load_tokenizer
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.sampling import overridden
@@ -43,7 +45,7 @@ from pi0fm.progress import say
 from pi0fm_client.errors import BundleError, ConfigError
 
 # by format, what a bundle means by the fields of its policy that it does not name: each keeps the rules that its weights were trained under
-UNNAMED: Mapping[int, Mapping[str, Any]] = {2: {}, FORMAT: {}}
+UNNAMED: Mapping[int, Mapping[str, Any]] = {2: {"norm_rule": "centred", "resize": "rounded"}, FORMAT: {}}
 SAID_FROM = 2**30  # bytes of weights whose check is said, with its time
 
 
@@ -53,6 +55,8 @@ class PolicyConfig:
 
     demonstration_seeds: by task, the lowest and highest seed that its data set holds; an evaluation must not use them.
     camera_sources: by camera, where a simulator finds it (`corner2:96x96`). training: free facts about the run.
+    norm_rule: how statistics become scales (data/normalization.py); norm_floor: a share of the range, or robot units, as the rule says;
+    resize: how pictures of another size were resized in training (data/pictures/resizing.py);
     norm_epsilon: what is added to every deviation or range of quantiles, where the weights were trained so (openpi's 1e-6).
     padded_noise: the weights know noise in the dimensions that the robot lacks (released ones do); else these are held at 0.
     """
@@ -61,8 +65,10 @@ class PolicyConfig:
     flow: FlowConfig
     embodiment: Embodiment
     normalization: str = "z_score"
-    norm_floor: float = 1e-3
+    norm_floor: float = 0.01
     norm_epsilon: float = 0.0
+    norm_rule: NormRule = RELATIVE
+    resize: Resize = ANTIALIAS
     tokenizer: str = BYTES
     prompt_dialect: str = OPENPI
     execution_horizon: int = 8
@@ -82,6 +88,8 @@ class PolicyConfig:
             normalization=self.normalization,
             floor=self.norm_floor,
             epsilon=self.norm_epsilon,
+            rule=self.norm_rule,
+            resize=self.resize,
             image_size=self.model.vision.image_size,
             padded_state_dim=self.model.state_dim,
             padded_action_dim=self.model.action_dim,

@@ -147,7 +147,7 @@ def log_jacobian(chain: Chain, horizon: int) -> float:
     total = 0.0
     for transform in chain.transforms:
         if isinstance(transform, Normalize):
-            total -= horizon * float(np.log(transform.action_scale.astype(np.float64)).sum())
+            total -= horizon * float(np.log(transform.action.scale.astype(np.float64)).sum())
         elif not isinstance(transform, DeltaActions | PadDimensions):
             raise TypeError(f"the Jacobian of {type(transform).__name__} is not known: teach it to policy/scores.py")
     return total

@@ -16,6 +16,7 @@ from pi0fm.data.loading.loader import LoaderConfig
 from pi0fm.data.loading.mixture import MixtureEntry, refuse_entries
 from pi0fm.data.order.split import micro_steps, split
 from pi0fm.data.pictures.augmentation import AugmentConfig
+from pi0fm.data.pictures.resizing import RESIZES, Resize
 from pi0fm.data.prompt import BYTES, OPENPI, refuse_dialect
 from pi0fm.flow.matching import FlowConfig
 from pi0fm.models.lora import LoraConfig
@@ -73,7 +74,11 @@ class TrainConfig:
     ema_decay: float | None = option(0.999, "decay of the moving average of the weights that goes into the bundle; null for none")
     precision: str = option("auto", "auto (bfloat16 where the hardware has it), float32 or bfloat16; weights and moments are float32")
     normalization: str = option("z_score", "z_score or quantile (q01..q99 to [-1, 1]) of state and action")
-    norm_floor: float = option(1e-3, "least spread that a dimension is divided by, in robot units")
+    norm_floor: float = option(0.01, "least spread that a dimension is divided by, as a share of its range")
+    resize: Resize | None = option(
+        None,
+        "antialias (openpi's) or plain (LeRobot's) where pictures are scaled down; empty takes the pretrained bundle's, else antialias",
+    )
     tokenizer: str = option(BYTES, "byt5, the directory of a tokenizer, or pretrained: the one of the bundle to start from")
     prompt_dialect: str = option(
         OPENPI, "how an instruction is written out: openpi, lerobot, openpi_stateless; pretrained takes the bundle's"
@@ -121,8 +126,10 @@ class TrainConfig:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, found {self.precision!r}")
         if self.normalization not in ("z_score", "quantile"):
             raise ConfigError(f"normalization must be z_score or quantile, found {self.normalization!r}")
-        if self.norm_floor <= 0:
-            raise ConfigError(f"norm_floor must be > 0, found {self.norm_floor}")
+        if not 0 < self.norm_floor < 1:
+            raise ConfigError(f"norm_floor is a share of a dimension's range, above 0 and below 1, found {self.norm_floor}; type 0.01")
+        if self.resize not in (None, *RESIZES):
+            raise ConfigError(f"resize must be one of {', '.join(RESIZES)}, found {self.resize!r}; leave it out for antialias")
         network = self.network()
         if self.execution_horizon > network.action_horizon:
             raise ConfigError(

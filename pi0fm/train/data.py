@@ -13,13 +13,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pi0fm import progress
 from pi0fm.data.chain import Chain
 from pi0fm.data.columns import held_out
-from pi0fm.data.columns.lerobot_source import LeRobotSource, open_source
+from pi0fm.data.columns.faults import refuse
+from pi0fm.data.columns.lerobot_source import LeRobotSource, leave_out, open_source
 from pi0fm.data.columns.norm_stats import NormStats
+from pi0fm.data.judging import judge_pictures, judge_prompts
 from pi0fm.data.loading.loader import BatchMaker, Collator
 from pi0fm.data.loading.mixture import MixtureCollator, MixtureEntry, entry_named, part_seed, sample_order
+from pi0fm.data.normalization import unusual
 from pi0fm.data.order.orders import Weighted
+from pi0fm.data.pictures.frame_cache import cache_bytes
+from pi0fm.data.pictures.resizing import ANTIALIAS
 from pi0fm.data.pictures.streaming import open_pictures
 from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.policy.robots import Robot
@@ -30,7 +36,7 @@ from pi0fm_client.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class RunDataset:
+class Part:
     """One data set of a run.
 
     policy: what the bundle says of it; held_out: its episodes that nothing trains on, 0 or more; order: by sample weights, if it has any.
@@ -53,7 +59,7 @@ class RunDataset:
 class RunData:
     """All data sets of a run, opened. training: the batches of all together."""
 
-    parts: tuple[RunDataset, ...]
+    parts: tuple[Part, ...]
     training: BatchMaker
     pretrained: Pretrained | None
 
@@ -85,6 +91,10 @@ class RunData:
             for name, value in data_facts(part.training.source, part.stats, part.order).items()
         }
 
+    def left_out(self) -> dict[str, list[str]]:
+        """By entry, the episodes that were chosen and are not trained on, each with why; only of entries that have such."""
+        return {part.name: [str(fault) for fault in part.training.source.left_out] for part in self.parts if part.training.source.left_out}
+
     def described(self) -> str:
         """The data sets, for the person who watches: frames, of a mixture each entry's share of the samples and its control rate too."""
         if not isinstance(self.training, MixtureCollator):
@@ -102,7 +112,7 @@ def open_data(config: TrainConfig) -> RunData:
     dialect = chosen_dialect(config.prompt_dialect, pretrained)
     config = replace(config, tokenizer=chosen_tokenizer(config.tokenizer, pretrained), prompt_dialect=dialect)
     opened = _in_one_order_of_cameras({name: _read(name, entry) for name, entry in config.entries().items()})
-    checked = [_check(config, name, number, source, pretrained) for number, (name, source) in enumerate(opened.items())]
+    checked = [_judged(config, name, number, source, pretrained) for number, (name, source) in enumerate(opened.items())]
     parts = tuple(_with_pictures(config, number, found) for number, found in enumerate(checked))
     if not config.mixture:
         return RunData(parts, parts[0].training, pretrained)
@@ -117,6 +127,8 @@ def policy_config(config: TrainConfig, source: LeRobotSource, held: tuple[int, .
         facts["pretrained"] = str(config.pretrained)
     if config.train_only != "full" or config.lora.rank:
         facts["trained"] = config.train_only + (f", lora of rank {config.lora.rank}" if config.lora.rank else "")
+    if source.left_out:
+        facts["left_out_episodes"] = ", ".join(left_out(source))
     if held:
         facts["held_out_episodes"] = ",".join(map(str, held))
     if config.mixture:
@@ -128,6 +140,7 @@ def policy_config(config: TrainConfig, source: LeRobotSource, held: tuple[int, .
         embodiment=source.embodiment,
         normalization=config.normalization,
         norm_floor=config.norm_floor,
+        resize=config.resize or ANTIALIAS,
         tokenizer=config.tokenizer,
         prompt_dialect=config.prompt_dialect,
         execution_horizon=config.execution_horizon,
@@ -136,6 +149,12 @@ def policy_config(config: TrainConfig, source: LeRobotSource, held: tuple[int, .
         camera_sources=config.camera_sources or source.camera_sources,
         training={**facts, "steps": str(config.steps), "global_batch_size": str(config.global_batch_size), "seed": str(config.seed)},
     )
+
+
+def left_out(source: LeRobotSource) -> list[str]:
+    """`NUMBER (KIND)` of every episode that was chosen and is not trained on."""
+    kinds = {fault.episode: fault.kind for fault in reversed(source.left_out)}
+    return [f"{episode} ({kinds[episode]})" for episode in sorted(kinds, key=lambda number: number or 0)]
 
 
 def shares(weights: Sequence[float]) -> list[str]:
@@ -173,28 +192,68 @@ def _in_one_order_of_cameras(sources: Mapping[str, LeRobotSource]) -> dict[str, 
     return {name: arranged(source) for name, source in sources.items()}
 
 
+def _judged(config: TrainConfig, name: str, number: int, recorded: LeRobotSource, pretrained: Pretrained | None) -> _Checked:
+    """The entry, after what only its prompt and its videos can tell; bad episodes are refused, or left out where that is asked for.
+
+    A cache is built by decoding every picture, so only a stream is looked into here.
+    """
+    found = _check(config, name, number, recorded, pretrained)
+    dataset, size = found.entry.dataset, found.policy.model.vision.image_size
+    streamed = cache_bytes(recorded, size, dataset.cache_format) > dataset.cache_limit_gib * 2**30
+    with entry_named(name):
+        faults = judge_prompts(recorded, found.chain)
+        if dataset.skip_bad or (streamed and not recorded.stored_pictures):
+            faults += judge_pictures(recorded, dataset, "ends")
+        if not dataset.skip_bad:
+            refuse(faults, recorded.root)
+        left = leave_out(recorded, faults)
+    return found if left is recorded else _check(config, name, number, left, pretrained)
+
+
 def _check(config: TrainConfig, name: str, number: int, recorded: LeRobotSource, pretrained: Pretrained | None) -> _Checked:
     entry = config.entries()[name]
     with entry_named(name):
         held = held_out.choose(recorded, config.validation.episodes, part_seed(config.seed, number))
         source, unseen = held_out.split(recorded, held)
-        policy = replace(policy_config(config, source, held), padded_noise=pretrained is not None and pretrained.policy.padded_noise)
+        policy = policy_config(config, source, held)
+        if pretrained is not None:
+            policy = replace(policy, padded_noise=pretrained.policy.padded_noise, resize=config.resize or pretrained.policy.resize)
         if entry.camera_sources:
             policy = replace(policy, camera_sources=entry.camera_sources)
         if pretrained is not None:
             refuse_other_policy(pretrained, policy)
         if pretrained is not None and config.pretrained_norm_stats:
             stats = kept_stats(pretrained, name, policy)
+            rules = ("norm_rule", "norm_floor", "norm_epsilon")
+            policy = replace(policy, **{each: getattr(pretrained.policy, each) for each in rules})
         else:
             stats = source.norm_stats(policy.model.action_horizon)
+            policy = _told_of_scales(policy, stats)
         return _Checked(name, entry, policy, stats, policy.chain(stats), sample_order(source, entry), source, unseen)
 
 
-def _with_pictures(config: TrainConfig, number: int, found: _Checked) -> RunDataset:
+def _told_of_scales(policy: PolicyConfig, stats: NormStats) -> PolicyConfig:
+    """Say which dimensions are scaled otherwise than their statistics say, and note it in the bundle."""
+    columns = {"state": stats.state, "action": stats.action}
+    told = [text for name, column in columns.items() for text in unusual(column, policy.normalization, policy.norm_floor, name)]
+    if not told:
+        return policy
+    line = "; ".join(told)
+    progress.say(f"normalization {policy.normalization}: {line}")
+    return replace(policy, training={**policy.training, "normalization": line})
+
+
+def _with_pictures(config: TrainConfig, number: int, found: _Checked) -> Part:
     model, dataset = found.policy.model, found.entry.dataset
     with entry_named(found.name):
         cache = open_pictures(
-            found.source, dataset, model.vision.image_size, config.global_batch_size, dataset.cache_format, dataset.stream_buffer_gib
+            found.source,
+            dataset,
+            model.vision.image_size,
+            config.global_batch_size,
+            dataset.cache_format,
+            dataset.stream_buffer_gib,
+            found.policy.resize,
         )
         if len(found.unseen.frames) and cache.look_ahead:
             raise ConfigError(
@@ -213,7 +272,7 @@ def _with_pictures(config: TrainConfig, number: int, found: _Checked) -> RunData
             padded_noise=found.policy.padded_noise,
         )
     unseen = replace(collator, source=found.unseen, augmentation=None, order=None)
-    return RunDataset(found.name, found.policy, found.stats, collator, unseen, found.order)
+    return Part(found.name, found.policy, found.stats, collator, unseen, found.order)
 
 
 def _robot(policy: PolicyConfig) -> Robot:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from pi0fm import options, progress
+from pi0fm import files, options, progress
 from pi0fm.data.loading.loader import micro_batches
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.policy import bundle
@@ -67,6 +67,8 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
     state.prepare(parallel)
     first, flow = state.step, FlowMatching.from_config(data.policy.flow)
 
+    if context.is_first and data.left_out():
+        files.write_json(config.output_dir / "left_out.json", data.left_out())
     metrics = Metrics(config.output_dir, first) if context.is_first else None
     log = TrainLog(config.log(), parallel, metrics, first, (read_last(config.output_dir) or {}).get("loss", math.nan))
     split = (config.global_batch_size, context.rank, context.world_size, config.micro_batch_size)

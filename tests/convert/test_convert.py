@@ -39,7 +39,13 @@ def make(path: Path, kind: str, small_policy, tokenizer: Path, **changes) -> Pat
         time_conditioning=time_conditioning,
         max_prompt_tokens=64,
     )
-    fields = {"padded_noise": True, "tokenizer": str(tokenizer), "normalization": normalization, "norm_floor": 1e-6}
+    fields = {
+        "padded_noise": True,
+        "tokenizer": str(tokenizer),
+        "normalization": normalization,
+        "norm_floor": 1e-6,
+        "norm_rule": "absolute",
+    }
     config = dataclasses.replace(small_policy.config, model=model, **(fields | changes))
     random = torch.Generator().manual_seed(5)
     weights = {name: torch.randn(tensor.shape, generator=random) for name, tensor in Pi0(model).state_dict().items()}
@@ -400,7 +406,7 @@ def test_openpis_epsilon_is_honoured_for_weights_that_come_from_there(kind, peer
     low, high, std = (np.float32(group[name]).astype(np.float64) for name in ("q01", "q99", "std"))
     scale = {"pi0": std + 1e-6, "pi05": (high - low + 1e-6) / 2}[kind]
     normalize = config.chain(stats, str(tmp_path / "bundle/tokenizer")).transforms[1]
-    assert np.allclose(normalize.state_scale, scale, rtol=1e-6, atol=0)
+    assert np.allclose(normalize.state.scale, scale, rtol=1e-6, atol=0)
     if kind == "pi05":
         at_low = normalize.forward(Sample(np.float32([group["q01"]]), None)).state
         assert np.allclose(at_low[0, [0, 3]], -1, atol=1e-6)

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pi0fm.data.chain import Chain, DeltaActions, Normalize, PadDimensions, Sample, affine, make_chain
+from pi0fm.data.chain import Chain, DeltaActions, Normalize, PadDimensions, Sample, make_chain
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats, column_stats
+from pi0fm.data.normalization import Scaling, scaling, unusual
 from pi0fm.data.prompt import PromptTokenizer, load_tokenizer
 from pi0fm_client.errors import ConfigError, ObservationError
 from pi0fm_client.types import Observation
@@ -63,30 +64,73 @@ def test_deltas_are_taken_from_the_state_at_the_chunks_start():
 
 def test_z_score_closed_form():
     values = RANDOM.normal(3, 2, (500, 2)).astype(np.float32)
-    offset, scale = affine(column_stats(values, "x"), "z_score", 1e-3)
-    normal = (values - offset) / scale
+    normal = scaling(column_stats(values, "x"), "z_score", 0.01).forward(values)
     np.testing.assert_allclose(normal.mean(axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(normal.std(axis=0), 1, atol=1e-5)
 
 
-def test_quantile_closed_form():
+@pytest.mark.parametrize("rule", ["relative", "absolute", "centred"])
+def test_quantile_closed_form(rule):
     values = np.linspace(-3, 7, 1001, dtype=np.float32)[:, None]
-    offset, scale = affine(column_stats(values, "x"), "quantile", 1e-3)
-    np.testing.assert_allclose((np.array([[-2.9], [2.0], [6.9]]) - offset) / scale, [[-1], [0], [1]], atol=1e-5)
+    found = scaling(column_stats(values, "x"), "quantile", 1e-3, rule=rule)
+    np.testing.assert_allclose(found.forward(np.float32([[-2.9], [2.0], [6.9]])), [[-1], [0], [1]], atol=1e-5)
+    np.testing.assert_allclose(found.inverse(found.forward(values)), values, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["z_score", "quantile"])
-def test_a_dimension_that_hardly_moves_is_not_blown_up(kind):
+@pytest.mark.parametrize("rule", ["relative", "absolute"])
+@pytest.mark.parametrize("low", [0.1, -1.7, 1e4])
+def test_a_value_at_the_lower_quantile_is_minus_one_exactly_and_so_is_a_dimension_that_never_moves(rule, low):
+    values = np.full((100, 2), low, dtype=np.float32)
+    values[:, 1] += np.linspace(0, 3, 100, dtype=np.float32)
+    stats = column_stats(values, "x")
+    found = scaling(stats, "quantile", 1e-8 if rule == "absolute" else 0.01, rule=rule).forward(stats.q01[None])
+    assert found.tolist() == [[-1, -1]]
+
+
+def test_a_dimension_that_never_moves_does_not_blow_up_a_value_next_to_it():
     values = np.full((100, 1), 5, dtype=np.float32)
-    values[0] += 1e-6
-    offset, scale = affine(column_stats(values, "x"), kind, 0.01)
-    assert scale == np.float32(0.01)
-    assert abs((5.02 - offset) / scale) < 2.1
+    values[0] += 5e-7  # what float32 may make of it
+    for kind in ("z_score", "quantile"):
+        found = scaling(column_stats(values, "x"), kind, 0.01)
+        assert found.scale == 1
+        assert unusual(column_stats(values, "x"), kind, 0.01, "action") == ["action dimension 0 never moves"]
+
+
+@pytest.mark.parametrize("units", [1e-4, 1.0, 1e6])
+@pytest.mark.parametrize("kind", ["z_score", "quantile"])
+def test_scales_do_not_depend_on_units(units, kind):
+    """Metres a step are not squeezed by a floor in robot units."""
+    values = RANDOM.normal(3, 2, (500, 2)).astype(np.float32)
+    found = [scaling(column_stats(each, "x"), kind, 0.01).forward(each) for each in (values, values * np.float32(units))]
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gripper_that_moves_rarely_is_scaled_by_what_it_does():
+    """In 2 of 400 frames both quantiles are 0; in 1 of 100 000 the deviation is a hundredth of the range."""
+    values = np.zeros((400, 1), np.float32)
+    values[60:62] = 1
+    found = scaling(column_stats(values, "x"), "quantile", 0.01)
+    assert found.forward(values).min() == -1 and found.forward(values).max() == 1
+    assert "q01 and q99 together" in unusual(column_stats(values, "x"), "quantile", 0.01, "action")[0]
+    values = np.zeros((100_000, 1), np.float32)
+    values[7] = 1
+    assert scaling(column_stats(values, "x"), "z_score", 0.01).forward(values).max() < 101
+    assert "moves rarely" in unusual(column_stats(values, "x"), "z_score", 0.01, "action")[0]
+
+
+def test_old_rules_and_floors_of_peers():
+    values = np.full((100, 1), 5, dtype=np.float32)
+    for rule, expected in (("centred", 0.0), ("absolute", -1.0)):
+        found = scaling(column_stats(values, "x"), "quantile", 0.01, rule=rule)
+        assert found.scale == np.float32(0.01) and found.forward(values)[0, 0] == expected
+    assert scaling(column_stats(values, "x"), "z_score", 0.0, 1e-6, "absolute").scale == np.float32(1e-6)
 
 
 def test_unknown_normalisation():
     with pytest.raises(ConfigError, match="'z_score' or 'quantile', found 'minmax'"):
-        affine(STATS.state, "minmax", 1e-3)
+        scaling(STATS.state, "minmax", 1e-3)
+    with pytest.raises(ConfigError, match="norm_rule must be one of relative"):
+        scaling(STATS.state, "quantile", 1e-3, rule="other")
 
 
 def test_padding_is_zero_and_behind():
@@ -96,7 +140,7 @@ def test_padding_is_zero_and_behind():
 
 
 def test_normalize_scales_each_dimension_by_its_own():
-    step = Normalize(*(np.array(row, dtype=np.float32) for row in ([1, 2], [10, 100], [0], [2])))
+    step = Normalize(Scaling(np.float32([1, 2]), np.float32([10, 100]), 0), Scaling(np.float32([0]), np.float32([2]), 0))
     found = step.forward(Sample(np.array([[11, 102]], np.float32), np.array([[[4]]], np.float32)))
     assert found.state.tolist() == [[1, 1]]
     assert found.actions.tolist() == [[[2]]]

@@ -221,7 +221,7 @@ def read_slowly(root: Path, camera: str = CAMERA, names: tuple[str, str] = ("obs
             if path not in films:
                 with av.open(str(path)) as container:
                     films[path] = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-            begin, end = span[f"videos/{camera}/from_timestamp"], span[f"videos/{camera}/to_timestamp"]
+            begin, end = span[f"videos/{camera}/from_timestamp"], span.get(f"videos/{camera}/to_timestamp", np.inf)
             shown = [each for each in films[path] if begin - 1e-3 <= each[0] < end - 1e-3]
             wanted = begin + float(one(row["timestamp"]))
             item["picture"] = min(shown, key=lambda each: (round(abs(each[0] - wanted), 4), each[0]))[1]

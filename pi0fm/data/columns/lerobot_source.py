@@ -114,14 +114,17 @@ class LeRobotSource:
         """Statistics over the rows that are trained on, and the chunks that begin there."""
         return compute_norm_stats(self.state, self.action, self.end, self.embodiment.delta_actions, action_horizon, self.frames)
 
-    def stored(self, camera: str) -> Iterator[tuple[int, Any]]:
-        """(place, what the column holds of the picture) of a camera whose pictures lie in the parquet files, file by file."""
+    def stored(self, camera: str, file: int | None = None, groups: list[int] | None = None) -> Iterator[tuple[int, Any]]:
+        """(place, what the column holds of the picture) of a camera whose pictures lie in the parquet files, file by file.
+
+        file, groups: of the file of this number alone, of these row groups alone.
+        """
         column = self.embodiment.cameras[camera]
-        for path in self.files:
-            with reading(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
-                if column not in file.schema_arrow.names:
+        for path in self.files if file is None else self.files[file : file + 1]:
+            with reading(path), pq.ParquetFile(path, page_checksum_verification=True) as opened:
+                if column not in opened.schema_arrow.names:
                     raise DatasetError(f"{path} lacks the column {column!r}; record or download the data set again")
-                for batch in file.iter_batches(batch_size=256, columns=["index", column]):
+                for batch in opened.iter_batches(batch_size=256, row_groups=groups, columns=["index", column]):
                     index = np.asarray(batch["index"].to_numpy(zero_copy_only=False)).astype(np.int64).reshape(-1)
                     places = np.searchsorted(self.rows, index)
                     used = self.rows[np.minimum(places, len(self.rows) - 1)] == index

@@ -31,6 +31,7 @@ from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError, DatasetError
 
 ROUNDING = 1e-3  # seconds: float32 timestamps of a long episode, and what containers round to
+STEPS_OF_A_RATE = 10  # fewer say nothing where rows were taken out
 RATE_SHARE = 0.1  # how far the rows' usual distance in time may be from 1 / fps
 
 
@@ -317,7 +318,7 @@ def _time(rows: Rows) -> Iterator[Fault]:
 def _rate(rows: Rows, info: Info) -> Iterator[Fault]:
     steps = np.diff(rows.time)[rows.episode[1:] == rows.episode[:-1]]
     steps = steps[np.isfinite(steps) & (steps > 0)]
-    if not len(steps):
+    if len(steps) < STEPS_OF_A_RATE:
         return
     usual = float(np.median(steps))
     if abs(usual * info.fps - 1) > RATE_SHARE:

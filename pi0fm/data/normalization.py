@@ -1,0 +1,99 @@
+"""From statistics to the scale of each dimension, by the rule that a policy's weights were trained under.
+
+Owns: the rules, what is said of a dimension that is scaled otherwise than its statistics say. Does not know: bundles (policy/bundle keeps
+the rule's name), where statistics come from.
+
+    network = (x - offset) / scale - shift      robot = (network + shift) * scale + offset
+
+               z_score                                   quantile
+    relative   (mean, max(std, floor * range), 0)        (q01, (q99 - q01) / 2, 1); (min, range / 2, 1) where q99 - q01 < floor * range
+    absolute   (mean, max(std + epsilon, floor), 0)      (q01, max((q99 - q01 + epsilon) / 2, floor), 1): openpi's and LeRobot's
+    centred    (mean, max(std + epsilon, floor), 0)      ((q01 + q99) / 2, max((q99 - q01) / 2, floor), 0): bundles of format 2
+
+A dimension that never moves has no range: under `relative` its scale is 1, so that a value next to it is not blown up.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi0fm.data.columns.norm_stats import ColumnStats
+from pi0fm_client.errors import ConfigError
+
+NormRule = Literal["relative", "absolute", "centred"]
+RELATIVE: NormRule = "relative"
+STILL = 1e-6  # of a value: what float32 may make of one number
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """offset, scale: float32 [dim]; shift: 1 where q01 is -1, else 0."""
+
+    offset: NDArray[np.float32]
+    scale: NDArray[np.float32]
+    shift: float
+
+    def forward(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """To the network's units."""
+        found = (values - self.offset) / self.scale
+        return found - np.float32(self.shift) if self.shift else found
+
+    def inverse(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """To the robot's units."""
+        return (values + np.float32(self.shift) if self.shift else values) * self.scale + self.offset
+
+
+def scaling(stats: ColumnStats, kind: str, floor: float, epsilon: float = 0.0, rule: str = RELATIVE) -> Scaling:
+    """The scaling of `kind` (z_score, quantile) under a rule. floor: a share of the range under `relative`, else in robot units.
+
+    epsilon: what openpi adds to a deviation, or to the range of two quantiles, before it divides. Raises ConfigError for unknown words.
+    """
+    if kind not in ("z_score", "quantile"):
+        raise ConfigError(f"normalization must be 'z_score' or 'quantile', found {kind!r}")
+    if rule not in get_args(NormRule):
+        raise ConfigError(f"norm_rule must be one of {', '.join(get_args(NormRule))}, found {rule!r}")
+    width = stats.q99 - stats.q01
+    if rule == RELATIVE:
+        span, still = stats.max - stats.min, standing(stats)
+        if kind == "z_score":
+            return Scaling(stats.mean, np.where(still, np.float32(1), np.maximum(stats.std, np.float32(floor) * span)), 0)
+        narrow = width < np.float32(floor) * span
+        half = np.where(still, np.float32(1), np.where(narrow, span, width) / np.float32(2))
+        return Scaling(np.where(narrow, stats.min, stats.q01), half, 1)
+    if kind == "z_score":
+        return Scaling(stats.mean, np.maximum((stats.std.astype(np.float64) + epsilon).astype(np.float32), np.float32(floor)), 0)
+    if epsilon:
+        width = (stats.q99.astype(np.float64) - stats.q01 + epsilon).astype(np.float32)
+    half = np.maximum(width / np.float32(2), np.float32(floor))
+    if rule == "centred":
+        return Scaling((stats.q99 + stats.q01) / np.float32(2), half, 0)
+    return Scaling(stats.q01, half, 1)
+
+
+def standing(stats: ColumnStats) -> NDArray[np.bool_]:
+    """[dim] dimensions that never move, but for rounding."""
+    return np.asarray(stats.max - stats.min <= STILL * np.maximum(np.abs(stats.min), np.abs(stats.max)))
+
+
+def unusual(stats: ColumnStats, kind: str, floor: float, name: str) -> list[str]:
+    """What `relative` does otherwise than the statistics say, in words; empty for a column whose dimensions all move."""
+    span, still = stats.max - stats.min, standing(stats)
+    told = []
+    if still.any():
+        told.append(f"{name} {_listed(still)} never moves")
+    if kind == "quantile":
+        narrow = (stats.q99 - stats.q01 < np.float32(floor) * span) & ~still
+        if narrow.any():
+            told.append(f"{name} {_listed(narrow)} has quantiles q01 and q99 together, scaled from its minimum to its maximum")
+    else:
+        rare = (stats.std < np.float32(floor) * span) & ~still
+        if rare.any():
+            told.append(f"{name} {_listed(rare)} moves rarely, scaled by {floor:g} of its range")
+    return told
+
+
+def _listed(dims: NDArray[np.bool_]) -> str:
+    numbers = np.flatnonzero(dims).tolist()
+    return ("dimension " if len(numbers) == 1 else "dimensions ") + ", ".join(map(str, numbers))
