@@ -35,7 +35,7 @@ class Initial(ABC):
 
 @final
 @dataclass(frozen=True)
-class Normal(Initial):
+class NormalInit(Initial):
     """N(0, deviation^2)."""
 
     deviation: float
@@ -48,7 +48,7 @@ class Normal(Initial):
 
 @final
 @dataclass(frozen=True)
-class Uniform(Initial):
+class UniformInit(Initial):
     """U(-bound, bound)."""
 
     bound: float
@@ -62,7 +62,7 @@ class Uniform(Initial):
 
 @final
 @dataclass(frozen=True)
-class Constant(Initial):
+class ConstantInit(Initial):
     """One number."""
 
     value: float
@@ -80,13 +80,13 @@ class _Stating(Protocol):
 
 def linear(module: nn.Linear) -> dict[str, Initial]:
     """torch's default for a linear layer: both U(-1 / sqrt(fan in), 1 / sqrt(fan in))."""
-    bound = Uniform(module.in_features**-0.5)
+    bound = UniformInit(module.in_features**-0.5)
     return {"weight": bound, "bias": bound}
 
 
 def unit_variance(module: nn.Linear) -> dict[str, Initial]:
     """Outputs as large as inputs: weights N(0, 1 / fan in), biases 0."""
-    return {"weight": Normal(module.in_features**-0.5), "bias": Constant(0.0)}
+    return {"weight": NormalInit(module.in_features**-0.5), "bias": ConstantInit(0.0)}
 
 
 def initialise(model: nn.Module, seed: int) -> None:
@@ -157,7 +157,7 @@ def _write(initial: Initial, seed: int, name: str, start: int, out: NDArray[np.f
 
 def _of_torch(module: nn.Module) -> Mapping[str, Initial]:
     if isinstance(module, nn.LayerNorm):
-        return {"weight": Constant(1.0), "bias": Constant(0.0)}
+        return {"weight": ConstantInit(1.0), "bias": ConstantInit(0.0)}
     return linear(module) if isinstance(module, nn.Linear) else {}
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pi0fm.models.initial import Constant, Initial
+from pi0fm.models.initial import ConstantInit, Initial
 
 NORM_EPSILON = 1e-6
 ROPE_BASE = 10_000.0
@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
 
     def initial_values(self) -> dict[str, Initial]:
         """The identity's scale."""
-        return {"scale": Constant(0.0)}
+        return {"scale": ConstantInit(0.0)}
 
     def forward(self, x: Float[Tensor, "*n D"], condition: Tensor | None = None) -> tuple[Float[Tensor, "*n D"], Tensor | None]:
         """The normed input, and None: a plain norm has no gate on its residual."""
@@ -69,7 +69,7 @@ class AdaptiveRMSNorm(nn.Module):
 
     def initial_values(self) -> dict[str, Initial]:
         """Zero, whatever the rest of the network starts with."""
-        return {"modulation.weight": Constant(0.0), "modulation.bias": Constant(0.0)}
+        return {"modulation.weight": ConstantInit(0.0), "modulation.bias": ConstantInit(0.0)}
 
     def modulate(self, condition: Float[Tensor, "B D"]) -> Modulation:
         """All of it that does not depend on x: a sampler makes it once a flow time instead of once an evaluation."""

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from pi0fm.models.initial import Constant, Initial, Uniform
+from pi0fm.models.initial import ConstantInit, Initial, UniformInit
 from pi0fm.models.parts import Part, part_of
 from pi0fm.models.pi0 import Pi0
 from pi0fm.options import nearest, option
@@ -106,7 +106,7 @@ def plain_name(name: str) -> str:
 
 def initial_adapter(name: str, parameter: Tensor) -> Initial:
     """The distribution of half an adapter: peft's for A, 0 for B, so that nothing changes at the start."""
-    return Uniform(parameter.shape[1] ** -0.5) if name.endswith(_A) else Constant(0.0)
+    return UniformInit(parameter.shape[1] ** -0.5) if name.endswith(_A) else ConstantInit(0.0)
 
 
 def merged(weights: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pi0fm.models.initial import Initial, Normal, initialise_new, unit_variance
+from pi0fm.models.initial import Initial, NormalInit, initialise_new, unit_variance
 from pi0fm.models.joint_decoder import DecoderConfig, JointDecoder
 from pi0fm.models.layers import at_least_float32, time_embedding
 from pi0fm.models.observation import ModelObservation, pixels
@@ -187,7 +187,7 @@ class Pi0(nn.Module):
 
     def initial_values(self) -> dict[str, Initial]:
         """Unit-variance tokens, and residual branches that start small; the tower and the norms have their own."""
-        found: dict[str, Initial] = {"prompt_embedding.weight": Normal(self.prompt_embedding.embedding_dim**-0.5)}
+        found: dict[str, Initial] = {"prompt_embedding.weight": NormalInit(self.prompt_embedding.embedding_dim**-0.5)}
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and name.startswith(("decoder.", "action_in", "time_mlp_")):
                 found |= {f"{name}.{part}": initial for part, initial in unit_variance(module).items()}

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pi0fm.models.attention import attend_pictures
-from pi0fm.models.initial import Constant, Initial, Normal, Uniform
+from pi0fm.models.initial import ConstantInit, Initial, NormalInit, UniformInit
 from pi0fm.models.layers import Gelu, product_dtype, run_layer
 from pi0fm_client.errors import ConfigError
 
@@ -135,16 +135,16 @@ class VisionTower(nn.Module):
         patch, (_, width) = self.patch_embedding, self.position_embedding.shape
         found: dict[str, Initial] = {
             # of the normal that has the fan-in's variance once it is cut at two deviations; whole, it learns faster (docs/LOG.md)
-            "patch_embedding.weight": Normal(patch.weight[0].numel() ** -0.5 / 0.87962566),
-            "patch_embedding.bias": Constant(0.0),
-            "position_embedding": Normal(width**-0.5),
+            "patch_embedding.weight": NormalInit(patch.weight[0].numel() ** -0.5 / 0.87962566),
+            "patch_embedding.bias": ConstantInit(0.0),
+            "position_embedding": NormalInit(width**-0.5),
         }
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, VisionLayer)
             hidden = layer.mlp.fc1.out_features
-            square, wide = Uniform((3 / width) ** 0.5), Uniform((6 / (width + hidden)) ** 0.5)  # Xavier's
+            square, wide = UniformInit((3 / width) ** 0.5), UniformInit((6 / (width + hidden)) ** 0.5)  # Xavier's
             weights = {"qkv": square, "out": square, "mlp.fc1": wide, "mlp.fc2": wide}
-            biases = {"qkv": Constant(0.0), "out": Constant(0.0), "mlp.fc1": Normal(1e-6), "mlp.fc2": Normal(1e-6)}
+            biases = {"qkv": ConstantInit(0.0), "out": ConstantInit(0.0), "mlp.fc1": NormalInit(1e-6), "mlp.fc2": NormalInit(1e-6)}
             found |= {f"layers.{number}.{name}.weight": initial for name, initial in weights.items()}
             found |= {f"layers.{number}.{name}.bias": initial for name, initial in biases.items()}
         return found

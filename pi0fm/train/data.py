@@ -36,7 +36,7 @@ from pi0fm_client.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Part:
+class RunDataset:
     """One data set of a run.
 
     policy: what the bundle says of it; held_out: its episodes that nothing trains on, 0 or more; order: by sample weights, if it has any.
@@ -59,7 +59,7 @@ class Part:
 class RunData:
     """All data sets of a run, opened. training: the batches of all together."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[RunDataset, ...]
     training: BatchMaker
     pretrained: Pretrained | None
 
@@ -243,7 +243,7 @@ def _told_of_scales(policy: PolicyConfig, stats: NormStats) -> PolicyConfig:
     return replace(policy, training={**policy.training, "normalization": line})
 
 
-def _with_pictures(config: TrainConfig, number: int, found: _Checked) -> Part:
+def _with_pictures(config: TrainConfig, number: int, found: _Checked) -> RunDataset:
     model, dataset = found.policy.model, found.entry.dataset
     with entry_named(found.name):
         cache = open_pictures(
@@ -272,7 +272,7 @@ def _with_pictures(config: TrainConfig, number: int, found: _Checked) -> Part:
             padded_noise=found.policy.padded_noise,
         )
     unseen = replace(collator, source=found.unseen, augmentation=None, order=None)
-    return Part(found.name, found.policy, found.stats, collator, unseen, found.order)
+    return RunDataset(found.name, found.policy, found.stats, collator, unseen, found.order)
 
 
 def _robot(policy: PolicyConfig) -> Robot:

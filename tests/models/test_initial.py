@@ -8,7 +8,7 @@ import tiny_dataset
 import torch
 from torch import nn
 
-from pi0fm.models.initial import BLOCK, Constant, Normal, Uniform, distributions, fill, initialise, stretch
+from pi0fm.models.initial import BLOCK, ConstantInit, NormalInit, UniformInit, distributions, fill, initialise, stretch
 from pi0fm.models.pi0 import Pi0
 from pi0fm.models.presets import preset
 
@@ -20,7 +20,7 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("bounds", [(0, LARGE), (0, 5), (7, BLOCK), (BLOCK - 1, BLOCK + 1), (BLOCK, 2 * BLOCK), (LARGE - 3, LARGE)])
-@pytest.mark.parametrize("initial", [Normal(0.3), Uniform(0.2), Constant(1.5)])
+@pytest.mark.parametrize("initial", [NormalInit(0.3), UniformInit(0.2), ConstantInit(1.5)])
 def test_a_stretch_is_that_part_of_the_whole(initial, bounds):
     start, stop = bounds
     whole = torch.empty(LARGE)
@@ -30,12 +30,12 @@ def test_a_stretch_is_that_part_of_the_whole(initial, bounds):
 
 def test_the_numbers_are_those_of_any_release():
     """Held to the letter: a run that is resumed or reproduced elsewhere starts from the same weights."""
-    found = stretch(Normal(1.0), 3, "action_in.weight", BLOCK - 1, BLOCK + 2)
+    found = stretch(NormalInit(1.0), 3, "action_in.weight", BLOCK - 1, BLOCK + 2)
     assert found.tolist() == [2.211010456085205, 0.8516316413879395, 0.4667406976222992]
 
 
 def test_numbers_have_their_distribution_and_no_memory():
-    normal, uniform = stretch(Normal(0.5), 0, "a", 0, LARGE), stretch(Uniform(0.5), 0, "a", 0, LARGE)
+    normal, uniform = stretch(NormalInit(0.5), 0, "a", 0, LARGE), stretch(UniformInit(0.5), 0, "a", 0, LARGE)
     error = 5 / LARGE**0.5
     assert abs(normal.mean()) < 0.5 * error
     assert normal.std() == pytest.approx(0.5, rel=error)
@@ -47,7 +47,7 @@ def test_numbers_have_their_distribution_and_no_memory():
 
 
 def test_other_names_and_seeds_have_other_numbers():
-    a, b, c = (stretch(Normal(1.0), seed, name, 0, 9) for seed, name in ((0, "a"), (0, "b"), (1, "a")))
+    a, b, c = (stretch(NormalInit(1.0), seed, name, 0, 9) for seed, name in ((0, "a"), (0, "b"), (1, "a")))
     assert not np.isin(b, a).any()
     assert not np.isin(c, a).any()
 
@@ -55,7 +55,7 @@ def test_other_names_and_seeds_have_other_numbers():
 def test_neither_type_nor_order_of_memory_changes_the_numbers():
     plain, turned, short = torch.empty(40, 7), torch.empty(7, 40).T, torch.empty(40, 7, dtype=torch.bfloat16)
     for parameter in (plain, turned, short):
-        fill(parameter, Normal(1.0), 0, "a")
+        fill(parameter, NormalInit(1.0), 0, "a")
     assert torch.equal(turned, plain)
     assert torch.equal(short, plain.bfloat16())
 
@@ -95,9 +95,9 @@ def test_every_parameter_has_a_distribution(adaptive):
     found = distributions(model)
     assert {name for name, _ in model.named_parameters()} <= found.keys()
     width = tree.decoder.backbone.width
-    assert found["decoder.layers.0.backbone.qkv.weight"] == found["prompt_embedding.weight"] == Normal(width**-0.5)
-    assert found["action_out.weight"] == Uniform(tree.decoder.action_expert.width**-0.5)
-    assert found["vision.final_norm.weight"] == Constant(1.0)
+    assert found["decoder.layers.0.backbone.qkv.weight"] == found["prompt_embedding.weight"] == NormalInit(width**-0.5)
+    assert found["action_out.weight"] == UniformInit(tree.decoder.action_expert.width**-0.5)
+    assert found["vision.final_norm.weight"] == ConstantInit(1.0)
     gates = {name for name in found if ".modulation." in name}
     assert bool(gates) == adaptive
-    assert all(found[name] == Constant(0.0) for name in gates)
+    assert all(found[name] == ConstantInit(0.0) for name in gates)

@@ -1,40 +1,22 @@
 """Whole runs: resumed = uninterrupted, any micro batch the same curve, and the loss goes down."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny_dataset
 import torch
-from safetensors.torch import load_file
+from small_runs import differing, start, start_and_die, weights
 
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.policy import bundle
 from pi0fm.train import loop
 from pi0fm.train.checkpoint import checkpoints as checkpoint
-from pi0fm.train.loop import train
-from pi0fm.train.parallel.context import Context
-from pi0fm.train.start.output import claim
 from pi0fm.train.watch.metrics import read_last
 from pi0fm_client.errors import OutputError
 from pi0fm_client.types import Observation
-
-ALONE = Context(shown=False)
-
-
-def start(config) -> loop.TrainResult:
-    claim(config)
-    return train(ALONE, config)
-
-
-def weights(result: loop.TrainResult) -> dict[str, torch.Tensor]:
-    return load_file(result.bundle / "model.safetensors")
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
 
 
 @pytest.fixture(scope="module")
@@ -43,52 +25,31 @@ def whole(configure, tmp_path_factory) -> loop.TrainResult:
     return start(configure(tmp_path_factory.mktemp("runs") / "whole"))
 
 
-@pytest.fixture
-def killed(monkeypatch):
-    """`killed(config, 7)`: a run that dies in its eighth step."""
-
-    def start_and_die(config, step: int) -> None:
-        claim(config)
-        with monkeypatch.context() as patch:
-            calls, real = iter(range(step)), loop.train_step
-
-            def mortal(*arguments):
-                if next(calls, None) is None:
-                    raise KeyboardInterrupt
-                return real(*arguments)
-
-            patch.setattr(loop, "train_step", mortal)
-            with pytest.raises(KeyboardInterrupt):
-                train(ALONE, config)
-
-    return start_and_die
-
-
-def test_a_resumed_run_is_the_uninterrupted_one(run, curve, killed, whole):
+def test_a_resumed_run_is_the_uninterrupted_one(run, curve, whole):
     """Bit by bit: weights, average and curve. It died after two steps that no checkpoint holds."""
     broken = run("broken")
-    killed(broken, 7)
+    start_and_die(broken, 7)
     assert len(curve(broken.output_dir)) == 7
     found = start(run("broken", resume="true"))
-    assert_same(weights(found), weights(whole))
+    assert differing(found, whole) == []
     assert curve(broken.output_dir) == curve(whole.bundle.parent)
     assert found.loss == whole.loss
     assert checkpoint.whole(broken.output_dir / "checkpoints") == [5, 10]
 
 
-def test_a_torn_checkpoint_costs_its_steps_only(run, curve, killed, whole, capsys):
+def test_a_torn_checkpoint_costs_its_steps_only(run, curve, whole, capsys):
     broken = run("broken", checkpoint_every=3)
-    killed(broken, 8)
+    start_and_die(broken, 8)
     (broken.output_dir / "checkpoints/step-000000006" / checkpoint.COMMIT).unlink()
     found = start(run("broken", checkpoint_every=3, resume="true"))
     assert "is torn" in capsys.readouterr().err
-    assert_same(weights(found), weights(whole))
+    assert differing(found, whole) == []
     assert curve(broken.output_dir) == curve(whole.bundle.parent)
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_not(run):
     first, second, third = (start(run(name, steps=3, seed=seed)) for name, seed in (("a", 4), ("b", 4), ("c", 5)))
-    assert_same(weights(second), weights(first))
+    assert differing(second, first) == []
     assert first.loss == second.loss != third.loss
 
 
@@ -142,11 +103,12 @@ def test_a_pi05_with_two_cameras_trains_too(run):
 
 def test_a_finished_run_goes_on_for_more_steps_and_keeps_its_bundle(run):
     first = start(run("run", steps=2))
-    old = weights(first)
+    old = first.bundle.with_name("old")
+    shutil.copytree(first.bundle, old)
     second = start(run("run", steps=4, resume="true"))
     assert second.steps == 4
     assert bundle.read(second.bundle)[0].training["steps"] == "4"
-    assert_same(load_file(second.bundle.with_name("bundle-2") / "model.safetensors"), old)
+    assert differing(second.bundle.with_name("bundle-2"), old) == []
 
 
 def test_an_older_bundle_that_is_damaged_does_not_stop_a_run(run):
@@ -183,20 +145,22 @@ def test_metrics_are_whole_lines(run, tmp_path):
 
 
 @pytest.mark.parametrize("broken", [b"\xff\xfe{", b'{"step": Infinity, "loss": 1.0}', b"[" * 100_000, b'{"step": 3, "lo'])
-def test_a_broken_line_of_metrics_is_dropped_at_a_resume(run, curve, whole, killed, broken):
+def test_a_broken_line_of_metrics_is_dropped_at_a_resume(run, curve, whole, broken):
     config = run("broken", steps=10)
-    killed(config, 7)
+    start_and_die(config, 7)
     with (config.output_dir / "metrics.jsonl").open("ab") as file:
         file.write(broken)
     start(run("broken", resume="true"))
     assert curve(config.output_dir) == curve(whole.bundle.parent)
 
 
-def test_tensorboard_shows_the_steps_that_count(run, killed):
+def test_tensorboard_shows_the_steps_that_count(
+    run,
+):
     """Those of a resumed run, once each."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    killed(run("run", steps=6, checkpoint_every=3), 5)
+    start_and_die(run("run", steps=6, checkpoint_every=3), 5)
     config = run("run", steps=6, checkpoint_every=3, resume="true")
     start(config)
     board = EventAccumulator(str(config.output_dir / "tensorboard"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_dataset
 import torch
-from safetensors.torch import load_file
+from small_runs import differing, start, start_and_die
 
 import pi0fm
 from pi0fm.cluster import caching
@@ -23,14 +23,10 @@ from pi0fm.policy import bundle
 from pi0fm.train import loop
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.data import open_data
-from pi0fm.train.loop import train
-from pi0fm.train.parallel.context import Context
-from pi0fm.train.start.output import claim
 from pi0fm.train.watch.validation import ValidationConfig
 from pi0fm_client.errors import ConfigError, DatasetError
 from pi0fm_client.types import Observation
 
-ALONE = Context(shown=False)
 OFTEN = ValidationConfig(every=2, episodes=1, samples=4, probes=1, num_flow_steps=1)
 PROMPT = "sort the parts"
 # The arm comes first, and sees with base and wrist; the crane's own order is front, wrist.
@@ -82,17 +78,6 @@ def fast(shapes_unchecked):
     """Runs of many small steps."""
 
 
-def start(config: TrainConfig) -> loop.TrainResult:
-    claim(config)
-    return train(ALONE, config)
-
-
-def differing(found: Path, expected: Path) -> list[str]:
-    ours, theirs = (load_file(path / "model.safetensors") for path in (found, expected))
-    assert ours.keys() == theirs.keys()
-    return [name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)]
-
-
 @pytest.fixture(scope="module")
 def whole(mixed, tmp_path_factory) -> loop.TrainResult:
     """Four steps without a break, validated after 2 and 4; its folder is not to be changed."""
@@ -118,21 +103,10 @@ def test_micro_batches_change_nothing(mixed, curve, whole, tmp_path):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(mixed, curve, whole, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_uninterrupted_one(mixed, curve, whole, tmp_path):
     """It dies in its fourth step, one after its checkpoint."""
     config = mixed(tmp_path / "broken", validation=OFTEN)
-    claim(config)
-    real, calls = loop.train_step, iter(range(3))
-
-    def mortal(*arguments):
-        if next(calls, None) is None:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", mortal)
-        with pytest.raises(KeyboardInterrupt):
-            train(ALONE, config)
+    start_and_die(config, 3)
     found = start(replace(config, resume="true"))
     assert differing(found.bundle, whole.bundle) == []
     assert curve(config.output_dir) == curve(whole.bundle.parent)

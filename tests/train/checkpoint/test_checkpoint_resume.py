@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
+from small_runs import ALONE, differing, start
 
 from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.train import data, loop
@@ -18,22 +17,9 @@ from pi0fm.train.checkpoint import checkpoints as checkpoint
 from pi0fm.train.checkpoint.facts import data_facts
 from pi0fm.train.loop import train
 from pi0fm.train.parallel.accelerate import Parallel
-from pi0fm.train.parallel.context import Context
 from pi0fm.train.start.output import claim
 from pi0fm.train.watch import signals
 from pi0fm_client.errors import ConfigError, DatasetError
-
-ALONE = Context(shown=False)
-
-
-def start(config) -> loop.TrainResult:
-    claim(config)
-    return train(ALONE, config)
-
-
-def differing(found: loop.TrainResult, expected: loop.TrainResult) -> list[str]:
-    ours, theirs = (load_file(result.bundle / "model.safetensors") for result in (found, expected))
-    return [name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import small_tokenizer
 import tiny_dataset
 import torch
-from safetensors.torch import load_file
+from small_runs import differing, start, weights
 
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import ColumnStats, NormStats
@@ -18,12 +18,10 @@ from pi0fm.models.lora import LoraConfig
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy import bundle
 from pi0fm.policy.bundle import PolicyConfig
-from pi0fm.train.loop import train
+from pi0fm.train.config import TrainConfig
 from pi0fm.train.optim import OptimizerConfig
-from pi0fm.train.parallel.context import Context
 from pi0fm.train.start.adaptation import Adaptation
 from pi0fm.train.start.network import starting_network
-from pi0fm.train.start.output import claim
 from pi0fm.train.start.pretrained import (
     Pretrained,
     chosen_dialect,
@@ -58,24 +56,13 @@ def base(tmp_path_factory) -> Path:
     return path
 
 
-def started(run) -> Path:
-    claim(run)
-    return train(Context(shown=False), run).bundle
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(path / "model.safetensors")
-
-
-def changed(first: Path, second: Path) -> set[str]:
-    old, new = weights(first), weights(second)
-    assert old.keys() == new.keys()
-    return {name for name in old if not torch.equal(old[name], new[name])}
+def bundle_of(config: TrainConfig) -> Path:
+    return start(config).bundle
 
 
 def test_only_the_expert_moves_and_the_statistics_are_the_data_sets(run, base):
-    found = started(run("expert", steps=2, pretrained=base, train_only="expert_only"))
-    moved = changed(base, found)
+    found = bundle_of(run("expert", steps=2, pretrained=base, train_only="expert_only"))
+    moved = set(differing(base, found))
     assert moved
     assert all("action_expert" in name or name.startswith(("action_", "state_in", "time_", "decoder.final")) for name in moved)
     policy, stats = bundle.read(found)
@@ -85,7 +72,7 @@ def test_only_the_expert_moves_and_the_statistics_are_the_data_sets(run, base):
 
 
 def test_the_bundles_statistics_are_kept_on_request(run, base):
-    found = started(run("kept", steps=1, pretrained=base, pretrained_norm_stats=True))
+    found = bundle_of(run("kept", steps=1, pretrained=base, pretrained_norm_stats=True))
     assert bundle.read(found)[1].to_json() == STATS.to_json()
 
 
@@ -94,22 +81,22 @@ def test_a_run_with_adapters_leaves_a_plain_bundle_and_can_be_resumed(run, base)
     lora = LoraConfig(4, targets=("vision", "backbone", "action_expert"))
     steady = OptimizerConfig(learning_rate=2e-3, warmup_steps=0, final_learning_rate_ratio=1.0)  # whatever the number of steps
     how = {"steps": 3, "checkpoint_every": 2, "pretrained": base, "lora": lora, "activation_checkpointing": True, "optimizer": steady}
-    whole = started(run("whole", **how))
+    whole = bundle_of(run("whole", **how))
     assert weights(whole).keys() == Pi0(tiny_dataset.network()).state_dict().keys()
-    moved = changed(base, whole)
+    moved = differing(base, whole)
     assert "decoder.layers.0.backbone.qkv.weight" in moved
     assert "prompt_embedding.weight" not in moved
     assert not any("norm" in name for name in moved)
-    started(run("broken", **how | {"steps": 2}))
-    again = started(run("broken", **how, resume="true"))
-    assert changed(whole, again) == set()
+    bundle_of(run("broken", **how | {"steps": 2}))
+    again = bundle_of(run("broken", **how, resume="true"))
+    assert differing(whole, again) == []
     assert bundle.load(again, device="cpu").infer_batch([]) == []
 
 
 def test_validation_sees_the_adapted_network(run, base):
     checked = ValidationConfig(every=1, episodes=1, samples=2, probes=1, num_flow_steps=1)
     result = run("seen", steps=1, pretrained=base, lora=LoraConfig(4), validation=checked)
-    started(result)
+    bundle_of(result)
     lines = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
     assert any("validation_loss" in line for line in lines)
 
@@ -182,7 +169,7 @@ def test_statistics_of_another_width_cannot_be_kept(run, tmp_path, base):
     other = tmp_path / "other"
     bundle.save(other, weights(base), config(embodiment=dataclasses.replace(ROBOT, state_dim=6)), NormStats(column(6, 0), column(3, 0), 9))
     with pytest.raises(ConfigError, match="the robot's state, 4 wide, found 6"):
-        started(run("run", pretrained=other, pretrained_norm_stats=True))
+        bundle_of(run("run", pretrained=other, pretrained_norm_stats=True))
 
 
 def test_weights_that_are_not_what_the_configuration_says(tmp_path, base):

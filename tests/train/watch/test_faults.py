@@ -8,30 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import differing, start, weights
 
 from pi0fm.data.loading.loader import Collator
 from pi0fm.flow.matching import FlowMatching
-from pi0fm.train import loop
 from pi0fm.train.checkpoint import checkpoints as checkpoint
-from pi0fm.train.loop import train
-from pi0fm.train.parallel.context import Context
-from pi0fm.train.start.output import claim
 from pi0fm.train.watch import faults
 from pi0fm.train.watch.faults import NonfiniteError
 from pi0fm.train.watch.metrics import Metrics
 from pi0fm_client.errors import ConfigError, DatasetError, OutputError
 
-ALONE = Context(shown=False)
 BAD = 4  # the step whose batch is spoilt, counted from 1; the global batch is 8
-
-
-def start(config) -> loop.TrainResult:
-    claim(config)
-    return train(ALONE, config)
-
-
-def weights(result: loop.TrainResult) -> dict[str, torch.Tensor]:
-    return load_file(result.bundle / "model.safetensors")
 
 
 @pytest.fixture
@@ -86,7 +73,7 @@ def test_a_step_that_is_skipped_leaves_a_run_that_is_exact(run, capsys, curve):
     with pytest.raises(NonfiniteError):
         start(run("other", steps=6, checkpoint_every=2))
     found = start(run("other", steps=6, checkpoint_every=2, resume="true", on_nonfinite="skip"))
-    assert [name for name, tensor in weights(whole).items() if not torch.equal(weights(found)[name], tensor)] == []
+    assert differing(found, whole) == []
 
 
 def test_a_loss_that_overflows_while_its_gradient_does_not_is_refused_too(run, monkeypatch):
@@ -129,7 +116,7 @@ def test_an_unreadable_video_is_named_and_what_was_trained_is_kept(run, monkeypa
     assert "file-007.mp4 cannot be read" in str(caught.value)
     assert "(in step 5; the checkpoint of step 4 holds what was trained; add --resume true)" in str(caught.value)
     found = start(run("broken", steps=6, resume="true"))
-    assert [name for name, tensor in weights(whole).items() if not torch.equal(weights(found)[name], tensor)] == []
+    assert differing(found, whole) == []
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pi0fm.flow.oracle import GaussianMixture
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy import bundle
 from pi0fm.train.checkpoint import checkpoints as checkpoint
-from pi0fm.train.data import Part, open_data
+from pi0fm.train.data import RunDataset, open_data
 from pi0fm.train.loop import train
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.context import Context
@@ -43,12 +43,12 @@ OFTEN = ValidationConfig(every=2, episodes=1, samples=9, probes=1, num_flow_step
 
 
 @pytest.fixture(scope="module")
-def data(configure, tmp_path_factory) -> Part:
+def data(configure, tmp_path_factory) -> RunDataset:
     """One of three episodes is held out."""
     return opened(configure(tmp_path_factory.mktemp("data"), validation=OFTEN))
 
 
-def opened(config) -> Part:
+def opened(config) -> RunDataset:
     """The data set of a run without a mixture."""
     (part,) = open_data(config).parts
     return part
@@ -64,7 +64,7 @@ def fast(shapes_unchecked):
     """Runs of many small steps."""
 
 
-def validator(data: Part, encode, **change) -> Validator:
+def validator(data: RunDataset, encode, **change) -> Validator:
     config = replace(OFTEN, **change)
     collator = replace(data.held_out, flow_draws=LOSS_DRAWS + config.probes)
     return Validator(config, encode, FLOW, collator, CPU)
