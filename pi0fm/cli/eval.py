@@ -1,6 +1,6 @@
 """`pi0fm eval`: judge a policy in simulation.
 
-Owns: what is printed for the person who watches. Does not know: how the evaluation runs.
+Owns: the printed table. Does not know: how the evaluation runs.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def run(options: EvalConfig) -> dict[str, Any]:
 
 
 def show(evaluation: Evaluation) -> None:
-    """The table of tasks on standard error, crashes said aloud."""
+    """Print the table of tasks, and warnings of crashes, to standard error."""
     summary = evaluation.summary
     table = Table(box=None, padding=(0, 2), header_style="")
     for heading, side in (("task", "left"), ("success", "right"), ("95 % interval", "right"), ("episodes", "right"), ("crashes", "right")):

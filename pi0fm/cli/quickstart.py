@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from pi0fm import options, progress
+from pi0fm import files, options, progress
 from pi0fm.cli import eval as eval_command
 from pi0fm.cluster.evaluation import evaluate_on_cluster
 from pi0fm.cluster.recording import record_demonstrations
@@ -32,6 +32,7 @@ from pi0fm.demos.config import DatasetName, DemosConfig
 from pi0fm.eval.config import EvalConfig
 from pi0fm.eval.evaluate import Evaluation
 from pi0fm.eval.report.filmstrip import write_filmstrip
+from pi0fm.eval.report.page import JOURNAL
 from pi0fm.options import option
 from pi0fm.processes import PeakMemory
 from pi0fm.train.watch.metrics import read_last
@@ -39,7 +40,13 @@ from pi0fm_client.errors import ConfigError, OutputError, ServingError
 
 HELP = "record, train, evaluate, serve and evaluate over the network, with one command"
 ALIASES: dict[str, str] = {}
-SERVER_START_SECONDS = 180.0
+SERVE = """
+import sys
+from pi0fm.cli.main import main
+from pi0fm.processes import end_with_parent
+end_with_parent(int(sys.argv.pop(1)))
+sys.exit(main())
+"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,8 @@ Options = QuickstartConfig
 def run(config: QuickstartConfig) -> dict[str, Any]:
     """Run the five and return the figures of the whole."""
     root = config.output_dir.absolute()
-    if root.exists() and any(root.iterdir()) and not config.resume:
+    files.make_folder(root)
+    if any(root.iterdir()) and not config.resume:
         raise OutputError(f"{root} is not empty; add --resume true to go on with it, or choose another --output_dir")
     with PeakMemory() as memory, ray_session():
         _heading(1, f"{config.demonstrations} demonstrations of each task, by scripted experts")
@@ -121,7 +129,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
 
 
 def _train(config: QuickstartConfig, root: Path) -> Path:
-    """The bundle. A run that is whole already is not run again."""
+    """Train and return the bundle. A run that is complete is not run again."""
     folder = root / "train"
     tree = options.read_files([str(config.config or options.shipped()["quickstart"])])
     over: dict[str, Any] = {"output_dir": str(folder), "dataset": {"root": str(root / "dataset")}, "seed": config.seed}
@@ -144,8 +152,8 @@ def _evaluate(config: EvalConfig) -> Evaluation:
 
 @contextlib.contextmanager
 def _server(bundle: Path) -> Iterator[str]:
-    """`pi0fm serve` as a robot's operator would start it, on a free port; its url once it is warm."""
-    command = [sys.executable, "-m", "pi0fm.cli.main", "serve", "--bundle", str(bundle), "--port", "0"]
+    """Start `pi0fm serve` on a free port; its url once it is warm. It ends with this process."""
+    command = [sys.executable, "-c", SERVE, str(os.getpid()), "serve", "--bundle", str(bundle), "--port", "0"]
     with (bundle.parent / "serve.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     assert process.stdout is not None
@@ -163,9 +171,9 @@ def _server(bundle: Path) -> Iterator[str]:
 
 
 def _fresh(folder: Path) -> Path:
-    """`folder`, or the next free name behind it: an evaluation is never overwritten."""
+    """Return `folder`, or the next free name after it, unless its evaluation is unfinished: one that ended is never overwritten."""
     number, candidate = 2, folder
-    while candidate.exists():
+    while candidate.exists() and not (candidate / JOURNAL).exists():
         candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
     return candidate
 

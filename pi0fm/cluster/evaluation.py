@@ -23,13 +23,13 @@ from pi0fm_client.errors import ConfigError
 
 
 def evaluate_on_cluster(config: EvalConfig) -> Evaluation:
-    """`eval.evaluate` on `config.num_workers` actors, or in this process when that is 0; SIGTERM acts like Ctrl-C meanwhile."""
+    """Evaluate on `config.num_workers` actors, or in this process when that is 0; SIGTERM acts like Ctrl-C meanwhile."""
     with sigterm_interrupts():
         return evaluate(config, in_this_process if config.num_workers == 0 else partial(on_actors, num_workers=config.num_workers))
 
 
 def on_actors(episodes: Sequence[Episode], setup: WorkerSetup, num_workers: int | None) -> Iterator[EpisodeResult]:
-    """The Executor of a cluster; num_workers None takes every core that Ray has."""
+    """Run episodes on actors: the Executor of a cluster. num_workers None takes every core that Ray has."""
     with ray_session(), sigterm_interrupts():  # Ray takes the signal for itself when it starts
         yield from _stream(episodes, setup, num_workers)
 
@@ -93,5 +93,5 @@ class _EvaluationActor:
 
 
 def _last_line(error: Exception) -> str:
-    """The line of Ray's long text that names the fault."""
+    """Return the line of Ray's long text that names the fault."""
     return str(error).strip().splitlines()[-1].strip()

@@ -23,7 +23,7 @@ EPISODES_AHEAD = 2  # for each actor: one runs and one waits; more would only fi
 
 
 def record_demonstrations(config: DemosConfig) -> dict[str, object]:
-    """`demos.record.record` with `config.num_workers` Ray actors of one core each, or in this process when that is 0.
+    """Record with `config.num_workers` Ray actors of one core each, or in this process when that is 0.
 
     SIGTERM acts like Ctrl-C meanwhile. Raises ConfigError when Ray has fewer cores than that, and what `record` raises.
     """
@@ -35,19 +35,19 @@ def record_demonstrations(config: DemosConfig) -> dict[str, object]:
 
 
 class Simulator:
-    """What an actor runs; it keeps its environments from one episode to the next."""
+    """An actor that simulates; it keeps its environments from one episode to the next."""
 
     def __init__(self) -> None:
         end_with_parent(os.getppid())  # the raylet, whose sudden death Ray's workers outlive
 
     def episode(self, config: DemosConfig, task: str, seed: int) -> EncodedDemonstration | None:
-        """One attempt of the expert."""
+        """Run one attempt of the expert."""
         return simulate(config, task, seed)
 
 
 @contextmanager
 def simulators(config: DemosConfig) -> Iterator[Submit]:
-    """Actors for the time of the block. The episode of one that dies is simulated again elsewhere, with the same result."""
+    """Keep actors for the time of the block. The episode of one that dies is simulated again elsewhere, with the same result."""
     import ray
 
     require_resources({"CPU": 1}, config.num_workers)
@@ -66,7 +66,7 @@ def simulators(config: DemosConfig) -> Iterator[Submit]:
 
 
 def _wait(reference: object) -> EncodedDemonstration | None:
-    """The episode, or the fault as the simulator raised it: a Pi0fmError arrives as itself, so the user reads its line."""
+    """Wait for the episode; raise a fault as the simulator raised it, so that the user reads its line."""
     import ray
 
     first_ready([reference])

@@ -21,7 +21,7 @@ OBJECT_STORE_BYTES = 256 * 2**20
 SECONDS_BETWEEN_LOOKS = 2.0
 SMALLEST_OBJECT_STORE_BYTES = 80 * 2**20  # Ray refuses less than 75 MiB
 
-# For `.options(runtime_env=ONE_THREAD)`: a worker that simulates or loads must not start one thread a core beside its siblings.
+# For `.options(runtime_env=ONE_THREAD)`: a worker that simulates or loads must not start one thread a core, where others run too.
 ONE_THREAD: Mapping[str, Any] = {"env_vars": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}}
 
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
@@ -34,7 +34,7 @@ def ray_session(
     resources: Mapping[str, float] | None = None,
     object_store_bytes: int = OBJECT_STORE_BYTES,
 ) -> Iterator[None]:
-    """Have Ray inside the block; stop it afterwards only if this call started it.
+    """Start or join Ray for the time of the block; stop it afterwards only if this call started it.
 
     A Ray that this process already initialised is used as it is. Otherwise:
     address: of a running cluster (`auto`, `HOST:PORT`, `ray://HOST:PORT`); None takes RAY_ADDRESS, and without that starts Ray here.
@@ -112,7 +112,7 @@ def first_ready(references: Sequence[Any]) -> Any:
 
 
 def _start(num_cpus: int | None, resources: dict[str, float] | None, object_store_bytes: int) -> None:
-    """Ray on this machine; a second try when the first is too slow, as on a machine that is busy with something else."""
+    """Start Ray on this machine; try a second time when the first is too slow, as on a machine that is busy with something else."""
     import ray
 
     for last in (False, True):
@@ -148,7 +148,7 @@ def _join(address: str) -> None:
 
 
 def _object_store_that_fits(wanted: int) -> int:
-    """Shared memory is 64 MB in a plain container, and a store larger than what is free falls back to a slow disk."""
+    """Limit the store to free shared memory: 64 MB in a plain container. A larger store falls back to a slow disk."""
     shared = Path("/dev/shm")
     free = shutil.disk_usage(shared).free // 2 if shared.is_dir() else wanted
     return max(SMALLEST_OBJECT_STORE_BYTES, min(wanted, free))

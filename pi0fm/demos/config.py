@@ -1,4 +1,4 @@
-"""What a recording is asked to be.
+"""Options of a recording.
 
 Owns: `DemosConfig` and its checks. Does not know: how anything is recorded.
 """
@@ -16,7 +16,7 @@ from pi0fm_client.errors import ConfigError
 
 @dataclass(frozen=True)
 class DatasetName:
-    """Where the data set lies, in the words of LeRobot's users."""
+    """The data set's name and folder, by LeRobot's option names."""
 
     repo_id: str | None = option(None, "name of the data set, USER/NAME; local/SUITE when it is left out")
     root: str | None = option(None, "folder of the data set; outputs/datasets/REPO_ID when it is left out")

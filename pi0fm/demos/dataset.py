@@ -52,7 +52,7 @@ class Recording:
         self._seeds: dict[str, list[int]] = {task: [] for task in config.task_names}
 
     def __enter__(self) -> Self:
-        """Raises DatasetError for a damaged recording.
+        """Lock the root and read what it holds. Raises DatasetError for a damaged recording.
 
         Raises OutputError for a root that cannot be written, holds something else or other settings, or is recorded by another process.
         """
@@ -146,7 +146,7 @@ class Recording:
         self._lock = -1
 
     def _restore_previous(self) -> None:
-        """After an end between the renames of a file system without exchange, the data set is at `previous`."""
+        """Rename `previous` back: a process that ended between the renames of a file system without exchange left the data set there."""
         previous = self._work / "previous"
         if previous.exists() and not self.root.exists():
             previous.rename(self.root)
@@ -169,7 +169,7 @@ class Recording:
 
 
 def recording_settings(config: DemosConfig) -> dict[str, Any]:
-    """What must be equal for a recording to go on; more episodes may be asked for."""
+    """Return the settings that must be equal for a recording to go on; more episodes may be asked for."""
     return {
         "prompts": {task: catalog.prompt_of(task) for task in config.task_names},
         "cameras": [str(camera) for camera in config.camera_specs],
@@ -199,7 +199,7 @@ def refuse_foreign(root: Path, settings: dict[str, Any]) -> None:
 
 
 def refuse_damaged(root: Path) -> dict[str, str]:
-    """SHA-256 by file, of the files that were published with one. Raises DatasetError for one that is missing or has another."""
+    """Return the SHA-256 of published files by name. Raises DatasetError for one that is missing or has another."""
     known: dict[str, str] = json.loads((root / SETTINGS_FILE).read_text()).get("files", {})
     for name, digest in known.items():
         if not (root / name).is_file():
@@ -210,24 +210,24 @@ def refuse_damaged(root: Path) -> dict[str, str]:
 
 
 def damage(root: Path, found: str) -> str:
-    """The line for a recording that must not grow."""
+    """Format the line for a recording that must not grow."""
     return f"a damaged recording does not go on: of {root} {found}; restore it from a copy, or choose another --dataset.root"
 
 
 def hash_files(root: Path, known: dict[str, str]) -> dict[str, str]:
-    """SHA-256 of every file that never changes and is not `known`."""
+    """Hash every file that never changes and is not `known`."""
     found = (path for folder in HASHED for path in sorted((root / folder).rglob("*")) if path.is_file())
     return {name: sha256(path) for path in found if (name := path.relative_to(root).as_posix()) not in known}
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, as hexadecimal digits."""
+    """Hash a file with SHA-256; hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_mount_point(path: Path) -> bool:
-    """Whether a file system is mounted at `path`, by a bind too."""
+    """Tell whether a file system is mounted at `path`, by a bind too."""
     if path.is_mount():
         return True
     table = Path("/proc/self/mountinfo")
@@ -236,19 +236,19 @@ def is_mount_point(path: Path) -> bool:
 
 
 def layout_of(config: DemosConfig) -> Layout:
-    """The data set's shape, as far as it is settled before the first episode."""
+    """Return the parts of the data set that are fixed before the first episode."""
     cameras = {camera.name: (camera.height, camera.width) for camera in config.camera_specs}
     return Layout(config.control_rate, config.suite.robot_type, config.suite.state_names, config.suite.action_names, cameras)
 
 
 def published_episodes(root: Path) -> int:
-    """The number of episodes in a data set, 0 when there is none."""
+    """Count the episodes in a data set, 0 when there is none."""
     info = root / "meta/info.json"
     return int(json.loads(info.read_text())["total_episodes"]) if info.exists() else 0
 
 
 def read_seeds(root: Path, task_of_prompt: dict[str, str]) -> dict[str, list[int]]:
-    """The seeds in a recorded data set by task, in the order of its episodes."""
+    """Read the seeds in a recorded data set by task, in the order of its episodes."""
     prompts = parquet.read_table(root / "meta/tasks.parquet").to_pydict()
     words = prompts.get("task") or prompts["__index_level_0__"]
     task_names = {index: task_of_prompt[word] for index, word in zip(prompts["task_index"], words, strict=True)}

@@ -15,7 +15,7 @@ from pi0fm.sim.environment import Environment
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A successful demonstration; row t is what was seen before step t, and what the expert wanted then.
+    """A successful demonstration; row t holds the observation before step t and the expert's action for it.
 
     images: by camera name, uint8 [T, height, width, 3]. state: float32 [T, S]. action: float32 [T, A], without noise.
     """
@@ -52,5 +52,5 @@ def record_demonstration(environment: Environment, seed: int, noise: float) -> D
 
 
 def noise_at(seed: int, step: int, size: int) -> NDArray[np.float32]:
-    """Standard normal float32 [size], the same for the same (seed, step) on every machine and in any order (Philox with a key)."""
+    """Draw standard normal float32 [size], the same for the same (seed, step) on every machine and in any order (Philox with a key)."""
     return np.random.Generator(np.random.Philox(key=[seed, step])).standard_normal(size, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Episodes with their pictures as video: made where an episode is simulated, so that the process that writes has little to do.
+"""Episodes with their pictures as video: encoded where an episode is simulated, so that the process that writes has little to do.
 
 Owns: the codec, encoding of one episode, joining several without encoding again. Does not know: data sets, Ray.
 
@@ -63,7 +63,7 @@ def encode(episode: Demonstration, fps: int) -> EncodedDemonstration:
 
 
 def encode_pictures(pictures: NDArray[np.uint8], fps: int) -> bytes:
-    """An mp4 file with picture k at time k / fps. pictures: uint8 [T, height, width, 3], height and width even."""
+    """Encode an mp4 file with picture k at time k / fps. pictures: uint8 [T, height, width, 3], height and width even."""
     av.logging.set_libav_level(av.logging.ERROR)  # twenty lines from every encoder would bury the progress line
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:

@@ -5,7 +5,7 @@ episodes. LeRobot's own writer costs 8 to 11 ms of CPU a frame in the process th
 
     data/chunk-000/file-007.parquet             the rows of segment 7, one row group an episode
     videos/<camera>/chunk-000/file-007.mp4      its pictures, one after the other
-    meta/episodes/chunk-000/file-007.parquet    where each episode lies in those, its statistics
+    meta/episodes/chunk-000/file-007.parquet    where each episode is in those, its statistics
     meta/{info.json, stats.json, tasks.parquet} of all segments; replaced, never changed in place: a hard link may share them
 A thousand files fill a chunk. Shape letters: N frames, T frames of one episode, D numbers a frame.
 """
@@ -44,7 +44,7 @@ _ARROW_TYPES: Mapping[str, pa.DataType] = {"float32": pa.float32(), "int64": pa.
 
 @dataclass(frozen=True)
 class Layout:
-    """What does not change while a data set grows. state_names, action_names: of their numbers; cameras: name -> (height, width)."""
+    """The fixed parts of a growing data set. state_names, action_names: of their numbers; cameras: name -> (height, width)."""
 
     fps: int
     robot_type: str
@@ -73,7 +73,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a data set holds, as far as the next segment needs it.
+    """The contents of a data set, as far as the next segment needs them.
 
     file: number of the next file. columns: every frame, by feature, [N, D]. pictures: statistics by video feature.
     """
@@ -96,7 +96,7 @@ def video_key(camera: str) -> str:
 
 
 def read_contents(root: Path, layout: Layout) -> Contents:
-    """What the data set at `root` holds, whether this module or LeRobot wrote it."""
+    """Read the contents of the data set at `root`, whether this module or LeRobot wrote it."""
     info = json.loads((root / "meta/info.json").read_text())
     stats = json.loads((root / "meta/stats.json").read_text())
     names = list(layout.columns)
@@ -114,7 +114,7 @@ def read_contents(root: Path, layout: Layout) -> Contents:
 
 
 def write_segment(root: Path, layout: Layout, before: Contents, episodes: Sequence[EncodedDemonstration]) -> Contents:
-    """Add `episodes` to the data set at `root`, which holds `before`; what it holds then.
+    """Add `episodes` to the data set at `root`, which holds `before`; return its contents then.
 
     Raises OutputError when the episodes' videos do not fit together.
     """

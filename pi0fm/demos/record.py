@@ -55,7 +55,7 @@ def record(config: DemosConfig, submit: Submit, window: int) -> dict[str, object
 
 
 def _successes(task: str, config: DemosConfig, recording: Recording, submit: Submit, window: int) -> Iterator[EncodedDemonstration]:
-    """The episodes that `task` still lacks, in seed order."""
+    """Yield the episodes that `task` still lacks, in seed order."""
     seeds = recording.seeds(task)
     wanted = config.episodes - len(seeds)
     next_seed = seeds[-1] + 1 if seeds else config.first_seed
@@ -77,13 +77,13 @@ def _successes(task: str, config: DemosConfig, recording: Recording, submit: Sub
 
 
 def record_here(config: DemosConfig) -> dict[str, object]:
-    """`record`, simulating in this process; SIGTERM acts like Ctrl-C meanwhile."""
+    """Record, simulating in this process; SIGTERM acts like Ctrl-C meanwhile."""
     with sigterm_interrupts():
         return record(config, lambda task, seed: functools.partial(simulate, config, task, seed), window=1)
 
 
 def simulate(config: DemosConfig, task: str, seed: int) -> EncodedDemonstration | None:
-    """`record_demonstration` and `encode`, in an environment that this process keeps: building one takes longer than some episodes."""
+    """Record and encode one attempt, in an environment that this process keeps: building one takes longer than some episodes."""
     episode = record_demonstration(_environment(task, config.camera_specs, config.step_limit), seed, config.noise)
     return None if episode is None else encode(episode, config.control_rate)
 

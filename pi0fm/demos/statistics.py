@@ -20,7 +20,7 @@ Statistics = Mapping[str, NDArray[Any]]
 
 
 def of_columns(values: NDArray[Any]) -> Statistics:
-    """Exact statistics of values [N, D], N >= 1, each float64 [D]."""
+    """Compute exact statistics of values [N, D], N >= 1, each float64 [D]."""
     count = len(values)
     columns = np.ascontiguousarray(values.T)
     ranks = {name: max(int(np.ceil(share * count - 1e-9)) - 1, 0) for name, share in QUANTILES.items()}
@@ -36,7 +36,7 @@ def of_columns(values: NDArray[Any]) -> Statistics:
 
 
 def of_pictures(pictures: NDArray[np.uint8]) -> Statistics:
-    """Statistics by colour, each float64 [3, 1, 1] in [0, 1]; `count` is pixels. pictures: uint8 [N, height, width, 3].
+    """Compute statistics by colour, each float64 [3, 1, 1] in [0, 1]; `count` is pixels. pictures: uint8 [N, height, width, 3].
 
     Every pixel of every picture counts, through a histogram of the 256 levels; from 300 pixels on, pictures are thinned as LeRobot does.
     """
@@ -61,7 +61,7 @@ def of_pictures(pictures: NDArray[np.uint8]) -> Statistics:
 
 
 def union(one: Statistics, other: Statistics) -> Statistics:
-    """Statistics of both together. Exact, but for the quantiles: those are means weighted by count, as LeRobot joins them."""
+    """Join two statistics. Exact except for the quantiles, which are means weighted by count, as in LeRobot."""
     first, second = float(one["count"][0]), float(other["count"][0])
     total = first + second
 

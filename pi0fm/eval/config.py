@@ -106,13 +106,13 @@ class EvalConfig(LoadOptions):
 
 
 def plan(config: EvalConfig) -> list[Episode]:
-    """Every episode, seed after seed of one task after the other; the first `videos_per_task` of each task are filmed."""
+    """List the episodes, seed after seed of one task after the other; the first `videos_per_task` of each task are filmed."""
     numbers = range(config.episodes)
     return [Episode(task, config.first_seed + k, record=k < config.videos_per_task) for task in config.tasks for k in numbers]
 
 
 def camera_specs(config: EvalConfig, metadata: Mapping[str, Any], suite: Suite) -> tuple[CameraSpec, ...]:
-    """The cameras: as given, else as the policy's `camera_sources` say, else the simulator's default.
+    """Parse the cameras: as given, else as the policy's `camera_sources` say, else the simulator's default.
 
     `camera_sources` is a mapping of a camera's name to SOURCE:WIDTHxHEIGHT. Raises ConfigError for a text of another form.
     """
@@ -122,7 +122,7 @@ def camera_specs(config: EvalConfig, metadata: Mapping[str, Any], suite: Suite) 
 
 
 def refuse_seen_seeds(config: EvalConfig, metadata: Mapping[str, Any]) -> None:
-    """Raise ConfigError when an episode's seed lies in the policy's `demonstration_seeds` (task -> [lowest, highest])."""
+    """Raise ConfigError when an episode's seed is in the policy's `demonstration_seeds` (task -> [lowest, highest])."""
     if config.allow_seen_seeds:
         return
     last = config.first_seed + config.episodes - 1

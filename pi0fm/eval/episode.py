@@ -1,4 +1,4 @@
-"""The nouns of an evaluation: what is to be judged, how, and what came of it.
+"""Types of an evaluation: the episode, how it is run, its result.
 
 Owns: `Episode`, `EpisodeResult`, `RolloutSettings`, the seed of a policy call. Does not know: environments, policies, where anything runs.
 """
@@ -27,9 +27,9 @@ class Episode:
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """What came of an episode.
+    """The result of an episode.
 
-    steps: actions that were executed. seconds: wall time of this episode's own reset, steps and pictures, not of the policy.
+    steps: actions that were executed. seconds: wall time of this episode's reset, steps and pictures, not of the policy.
     error: one line, for a crash only. video: mp4 bytes, for a recorded episode that did not crash; video_path: where they were written.
     scores: `ActionChunk.scores` of each policy call, in order; empty when none were asked for.
     """
@@ -45,7 +45,7 @@ class EpisodeResult:
     video_path: str | None = None
 
     def mean_score(self, name: str) -> float:
-        """Mean of one of SCORES over the policy calls, of which there must be one."""
+        """Average one of SCORES over the policy calls, one or more."""
         return sum(each[name] for each in self.scores) / len(self.scores)
 
     def row(self) -> dict[str, Any]:
@@ -93,23 +93,23 @@ class RolloutSettings:
             )
 
     def prompt_task(self, task: str) -> str:
-        """The task whose sentence is shown: `task` itself, or the next one of the ring."""
+        """Return the task whose sentence is shown: `task`, or the next one of the ring."""
         if self.observation_change != "swapped_prompt":
             return task
         return self.tasks[(self.tasks.index(task) + 1) % len(self.tasks)]
 
 
 def other_seed(seed: int) -> int:
-    """The seed whose start picture stands in for every image of a frozen episode; never `seed` itself."""
+    """Return the seed whose start picture replaces every image of a frozen episode; never `seed`."""
     return seed + OTHER_SEED_OFFSET
 
 
 def noise_seed(evaluation_seed: int, task: str, seed: int, step: int) -> int:
-    """The noise of one policy call, in [0, 2**63): a pure function of what is judged, not of batches, order or workers."""
+    """Return the noise seed of one policy call, in [0, 2**63): a function of its arguments, not of batches, order or workers."""
     text = f"{evaluation_seed}/{task}/{seed}/{step}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def one_line(error: BaseException) -> str:
-    """`Class: message` on one line, at most 300 characters."""
+    """Format a fault as `Class: message` on one line, at most 300 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

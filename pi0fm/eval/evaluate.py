@@ -33,7 +33,10 @@ NOISY = "euler_maruyama"  # flow.solver.EULER_MARUYAMA: that module imports torc
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What runs episodes in one process. Both openers travel to other processes: functions of a module, or partials of them."""
+    """The policy, environments and settings of one process that runs episodes.
+
+    Both openers travel to other processes: functions of a module, or partials of them.
+    """
 
     open_policy: Callable[[], Policy]
     open_environment: OpenEnvironment
@@ -47,12 +50,12 @@ class WorkerSetup:
 
 
 Executor = Callable[[Sequence[Episode], WorkerSetup], Iterator[EpisodeResult]]
-"""Runs episodes and gives their results as they come, in no promised order. What is found does not depend on the executor."""
+"""Runs episodes and gives their results as they come, in no promised order; they do not depend on the executor."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found, and where its report is."""
+    """The figures of an evaluation, and the place of its report."""
 
     summary: Summary
     rows: tuple[dict[str, Any], ...]
@@ -61,7 +64,7 @@ class Evaluation:
     output_dir: Path
 
     def json(self) -> dict[str, Any]:
-        """The last line of the command."""
+        """Return the last line of the command."""
         return self.summary.json() | {"seconds": round(self.seconds, 1), "report": str(self.report), "output_dir": str(self.output_dir)}
 
 
@@ -111,7 +114,7 @@ def evaluate(config: EvalConfig, execute: Executor) -> Evaluation:
 
 
 def run_episodes(episodes: Sequence[Episode], setup: WorkerSetup, execute: Executor, journal: Journal | None = None) -> list[EpisodeResult]:
-    """The results of `episodes`, in their order, with a progress line; what `journal` holds already is not run again."""
+    """Run `episodes` with a progress line, and return the results in their order; those in `journal` are not run again."""
     found = journal.finished(episodes) if journal else {}
     successes, crashes = (sum(result.outcome == outcome for result in found.values()) for outcome in ("success", "crash"))
     left = [episode for episode in episodes if (episode.task, episode.seed) not in found]
@@ -125,7 +128,7 @@ def run_episodes(episodes: Sequence[Episode], setup: WorkerSetup, execute: Execu
 
 
 def in_this_process(episodes: Sequence[Episode], setup: WorkerSetup) -> Iterator[EpisodeResult]:
-    """The Executor that needs no other process."""
+    """Run episodes in the calling process: an Executor."""
     rollout = setup.rollout(min(setup.environments_per_worker, len(episodes)))
     try:
         yield from run_all(episodes, rollout)
@@ -134,7 +137,7 @@ def in_this_process(episodes: Sequence[Episode], setup: WorkerSetup) -> Iterator
 
 
 def settings_for(config: EvalConfig, metadata: Mapping[str, Any]) -> RolloutSettings:
-    """The options that each worker needs, with what the policy says where they are not given."""
+    """Return the settings that each worker needs; where an option is not given, the policy's."""
     longest = metadata.get("action_horizon", DEFAULT_EXECUTION_HORIZON)
     horizon = config.execution_horizon or metadata.get("execution_horizon") or min(DEFAULT_EXECUTION_HORIZON, longest)
     return RolloutSettings(horizon, config.seed, config.observation_change, tuple(config.tasks))
@@ -155,7 +158,7 @@ def _open_policy(config: EvalConfig) -> Policy:
 
 
 def _read_metadata(config: EvalConfig) -> dict[str, Any]:
-    """What the policy says of itself, without its weights: those are for the workers."""
+    """Read the policy's metadata without its weights: those are for the workers."""
     if config.remote:
         from pi0fm_client.client import RemotePolicy
 
@@ -170,7 +173,7 @@ def _read_metadata(config: EvalConfig) -> dict[str, Any]:
 
 
 def _identity(config: EvalConfig, facts: Mapping[str, str], metadata: Mapping[str, Any]) -> dict[str, str]:
-    """All that an episode's result is a function of, beside its task and seed."""
+    """Collect all that an episode's result depends on, except its task and seed."""
     told = json.dumps(dict(metadata), default=str, sort_keys=True)  # of a bundle and of our server its identity is in there
     own = {"policy": hashlib.sha256(told.encode()).hexdigest()}
     own |= {name: str(getattr(config, name)) for name in ("robot", "compile", "device", "precision", "threads")}

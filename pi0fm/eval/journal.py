@@ -35,7 +35,7 @@ class Journal:
         self._rows: dict[tuple[str, int], EpisodeResult] = {}
 
     def __enter__(self) -> Self:
-        """Raises OutputError when another process evaluates into the folder, or it cannot be written."""
+        """Lock and read the rows. Raises OutputError when another process evaluates into the folder, or it cannot be written."""
         files.make_folder(self._folder)
         with files.write_faults(self._folder):
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -53,7 +53,7 @@ class Journal:
         os.close(self._file)
 
     def finished(self, episodes: Sequence[Episode]) -> dict[tuple[str, int], EpisodeResult]:
-        """The results of those `episodes` that were run before, with their videos."""
+        """Return the results of those `episodes` that were run before, with their videos."""
         found = {(episode.task, episode.seed): self._rows.get((episode.task, episode.seed)) for episode in episodes if not episode.record}
         for episode in (episode for episode in episodes if episode.record):
             row = self._rows.get((episode.task, episode.seed))
@@ -72,7 +72,7 @@ class Journal:
         return kept
 
     def remove(self) -> None:
-        """Forget the rows: the report holds them."""
+        """Remove the file, once the report holds its rows."""
         self._path.unlink(missing_ok=True)
 
     def _append(self, *rows: Mapping[str, Any]) -> None:
@@ -102,7 +102,7 @@ class Journal:
         progress.say(f"{self._folder} holds {len(self._rows)} episodes of an interrupted evaluation: they are not run again")
 
     def _set_aside(self, settings: Mapping[str, str]) -> None:
-        """Move what an evaluation of other settings left out of the way."""
+        """Move rows and videos of an evaluation of other settings to a folder."""
         number = next(number for number in range(1, 10**6) if not (self._folder / f"unfinished-{number}").exists())
         aside = self._folder / f"unfinished-{number}"
         aside.mkdir()

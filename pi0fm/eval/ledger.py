@@ -29,11 +29,11 @@ class Ledger:
         self._assigned: dict[int, dict[tuple[str, int], Episode]] = {}
 
     def assigned(self, worker: int) -> int:
-        """Episodes that `worker` is busy with."""
+        """Count the episodes that `worker` is running."""
         return len(self._assigned.get(worker, {}))
 
     def assign(self, worker: int, capacity: int) -> list[Episode]:
-        """New episodes for a worker that runs `capacity` at a time.
+        """Assign new episodes to a worker that runs `capacity` at a time.
 
         A second try waits until no fresh one is left and is run alone: an episode that kills its worker takes no other along twice.
         """
@@ -47,7 +47,7 @@ class Ledger:
         return new
 
     def complete(self, worker: int, results: Sequence[EpisodeResult]) -> None:
-        """Strike the episodes that a worker finished."""
+        """Remove the episodes that a worker finished."""
         for result in results:
             del self._assigned[worker][result.task, result.seed]
 

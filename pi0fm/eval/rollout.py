@@ -1,6 +1,6 @@
 """Environments that step together, served by one batched policy call for each chunk of actions.
 
-Owns: what one advance does, what a crash is, which environment is used again. Does not know: simulators, networks, processes, files.
+Owns: what one advance does, what counts as a crash, which environment is used again. Does not know: simulators, networks, processes, files.
 
     advance             1                2                3                execution_horizon = 4
     environment 0     ?aaaa            ?aaS             ?dddd         ?  its observation in the one policy call, here of 3
@@ -157,7 +157,7 @@ class BatchedRollout:
         return self._open(task)
 
     def _changed_prompt(self, task: str) -> str | None:
-        """The sentence of another task when it is to be swapped; that task's environment is opened once to ask it."""
+        """Return the sentence of another task when prompts are swapped; that task's environment is opened once for it."""
         shown = self._settings.prompt_task(task)
         if shown == task:
             return None

@@ -23,7 +23,7 @@ class MeanScores:
     noise_norm: float
 
     def json(self) -> dict[str, Any]:
-        """Counts beside the means."""
+        """Return the counts and the means."""
         means = {name: round(getattr(self, name), 4) for name in SCORES}
         return {"episodes": self.episodes, "calls": self.calls, **means}
 
@@ -51,7 +51,7 @@ class TaskSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """All tasks. `mean` is None when a task has no episode that ended: a mean over the others would flatter or slander."""
+    """All tasks. `mean` is None when a task has no episode that ended: a mean over the others would be biased."""
 
     tasks: tuple[TaskSummary, ...]
     mean: Interval | None
@@ -64,7 +64,7 @@ class Summary:
         return any(task.scores for task in self.tasks)
 
     def json(self) -> dict[str, Any]:
-        """The figures as summary.json and the last line of the command hold them; `scores` only where there are some."""
+        """Return the figures of summary.json and of the command's last line; `scores` only where there are some."""
         scores = {task.task: {each.outcome: each.json() for each in task.scores} for task in self.tasks if task.scores}
         figures = {
             "mean_success": self.mean and round(self.mean.rate, 6),
@@ -77,7 +77,7 @@ class Summary:
         return figures | {"scores": scores} if scores else figures
 
     def warnings(self) -> list[str]:
-        """What must be said aloud beside the figures: one line for each task with crashes."""
+        """Return one line of warning for each task with crashes."""
         lines = []
         for task in self.tasks:
             if task.crashes and task.trials:

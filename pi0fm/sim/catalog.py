@@ -19,14 +19,14 @@ TASK_FORM = "SUITE/TASK, such as metaworld/drawer-open-v3; a name alone is of me
 
 
 def suite_named(name: str) -> Suite:
-    """The suite of that name. Raises ConfigError that names the nearest."""
+    """Return the suite of that name. Raises ConfigError that names the nearest."""
     if name == METAWORLD.name:
         return METAWORLD
     raise ConfigError(f"unknown simulator {name!r}: {nearest(name, [METAWORLD.name])}; a task is written {TASK_FORM}")
 
 
 def find(task: str) -> tuple[Suite, str]:
-    """The suite of a task, and the task's name there. Raises ConfigError that names the nearest for an unknown one of either."""
+    """Return the suite of a task, and the task's name there. Raises ConfigError that names the nearest for an unknown one of either."""
     prefix, slash, name = task.rpartition("/")
     suite = suite_named(prefix if slash else DEFAULT_SUITE)
     suite.check(name)
@@ -34,12 +34,12 @@ def find(task: str) -> tuple[Suite, str]:
 
 
 def report_name(task: str) -> str:
-    """The name by which reports, noise seeds and recordings know a task: without the prefix of DEFAULT_SUITE. The task need not exist."""
+    """Return the name of a task in reports, noise seeds and recordings: without the prefix of DEFAULT_SUITE. The task need not exist."""
     return task.removeprefix(f"{DEFAULT_SUITE}/")
 
 
 def known(task: str) -> bool:
-    """Whether some suite has that task: a data set of a real robot has tasks too."""
+    """Tell whether a suite has that task: a data set of a real robot has tasks too."""
     try:
         find(task)
     except ConfigError:
@@ -48,13 +48,13 @@ def known(task: str) -> bool:
 
 
 def prompt_of(task: str) -> str:
-    """The sentence that a policy reads. Raises ConfigError as `find` does."""
+    """Return the sentence that a policy reads. Raises ConfigError as `find` does."""
     suite, name = find(task)
     return suite.tasks[name].prompt
 
 
 def shared_suite(tasks: Sequence[str]) -> Suite:
-    """The one suite of all tasks, one or more. Raises ConfigError when they belong to several, and as `find` does."""
+    """Return the suite that all tasks share. Raises ConfigError when they belong to several, and as `find` does."""
     suites = {suite.name: suite for suite in (find(task)[0] for task in tasks)}
     if len(suites) != 1:
         raise ConfigError(f"all tasks must be of one simulator, found {', '.join(suites) or 'none'}; a task is written {TASK_FORM}")
@@ -62,6 +62,6 @@ def shared_suite(tasks: Sequence[str]) -> Suite:
 
 
 def open_environment(task: str, cameras: tuple[CameraSpec, ...] = (), max_steps: int | None = None) -> Environment:
-    """`Suite.open` for a task as a user writes it."""
+    """Open the environment of a task as a user writes it."""
     suite, name = find(task)
     return suite.open(name, cameras, max_steps)

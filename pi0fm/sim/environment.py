@@ -1,4 +1,4 @@
-"""What a simulated robot is to the rest of pi0fm.
+"""A simulated robot as the rest of pi0fm sees it.
 
 Owns: `Environment`, `StepResult`, `CameraSpec` and its text form `NAME=SOURCE:WIDTHxHEIGHT`. Does not know: any simulator.
 Shape letters: A robot action dim, S state dim.
@@ -53,7 +53,7 @@ class CameraSpec:
 
 
 def parse_camera(text: str) -> CameraSpec:
-    """`base=corner2:96x96` as a CameraSpec. Raises ConfigError that shows the form."""
+    """Parse `base=corner2:96x96`. Raises ConfigError that shows the form."""
     found = _CAMERA_TEXT.fullmatch(str(text).strip())
     if found is None:
         raise ConfigError(f"a camera is NAME=SOURCE:WIDTHxHEIGHT, such as base=corner2:96x96, found {text!r}")
@@ -61,7 +61,7 @@ def parse_camera(text: str) -> CameraSpec:
 
 
 def parse_cameras(texts: str | Iterable[str]) -> tuple[CameraSpec, ...]:
-    """Every camera in a tuple of texts, or in one text with commas. Raises ConfigError when there is none, or a name comes twice."""
+    """Parse every camera in a tuple of texts, or in one text with commas. Raises ConfigError when there is none, or a name comes twice."""
     words = texts.split(",") if isinstance(texts, str) else [word for text in texts for word in str(text).split(",")]
     cameras = tuple(parse_camera(word) for word in words if word.strip())
     names = [camera.name for camera in cameras]
@@ -101,12 +101,12 @@ class Environment(ABC):
 
     @abstractmethod
     def picture(self, height: int, width: int) -> NDArray[np.uint8]:
-        """uint8 [height, width, 3] from the first camera, for a video that a person watches."""
+        """Render the first camera for a video, uint8 [height, width, 3]."""
 
     @abstractmethod
     def expert_action(self) -> NDArray[np.float32]:
-        """What the scripted expert does in this state, float32 [A] in [-1, 1]. Raises SimulationError where there is no expert."""
+        """Ask the scripted expert for its action in this state, float32 [A] in [-1, 1]. Raises SimulationError where there is no expert."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give back the simulator's memory; further calls are errors, closing again is not."""
+        """Free the simulator's memory; further calls are errors, closing again is not."""

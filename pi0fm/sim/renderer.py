@@ -31,7 +31,7 @@ _INSTALL = "install one with `apt-get install libegl1 libgl1-mesa-dri` or `apt-g
 
 
 def choose_backend() -> str:
-    """The GL library to render with: the user's MUJOCO_GL or PYOPENGL_PLATFORM, else the first of EGL and OSMesa that is there.
+    """Choose the GL library to render with: the user's MUJOCO_GL or PYOPENGL_PLATFORM, else the first of EGL and OSMesa that is there.
 
     MUJOCO_GL is set when it was not: mujoco reads it when it is imported, so this is called before that. Raises SimulationError.
     """
@@ -52,7 +52,7 @@ def choose_backend() -> str:
 
 
 def load_mujoco() -> Any:
-    """The mujoco module, imported after the choice of GL library, which its import loads. Raises SimulationError when that fails."""
+    """Import the mujoco module, after the choice of GL library, which its import loads. Raises SimulationError when that fails."""
     backend = choose_backend()
     try:
         return importlib.import_module("mujoco")
@@ -62,7 +62,7 @@ def load_mujoco() -> Any:
 
 @functools.cache
 def gl_context() -> Any:
-    """The process's GL context, made on the first call, freed at exit. Raises SimulationError when the machine cannot render."""
+    """Make the process's GL context on the first call; it is freed at exit. Raises SimulationError when the machine cannot render."""
     mujoco = load_mujoco()
     backend = choose_backend()
     try:
@@ -82,7 +82,7 @@ class Renderer:
     """Draws one MuJoCo model from its fixed cameras; shadows, reflections and multisampling are off."""
 
     def __init__(self, model: Any, height: int, width: int) -> None:
-        """model: mujoco.MjModel, of which quality settings and geom groups change. height, width: the largest picture expected."""
+        """model: mujoco.MjModel; its quality settings and geom groups change. height, width: the largest picture expected."""
         gl_context().make_current()
         mujoco = load_mujoco()
         self._mujoco, self._model = mujoco, model
@@ -101,13 +101,13 @@ class Renderer:
         self._groups = model.geom_group.copy()
 
     def render(self, data: Any, camera: int, height: int, width: int) -> NDArray[np.uint8]:
-        """uint8 [height, width, 3], row 0 at the top, as camera number `camera` sees `data` (mujoco.MjData after mj_forward)."""
+        """Render uint8 [height, width, 3], row 0 at the top, as camera number `camera` sees `data` (mujoco.MjData after mj_forward)."""
         mujoco, model = self._mujoco, self._model
         gl_context().make_current()
         if height > self._size[0] or width > self._size[1]:
             self._size = (max(height, self._size[0]), max(width, self._size[1]))
             mujoco.mjr_resizeOffscreen(self._size[1], self._size[0], self._context)
-        # another renderer of this process may have bound its own buffer: without this the picture would be drawn there
+        # another renderer of this process may have bound another buffer: without this the picture would be drawn there
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._camera.fixedcamid = camera
         unseen = outside_view(
@@ -136,7 +136,7 @@ def outside_view(
     fovy: float,
     aspect: float,
 ) -> NDArray[np.bool_]:
-    """Which bounding spheres lie wholly outside a camera's pyramid: leaving them out saves their vertices and changes no pixel.
+    """Find the bounding spheres that are wholly outside a camera's pyramid: leaving them out saves their vertices and changes no pixel.
 
     centres [G, 3] and radii [G] in metres (radius 0 is unbounded: never outside); eye [3]; rotation [9], camera to world;
     fovy in degrees; aspect is width / height. The camera looks along its own -z.

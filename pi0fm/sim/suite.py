@@ -46,7 +46,7 @@ class Suite:
     build: Callable[[str, tuple[CameraSpec, ...], int], Environment]
 
     def open(self, task: str, cameras: tuple[CameraSpec, ...] = (), max_steps: int | None = None) -> Environment:
-        """The environment of `task`; rendering starts with the first picture.
+        """Open the environment of `task`; rendering starts with the first picture.
 
         Raises ConfigError as `check` does, SimulationError when the simulator is not installed or the machine cannot render.
         """

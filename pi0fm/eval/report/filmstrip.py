@@ -18,7 +18,7 @@ FRAMES, MARGIN, CAPTION = 6, 8, 26
 
 
 def write_filmstrip(output_dir: Path, target: Path) -> Path:
-    """A PNG with the first filmed episode of each task of the evaluation in `output_dir`; returns `target`.
+    """Write a PNG with the first filmed episode of each task of the evaluation in `output_dir`; returns `target`.
 
     Nothing is written without videos.
     """

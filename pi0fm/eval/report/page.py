@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: report.html, summary.json, episodes.json, videos/.
+"""The files of an evaluation: report.html, summary.json, episodes.json, videos/.
 
     output_dir/
       report.html     one file that can be sent by mail: no address, no script, videos inside as long as they fit
@@ -30,7 +30,7 @@ EMBEDDED_VIDEO_BYTES = 24 * 2**20
 
 @dataclass(frozen=True)
 class ReportContext:
-    """What a reader needs beside the figures.
+    """Facts that the page shows besides the figures.
 
     title: the policy. facts: tables by heading, such as {"machine": {"cores": "2"}}. losses: of the policy's training, if known.
     """
@@ -74,7 +74,7 @@ def write(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]],
 
 
 def render(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]], background: ReportContext) -> str:
-    """The page. Everything that comes from outside is escaped; nothing is loaded from anywhere."""
+    """Render the page. Everything that comes from outside is escaped; nothing is loaded from anywhere."""
     return pages.render(
         "eval/report/report.html.j2",
         {"loss": curve.draw(background.losses)} if background.losses else {},
@@ -87,12 +87,12 @@ def render(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]]
 
 
 def percent(rate: float) -> str:
-    """`95 %`, and `93.3 %` where the first decimal says something."""
+    """Format a rate as `95 %`, or `93.3 %` where the first decimal is not 0."""
     return f"{100 * rate:.1f}".removesuffix(".0") + " %"
 
 
 def _embedded(output_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each filmed row with a data URI, until EMBEDDED_VIDEO_BYTES are used up; a later one only names its file."""
+    """Give each filmed row a data URI, until EMBEDDED_VIDEO_BYTES are used up; a later one only names its file."""
     room = EMBEDDED_VIDEO_BYTES
     videos = []
     for row in rows:

@@ -15,7 +15,7 @@ FASTEST = 20.0  # frames a second: a simulated second is shown slower rather tha
 
 
 def encode(frames: Sequence[NDArray[np.uint8]], fps: float) -> bytes:
-    """An mp4 of `frames`, uint8 [height, width, 3] RGB, all of one size, played at `fps` or at 20 a second where that is slower.
+    """Encode an mp4 of `frames`, uint8 [height, width, 3] RGB, all of one size, played at `fps` or at 20 a second where that is slower.
 
     An odd height or width loses its last row or column: yuv420p halves both. Raises ValueError without frames.
     """

@@ -77,16 +77,16 @@ class MetaWorld(Environment):
         return StepResult(success, self._done)
 
     def observe(self) -> Observation:
-        """Render now; the state is the first four numbers of Meta-World's own."""
+        """Render now; the state is the first four numbers of Meta-World's observation."""
         images = {camera.name: self._render(camera.source, camera.height, camera.width) for camera in self.cameras}
         return Observation(images, self._state()[:4].astype(np.float32), self.prompt)
 
     def picture(self, height: int, width: int) -> NDArray[np.uint8]:
-        """The first camera at another size."""
+        """Render the first camera at another size."""
         return self._render(self.cameras[0].source, height, width)
 
     def expert_action(self) -> NDArray[np.float32]:
-        """Meta-World's scripted policy; it asks for up to 19, so its answer is clipped to [-1, 1]."""
+        """Ask Meta-World's scripted policy; it asks for up to 19, so its answer is clipped to [-1, 1]."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Constant", category=UserWarning)
             action = self._expert.get_action(self._state())
