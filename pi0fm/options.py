@@ -60,6 +60,8 @@ def read_files(names: Sequence[str]) -> Tree:
     for path in paths:
         own = read_yaml(path)
         beside = own.pop(WITH, {})
+        if not isinstance(beside, Mapping) or not all(isinstance(options, Mapping) for options in beside.values()):
+            raise ConfigError(f"{path} must have options under {WITH} NAME, found {beside!r}; write {WITH}: {{pi05: {{steps: 100}}}}")
         unknown = [name for name in beside if name not in {*row, *shipped()}]
         if unknown:
             raise ConfigError(

@@ -106,6 +106,10 @@ def test_options_with_another_file_hold_where_it_stands_in_the_row(tmp_path: Pat
     assert parse(small, robot, "--steps", "9").steps == 9
     with pytest.raises(ConfigError, match=r"robot\.yaml has options with 'small', but no file has that name: "):
         parse(robot)
+    for wrong in ("3", "{small: 3}", "[small]"):
+        (tmp_path / "robot.yaml").write_text(f"output: x\nwith: {wrong}\n")
+        with pytest.raises(ConfigError, match=r"robot\.yaml must have options under with NAME, found "):
+            parse(small, robot)
 
 
 @pytest.mark.parametrize("name", ["pi05", "pi05.yaml", "configs/pi05.yaml"])
