@@ -98,7 +98,7 @@ def test_two_episodes_are_judged(run: Path, tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "eval" / "episodes.json").read_text())
     assert [row["seed"] for row in rows] == [1, 2] and all(row["steps"] <= 40 for row in rows)
     page = Path(result["report"]).read_text()
-    assert "data:video/mp4;base64," in page and "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert "data:video/mp4;base64," in page and "data:image/png;base64," in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
 def test_a_served_policy_answers_and_is_judged_over_the_socket(run: Path, server: str, tmp_path: Path) -> None:
