@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from pi0fm import files
-from pi0fm.convert.export import kind_of, refuse_other_prompts, refuse_what_peers_lack, write_weights
+from pi0fm.convert.export import kind_of, refuse_other_prompts, refuse_what_peers_lack, say_other_pictures, write_weights
 from pi0fm.convert.export_lerobot import write_lerobot
 from pi0fm.convert.facts import ConvertConfig, ForeignFacts, lengths, policy_config
 from pi0fm.convert.lerobot import is_lerobot, read_lerobot
@@ -96,6 +96,7 @@ def _export(config: ConvertConfig) -> Converted:
     policy, stats = bundle.read(config.source, config.robot)
     refuse_what_peers_lack(policy, config.to, config.any_size)
     refuse_other_prompts(policy, config.to, config.prompt_dialect)
+    say_other_pictures(policy, config.to)
     numbers = NUMBERS[config.dtype]
     with (
         bundle.open_weights(config.source) as weights,

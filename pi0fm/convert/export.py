@@ -16,14 +16,16 @@ import torch
 
 from pi0fm.convert.names import EMBEDDING, LM_HEAD, Kind
 from pi0fm.convert.shapes import FIELDS, parts, sizes_of, unread_shapes
+from pi0fm.data.pictures.resizing import Resize
 from pi0fm.data.prompt import LEROBOT, OPENPI, STATELESS
 from pi0fm.models.pi0 import Pi0Config
 from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.policy.weights import Weights, common_dtype, tensor_file
-from pi0fm.progress import step
+from pi0fm.progress import say, step
 from pi0fm_client.errors import BundleError
 
 VARIANTS = {(2048, 16384): "gemma_2b", (1024, 4096): "gemma_300m"}
+RESIZED: dict[str, Resize] = {"openpi": "antialias", "lerobot": "plain"}
 RELEASED = {"L": 18, "N": 8, "K": 1, "H": 256, "W": 257_152, "D": 1152, "M": 4304, "T": 27, "X": 16, "P": 14}
 
 
@@ -103,6 +105,16 @@ def refuse_other_prompts(config: PolicyConfig, peer: str, asked: str | None) -> 
         raise BundleError(
             f"{peer} asks a pi0 in its own prompt dialect, this bundle was trained with {trained}, which writes _, line ends and blanks "
             f"around a prompt otherwise; where your prompts have none of these type --prompt_dialect {own}"
+        )
+
+
+def say_other_pictures(config: PolicyConfig, peer: str) -> None:
+    """Say where the peer would resize pictures otherwise than the weights were trained with: no file of either says how."""
+    if config.resize != RESIZED[peer]:
+        size = config.model.vision.image_size
+        say(
+            f"{peer} resizes pictures in the form {RESIZED[peer]}, this bundle was trained with {config.resize}: its actions differ there "
+            f"by some percent, unless pictures come to it as {size} x {size}, resized as pi0fm does"
         )
 
 

@@ -131,7 +131,10 @@ def test_there_and_back_is_bit_identical(kind, peer, bundles, peers, enter, char
     assert (after.flow, after.normalization, after.execution_horizon) == (before.flow, before.normalization, before.execution_horizon)
     assert after.prompt_dialect == peer
     ours, theirs = before.chain(stats, str(character_tokenizer)).transforms[1], after.chain(found, str(character_tokenizer)).transforms[1]
-    assert all(np.allclose(value, vars(theirs)[name], rtol=1e-6, atol=1e-6) for name, value in vars(ours).items())
+    raw = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
+    there, back = (each.forward(Sample(raw, raw[None, :, :3])) for each in (ours, theirs))
+    assert np.allclose(there.state, back.state, rtol=1e-6, atol=1e-6)
+    assert np.allclose(there.actions, back.actions, rtol=1e-6, atol=1e-6)
 
 
 def test_a_service_may_read_every_file(peers):
@@ -146,11 +149,12 @@ def test_lerobots_files_alone_say_everything_but_the_heads(peers, bundles, tmp_p
     assert (tmp_path / "bundle/tokenizer/tokenizer.json").is_file()
 
 
-def test_a_converted_bundle_opens_and_acts_as_its_source(peers, bundles, enter, tmp_path, observations):
-    enter(peers["pi05", "lerobot"])
-    found = bundle.load(tmp_path / "bundle", device="cpu", precision="float32").infer_batch(observations[:1], [3])[0]
-    expected = bundle.load(bundles["pi05"], device="cpu", precision="float32").infer_batch(observations[:1], [3])[0]
-    assert np.array_equal(found.actions, expected.actions)
+def test_a_converted_bundle_opens_and_acts_as_its_source(small_policy, character_tokenizer, enter, tmp_path, observations):
+    source = make(tmp_path / "source", "pi05", small_policy, character_tokenizer, resize="plain")
+    convert(ConvertConfig(source=source, output_dir=tmp_path / "lerobot", to="lerobot", any_size=True))
+    enter(tmp_path / "lerobot")
+    found, expected = (bundle.load(path, device="cpu", precision="float32") for path in (tmp_path / "bundle", source))
+    assert np.array_equal(*(policy.infer_batch([observations[0]], [3])[0].actions for policy in (found, expected)))
 
 
 def test_every_key_that_does_not_fit_is_listed_and_nothing_is_written(openpi, enter, tmp_path):
@@ -620,3 +624,16 @@ def test_a_peers_own_files_come_back_bit_by_bit(kind, peer, peers, enter, tmp_pa
     for name in told:
         written = (tmp_path / "out" / name).read_bytes()
         assert written.replace(moved[0].encode(), moved[1].encode()) == (source / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(("peer", "own", "other"), [("lerobot", "plain", "antialias"), ("openpi", "antialias", "plain")])
+def test_pictures_are_resized_as_at_the_weights_origin(peer, own, other, peers, enter, small_policy, character_tokenizer, tmp_path, capsys):
+    """No file says it: the peer's code does. A peer that does otherwise than the bundle is named at the export."""
+    enter(peers["pi05", peer])
+    assert bundle.read(tmp_path / "bundle")[0].resize == own
+    for resize in (own, other):
+        source = make(tmp_path / resize, "pi05", small_policy, character_tokenizer, resize=resize, prompt_dialect=peer)
+        capsys.readouterr()
+        convert(ConvertConfig(source=source, output_dir=tmp_path / f"{resize}-out", to=peer, any_size=True))
+        said = f"{peer} resizes pictures in the form {own}, this bundle was trained with {other}"
+        assert (said in capsys.readouterr().err) == (resize == other)
