@@ -30,6 +30,7 @@ COMMANDS = {
     "convert": "openpi's and LeRobot's weights to a bundle, and back",
     "serve": "answer robots over the openpi WebSocket protocol",
     "flow": "see and measure the flows that policies are made of",
+    "profile": "where the steps of a run go, and what to change",
     "bench": "measure pi0fm, and its peers beside it, on this machine",
 }
 

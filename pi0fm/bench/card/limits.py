@@ -35,7 +35,7 @@ BFLOAT16 = 2  # bytes
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes a second, read and written both counted; operations a second of bfloat16 products."""
+    """Bytes a second, read and written both counted; operations a second of products."""
 
     bytes_per_second: float
     flops_per_second: float
@@ -45,14 +45,14 @@ class Rates:
         return max(flops / self.flops_per_second, moved / self.bytes_per_second)
 
 
-def measure_rates(device: torch.device, whole: bool) -> Rates:
+def measure_rates(device: torch.device, whole: bool, dtype: torch.dtype = torch.bfloat16) -> Rates:
     """The median of several copies, and of several products of random numbers: those of equal numbers take less power and go faster."""
     copied, side = (WHOLE_COPY, WHOLE_SIDE) if whole else (TRIED_COPY, TRIED_SIDE)
     source = torch.ones(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copying = statistics.median(device_seconds(lambda: target.copy_(source), device, rounds=10))
     del source, target
-    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
     multiplying = statistics.median(device_seconds(lambda: torch.mm(left, right, out=product), device, rounds=20))
     return Rates(2 * copied / copying, 2 * side**3 / multiplying)
