@@ -62,9 +62,13 @@ def end_with_parent(parent: int) -> None:
     threading.Thread(target=watch, name="pi0fm-parent", daemon=True).start()
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM inside `sigterm_interrupts`."""
+
+
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM, which batch systems and containers send, raise KeyboardInterrupt inside the block, as Ctrl-C does.
+    """Let SIGTERM, which batch systems and containers send, raise KeyboardInterrupt (`Terminated`) inside the block, as Ctrl-C does.
 
     Only the main thread can set a handler: in another thread this does nothing.
     """
@@ -73,7 +77,7 @@ def sigterm_interrupts() -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -59,10 +59,15 @@ class TrainingRun(TrainConfig):
 
 def run_training(run: TrainingRun) -> TrainResult:
     """Claim the output folder, train where `run` says, and return what was reached."""
-    with terminated_outside_steps(lambda: _unfinished(run)):
+
+    def ended() -> str:
+        return _unfinished(run)
+
+    with terminated_outside_steps(ended):
         if run.num_workers == 0:
             return _in_this_process(run)
-        with claimed(run), ray_session(run.ray_address):
+        # again inside: Ray takes the signal for itself when it starts
+        with claimed(run), ray_session(run.ray_address), terminated_outside_steps(ended):
             return _on_ray(run)
 
 

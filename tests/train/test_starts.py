@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,22 @@ def test_sigterm_before_the_first_step_is_a_line_and_leaves_nothing(file, tmp_pa
     assert not (tmp_path / "run").exists()
     assert signal.getsignal(signal.SIGTERM) is before
     assert main(["train", str(file)]) == 0
+
+
+def test_sigterm_while_ray_starts_is_the_same_line(file, tmp_path, monkeypatch, capsys):
+    """Ray replaces the handler in its own start."""
+
+    @contextmanager
+    def session(address):
+        before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        yield
+        signal.signal(signal.SIGTERM, before)
+
+    monkeypatch.setattr(training, "ray_session", session)
+    monkeypatch.setattr(training, "_on_ray", lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["train", str(file), "--num_workers", "1"]) == 143
+    assert "pi0fm: stopped by SIGTERM before the first step" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_start_that_was_killed_is_not_in_the_way_of_a_corrected_one(file, tmp_path):

@@ -22,6 +22,7 @@ from typing import Any, Self, final
 import torch
 
 from pi0fm import files
+from pi0fm.processes import Terminated, sigterm_interrupts
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm_client.errors import OutputError, Pi0fmError
 
@@ -61,24 +62,11 @@ def stopped(number: int, line: str) -> StoppedError:
 @contextmanager
 def terminated_outside_steps(describe: Callable[[], str]) -> Iterator[None]:
     """Turn SIGTERM inside the block, where no other handler is set, into TerminatedError with the line of `describe`."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    noted: list[int] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        raise KeyboardInterrupt  # which no library takes for an error of its own
-
-    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield
-    except KeyboardInterrupt:
-        if not noted:
-            raise
+        with sigterm_interrupts():
+            yield
+    except Terminated:
         raise TerminatedError(describe()) from None
-    finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 @final
