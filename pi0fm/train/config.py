@@ -87,7 +87,7 @@ class TrainConfig:
     augmentation: AugmentConfig = option(AugmentConfig, "")
     loader: LoaderConfig = option(LoaderConfig, "")
     validation: ValidationConfig = option(ValidationConfig, "")
-    execution_horizon: int = option(8, "actions executed of each chunk before planning anew, kept in the bundle")
+    execution_horizon: int = option(8, "actions executed of each chunk before planning again, kept in the bundle")
     camera_sources: dict[str, str] = option(dict, "camera -> SOURCE:WIDTHxHEIGHT in a simulator, kept in the bundle")
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     checkpoint_every: int = option(1000, "steps between checkpoints")
@@ -173,7 +173,7 @@ class TrainConfig:
 
     @property
     def checkpoint_place(self) -> Path | str:
-        """Where the checkpoints of this run lie."""
+        """Where the checkpoints of this run are stored."""
         return self.checkpoint_dir or self.output_dir / "checkpoints"
 
     def network(self) -> Pi0Config:
@@ -206,7 +206,7 @@ class TrainConfig:
 
 
 def refuse_other_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
-    """Raise ConfigError that names what differs between the run in `where` and the one asked for, but for what may change.
+    """Raise ConfigError that names what differs between the run in `where` and the one asked for, except for what may change.
 
     Under `resume_changed` nothing is refused; the run itself says what changed when it goes on.
     """

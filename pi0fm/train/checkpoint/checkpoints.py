@@ -1,7 +1,7 @@
 """The state of a run on disk, so that a killed run goes on where it was.
 
 Owns: when a checkpoint is written and by which thread, which worker writes what, retention, the newest whole one.
-Does not know: what trains, what the tensors mean, the layout of the files (checkpoint_format.py).
+Does not know: what trains, what the tensors mean, the layout of the files (format.py).
 
     training thread   | step | step | copy | step | step | step | step | copy | ...      copy: this worker's part, to buffers that stay
     saving thread                          |  plan, write, fsync ........ COMMIT, older ones removed |
@@ -61,7 +61,7 @@ class Checkpoints:
         return self._parallel.host_group("checkpoint")
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Copy the state after `step` steps and write it behind the training's back; waits for an earlier one first.
+        """Copy the state after `step` steps and write it in another thread, while training continues; waits for an earlier one first.
 
         A checkpoint that could not be written is named on standard error, at the latest by the next call: training goes on, and the
         earlier one stays.
@@ -78,10 +78,12 @@ class Checkpoints:
         reason = self.settle()
         if reason is not None:
             stays = f"the one of step {self.saved} stays" if self.saved is not None else "there is none before it"
-            raise OutputError(f"checkpoint of step {step} in {self._store.where} could not be written ({reason}); {stays}; free some room")
+            raise OutputError(
+                f"checkpoint of step {step} in {self._store.where} could not be written ({reason}); {stays}; free some room, then add --resume true"
+            )
 
     def settle(self, *, wait: bool = True) -> str | None:
-        """Take note of the checkpoint that is being written, if any, when it is done; the reason where it failed."""
+        """Record the outcome of the checkpoint that is being written, if any; the reason where it failed. wait: until it is done."""
         if self._pending is None or not (wait or self._pending[1].done()):
             return None
         (step, written), self._pending = self._pending, None
@@ -105,7 +107,7 @@ class Checkpoints:
     def restore(self, tensors: dict[str, Tensor], check: Callable[[Index], None]) -> Index | None:
         """Read the newest whole checkpoint into `tensors`, in place: its index, or None where there is none.
 
-        A torn one is named in a warning and passed over. check: called with the index before anything is read; its errors pass through.
+        A torn one is named on standard error and skipped. check: called with the index before anything is read; its errors pass through.
         Raises OutputError where the tensors are others, or where the only checkpoints were found damaged while they were read.
         """
         damaged: list[int] = []
@@ -133,7 +135,7 @@ class Checkpoints:
             self.saved = step
             return index
         if damaged:  # some tensors may hold what was read before the damage was met
-            raise OutputError(f"no checkpoint in {self._store.where} can be read whole; remove it to begin the run anew")
+            raise OutputError(f"no checkpoint in {self._store.where} can be read whole; remove it to start the run again")
         return None
 
     def _newest(self, damaged: list[int]) -> tuple[int, Index] | None:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds and whether it is whole, from JSON that anyone may have written.
+"""What a checkpoint holds and whether it is whole, from untrusted JSON.
 
 Owns: `Index`, the checks of COMMIT and index.json, removing a checkpoint. Does not know: tensors in memory, torch's planner.
 
@@ -28,7 +28,7 @@ class TornError(Exception):
 
 @dataclass(frozen=True)
 class Box:
-    """A part of a tensor, and where its bytes lie: start .. stop - 1 of `file`."""
+    """A part of a tensor, and its bytes: start .. stop - 1 of `file`."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class Index:
 
 
 def folder(step: int) -> str:
-    """The name under which the checkpoint after `step` steps lies."""
+    """The folder's name of the checkpoint after `step` steps."""
     return f"step-{step:09d}"
 
 
@@ -83,14 +83,14 @@ def read_index(store: Store, step: int, sizes: Mapping[str, int]) -> Index:
 
 
 def remove(store: Store, step: int, names: list[str]) -> None:
-    """Take a checkpoint away, its COMMIT first: whatever remains of a removal that was cut short is torn, not whole."""
+    """Remove a checkpoint, its COMMIT first, so that a removal that is cut short leaves a torn one, never a whole one."""
     place = f"{folder(step)}/"
     inside = sorted((name for name in names if name.startswith(place)), key=lambda name: name != place + COMMIT)
     store.remove(inside)
 
 
 def _entry(tree: Mapping[str, Any], files: Mapping[str, int]) -> Entry:
-    """From JSON that anyone may have written: every number is checked against the file that it points into."""
+    """Parse one tensor's entry of untrusted JSON: every number is checked against the file that it points into."""
     dtype, shape = DTYPES[tree["dtype"]], _sizes(tree["shape"])
     boxes = []
     for found in tree["boxes"]:

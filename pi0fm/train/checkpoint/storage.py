@@ -1,4 +1,4 @@
-"""Where checkpoints lie: a folder that all workers see, or a bucket behind the S3 protocol.
+"""Where checkpoints are stored: a folder that all workers see, or a bucket behind the S3 protocol.
 
 Owns: `Store`, names to byte strings; a name appears whole or not at all. Does not know: what a checkpoint is.
 
@@ -20,7 +20,7 @@ SCHEME = "s3://"
 
 
 class Store(ABC):
-    """Byte strings by name below one place. Names use `/`. Every fault of the storage is an OSError."""
+    """Byte strings by name below one place. Names use `/`. Every failure is an OSError."""
 
     where: str
 
@@ -82,7 +82,7 @@ class Folder(Store):
         return found
 
     def remove(self, names: Iterable[str]) -> None:
-        """Then the folders that are empty, but for the store's own."""
+        """Remove also the folders that become empty, except the store's root."""
         folders = set()
         for name in names:
             path = self._path / name

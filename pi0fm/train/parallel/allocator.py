@@ -2,7 +2,7 @@
 
 Owns: one call to the C library. Does not know: torch, training.
 A training step on a CPU frees and asks for the same tensors again. glibc gives large ones back to the system each time, and the system
-zeroes every page anew: 13 800 page faults a step of the tiny model, a quarter of its time (docs/LOG.md).
+zeroes every page again: 13 800 page faults a step of the tiny model, a quarter of its time (docs/LOG.md).
 """
 
 import ctypes

@@ -26,7 +26,7 @@ and of one layer of the vision tower: norms 2 D 4, their results 2 D c, heads 3 
 as if no kernel were fused; on a device that fuses them they are a reserve.
 
     without activation_checkpointing   every layer of that, and once more the largest: at work
-    with                               the residual stream at every layer, and the largest layer twice: computed anew, and at work
+    with                               the residual stream at every layer, and the largest layer twice: computed again, and at work
 
 A frozen part through which no gradient passes keeps nothing: the tower under frozen_vision, all of the prefix under expert_only.
 The test holds this between 1 and 1.35 times the allocations that torch counts. Shape letters: as above.
@@ -160,7 +160,7 @@ def _count(config: Pi0Config, how: Adaptation, computes: torch.dtype) -> _Count:
 
 
 def gradient_flows(model: Pi0) -> frozenset[Part]:
-    """The parts whose results need a gradient: those that train, and all that lies behind them."""
+    """The parts whose results need a gradient: those that train, and all that follow them."""
     trained = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     behind: dict[Part, tuple[Part, ...]] = {"vision": ("vision", "backbone", "action_expert"), "backbone": ("backbone", "action_expert")}
     # projections lie on both sides of the action expert

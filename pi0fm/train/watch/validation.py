@@ -97,7 +97,7 @@ class Validator:
 
     @property
     def num_whole(self) -> int:
-        """How many of them lie inside their episode, so that they have a density."""
+        """How many of them are inside their episode, so that they have a density."""
         source = self.collator.source
         frames = source.frames[self.collator.places(np.arange(self.num_chunks)).index]
         return int((source.end[frames] - frames >= self.collator.action_horizon).sum())

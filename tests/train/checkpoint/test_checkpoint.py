@@ -207,7 +207,7 @@ def test_nothing_there(run, tmp_path):
 def test_a_run_whose_only_checkpoint_is_found_damaged_does_not_begin_with_half_of_it(run, tmp_path):
     save(run(), 5)
     change_shard(tmp_path / "step-000000005")
-    with pytest.raises(OutputError, match=r"no checkpoint in .* can be read whole; remove it to begin the run anew"):
+    with pytest.raises(OutputError, match=r"no checkpoint in .* can be read whole; remove it to start the run again"):
         restored(run())
 
 
