@@ -79,7 +79,8 @@ class Checkpoints:
         if reason is not None:
             stays = f"the one of step {self.saved} stays" if self.saved is not None else "there is none before it"
             raise OutputError(
-                f"checkpoint of step {step} in {self._store.where} could not be written ({reason}); {stays}; free some room, then add --resume true"
+                f"checkpoint of step {step} in {self._store.where} could not be written ({reason}); {stays}; "
+                "free some room, then add --resume true"
             )
 
     def settle(self, *, wait: bool = True) -> str | None:
