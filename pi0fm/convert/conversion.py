@@ -18,7 +18,7 @@ import torch
 from pi0fm import files
 from pi0fm.convert.export import kind_of, refuse_other_prompts, refuse_what_peers_lack, say_other_pictures, write_weights
 from pi0fm.convert.export_lerobot import write_lerobot
-from pi0fm.convert.facts import ConvertConfig, ForeignFacts, lengths, policy_config
+from pi0fm.convert.facts import PROMPT_TOKENS, ConvertConfig, ForeignFacts, policy_config
 from pi0fm.convert.lerobot import is_lerobot, read_lerobot
 from pi0fm.convert.names import Kind, Layout, kinds_of, layout_of
 from pi0fm.convert.openpi import read_openpi, write_openpi
@@ -166,7 +166,12 @@ def _network(
     wrong = misfit(layout, kind, sizes, weights.shapes)
     if wrong:
         raise BundleError(f"the weights in {weights.path} are not those of one {kind}: {wrong}; nothing was written")
-    model = network_config(kind, sizes, **lengths(config, facts, kind))
+    model = network_config(
+        kind,
+        sizes,
+        action_horizon=config.action_horizon or facts.action_horizon or 50,
+        max_prompt_tokens=config.max_prompt_tokens or facts.max_prompt_tokens or PROMPT_TOKENS[kind],
+    )
     if facts.image_size not in (None, model.vision.image_size):
         raise BundleError(
             f"config.json of {weights.path} says pictures of {facts.image_size}, its weights are for {model.vision.image_size}; "

@@ -5,7 +5,6 @@ Owns: `ForeignFacts`, its merging with the options into a `PolicyConfig`. Does n
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 from pi0fm.convert.names import Kind
 from pi0fm.convert.stats import STAND_INS_FACT, Columns, columns_of, foreign_stats
@@ -168,11 +167,3 @@ def tokenizer_of(options: ConvertConfig, facts: ForeignFacts) -> str:
     if options.tokenizer:
         found = f"was given {options.tokenizer!r}, which is no directory"
     raise ConfigError(f"{facts.where} {found}; type --tokenizer DIR, for released weights the files of google/paligemma-3b-pt-224")
-
-
-def lengths(options: ConvertConfig, facts: ForeignFacts, kind: Kind) -> dict[str, Any]:
-    """action_horizon and max_prompt_tokens: typed, else the source's, else the released policies'."""
-    return {
-        "action_horizon": options.action_horizon or facts.action_horizon or 50,
-        "max_prompt_tokens": options.max_prompt_tokens or facts.max_prompt_tokens or PROMPT_TOKENS[kind],
-    }

@@ -98,6 +98,6 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
     if metrics is not None:
         with write_faults(config.output_dir):
             metrics.close()
-        bundle.save(path, state.bundle_weights(), data.policy, data.parts[0].stats, data.robots(), keep_older=True)
+            bundle.save(path, state.bundle_weights(), data.policy, data.parts[0].stats, data.robots(), keep_older=True)
     parallel.barrier()
     return TrainResult(path, config.steps, log.loss, time.perf_counter() - began)
