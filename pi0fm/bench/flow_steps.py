@@ -342,7 +342,7 @@ def draw_figure(rows: Sequence[Row], floor: float, tolerance: float, chosen: Row
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel="RMS error, normalised units")
     for solver in dict.fromkeys(row.solver for row in rows):
-        own = sorted((row.evaluations, row.rms) for row in rows if row.solver == solver and row.rms > 0)
+        own = sorted(((row.evaluations, row.rms) for row in rows if row.solver == solver and row.rms > 0), key=lambda point: point[0])
         order, style = observed_order(rows, solver, floor), STYLES[solver]
         label = solver if order is None else f"{solver}, order {order:.1f}"
         axes.plot(*zip(*own, strict=True), marker=style[0], color=style[1:], markersize=5, zorder=3, label=label)
@@ -362,7 +362,7 @@ def draw_figure(rows: Sequence[Row], floor: float, tolerance: float, chosen: Row
     axes.minorticks_off()
     axes.grid(True, color="#e4e4e4", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=9, loc="upper right")
+    axes.legend(fontsize=9, loc="lower left")
     axes.set_title(f"Error of a sampled action chunk\n{subject}", loc="left", fontsize=10)
     content = io.BytesIO()
     figure.savefig(content, format="png")

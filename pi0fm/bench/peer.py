@@ -157,42 +157,21 @@ def gemma_config(size: Pi0Config, stream: StreamConfig) -> GemmaConfig:
             f"LeRobot's PI0 has {QUERY_HEADS} query heads written into its code, found num_heads {size.decoder.num_heads}: "
             f"type {QUERY_HEADS}, and change head_dim to keep their product"
         )
-    return GemmaConfig(
-        hidden_size=stream.width,
-        intermediate_size=stream.mlp_width,
-        num_hidden_layers=size.decoder.depth,
-        num_attention_heads=size.decoder.num_heads,
-        num_key_value_heads=size.decoder.num_kv_heads,
-        head_dim=size.decoder.head_dim,
-        vocab_size=size.vocab_size,
-        hidden_activation="gelu_pytorch_tanh",
-        dtype="float32",
-        use_adarms=False,
-        adarms_cond_dim=None,
-    )
+    heads = {"num_attention_heads": QUERY_HEADS, "num_key_value_heads": size.decoder.num_kv_heads, "head_dim": size.decoder.head_dim}
+    widths = {"hidden_size": stream.width, "intermediate_size": stream.mlp_width, "num_hidden_layers": size.decoder.depth}
+    kind = {"hidden_activation": "gelu_pytorch_tanh", "dtype": "float32", "use_adarms": False, "adarms_cond_dim": None}
+    return GemmaConfig(vocab_size=size.vocab_size, **widths, **heads, **kind)
 
 
 def paligemma_config(size: Pi0Config) -> PaliGemmaConfig:
     """The vision tower and the backbone. No token stands for a picture: its index lies outside the vocabulary, as it does in LeRobot."""
-    vision = SiglipVisionConfig(
-        hidden_size=size.vision.width,
-        intermediate_size=size.vision.mlp_width,
-        num_hidden_layers=size.vision.depth,
-        num_attention_heads=size.vision.num_heads,
-        patch_size=size.vision.patch_size,
-        image_size=size.vision.image_size,
-        vision_use_head=False,
-        dtype="float32",
-    )
-    width = size.decoder.backbone.width
-    return PaliGemmaConfig(
-        vision_config=vision,
-        text_config=gemma_config(size, size.decoder.backbone),
-        vocab_size=size.vocab_size,
-        image_token_index=size.vocab_size,
-        projection_dim=width,
-        hidden_size=width,
-    )
+    tower, width = size.vision, size.decoder.backbone.width
+    widths = {"hidden_size": tower.width, "intermediate_size": tower.mlp_width, "num_hidden_layers": tower.depth}
+    pictures = {"num_attention_heads": tower.num_heads, "patch_size": tower.patch_size, "image_size": tower.image_size}
+    vision = SiglipVisionConfig(**widths, **pictures, vision_use_head=False, dtype="float32")
+    text = gemma_config(size, size.decoder.backbone)
+    words = {"vocab_size": size.vocab_size, "image_token_index": size.vocab_size}
+    return PaliGemmaConfig(vision_config=vision, text_config=text, projection_dim=width, hidden_size=width, **words)
 
 
 @final

@@ -46,7 +46,7 @@ def test_the_side_that_begins_changes_every_round():
 
 def test_warming_rounds_do_not_count():
     watch = Stopwatch(slow=lambda round_: 1.0 if round_ else 100.0)
-    assert paired_ratio(watch.work("a", 1.0), watch.work("b", 1.0), 3, warm_up=1, clock=watch).first_seconds == 1.0
+    assert paired_ratio(watch.work("a", 1.0), watch.work("b", 1.0), 1, warm_up=1, clock=watch).first_seconds == 1.0
 
 
 def test_the_interval_holds_the_median_and_shrinks_with_rounds():
