@@ -48,8 +48,10 @@ def test_figures_are_rounded_shown_kept_and_returned(tmp_path, capsys):
 
 
 def test_only_what_is_to_be_shown_is_and_nothing_is_written_without_a_folder(capsys):
-    assert asked(Report({"ratio": 1.0, "loss": math.inf}, shown={"loss": math.inf}))["loss"] == math.inf
+    tables = {"loss": math.inf, "wide": {"tiny": {"seconds": 1, "bytes": 2}}}
+    assert asked(Report({"ratio": 1.0, "loss": math.inf}, shown=tables))["loss"] == math.inf
     shown = capsys.readouterr().err
+    assert {("seconds", "1"), ("bytes", "2")} <= {tuple(line.split()) for line in shown.splitlines()}, "the longer side goes down"
     assert "loss" in shown and "ratio" not in shown and "written" not in shown
 
 
