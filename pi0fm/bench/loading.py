@@ -15,8 +15,8 @@ Owns: what either side of a comparison does in a round, what of it is inside the
 A ratio is of the first's processor seconds to the second's. Both sides of a comparison run in turn in this process. Decoding threads share
 one processor on both sides: two on the two halves of a core are charged twice the seconds for hardly more frames, which is the machine's
 doing, not the cache's. What these figures do not say: disks slower than the page cache, which holds everything after the first round; what
-building the cache costs a run of few epochs; LeRobot with workers pays for moving batches between processes (--lerobot_workers), and so
-does ours (--processes). The drawn data set has a key frame every 4 frames, as `pi0fm demos` records; LeRobot's own recordings have one
+building the cache costs a run of few epochs; LeRobot with workers pays for moving batches between processes (--lerobot_workers). The
+drawn data set has a key frame every 4 frames, as `pi0fm demos` records; LeRobot's own recordings have one
 every 2, which makes its random access cheaper: --root.
 
     stream, one round     a new buffer | first window, no clock | the middle of an epoch: CLOCK | whole windows, and one is left
@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,10 @@ from pi0fm.processes import anonymous_memory_of_tree, cpu_seconds_of_tree
 from pi0fm.train.parallel.allocator import keep_freed_memory
 from pi0fm_client.errors import ConfigError
 
-ALIASES = {"chunk_size": "action_horizon", "dataset.root": "root", "loader.processes": "processes"}
+ALIASES = {"chunk_size": "action_horizon", "dataset.root": "root"}
 NETWORK_WIDTH, PROMPT_TOKENS = 32, 64  # pi0's widths of state and action
 STATS_FRAMES, STATS_WIDTH, STATS_EPISODE = 1_000_000, 14, 300
 OURS_A_ROUND = 20  # samples of ours for each of LeRobot's in a round: both sides then take a time that can be measured
-SECONDS_TO_REST = 1.0  # until worker processes have prepared the few batches that they may be ahead; no processor time
 BUFFER_SHARE = 0.5  # of the data set: groups are then about as long as in a buffer of 4 GiB
 MEMORY_LOOKS = 500
 FPS, EPISODE_FRAMES, SEGMENT_EPISODES = 50, 100, 10  # of the drawn data set
@@ -84,14 +83,13 @@ class Options:
     action_horizon: int = option(50, "actions of a sample")
     batch_size: int = option(32, "samples of a batch, on both sides")
     rounds: int = option(3, "times that both sides of a comparison run")
-    processes: int = option(0, "worker processes of our loader; 0 prepares in a thread")
     lerobot_batches: int = option(2, "batches of LeRobot's loader in a round; at least one a worker is taken")
     lerobot_workers: int = option(0, "processes of LeRobot's DataLoader; 0, its cheapest, loads in the calling process")
     memory_batches: int = option(2000, "batches over which memory is watched; 100000 take some five minutes")
 
     def __post_init__(self) -> None:
         check_least(self, frames=1400, size=16, action_horizon=1, batch_size=1, rounds=1, memory_batches=10)
-        check_least(self, lerobot_batches=1, lerobot_workers=0, processes=0)
+        check_least(self, lerobot_batches=1, lerobot_workers=0)
         if self.size % 2:
             raise ConfigError(f"size must be even, since video is, found {self.size}; type --size {self.size + 1}")
 
@@ -136,7 +134,7 @@ def measure(options: Options) -> Report:
             "memory_growth_mib": memory["end"] - memory["start"],
             "frames": len(source.state),
             **{name: getattr(options, name) for name in ("size", "action_horizon", "batch_size", "memory_batches")},
-            **{name: getattr(options, name) for name in ("processes", "lerobot_workers")},
+            **{name: getattr(options, name) for name in ("lerobot_workers",)},
             "video_backend": choose_decoder("auto"),
         }
     )
@@ -162,8 +160,7 @@ def compare_lerobot(source: LeRobotSource, collator: Collator, options: Options)
     """LeRobot's processor seconds for its batches by ours for as many samples.
 
     LeRobot's side as its own training sets it up: pictures as uint8, workers that stay from round to round with what they have opened, four
-    batches ahead. Opening the data set and starting workers, theirs and ours, are outside the clock. Our threads begin and end with a
-    round; our worker processes stay, and what they prepare ahead at its end is waited for, so that none of it falls into LeRobot's time.
+    batches ahead. Opening the data set and starting workers are outside the clock. Our threads begin and end with a round.
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
     from torch.utils.data import DataLoader, RandomSampler
@@ -184,21 +181,12 @@ def compare_lerobot(source: LeRobotSource, collator: Collator, options: Options)
             assert batch[name].shape[1] == horizon
 
     first, each = count(), OURS_A_ROUND * batches
-    ours_loader = LoaderConfig(processes=options.processes)
-    endless = micro_batches(collator, 0, 10**9, size, 0, 1, size, ours_loader)
 
     def in_threads() -> None:
         begin = next(first) * each
         _take(collator, begin, begin + each, size)
 
-    def in_processes() -> None:
-        for batch in islice(endless, each):
-            assert len(batch.actions) == size
-        time.sleep(SECONDS_TO_REST)
-
-    ours = in_processes if options.processes else in_threads
-    found = paired_ratio(theirs, ours, options.rounds, warm_up=1, clock=cpu_seconds_of_tree)
-    endless.close()
+    found = paired_ratio(theirs, in_threads, options.rounds, warm_up=1, clock=cpu_seconds_of_tree)
     return found.per_piece(batches * size, OURS_A_ROUND * batches * size)
 
 
@@ -361,7 +349,7 @@ def memory_over(collator: Collator, options: Options) -> dict[str, float]:
     last, size = options.memory_batches, options.batch_size
     begin, between = last // 10, max(1, last // MEMORY_LOOKS)
     seen: list[float] = []
-    batches = micro_batches(collator, 0, last, size, 0, 1, size, LoaderConfig(processes=options.processes))
+    batches = micro_batches(collator, 0, last, size, 0, 1, size)
     with progress.step("batches", last) as bar:
         for number, _ in enumerate(batches, start=1):
             bar.advance()

@@ -155,8 +155,7 @@ def test_the_average_follows_the_weights(device):
 
 def test_batches_arrive_whole_and_in_order(device):
     """Page-locked and copied ahead on a GPU; noise, times and order are the host's, bit for bit."""
-    collator, cuda = Synthetic(PI0), device.type == "cuda"
-    config = LoaderConfig(threads=2, ahead=2, pin_memory=cuda, prefetch_to_device=cuda)
+    collator, config = Synthetic(PI0), LoaderConfig(threads=2, ahead=2)
     share = (8, 0, 1, 4)
     found = list(micro_batches(collator, 0, 3, *share, config, device))
     expected = [collator(first, 4) for first in range(0, 24, 4)]

@@ -156,13 +156,14 @@ def read_episodes(root: Path, info: Info, video_columns: Sequence[str], *, sente
 
     length, first, stop = (column(name, _whole) for name in BOUNDS)
     names = set(tables[0].column_names)
+    shared: dict[Any, Path] = {}  # one object a file: hashing a path anew costs more than reading its rows
     files: tuple[Path | None, ...] = (None,) * len(numbers)
     if names.issuperset(DATA_PLACE):
         chunks, numbered = (_whole(paths, tables, name) for name in DATA_PLACE)
         placed = zip(
             chunks.values[order].tolist(), numbered.values[order].tolist(), (chunks.bad | numbered.bad)[order].tolist(), strict=True
         )
-        files = tuple(None if bad else _place(root, info.path, "data_path", info.data_path, *each) for *each, bad in placed)
+        files = tuple(None if bad else _place(shared, root, info.path, "data_path", info.data_path, *each) for *each, bad in placed)
     videos = {}
     for name in video_columns:
         chunk, file, begin = (
@@ -173,7 +174,9 @@ def read_episodes(root: Path, info: Info, video_columns: Sequence[str], *, sente
             noted_end = _real(paths, tables, f"videos/{name}/to_timestamp")
             end = np.where(noted_end.bad, np.nan, noted_end.values)[order]
         found = zip(chunk.tolist(), file.tolist(), strict=True)
-        videos[name] = Videos(tuple(_place(root, info.path, "video_path", info.video_path, *each, name) for each in found), begin, end)
+        videos[name] = Videos(
+            tuple(_place(shared, root, info.path, "video_path", info.video_path, *each, name) for each in found), begin, end
+        )
     noted = [each for table in tables for each in _sentences(table)] if sentences else [None] * len(numbers)
     return Episodes(folder, numbers, first, stop, length, files, videos, tuple(noted[row] for row in order), tuple(faults))
 
@@ -243,11 +246,16 @@ def _joined(paths: Sequence[Path], tables: Sequence[pa.Table], name: str, read: 
     return Numbers(np.concatenate([part.values for part in parts]), np.concatenate([part.bad for part in parts]), found)
 
 
-def _place(root: Path, path: Path, name: str, pattern: str | None, chunk: int, file: int, video_key: str = "") -> Path:
+def _place(
+    known: dict[Any, Path], root: Path, path: Path, name: str, pattern: str | None, chunk: int, file: int, video_key: str = ""
+) -> Path:
+    key = (chunk, file, video_key)
+    if key in known:
+        return known[key]
     if pattern is None:
         raise DatasetError(f"{path} must give {name}, the pattern of file names, found none; {RECORD_AGAIN}")
     try:
-        return root / pattern.format(video_key=video_key, chunk_index=chunk, file_index=file)
+        return known.setdefault(key, root / pattern.format(video_key=video_key, chunk_index=chunk, file_index=file))
     except (KeyError, IndexError, ValueError) as error:
         raise DatasetError(f"{name} of {path} is {pattern!r}, which names an unknown field ({error}); {RECORD_AGAIN}") from None
 

@@ -31,6 +31,7 @@ from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError, DatasetError
 
 ROUNDING = 1e-3  # seconds: float32 timestamps of a long episode, and what containers round to
+ROWS_OF_A_RATE = 10_000  # enough for a median
 STEPS_OF_A_RATE = 10  # fewer say nothing where rows were taken out
 RATE_SHARE = 0.1  # how far the rows' usual distance in time may be from 1 / fps
 
@@ -193,10 +194,12 @@ def _files(root: Path, episodes: Episodes, chosen: NDArray[np.bool_]) -> dict[Pa
 
 def _sorted(files: tuple[Path, ...], parts: list[dict[str, Any]], widths: tuple[int, int]) -> Rows:
     def joined(name: str) -> NDArray[Any]:
+        if len(parts) == 1:
+            return np.asarray(parts[0][name])
         return np.concatenate([part[name] for part in parts]) if parts else np.zeros(0, dtype=np.int64)
 
     index = joined("index")
-    order = None if (np.diff(index) > 0).all() else np.argsort(index, kind="stable")
+    order = None if (index[1:] > index[:-1]).all() else np.argsort(index, kind="stable")
 
     def arranged(values: NDArray[Any]) -> NDArray[Any]:
         return values if order is None else values[order]
@@ -205,7 +208,10 @@ def _sorted(files: tuple[Path, ...], parts: list[dict[str, Any]], widths: tuple[
         if not parts:
             return Numbers(np.zeros((0, width), np.float32), np.zeros(0, dtype=bool))
         found = next((part[name].found for part in parts if part[name].found), "")
-        values, bad = (np.concatenate([getattr(part[name], field) for part in parts]) for field in ("values", "bad"))
+        if len(parts) == 1:
+            values, bad = parts[0][name].values, parts[0][name].bad
+        else:
+            values, bad = (np.concatenate([getattr(part[name], field) for part in parts]) for field in ("values", "bad"))
         return Numbers(arranged(values), arranged(bad), found)
 
     frame = arranged(joined("frame")) if parts and parts[0]["frame"] is not None else None
@@ -240,11 +246,12 @@ def _timed(rows: Rows, fps: float) -> Rows:
 
 
 def _or_sentinel(numbers: Numbers) -> NDArray[np.int64]:
-    return np.where(numbers.bad, NO_NUMBER, numbers.values)
+    return np.where(numbers.bad, NO_NUMBER, numbers.values) if numbers.bad.any() else numbers.values
 
 
 def _times(numbers: Numbers) -> NDArray[np.float64]:
-    return np.where(numbers.bad, np.nan, numbers.values.astype(np.float64))
+    values = numbers.values.astype(np.float64, copy=False)
+    return np.where(numbers.bad, np.nan, values) if numbers.bad.any() else values
 
 
 def _told(value: Any) -> str:
@@ -268,22 +275,33 @@ def _each(rows: Rows, wrong: NDArray[np.bool_], kind: str, told: Callable[[int],
         yield Fault(kind, f"{where} {told(row)}", remedy, owner)
 
 
+def _groups(rows: Rows, episodes: Episodes) -> tuple[NDArray[np.int64] | None, NDArray[np.int64], NDArray[np.int64]]:
+    """(an order of the rows by episode, None where they have it; where each episode begins in it; where it ends)."""
+    sorted_ = bool((rows.episode[1:] >= rows.episode[:-1]).all())
+    order = None if sorted_ else np.argsort(rows.episode, kind="stable")
+    owner = rows.episode if order is None else rows.episode[order]
+    return order, np.searchsorted(owner, episodes.number, side="left"), np.searchsorted(owner, episodes.number, side="right")
+
+
 def _bounds(rows: Rows, episodes: Episodes, chosen: NDArray[np.bool_], info: Info) -> Iterator[Fault]:
     """Episodes tile the rows: each has as many as it says, where it says."""
-    strange = np.flatnonzero(~np.isin(rows.episode, episodes.number))
+    order, starts, stops = _groups(rows, episodes)
+    place = np.minimum(np.searchsorted(episodes.number, rows.episode), max(len(episodes.number) - 1, 0))
+    strange = np.flatnonzero(episodes.number[place] != rows.episode) if len(episodes.number) else np.arange(len(rows.episode))
     if len(strange):
         row = int(strange[0])
-        text = (
-            f"row {rows.index[row]} of {rows.files[rows.file[row]]} is of episode {rows.episode[row]}, which {episodes.path} does not list"
-        )
-        yield Fault("bounds", text)
+        where = f"row {rows.index[row]} of {rows.files[rows.file[row]]}"
+        yield Fault("bounds", f"{where} is of episode {rows.episode[row]}, which {episodes.path} does not list")
     clean = not len(strange)
-    order = np.argsort(rows.episode, kind="stable")
-    starts = np.searchsorted(rows.episode[order], episodes.number, side="left")
-    stops = np.searchsorted(rows.episode[order], episodes.number, side="right")
-    for place in np.flatnonzero(chosen).tolist():
+    healthy = (episodes.stop - episodes.first == episodes.length) & (stops - starts == episodes.length) & (episodes.length > 0)
+    if order is None and clean:
+        off = rows.index != episodes.first[place] + np.arange(len(rows.index)) - starts[place]
+        healthy[place[off]] = False
+    else:
+        healthy[:] = False
+    for place in np.flatnonzero(chosen & ~healthy).tolist():
         number, first, stop, length = (int(each[place]) for each in (episodes.number, episodes.first, episodes.stop, episodes.length))
-        own = rows.index[order[starts[place] : stops[place]]]
+        own = rows.index[slice(starts[place], stops[place]) if order is None else order[starts[place] : stops[place]]]
         said = f"{episodes.path} says that episode {number} has {length} rows, {first} to {stop - 1}"
         text = ""
         if stop - first != length or length < 1:
@@ -303,8 +321,9 @@ def _bounds(rows: Rows, episodes: Episodes, chosen: NDArray[np.bool_], info: Inf
 def _time(rows: Rows) -> Iterator[Fault]:
     """Time and frame_index rise from row to row of an episode; gaps are rows that were taken out."""
     same = rows.episode[1:] == rows.episode[:-1]
-    wrong = ~np.isfinite(rows.time) | (rows.time < -ROUNDING)
-    wrong[1:] |= same & (rows.time[1:] <= rows.time[:-1])
+    wrong = ~(rows.time >= -ROUNDING)  # NaN too
+    wrong[1:] |= same & ~(rows.time[1:] > rows.time[:-1])
+    wrong |= np.isinf(rows.time)
     remedy = "correct the column, or record or download the data set again"
     rule = "above the one of the row before it"
     yield from _each(rows, wrong, "time", lambda row: f"must have a timestamp {rule}, found {rows.time[row]:g}", remedy)
@@ -316,7 +335,7 @@ def _time(rows: Rows) -> Iterator[Fault]:
 
 
 def _rate(rows: Rows, info: Info) -> Iterator[Fault]:
-    steps = np.diff(rows.time)[rows.episode[1:] == rows.episode[:-1]]
+    steps = (rows.time[1:] - rows.time[:-1])[rows.episode[1:] == rows.episode[:-1]][:ROWS_OF_A_RATE]
     steps = steps[np.isfinite(steps) & (steps > 0)]
     if len(steps) < STEPS_OF_A_RATE:
         return
@@ -330,12 +349,10 @@ def _spans(rows: Rows, episodes: Episodes, chosen: NDArray[np.bool_], info: Info
     """Each chosen episode has a span of a file of its own, as long as its rows need."""
     remedy = "correct meta/episodes, or record or download the data set again"
     period = 1 / info.fps
-    order = np.argsort(rows.episode, kind="stable")
-    stops = np.searchsorted(rows.episode[order], episodes.number, side="right")
-    starts = np.searchsorted(rows.episode[order], episodes.number, side="left")
+    order, starts, stops = _groups(rows, episodes)
     last = np.full(len(episodes.number), np.nan)
     some = np.flatnonzero(stops > starts)
-    last[some] = rows.time[order[stops[some] - 1]]
+    last[some] = rows.time[stops[some] - 1 if order is None else order[stops[some] - 1]]
     for column, videos in episodes.videos.items():
         where = f"{episodes.path} says that the video of {column!r}"
         ends = np.where(np.isnan(videos.end), videos.begin + np.nan_to_num(last) + period, videos.end)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -67,7 +68,7 @@ def integers(column: pa.ChunkedArray | pa.Array) -> Numbers:
     numbers = scalars(column)
     whole = np.isfinite(numbers.values) & (numbers.values == np.rint(numbers.values)) if numbers.values.dtype.kind == "f" else None
     if whole is None:
-        return Numbers(numbers.values.astype(np.int64), numbers.bad, numbers.found)
+        return numbers
     bad = numbers.bad | ~whole
     found = numbers.found or (str(numbers.values[~whole][0]) if not whole.all() else "")
     return Numbers(np.where(bad, 0, numbers.values).astype(np.int64), bad, found)
@@ -77,7 +78,7 @@ def scalars(column: pa.ChunkedArray | pa.Array) -> Numbers:
     """[N] int64 for whole types, float64 for others; one number a row, as it is or in a list of one."""
     flat = _flat(column, 1)
     kind = np.int64 if flat.values.dtype.kind in "iub" else np.float64
-    return Numbers(flat.values.reshape(-1).astype(kind), flat.bad, flat.found)
+    return Numbers(flat.values.reshape(-1).astype(kind, copy=False), flat.bad, flat.found)
 
 
 def matrix(column: pa.ChunkedArray | pa.Array, width: int) -> Numbers:
@@ -89,12 +90,15 @@ def matrix(column: pa.ChunkedArray | pa.Array, width: int) -> Numbers:
 
 def _flat(column: pa.ChunkedArray | pa.Array, width: int) -> Numbers:
     """[N, W] of the column's own numbers."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    array = _in_one(column)
     if isinstance(array, pa.ChunkedArray):  # too long for one chunk of 32-bit offsets
         parts = [_flat(chunk, width) for chunk in array.chunks]
         found = next((part.found for part in parts if part.found), "")
         return Numbers(np.concatenate([part.values for part in parts]), np.concatenate([part.bad for part in parts]), found)
     rows = len(array)
+    plain = _plain(array, width)
+    if plain is not None:
+        return Numbers(plain, np.zeros(rows, dtype=bool))
     widths: NDArray[np.int64] = np.ones(rows, dtype=np.int64)
     null = np.zeros(rows, dtype=bool)
     listed = _is_list(array.type)
@@ -121,6 +125,22 @@ def _flat(column: pa.ChunkedArray | pa.Array, width: int) -> Numbers:
     good = np.flatnonzero(widths == width)
     dense[good] = values[starts[good][:, None] + np.arange(width)]
     return Numbers(_zeroed(dense, bad), bad, found)
+
+
+def _plain(array: pa.Array, width: int) -> NDArray[Any] | None:
+    """[N, W] of a healthy column as it lies: numbers, or lists of `width` of them, none of them null; None for any other."""
+    if not _is_list(array.type):
+        healthy = width == 1 and _is_number(array.type) and not array.null_count
+        return _values(array).reshape(-1, 1) if healthy else None
+    if array.null_count or not _is_number(array.type.value_type):
+        return None
+    if pa.types.is_fixed_size_list(array.type):
+        equal = array.type.list_size == width
+    else:
+        offsets = np.asarray(array.offsets)
+        equal = bool((offsets[1:] - offsets[:-1] == width).all())
+    inner = array.flatten() if equal else None
+    return None if inner is None or inner.null_count else _values(inner).reshape(-1, width)
 
 
 def _unlisted(array: pa.Array, widths: NDArray[np.int64], null: NDArray[np.bool_]) -> tuple[NDArray[np.int64], pa.Array]:
@@ -173,12 +193,14 @@ def _refuse_out_of_bounds(path: Path, footer: Any, table: pa.Table) -> None:
         bounds = _bounds(footer, name)
         if bounds is None:
             continue
-        values = _values(_leaves(table[name]))
-        if values.dtype.kind == "f":
-            values = values[np.isfinite(values)]
+        found = [pc.min_max(_leaves(chunk)).as_py() for chunk in table[name].chunks]
+        least, greatest = (
+            min((each["min"] for each in found if each["min"] is not None), default=bounds[0]),
+            max((each["max"] for each in found if each["max"] is not None), default=bounds[1]),
+        )
         low, high = bounds
-        if len(values) and not (low <= values.min() and values.max() <= high):
-            wrong = values.min() if values.min() < low else values.max()
+        if least < low or greatest > high:
+            wrong = least if least < low else greatest
             raise DatasetError(
                 f"{path} is damaged: its footer says that {name!r} lies in {low:g}..{high:g}, found {wrong:g}; download the file again"
             )
@@ -206,12 +228,14 @@ def _innermost(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def _leaves(column: pa.ChunkedArray) -> pa.Array:
-    array = column.combine_chunks()
-    chunks = array.chunks if isinstance(array, pa.ChunkedArray) else [array]
-    flat = []
-    for chunk in chunks:
-        while _is_list(chunk.type):
-            chunk = chunk.flatten()
-        flat.append(chunk.drop_null() if chunk.null_count else chunk)
-    return pa.concat_arrays(flat) if len(flat) > 1 else flat[0]
+def _leaves(array: pa.Array) -> pa.Array:
+    while _is_list(array.type):
+        array = array.flatten()
+    return array
+
+
+def _in_one(column: pa.ChunkedArray | pa.Array) -> pa.Array | pa.ChunkedArray:
+    """The column in one chunk where it fits; a single one is not copied."""
+    if not isinstance(column, pa.ChunkedArray):
+        return column
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

@@ -39,10 +39,6 @@ class Batch:
         """The same batch in page-locked memory."""
         return self._each(Tensor.pin_memory)
 
-    def copied(self) -> "Batch":
-        """The same batch in memory of its own."""
-        return self._each(Tensor.clone)
-
     def augmented(self) -> "Batch":
         """The batch with its augmentation done, on the device where it lies; itself where there is none to do."""
         if self.augmentation is None:

@@ -1,6 +1,6 @@
-r"""From (seed, step, rank) to a batch of tensors, prepared in threads or worker processes while the last one is trained on.
+r"""From (seed, step, rank) to a batch of tensors, prepared in threads while the last one is trained on.
 
-Owns: collation, prefetching. Does not know: the model, devices beyond moving to one, the optimiser, how processes are spoken to.
+Owns: collation, prefetching. Does not know: the model, devices beyond moving to one, the optimiser.
 
     position in the stream -> sample -> frame -> pictures (memory map), state and action chunk (one slice) -> chain -> tensors
                                     \-> noise and uniform number for the flow, numbers for augmentation, by counter
@@ -9,9 +9,6 @@ Owns: collation, prefetching. Does not know: the model, devices beyond moving to
     thread A [0]     [2]     [4]              whichever thread is done first
     thread B     [1]     [3]     [5]          at most `threads + ahead` batches exist at a time
 
-With `processes` the makers are processes (loader_processes.py), `processes + ahead` of their batches exist at a time, and one thread
-copies them, page-locked where that is asked, two at a time.
-
 Shape letters: B micro batch, H horizon, A action dim.
 """
 
@@ -19,9 +16,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -30,7 +25,6 @@ from numpy.typing import NDArray
 from pi0fm.data.chain import Chain, Sample
 from pi0fm.data.columns.lerobot_source import LeRobotSource
 from pi0fm.data.loading.batch import Batch
-from pi0fm.data.loading.processes import in_processes
 from pi0fm.data.order.counter import Slots, draws
 from pi0fm.data.order.orders import Order, Places
 from pi0fm.data.order.split import split
@@ -49,22 +43,12 @@ class LoaderConfig:
     """How batches are prepared; it changes speed and memory, never a number in a batch."""
 
     threads: int = option(1, "threads that prepare batches, beside the one that trains")
-    processes: int = option(0, "worker processes that prepare batches instead of threads; 0 for none")
     ahead: int = option(2, "finished batches that wait for their use")
-    pin_memory: bool = option(False, "keep batches in page-locked memory, so that copying to a GPU does not wait")
-    prefetch_to_device: bool = option(False, "copy a batch to the device while the one before it is trained on")
 
     def __post_init__(self) -> None:
         for name in ("threads", "ahead"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"loader.{name} must be >= 1, found {getattr(self, name)}; leave it out for the default")
-        if self.processes < 0:
-            raise ConfigError(f"loader.processes must be >= 0, found {self.processes}; leave it out to prepare batches in threads")
-        if self.processes and self.threads > 1:
-            raise ConfigError(
-                f"batches are prepared by threads or by processes, found loader.threads {self.threads} and loader.processes "
-                f"{self.processes}; leave one of them out"
-            )
 
 
 class BatchMaker(ABC):
@@ -201,7 +185,8 @@ def micro_batches(
 ) -> Generator[Batch]:
     """This rank's micro batches of steps first_step .. num_steps - 1, in order, some ahead of their use.
 
-    data/order/split.py says which samples are whose. device: where `config.prefetch_to_device` copies to; None or a CPU copies nothing.
+    data/order/split.py says which samples are whose. device: a GPU is copied to out of page-locked
+    memory, each batch while the one before it is trained on; None or a CPU copies nothing.
     """
     parts = split(global_batch_size, rank, world_size, micro_batch_size)
 
@@ -210,38 +195,17 @@ def micro_batches(
             for number, (offset, count) in enumerate(parts):
                 yield step, step * global_batch_size + offset, count, number == 0
 
-    workers = None
-    if config.processes:
-        tasks = ((start, count) for _, start, count, _ in starts())
-        workers = in_processes(partial(_arrays, collator), tasks, config.processes, config.processes + config.ahead)
+    on_gpu = device is not None and device.type == "cuda"
 
     def prepare(step: int, start: int, count: int, begins: bool) -> Batch:
         if begins:
             collator.count_ahead(step * global_batch_size, global_batch_size)
-        if workers is None:
-            batch = collator(start, count)
-            collator.expect_after(start, count)
-            return batch.pinned() if config.pin_memory else batch
-        batch = Batch.of({name: torch.from_numpy(array) for name, array in next(workers).items()})  # of the same start: both count alike
-        return batch.pinned() if config.pin_memory else batch.copied()  # out of memory that a worker fills again
+        batch = collator(start, count)
+        collator.expect_after(start, count)
+        return batch.pinned() if on_gpu else batch
 
-    if workers is None:
-        batches = _in_threads(prepare, starts(), config.threads, config.threads + config.ahead)
-    else:
-        batches = _closing(workers, _in_threads(prepare, starts(), 1, 2))
-    ahead = config.prefetch_to_device and device is not None and device.type == "cuda"
-    return _on_device(batches, device) if ahead and device is not None else batches
-
-
-def _arrays(maker: BatchMaker, first: int, count: int) -> dict[str, NDArray]:
-    """In a worker process: a batch by name, on its way into shared memory."""
-    return {name: tensor.numpy() for name, tensor in maker(first, count).named().items()}
-
-
-def _closing(workers: Generator[dict[str, NDArray]], batches: Iterator[Batch]) -> Generator[Batch]:
-    """The same batches; worker processes end with the last, or when nobody asks any more."""
-    with closing(workers):
-        yield from batches
+    batches = _in_threads(prepare, starts(), config.threads, config.threads + config.ahead)
+    return _on_device(batches, device) if on_gpu and device is not None else batches
 
 
 def _in_threads(

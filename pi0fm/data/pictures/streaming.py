@@ -13,7 +13,6 @@ The order is a function of the position, so a run that goes on needs no saved bu
 
 import threading
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,13 +66,6 @@ class FrameStream(Pictures):
         self._held: dict[int, Future[NDArray[np.uint8]]] = {}
         self._used: dict[int, int] = {}  # group -> when it is used last, on the clock of samples that were gathered
         self._clock, self._frames_held, self._frames_decoded, self._lock = 0, 0, 0, threading.Lock()
-
-    def __reduce__(self) -> NoReturn:
-        """A worker process would have a buffer of its own, and decode every video once more. Raises ConfigError."""
-        raise ConfigError(
-            "loader.processes needs decoded frames on the disk, but this data set is streamed, and each process would decode all of it; "
-            "type --loader.threads instead (decoders let other threads run), or raise --dataset.cache_limit_gib"
-        )
 
     @property
     def order(self) -> Order:
