@@ -39,7 +39,7 @@ from pi0fm.data.pictures.shards import SUFFIX, CacheFormat, ShardedFrames, is_wh
 from pi0fm.data.pictures.source import Pictures
 from pi0fm.data.pictures.stored import stored_picture
 from pi0fm.data.pictures.video import choose_decoder
-from pi0fm_client.errors import DatasetError
+from pi0fm_client.errors import DatasetError, OutputError
 
 SHARD_BYTES = 64 * 2**20
 MOST_SHARDS = 4096  # a camera: each is a memory map, of which a process may have some ten thousand
@@ -106,12 +106,17 @@ def open_cache(
     directory = cache_folder(source, config, size, form, resize)
     firsts = shard_firsts(source, size)
     cache = _Folder(ShardFolder(directory, tuple(source.embodiment.cameras.values()), firsts, size, form), source, resize)
-    with _locked(directory):
-        missing = cache.missing()
-        if missing:
-            _check_room(directory, sum(cache.count(number) for _, number in missing) * size * size * 3, config.cache_limit_gib, form)
-            cache.build(config, missing)
-        cache.note_verified()
+    if not os.access(directory, os.W_OK) and directory.is_dir() and not cache.missing():
+        return cache.place.open()  # a whole cache on a read-only disk
+    try:
+        with files.write_faults(directory), _locked(directory):
+            missing = cache.missing()
+            if missing:
+                _check_room(directory, sum(cache.count(number) for _, number in missing) * size * size * 3, config.cache_limit_gib, form)
+                cache.build(config, missing)
+            cache.note_verified()
+    except OutputError as error:
+        raise OutputError(f"decoded frames: {error}, or type --dataset.cache_dir FOLDER") from None
     return cache.place.open()
 
 

@@ -17,7 +17,7 @@ from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.data.pictures import decoding, frame_cache
 from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.data.pictures.video import choose_decoder, decode
-from pi0fm_client.errors import ConfigError, DatasetError, Pi0fmError
+from pi0fm_client.errors import ConfigError, DatasetError, OutputError, Pi0fmError
 
 SIZE = 16
 FRAMES = np.arange(sum(tiny_dataset.LENGTHS))
@@ -240,3 +240,16 @@ def test_decoding_may_begin_anywhere(tiny_root, start):
     assert list(part) == list(everything)[-len(part) :]
     assert min(part) <= start / tiny_dataset.FPS + 1e-6
     assert all(np.array_equal(frame, everything[time]) for time, frame in part.items())
+
+
+def test_a_place_that_cannot_be_written_is_named_with_the_option(tiny_source, tiny_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"^decoded frames: .*file.*--dataset\.cache_dir FOLDER$"):
+        open_cache(tiny_source, replace(tiny_config, cache_dir=tmp_path / "file/cache"), SIZE)
+
+
+def test_a_whole_cache_on_a_read_only_disk_is_used(tiny_source, tiny_config, monkeypatch):
+    whole = open_cache(tiny_source, tiny_config, SIZE).gather(FRAMES)
+    monkeypatch.setattr(frame_cache.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(frame_cache, "_locked", lambda directory: pytest.fail("a lock cannot be made there"))
+    assert np.array_equal(open_cache(tiny_source, tiny_config, SIZE).gather(FRAMES), whole)
