@@ -140,11 +140,8 @@ def advise(
     reached = (parts["forward"].limit_seconds + parts["backward"].limit_seconds) / passes
     found: list[tuple[float, str]] = []
     if share["data"] > WAITING:
-        more = config.loader.processes + 2 if config.loader.processes else config.loader.threads + 1
-        word = "processes" if config.loader.processes else "threads"
-        found.append((share["data"], f"steps wait for data {share['data']:.0%} of the time: --loader.{word} {more}"))
-    if device.type == "cuda" and not (config.loader.pin_memory and config.loader.prefetch_to_device):
-        found.append((share["data"], "batches are copied while the step waits: --loader.pin_memory true --loader.prefetch_to_device true"))
+        more = config.loader.threads + 1
+        found.append((share["data"], f"steps wait for data {share['data']:.0%} of the time: --loader.threads {more}"))
     updating = share["optimizer"] + share["average"]
     if updating > UPDATING:
         text = f"clipping, optimiser and average take {updating:.0%}, whatever the batch: a larger --global_batch_size"

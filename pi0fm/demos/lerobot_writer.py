@@ -31,7 +31,7 @@ CHUNK_FILES = 1000
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-_PARQUET: Mapping[str, Any] = {"write_page_checksum": True, "compression": "snappy", "use_dictionary": True, "write_page_checksum": True}
+_PARQUET: Mapping[str, Any] = {"compression": "snappy", "use_dictionary": True, "write_page_checksum": True}
 _COUNTERS: Mapping[str, Any] = {
     "timestamp": {"dtype": "float32", "shape": [1], "names": None},
     "frame_index": {"dtype": "int64", "shape": [1], "names": None},
