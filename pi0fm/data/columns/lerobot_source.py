@@ -262,7 +262,8 @@ def _source(
     sentences = list(dict.fromkeys(tasks[key] or "" for key in keys.tolist()))
     numbered = {text: place for place, text in enumerate(sentences)}
     place = np.array([numbered[tasks[key] or ""] for key in keys.tolist()], dtype=np.int64)
-    found = np.minimum(np.searchsorted(keys, rows.task), max(len(keys) - 1, 0))
+    counted = np.array_equal(keys, np.arange(len(keys)))
+    found = np.clip(rows.task if counted else np.searchsorted(keys, rows.task), 0, max(len(keys) - 1, 0))
     task = place[found] if len(keys) else np.zeros(len(rows.task), dtype=np.int64)
     span = {int(rows.episode[begin]): (int(begin), int(stop)) for begin, stop in zip(begins, ends, strict=True)}
     recording = read_json(root / RECORDING) if (root / RECORDING).is_file() else {}

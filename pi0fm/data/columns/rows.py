@@ -144,7 +144,8 @@ def compare(
     yield from _time(rows)
     yield from _rate(rows, info)
     yield from _spans(rows, episodes, chosen, info)
-    known = np.isin(rows.task, list(tasks))
+    counted = sorted(tasks) == list(range(len(tasks)))
+    known = (rows.task >= 0) & (rows.task < len(tasks)) if counted else np.isin(rows.task, list(tasks))
     listed = ", ".join(map(str, list(tasks)[:8]))
     yield from _each(rows, ~known, "task", lambda row: f"has task_index {_told(rows.task[row])}, but meta/tasks.parquet has {listed}")
     yield from _numbers(rows, embodiment.state, rows.state)
@@ -162,7 +163,9 @@ def _numbers(rows: Rows, column: str, numbers: Numbers) -> Iterator[Fault]:
         return f"must have finite numbers in {column!r}, found {values[row].tolist()!s:.120}"
 
     yield from _each(rows, numbers.bad, "width", other_width)
-    yield from _each(rows, ~np.isfinite(values).all(axis=1), "not finite", not_finite)
+    finite = np.isfinite(values)
+    if not finite.all():
+        yield from _each(rows, ~finite.all(axis=1), "not finite", not_finite)
 
 
 def _keys(has: Callable[[str], bool]) -> list[str]:
@@ -286,8 +289,13 @@ def _groups(rows: Rows, episodes: Episodes) -> tuple[NDArray[np.int64] | None, N
 def _bounds(rows: Rows, episodes: Episodes, chosen: NDArray[np.bool_], info: Info) -> Iterator[Fault]:
     """Episodes tile the rows: each has as many as it says, where it says."""
     order, starts, stops = _groups(rows, episodes)
-    place = np.minimum(np.searchsorted(episodes.number, rows.episode), max(len(episodes.number) - 1, 0))
-    strange = np.flatnonzero(episodes.number[place] != rows.episode) if len(episodes.number) else np.arange(len(rows.episode))
+    counts = stops - starts
+    if order is None and counts.sum() == len(rows.episode):
+        place: NDArray[Any] = np.repeat(np.arange(len(counts)), counts)
+        strange: NDArray[Any] = np.zeros(0, dtype=np.int64)
+    else:
+        place = np.minimum(np.searchsorted(episodes.number, rows.episode), len(episodes.number) - 1)
+        strange = np.flatnonzero(episodes.number[place] != rows.episode)
     if len(strange):
         row = int(strange[0])
         where = f"row {rows.index[row]} of {rows.files[rows.file[row]]}"
