@@ -35,15 +35,15 @@ from pi0fm.models.pi0 import FlowTime, Pi0
 from pi0fm.models.prefix_cache import KeyValue, Modulations, PrefixCache
 from pi0fm.models.vision import VisionLayer, VisionTower
 
-ROWS = 64  # rows of a product's tile: the fewest that a Hopper matrix instruction takes
-COLUMNS = 32  # of a product's tile: 32 to 128 tiles, times SLICES, for 132 multiprocessors
+# Sizes of tiles: the fastest of 15 choices for a step of released sizes on an H100 (docs/gpu.md)
+ROWS = 64  # of a product's tile: the fewest that a Hopper matrix instruction takes
+COLUMNS = 32  # of a product's tile
 HALF = 16  # columns of either half of a head in the rotated product
-SLICES = 4  # of K, of the products that have few columns
+SLICES = 2  # of K, of the products that have few columns
 DEPTH = 128  # of K at a time
 ASKING, KEYS = 32, 128  # rows and keys of a slice of the attention
 PRODUCT: Any = {"num_warps": 4, "num_stages": 4}
 LINE = 128  # bytes that one prefetch brings
-OVERLAP = True
 
 
 @triton.jit
@@ -212,8 +212,14 @@ def _attend(
 
 
 @triton.jit
-def _join(sums, largest, totals, joined, tokens, cuts, HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, CUTS: tl.constexpr):
+def _join(
+    sums, largest, totals, joined, tokens, cuts, HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, CUTS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     """A row a program: the slices of the keys weighed against each other; to [B, T, N K]."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    _after_previous(PDL)
     GROUP: tl.constexpr = HEADS // KV
     row, pair = tl.program_id(0), tl.program_id(1)
     cut, depth = tl.arange(0, CUTS), tl.arange(0, K)
@@ -626,7 +632,7 @@ def fits(decoder: JointDecoder) -> bool:
 
 def _overlap(x: Tensor) -> dict[str, Any]:
     """Whether a kernel may begin before its predecessor ends (programmatic dependent launch, Hopper and later)."""
-    overlaps = OVERLAP and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    overlaps = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
     return {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}
 
 
