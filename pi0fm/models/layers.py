@@ -125,7 +125,8 @@ def run_layer(layer: nn.Module, recomputed: bool, *inputs: Any) -> Any:
     if recomputed and layer.training and torch.is_grad_enabled():
         # nothing in a layer is random, so no generator's state is kept
         return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return layer(*inputs)
+    # a compiled layer is compiled for training: torch.func, in which a likelihood is taken, cannot look into it
+    return layer(*inputs) if layer.training else layer.forward(*inputs)
 
 
 def _closed_form() -> bool:

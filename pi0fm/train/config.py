@@ -68,6 +68,7 @@ class TrainConfig:
     lora: LoraConfig = option(LoraConfig, "")
     frozen_bfloat16: bool = option(False, "keep frozen matrices in bfloat16, in a run that computes in it: half their memory")
     activation_checkpointing: bool = option(False, "compute activations twice instead of keeping them: the same numbers, less memory")
+    compile: bool = option(False, "compile each layer: a minute at the start, fewer and larger kernels on a GPU; other rounding")
     model: dict[str, Any] = option(lambda: {"preset": "tiny"}, "preset (tiny, pi0, pi05), and any field of it to change")
     flow: FlowConfig = option(FlowConfig, "")
     optimizer: OptimizerConfig = option(OptimizerConfig, "")
@@ -169,7 +170,7 @@ class TrainConfig:
 
     def adaptation(self) -> Adaptation:
         """What trains, and how it is kept. Raises ConfigError for what cannot be combined."""
-        return Adaptation(self.train_only, self.lora, self.frozen_bfloat16, self.activation_checkpointing)
+        return Adaptation(self.train_only, self.lora, self.frozen_bfloat16, self.activation_checkpointing, self.compile)
 
     @property
     def checkpoint_place(self) -> Path | str:

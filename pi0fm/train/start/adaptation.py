@@ -40,6 +40,7 @@ class Adaptation:
     lora: LoraConfig = field(default_factory=LoraConfig)
     frozen_bfloat16: bool = False
     activation_checkpointing: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.train_only not in TRAINED:
@@ -92,6 +93,8 @@ def adapt(model: Pi0, how: Adaptation, computes: torch.dtype) -> Pi0:
         _halve_frozen(model)
     if how.activation_checkpointing:
         model.checkpoint_activations()
+    if how.compile:
+        model.compile_layers()
     return model
 
 

@@ -1,0 +1,46 @@
+"""A program: losses and gradients of a compiled network beside the plain one's, over prompts of several lengths; JSON on standard output.
+
+Run apart from the tests, whose shape checks torch.compile cannot look through.
+"""
+
+import json
+import sys
+from dataclasses import replace
+
+import torch
+from small_pi0 import BOTH, network, observation, question
+from torch._dynamo.utils import counters
+
+from pi0fm.train.start.adaptation import Adaptation, adapt
+
+LENGTHS = (8, 5, 7, 4)
+
+
+def main(name: str, checkpointed: bool) -> None:
+    """The largest differences of each length, and how many graphs had been compiled by then."""
+    plain, compiled = (
+        adapt(network(BOTH[name]), Adaptation(activation_checkpointing=checkpointed, compile=word), torch.float32).train()
+        for word in (False, True)
+    )
+    noise, t = question(3)[:2]
+    rows = []
+    for length in LENGTHS:
+        seen = observation(3, prompts=(length,) * 3)
+        seen = replace(seen, prompt_tokens=seen.prompt_tokens[:, :length], prompt_mask=seen.prompt_mask[:, :length])
+        found = []
+        for model in (plain, compiled):
+            model.zero_grad()
+            velocity = model(seen, noise, t)
+            velocity.square().mean().backward()
+            found.append((velocity.detach(), {key: value.grad for key, value in model.named_parameters()}))
+        (expected, gradients), (ours, given) = found
+        worst = max(float((given[key] - value).norm() / (value.norm() + 1e-12)) for key, value in gradients.items())
+        rows.append({"velocity": float((ours - expected).abs().max()), "gradient": worst, "graphs": int(counters["stats"]["unique_graphs"])})
+    with torch.no_grad():  # judged in eval mode, where a likelihood is taken under torch.func
+        pushed = torch.func.jvp(lambda x: compiled.eval()(seen, x, t), (noise,), (torch.ones_like(noise),))[1]
+        assert torch.isfinite(pushed).all()
+    sys.stdout.write(json.dumps(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2] == "checkpointed")
