@@ -119,7 +119,7 @@ def distributions(model: nn.Module) -> dict[str, Initial]:
 def fill(parameter: Tensor, initial: Initial, seed: int, name: str) -> None:
     """Give `parameter` its numbers; made in float32 on the CPU, then cast and copied."""
     direct = parameter.device.type == "cpu" and parameter.dtype == torch.float32 and parameter.is_contiguous()
-    flat = parameter.detach().reshape(-1) if direct else torch.empty(parameter.numel())
+    flat = parameter.detach().reshape(-1) if direct else torch.empty(parameter.numel(), device="cpu")
     _write(initial, seed, name, 0, flat.numpy())
     if not direct:
         parameter.copy_(flat.reshape(parameter.shape))

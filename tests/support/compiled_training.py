@@ -3,6 +3,7 @@
 Run apart from the tests, whose shape checks torch.compile cannot look through.
 """
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -36,8 +37,9 @@ def main(name: str, checkpointed: bool) -> None:
         (expected, gradients), (ours, given) = found
         worst = max(float((given[key] - value).norm() / (value.norm() + 1e-12)) for key, value in gradients.items())
         rows.append({"velocity": float((ours - expected).abs().max()), "gradient": worst, "graphs": int(counters["stats"]["unique_graphs"])})
-    with torch.no_grad():  # judged in eval mode, where a likelihood is taken under torch.func
-        pushed = torch.func.jvp(lambda x: compiled.eval()(seen, x, t), (noise,), (torch.ones_like(noise),))[1]
+    judged = copy.deepcopy(compiled).eval()  # as validation does, which takes likelihoods under torch.func
+    with torch.no_grad():
+        pushed = torch.func.jvp(lambda x: judged(seen, x, t), (noise,), (torch.ones_like(noise),))[1]
         assert torch.isfinite(pushed).all()
     sys.stdout.write(json.dumps(rows) + "\n")
 
