@@ -66,7 +66,7 @@ def measure(options: Options) -> Report:
     probes = noise.probes(seeds, options.num_probes, shape)
     density = scored.density(None if probes is None else probes.to(policy.device))
     with torch.no_grad(), policy.sampler.precision():
-        velocity = policy.model.field(inputs)
+        velocity = policy.model.cached_velocity(inputs)
         given = policy.flow.sample(velocity, start, mask=mask)
 
         def sampled() -> object:

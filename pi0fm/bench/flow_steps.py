@@ -250,7 +250,7 @@ def solve(options: Options, policy: LocalPolicy, observations: list[Observation]
 
     references = [Setting(REFERENCE, options.reference_steps // part).expected_evaluations for part in (1, 2)]
     with torch.inference_mode(), progress.step("solve", sum(references) + sum(each.expected_evaluations for each in compared)) as bar:
-        given = (flow, model.field(inputs), torch.from_numpy(noise).to(policy.device), policy.mask(len(observations)))
+        given = (flow, model.cached_velocity(inputs), torch.from_numpy(noise).to(policy.device), policy.mask(len(observations)))
         reference, floor = find_reference(*given, options.reference_steps)
         bar.advance(sum(references))
         return errors(*given, reference, compared, to_robot, bar.advance), floor

@@ -14,8 +14,8 @@ Shape letters: B batch.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import final
+from collections.abc import Sequence
+from typing import Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -25,8 +25,13 @@ from pi0fm.flow.checks import check_grid, check_same_shape
 from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(x [B, ...], t [B]) -> [B, ...]. One that has a method `at(x, t: float)` too is asked by that where all rows share a time."""
+
+@runtime_checkable
+class Velocity(Protocol):
+    """dx/dt of a flow. One that also has a method `at(x, t: float)` is evaluated by it where all rows share a time."""
+
+    def __call__(self, x: Tensor, t: Tensor, /) -> Tensor:
+        """(x [B, ...], t [B]) -> [B, ...]."""
 
 
 def evaluate(velocity: Velocity, x: Float[Tensor, "B *rest"], t: float) -> Float[Tensor, "B *rest"]:

@@ -1,7 +1,7 @@
 """The dual-stream decoder: a vision-language stream and an action stream under one softmax.
 
 Owns: the layer, its attention mask. Does not know: what a token stands for, flow time, images.
-A stream that is absent is None, so that one `forward` encodes the prefix, moves a suffix against the cache, and does both in training:
+A stream that is absent is None, so that one `forward` encodes the prefix, decodes a suffix against the cache, and does both in training:
 
     prefix  suffix  cache          what it is
     given   None    None      ->   encode the prefix, return the cache
@@ -21,6 +21,7 @@ Shape letters: B batch, P prefix tokens, Q suffix tokens, T tokens of one stream
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from pi0fm.models.attention import additive, attend
 from pi0fm.models.layers import AdaptiveRMSNorm, GatedMLP, Gelu, Modulation, RMSNorm, Rotation, rotate, rotation, run_layer
-from pi0fm.models.prefix_cache import ActionContext, KeyValue, Modulations, PrefixCache, Room
+from pi0fm.models.prefix_cache import ActionContext, KeyValue, KeyValueBuffer, Modulations, PrefixCache
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ class Stream(nn.Module):
             self.mlp_norm = norm()
             self.mlp = GatedMLP(stream.width, stream.mlp_width, config.gelu)
 
-    def project(self, x: Tensor, turn: Rotation, condition: LayerCondition) -> tuple[Tensor, KeyValue, Tensor | None]:
+    def project(self, x: Tensor, rotary: Rotation, condition: LayerCondition) -> tuple[Tensor, KeyValue, Tensor | None]:
         """Rotated queries [B, N, T, K], rotated keys and values, and the gate of the attention residual."""
         normed, gate = self.attention_norm(x, condition[0] if isinstance(condition, tuple) else condition)
         heads = self.qkv(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         turning, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
-        query, key = rotate(turning, turn).split((self.num_heads, self.num_kv_heads), dim=1)
+        query, key = rotate(turning, rotary).split((self.num_heads, self.num_kv_heads), dim=1)
         return query, KeyValue(key, value), gate
 
     def finish(self, x: Tensor, attended: Tensor, gate: Tensor | None, condition: LayerCondition) -> Tensor:
@@ -92,6 +93,18 @@ class Stream(nn.Module):
         x = residual(x, self.out(attended.transpose(1, 2).flatten(2)), gate)
         normed, gate = self.mlp_norm(x, condition[1] if isinstance(condition, tuple) else condition)
         return residual(x, self.mlp(normed), gate)
+
+
+class StreamInput(NamedTuple):
+    """What one stream brings to a layer.
+
+    tokens: [B, T, D]; rotation: of the tokens' positions; mask: additive, of all keys that the stream sees, [B, 1, 1 or T, J], None when
+    every key is real.
+    """
+
+    tokens: Tensor
+    rotation: Rotation
+    mask: Tensor | None
 
 
 class JointDecoderLayer(nn.Module):
@@ -105,32 +118,30 @@ class JointDecoderLayer(nn.Module):
 
     def forward(
         self,
-        prefix: Tensor | None,
-        suffix: Tensor | None,
-        prefix_turn: Rotation | None,
-        suffix_turn: Rotation | None,
-        prefix_mask: Tensor | None,
-        suffix_mask: Tensor | None,
-        cached: KeyValue | Room | None,
-        condition: LayerCondition,
+        prefix: StreamInput | None = None,
+        suffix: StreamInput | None = None,
+        cached: KeyValue | KeyValueBuffer | None = None,
+        condition: LayerCondition = None,
     ) -> tuple[Tensor | None, Tensor | None, KeyValue]:
-        """Both streams one layer further, and the keys and values of all that the last of them saw.
+        """The tokens of both streams after this layer, and the keys and values of all that the last of them saw.
 
-        prefix [B, P, D], suffix [B, Q, D']; prefix_mask [B, 1, 1, P] or None when every token is real;
-        suffix_mask [B, 1, Q or 1, P + Q]; `cached` stands for a prefix that is absent.
+        cached: stands for a prefix that is absent. condition: of the suffix's adaptive norms. Raises ValueError without either prefix.
         """
-        if prefix is not None and prefix_turn is not None:
-            query, cached, gate = self.backbone.project(prefix, prefix_turn, None)
+        after_prefix = after_suffix = None
+        if prefix is not None:
+            query, cached, gate = self.backbone.project(prefix.tokens, prefix.rotation, None)
+            after_prefix = prefix.tokens
             if not self.last:
-                prefix = self.backbone.finish(prefix, attend(query, cached.key, cached.value, prefix_mask), gate, None)
+                after_prefix = self.backbone.finish(prefix.tokens, attend(query, cached.key, cached.value, prefix.mask), gate, None)
         if cached is None:
             raise ValueError("a layer needs either a prefix or its cache")
-        if suffix is not None and suffix_turn is not None:
-            query, own, gate = self.action_expert.project(suffix, suffix_turn, condition)
+        if suffix is not None:
+            query, own, gate = self.action_expert.project(suffix.tokens, suffix.rotation, condition)
             cached = cached.joined(own)
-            suffix = self.action_expert.finish(suffix, attend(query, cached.key, cached.value, suffix_mask), gate, condition)
+            attended = attend(query, cached.key, cached.value, suffix.mask)
+            after_suffix = self.action_expert.finish(suffix.tokens, attended, gate, condition)
         assert isinstance(cached, KeyValue)
-        return prefix, suffix, cached
+        return after_prefix, after_suffix, cached
 
     def modulations(self, condition: Float[Tensor, "B D"]) -> tuple[Modulation, Modulation]:
         """What the two adaptive norms of the action stream make of one flow time."""
@@ -161,21 +172,21 @@ class JointDecoder(nn.Module):
         self, suffix: Float[Tensor, "B Q D"], cache: PrefixCache, num_state_tokens: int, condition: Tensor | None
     ) -> Float[Tensor, "B Q D"]:
         """Run a suffix against a cached prefix; its first `num_state_tokens` do not see the rest."""
-        moved, _ = self._run(None, cache.mask, suffix, num_state_tokens, cache, condition)
-        assert moved is not None
-        return moved
+        out, _ = self._run(None, cache.mask, suffix, num_state_tokens, cache, condition)
+        assert out is not None
+        return out
 
     def context(self, cache: PrefixCache, state: Float[Tensor, "B Z D"] | None, num_actions: int) -> ActionContext:
-        """What `move` needs, made once. The state's tokens see the prefix and themselves alone, so no flow time changes them."""
+        """What `decode_actions` needs, computed once. The state's tokens see the prefix and themselves, so no flow time changes them."""
         layers, mask = cache.layers, cache.mask
         if state is not None:
             _, layers = self._run(None, mask, state, state.shape[1], cache, None)
             mask = torch.cat((mask, mask.new_ones(len(mask), state.shape[1])), dim=1)
         steps = torch.arange(num_actions, device=mask.device)
-        room = tuple(layer.with_room(num_actions) for layer in layers)
-        turn = rotation(mask.sum(dim=1)[:, None] + steps, self.head_dim)
+        buffers = tuple(layer.with_space(num_actions) for layer in layers)
+        rotary = rotation(mask.sum(dim=1)[:, None] + steps, self.head_dim)
         seen = None if _whole(mask) else torch.cat((mask, mask.new_ones(len(mask), num_actions)), dim=1)[:, None, None]
-        return ActionContext(room, turn, None if seen is None else additive(seen))
+        return ActionContext(buffers, rotary, None if seen is None else additive(seen))
 
     def modulations(self, condition: Float[Tensor, "B D"]) -> Modulations:
         """What every adaptive norm of the action stream makes of one flow time; a third of what a step of pi0.5 reads from memory."""
@@ -183,16 +194,17 @@ class JointDecoder(nn.Module):
         assert isinstance(self.final_norm, AdaptiveRMSNorm)
         return Modulations(layers, self.final_norm.modulate(condition))
 
-    def move(
+    def decode_actions(
         self, actions: Float[Tensor, "B H D"], context: ActionContext, condition: Tensor | Modulations | None
     ) -> Float[Tensor, "B H D"]:
-        """Action tokens through all layers: `decode` of state and actions, but for the state's rows."""
-        suffix: Tensor | None = actions
-        made = condition if isinstance(condition, Modulations) else None
-        for index, (layer, room) in enumerate(zip(self.layers, context.layers, strict=True)):
-            own = made.layers[index] if made else condition
-            _, suffix, _ = layer(None, suffix, None, context.turn, None, context.bias, room, own)
-        return self.final_norm(suffix, made.final if made else condition)[0]
+        """Decode action tokens through all layers: the actions' rows of `decode` of state and actions."""
+        tokens = actions
+        modulations = condition if isinstance(condition, Modulations) else None
+        for index, (layer, buffer) in enumerate(zip(self.layers, context.layers, strict=True)):
+            of_layer = modulations.layers[index] if modulations else condition
+            suffix = StreamInput(tokens, context.rotary, context.bias)
+            _, tokens, _ = layer(suffix=suffix, cached=buffer, condition=of_layer)
+        return self.final_norm(tokens, modulations.final if modulations else condition)[0]
 
     def forward(
         self,
@@ -203,9 +215,9 @@ class JointDecoder(nn.Module):
         condition: Tensor | None,
     ) -> Float[Tensor, "BK Q E"]:
         """Both streams in one pass, layer by layer: training. The suffix may hold K rows for each row of the prefix, in its order."""
-        moved, _ = self._run(prefix, mask, suffix, num_state_tokens, None, condition)
-        assert moved is not None
-        return moved
+        out, _ = self._run(prefix, mask, suffix, num_state_tokens, None, condition)
+        assert out is not None
+        return out
 
     def _run(
         self,
@@ -217,19 +229,22 @@ class JointDecoder(nn.Module):
         condition: Tensor | None,
     ) -> tuple[Tensor | None, tuple[KeyValue, ...]]:
         """The suffix behind the final norm, and in each layer the keys and values of all that was seen there."""
-        prefix_turn = suffix_turn = prefix_mask = suffix_mask = None
         if prefix is not None:
-            prefix_turn = rotation(mask.long().cumsum(dim=1) - 1, self.head_dim)  # padding and missing cameras take no position
+            prefix_rotation = rotation(mask.long().cumsum(dim=1) - 1, self.head_dim)  # padding and missing cameras take no position
             prefix_mask = None if suffix is None and _whole(mask) else additive(mask[:, None, None])
         if suffix is not None:
             draws = suffix.shape[0] // mask.shape[0]
             steps = torch.arange(suffix.shape[1], device=suffix.device)
-            suffix_turn = rotation(mask.sum(dim=1).repeat_interleave(draws)[:, None] + steps, self.head_dim)
+            suffix_rotation = rotation(mask.sum(dim=1).repeat_interleave(draws)[:, None] + steps, self.head_dim)
             suffix_mask = additive(suffix_attention_mask(mask.repeat_interleave(draws, dim=0), suffix.shape[1], num_state_tokens))
         layers: list[KeyValue] = []
         for index, layer in enumerate(self.layers):
-            cached = cache.layers[index] if cache else None
-            inputs = (prefix, suffix, prefix_turn, suffix_turn, prefix_mask, suffix_mask, cached, condition)
+            inputs = (
+                None if prefix is None else StreamInput(prefix, prefix_rotation, prefix_mask),
+                None if suffix is None else StreamInput(suffix, suffix_rotation, suffix_mask),
+                cache.layers[index] if cache else None,
+                condition,
+            )
             prefix, suffix, seen = run_layer(layer, self.activation_checkpointing, *inputs)
             layers.append(seen)
         if suffix is not None:

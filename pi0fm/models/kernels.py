@@ -341,14 +341,14 @@ class Cached(NamedTuple):
 
 @dataclass(frozen=True)
 class FusedContext:
-    """What the action tokens need to know of the rest. buffers: a layer's keys and values each; turn: of state and actions.
+    """What the action tokens need to know of the rest. buffers: a layer's keys and values each; rotary: of state and actions.
 
     state: tokens whose keys and values are not in the buffers yet: they ride along with the actions of the first step, which saves a pass
     over the weights. Emptied by it.
     """
 
     buffers: tuple[KeyValue, ...]
-    turn: Rotation
+    rotary: Rotation
     bias: Tensor
     prefix: int
     state: list[Tensor]
@@ -359,7 +359,7 @@ class FusedContext:
 class FusedDecoder(nn.Module):
     """`JointDecoder.encode` and `context` by these kernels, and the layers behind a velocity; the same answers up to rounding.
 
-    space: how many tokens may follow the prefix, so that a cache has room for them from the start.
+    space: how many tokens may follow the prefix, so that a cache has space for them from the start.
     """
 
     def __init__(self, decoder: JointDecoder, space: int) -> None:
@@ -378,7 +378,7 @@ class FusedDecoder(nn.Module):
         streams = [layer.backbone for layer in self.layers if isinstance(layer, JointDecoderLayer)]
         matrix, kv = streams[0].qkv.weight, streams[0].num_kv_heads
         buffers = matrix.new_empty(len(streams), 2, batch, kv, tokens + self._space, self.head_dim)
-        turn, bias = rotation(mask.long().cumsum(dim=1) - 1, self.head_dim), additive(mask[:, None, None]).to(matrix.dtype)
+        rotary, bias = rotation(mask.long().cumsum(dim=1) - 1, self.head_dim), additive(mask[:, None, None]).to(matrix.dtype)
 
         def attend(query: Tensor, cached: Cached) -> Tensor:
             key, value = cached.key[:, :, :tokens], cached.value[:, :, :tokens]
@@ -389,25 +389,25 @@ class FusedDecoder(nn.Module):
 
         x, y = prefix.contiguous(), None
         for stream, buffer in zip(streams, buffers, strict=True):
-            x, y, _ = _layer(stream, x, y, None, (None, None), turn, Cached(buffer[0], buffer[1], 0), attend, few=False)
+            x, y, _ = _layer(stream, x, y, None, (None, None), rotary, Cached(buffer[0], buffer[1], 0), attend, few=False)
         return PrefixCache(tuple(KeyValue(buffer[0], buffer[1]) for buffer in buffers), mask, mask.sum(dim=1))
 
     def context(self, cache: PrefixCache, state: Float[Tensor, "B Z D"] | None, num_actions: int) -> FusedContext:
         """As JointDecoder's; nothing is run before the first step."""
         mask = cache.mask
         seen = torch.cat((mask, mask.new_ones(len(mask), self._space)), dim=1)
-        turn = rotation(mask.sum(dim=1)[:, None] + torch.arange(self._space, device=mask.device), self.head_dim)
+        rotary = rotation(mask.sum(dim=1)[:, None] + torch.arange(self._space, device=mask.device), self.head_dim)
         pending = [] if state is None else [state]
-        return FusedContext(cache.layers, turn, additive(seen[:, None, None]), mask.shape[1], pending, self._space - num_actions)
+        return FusedContext(cache.layers, rotary, additive(seen[:, None, None]), mask.shape[1], pending, self._space - num_actions)
 
     def run(
         self, actions: Float[Tensor, "B H D"], context: FusedContext, made: Modulations | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
         """Through all layers: x, parts and gate, whose sum is the residual stream, and how many tokens stand before the actions."""
-        alone, first, turn = 0, context.prefix + context.states, _rows_of(context.turn, context.states, self._space)
+        alone, first, rotary = 0, context.prefix + context.states, _rows_of(context.rotary, context.states, self._space)
         if context.state:
             state = context.state.pop()
-            alone, first, turn = state.shape[1], context.prefix, context.turn
+            alone, first, rotary = state.shape[1], context.prefix, context.rotary
             actions = torch.cat((state.to(actions.dtype), actions), dim=1)
         x, y, gate = actions.contiguous(), None, None
         few = actions.shape[0] * actions.shape[1] <= ROWS
@@ -415,7 +415,7 @@ class FusedDecoder(nn.Module):
             assert isinstance(layer, JointDecoderLayer)
             by = (None, None) if made is None else made.layers[index]
             attend = partial(attend_in_slices, bias=context.bias, alone=alone)
-            x, y, gate = _layer(layer.action_expert, x, y, gate, by, turn, Cached(cached.key, cached.value, first), attend, few)
+            x, y, gate = _layer(layer.action_expert, x, y, gate, by, rotary, Cached(cached.key, cached.value, first), attend, few)
         return x, y, gate, alone
 
 
@@ -432,7 +432,7 @@ class FusedPi0(Pi0):
         self.vision, self.decoder = FusedVision(model.vision), FusedDecoder(decoder, space)  # type: ignore[assignment]
         self.eval()
 
-    def move(self, x_t: Float[Tensor, "B H A"], time: FlowTime, context: Any) -> Float[Tensor, "B H A"]:
+    def action_velocity(self, x_t: Float[Tensor, "B H A"], time: FlowTime, context: Any) -> Float[Tensor, "B H A"]:
         """As Pi0's."""
         decoder = cast(FusedDecoder, self.decoder)
         actions, condition = self._actions(x_t, time.embedded)
@@ -445,13 +445,13 @@ class FusedPi0(Pi0):
 
 
 def _layer(
-    stream: Stream, x: Tensor, y: Tensor | None, gate: Tensor | None, by: tuple[Modulation | None, Modulation | None], turn: Rotation,
+    stream: Stream, x: Tensor, y: Tensor | None, gate: Tensor | None, by: tuple[Modulation | None, Modulation | None], rotary: Rotation,
     cached: Cached, attend, few: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """One layer of one stream. x + gate * y is the residual stream, before and after; y may be in parts, and None stands for 0."""
     dtype = stream.qkv.weight.dtype
     x, normed = add_norm(x, y, gate, stream.attention_norm, by[0], dtype)
-    query = rotated_qkv(normed, stream, turn, cached, few)
+    query = rotated_qkv(normed, stream, rotary, cached, few)
     if not stream.num_heads:  # the last layer of the prefix: only its keys and values are read
         return x, None, None
     x, normed = add_norm(
@@ -648,5 +648,5 @@ def _stride(x: Tensor | None) -> int:
     return 0 if x is None or len(x) == 1 else x.stride(0)
 
 
-def _rows_of(turn: Rotation, first: int, last: int) -> Rotation:
-    return Rotation(*(angle[:, :, first:last].contiguous() for angle in turn))
+def _rows_of(rotary: Rotation, first: int, last: int) -> Rotation:
+    return Rotation(*(angle[:, :, first:last].contiguous() for angle in rotary))

@@ -102,12 +102,12 @@ class Pi0(nn.Module):
         suffix, num_state_tokens, condition = self._suffix(state, x_t, t)
         return self._head(self.decoder.decode(suffix, cache, num_state_tokens, condition))
 
-    def field(self, observation: ModelObservation, times: dict[float, FlowTime] | None = None) -> "ActionField":
-        """The velocity of one batch of observations as a function of (x_t, t), for a sampler that asks many times.
+    def cached_velocity(self, observation: ModelObservation, times: dict[float, FlowTime] | None = None) -> "CachedVelocity":
+        """Return the velocity of one batch of observations as a function of (x_t, t), for a sampler that evaluates it many times.
 
-        times: where what is made of a flow time is kept, for whoever samples again with the same weights in the same precision.
+        times: keeps what depends on a flow time alone, for further samples with the same weights in the same precision.
         """
-        return ActionField(self, self.encode_prefix(observation), observation.state, times)
+        return CachedVelocity(self, self.encode_prefix(observation), observation.state, times)
 
     def flow_time(self, t: float) -> FlowTime:
         """One flow time for a whole batch, without gradient."""
@@ -116,10 +116,10 @@ class Pi0(nn.Module):
             adaptive = self.config.time_conditioning == "adaptive_norm"
             return FlowTime(embedded, self.decoder.modulations(embedded) if adaptive else None)
 
-    def move(self, x_t: Float[Tensor, "B H A"], time: FlowTime, context: ActionContext) -> Float[Tensor, "B H A"]:
-        """One evaluation of the velocity in a sampler: `velocity`, but for what does not change with x_t."""
+    def action_velocity(self, x_t: Float[Tensor, "B H A"], time: FlowTime, context: ActionContext) -> Float[Tensor, "B H A"]:
+        """Evaluate the velocity once in a sampler: as `velocity`, with everything independent of x_t precomputed."""
         actions, condition = self._actions(x_t, time.embedded)
-        return self._head(self.decoder.move(actions, context, condition if time.modulations is None else time.modulations))
+        return self._head(self.decoder.decode_actions(actions, context, condition if time.modulations is None else time.modulations))
 
     def forward(self, observation: ModelObservation, x_t: Float[Tensor, "BK H A"], t: Float[Tensor, " BK"]) -> Float[Tensor, "BK H A"]:
         """Training: `velocity` of `encode_prefix` in one pass.
@@ -195,7 +195,7 @@ class Pi0(nn.Module):
 
 
 @final
-class ActionField:
+class CachedVelocity:
     """`Pi0.velocity` of one batch of observations, without doing anew what neither x_t nor t changes.
 
         once a batch      pictures, prompt, state -> keys and values of all that the actions look at
@@ -203,7 +203,7 @@ class ActionField:
         each evaluation   x_t -> action tokens -> layers -> head
 
     Not for training: what is made of a time is kept, without its gradient. The gradient in x_t, which a density needs, is whole.
-    move: `model.move`, or a compiled form of it. times: see `Pi0.field`.
+    action_velocity: `model.action_velocity`, or a compiled form of it. times: see `Pi0.cached_velocity`.
     """
 
     def __init__(
@@ -212,9 +212,9 @@ class ActionField:
         cache: PrefixCache,
         state: Float[Tensor, "B S"],
         times: dict[float, FlowTime] | None = None,
-        move: Callable[[Tensor, FlowTime, ActionContext], Tensor] | None = None,
+        action_velocity: Callable[[Tensor, FlowTime, ActionContext], Tensor] | None = None,
     ) -> None:
-        self._model, self._cache, self._state, self._move = model, cache, state, move or model.move
+        self._model, self._cache, self._state, self._action_velocity = model, cache, state, action_velocity or model.action_velocity
         config = model.config
         # under adaptive norms a state token would change with the time: such a network keeps it in the suffix
         self._context: ActionContext | None = None
@@ -227,7 +227,7 @@ class ActionField:
         """dx/dt at (x_t, t), float32."""
         if self._context is None:
             return self._model.velocity(self._cache, self._state, x_t, t)
-        return self._move(x_t, FlowTime(self._model._time(t)), self._context)
+        return self._action_velocity(x_t, FlowTime(self._model._time(t)), self._context)
 
     def at(self, x_t: Float[Tensor, "B H A"], t: float) -> Float[Tensor, "B H A"]:
         """The same at one time for the whole batch, of which all that does not depend on x_t is made at the first call and kept."""
@@ -235,7 +235,7 @@ class ActionField:
             return self(x_t, torch.full((len(x_t),), t, dtype=x_t.dtype, device=x_t.device))
         if t not in self._times:
             self._times[t] = self._model.flow_time(t)
-        return self._move(x_t, self._times[t], self._context)
+        return self._action_velocity(x_t, self._times[t], self._context)
 
 
 def parameter_count(model: nn.Module) -> int:

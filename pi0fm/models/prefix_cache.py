@@ -1,9 +1,9 @@
 """What a sampler keeps between its evaluations of the velocity, and nothing that one of them would change.
 
-Owns: keys and values of the prefix, with room for the actions' own behind them; what flow times make of adaptive norms. Does not know:
+Owns: keys and values of the prefix, with space for the actions' own behind them; what flow times make of adaptive norms. Does not know:
 how they are computed.
 
-    prefix keys and values | state's keys and values | room for the actions' own, written anew by every evaluation
+    prefix keys and values | state's keys and values | space for the actions' own, written by every evaluation
 
 Shape letters: B batch, P prefix tokens, J keys that the actions see, D width, K head dim.
 """
@@ -30,14 +30,14 @@ class KeyValue(NamedTuple):
         seen = self if times == 1 else KeyValue(self.key.repeat_interleave(times, dim=0), self.value.repeat_interleave(times, dim=0))
         return KeyValue(torch.cat((seen.key, own.key), dim=2), torch.cat((seen.value, own.value), dim=2))
 
-    def with_room(self, more: int) -> "Room":
-        """These, and room for `more` behind them."""
+    def with_space(self, more: int) -> "KeyValueBuffer":
+        """These, with space for `more` behind them."""
         key, value = (torch.cat((seen, seen.new_zeros(*seen.shape[:2], more, seen.shape[3])), dim=2) for seen in self)
-        return Room(key, value, more)
+        return KeyValueBuffer(key, value, more)
 
 
 @dataclass(frozen=True)
-class Room:
+class KeyValueBuffer:
     """Keys and values [B, kv heads, J, K] of all that the actions see; the last `own` of J are theirs, and are written over in place."""
 
     key: Tensor
@@ -76,9 +76,10 @@ class Modulations(NamedTuple):
 class ActionContext:
     """All that action tokens need to know of the rest, for every flow time of one batch of observations.
 
-    layers: one Room a layer. turn: the rotary angles of the action tokens. bias: additive [B, 1, 1, J], None when every token is real.
+    layers: one KeyValueBuffer a layer. rotary: the rotary angles of the action tokens. bias: additive [B, 1, 1, J], None when every
+    token is real.
     """
 
-    layers: tuple[Room, ...]
-    turn: Rotation
+    layers: tuple[KeyValueBuffer, ...]
+    rotary: Rotation
     bias: Tensor | None

@@ -20,7 +20,7 @@ from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import sample
 from pi0fm.flow.solver import FIXED_GRID_SOLVERS
 from pi0fm.models.observation import ModelObservation
-from pi0fm.models.pi0 import ActionField, FlowTime, Pi0
+from pi0fm.models.pi0 import CachedVelocity, FlowTime, Pi0
 from pi0fm.models.prefix_cache import PrefixCache
 from pi0fm.options import nearest
 from pi0fm.policy.cuda_graphs import Graphs
@@ -46,10 +46,13 @@ class Sampler:
         self.model = model if fused is None else fused
         self._times: dict[float, FlowTime] = {}
         self._encode: Callable[[ModelObservation], PrefixCache] = self.model.encode_prefix
-        self._move = self.model.move
+        self._action_velocity = self.model.action_velocity
         if compile != "off" and fused is None:
             # any batch and prompt length by the same kernels: a robot's first long sentence must not wait for a compiler
-            self._encode, self._move = torch.compile(model.encode_prefix, dynamic=True), torch.compile(model.move, dynamic=True)
+            self._encode, self._action_velocity = (
+                torch.compile(model.encode_prefix, dynamic=True),
+                torch.compile(model.action_velocity, dynamic=True),
+            )
         self._graphs = Graphs(self._recorded, device) if compile == "graph" else None
 
     def __call__(
@@ -70,7 +73,7 @@ class Sampler:
         noise, mask = noise.to(self.device), mask.to(self.device)
         increments = None if increments is None else increments.to(self.device)
         with torch.inference_mode(), self.precision():
-            return sample(self.flow, self.field(self.prepared(observation)), noise, mask, increments=increments)
+            return sample(self.flow, self.cached_velocity(self.prepared(observation)), noise, mask, increments=increments)
 
     def prepared(self, observation: ModelObservation) -> ModelObservation:
         """The observation on the device, as it is sampled from."""
@@ -78,10 +81,10 @@ class Sampler:
             return observation.trimmed(1)  # no kernel here is chosen by shape, so no padding is worth computing
         return observation.to(self.device)
 
-    def field(self, observation: ModelObservation) -> ActionField:
+    def cached_velocity(self, observation: ModelObservation) -> CachedVelocity:
         """The velocity, for whoever solves by himself; under `precision()` and inference_mode."""
         cache = self._encode(observation)
-        return ActionField(self.model, cache, observation.state, self._times, self._move)
+        return CachedVelocity(self.model, cache, observation.state, self._times, self._action_velocity)
 
     def precision(self) -> torch.autocast:
         """The context in which the network is called. No cast of a matrix is kept: they lie in their type already."""
@@ -90,7 +93,7 @@ class Sampler:
     def _recorded(self, observation: ModelObservation, noise: Tensor, mask: Tensor) -> Tensor:
         """What a graph holds: nothing in it may wait for the device."""
         with torch.inference_mode(), self.precision():
-            return self.flow.sample(self.field(observation), noise, mask=mask, check=False)
+            return self.flow.sample(self.cached_velocity(observation), noise, mask=mask, check=False)
 
 
 def _with_fused_layers(model: Pi0) -> Pi0 | None:

@@ -29,7 +29,7 @@ from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import sample
 from pi0fm.flow.solver import FIXED_GRID_SOLVERS, Velocity, check_solver
 from pi0fm.models.observation import ModelObservation
-from pi0fm.models.pi0 import ActionField, Pi0
+from pi0fm.models.pi0 import CachedVelocity, Pi0
 from pi0fm.models.prefix_cache import KeyValue, PrefixCache
 from pi0fm_client.errors import ConfigError
 from pi0fm_client.types import Observation
@@ -108,7 +108,7 @@ def conditioned(model: Pi0, cache: PrefixCache, state: Float[Tensor, "B S"]) -> 
     if model.action_in.weight.dtype == torch.float64:
         layers = tuple(KeyValue(layer.key.double(), layer.value.double()) for layer in cache.layers)
         cache, state = PrefixCache(layers, cache.mask, cache.length), state.double()
-    return ActionField(model, cache, state)
+    return CachedVelocity(model, cache, state)
 
 
 def sample_and_score(

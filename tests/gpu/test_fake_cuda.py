@@ -86,7 +86,7 @@ def test_sampling_looks_at_nothing(cuda, name, precision):
         given = batch(config)
         noise, mask = given.noise[:, 0].to(CUDA), given.action_mask.to(CUDA)
         with torch.no_grad(), sampler.precision():
-            chunk = flow.sample(sampler.field(sampler.prepared(given.observation)), noise, mask=mask, check=False)
+            chunk = flow.sample(sampler.cached_velocity(sampler.prepared(given.observation)), noise, mask=mask, check=False)
         assert chunk.device == CUDA and chunk.dtype == torch.float32
     assert cuda.found == []
 
@@ -110,7 +110,7 @@ def test_validation_waits_for_nothing_between_its_pieces(cuda, name):
     model, flow = on_cuda(config).eval(), FlowMatching.from_config(FlowConfig())
     given = batch(config, draws=LOSS_DRAWS).to(CUDA)
     with torch.no_grad():
-        total, count = _loss(flow, model.field(given.observation), given)
+        total, count = _loss(flow, model.cached_velocity(given.observation), given)
     assert total.device == count.device == CUDA and total.dtype == torch.float64
     assert cuda.found == []
 

@@ -198,7 +198,7 @@ class Pair:
             sampler = copy.deepcopy(self.ours).requires_grad_(False)
             arrange_matrices(sampler, dtype, torch.device("cpu"))
         with torch.inference_mode(), torch.autocast(**casts):
-            sample = flow.sample(sampler.field(observation), batch.noise, num_flow_steps=10, solver="euler")
+            sample = flow.sample(sampler.cached_velocity(observation), batch.noise, num_flow_steps=10, solver="euler")
         return Answers(loss.detach(), velocity.detach(), sample, found)
 
     def halved(self) -> "Pair":

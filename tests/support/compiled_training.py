@@ -36,7 +36,9 @@ def main(name: str, checkpointed: bool) -> None:
             found.append((velocity.detach(), {key: value.grad for key, value in model.named_parameters()}))
         (expected, gradients), (ours, given) = found
         worst = max(float((given[key] - value).norm() / (value.norm() + 1e-12)) for key, value in gradients.items())
-        rows.append({"velocity": float((ours - expected).abs().max()), "gradient": worst, "graphs": int(counters["stats"]["unique_graphs"])})
+        rows.append(
+            {"velocity": float((ours - expected).abs().max()), "gradient": worst, "graphs": int(counters["stats"]["unique_graphs"])}
+        )
     judged = copy.deepcopy(compiled).eval()  # as validation does, which takes likelihoods under torch.func
     with torch.no_grad():
         pushed = torch.func.jvp(lambda x: judged(seen, x, t), (noise,), (torch.ones_like(noise),))[1]

@@ -50,7 +50,7 @@ def rows_of(name: str, device: torch.device, batch: int, horizon: int, dtype: to
     seen = ModelObservation(images, cameras, tokens, prompts, torch.randn(batch, 5)).to(device)
     x_t, each = torch.randn(batch, horizon, 16).to(device), torch.rand(batch).to(device)
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        plain, ours = model.field(seen), fused.field(seen)
+        plain, ours = model.cached_velocity(seen), fused.cached_velocity(seen)
         pairs = [(plain.at(x_t, t), ours.at(x_t, t)) for t in (0.1, 0.7)] + [(plain(x_t, each), ours(x_t, each))]
     worst = max(float((expected - found).abs().max() / expected.abs().max()) for expected, found in pairs)
     return {"rows": batch * horizon, "difference": worst, "bound": 1e-5 if dtype == torch.float32 else 3e-2}

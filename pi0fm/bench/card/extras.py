@@ -12,7 +12,7 @@ from pi0fm.bench.card.inference import BEST, Inference
 from pi0fm.bench.card.limits import host_seconds, percentile
 from pi0fm.bench.card.policies import observations
 from pi0fm.bench.card.results import Results
-from pi0fm.models.pi0 import ActionField
+from pi0fm.models.pi0 import CachedVelocity
 from pi0fm.models.prefix_cache import KeyValue, PrefixCache
 from pi0fm.policy.cuda_graphs import Recorder
 from pi0fm.policy.local import LocalPolicy
@@ -40,7 +40,7 @@ def _best_of(results: Results, shared: Inference) -> None:
 
         def chunks(count: int = count, noise: torch.Tensor = noise, mask: torch.Tensor = mask) -> torch.Tensor:
             with torch.inference_mode(), policy.sampler.precision():
-                field = ActionField(policy.model, repeated(policy.model.encode_prefix(seen), count), seen.state.expand(count, -1))
+                field = CachedVelocity(policy.model, repeated(policy.model.encode_prefix(seen), count), seen.state.expand(count, -1))
                 return policy.flow.sample(field, noise, mask=mask, check=False)
 
         call: Callable[[], object] = Recorder(shared.device)(chunks) if shared.device.type == "cuda" else chunks

@@ -162,10 +162,10 @@ class Inference:
             "noise": host_seconds(lambda: starting_noise([0], shape), self.device, rounds),
             "copy in": host_seconds(lambda: (inputs.to(self.device), noise.to(self.device)), self.device, rounds),
             "vision": self.staged(sampler.precision, lambda: policy.model.vision(pixels(seen.images.flatten(0, 1))), rounds),
-            "encode": self.staged(sampler.precision, lambda: sampler.field(seen), rounds),
+            "encode": self.staged(sampler.precision, lambda: sampler.cached_velocity(seen), rounds),
         }
         with torch.inference_mode(), sampler.precision():
-            field = sampler.field(seen)
+            field = sampler.cached_velocity(seen)
         found["steps"] = self.staged(sampler.precision, lambda: sampler.flow.sample(field, there, mask=mask, check=False), rounds)
         found["copy out"] = host_seconds(lambda: there.float().cpu().numpy(), self.device, rounds)
         found["inverse chain"] = host_seconds(lambda: policy.chain.inverse(Sample(inputs.state.numpy(), chunk)), self.device, rounds)

@@ -135,7 +135,7 @@ def _one_observation(config: Pi0Config, cameras: int, prompt_tokens: int) -> Wor
         pictures = pixels(observation.images.flatten(0, 1))
         vision = flops_of(lambda: model.vision(pictures))
         encoded = flops_of(lambda: model.encode_prefix(observation))
-        field = model.field(observation)
+        field = model.cached_velocity(observation)
         field.at(x_t, 0.5)  # what is made once a flow time is no part of an evaluation
         step = flops_of(lambda: field.at(x_t, 0.5))
     weights = _weight_bytes(model, BFLOAT16)

@@ -139,7 +139,7 @@ def make_validators(
 
 def encoder(model: Pi0) -> Encode:
     """The network as `Encode`; outside accelerate's wrapping, hence in the float32 of its weights."""
-    return model.field
+    return model.cached_velocity
 
 
 def measure(validator: Validator, rank: int, world_size: int, notice: Callable[[str], None] | None = None) -> Float64[Tensor, "pieces 5"]:

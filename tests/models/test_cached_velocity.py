@@ -20,7 +20,7 @@ MISSING = torch.tensor([[True, True], [True, False], [False, True]])
 @torch.no_grad()
 def test_the_field_is_the_joint_pass_at_every_time_and_in_any_order(name):
     model, seen, (x_t, t) = network(ALL[name]), dataclasses.replace(observation(), image_mask=MISSING), question()
-    field = model.field(seen)
+    field = model.cached_velocity(seen)
     first = field(x_t, t)
     torch.testing.assert_close(first, model(seen, x_t, t), rtol=0, atol=1e-6)
     torch.testing.assert_close(field(2 * x_t, 1 - t), model(seen, 2 * x_t, 1 - t), rtol=0, atol=1e-6)
@@ -31,7 +31,7 @@ def test_the_field_is_the_joint_pass_at_every_time_and_in_any_order(name):
 @torch.no_grad()
 def test_one_time_for_all_is_each_rows_own(name):
     model, (x_t, _) = network(ALL[name]), question()
-    field = model.field(observation())
+    field = model.cached_velocity(observation())
     for time in (0.0, 0.3, 0.3, 0.9):
         expected = field(x_t, torch.full((3,), time))
         torch.testing.assert_close(field.at(x_t, time), expected, rtol=0, atol=3e-6)
@@ -41,7 +41,7 @@ def test_one_time_for_all_is_each_rows_own(name):
 def test_when_every_token_is_real_no_mask_is_added():
     model, (x_t, t) = network(LIKE_PI0), question()
     whole = dataclasses.replace(observation(), prompt_mask=torch.ones(3, 8, dtype=torch.bool))
-    field = model.field(whole)
+    field = model.cached_velocity(whole)
     assert field._context is not None and field._context.bias is None
     torch.testing.assert_close(field(x_t, t), model(whole, x_t, t), rtol=0, atol=1e-6)
 
@@ -52,7 +52,7 @@ def test_derivatives_go_through_it(name):
     model.requires_grad_(False)
     seen = dataclasses.replace(observation(), state=observation().state.double())
     x_t, t = x_t.double(), t.double()
-    field = model.field(seen)
+    field = model.cached_velocity(seen)
     value, divergence = exact_divergence(lambda x: field(x, t), x_t)
     expected = exact_divergence(lambda x: model(seen, x, t), x_t)
     torch.testing.assert_close(value, expected[0], rtol=0, atol=1e-6)
@@ -72,7 +72,7 @@ def test_a_missing_camera_and_padding_are_left_out_and_change_nothing(name):
     kept = seen.trimmed()
     assert kept.images.shape[1] == 1 and kept.prompt_tokens.shape == (3, 8)
     assert model.encode_prefix(kept).mask.shape[1] == TOKENS_PER_IMAGE + 8
-    torch.testing.assert_close(model.field(kept)(x_t, t), model(seen, x_t, t), rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.cached_velocity(kept)(x_t, t), model(seen, x_t, t), rtol=0, atol=1e-6)
 
 
 def test_what_all_rows_have_is_not_trimmed():
@@ -86,7 +86,7 @@ def test_a_sample_is_that_of_the_plain_velocity():
     model, seen, (noise, _) = network(LIKE_PI0), observation(), question()
     flow, cache = FlowMatching.from_config(FlowConfig()), model.encode_prefix(seen)
     plain = flow.sample(lambda x, t: model.velocity(cache, seen.state, x, t), noise)
-    torch.testing.assert_close(flow.sample(model.field(seen), noise), plain, rtol=0, atol=1e-5)
+    torch.testing.assert_close(flow.sample(model.cached_velocity(seen), noise), plain, rtol=0, atol=1e-5)
 
 
 def test_an_additive_mask_is_the_boolean_one():
