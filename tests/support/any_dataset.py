@@ -187,14 +187,19 @@ def take_out(root: Path, gone: set[tuple[int, int]]) -> None:
     change_info(root, lambda info: info.update(total_frames=len(rows)))
 
 
-def read_slowly(root: Path, camera: str = CAMERA, names: tuple[str, str] = ("observation.state", "action")) -> list[dict]:
+def read_slowly(
+    root: Path, camera: str = CAMERA, names: tuple[str, str] = ("observation.state", "action"), only: int | None = None
+) -> list[dict]:
     """Every row in order: state, action, sentence, episode, steps left in it, and the picture [h, w, 3] nearest in time in its span."""
     info = json.loads((root / "meta/info.json").read_text())
-    frames = pd.concat([pq.read_table(path).to_pandas() for path in sorted(root.glob("data/*/*.parquet"))])
-    frames = frames.sort_values("index", key=lambda column: column.map(one)).reset_index(drop=True)
     episodes = pd.concat([pd.read_parquet(path) for path in sorted(root.glob("meta/episodes/*/*.parquet"))])
+    wanted = [row for row in episodes.to_dict("records") if only in (None, row["episode_index"])]
+    numbers = sorted({int(row["data/file_index"]) for row in wanted})
+    frames = pd.concat([pq.read_table(data_file(root, number)).to_pandas() for number in numbers])
+    frames = frames[frames["episode_index"].map(one).isin([row["episode_index"] for row in wanted])]
+    frames = frames.sort_values("index", key=lambda column: column.map(one)).reset_index(drop=True)
     tasks = pd.read_parquet(root / "meta/tasks.parquet").reset_index()
-    sentence = {int(one(row["task_index"])): row["task"] for row in tasks.to_dict("records")}
+    sentence = {int(one(row["task_index"])): row.get("task", row.get("index")) for row in tasks.to_dict("records")}
     spans = {int(row["episode_index"]): row for row in episodes.to_dict("records")}
     films: dict[Path, list[tuple[float, np.ndarray]]] = {}
     found = []

@@ -252,8 +252,7 @@ def hold(how: dict) -> bool:
         except Pi0fmError as error:
             assert "\n" not in str(error) and ";" in str(error), str(error)
             return False
-        expected = read_slowly(root, how["camera"], how["names"])
-        expected = [item for item in expected if how["episodes"] in (None, item["episode"])]
+        expected = read_slowly(root, how["camera"], how["names"], how["episodes"])
         assert len(expected) == len(source.state)
         for row, item in enumerate(expected):
             assert np.array_equal(source.state[row], item["state"]) and np.array_equal(source.action[row], item["action"])
