@@ -125,8 +125,8 @@ def run_layer(layer: nn.Module, recomputed: bool, *inputs: Any) -> Any:
     if recomputed and layer.training and torch.is_grad_enabled():
         # nothing in a layer is random, so no generator's state is kept
         return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
-    # a compiled layer is compiled for training: torch.func, in which a likelihood is taken, cannot look into it
-    return layer(*inputs) if layer.training else layer.forward(*inputs)
+    # a layer is compiled for training: torch.func, in which a likelihood is taken, cannot look into it
+    return layer.forward(*inputs) if layer._compiled_call_impl is not None and not layer.training else layer(*inputs)
 
 
 def _closed_form() -> bool:

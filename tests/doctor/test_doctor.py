@@ -18,6 +18,7 @@ from pi0fm.data.columns.lerobot_source import DatasetConfig
 from pi0fm.doctor.data import judge
 
 NETWORK = {
+    "precision": "float32",  # all runs of a process share it
     "model": tiny_dataset.NETWORK | {"max_prompt_tokens": 24},
     "steps": 2,
     "num_workers": 0,
