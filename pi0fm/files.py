@@ -56,12 +56,16 @@ def make_folder(path: Path) -> None:
 
 
 def refuse_name(path: Path) -> None:
-    """Raise OutputError for a name that is no UTF-8, and for a link to nothing."""
+    """Raise OutputError for a name that is no UTF-8, too long or with a NUL in it, and for a link to nothing."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
         raise OutputError(f"a folder's name must be UTF-8, found {os.fsencode(path)!r}; choose another folder") from None
-    if path.is_symlink() and not path.exists():
+    if "\0" in str(path):
+        raise OutputError(f"a folder's name must not hold the character 0, found {str(path)!r}; choose another folder")
+    with write_faults(path):
+        dangling = path.is_symlink() and not path.exists()
+    if dangling:
         raise OutputError(f"{path} is a link to {os.readlink(path)}, which is not there; make that folder, or choose another")
 
 

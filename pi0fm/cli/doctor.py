@@ -60,7 +60,10 @@ def run(given: Options) -> None:
 
 
 def _judged(given: Options) -> Findings:
-    place: dict[str, Any] = {"root": Path(given.data)} if Path(given.data).is_dir() else {"repo_id": given.data}
+    # a name of the hub has one slash; anything else that is no folder was meant as one
+    path = Path(given.data)
+    is_folder = path.exists() or path.is_absolute() or given.data.startswith((".", "~")) or given.data.count("/") > 1
+    place: dict[str, Any] = {"root": path} if is_folder else {"repo_id": given.data}
     dataset = replace(given.dataset, **place)
     if not given.config:
         return judge(dataset, given.embodiment, extent=given.pictures)

@@ -81,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
         tree = json.loads(path.read_text())
     except FileNotFoundError:
         raise BundleError(f"{path.parent} lacks {path.name}; copy it again, all files") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not readable JSON ({' '.join(str(error).split()):.120}); copy it again") from None
     if not isinstance(tree, dict):
         raise BundleError(f"{path} must hold a mapping, found {type(tree).__name__}; copy it again")

@@ -43,6 +43,11 @@ def network(tmp_path):
     return path
 
 
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, capsys):
+    assert main(["doctor", str(tmp_path / "mistyped")]) == 1
+    assert str(tmp_path / "mistyped") in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_a_healthy_set(tmp_path, capsys, network, kind):
     root = write_set(tmp_path / "set", (5, 4), kind=kind, files="episode")

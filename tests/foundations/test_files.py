@@ -162,3 +162,10 @@ def test_an_output_below_a_file(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="a part of that name is a file"), files.write_faults(tmp_path / "file/out"):
         files.write_bytes(tmp_path / "file/out/run.json", b"")
     assert (tmp_path / "file").read_text() == "thesis"
+
+
+@pytest.mark.parametrize(("name", "rule"), [("a" * 300, "choose another name"), ("a\0b", "must not hold the character 0")])
+def test_a_name_that_no_folder_can_have(tmp_path: Path, name: str, rule: str) -> None:
+    for use in (files.make_folder, files.refuse_name):
+        with pytest.raises(OutputError, match=rule):
+            use(tmp_path / name)

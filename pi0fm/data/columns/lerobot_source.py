@@ -236,6 +236,10 @@ def examine(config: DatasetConfig, embodiment: Embodiment, selection: Selection 
     comparable = read & ~np.isin(episodes.number, broken)
     compared = _only(rows, ~np.isin(rows.episode, broken)) if broken else rows
     faults += compare(compared, episodes, comparable, info, tasks, embodiment)
+    if not len(rows.episode):
+        if faults:
+            raise faults[0].error()
+        raise DatasetError(f"{root} has no row of the chosen episodes in its data files; choose others, or copy meta/ and data/ again")
     source = _source(config, root, embodiment, info.fps, rows, episodes, comparable, tasks, selection, videos)
     return source, sorted(faults, key=lambda fault: fault.episode is not None)
 
@@ -268,7 +272,8 @@ def _source(
     span = {int(rows.episode[begin]): (int(begin), int(stop)) for begin, stop in zip(begins, ends, strict=True)}
     recording = read_json(root / RECORDING) if (root / RECORDING).is_file() else {}
     prompts = recording.get("prompts")
-    names = {prompt: name for name, prompt in prompts.items()} if isinstance(prompts, dict) else {}
+    named = prompts.items() if isinstance(prompts, dict) else ()
+    names = {prompt: name for name, prompt in named if isinstance(prompt, str)}
     cameras = embodiment.cameras.items()
     frames: NDArray[np.int64] = np.arange(len(rows.index))
     if selection.tasks:

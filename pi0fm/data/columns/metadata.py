@@ -45,11 +45,14 @@ class Info:
     video_path: str | None
 
 
+LONGEST_SIDE = 2**20  # of a feature
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises DatasetError."""
     try:
         return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DatasetError(f"{path} is not readable ({' '.join(str(error).split()):.120}); {RECORD_AGAIN}") from None
 
 
@@ -256,19 +259,23 @@ def _place(
         raise DatasetError(f"{path} must give {name}, the pattern of file names, found none; {RECORD_AGAIN}")
     try:
         return known.setdefault(key, root / pattern.format(video_key=video_key, chunk_index=chunk, file_index=file))
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise DatasetError(f"{name} of {path} is {pattern!r}, which names an unknown field ({error}); {RECORD_AGAIN}") from None
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if np.isfinite(number) else None
 
 
 def _shape(feature: dict[str, Any]) -> tuple[int, ...] | None:
     shape = feature.get("shape")
-    if not isinstance(shape, list | tuple) or not all(isinstance(each, int) for each in shape):
+    if not isinstance(shape, list | tuple) or not all(type(each) is int and 0 <= each <= LONGEST_SIDE for each in shape):
         return None
     return tuple(shape)
 

@@ -123,7 +123,7 @@ def read_rows(
                 "index": index.values,
                 "episode": episode.values,
                 "task": _or_sentinel(integers(table["task_index"])),
-                "time": _times(scalars(table["timestamp"])) if "timestamp" in wanted else None,
+                "time": _times(path, table["timestamp"]) if "timestamp" in wanted else None,
                 "frame": _or_sentinel(integers(table["frame_index"])) if "frame_index" in wanted else None,
                 "seed": integers(table["seed"]) if "seed" in wanted else None,
                 "state": matrix(table[embodiment.state], state_dim),
@@ -252,7 +252,11 @@ def _or_sentinel(numbers: Numbers) -> NDArray[np.int64]:
     return np.where(numbers.bad, NO_NUMBER, numbers.values) if numbers.bad.any() else numbers.values
 
 
-def _times(numbers: Numbers) -> NDArray[np.float64]:
+def _times(path: Path, column: Any) -> NDArray[np.float64]:
+    """NaN where a row has no time. Raises DatasetError for a column whose values are all of a type that is no number."""
+    numbers = scalars(column)
+    if len(column) and numbers.bad.all() and column.null_count < len(column):
+        raise DatasetError(f"{path}: the column 'timestamp' must hold seconds as numbers, found {column.type}; {RECORD_AGAIN}")
     values = numbers.values.astype(np.float64, copy=False)
     return np.where(numbers.bad, np.nan, values) if numbers.bad.any() else values
 

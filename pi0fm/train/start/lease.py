@@ -34,6 +34,7 @@ BEATS_UNTIL_DEAD = 3
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
     """Hold the lease on `folder`, which is made if needed, during the block. Raises OutputError while another run lives there."""
+    files.refuse_name(folder)
     made = not folder.exists()
     files.make_folder(folder)
     with files.write_faults(folder):

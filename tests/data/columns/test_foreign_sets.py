@@ -564,6 +564,10 @@ def test_features_that_are_not_used_may_be_odd(tmp_path, note):
         ({"video_path": None}, "must give video_path"),
         ({"video_path": "videos/{camera}.mp4"}, "video_path of .* names an unknown field"),
         ({"data_path": None}, "must give data_path"),
+        ({"data_path": "data/{chunk_index[0]}.parquet"}, "data_path of .* names an unknown field"),
+        ({"video_path": "videos/{video_key.name}.mp4"}, "video_path of .* names an unknown field"),
+        ({"fps": 10**400}, "fps of .* must be a number above 0"),
+        ({"total_frames": 10**400}, "total_frames of .* must be a whole number"),
         ({"total_frames": 17}, "promises 17 frames, but the parquet files hold 16"),
         ({"total_episodes": 3}, "promises 3 episodes, but .* lists 2"),
     ],
@@ -590,6 +594,33 @@ def test_no_rows_at_all(tmp_path):
         change_table(path, lambda table: table.slice(0, 0))
     change_info(root, lambda info: info.update(total_frames=0, total_episodes=0))
     assert "holds no episodes" in refused(root)
+
+
+@pytest.mark.parametrize("shape", [[-3], [True], [10**12]])
+def test_a_shape_that_no_array_has_is_no_shape(tmp_path, shape):
+    root = write_set(tmp_path / "set")
+    change_info(root, lambda info: info["features"]["action"].update(shape=shape))
+    assert "action" in refused(root)
+
+
+def test_a_description_nested_without_end(tmp_path):
+    root = write_set(tmp_path / "set")
+    (root / "meta" / "info.json").write_text("[" * 200_000)
+    assert "info.json is not readable" in refused(root)
+
+
+def test_chosen_episodes_without_rows_in_their_file(tmp_path):
+    root = write_set(tmp_path / "set")
+    change_table(data_file(root), lambda table: table.slice(0, 8))
+    assert refused(root, episodes=(1,))
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.duration("us")])
+def test_times_that_are_no_numbers(tmp_path, kind):
+    root = write_set(tmp_path / "set")
+    values = [str(row) if kind == pa.string() else row for row in range(16)]
+    set_column(data_file(root), "timestamp", pa.array(values, kind))
+    assert "'timestamp' must hold seconds as numbers" in refused(root)
 
 
 # what is left out
