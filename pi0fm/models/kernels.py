@@ -48,8 +48,9 @@ LINE = 128  # bytes that one prefetch brings
 
 @triton.jit
 def _after_previous(PDL: tl.constexpr):
-    """Wait for the previous kernel. What stands before this call overlaps with it, and may touch weights only."""
+    """Let the next kernel begin, and wait for the previous one. What stands before overlaps with it, and may touch weights only."""
     if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
 
@@ -80,33 +81,48 @@ def _gelu(x, TANH: tl.constexpr):
 
 
 @triton.jit
+def _summed(x, parts, gate, place, gate_place, size, inside, SLICES: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
+    """One row of x + gate * sum of the parts; `size` numbers from a part to the next."""
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if SLICES > 0:
+        added = tl.zeros((BLOCK,), tl.float32)
+        for part in tl.static_range(SLICES):
+            added += tl.load(parts + part * size + place, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            added *= tl.load(gate + gate_place, mask=inside, other=0.0).to(tl.float32)
+        value += added
+    return value
+
+
+@triton.jit
+def _normed(value, factor, shift, inside, D: tl.constexpr, ADAPTIVE: tl.constexpr, EPSILON: tl.constexpr):
+    """The norm of one row; `factor` and `shift` point to its scale."""
+    normed = value / tl.sqrt(tl.sum(value * value) / D + EPSILON)
+    scale = tl.load(factor, mask=inside, other=0.0).to(tl.float32)
+    if ADAPTIVE:
+        normed = normed * scale + tl.load(shift, mask=inside, other=0.0).to(tl.float32)
+    else:
+        normed *= 1.0 + scale
+    return normed
+
+
+@triton.jit
 def _add_norm(
     x, parts, gate, factor, shift, sum_out, normed_out, rows, tokens, gate_stride, factor_stride, shift_stride,
     D: tl.constexpr, SLICES: tl.constexpr, GATED: tl.constexpr, ADAPTIVE: tl.constexpr, EPSILON: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """A row a program: x + gate * sum of the parts, stored, and its norm."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     _after_previous(PDL)
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < D
-    value = tl.load(x + row * D + columns, mask=inside, other=0.0).to(tl.float32)
+    batch = row // tokens
+    value = _summed(x, parts, gate, row * D + columns, batch * gate_stride + columns, rows * D, inside, SLICES, GATED, BLOCK)
     if SLICES > 0:
-        added = tl.zeros((BLOCK,), tl.float32)
-        for part in tl.static_range(SLICES):
-            added += tl.load(parts + (part * rows + row) * D + columns, mask=inside, other=0.0).to(tl.float32)
-        if GATED:
-            added *= tl.load(gate + (row // tokens) * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        value += added
         tl.store(sum_out + row * D + columns, value, mask=inside)
-    normed = value / tl.sqrt(tl.sum(value * value) / D + EPSILON)
-    scale = tl.load(factor + (row // tokens) * factor_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    if ADAPTIVE:
-        normed = normed * scale + tl.load(shift + (row // tokens) * shift_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    else:
-        normed *= 1.0 + scale
+    places = factor + batch * factor_stride + columns, shift + batch * shift_stride + columns
+    normed = _normed(value, places[0], places[1], inside, D, ADAPTIVE, EPSILON)
     tl.store(normed_out + row * D + columns, normed.to(normed_out.dtype.element_ty), mask=inside)
 
 
@@ -176,7 +192,7 @@ def _rotated_heads(
 @triton.jit
 def _attend(
     query, key, value, bias, sums, largest, totals, tokens, keys, capacity, bias_stride, alone, scale,
-    HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows (a token's heads one after the other) against KEYS keys: unnormalised sums, and the softmax's maximum and total.
@@ -184,8 +200,6 @@ def _attend(
     The first `alone` tokens see none of the own keys of the others.
     """
     GROUP: tl.constexpr = HEADS // KV
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     _after_previous(PDL)
     cut, pair = tl.program_id(1), tl.program_id(2)
     batch, kv = pair // KV, pair % KV
@@ -197,8 +211,7 @@ def _attend(
     place = (pair * capacity + seen)[:, None] * K + depth[None, :]
     queries = tl.load(query + asked[:, None] + depth[None, :], mask=live[:, None], other=0.0)
     scores = _dot(queries, tl.load(key + place, mask=there[:, None], other=0.0), tl.zeros((ROWS, KEYS), tl.float32)) * scale
-    if BIASED:
-        scores += tl.load(bias + batch * bias_stride + seen, mask=there, other=0.0)[None, :]
+    scores += tl.load(bias + batch * bias_stride + seen, mask=there, other=0.0)[None, :]
     hidden = (row // GROUP < alone)[:, None] & (seen >= keys - tokens + alone)[None, :]
     scores = tl.where(there[None, :] & (hidden == 0), scores, float("-inf"))
     top = tl.max(scores, 1)
@@ -217,8 +230,6 @@ def _join(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """A row a program: the slices of the keys weighed against each other; to [B, T, N K]."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     _after_previous(PDL)
     GROUP: tl.constexpr = HEADS // KV
     row, pair = tl.program_id(0), tl.program_id(1)
@@ -289,26 +300,15 @@ def _head(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """A token a program, those from `first` on: the last residual sum, its norm, and the negated product with the head [A, D]; float32."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     _after_previous(PDL)
     given = tokens - first
     batch = tl.program_id(0) // given
     row = batch * tokens + first + tl.program_id(0) % given
     columns, out_column = tl.arange(0, D), tl.arange(0, A)
-    value = tl.load(x + row * D + columns).to(tl.float32)
-    added = tl.zeros((D,), tl.float32)
-    for part in tl.static_range(SLICES):
-        added += tl.load(parts + (part * rows + row) * D + columns).to(tl.float32)
-    if GATED:
-        added *= tl.load(gate + batch * gate_stride + columns).to(tl.float32)
-    value += added
-    normed = value / tl.sqrt(tl.sum(value * value) / D + EPSILON)
-    scale = tl.load(factor + batch * factor_stride + columns).to(tl.float32)
-    if ADAPTIVE:
-        normed = normed * scale + tl.load(shift + batch * shift_stride + columns).to(tl.float32)
-    else:
-        normed *= 1.0 + scale
+    inside = columns < D
+    value = _summed(x, parts, gate, row * D + columns, batch * gate_stride + columns, rows * D, inside, SLICES, GATED, D)
+    places = factor + batch * factor_stride + columns, shift + batch * shift_stride + columns
+    normed = _normed(value, places[0], places[1], inside, D, ADAPTIVE, EPSILON)
     weights = tl.load(matrix + out_column[:, None] * D + columns[None, :])
     answer = tl.sum(weights * normed[None, :], 1) + tl.load(bias + out_column)
     tl.store(out + tl.program_id(0) * A + out_column, -answer)
@@ -466,17 +466,10 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """x [B, T, D] + gate * sum of the parts, float32 (x itself without parts), and its norm in `dtype`."""
     batch, tokens, width = x.shape
-    assert isinstance(norm, RMSNorm | AdaptiveRMSNorm)
     total = x if parts is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
     normed = torch.empty(x.shape, dtype=dtype, device=x.device)
-    factor, shift = (norm.scale, norm.scale) if by is None else (by.factor, by.shift)
-    flags: Any = {
-        "D": width, "SLICES": 0 if parts is None else len(parts), "GATED": gate is not None, "ADAPTIVE": by is not None,
-        "EPSILON": NORM_EPSILON, "BLOCK": triton.next_power_of_2(width),
-    } | _overlap(x)  # fmt: skip
-    strides = (_stride(gate), _stride(None if by is None else by.factor), _stride(None if by is None else by.shift))
-    given = (x, x if parts is None else parts, x if gate is None else gate, factor, shift, total, normed)
-    _add_norm[(batch * tokens,)](*given, batch * tokens, tokens, *strides, **flags)
+    given, strides, flags = _norm_operands(x, parts, gate, norm, by)
+    _add_norm[(batch * tokens,)](*given, total, normed, batch * tokens, tokens, *strides, BLOCK=triton.next_power_of_2(width), **flags)
     return total, normed
 
 
@@ -511,7 +504,7 @@ def attend_in_slices(query: Float[Tensor, "B T N K"], cached: Cached, bias: Tens
     largest, totals = (query.new_empty(batch * kv, cuts, rows, dtype=torch.float32) for _ in range(2))
     _attend[(triton.cdiv(rows, ASKING), cuts, batch * kv)](
         query, cached.key, cached.value, bias, sums, largest, totals, tokens, keys, capacity, bias.shape[-1], alone, head_dim**-0.5,
-        HEADS=heads, KV=kv, K=head_dim, BIASED=True, ROWS=ASKING, KEYS=KEYS, num_warps=8, num_stages=1, **_overlap(query),
+        HEADS=heads, KV=kv, K=head_dim, ROWS=ASKING, KEYS=KEYS, num_warps=8, num_stages=1, **_overlap(query),
     )  # fmt: skip
     joined = query.new_empty(batch, tokens, heads * head_dim)
     flags: Any = {"HEADS": heads, "KV": kv, "K": head_dim, "CUTS": triton.next_power_of_2(cuts)} | _overlap(query)
@@ -553,17 +546,12 @@ def head(
     x: Tensor, parts: Tensor, gate: Tensor | None, norm: nn.Module, by: Modulation | None, linear: nn.Linear, first: int
 ) -> Float[Tensor, "B H A"]:
     """The final norm and the head of released weights, which points from data to noise, negated; of the tokens from `first` on."""
-    batch, tokens, width = x.shape
-    assert isinstance(norm, RMSNorm | AdaptiveRMSNorm)
+    batch, tokens, _ = x.shape
     out = torch.empty(batch, tokens - first, linear.out_features, dtype=torch.float32, device=x.device)
-    factor, shift = (norm.scale, norm.scale) if by is None else (by.factor, by.shift)
-    flags: Any = {
-        "D": width, "A": linear.out_features, "SLICES": len(parts), "GATED": gate is not None, "ADAPTIVE": by is not None,
-        "EPSILON": NORM_EPSILON, "num_warps": 8,
-    } | _overlap(x)  # fmt: skip
-    strides = (_stride(gate), _stride(None if by is None else by.factor), _stride(None if by is None else by.shift))
-    given = (x, parts, x if gate is None else gate, factor, shift, linear.weight, linear.bias, out)
-    _head[(batch * (tokens - first),)](*given, batch * tokens, tokens, first, *strides, **flags)
+    given, strides, flags = _norm_operands(x, parts, gate, norm, by)
+    _head[(batch * (tokens - first),)](
+        *given, linear.weight, linear.bias, out, batch * tokens, tokens, first, *strides, A=linear.out_features, num_warps=8, **flags
+    )
     return out
 
 
@@ -641,6 +629,18 @@ def _lines(matrix: Tensor, columns: int) -> dict[str, int]:
     per_line = LINE // matrix.element_size()
     lines = columns // per_line
     return {"SPAN": columns if columns % per_line == 0 and lines & (lines - 1) == 0 else 0, "PER_LINE": per_line}
+
+
+def _norm_operands(
+    x: Tensor, parts: Tensor | None, gate: Tensor | None, norm: nn.Module, by: Modulation | None
+) -> tuple[tuple[Tensor, ...], tuple[int, int, int], dict[str, Any]]:
+    """What `_summed` and `_normed` read: tensors, the last three's strides from a row of the batch to the next, and sizes."""
+    assert isinstance(norm, RMSNorm | AdaptiveRMSNorm)
+    factor, shift = (cast(Tensor, norm.scale), cast(Tensor, norm.scale)) if by is None else (by.factor, by.shift)
+    given = (x, x if parts is None else parts, x if gate is None else gate, factor, shift)
+    strides = (_stride(gate), _stride(None if by is None else by.factor), _stride(None if by is None else by.shift))
+    sizes = {"D": x.shape[-1], "SLICES": 0 if parts is None else len(parts), "GATED": gate is not None, "ADAPTIVE": by is not None}
+    return given, strides, sizes | {"EPSILON": NORM_EPSILON} | _overlap(x)
 
 
 def _stride(x: Tensor | None) -> int:
