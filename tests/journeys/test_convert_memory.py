@@ -83,6 +83,6 @@ def test_the_largest_tensor_and_little_beside_it(tmp_path):
     print({name: f"{peak:.2f}" for name, peak in found.items()})
     loading = found.pop("loading, of the file")
     assert {name: peak for name, peak in found.items() if not 0.2 < peak <= 1.3} == {}
-    assert loading <= 1.45  # the thread that hashes the file may run ahead of the one that copies it
+    assert loading <= 1.45  # 1.1 to 1.37 found; why it differs from run to run is not known
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("bundle", "from_openpi", "from_lerobot")]
     assert weights[0] == weights[1] == weights[2]
