@@ -1,6 +1,6 @@
 """Messages between a robot and a policy server: msgpack maps with numpy arrays, in openpi's encoding.
 
-Owns: `pack` and `unpack`, the arrays that may be sent, the bounds of a frame. Does not know: sockets, what the keys mean.
+Owns: `pack` and `unpack`, the arrays that may be sent, the bounds of a frame, the names of pi0fm's extensions. Does not know: sockets, what the keys mean.
 
 An array is a map of four, a numpy scalar a map of three; the marker keys are bin, as openpi writes them:
 
@@ -20,6 +20,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0fm_client.errors import ObservationError
+
+# Extensions of openpi's protocol. A server lists those that it knows under EXTENSIONS of its greeting, by these same strings; only then
+# may a request or a reply hold such a key, so an openpi server or client never sees one.
+EXTENSIONS = "extensions"
+IDENTITY = "identity"  # of the greeting: the bundle's hash
+REQUEST_ID = "pi0fm/request_id"  # request: int >= 0; the reply repeats it
+DEADLINE_MS = "pi0fm/deadline_ms"  # request: float > 0, from its arrival; what cannot be answered in time is refused at once
+SESSION = "pi0fm/session"  # request: text, one for each robot
+ACTION_PREFIX = "pi0fm/action_prefix"  # request: float32 [n, A], robot units, absolute; row i is for the control step of the answer's row i
+INFERENCE_DELAY = "pi0fm/inference_delay"  # request: int >= 0, of the prefix's rows that are executed before the answer comes
+NUM_CANDIDATES = "pi0fm/num_candidates"  # request: int >= 1, chunks to choose the answer from
+JPEG = "pi0fm/jpeg"  # request: a picture may be the map {JPEG: bytes}
+REPLY_IDENTITY = "pi0fm/identity"  # reply: the identity of the policy that answered
+UNCERTAINTY = "pi0fm/uncertainty"  # reply: float, spread of the velocities over the flow steps
+SCORES = "pi0fm/scores"  # reply: float32 [num_candidates]
 
 MAX_FRAME_BYTES = 32 * 1024 * 1024
 MAX_DIMENSIONS = 8
