@@ -1,6 +1,7 @@
 """Messages between a robot and a policy server: msgpack maps with numpy arrays, in openpi's encoding.
 
-Owns: `pack` and `unpack`, the arrays that may be sent, the bounds of a frame, the names of pi0fm's extensions. Does not know: sockets, what the keys mean.
+Owns: `pack` and `unpack`, the arrays that may be sent, the bounds of a frame, the names of pi0fm's extensions. Does not know: sockets,
+what the keys mean.
 
 An array is a map of four, a numpy scalar a map of three; the marker keys are bin, as openpi writes them:
 
