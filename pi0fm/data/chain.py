@@ -27,6 +27,9 @@ from pi0fm.models.observation import ModelObservation
 from pi0fm_client.errors import ConfigError, ObservationError
 from pi0fm_client.types import Observation
 
+MAX_NORMALIZED = 1e9
+"""Of a state, in spreads of the data set: far beyond what a robot sends, far below where float32 overflows in a square."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -146,6 +149,17 @@ class Chain:
         width, key = self.embodiment.dims()[0], self.embodiment.state
         state = np.stack([vector(observation.state, width, key) for observation in observations])
         return self.to_model(images, mask, self.forward(Sample(state, None)).state, [observation.prompt for observation in observations])
+
+    def check(self, observation: Observation) -> None:
+        """Raise ObservationError where the prompt does not fit or the state would overflow in the network, at a small part of its cost."""
+        with np.errstate(over="ignore"):
+            state = self.forward(Sample(observation.state[None], None)).state
+        if not (np.abs(state) <= MAX_NORMALIZED).all():
+            key, found = self.embodiment.state, float(observation.state[int(np.abs(state[0]).argmax())])
+            raise ObservationError(
+                f"{key} must be near the data set's values, found {found:g}; send it in the units that it was recorded in"
+            )
+        self.tokenizer([observation.prompt], state[:, : self.embodiment.dims()[0]])
 
     def to_model(
         self, images: NDArray[np.uint8], image_mask: NDArray[np.bool_], state: NDArray[np.float32], prompts: list[str]

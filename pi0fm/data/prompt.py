@@ -12,7 +12,7 @@ A policy must be asked in the dialect that it was trained in. openpi's own pi05_
 PaliGemma's, which is gated and never fetched here.
 """
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,11 @@ class PromptTokenizer:
         """Made anew in another process: its table of known texts stays here."""
         return PromptTokenizer, (self.tokenizer, self.max_tokens, self.with_state, self.dialect)
 
+    @cached_property
+    def max_bytes(self) -> int:
+        """Bytes that no instruction of `max_tokens` tokens exceeds: the longest token's, so many times."""
+        return self.max_tokens * max(len(token.encode()) for token in self.tokenizer.get_vocab())
+
     def __call__(self, prompts: list[str], state: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """(ids, mask), each [B, L], of prompts and normalised states [B, S].
 
@@ -78,7 +83,13 @@ class PromptTokenizer:
         return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
 
     def text(self, prompt: str, state: NDArray[np.float32]) -> str:
-        """What is tokenised for one instruction and its normalised state [S]. Raises ObservationError for an empty instruction."""
+        """What is tokenised for one instruction and its normalised state [S].
+
+        Raises ObservationError for an empty instruction, and for one of more than `max_bytes`, which a tokenizer would take minutes for.
+        """
+        size = len(prompt) if len(prompt) > self.max_bytes else len(prompt.encode(errors="replace"))
+        if size > self.max_bytes:
+            raise ObservationError(f"the prompt must fit into {self.max_tokens} tokens, found {size} bytes: {prompt[:60]!r}; shorten it")
         if not clean(prompt).strip():
             raise ObservationError(f"the prompt must say something, found {prompt!r}")
         if self.with_state and self.dialect != STATELESS:

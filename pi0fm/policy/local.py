@@ -54,8 +54,10 @@ class LocalPolicy:
         self._real = torch.arange(width, device=device).expand(horizon, width) < (width if padded_noise else chain.embodiment.dims()[1])
 
     def observation(self, flat: Mapping[str, Any]) -> Observation:
-        """The observation in a flat map of keys; see `Embodiment.observation` for the keys and the errors."""
-        return self.chain.embodiment.observation(flat)
+        """The observation in a flat map of keys; see `Embodiment.observation` and `Chain.check` for the keys and the errors."""
+        observation = self.chain.embodiment.observation(flat)
+        self.chain.check(observation)
+        return observation
 
     def mask(self, batch: int) -> Tensor:
         """[batch, H, A], True where the policy samples; elsewhere a chunk is held at 0."""

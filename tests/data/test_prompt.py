@@ -1,5 +1,7 @@
 """Instructions to tokens: known by hand, never cut."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -44,6 +46,16 @@ def test_a_prompt_that_does_not_fit_is_an_error_and_one_that_just_fits_is_not():
     assert tokenizer(6)(["press"], STATE)[1].all()
     with pytest.raises(ObservationError, match=r"must fit into 6 tokens, found 7.*'presse\\n'"):
         tokenizer(6)(["presse"], STATE)
+
+
+def test_a_prompt_of_a_megabyte_is_refused_before_it_is_tokenised():
+    one = tokenizer(16)
+    began = time.perf_counter()
+    for prompt in ("p" * 1_000_000, "\u20ac" * one.max_bytes):
+        with pytest.raises(ObservationError, match=r"must fit into 16 tokens, found \d+ bytes"):
+            one([prompt], STATE)
+    assert time.perf_counter() - began < 1
+    assert one.max_bytes >= 16, "no prompt that fits is refused"
 
 
 def test_pi05s_dialect_writes_the_state_into_the_prompt():

@@ -91,12 +91,17 @@ def picture(value: Any, key: str) -> NDArray[np.uint8]:
 
 def vector(value: Any, width: int, key: str) -> NDArray[np.float32]:
     """`value` as finite float32 [width]; anything else raises ObservationError."""
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ObservationError(f"{key} must be numbers [{width}], found a list of lists of several lengths") from None
     if array.dtype.kind not in "fiu" or array.shape != (width,):
         raise ObservationError(f"{key} must be numbers [{width}], found {array.dtype} {list(array.shape)}")
-    if not np.isfinite(array).all():
-        raise ObservationError(f"{key} must be finite, found {array.tolist()}")
-    return array.astype(np.float32)
+    with np.errstate(over="ignore"):
+        numbers = array.astype(np.float32)
+    if not np.isfinite(numbers).all():
+        raise ObservationError(f"{key} must be finite in float32, found {array.tolist()}")
+    return numbers
 
 
 def camera_names(columns: Sequence[str]) -> dict[str, str]:
