@@ -35,6 +35,7 @@ NUM_CANDIDATES = "pi0fm/num_candidates"  # request: int >= 1, chunks to choose t
 JPEG = "pi0fm/jpeg"  # request: a picture may be the map {JPEG: bytes}
 REPLY_IDENTITY = "pi0fm/identity"  # reply: the identity of the policy that answered
 UNCERTAINTY = "pi0fm/uncertainty"  # reply: float, spread of the velocities over the flow steps
+REFUSED = "pi0fm/refused"  # reply: text in the place of the actions, with the request's id; the connection goes on
 SCORES = "pi0fm/scores"  # reply: float32 [num_candidates]
 
 MAX_FRAME_BYTES = 32 * 1024 * 1024

@@ -16,7 +16,8 @@ from pi0fm.options import option, required
 from pi0fm.policy.load_options import LoadOptions
 from pi0fm.progress import say
 from pi0fm.serve import app as application
-from pi0fm.serve import server
+from pi0fm.serve import limits, server
+from pi0fm.serve.keys import read_keys
 from pi0fm_client.errors import ConfigError
 
 HELP = "answer robots over the openpi WebSocket protocol"
@@ -25,26 +26,28 @@ TOKEN_VARIABLE = "PI0FM_TOKEN"  # noqa: S105 - the name, not the key
 
 
 @dataclass(frozen=True)
-class ServeConfig(LoadOptions):
+class ServeConfig(LoadOptions, limits.ServingLimits):
     """Options of `pi0fm serve`: how the bundle is loaded, and where and for whom it is served."""
 
     bundle: Path = required("folder of the policy, as pi0fm train wrote it")
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens it to every network, so give a token with it")
     port: int = option(8000, "port to listen on; 0 takes a free one, which the ready line names")
     token: str | None = option(
-        None, f"key that clients must send; others can read it in the list of processes, so prefer ${TOKEN_VARIABLE}"
+        None, f"key that clients must send; others can read it in the list of processes, so prefer ${TOKEN_VARIABLE} or --tokens"
     )
-    max_batch_size: int = option(8, "most observations in one inference")
-    max_queue: int = option(64, "most requests that wait; a further one is refused")
-    max_connections: int = option(64, "most robots that are connected at a time; a further one is refused")
+    tokens: Path | None = option(None, "file of keys, one a line, any of which a client may send; # begins a comment")
+    tls_certificate: Path | None = option(None, "PEM file with the server's certificate and those that vouch for it: clients say wss://")
+    tls_key: Path | None = option(None, "PEM file with its key")
+    tls_clients: Path | None = option(None, "PEM file of the authorities that a client's own certificate must come from")
+    keys: Path | None = option(None, "YAML file: a robot's own observation key -> a column of the bundle (serve/keys.py says the rest)")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        LoadOptions.__post_init__(self)
+        limits.ServingLimits.__post_init__(self)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must lie in 0..65535, found {self.port}: 8000 is the default, 0 takes a free one")
-        for name in ("max_batch_size", "max_queue", "max_connections"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} must be >= 1, found {getattr(self, name)}")
+        if (self.tls_certificate is None) != (self.tls_key is None) or (self.tls_clients is not None and self.tls_key is None):
+            raise ConfigError("--tls_certificate and --tls_key go together, and --tls_clients with them: give both files")
 
 
 Options = ServeConfig
@@ -52,12 +55,17 @@ Options = ServeConfig
 
 def run(options: ServeConfig) -> None:
     """Serve until SIGINT or SIGTERM. The only line on standard output is the JSON that says ready; a parent process may wait for it."""
-    token = options.token if options.token is not None else os.environ.get(TOKEN_VARIABLE)
-    application.check_token(token)
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    tokens = known_tokens(options)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(limits.RateLimit())
+    limits.fit_descriptors(options.max_connections)
+    certificates = None
+    if options.tls_certificate is not None and options.tls_key is not None:
+        certificates = server.Certificates(options.tls_certificate, options.tls_key, options.tls_clients)
     with server.until_stopped(), server.bind(options.host, options.port) as bound:
-        url = server.url_of(bound)
-        if token is None and options.host not in ("127.0.0.1", "localhost", "::1"):
+        url = server.url_of(bound, encrypted=certificates is not None)
+        if not tokens and options.host not in ("127.0.0.1", "localhost", "::1"):
             say(f"anyone who reaches {options.host} can use this policy: set {TOKEN_VARIABLE} to ask for a key")
         say(f"loading {options.bundle}")
         # Imported here: torch takes seconds, and a port in use should be told at once.
@@ -68,10 +76,9 @@ def run(options: ServeConfig) -> None:
             policy,
             to_observation=policy.observation,
             metadata=policy.metadata,
-            token=token,
-            max_batch_size=options.max_batch_size,
-            max_queue=options.max_queue,
-            max_connections=options.max_connections,
+            tokens=tokens,
+            options=options,
+            renamed=dict if options.keys is None else read_keys(options.keys, policy.metadata),
         )
 
         def announce(seconds: float) -> None:
@@ -84,5 +91,23 @@ def run(options: ServeConfig) -> None:
             named = "".join(f", {name} {value}" for name, value in known.items())
             say(f"serving {options.bundle}{named} on {url}; ^C stops it")
 
-        asyncio.run(server.serve(server.make_server(app), app, bound, announce))
+        made = server.make_server(app, options, certificates)
+        asyncio.run(server.serve(made, app, bound, announce))
     say("stopped serving")
+
+
+def known_tokens(options: ServeConfig) -> list[str]:
+    """Return the keys of the option or else the environment, and of the file. Raises ConfigError for one that protects nothing."""
+    token = options.token if options.token is not None else os.environ.get(TOKEN_VARIABLE)
+    tokens = [] if token is None else [token]
+    if options.tokens is not None:
+        try:
+            lines = [line.strip() for line in options.tokens.read_text().splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--tokens must name a text file, found {options.tokens}: {error}") from None
+        tokens += [line for line in lines if line and not line.startswith("#")]
+        if not tokens:
+            raise ConfigError(f"--tokens must name a file with one key or more, found none in {options.tokens}: write one a line")
+    for each in tokens:
+        application.check_token(each)
+    return tokens

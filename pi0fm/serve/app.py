@@ -1,24 +1,21 @@
 """The policy server as an ASGI application: openpi's WebSocket protocol at `/`, and `/healthz`.
 
-Owns: who may connect, the order of frames on a connection, what a client learns of a fault. Does not know: sockets and signals
-(server.py), batches (batcher.py), bytes (pi0fm_client.wire), how an observation is made (`to_observation`).
+Owns: who may connect, the greeting, health, the drain. Does not know: sockets and signals (server.py), one connection's frames
+(sessions.py), batches (batcher.py), how an observation is made (`to_observation`).
 
-    client                                server
-      |-- upgrade, Authorization: Api-Key .. ->|   401 for a wrong key, 503 before it is warm
-      |<- metadata ----------------------------|
-      |-- observation ------------------------>|   checked, queued, inferred with the neighbours
-      |<- actions, server_timing, policy_timing|
-      |-- observation ------------------------>|
-      |<- "error 3f9a1c2e: ..." (text) --------|   then close 1011; every other client goes on
+    upgrade    401 for a wrong key, 403 for a web page, 503 before it is warm, when it is full, and while it drains
+    full       a connection that never asked makes room for a new one; else the new one is refused
+    healthz    200, or 503 while it warms up, drains, or one inference takes longer than it may
 """
 
 import asyncio
 import hmac
 import logging
-import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, cast, final
 
 import numpy as np
@@ -28,13 +25,17 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from pi0fm.serve.batcher import Batcher, RefusedError
+from pi0fm.serve import door, sessions
+from pi0fm.serve.batcher import Batcher
+from pi0fm.serve.limits import ServingLimits
+from pi0fm.serve.sessions import Session
 from pi0fm_client import wire
-from pi0fm_client.errors import ConfigError, ObservationError, ServingError
-from pi0fm_client.types import ActionChunk, Observation, Policy
+from pi0fm_client.errors import ConfigError, ServingError
+from pi0fm_client.types import Observation, Policy
 
 WARM_UP_IMAGE_SIZE = (224, 224)
-CLOSE_INTERNAL_ERROR = 1011
+SECONDS_BEFORE_EVICTION = 5.0  # a robot that connected asks within milliseconds
+DOOR_THREADS = 2
 logger = logging.getLogger(__name__)
 
 
@@ -43,30 +44,27 @@ def create_app(
     *,
     to_observation: Callable[[Mapping[str, Any]], Observation],
     metadata: Mapping[str, Any],
-    token: str | None = None,
-    max_batch_size: int = 8,
-    max_queue: int = 64,
-    max_frame_bytes: int = wire.MAX_FRAME_BYTES,
-    max_connections: int = 64,
+    options: ServingLimits,
+    tokens: Sequence[str] = (),
+    renamed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> Starlette:
     """Build the application that serves `policy`; it warms up in its lifespan unless `warm_up` was awaited before.
 
-    to_observation: raises ObservationError, whose line the client sees; it runs on the event loop.
-    metadata: the first frame of every connection; the warm-up reads `cameras` (name -> key), `state_key`, `state_dim` and,
-    when it is there, `image_size` [height, width]. token: printable ASCII that a client must send, None serves everyone.
-    max_connections: further ones are answered 503, since each may hold a frame of max_frame_bytes.
-    Raises ConfigError for a token or a size that cannot be used, ObservationError for metadata that cannot be sent.
+    to_observation: raises ObservationError, whose line the client sees; it runs in threads.
+    metadata: the first frame of every connection, without the paths in it; the warm-up reads `cameras` (name -> key), `state_key`,
+    `state_dim` and, when it is there, `image_size` [height, width]. tokens: printable ASCII, a client must send one of them, none serves
+    everyone. renamed: a message in the policy's own keys, see keys.py.
+    Raises ConfigError for a token that cannot be used, ObservationError for metadata that cannot be sent.
     """
-    check_token(token)
-    greeting = {**metadata, "max_frame_bytes": max_frame_bytes}
-    batcher = Batcher(policy, validate=to_observation, max_batch_size=max_batch_size, max_queue=max_queue)
-    service = _Service(batcher, greeting, token, max_frame_bytes, max_connections)
+    for token in tokens:
+        check_token(token)
+    service = _Service(policy, to_observation, metadata, options, tokens, renamed)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await warm_up(app)
         yield
-        await service.close()
+        service.close()
 
     routes = [WebSocketRoute("/", service.handle_connection), Route("/healthz", service.healthz), Route("/", service.index)]
     app = Starlette(routes=routes, lifespan=lifespan)
@@ -75,11 +73,16 @@ def create_app(
 
 
 async def warm_up(app: Starlette) -> float:
-    """Run the policy once alone and once in a full batch, so that no client pays for compilation; returns seconds, 0 when done before.
+    """Run the policy alone and in a full batch, so that no client pays for compilation; returns seconds, 0 when done before.
 
     Raises ServingError when the policy fails on the synthetic observation, which means that it would fail on every other.
     """
     return await cast(_Service, app.state.service).warm_up()
+
+
+async def drain(app: Starlette) -> None:
+    """Take no new connection, answer every request that arrived, then close each connection with 1001."""
+    await cast(_Service, app.state.service).drain()
 
 
 def check_token(token: str | None) -> None:
@@ -88,6 +91,17 @@ def check_token(token: str | None) -> None:
         raise ConfigError(
             "a token must be printable ASCII without blanks and not empty: give another one, or leave it out to serve everyone"
         )
+
+
+def without_paths(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `metadata` with the last name of each absolute path in it: where things are on a machine is no client's business."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: cleaned(item) for key, item in value.items()}
+        return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+
+    return {key: cleaned(value) for key, value in metadata.items()}
 
 
 def synthetic_observation(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,20 +120,31 @@ class _Service:
     """State that the routes share. `_ready` is true between the warm-up and the end."""
 
     def __init__(
-        self, batcher: Batcher, metadata: Mapping[str, Any], token: str | None, max_frame_bytes: int, max_connections: int
+        self,
+        policy: Policy,
+        to_observation: Callable[[Mapping[str, Any]], Observation],
+        metadata: Mapping[str, Any],
+        options: ServingLimits,
+        tokens: Sequence[str],
+        renamed: Callable[[Mapping[str, Any]], Mapping[str, Any]],
     ) -> None:
-        self._batcher, self._metadata, self._max_frame_bytes = batcher, metadata, max_frame_bytes
-        self._greeting = wire.pack(metadata)
-        self._authorization = None if token is None else f"Api-Key {token}".encode()
-        self._ready = False
-        self._max_connections, self._connections = max_connections, 0
+        self._to_observation, self._metadata, self._options = to_observation, metadata, options
+        self._batcher = Batcher(policy, options)
+        self._door = door.Door(to_observation, options.max_frame_bytes, renamed)
+        extensions = [*door.EXTENSIONS, *([wire.REPLY_IDENTITY] if wire.IDENTITY in metadata else [])]
+        self._greeting = wire.pack({**without_paths(metadata), "max_frame_bytes": options.max_frame_bytes, wire.EXTENSIONS: extensions})
+        self._authorizations = [f"Api-Key {token}".encode() for token in tokens]
+        self._ready = self._draining = False
+        self._sessions: set[Session] = set()
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._threads = ThreadPoolExecutor(DOOR_THREADS, "pi0fm-door")
 
     async def warm_up(self) -> float:
         if self._ready:
             return 0.0
         began = time.perf_counter()
         try:
-            await self._batcher.warm_up(synthetic_observation(self._metadata))
+            await self._batcher.warm_up(self._to_observation(synthetic_observation(self._metadata)))
         except ServingError:
             raise
         except Exception as error:  # any fault of a policy means that it cannot be served
@@ -130,12 +155,18 @@ class _Service:
         self._ready = True
         return time.perf_counter() - began
 
-    async def close(self) -> None:
+    async def drain(self) -> None:
+        self._draining = True
+        await asyncio.gather(*(session.leave(sessions.CLOSE_GOING_AWAY, "the server stops") for session in self._sessions))
+
+    def close(self) -> None:
         self._ready = False
-        await self._batcher.close()
+        self._batcher.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def healthz(self, request: Request) -> Response:
-        return PlainTextResponse("OK\n") if self._ready else PlainTextResponse("warming up\n", 503)
+        fault = self._unavailable()
+        return PlainTextResponse(f"{fault}\n", 503) if fault else PlainTextResponse("OK\n")
 
     async def index(self, request: Request) -> Response:
         """Answer a browser at `/`."""
@@ -143,93 +174,59 @@ class _Service:
 
     async def handle_connection(self, websocket: WebSocket) -> None:
         """Serve one connection, from the handshake to its end."""
-        if self._authorization is not None:
-            given = websocket.headers.get("authorization", "").encode("latin-1")
-            if not hmac.compare_digest(given, self._authorization):
-                await websocket.send_denial_response(PlainTextResponse("send the header Authorization: Api-Key <key>\n", 401))
-                return
-        if not self._ready:
-            await websocket.send_denial_response(PlainTextResponse("warming up\n", 503))
+        address = websocket.client.host if websocket.client else ""
+        refused = self._refusal(websocket) or self._make_room(address)
+        if refused is not None:
+            await websocket.send_denial_response(refused)
             return
-        if self._connections >= self._max_connections:
-            full = f"this server takes {self._max_connections} connections at a time, and has them; close one, or raise --max_connections\n"
-            await websocket.send_denial_response(PlainTextResponse(full, 503))
-            return
-        self._connections += 1
+        identity = self._metadata.get(wire.IDENTITY)
+        session = Session(websocket, address, self._batcher, self._door, self._threads, identity, self._options.idle_seconds)
+        self._sessions.add(session)
         try:
             await websocket.accept()
-            await websocket.send_bytes(self._greeting)
-            await self._exchange(websocket)
+            await session.run(self._greeting)
         except WebSocketDisconnect:
             return
         finally:
-            self._connections -= 1
+            self._sessions.discard(session)
 
-    async def _exchange(self, websocket: WebSocket) -> None:
-        """Answer requests in turn. The next frame is awaited during the inference, which is how a lost client is noticed."""
-        previous_total_ms: float | None = None
-        incoming = asyncio.create_task(websocket.receive())
-        answering: asyncio.Task[bytes | str] | None = None
-        try:
-            while (message := await incoming)["type"] == "websocket.receive":
-                began = time.perf_counter()
-                incoming = asyncio.create_task(websocket.receive())
-                answering = asyncio.create_task(self._answer(message.get("bytes"), previous_total_ms))
-                await asyncio.wait({incoming, answering}, return_when=asyncio.FIRST_COMPLETED)
-                if incoming.done() and incoming.result()["type"] != "websocket.receive":
-                    return
-                reply = await answering
-                if isinstance(reply, str):
-                    await websocket.send_text(reply)
-                    await websocket.close(CLOSE_INTERNAL_ERROR)
-                    return
-                await websocket.send_bytes(reply)
-                previous_total_ms = _milliseconds_since(began)
-        finally:
-            incoming.cancel()
-            if answering is not None:
-                answering.cancel()
+    def _unavailable(self) -> str | None:
+        if not self._ready:
+            return "warming up"
+        if self._draining:
+            return "shutting down"
+        stuck = self._batcher.stuck_seconds()
+        return None if stuck is None else f"one inference has taken {stuck:.0f} s"
 
-    async def _answer(self, frame: bytes | None, previous_total_ms: float | None) -> bytes | str:
-        """Return the reply's bytes, or an error line; only an error in the client's own request says more than an id."""
-        try:
-            began = time.perf_counter()
-            if frame is None:
-                raise ObservationError("a request must be a binary frame, found text: send the msgpack bytes")
-            message = wire.unpack(frame, max_bytes=self._max_frame_bytes)
-            chunk = await self._batcher.submit(message, _pop_noise_seed(message))
-            return _encode_reply(chunk, _milliseconds_since(began), previous_total_ms)
-        except (ObservationError, RefusedError) as error:
-            identifier = secrets.token_hex(4)
-            line = " ".join(str(error).split())[:1000]
-            logger.warning("error %s: %s", identifier, line)
-            return f"error {identifier}: {line}"
-        except Exception:  # a policy may raise anything, and none of it is a client's business
-            identifier = secrets.token_hex(4)
-            logger.exception("internal error %s", identifier)
-            return f"internal error {identifier}"
+    def _refusal(self, websocket: WebSocket) -> Response | None:
+        """Return the answer to whoever may not connect. Every key is compared, in a time that tells nothing of them."""
+        if "origin" in websocket.headers:  # a page that a user of the robot's network looks at must not move the robot
+            return PlainTextResponse("a web page may not speak to a policy server\n", 403)
+        given = websocket.headers.get("authorization", "").encode("latin-1")
+        fitting = sum(hmac.compare_digest(given, known) for known in self._authorizations)  # a sum, since it looks at each
+        if self._authorizations and not fitting:
+            return PlainTextResponse("send the header Authorization: Api-Key <key>\n", 401)
+        fault = self._unavailable()
+        return PlainTextResponse(f"{fault}\n", 503) if fault else None
 
-
-def _pop_noise_seed(message: dict[str, Any]) -> int | None:
-    """Remove `noise_seed` from a request and return it: a whole number in [0, 2**63), or None."""
-    seed = message.pop("noise_seed", None)
-    if seed is None:
+    def _make_room(self, address: str) -> Response | None:
+        """Return None where there is a place, after closing the oldest connection that never asked, if that makes one."""
+        options, crowd = self._options, list(self._sessions)
+        most, whose, option = options.max_connections, "", "max_connections"
+        if len(crowd) < most:
+            crowd = [session for session in crowd if session.address == address]
+            most, whose, option = options.max_connections_of_address or max(1, most // 2), " of one address", "max_connections_of_address"
+        if len(crowd) < most:
+            return None
+        now = time.monotonic()
+        silent = [session for session in crowd if not session.has_asked and now - session.began > SECONDS_BEFORE_EVICTION]
+        if not silent:
+            full = f"this server takes {most} connections{whose} at a time, and has them; close one, or raise --{option}\n"
+            return PlainTextResponse(full, 503)
+        oldest = min(silent, key=lambda session: session.began)
+        self._sessions.discard(oldest)
+        logger.warning("the server is full: a connection of %s that never asked makes room", oldest.address)
+        leaving = asyncio.create_task(oldest.leave(sessions.CLOSE_TRY_AGAIN, "made room for another client"))
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
         return None
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
-        raise ObservationError(f"noise_seed must be a whole number in [0, 2**63), found {str(seed)[:40]}: leave it out for fresh noise")
-    return int(seed)
-
-
-def _encode_reply(chunk: ActionChunk, server_ms: float, previous_total_ms: float | None) -> bytes:
-    """Encode openpi's reply. `server_timing.infer_ms` holds the wait in the queue too, `policy_timing.infer_ms` the inference alone."""
-    if not np.isfinite(chunk.actions).all():
-        raise RuntimeError("the policy answered an action that is not finite; no robot may be sent it")
-    server_timing = {"infer_ms": server_ms}
-    if previous_total_ms is not None:
-        server_timing["prev_total_ms"] = previous_total_ms
-    policy_timing = {"infer_ms": server_ms} | {name: float(value) for name, value in chunk.timings.items()}
-    return wire.pack({"actions": chunk.actions, "server_timing": server_timing, "policy_timing": policy_timing})
-
-
-def _milliseconds_since(began: float) -> float:
-    return (time.perf_counter() - began) * 1e3

@@ -1,8 +1,9 @@
 """Batch the requests of many robots for one policy: those that arrive during an inference share the next one.
 
-Owns: the queue, the worker thread, the choice of a batch, the handling of a failed one. Does not know: sockets, messages, the policy.
+Owns: the queue, the worker thread, the choice of a batch, the handling of a failed one. Does not know: sockets, frames, the policy.
 
-There is no waiting window: an idle policy starts at once, a busy one collects. Time runs to the right, max_batch_size is 3:
+An idle policy starts at once, unless measurements say that a session about to ask is worth waiting for (pace.py); a busy one collects.
+Time runs to the right, max_batch_size is 3:
 
     client A   a---------------+                  b-----------------------------+
     client B      c - - - - - -+--------------+
@@ -10,20 +11,24 @@ There is no waiting window: an idle policy starts at once, a busy one collects. 
     worker     [ infer a      ][ infer c, d  ][ infer b ]
     queue         c  c,d         b  b                          full queue: refused at once
 
-A request is checked before it waits, so a wrong one never joins a batch. A batch that fails all the same is tried again one request
-at a time, and only the one that fails is refused. A request whose client has gone is dropped before it costs an inference.
+A session has one place in the queue: its newer observation takes the place of its older one, so taking turns is first come, first served.
+A request that cannot keep its deadline is refused at once. A batch that fails is tried again one request at a time, and only the one that
+fails is refused. A request whose client has gone is dropped before it costs an inference.
 """
 
 import asyncio
 import logging
+import queue
 import secrets
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, final
 
-from pi0fm_client.errors import ConfigError, ServingError
+from pi0fm.serve.limits import ServingLimits
+from pi0fm.serve.pace import Pace
+from pi0fm_client.errors import ServingError
 from pi0fm_client.types import ActionChunk, Observation, Policy
 
 logger = logging.getLogger(__name__)
@@ -31,115 +36,233 @@ logger = logging.getLogger(__name__)
 
 @final
 class RefusedError(ServingError):
-    """A request that was not queued; its message is about the server's load, so a client may read it."""
+    """A request that was not inferred; its message is about the server's load, so a client may read it."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Request:
+class Request:
+    """One observation to infer. noise_seed: None draws fresh noise. session: whose it is. latest: `time.perf_counter()` of its deadline."""
+
     observation: Observation
-    noise_seed: int | None
+    noise_seed: int | None = None
+    session: Hashable = field(default_factory=object)
+    latest: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    request: Request
     answer: asyncio.Future[ActionChunk]
 
 
 @final
 class Batcher:
-    """Run `policy.infer_batch` in one thread. All methods belong to one event loop.
+    """Run `policy.infer_batch` in one thread. All methods belong to one event loop."""
 
-    validate: turns a client's map into an observation, or raises ObservationError; it runs on the event loop, so it must be quick.
-    max_batch_size: the most observations in one inference, >= 1. max_queue: the most requests that wait, >= 1.
-    """
-
-    def __init__(
-        self, policy: Policy, *, validate: Callable[[Mapping[str, Any]], Observation], max_batch_size: int, max_queue: int
-    ) -> None:
-        if max_batch_size < 1 or max_queue < 1:
-            raise ConfigError(f"max_batch_size and max_queue must be >= 1, found {max_batch_size} and {max_queue}")
-        self._policy, self._validate = policy, validate
-        self._max_batch_size, self._max_queue = max_batch_size, max_queue
-        self._waiting: deque[_Request] = deque()
+    def __init__(self, policy: Policy, options: ServingLimits) -> None:
+        self._policy, self._stall_seconds = policy, options.stall_seconds
+        self._max_batch_size, self._max_queue = options.max_batch_size, options.max_queue
+        self._pace = Pace(options.max_batch_size)
+        self._waiting: dict[Hashable, _Waiting] = {}
+        self._arrival = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
+        self._inferring: tuple[float, int] | None = None  # since when, how many
         self._closed = False
-        # One thread, because a policy owns its device, and because compiled graphs and caches may belong to the thread that made them.
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pi0fm-policy")
+        self._worker = _Worker()
 
-    async def submit(self, message: Mapping[str, Any], noise_seed: int | None = None) -> ActionChunk:
+    async def submit(self, request: Request) -> ActionChunk:
         """Return the policy's chunk for one observation.
 
-        noise_seed: makes the answer reproducible; None draws fresh noise.
-        Raises ObservationError for a wrong observation, RefusedError for a full queue or a server that stops, and what the policy raised.
+        Raises RefusedError for a deadline that cannot be kept, a newer request of the same session, a full queue, a stuck policy or a
+        server that stops, and what the policy raised.
         """
-        observation = self._validate(message)
-        if self._closed:
-            raise RefusedError("the server is shutting down: connect again in a moment")
-        if len(self._waiting) >= self._max_queue:
-            raise RefusedError(f"the server is busy: {self._max_queue} requests wait already; ask less often, or raise --max_queue")
-        request = _Request(observation, noise_seed, asyncio.get_running_loop().create_future())
-        self._waiting.append(request)
+        self._refuse(request)
+        waiting = _Waiting(request, asyncio.get_running_loop().create_future())
+        older = self._waiting.get(request.session)
+        if older is not None:
+            _fail(older, RefusedError("a newer observation of this session took its place"))
+        self._waiting[request.session] = waiting
+        self._pace.asked(request.session, time.perf_counter())
+        self._arrival.set()
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(self._run())
         try:
-            return await request.answer
+            return await waiting.answer
         finally:
-            if request in self._waiting:  # the client has gone
-                self._waiting.remove(request)
+            if self._waiting.get(request.session) is waiting:  # the client has gone
+                del self._waiting[request.session]
+            if request.session not in self._waiting:
+                self._pace.answered(request.session, time.perf_counter())
 
-    async def warm_up(self, message: Mapping[str, Any]) -> None:
-        """Run the policy on one observation, alone and in a full batch, in the serving thread. Raises what the policy raises."""
-        observation = self._validate(message)
+    def forget(self, session: Hashable) -> None:
+        """Expect no further request of a session."""
+        self._pace.forget(session)
+        self._arrival.set()
+
+    def stuck_seconds(self) -> float | None:
+        """Return how long the running inference has taken, where that is longer than `stall_seconds`."""
+        elapsed = 0.0 if self._inferring is None else time.perf_counter() - self._inferring[0]
+        return elapsed if elapsed > self._stall_seconds else None
+
+    async def warm_up(self, observation: Observation) -> None:
+        """Run the policy alone and in a full batch, in the serving thread: once to compile, once to be timed. Raises what it raises."""
         for size in sorted({1, self._max_batch_size}):
-            await self._infer([observation] * size, [None] * size)
+            for _ in range(2):
+                began = time.perf_counter()
+                await self._infer([observation] * size, [None] * size)
+            self._pace.inferred(size, time.perf_counter() - began)
 
-    async def close(self) -> None:
-        """Refuse the waiting requests, and let the running inference end."""
-        self._closed = True
-        while self._waiting:
-            _fail(self._waiting.popleft(), RefusedError("the server is shutting down: connect again in a moment"))
-        if self._running is not None:
+    async def drain(self) -> None:
+        """Wait until every request that was accepted is answered."""
+        while self._running is not None and not self._running.done():
             await asyncio.wait([self._running])
-        self._worker.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """Refuse what waits and what comes. A running inference goes on in its thread, which ends with the process."""
+        self._closed = True
+        for waiting in list(self._waiting.values()):
+            _fail(waiting, RefusedError("the server is shutting down: connect again in a moment"))
+        self._waiting.clear()
+        self._worker.close()
+
+    def _refuse(self, request: Request) -> None:
+        if self._closed:
+            raise RefusedError("the server is shutting down: connect again in a moment")
+        stuck = self.stuck_seconds()
+        if stuck is not None:
+            raise RefusedError(f"the policy is stuck: one inference has taken {stuck:.0f} s; look at the server, and ask again")
+        if request.session in self._waiting:
+            return
+        if len(self._waiting) >= self._max_queue:
+            raise RefusedError(f"the server is busy: {self._max_queue} requests wait already; ask less often, or raise --max_queue")
+        if request.latest is None:
+            return
+        now = time.perf_counter()
+        remaining = 0.0 if self._inferring is None else self._inferring[0] + self._pace.seconds(self._inferring[1]) - now
+        _refuse_late(request, now, self._pace.estimate(len(self._waiting), remaining))
 
     async def _run(self) -> None:
         while self._waiting:
-            count = min(len(self._waiting), self._max_batch_size)
-            await self._answer([self._waiting.popleft() for _ in range(count)])
+            await self._gather()
+            batch = [self._waiting.pop(session) for session in list(self._waiting)[: self._max_batch_size]]
+            await self._answer([waiting for waiting in batch if self._in_time(waiting)])
 
-    async def _answer(self, batch: Sequence[_Request]) -> None:
+    async def _gather(self) -> None:
+        """Wait for sessions that are about to ask, as long as that shortens the sum of all waits and no deadline is missed by it."""
+        free_since = time.perf_counter()
+        while 0 < len(self._waiting) < self._max_batch_size:
+            now = time.perf_counter()
+            until = self._pace.wait_until(len(self._waiting), free_since, now)
+            taking = self._pace.seconds(len(self._waiting) + 1)
+            latest = [waiting.request.latest - taking for waiting in self._waiting.values() if waiting.request.latest is not None]
+            until = min([until, *latest])
+            if until <= now:
+                return
+            self._arrival.clear()
+            try:
+                await asyncio.wait_for(self._arrival.wait(), until - now)
+            except TimeoutError:
+                return
+
+    def _in_time(self, waiting: _Waiting) -> bool:
+        """Refuse a request whose deadline passed in the queue."""
+        try:
+            _refuse_late(waiting.request, time.perf_counter(), self._pace.seconds(1))
+        except RefusedError as error:
+            _fail(waiting, error)
+        return not waiting.answer.done()
+
+    async def _answer(self, batch: Sequence[_Waiting]) -> None:
         """Infer for the requests that still wait; when that fails, for each alone."""
-        batch = [request for request in batch if not request.answer.done()]
+        batch = [waiting for waiting in batch if not waiting.answer.done()]
         if not batch:
             return
+        began = time.perf_counter()
+        self._inferring = began, len(batch)
         try:
-            chunks = await self._infer([request.observation for request in batch], [request.noise_seed for request in batch])
+            chunks = await self._infer(
+                [waiting.request.observation for waiting in batch], [waiting.request.noise_seed for waiting in batch]
+            )
         except Exception as error:  # noqa: BLE001 - any exception of a policy is its client's answer, and must not end this loop
             if len(batch) == 1:
                 _fail(batch[0], error)
                 return
             logger.warning("a batch of %d failed (%s): each is tried alone", len(batch), type(error).__name__)
-            for request in batch:
-                await self._answer([request])
+            for waiting in batch:
+                await self._answer([waiting])
             return
-        for request, chunk in zip(batch, chunks, strict=True):
-            if not request.answer.done():
-                request.answer.set_result(chunk)
+        finally:
+            self._inferring = None
+        self._pace.inferred(len(batch), time.perf_counter() - began)
+        for waiting, chunk in zip(batch, chunks, strict=True):
+            if not waiting.answer.done():
+                waiting.answer.set_result(chunk)
 
     async def _infer(self, observations: Sequence[Observation], noise_seeds: Sequence[int | None]) -> list[ActionChunk]:
         seeds = None
         if any(seed is not None for seed in noise_seeds):
             # A neighbour that asked for no seed gets a fresh one, so that both can share the batch.
             seeds = [secrets.randbelow(2**63) if seed is None else seed for seed in noise_seeds]
-        chunks = await asyncio.get_running_loop().run_in_executor(self._worker, self._infer_in_thread, observations, seeds)
+        chunks: list[ActionChunk] = await self._worker.run(lambda: self._policy.infer_batch(observations, seeds))
         if len(chunks) != len(observations):
             raise RuntimeError(f"a policy must answer each observation once: {len(observations)} given, {len(chunks)} chunks returned")
         return chunks
 
-    def _infer_in_thread(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None) -> list[ActionChunk]:
-        """Call the policy, in the worker thread."""
-        try:
-            return self._policy.infer_batch(observations, noise_seeds)
-        except StopIteration as error:  # a future refuses this one exception, so every client would wait for ever
-            raise RuntimeError("the policy raised StopIteration") from error
+
+@final
+class _Worker:
+    """One thread, because a policy owns its device, and because compiled graphs and caches may belong to the thread that made them.
+
+    It is a daemon and no executor's: Python waits for an executor's threads when it ends, and a stuck policy would keep the process.
+    """
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="pi0fm-policy", daemon=True).start()
+
+    async def run(self, call: Callable[[], Any]) -> Any:
+        future = asyncio.get_running_loop().create_future()
+        self._calls.put((future, call))
+        return await future
+
+    def close(self) -> None:
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        while (job := self._calls.get()) is not None:
+            future, call = job
+            result: Any = None
+            error: BaseException | None = None
+            try:
+                result = call()
+            except BaseException as raised:  # noqa: BLE001 - whoever awaits it decides
+                # A future refuses StopIteration, so every client would wait for ever; an event loop ends by SystemExit.
+                usual = isinstance(raised, Exception) and not isinstance(raised, StopIteration)
+                error = raised if usual else RuntimeError(f"the policy raised {type(raised).__name__}")
+            try:
+                future.get_loop().call_soon_threadsafe(_settle, future, result, error)
+            except RuntimeError:  # the loop has ended meanwhile
+                return
 
 
-def _fail(request: _Request, error: Exception) -> None:
-    if not request.answer.done():
-        request.answer.set_exception(error)
+def _settle(future: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
+
+
+def _refuse_late(request: Request, now: float, seconds: float) -> None:
+    if request.latest is not None and now + seconds > request.latest:
+        left = max(0.0, request.latest - now)
+        raise RefusedError(
+            f"the deadline cannot be kept: {left * 1e3:.0f} ms are left, an answer takes about {seconds * 1e3:.0f} ms; "
+            "ask earlier, or give it longer"
+        )
+
+
+def _fail(waiting: _Waiting, error: Exception) -> None:
+    if not waiting.answer.done():
+        waiting.answer.set_exception(error)

@@ -3,29 +3,36 @@
 Owns: the listening socket, uvicorn's settings, the moment of readiness, signals. Does not know: the protocol, the policy.
 
     bind           load the policy    warm up     open, announce      serve ...       SIGINT or SIGTERM
-    |--------------|------------------|-----------|-------------------|---------------|
-    a port in use                     nobody can connect              clients         1012 to clients, exit code 0
-    ends it here
+    |--------------|------------------|-----------|-------------------|---------------|-----------------------------------------|
+    a port in use                     nobody can connect              clients         answers to what was asked, 1001, exit code 0
+    ends it here                                                                      exit code 1 where SECONDS_TO_END are not enough
 """
 
 import asyncio
 import errno
+import faulthandler
 import ipaddress
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
+from typing import Any, final
 
 import uvicorn
 from starlette.applications import Starlette
 
-from pi0fm.serve.app import warm_up
-from pi0fm_client.errors import ServingError
-from pi0fm_client.wire import MAX_FRAME_BYTES
+from pi0fm.serve import limits
+from pi0fm.serve.app import drain, warm_up
+from pi0fm_client.errors import ConfigError, ServingError
 
+SECONDS_TO_DRAIN = 10.0
 SECONDS_TO_LEAVE = 5
+SECONDS_TO_END = 25.0  # the two above and the interpreter's own end
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -47,32 +54,107 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def url_of(bound: socket.socket) -> str:
-    """Return the URL for a client on this machine, `ws://HOST:PORT`."""
+@dataclass(frozen=True)
+class Certificates:
+    """Files of TLS, in PEM: the server's chain and key, and the authorities that a client's certificate must come from, or None."""
+
+    chain: Path
+    key: Path
+    clients: Path | None = None
+
+
+def url_of(bound: socket.socket, encrypted: bool = False) -> str:
+    """Return the URL for a client on this machine, `ws://HOST:PORT` or `wss://HOST:PORT`."""
     host, port = bound.getsockname()[:2]
     address = ipaddress.ip_address(host.partition("%")[0])
     if address.is_unspecified:  # every interface: the loopback one is the one that this machine can always reach
         host = "127.0.0.1" if address.version == 4 else "::1"
-    return f"ws://[{host}]:{port}" if address.version == 6 else f"ws://{host}:{port}"
+    return f"{'wss' if encrypted else 'ws'}://{f'[{host}]' if address.version == 6 else host}:{port}"
 
 
-def make_server(app: Starlette, max_frame_bytes: int = MAX_FRAME_BYTES) -> uvicorn.Server:
-    """Configure uvicorn for `app`: frames bounded, no compression (images do not shrink, and it costs milliseconds), no access log."""
+def make_server(app: Starlette, options: limits.ServingLimits, certificates: Certificates | None = None) -> uvicorn.Server:
+    """Configure uvicorn for `app`: frames and sockets bounded, no compression (images do not shrink, and it costs milliseconds).
+
+    Raises ConfigError for certificates that cannot be used.
+    """
+    encryption: dict[str, Any] = {}
+    if certificates is not None:
+        encryption = {"ssl_certfile": certificates.chain, "ssl_keyfile": certificates.key}
+        if certificates.clients is not None:
+            encryption |= {"ssl_ca_certs": certificates.clients, "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    sockets, front, channel = limits.bounded_protocols(options.max_connections)
     config = uvicorn.Config(
         app,
-        ws="websockets-sansio",
-        ws_max_size=max_frame_bytes,
+        ws=channel,
+        ws_max_size=options.max_frame_bytes,
         ws_per_message_deflate=False,
-        http="h11",
+        http=front,
         loop="asyncio",
         lifespan="on",
+        backlog=limits.BACKLOG,
+        callback_notify=sockets.sweep,
+        timeout_notify=1,
+        proxy_headers=False,  # any client could name another one's address
         access_log=False,
         log_config=None,
         log_level="warning",
         server_header=False,
         timeout_graceful_shutdown=SECONDS_TO_LEAVE,
+        **encryption,
     )
-    return uvicorn.Server(config)
+    try:
+        config.load()
+    except OSError as error:  # what ssl raises is one
+        raise ConfigError(
+            f"TLS needs a certificate and its key as PEM files, found {certificates} ({error}); check --tls_certificate and --tls_key"
+        ) from None
+    return _DrainingServer(config, app)
+
+
+@final
+class _DrainingServer(uvicorn.Server):
+    """A server that answers what was asked before it closes its connections."""
+
+    def __init__(self, config: uvicorn.Config, app: Starlette) -> None:
+        super().__init__(config)
+        self._app = app
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen as uvicorn does, but give a TLS handshake as little time as any other silent socket."""
+        await self.lifespan.startup()
+
+        def protocol() -> asyncio.Protocol:
+            make: Any = self.config.http_protocol_class
+            made: asyncio.Protocol = make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+            return made
+
+        loop, encryption = asyncio.get_running_loop(), self.config.ssl
+        limit = None if encryption is None else limits.SILENT_SECONDS
+        self.servers = [
+            await loop.create_server(protocol, sock=sock, ssl=encryption, backlog=limits.BACKLOG, ssl_handshake_timeout=limit)
+            for sock in sockets or []
+        ]
+        self.started = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop to listen, drain, and end as uvicorn does."""
+        for server in self.servers:
+            server.close()
+        try:
+            await asyncio.wait_for(drain(self._app), SECONDS_TO_DRAIN)
+        except TimeoutError:
+            limits.logger.error("some requests were not answered within %g s of the end: they are dropped", SECONDS_TO_DRAIN)
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end on a signal."""
+        end_within(SECONDS_TO_END)
+        super().handle_exit(sig, frame)
+
+
+def end_within(seconds: float) -> None:
+    """Make this process end after `seconds` with exit code 1, even if a policy holds the interpreter, unless it ends before."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 async def serve(server: uvicorn.Server, app: Starlette, bound: socket.socket, announce: Callable[[float], None]) -> None:
@@ -113,6 +195,7 @@ def until_stopped() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    end_within(SECONDS_TO_END)
     raise KeyboardInterrupt
 
 

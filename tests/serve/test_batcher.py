@@ -2,21 +2,24 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pi0fm.serve.batcher import Batcher, RefusedError
-from pi0fm_client.errors import ConfigError, ObservationError
+from pi0fm.serve.batcher import Batcher, RefusedError, Request
+from pi0fm.serve.limits import ServingLimits
+from pi0fm.serve.pace import Pace
 from pi0fm_client.types import ActionChunk, Observation
 
 
 class GatedPolicy:
     """Answers the state itself, when the test opens the gate; a negative state raises."""
 
-    def __init__(self, opened: bool = True, error: Exception | None = None) -> None:
+    def __init__(self, opened: bool = True, error: Exception | None = None, seconds: float = 0.0) -> None:
+        self.seconds = seconds
         self.metadata: dict[str, Any] = {}
         self.batches: list[list[float]] = []
         self.seeds: list[Any] = []
@@ -28,33 +31,33 @@ class GatedPolicy:
     def infer_batch(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> list[ActionChunk]:
         self.batches.append([float(observation.state[0]) for observation in observations])
         self.seeds.append(noise_seeds)
+        time.sleep(self.seconds)
         assert self.gate.wait(10)
         if any(observation.state[0] < 0 for observation in observations):
             raise self.error
         return [ActionChunk(observation.state[None]) for observation in observations]
 
 
-def validate(message: Any) -> Observation:
-    if "state" not in message:
-        raise ObservationError("state is missing")
-    return Observation({}, np.array([message["state"]], np.float32), "")
+def ask(batcher: Batcher, state: float, noise_seed: int | None = None, **more: Any) -> Awaitable[ActionChunk]:
+    return batcher.submit(Request(Observation({}, np.array([state], np.float32), ""), noise_seed, **more))
 
 
-def run(policy: GatedPolicy, story: Callable[[Batcher], Awaitable[None]], max_batch_size: int = 3, max_queue: int = 8) -> None:
+def run(policy: GatedPolicy, story: Callable[[Batcher], Awaitable[None]], max_batch_size: int = 3, max_queue: int = 8, **more: Any) -> None:
     async def main() -> None:
-        batcher = Batcher(policy, validate=validate, max_batch_size=max_batch_size, max_queue=max_queue)
+        batcher = Batcher(policy, ServingLimits(max_batch_size=max_batch_size, max_queue=max_queue, **more))
         try:
             await story(batcher)
         finally:
             policy.gate.set()
-            await batcher.close()
+            await batcher.drain()
+            batcher.close()
 
     asyncio.run(main())
 
 
 async def busy(batcher: Batcher, policy: GatedPolicy) -> asyncio.Task[ActionChunk]:
     """A first request that holds the worker until the gate opens."""
-    first = asyncio.create_task(batcher.submit({"state": 0}))
+    first = asyncio.create_task(ask(batcher, 0))
     while not policy.batches:
         await asyncio.sleep(0.001)
     return first
@@ -65,7 +68,7 @@ def test_requests_that_arrive_during_an_inference_share_the_next_one() -> None:
 
     async def story(batcher: Batcher) -> None:
         first = await busy(batcher, policy)
-        others = [asyncio.create_task(batcher.submit({"state": number})) for number in range(1, 6)]
+        others = [asyncio.create_task(ask(batcher, number)) for number in range(1, 6)]
         await asyncio.sleep(0)
         policy.gate.set()
         assert (await first).actions[0, 0] == 0
@@ -81,14 +84,14 @@ def test_only_the_culprit_of_a_failing_batch_fails() -> None:
 
     async def story(batcher: Batcher) -> None:
         first = await busy(batcher, policy)
-        others = [asyncio.create_task(batcher.submit({"state": number})) for number in (1, -2, 3)]
+        others = [asyncio.create_task(ask(batcher, number)) for number in (1, -2, 3)]
         await asyncio.sleep(0)
         policy.gate.set()
         await first
         answers = await asyncio.gather(*others, return_exceptions=True)
         assert isinstance(answers[1], RuntimeError) and str(answers[1]) == "culprit"
         assert [answers[place].actions[0, 0] for place in (0, 2)] == [1, 3]
-        assert (await batcher.submit({"state": 4})).actions[0, 0] == 4
+        assert (await ask(batcher, 4)).actions[0, 0] == 4
 
     run(policy, story)
     assert policy.batches == [[0], [1, -2, 3], [1], [-2], [3], [4]]
@@ -99,21 +102,10 @@ def test_a_policy_that_raises_stop_iteration_does_not_stop_the_server() -> None:
 
     async def story(batcher: Batcher) -> None:
         with pytest.raises(RuntimeError):
-            await asyncio.wait_for(batcher.submit({"state": -1}), 5)
-        assert (await batcher.submit({"state": 1})).actions[0, 0] == 1
+            await asyncio.wait_for(ask(batcher, -1), 5)
+        assert (await ask(batcher, 1)).actions[0, 0] == 1
 
     run(policy, story)
-
-
-def test_a_wrong_observation_never_reaches_the_queue() -> None:
-    policy = GatedPolicy()
-
-    async def story(batcher: Batcher) -> None:
-        with pytest.raises(ObservationError, match="state is missing"):
-            await batcher.submit({})
-
-    run(policy, story)
-    assert policy.batches == []
 
 
 def test_a_full_queue_refuses_and_recovers() -> None:
@@ -121,13 +113,13 @@ def test_a_full_queue_refuses_and_recovers() -> None:
 
     async def story(batcher: Batcher) -> None:
         first = await busy(batcher, policy)
-        waiting = [asyncio.create_task(batcher.submit({"state": number})) for number in (1, 2)]
+        waiting = [asyncio.create_task(ask(batcher, number)) for number in (1, 2)]
         await asyncio.sleep(0)
         with pytest.raises(RefusedError, match="busy: 2 requests"):
-            await batcher.submit({"state": 3})
+            await ask(batcher, 3)
         policy.gate.set()
         await asyncio.gather(first, *waiting)
-        assert (await batcher.submit({"state": 4})).actions[0, 0] == 4
+        assert (await ask(batcher, 4)).actions[0, 0] == 4
 
     run(policy, story, max_queue=2)
 
@@ -137,11 +129,11 @@ def test_a_client_that_left_costs_no_inference_and_no_place() -> None:
 
     async def story(batcher: Batcher) -> None:
         first = await busy(batcher, policy)
-        gone, kept = (asyncio.create_task(batcher.submit({"state": number})) for number in (1, 2))
+        gone, kept = (asyncio.create_task(ask(batcher, number)) for number in (1, 2))
         await asyncio.sleep(0)
         gone.cancel()
         await asyncio.sleep(0)
-        late = asyncio.create_task(batcher.submit({"state": 3}))
+        late = asyncio.create_task(ask(batcher, 3))
         await asyncio.sleep(0)
         policy.gate.set()
         await asyncio.gather(first, kept, late)
@@ -155,7 +147,7 @@ def test_a_client_that_leaves_during_its_inference_harms_nobody() -> None:
 
     async def story(batcher: Batcher) -> None:
         first = await busy(batcher, policy)
-        other = asyncio.create_task(batcher.submit({"state": 1}))
+        other = asyncio.create_task(ask(batcher, 1))
         await asyncio.sleep(0)
         first.cancel()
         policy.gate.set()
@@ -169,7 +161,7 @@ def test_seeds_stay_with_their_requests_and_neighbours_draw_fresh_ones() -> None
 
     async def story(batcher: Batcher) -> None:
         first = await busy(batcher, policy)
-        others = [asyncio.create_task(batcher.submit({"state": 1}, 7)), asyncio.create_task(batcher.submit({"state": 2}))]
+        others = [asyncio.create_task(ask(batcher, 1, 7)), asyncio.create_task(ask(batcher, 2))]
         await asyncio.sleep(0)
         policy.gate.set()
         await asyncio.gather(first, *others)
@@ -179,30 +171,151 @@ def test_seeds_stay_with_their_requests_and_neighbours_draw_fresh_ones() -> None
     assert policy.seeds[1][0] == 7 and 0 <= policy.seeds[1][1] < 2**63
 
 
-def test_closing_refuses_what_waits_and_what_comes() -> None:
+def test_closing_refuses_what_waits_and_what_comes_and_waits_for_no_inference() -> None:
     policy = GatedPolicy(opened=False)
 
     async def story(batcher: Batcher) -> None:
         first = await busy(batcher, policy)
-        waiting = asyncio.create_task(batcher.submit({"state": 1}))
+        waiting = asyncio.create_task(ask(batcher, 1))
         await asyncio.sleep(0)
-        closing = asyncio.create_task(batcher.close())
-        await asyncio.sleep(0)
-        policy.gate.set()
-        await closing
-        assert (await first).actions[0, 0] == 0
+        batcher.close()
         with pytest.raises(RefusedError, match="shutting down"):
             await waiting
         with pytest.raises(RefusedError, match="shutting down"):
-            await batcher.submit({"state": 2})
+            await ask(batcher, 2)
+        policy.gate.set()
+        assert (await first).actions[0, 0] == 0
 
     run(policy, story)
 
 
+def test_draining_answers_what_waits() -> None:
+    policy = GatedPolicy(opened=False)
+
+    async def story(batcher: Batcher) -> None:
+        first = await busy(batcher, policy)
+        others = [asyncio.create_task(ask(batcher, number)) for number in range(1, 6)]
+        await asyncio.sleep(0)
+        policy.gate.set()
+        await batcher.drain()
+        assert [task.result().actions[0, 0] for task in (first, *others)] == [0, 1, 2, 3, 4, 5]
+
+    run(policy, story)
+
+
+def test_a_newer_observation_takes_the_place_of_its_sessions_older_one() -> None:
+    policy = GatedPolicy(opened=False)
+
+    async def story(batcher: Batcher) -> None:
+        first = await busy(batcher, policy)
+        old, other, new = (asyncio.create_task(ask(batcher, state, session=name)) for state, name in ((1, "a"), (2, "b"), (3, "a")))
+        with pytest.raises(RefusedError, match="newer observation"):
+            await old
+        policy.gate.set()
+        await asyncio.gather(first, other, new)
+
+    run(policy, story, max_batch_size=1)
+    assert policy.batches == [[0], [3], [2]], "in the place of the older one"
+
+
+def test_a_deadline_that_cannot_be_kept_is_refused_at_once_with_the_estimate() -> None:
+    policy = GatedPolicy(seconds=0.1)
+
+    async def story(batcher: Batcher) -> None:
+        await batcher.warm_up(Observation({}, np.zeros(1, np.float32), ""))
+        began = time.perf_counter()
+        with pytest.raises(RefusedError, match=r"50 ms are left, an answer takes about \d\d\d ms"):
+            await ask(batcher, 1, latest=began + 0.0505)
+        assert time.perf_counter() - began < 0.04
+        first, queued = (asyncio.create_task(ask(batcher, state, latest=time.perf_counter() + 5)) for state in (2, 3))
+        await asyncio.sleep(0.01)
+        with pytest.raises(RefusedError, match="deadline"):  # behind two of 100 ms
+            await ask(batcher, 4, latest=time.perf_counter() + 0.15)
+        await asyncio.gather(first, queued)
+
+    run(policy, story, max_batch_size=1)
+    assert policy.batches[-2:] == [[2], [3]]
+
+
+def test_a_deadline_that_passes_in_the_queue_costs_no_inference() -> None:
+    policy = GatedPolicy(opened=False)
+
+    async def story(batcher: Batcher) -> None:
+        first = await busy(batcher, policy)
+        late = asyncio.create_task(ask(batcher, 1, latest=time.perf_counter() + 0.05))
+        await asyncio.sleep(0.1)
+        policy.gate.set()
+        with pytest.raises(RefusedError, match="0 ms are left"):
+            await late
+        await first
+
+    run(policy, story)
+    assert policy.batches == [[0]]
+
+
+def test_a_stuck_policy_is_told_and_forgiven() -> None:
+    policy = GatedPolicy(opened=False)
+
+    async def story(batcher: Batcher) -> None:
+        first = await busy(batcher, policy)
+        assert batcher.stuck_seconds() is None
+        await asyncio.sleep(0.15)
+        assert (batcher.stuck_seconds() or 0) > 0.1
+        with pytest.raises(RefusedError, match="stuck"):
+            await ask(batcher, 1)
+        policy.gate.set()
+        await first
+        assert batcher.stuck_seconds() is None and (await ask(batcher, 2)).actions[0, 0] == 2
+
+    run(policy, story, stall_seconds=0.1)
+
+
+async def closed_loop(batcher: Batcher, name: str, think: float, turns: int) -> list[float]:
+    """A robot that asks `think` seconds after each answer; the seconds of each."""
+    found = []
+    for turn in range(turns):
+        began = time.perf_counter()
+        await ask(batcher, turn, session=name)
+        found.append(time.perf_counter() - began)
+        await asyncio.sleep(think)
+    return found
+
+
+def test_two_robots_in_a_closed_loop_share_their_batches_and_a_lone_one_waits_for_nobody() -> None:
+    policy = GatedPolicy(seconds=0.03)
+
+    async def story(batcher: Batcher) -> None:
+        await batcher.warm_up(Observation({}, np.zeros(1, np.float32), ""))
+        policy.batches.clear()
+        await asyncio.gather(closed_loop(batcher, "a", 0.002, 20), closed_loop(batcher, "b", 0.002, 20))
+        shared = sum(len(batch) == 2 for batch in policy.batches)
+        assert shared >= 15, policy.batches
+        batcher.forget("b")
+        alone = await closed_loop(batcher, "a", 0.002, 10)
+        assert sorted(alone)[5] < 0.036
+
+    run(policy, story)
+
+
+def test_nobody_waits_where_a_batch_takes_as_long_as_its_members_in_turn() -> None:
+    pace = Pace(8)
+    for size in (1, 2, 8):
+        pace.inferred(size, 0.03 * size)
+    for moment in (0.0, 0.03, 0.06):  # b asks 1 ms after each answer
+        pace.asked("b", moment)
+        pace.answered("b", moment + 0.029)
+    assert pace.wait_until(1, 0.09, 0.0895) == 0.0895
+    for size in (1, 2, 8):
+        for _ in range(50):
+            pace.inferred(size, 0.03)
+    assert 0.0895 < pace.wait_until(1, 0.0895, 0.0895) < 0.095
+    assert pace.wait_until(1, 0.07, 0.0895) == 0.0895, "it has waited for long enough already"
+
+
 def test_warm_up_runs_alone_and_in_a_full_batch() -> None:
     policy = GatedPolicy()
-    run(policy, lambda batcher: batcher.warm_up({"state": 5}))
-    assert policy.batches == [[5], [5, 5, 5]]
+    run(policy, lambda batcher: batcher.warm_up(Observation({}, np.array([5], np.float32), "")))
+    assert policy.batches == [[5], [5], [5, 5, 5], [5, 5, 5]], "once to compile, once to be timed"
 
 
 def test_a_policy_that_answers_too_few_is_an_error() -> None:
@@ -212,11 +325,6 @@ def test_a_policy_that_answers_too_few_is_an_error() -> None:
 
     async def story(batcher: Batcher) -> None:
         with pytest.raises(RuntimeError, match="1 given, 0 chunks"):
-            await batcher.submit({"state": 1})
+            await ask(batcher, 1)
 
     run(Forgetful(), story)
-
-
-def test_sizes_below_one_are_refused() -> None:
-    with pytest.raises(ConfigError, match="max_batch_size"):
-        Batcher(GatedPolicy(), validate=validate, max_batch_size=0, max_queue=1)

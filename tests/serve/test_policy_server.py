@@ -86,7 +86,7 @@ def test_the_exchange_is_openpis(start_server: Any) -> None:
             assert set(timing) == {"infer_ms", "prev_total_ms"}
             assert timing["infer_ms"] > 0 and timing["prev_total_ms"] > 0
     assert server.policy.batches == [(1, None)] * 3
-    assert server.policy.threads == {"pi0fm-policy_0"}
+    assert server.policy.threads == {"pi0fm-policy"}
 
 
 def test_a_noise_seed_makes_a_reply_reproducible(start_server: Any) -> None:
@@ -131,7 +131,7 @@ def test_a_bad_frame_is_told_closes_its_connection_and_disturbs_nobody(start_ser
 
 def test_a_policys_fault_is_an_id_for_the_client_and_a_traceback_in_the_log(start_server: Any, caplog: pytest.LogCaptureFixture) -> None:
     server = start_server()
-    with caplog.at_level(logging.ERROR, "pi0fm.serve.app"), talk(server.url) as robot:
+    with caplog.at_level(logging.ERROR, "pi0fm.serve.sessions"), talk(server.url) as robot:
         robot.recv()
         robot.send(observation_bytes(state=666.0))
         answer = robot.recv()
@@ -283,7 +283,7 @@ def test_a_token_is_asked_for(start_server: Any) -> None:
 
 
 def test_connections_are_bounded_and_a_closed_one_makes_room(start_server: Any) -> None:
-    server = start_server(max_connections=2)
+    server = start_server(max_connections=2, max_connections_of_address=2)
     with talk(server.url) as one, talk(server.url) as other:
         one.recv(), other.recv()
         with pytest.raises(InvalidStatus) as refused:
@@ -308,7 +308,7 @@ def test_a_server_that_stops_says_so_to_its_clients(start_server: Any) -> None:
         server.stop()
         with pytest.raises(ConnectionClosed) as closed:
             robot.recv(timeout=5)
-        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1012
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1001
 
 
 def test_half_a_handshake_and_a_reset_harm_nobody(start_server: Any) -> None:

@@ -16,6 +16,7 @@ from pi0fm.options import parse
 from pi0fm.policy.load_options import LoadOptions
 from pi0fm.serve import server
 from pi0fm.serve.app import create_app
+from pi0fm.serve.limits import ServingLimits
 from pi0fm_client.errors import BundleError, ConfigError, ServingError
 
 
@@ -75,7 +76,9 @@ def test_the_port_is_free_again_after_a_fault(loads: list[Any]) -> None:
     assert len(loads) == 2
 
 
-@pytest.mark.parametrize("option", ["port", "max_batch_size", "max_queue", "max_connections", "num_flow_steps", "threads"])
+@pytest.mark.parametrize(
+    "option", ["port", "max_batch_size", "max_queue", "max_connections", "max_frame_bytes", "idle_seconds", "num_flow_steps", "threads"]
+)
 def test_numbers_out_of_range_are_refused(option: str) -> None:
     with pytest.raises(ConfigError, match=f"--{option} must"):
         parse(command.Options, ["--bundle", "b", f"--{option}", "-1"])
@@ -115,9 +118,9 @@ def test_two_servers_that_warm_up_for_one_port_end_as_one(fake_policy: Any, star
         port = late.getsockname()[1]
         start_server(port=port)
         policy = fake_policy()
-        app = create_app(policy, to_observation=policy.observation, metadata=policy.metadata)
+        app = create_app(policy, to_observation=policy.observation, metadata=policy.metadata, options=ServingLimits())
         with pytest.raises(ServingError, match=f"port {port} on 127.0.0.1 is in use"):
-            asyncio.run(server.serve(server.make_server(app), app, late, lambda seconds: pytest.fail("announced")))
+            asyncio.run(server.serve(server.make_server(app, ServingLimits()), app, late, lambda seconds: pytest.fail("announced")))
 
 
 def test_the_url_is_one_that_this_machine_reaches() -> None:

@@ -13,6 +13,7 @@ import uvicorn
 
 from pi0fm.serve import server as serving
 from pi0fm.serve.app import create_app
+from pi0fm.serve.limits import ServingLimits
 from pi0fm_client.errors import ObservationError
 from pi0fm_client.types import ActionChunk, Observation
 
@@ -104,11 +105,17 @@ def start_server(leaving: list[threading.Thread]) -> Iterator[StartServer]:
     """`start_server(policy, port=0, **create_app_options)` returns when the server is ready; every server ends with the test."""
     running: list[RunningServer] = []
 
-    def start(policy: FakePolicy | None = None, *, port: int = 0, **options: Any) -> RunningServer:
+    def start(policy: Any = None, *, port: int = 0, **options: Any) -> RunningServer:
         policy = policy or FakePolicy()
-        seconds, policy.seconds = policy.seconds, 0.0  # the warm-up need not be slow
-        app = create_app(policy, to_observation=policy.observation, metadata=policy.metadata, **options)
-        server = serving.make_server(app, options.get("max_frame_bytes", 32 * 1024 * 1024))
+        seconds = getattr(policy, "seconds", 0.0)
+        if isinstance(policy, FakePolicy):
+            policy.seconds = 0.0  # the warm-up need not be slow
+        if "token" in options:
+            options["tokens"] = [options.pop("token")]
+        own = {name: options.pop(name) for name in ("tokens", "renamed") if name in options}
+        limits = ServingLimits(**options)
+        app = create_app(policy, to_observation=policy.observation, metadata=policy.metadata, options=limits, **own)
+        server = serving.make_server(app, limits)
         bound = serving.bind("127.0.0.1", port)
         url, ready = serving.url_of(bound), threading.Event()
 
@@ -118,8 +125,9 @@ def start_server(leaving: list[threading.Thread]) -> Iterator[StartServer]:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         assert ready.wait(10)
-        policy.batches.clear()
-        policy.seconds = seconds
+        if isinstance(policy, FakePolicy):
+            policy.batches.clear()
+            policy.seconds = seconds
         running.append(RunningServer(url, policy, server, thread))
         return running[-1]
 

@@ -1,0 +1,121 @@
+"""From a frame to an observation that can be inferred: everything wrong with a request is found here, before it can share a batch.
+
+Owns: the extension keys of a request, the bounds of its keys and values. Does not know: sockets, queues, what a robot's keys mean.
+
+    frame -> pi0fm_client.wire.unpack, bounded -> extensions taken out, each checked -> values bounded -> `to_observation` -> Asked
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pi0fm.options import nearest
+from pi0fm_client import wire
+from pi0fm_client.errors import ObservationError
+from pi0fm_client.types import Observation
+
+EXTENSIONS = (wire.REQUEST_ID, wire.DEADLINE_MS, wire.SESSION, wire.JPEG)
+NOISE_SEED = "noise_seed"
+PREFIX = "pi0fm/"
+MAX_KEYS = 64
+MAX_NAME = 200  # characters of a key or a session
+MAX_TEXT = 65_536
+MAX_LIST = 4096
+MAX_DEADLINE_MS = 3_600_000.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one frame asks for. deadline_ms: from its arrival."""
+
+    observation: Observation
+    noise_seed: int | None
+    request_id: int | None
+    deadline_ms: float | None
+    session: str
+
+
+@final
+class Door:
+    """Read frames; safe in several threads.
+
+    to_observation: raises ObservationError for keys and arrays that do not fit the policy. renamed: a message in the policy's keys.
+    """
+
+    def __init__(
+        self,
+        to_observation: Callable[[Mapping[str, Any]], Observation],
+        max_frame_bytes: int,
+        renamed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    ) -> None:
+        self._to_observation, self._max_frame_bytes, self._renamed = to_observation, max_frame_bytes, renamed
+
+    def read(self, frame: bytes) -> Asked:
+        """Return the request in a frame. Raises ObservationError in one line that names the key."""
+        message = wire.unpack(frame, max_bytes=self._max_frame_bytes)
+        if len(message) > MAX_KEYS:
+            raise ObservationError(f"a request may hold {MAX_KEYS} keys, found {len(message)}: send only those of the greeting")
+        for key in message:
+            if len(key) > MAX_NAME:  # before a nearest key is looked for, which takes the square of the length
+                raise ObservationError(f"a key may have {MAX_NAME} characters, found {len(key)}: {key[:40]!r}")
+        request_id = whole_number(message.pop(wire.REQUEST_ID, None), wire.REQUEST_ID)
+        noise_seed = whole_number(message.pop(NOISE_SEED, None), NOISE_SEED)
+        deadline_ms = _deadline(message.pop(wire.DEADLINE_MS, None))
+        session = message.pop(wire.SESSION, "")
+        if not isinstance(session, str) or len(session) > MAX_NAME:
+            raise ObservationError(f"{wire.SESSION} must be a text of at most {MAX_NAME} characters, found {str(session)[:40]!r}")
+        for key in message:
+            if key.startswith(PREFIX):
+                raise ObservationError(f"unknown extension {key!r}: {nearest(key, EXTENSIONS)}")
+        plain = {key: self._bounded(key, value) for key, value in message.items()}
+        return Asked(self._to_observation(self._renamed(plain)), noise_seed, request_id, deadline_ms, session)
+
+    def _bounded(self, key: str, value: Any) -> Any:
+        """Return a value that is cheap to judge: an array, a number, a short text; a flat list of numbers or a JPEG as an array."""
+        if isinstance(value, str):
+            if len(value) > MAX_TEXT:
+                raise ObservationError(f"{key} may have {MAX_TEXT} characters, found {len(value)}: shorten it")
+            return value
+        if isinstance(value, list):
+            if len(value) > MAX_LIST or not all(type(item) in (int, float) for item in value):
+                raise ObservationError(f"{key} must be an array, or a flat list of at most {MAX_LIST} numbers: send an array")
+            return np.asarray(value, np.float64)
+        if isinstance(value, dict) and value.keys() == {wire.JPEG} and isinstance(value[wire.JPEG], bytes):
+            return decode_jpeg(value[wire.JPEG], key, self._max_frame_bytes)
+        if isinstance(value, np.ndarray | np.generic | int | float):
+            return value
+        raise ObservationError(f"{key} must be an array, a number or a text, found {type(value).__name__}")
+
+
+def decode_jpeg(encoded: bytes, key: str, max_bytes: int) -> NDArray[np.uint8]:
+    """Return a JPEG as uint8 [height, width, 3]; its size is read, and bounded, before its pixels are. Raises ObservationError."""
+    try:
+        with Image.open(BytesIO(encoded), formats=("JPEG",)) as image:
+            width, height = image.size
+            if width * height * 3 > max_bytes:
+                raise ObservationError(f"{key} may have {max_bytes // 3} pixels, found {width} x {height}: send a smaller picture")
+            return np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise ObservationError(f"{key} must be a whole JPEG, found {len(encoded)} bytes that are none: encode it again") from None
+
+
+def whole_number(value: Any, key: str) -> int | None:
+    """Return `value` as a whole number in [0, 2**63), or None. Raises ObservationError."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 2**63:
+        raise ObservationError(f"{key} must be a whole number in [0, 2**63), found {str(value)[:40]}: send one, or leave it out")
+    return int(value)
+
+
+def _deadline(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value <= MAX_DEADLINE_MS:
+        raise ObservationError(f"{wire.DEADLINE_MS} must be a number in (0, {MAX_DEADLINE_MS:g}], found {str(value)[:40]}")
+    return float(value)

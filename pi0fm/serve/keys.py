@@ -1,0 +1,73 @@
+"""A robot's own observation keys for our columns, so that a program written for another server need not change.
+
+Owns: the file of keys, the conversion of pictures and of a state in parts. Does not know: frames, what the columns mean to a network.
+
+    observation/exterior_image_1_left: observation.images.base      a picture: [h, w, 3] or [3, h, w], uint8 or float in [0, 1], or [1, ..]
+    observation/joint_position: observation.state                   a state in parts, joined in the order of the file
+    observation/gripper_position: observation.state
+    observation/wrist_depth:                                        left out
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi0fm.options import nearest, read_yaml
+from pi0fm_client.errors import ConfigError, ObservationError
+
+Renamed = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+def read_keys(path: Path, metadata: Mapping[str, Any]) -> Renamed:
+    """Return what renames a message by the file at `path`; keys that it does not hold stay. Raises ConfigError for an unknown column."""
+    cameras, state = set(metadata["cameras"].values()), metadata["state_key"]
+    columns: dict[str, str | None] = {}
+    for key, column in read_yaml(path).items():
+        if not isinstance(key, str) or not (column is None or isinstance(column, str)):
+            raise ConfigError(f"{path} must map a key to a column, or to nothing, found {key!r}: {column!r}; write KEY: COLUMN")
+        if column is not None and column not in {*cameras, state, "prompt"}:
+            raise ConfigError(f"{path} maps {key!r} to {column!r}, no column of the bundle: {nearest(column, [*sorted(cameras), state])}")
+        columns[key] = column
+    for camera in cameras:
+        theirs = [key for key, column in columns.items() if column == camera]
+        if len(theirs) > 1:
+            raise ConfigError(f"{path} maps {' and '.join(theirs)} to one picture {camera}; leave one of them out")
+
+    def renamed(message: Mapping[str, Any]) -> dict[str, Any]:
+        found = {key: value for key, value in message.items() if key not in columns}
+        parts: list[NDArray[Any]] = []
+        for key, column in columns.items():
+            if key not in message or column is None:
+                continue
+            if column in found:
+                raise ObservationError(f"an observation has {column} once, found it and {key!r}; send one of them")
+            if column == state:
+                parts.append(np.atleast_1d(np.asarray(message[key])))
+            else:
+                found[column] = as_picture(message[key], key) if column in cameras else message[key]
+        if parts:
+            if any(part.ndim != 1 or part.dtype.kind not in "fiu" for part in parts):
+                raise ObservationError(f"the parts of {state} must be rows of numbers, found shapes {[list(part.shape) for part in parts]}")
+            found[state] = np.concatenate(parts)
+        return found
+
+    return renamed
+
+
+def as_picture(value: Any, key: str) -> NDArray[np.uint8]:
+    """Return a picture as uint8 [height, width, 3]. Raises ObservationError for what is none."""
+    array = np.asarray(value)
+    if array.ndim == 4 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
+        array = array.transpose(1, 2, 0)
+    if array.dtype.kind == "f":
+        if not (array.size and array.min() >= 0 and array.max() <= 1):  # nan is not within it either
+            raise ObservationError(f"{key} must be uint8, or float in [0, 1], found {array.dtype} {list(array.shape)} beyond it")
+        array = np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ObservationError(f"{key} must be [height, width, 3] or [3, height, width], found {array.dtype} {list(array.shape)}")
+    return np.ascontiguousarray(array)

@@ -1,0 +1,96 @@
+"""A robot's own keys, and pictures in other forms, become what the policy takes."""
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_server import METADATA
+from PIL import Image
+from test_policy_server import actions_of, talk
+
+from pi0fm.serve.door import Door, decode_jpeg
+from pi0fm.serve.keys import as_picture, read_keys
+from pi0fm_client import wire
+from pi0fm_client.errors import ConfigError, ObservationError
+
+DROID = """
+observation/exterior_image_1_left: observation.images.front
+observation/joint_position: observation.state
+observation/gripper_position: observation.state
+observation/wrist_depth:
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "keys.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_robot_with_keys_of_its_own_is_answered(start_server: Any, tmp_path: Path) -> None:
+    server = start_server(renamed=read_keys(written(tmp_path, DROID), METADATA))
+    message = {
+        "observation/exterior_image_1_left": np.full((3, 6, 8), 5 / 255, np.float32),
+        "observation/joint_position": np.float64([10, 20]),
+        "observation/gripper_position": np.float32(30),
+        "observation/wrist_depth": np.zeros((4, 4), np.float32),
+        "prompt": "pick",
+    }
+    with talk(server.url) as robot:
+        robot.recv()
+        robot.send(wire.pack(message))
+        assert actions_of(robot.recv())[0].tolist() == [15, 25, 35]
+
+
+def test_pictures_in_each_form_are_one_picture() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    for form in (picture, picture.transpose(2, 0, 1), picture[None], picture.astype(np.float32) / 255, picture.transpose(2, 0, 1) / 255.0):
+        assert np.array_equal(as_picture(form, "front"), picture)
+    for wrong in (picture[..., :2], picture.astype(np.float32), picture.astype(np.int32), np.full((4, 6, 3), np.nan), np.zeros(0)):
+        with pytest.raises(ObservationError, match="front must be"):
+            as_picture(wrong, "front")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("image: observation.images.frnt", "did you mean 'observation.images.front'"),
+        ("a: observation.images.front\nb: observation.images.front", "maps a and b to one picture"),
+        ("a: [observation.state]", "must map a key to a column"),
+    ],
+)
+def test_a_file_that_names_no_column_is_refused(tmp_path: Path, text: str, line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        read_keys(written(tmp_path, text), METADATA)
+
+
+def test_a_key_and_its_column_in_one_message_are_refused(tmp_path: Path) -> None:
+    renamed = read_keys(written(tmp_path, "a: observation.images.front"), METADATA)
+    with pytest.raises(ObservationError, match="once, found it and 'a'"):
+        renamed({"a": np.zeros((2, 2, 3), np.uint8), "observation.images.front": np.zeros((2, 2, 3), np.uint8)})
+
+
+def jpeg(width: int, height: int) -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (width, height), (200, 100, 50)).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def test_a_jpeg_is_a_picture(fake_policy: Any) -> None:
+    door = Door(fake_policy().observation, 1 << 20)
+    message = {"observation.images.front": {wire.JPEG: jpeg(8, 6)}, "observation.state": np.zeros(3, np.float32), "prompt": ""}
+    picture = door.read(wire.pack(message)).observation.images["front"]
+    assert picture.shape == (6, 8, 3) and np.abs(picture.astype(int) - [200, 100, 50]).max() <= 3
+
+
+def test_a_jpeg_is_bounded_before_it_is_decoded() -> None:
+    huge = bytearray(jpeg(8, 8))
+    start = huge.index(b"\xff\xc0")
+    huge[start + 5 : start + 9] = b"\x10\x00\x10\x00"
+    with pytest.raises(ObservationError, match="4096 x 4096: send a smaller picture"):
+        decode_jpeg(bytes(huge), "front", 1 << 20)
+    for broken in (jpeg(64, 64)[:200], b"", b"GIF89a" + bytes(100)):
+        with pytest.raises(ObservationError, match="whole JPEG"):
+            decode_jpeg(broken, "front", 1 << 20)
