@@ -1,8 +1,11 @@
-"""`pi0fm eval`: judge a policy in simulation.
+"""`pi0fm eval`: judge a policy in simulation, or with `--dataset.root` on recorded episodes.
 
-Owns: the printed table. Does not know: how the evaluation runs.
+Owns: which of the two, the printed tables. Does not know: how either runs.
 """
 
+import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
@@ -12,12 +15,19 @@ from pi0fm import progress
 from pi0fm.cluster.evaluation import evaluate_on_cluster
 from pi0fm.eval.config import EvalConfig
 from pi0fm.eval.evaluate import Evaluation
+from pi0fm.eval.open_loop import OpenLoopConfig, evaluate_open_loop
 from pi0fm.eval.report.page import percent
 from pi0fm.eval.statistics import Interval
 
-HELP = "judge a policy in simulation"
+HELP = "judge a policy in simulation; with --dataset.root DIR, on the episodes of a data set (see pi0fm eval --dataset.root DIR --help)"
+OPEN_LOOP = "compare a policy's action chunks with those of recorded episodes"
 Options = EvalConfig
 ALIASES: dict[str, str] = {"policy.path": "policy", "eval.n_episodes": "episodes", "env.task": "tasks"}
+
+
+def form(words: Sequence[str]) -> Any:
+    """The command as it is asked for: on recorded episodes where an option of a data set is among the words."""
+    return ON_EPISODES if any(word.startswith("--dataset.") for word in words) else sys.modules[__name__]
 
 
 def run(options: EvalConfig) -> dict[str, Any]:
@@ -25,6 +35,22 @@ def run(options: EvalConfig) -> dict[str, Any]:
     evaluation = evaluate_on_cluster(options)
     show(evaluation)
     return evaluation.json()
+
+
+def run_open_loop(options: OpenLoopConfig) -> dict[str, Any]:
+    """Compare, print a table, return the figures."""
+    figures, found = evaluate_open_loop(options)
+    table = Table(box=None, padding=(0, 2), header_style="")
+    table.add_column("dimension")
+    for heading in ("error", "standing still", "mean chunk"):
+        table.add_column(heading, justify="right")
+    for name, *errors in zip(found.names, *(found.by_dimension(which) for which in ("error", "still", "mean")), strict=True):
+        table.add_row(name, *(f"{error:.4g}" for error in errors))
+    Console(stderr=True, highlight=False, markup=False).print(table)
+    low_high = " ({:.2f} to {:.2f})".format(*found.of_still.interval) if found.of_still.interval else ""
+    progress.say(f"of the error of standing still: {found.of_still.value:.2f}{low_high}; of the mean chunk's: {found.of_mean.value:.2f}")
+    progress.say(f"report: {figures['report']}")
+    return figures
 
 
 def show(evaluation: Evaluation) -> None:
@@ -54,3 +80,6 @@ def _texts(interval: Interval | None) -> tuple[str, str]:
     if interval is None:
         return "unknown", ""
     return percent(interval.rate), f"{percent(interval.low)} to {percent(interval.high)}"
+
+
+ON_EPISODES = SimpleNamespace(HELP=OPEN_LOOP, Options=OpenLoopConfig, ALIASES={"policy.path": "policy"}, run=run_open_loop)

@@ -5,7 +5,7 @@ Each command is a module of pi0fm/cli with `HELP`, `Options`, `ALIASES` and `run
 `SUBCOMMANDS`, name -> help line, each of which is a module COMMAND_NAME or what the command's `subcommand(name)` gives. `POSITIONAL`
 names an option that may stand first without its name, where other commands have files, `OTHERS` the one that the words behind it are
 of; `NAMED_BY_ROW` one that is outputs/NAME_NAME
-where several files stand in a row.
+where several files stand in a row. A command of several forms has `form(words)`, which gives what has these names.
 """
 
 import importlib
@@ -26,7 +26,7 @@ COMMANDS = {
     "demos": "record scripted experts into a LeRobot data set",
     "doctor": "judge a data set before anything is trained on it",
     "train": "train a policy on a LeRobot data set",
-    "eval": "judge a policy in simulation",
+    "eval": "judge a policy in simulation, or on recorded episodes",
     "convert": "openpi's and LeRobot's weights to a bundle, and back",
     "serve": "answer robots over the openpi WebSocket protocol",
     "flow": "see and measure the flows that policies are made of",
@@ -60,6 +60,8 @@ def _dispatch(path: tuple[str, ...], commands: Mapping[str, str], words: Sequenc
     command = find(path)
     if hasattr(command, "SUBCOMMANDS"):
         return _dispatch(path, command.SUBCOMMANDS, rest)
+    if hasattr(command, "form"):
+        command = command.form(rest)
     if "-h" in rest or "--help" in rest:
         _print_options(name, command)
         return 0

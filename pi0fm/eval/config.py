@@ -4,14 +4,14 @@ Owns: `EvalConfig`, its ranges, the list of its episodes, the refusal of seeds t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from pi0fm.eval.episode import Episode
+from pi0fm.eval.policy import PolicyChoice
 from pi0fm.options import option, required
-from pi0fm.policy.load_options import LoadOptions
 from pi0fm.sim import catalog
 from pi0fm.sim.environment import CameraSpec, parse_cameras
 from pi0fm.sim.suite import Suite
@@ -32,13 +32,12 @@ LEAST = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(LoadOptions):
-    """The policy to judge and how it is loaded, the tasks, and where the report goes.
+class EvalConfig(PolicyChoice):
+    """The policy to judge, the tasks, and where the report goes.
 
     After construction `tasks` and `cameras` are tuples, and tasks have their reports' names.
     """
 
-    policy: str = required("a bundle's directory, or the ws:// address of a server")
     tasks: str | tuple[str, ...] = required(f"tasks with commas between them, each {catalog.TASK_FORM}")
     episodes: int = option(20, "episodes of each task, one seed each")
     first_seed: int = option(1, "seed of the first episode; the others follow one by one")
@@ -51,10 +50,6 @@ class EvalConfig(LoadOptions):
     environments_per_worker: int = option(10, "environments that step together, and the policy's batch")
     videos_per_task: int = option(1, "episodes of each task that are filmed, from the first on")
     output_dir: str = option("outputs/eval", "folder for report.html, summary.json, episodes.json and videos/")
-    threads: int | None = option(
-        1,
-        "CPU threads of one inference; with another number sums are in another order, and results differ",
-    )
     scores: bool = option(
         False, "log-likelihood and noise-space norm of every chunk, in the report and episodes.json; outcomes stay the same"
     )
@@ -84,25 +79,10 @@ class EvalConfig(LoadOptions):
             raise ConfigError(f"score_probes belongs to --scores, found {self.score_probes} without it; type --scores, or leave it out")
         if self.scores and self.compile != "off":
             raise ConfigError(f"scores need a policy that is not compiled, found compile {self.compile}; leave one of them out")
-        if self.remote:
-            self._refuse_what_a_server_owns()
-
-    def _refuse_what_a_server_owns(self) -> None:
-        given = [field.name for field in fields(LoadOptions) if getattr(self, field.name) != getattr(type(self), field.name)]
-        if given:
-            raise ConfigError(
-                f"{' and '.join(given)} belong{'s' * (len(given) == 1)} to the server {self.policy}, which runs the model; "
-                "type it behind pi0fm serve"
-            )
-        if self.scores:
+        if self.remote and self.scores:
             raise ConfigError(
                 f"scores need the derivatives of the network, and {self.policy} sends actions only; give --policy the bundle's directory"
             )
-
-    @property
-    def remote(self) -> bool:
-        """Whether the policy is a server's address."""
-        return self.policy.startswith(("ws://", "wss://"))
 
 
 def plan(config: EvalConfig) -> list[Episode]:

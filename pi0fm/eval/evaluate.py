@@ -19,6 +19,7 @@ from pi0fm import files, machine, progress
 from pi0fm.eval.config import DEFAULT_EXECUTION_HORIZON, EvalConfig, camera_specs, plan, refuse_seen_seeds
 from pi0fm.eval.episode import Episode, EpisodeResult, RolloutSettings
 from pi0fm.eval.journal import Journal
+from pi0fm.eval.policy import open_policy, read_metadata
 from pi0fm.eval.report import curve
 from pi0fm.eval.report import page as report
 from pi0fm.eval.rollout import BatchedRollout, OpenEnvironment, run_all
@@ -80,7 +81,7 @@ def evaluate(config: EvalConfig, execute: Executor) -> Evaluation:
     report.refuse_other_evaluation(output_dir)
     suite = catalog.shared_suite(config.tasks)
     losses = curve.read_losses(Path(config.metrics)) if config.metrics else []
-    metadata = _read_metadata(config)
+    metadata = read_metadata(config)
     refuse_seen_seeds(config, metadata)
     cameras = camera_specs(config, metadata, suite)
     for task in config.tasks:
@@ -144,32 +145,14 @@ def settings_for(config: EvalConfig, metadata: Mapping[str, Any]) -> RolloutSett
 
 
 def _open_policy(config: EvalConfig) -> Policy:
-    """Load the policy, or connect to it. One thread unless told otherwise: sums in another order would change results."""
-    if config.remote:
-        from pi0fm_client.client import RemotePolicy
-
-        return RemotePolicy(config.policy, connections=config.environments_per_worker)
-    from pi0fm.policy import bundle
-    from pi0fm.policy.local import Scoring
+    policy = open_policy(config, config.environments_per_worker)
+    if not config.scores:
+        return policy
+    from pi0fm.policy.local import LocalPolicy, Scoring
     from pi0fm.policy.scores import ScoreOptions
 
-    policy = bundle.load(config.policy, config)
-    return Scoring(policy, ScoreOptions(config.score_probes)) if config.scores else policy
-
-
-def _read_metadata(config: EvalConfig) -> dict[str, Any]:
-    """Read the policy's metadata without its weights: those are for the workers."""
-    if config.remote:
-        from pi0fm_client.client import RemotePolicy
-
-        remote = RemotePolicy(config.policy, connections=1)
-        try:
-            return dict(remote.metadata)
-        finally:
-            remote.close()
-    from pi0fm.policy import bundle
-
-    return bundle.metadata(Path(config.policy), config.robot)
+    assert isinstance(policy, LocalPolicy)
+    return Scoring(policy, ScoreOptions(config.score_probes))
 
 
 def _identity(config: EvalConfig, facts: Mapping[str, str], metadata: Mapping[str, Any]) -> dict[str, str]:

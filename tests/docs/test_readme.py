@@ -20,7 +20,7 @@ def command_of(words: list[str]) -> Any:
     path = words[:1]
     while hasattr(command := find(path), "SUBCOMMANDS"):
         path = words[: len(path) + 1]
-    return command
+    return command.form(words) if hasattr(command, "form") else command
 
 
 # Imported while tests are collected: the first import of torch and transformers may take longer than a test may.

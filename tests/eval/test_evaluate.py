@@ -78,7 +78,7 @@ def faked(monkeypatch):
 
         return PointEnvironment(task, fault)
 
-    monkeypatch.setattr(module, "_read_metadata", read_metadata)
+    monkeypatch.setattr(module, "read_metadata", read_metadata)
     monkeypatch.setattr(module, "_open_policy", open_policy)
     monkeypatch.setattr(catalog, "open_environment", open_environment)
     return asked

@@ -29,7 +29,7 @@ def begun(monkeypatch):
             super().reset(seed)
 
     metadata = {**PointPolicy().metadata, "camera_sources": {"base": "corner2:8x8"}}
-    monkeypatch.setattr(module, "_read_metadata", lambda config: metadata)
+    monkeypatch.setattr(module, "read_metadata", lambda config: metadata)
     monkeypatch.setattr(module, "_open_policy", lambda config: PointPolicy())
     monkeypatch.setattr(catalog, "open_environment", lambda task, cameras, max_steps: Counted(task))
     return seen

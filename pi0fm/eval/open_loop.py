@@ -1,0 +1,391 @@
+"""Predicted against recorded chunks, where there is no simulator: a policy judged on the episodes of a data set.
+
+Owns: `OpenLoopConfig`, which episodes and moments, errors beside their baselines. Does not know: the page (report/open_loop), training.
+
+    episode    row 0 .. row s .. row 2 s ..      s = stride; each of these rows is a moment, seen as the robot saw it
+    moment     policy.infer_batch -> predicted [H, A], beside recorded [H, A]; rows past the episode's end are left out
+    still      the action before the moment, repeated; of dimensions trained as differences to the state, the state
+    mean       the mean recorded chunk of all moments: the best answer that does not depend on the observation
+
+Errors are absolute, in robot units. One figure over all dimensions divides each error by the standard deviation of the recorded actions;
+dimensions that never change are left out. Its interval is a bootstrap over episodes, which are independent; moments are not.
+An action that differs from the recorded one may be as good, so this is no success rate. A policy that loses to `still` is broken.
+Shape letters: M moments, H action horizon, A robot action dim, C cameras.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from numpy.typing import NDArray
+
+from pi0fm import files, machine, progress
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, open_source
+from pi0fm.data.columns.metadata import read_json
+from pi0fm.data.loading.loader import action_chunks
+from pi0fm.data.pictures.decoding import decoded
+from pi0fm.data.pictures.frame_cache import make_job, read_stored
+from pi0fm.data.pictures.images import resize_with_padding
+from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
+from pi0fm.eval.episode import noise_seed
+from pi0fm.eval.policy import PolicyChoice, open_policy, read_metadata
+from pi0fm.options import option
+from pi0fm_client.errors import ConfigError, OutputError
+from pi0fm_client.types import Observation, Policy
+
+RESAMPLES = 2000  # of the bootstrap
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenLoopConfig(PolicyChoice):
+    """The policy to judge, the recorded episodes, and where the report goes. Raises ConfigError for a number out of range."""
+
+    dataset: DatasetConfig = option(DatasetConfig, "")
+    action: str | None = option(None, "column of the recorded actions; the policy's own when not given")
+    stride: int | None = option(None, "rows from one judged moment to the next; the policy's execution horizon when not given")
+    moments: int = option(1000, "about the most moments that are judged; where there are more, some episodes are left out")
+    batch_size: int = option(8, "observations of one inference")
+    likelihood: bool = option(False, "log-likelihood of the recorded chunks too; about twice the time")
+    worst: int = option(8, "moments with the largest errors that the report shows with their pictures")
+    traces: int = option(3, "episodes that the report shows dimension by dimension: from the worst to the best")
+    seed: int = option(0, "seed of the policy's noise")
+    output_dir: str = option("outputs/open_loop", "folder for report.html, summary.json and moments.parquet")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in {"stride": 1, "moments": 1, "batch_size": 1, "worst": 0, "traces": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be {least} or more, found {value}; type --{name} {least} or leave it out")
+        if self.likelihood and (self.remote or self.compile != "off"):
+            found = self.policy if self.remote else f"compile {self.compile}"
+            raise ConfigError(
+                f"a likelihood needs the derivatives of a bundle's network, not compiled; found {found}; leave one of them out"
+            )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a policy says of itself, as far as it is needed here."""
+
+    embodiment: Embodiment
+    horizon: int
+    execution_horizon: int
+    image_size: int
+    resize: Resize
+    fps: float
+    training: Mapping[str, str]
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The rows that are judged, and what was recorded there and after.
+
+    place [M]: in the source. recorded [M, H, A] and real [M, H], False past the episode's end; still [M, A]: the action of standing still.
+    pictures: [M, C, size, size, 3], as the network sees them.
+    """
+
+    place: NDArray[np.int64]
+    episode: NDArray[np.int64]
+    recorded: Float[NDArray[np.float32], "M H A"]
+    real: Bool[NDArray[np.bool_], "M H"]
+    still: Float[NDArray[np.float32], "M A"]
+    pictures: UInt8[NDArray[np.uint8], "M C size size 3"]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """An error as a multiple of a baseline's, with its 95 % interval over episodes, which one episode does not have."""
+
+    value: float
+    interval: tuple[float, float] | None
+
+    def json(self) -> dict[str, Any]:
+        """For summary.json."""
+        return {"ratio": _round(self.value), "interval": self.interval and [_round(end) for end in self.interval]}
+
+
+@dataclass(frozen=True)
+class OpenLoop:
+    """Mean absolute errors, robot units, NaN for rows that no moment has.
+
+    error, still, mean: [H, A] of the policy and of the two baselines.
+    scale [A]: deviation of the recorded actions, 0 where they never change. each [M]: a moment's error in deviations.
+    nats [M]: negative log-likelihood of an entry of the recorded chunk, NaN where not asked for or past the episode's end.
+    """
+
+    names: tuple[str, ...]
+    moments: Moments
+    predicted: Float[NDArray[np.float32], "M H A"]
+    error: Float[NDArray[np.float64], "H A"]
+    still: Float[NDArray[np.float64], "H A"]
+    mean: Float[NDArray[np.float64], "H A"]
+    scale: Float[NDArray[np.float64], " A"]
+    each: Float[NDArray[np.float64], " M"]
+    of_still: Ratio
+    of_mean: Ratio
+    nats: Float[NDArray[np.float64], " M"]
+
+    def by_dimension(self, which: str = "error") -> NDArray[np.float64]:
+        """[A], robot units, over the rows of a chunk; which: error, still or mean."""
+        return np.asarray(np.nanmean(getattr(self, which), axis=0))
+
+    def by_row(self, which: str = "error") -> NDArray[np.float64]:
+        """[H], in deviations, over the dimensions that change."""
+        changing = self.scale > 0
+        return np.asarray((getattr(self, which)[:, changing] / self.scale[changing]).mean(axis=1))
+
+    def json(self) -> dict[str, Any]:
+        """For summary.json and the command's last line."""
+        known = self.nats[np.isfinite(self.nats)]
+        return {
+            "episodes": len(np.unique(self.moments.episode)),
+            "moments": len(self.each),
+            "error": dict(zip(self.names, map(_round, self.by_dimension().tolist()), strict=True)),
+            "error_over_still": self.of_still.json(),
+            "error_over_mean": self.of_mean.json(),
+            "nats_per_entry": _round(known.mean()) if len(known) else None,
+        }
+
+
+def evaluate_open_loop(config: OpenLoopConfig) -> tuple[dict[str, Any], OpenLoop]:
+    """Judge a policy on recorded episodes and write the report; the command's last line, and what it is made of.
+
+    Raises OutputError for a folder that holds an evaluation, BundleError or ServingError for the policy, DatasetError for the data set,
+    ConfigError for a data set of another robot.
+    """
+    from pi0fm.eval.report import open_loop as report
+
+    began, output = time.monotonic(), Path(config.output_dir)
+    _refuse_used(output)
+    judged = read_policy(config)
+    source, seen = open_episodes(config, judged)
+    stride, place = choose_moments(config, judged, source)
+    files.make_folder(output)
+    moments = read_moments(config.dataset, judged, source, place)
+    found = judge(config, judged, source, open_policy(config), moments)
+    told = [judged.metadata, judged.training]
+    facts = {
+        "policy": {name: str(value) for each in told for name, value in each.items() if isinstance(value, str | int | float)},
+        "episodes": {
+            "data set": str(source.root),
+            "episodes": f"{', '.join(map(str, np.unique(moments.episode).tolist())):.200}",
+            "moments": f"{len(place)}, every {stride} rows",
+            "trained on": seen,
+            "rate": f"{source.fps:g} Hz",
+        },
+        "settings": {
+            "noise seed": str(config.seed),
+            "flow steps": str(config.num_flow_steps or judged.metadata.get("num_flow_steps", "the policy's own")),
+            "solver": str(config.solver or judged.metadata.get("solver", "the policy's own")),
+        },
+        "machine": machine.describe_machine(),
+        "versions": machine.describe_versions(),
+    }
+    seconds = time.monotonic() - began
+    with files.write_faults(output):
+        page = report.write(output, config, found, source, facts, seconds)
+    figures = found.json() | {"trained_on": seen, "seconds": round(seconds, 1), "report": str(page), "output_dir": str(output)}
+    return figures, found
+
+
+def read_policy(config: OpenLoopConfig) -> Judged:
+    """What the bundle or the server says; of a server's policy the pictures are resized as newer weights want them."""
+    metadata = read_metadata(config)
+    if config.remote:
+        missing = [name for name in ("cameras", "state_key", "state_dim", "robot_action_dim", "action_horizon") if name not in metadata]
+        if missing:
+            raise ConfigError(f"{config.policy} does not say {', '.join(missing)} in its greeting; judge a bundle, or a pi0fm serve")
+        embodiment = Embodiment(
+            cameras=dict(metadata["cameras"]),
+            state=str(metadata["state_key"]),
+            state_dim=int(metadata["state_dim"]),
+            robot_action_dim=int(metadata["robot_action_dim"]),
+        )
+        resize: Resize = ANTIALIAS
+    else:
+        from pi0fm.policy import bundle
+
+        policy = bundle.read(Path(config.policy), config.robot)[0]
+        embodiment, resize = policy.embodiment, policy.resize
+    if config.action is not None:
+        embodiment = Embodiment(**{**vars(embodiment), "action": config.action})
+    return Judged(
+        embodiment=embodiment,
+        horizon=int(metadata["action_horizon"]),
+        execution_horizon=int(metadata.get("execution_horizon") or metadata["action_horizon"]),
+        image_size=int((metadata.get("image_size") or (224,))[0]),
+        resize=resize,
+        fps=float(metadata.get("fps") or 0),
+        training={name: str(value) for name, value in dict(metadata.get("training") or {}).items()},
+        metadata=metadata,
+    )
+
+
+def open_episodes(config: OpenLoopConfig, judged: Judged) -> tuple[LeRobotSource, str]:
+    """The recorded episodes, and whether the policy was trained on them, in words.
+
+    Those of `dataset.episodes`; else, of the data set that the policy was trained on, those that its run held out, if any; else all.
+    """
+    source = open_source(config.dataset, judged.embodiment)
+    if judged.fps and abs(judged.fps - source.fps) > 1e-3 * source.fps:
+        progress.say(f"the policy was trained at {judged.fps:g} Hz, this data set is at {source.fps:g} Hz: its chunks are of other times")
+    if source.fingerprint != judged.training.get("dataset_fingerprint"):
+        return source, "not known: this is not the data set that the policy was trained on, or was changed since"
+    held = {int(word) for word in judged.training.get("held_out_episodes", "").split(",") if word}
+    present = set(np.unique(source.episode).tolist())
+    if held and not config.dataset.episodes:
+        return source.without(sorted(present - held)), "no: these are the episodes that its run held out"
+    if not present - held:
+        return source, "no: its run held them out"
+    progress.say("the policy was trained on these episodes: errors on new ones will be larger; hold some out with --validation.episodes")
+    return source, f"yes, on {len(present - held)} of them"
+
+
+def choose_moments(config: OpenLoopConfig, judged: Judged, source: LeRobotSource) -> tuple[int, NDArray[np.int64]]:
+    """(stride, places of the moments): every `stride`-th row of an episode from its first on, of as many episodes as `moments` allows.
+
+    Episodes that are left out are evenly spread, so that no task or day is.
+    """
+    stride = config.stride or judged.execution_horizon
+    begins = np.flatnonzero(np.diff(source.episode, prepend=source.episode[:1] - 1))
+    each = [np.arange(begin, source.end[begin], stride) for begin in begins.tolist()]
+    total = sum(map(len, each))
+    if total > config.moments:
+        kept = np.unique(np.linspace(0, len(each) - 1, max(1, len(each) * config.moments // total)).round().astype(int))
+        progress.say(f"{len(kept)} of {len(each)} episodes are judged, evenly spread; --moments {total} judges all")
+        each = [each[number] for number in kept.tolist()]
+    return stride, np.concatenate(each)
+
+
+def read_moments(dataset: DatasetConfig, judged: Judged, source: LeRobotSource, place: NDArray[np.int64]) -> Moments:
+    """Rows, chunks and pictures of the moments."""
+    recorded, real = action_chunks(source.action, source.end, place, judged.horizon)
+    begins = np.append(True, np.diff(source.episode) != 0)[place]
+    still = source.action[np.where(begins, place, place - 1)]  # before an episode's first row nothing was recorded: its own action
+    relative = list(judged.embodiment.delta_actions)
+    still[:, relative] = source.state[place][:, relative]
+    return Moments(place, source.episode[place], recorded, real, still, _pictures(dataset, judged, source, place))
+
+
+def judge(config: OpenLoopConfig, judged: Judged, source: LeRobotSource, policy: Policy, moments: Moments) -> OpenLoop:
+    """Ask the policy at every moment, and compare."""
+    predicted, nats = np.empty_like(moments.recorded), np.full(len(moments.place), np.nan)
+    whole: NDArray[np.bool_] = np.asarray(moments.real.all(1))
+    with progress.step("predicting", len(predicted)) as bar:
+        for batch in np.array_split(np.arange(len(predicted)), -(-len(predicted) // config.batch_size)):
+            observations = [_observation(source, moments, int(number)) for number in batch]
+            named = zip(moments.episode[batch].tolist(), source.rows[moments.place[batch]].tolist(), strict=True)
+            seeds = [noise_seed(config.seed, "open loop", episode, row) for episode, row in named]
+            predicted[batch] = [chunk.actions for chunk in policy.infer_batch(observations, seeds)]
+            if config.likelihood and whole[batch].any():
+                nats[batch[whole[batch]]] = _nats(policy, observations, seeds, moments.recorded[batch], whole[batch])
+            bar.advance(len(batch))
+    return compare(moments, predicted, nats, action_names(source))
+
+
+def compare(
+    moments: Moments, predicted: Float[NDArray[np.float32], "M H A"], nats: Float[NDArray[np.float64], " M"], names: tuple[str, ...]
+) -> OpenLoop:
+    """Errors of predicted chunks, and of the two baselines, against the recorded ones."""
+    real, recorded = moments.real[..., None], moments.recorded.astype(np.float64)
+    count = real.sum(0)
+    with np.errstate(invalid="ignore"):  # rows that no moment has are 0 / 0: NaN
+        mean_chunk = np.where(real, recorded, 0).sum(0) / count
+        errors = {
+            name: np.where(real, np.abs(answer - recorded), np.nan)
+            for name, answer in (("error", predicted), ("still", moments.still[:, None]), ("mean", mean_chunk[None]))
+        }
+        table = {name: np.where(real, each, 0).sum(0) / count for name, each in errors.items()}
+    scale = recorded[moments.real].std(0)
+    scale[np.ptp(recorded[moments.real], axis=0) == 0] = 0
+    changing = scale > 0
+    each = (
+        {name: np.nanmean(error[..., changing] / scale[changing], axis=(1, 2)) for name, error in errors.items()} if changing.any() else {}
+    )
+    zeros = np.zeros(len(predicted))
+    ours, still, mean = (each.get(name, zeros) for name in errors)
+    of_still, of_mean = _ratio(ours, still, moments.episode), _ratio(ours, mean, moments.episode)
+    return OpenLoop(names, moments, predicted, table["error"], table["still"], table["mean"], scale, ours, of_still, of_mean, nats)
+
+
+def action_names(source: LeRobotSource) -> tuple[str, ...]:
+    """What the data set calls its action dimensions; their numbers where it does not."""
+    width = source.action.shape[1]
+    found = read_json(source.root / "meta" / "info.json")["features"].get(source.embodiment.action, {}).get("names")
+    if isinstance(found, Mapping) and len(found) == 1:
+        found = next(iter(found.values()))
+    known = isinstance(found, list) and len(found) == width and len({str(name) for name in found}) == width
+    return tuple(str(name) for name in found) if known else tuple(f"action {number}" for number in range(width))
+
+
+def _ratio(ours: NDArray[np.float64], baseline: NDArray[np.float64], episode: NDArray[np.int64]) -> Ratio:
+    """Mean over moments of one error over that of another; percentiles of the bootstrap over episodes."""
+    numbers, own = np.unique(episode, return_inverse=True)
+    sums = np.stack([np.bincount(own, weights=each) for each in (ours, baseline)])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = float(sums[0].sum() / sums[1].sum())
+        if len(numbers) < 2:
+            return Ratio(value, None)
+        drawn = np.random.default_rng(0).integers(len(numbers), size=(RESAMPLES, len(numbers)))
+        low, high = np.percentile(sums[0][drawn].sum(1) / sums[1][drawn].sum(1), [2.5, 97.5])
+    return Ratio(value, (float(low), float(high)))
+
+
+def _observation(source: LeRobotSource, moments: Moments, number: int) -> Observation:
+    place = int(moments.place[number])
+    images = dict(zip(source.embodiment.cameras, moments.pictures[number], strict=True))
+    return Observation(images, source.state[place], source.tasks[source.task[place]])
+
+
+def _nats(
+    policy: Any, observations: list[Observation], seeds: list[int], recorded: NDArray[np.float32], whole: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    chosen = np.flatnonzero(whole).tolist()
+    scores = policy.log_prob([observations[k] for k in chosen], recorded[chosen], [seeds[k] for k in chosen])
+    return np.asarray(-scores.log_prob / recorded[0].size)
+
+
+def _pictures(dataset: DatasetConfig, judged: Judged, source: LeRobotSource, place: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """[M, C, size, size, 3]; of a video every picture up to the last moment of an episode is decoded, and those of moments are kept."""
+    size, cameras = judged.image_size, list(source.embodiment.cameras)
+    found = np.empty((len(place), len(cameras), size, size, 3), np.uint8)
+    number = {int(each): k for k, each in enumerate(place)}
+    work = sum(len(clips) for clips in source.clips.values()) + len(source.stored_pictures)
+    with progress.step("reading pictures", work) as bar:
+        for c, camera in enumerate(cameras):
+            for clip in source.clips.get(camera, ()):
+                wanted = place[(place >= clip.first) & (place < clip.first + clip.count)]
+                if len(wanted):
+                    last = int(wanted[-1]) + 1
+                    for here, picture in enumerate(
+                        decoded(make_job(source, dataset, camera, clip.first, last, size, judged.resize)), clip.first
+                    ):
+                        if here in number:
+                            found[number[here], c] = picture
+                bar.advance()
+            if camera in source.stored_pictures:
+                for here, value in source.stored(camera):
+                    if here in number:
+                        whole = read_stored(source, camera, here, value)
+                        found[number[here], c] = resize_with_padding(whole[None], size, judged.resize)[0]
+                bar.advance()
+    return found
+
+
+def _refuse_used(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"output_dir must be a folder, found a file at {output}; type --output_dir ANOTHER")
+    held = [name for name in ("report.html", "summary.json", "episodes.json", "moments.parquet") if (output / name).exists()]
+    if held:
+        raise OutputError(f"an evaluation is never overwritten, and {output} holds {held[0]}; type --output_dir ANOTHER")
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.5g}")

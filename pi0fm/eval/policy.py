@@ -1,0 +1,61 @@
+"""The policy that is judged: a bundle in this process, or a server.
+
+Owns: `PolicyChoice`, opening it, what it says of itself. Does not know: what it is judged on.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pi0fm.options import option, required
+from pi0fm.policy.load_options import LoadOptions
+from pi0fm_client.errors import ConfigError
+from pi0fm_client.types import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyChoice(LoadOptions):
+    """Which policy, and how it is loaded. Raises ConfigError for an option that belongs to a server."""
+
+    policy: str = required("a bundle's directory, or the ws:// address of a server")
+    threads: int | None = option(1, "CPU threads of one inference; with another number sums are in another order, and results differ")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [field.name for field in fields(LoadOptions) if getattr(self, field.name) != getattr(type(self), field.name)]
+        if self.remote and given:
+            raise ConfigError(
+                f"{' and '.join(given)} belong{'s' * (len(given) == 1)} to the server {self.policy}, which runs the model; "
+                "type it behind pi0fm serve"
+            )
+
+    @property
+    def remote(self) -> bool:
+        """Whether the policy is a server's address."""
+        return self.policy.startswith(("ws://", "wss://"))
+
+
+def open_policy(choice: PolicyChoice, connections: int = 1) -> Policy:
+    """Load the bundle, or connect to the server. Raises BundleError, ServingError, ConfigError."""
+    if choice.remote:
+        from pi0fm_client.client import RemotePolicy
+
+        return RemotePolicy(choice.policy, connections=connections)
+    from pi0fm.policy import bundle
+
+    return bundle.load(choice.policy, choice)
+
+
+def read_metadata(choice: PolicyChoice) -> dict[str, Any]:
+    """What the policy says of itself, without its weights. Raises as `open_policy`."""
+    if choice.remote:
+        from pi0fm_client.client import RemotePolicy
+
+        remote = RemotePolicy(choice.policy, connections=1)
+        try:
+            return dict(remote.metadata)
+        finally:
+            remote.close()
+    from pi0fm.policy import bundle
+
+    return bundle.metadata(Path(choice.policy), choice.robot)
