@@ -1,23 +1,26 @@
 """pi0fm's client for a robot's computer: ask a policy server for actions with numpy, msgpack and websockets alone.
 
-    from pi0fm_client import PolicyClient
+    from pi0fm_client import Executor, PolicyClient
     with PolicyClient("ws://HOST:8000") as policy:
         chunk = policy.infer(observation)
 
-It imports nothing of pi0fm, which stands on it for types, errors and messages. `PolicyClient` and `RemotePolicy` are loaded when they
-are first used, so that `pi0fm_client.errors` costs no import of websockets.
+It imports nothing of pi0fm, which stands on it for types, errors and messages. These names are loaded when they are first used, so that
+`pi0fm_client.errors` costs no import of websockets.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pi0fm_client.client import PolicyClient, RemotePolicy
+    from pi0fm_client.client import AsyncPolicyClient, PolicyClient, RemotePolicy
+    from pi0fm_client.execution import Executor
+    from pi0fm_client.safety import Limits, ObservationCheck
 
-__all__ = ["PolicyClient", "RemotePolicy"]
+__all__ = ["AsyncPolicyClient", "Executor", "Limits", "ObservationCheck", "PolicyClient", "RemotePolicy"]
+_MODULES = {"Executor": "execution", "Limits": "safety", "ObservationCheck": "safety"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("pi0fm_client.client"), name)
+    return getattr(import_module(f"pi0fm_client.{_MODULES.get(name, 'client')}"), name)

@@ -1,106 +1,157 @@
-"""Connect to a policy server: the handshake, the first frame, retries.
+"""One connection to a policy server: the handshake, the first frame, retries, one request after another.
 
-Owns: which faults are tried again, the pauses between tries, one line for each way in which an address is no policy server. Does not
-know: observations, replies (client.py).
+Owns: which faults are tried again, the pauses between tries, a frame that nobody asked for, one line for each way in which an address
+is no policy server. Does not know: observations, what a reply holds (client.py).
 """
 
-import socket
-import struct
-import sys
+import asyncio
+import ssl
 import time
 from dataclasses import dataclass, field
+from typing import final
 
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
-from websockets.sync.client import ClientConnection, connect
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI, WebSocketException
 
 from pi0fm_client.errors import ServingError
 from pi0fm_client.wire import MAX_FRAME_BYTES
 
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 2.0
+CLOSE_SECONDS = 1.0  # a server that hangs must not hold up a robot that leaves
 _STATUS_TRY_AGAIN = (502, 503, 504)  # a server that warms up, or a proxy before one
+_CLOSE_TOO_BIG = 1009
 
 
 @dataclass(frozen=True)
 class Address:
-    """URL and key of a server, with the time-outs of one frame and of a connection."""
+    """URL and key of a server, and the longest wait for its first frame."""
 
     url: str
     token: str | None = field(repr=False)
-    timeout_seconds: float
-    connect_timeout_seconds: float
+    greeting_seconds: float
+
+
+class LostError(Exception):
+    """The connection is gone, or can no longer be trusted. too_big: the server takes no frame of this size."""
+
+    def __init__(self, reason: str, too_big: bool = False) -> None:
+        super().__init__(reason)
+        self.too_big = too_big
 
 
 class _TryAgainError(Exception):
     """The server cannot be reached now, but may be later."""
 
 
-def connect_to(address: Address) -> tuple[ClientConnection, bytes]:
-    """Return a connection and the server's first frame; retry until the time-out while the server is not there yet.
+@final
+class Connection:
+    """An open connection and the server's first frame. A request is sent, then its reply received; anything else loses the connection."""
+
+    def __init__(self, websocket: ClientConnection, greeting: bytes) -> None:
+        self.greeting, self._websocket = greeting, websocket
+        # A frame is always awaited, so that one which no request asked for is noticed before the next request.
+        self._next = asyncio.ensure_future(websocket.recv())
+
+    async def send(self, frame: bytes) -> None:
+        """Send a request. Raises LostError for a lost connection, and for one on which a frame waits that nobody asked for."""
+        for _ in range(3):  # the event loop's passes from a readable socket to a finished recv()
+            await asyncio.sleep(0)
+        if self._next.done():
+            await self.receive()
+            raise LostError("it sent a frame that no request asked for")
+        try:
+            await self._websocket.send(frame)
+        except ConnectionClosed as error:
+            raise _lost(error) from None
+
+    async def receive(self) -> bytes | str:
+        """Return the next frame. Raises LostError when the connection ends first."""
+        try:
+            frame = await self._next
+        except ConnectionClosed as error:
+            raise _lost(error) from None
+        self._next = asyncio.ensure_future(self._websocket.recv())
+        return frame
+
+    def drop(self) -> None:
+        """End the connection at once, without a closing handshake; a reply that is on its way is never read."""
+        if not self._next.cancel() and not self._next.cancelled():
+            self._next.exception()  # retrieved, or asyncio logs it
+        self._websocket.transport.abort()
+
+    async def close(self) -> None:
+        """Say goodbye, within CLOSE_SECONDS."""
+        await self._websocket.close()
+        self.drop()
+
+
+async def connect_to(address: Address, seconds: float) -> Connection:
+    """Connect and receive the first frame; try again for `seconds` while the server is not there yet.
 
     Raises ServingError that names the address and what to check.
     """
-    deadline = time.monotonic() + address.connect_timeout_seconds
-    pause = FIRST_PAUSE_SECONDS
-    while True:
+    deadline = time.monotonic() + seconds
+    pause, fault = FIRST_PAUSE_SECONDS, "it does not answer"
+    while (left := deadline - time.monotonic()) > 0:
         try:
-            return _receive_metadata(address, _handshake(address, max(0.1, deadline - time.monotonic())))
+            websocket = await asyncio.wait_for(_handshake(address), left)
+            return Connection(websocket, await _greeting(address, websocket, deadline - time.monotonic()))
+        except asyncio.TimeoutError:
+            break
         except _TryAgainError as error:
-            if time.monotonic() + pause >= deadline:
-                waited = f"{address.connect_timeout_seconds:g} s"
-                fault = f"no policy server at {address.url} in {waited} ({error})"
-                raise ServingError(f"{fault}: check host and port, and that the server says ready") from None
-        time.sleep(pause)
+            fault = str(error)
+        if time.monotonic() + pause >= deadline:
+            break
+        await asyncio.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+    raise ServingError(
+        f"no policy server at {address.url} in {seconds:g} s ({fault}): check host and port, and that the server says ready"
+    ) from None
 
 
-def reason(error: ConnectionClosed) -> str:
-    """Return the close code and reason of an ended connection."""
-    return f"code {error.rcvd.code} {error.rcvd.reason}".strip() if error.rcvd is not None else "no closing frame"
-
-
-def send_timed_out(error: ConnectionClosed) -> bool:
-    """Whether a connection ended because the peer read nothing for `timeout_seconds`: the socket's send time-out gives EAGAIN."""
-    return isinstance(error.__cause__, BlockingIOError)
-
-
-def _handshake(address: Address, seconds: float) -> ClientConnection:
+async def _handshake(address: Address) -> ClientConnection:
     try:
-        # Entered by hand, because the connection outlives this function; calling connect() alone is deprecated by websockets.
-        connection = connect(
-            address.url,
+        return await connect(
+            str(address.url),
             compression=None,
             max_size=MAX_FRAME_BYTES,
+            max_queue=2,
             additional_headers={} if address.token is None else {"Authorization": f"Api-Key {address.token}"},
-            open_timeout=seconds,
-            close_timeout=1.0,  # a server that hangs must not hold up a robot that leaves
+            open_timeout=None,
+            ping_interval=None,  # openpi's server answers no ping while it infers; every request has its own time-out
+            close_timeout=CLOSE_SECONDS,
             proxy=None,
-        ).__enter__()
-    except InvalidURI:
-        raise ServingError(f"{address.url!r} is no WebSocket address: write ws://HOST:PORT") from None
-    except InvalidHandshake as error:
-        raise _fault_of_handshake(address.url, error) from None
+        )
+    except ssl.SSLCertVerificationError as error:
+        raise ServingError(
+            f"{address.url} has a certificate that is not trusted here ({error.verify_message}): check SSL_CERT_FILE"
+        ) from None
     except OSError as error:  # refused, unreachable, unknown host, timed out
         raise _TryAgainError(error.strerror or str(error) or type(error).__name__) from None
-    _limit_send_time(connection.socket, address.timeout_seconds)
-    return connection
+    except InvalidHandshake as error:
+        raise _fault_of_handshake(address.url, error) from None
+    except (InvalidURI, ValueError):  # ValueError: a port or a host name that no address can have
+        raise ServingError(f"{address.url!r} is no WebSocket address: write ws://HOST:PORT") from None
+    except WebSocketException as error:
+        raise ServingError(f"{address.url} is no policy server: {_one_line(error)}; check host and port") from None
 
 
-def _receive_metadata(address: Address, connection: ClientConnection) -> tuple[ClientConnection, bytes]:
-    """Return the connection and the metadata frame, which the server sends first."""
+async def _greeting(address: Address, websocket: ClientConnection, left: float) -> bytes:
+    """Return the metadata frame, which the server sends first; the connection is dropped unless it comes."""
     try:
-        greeting = connection.recv(timeout=address.timeout_seconds)
-    except ConnectionClosed as error:
-        raise _TryAgainError(f"it closed the connection: {reason(error)}") from None
-    except TimeoutError:
-        connection.close()
-        raise ServingError(
-            f"{address.url} sent no metadata in {address.timeout_seconds:g} s: it is no policy server, or it hangs"
-        ) from None
-    if isinstance(greeting, str):
-        connection.close()
-        raise ServingError(f"{address.url} is no policy server: its first frame is text, {greeting[:60]!r}; check host and port")
-    return connection, greeting
+        greeting = await asyncio.wait_for(websocket.recv(), min(left, address.greeting_seconds))
+        if isinstance(greeting, str):
+            raise ServingError(f"{address.url} is no policy server: its first frame is text, {greeting[:60]!r}; check host and port")
+    except BaseException as error:
+        websocket.transport.abort()
+        if isinstance(error, ConnectionClosed):
+            raise _TryAgainError(f"it closed the connection: {_lost(error)}") from None
+        if isinstance(error, asyncio.TimeoutError):
+            seconds = min(left, address.greeting_seconds)
+            raise ServingError(f"{address.url} sent no metadata in {seconds:.2g} s: it is no policy server, or it hangs") from None
+        raise
+    return greeting
 
 
 def _fault_of_handshake(url: str, error: InvalidHandshake) -> Exception:
@@ -112,15 +163,17 @@ def _fault_of_handshake(url: str, error: InvalidHandshake) -> Exception:
         if status in (401, 403):
             return ServingError(f"{url} refused the token (HTTP {status}): give the server's key as token=")
         return ServingError(f"{url} is no policy server: it answers a WebSocket handshake with HTTP {status}; check host, port and path")
-    if isinstance(error.__cause__, EOFError | OSError):
+    if isinstance(error.__cause__, (EOFError, OSError)):
         return _TryAgainError("it closed the connection during the handshake")
-    return ServingError(f"{url} is no policy server: {' '.join(str(error).split())[:120]}; check host and port")
+    return ServingError(f"{url} is no policy server: {_one_line(error)}; check host and port")
 
 
-def _limit_send_time(connected: socket.socket, seconds: float) -> None:
-    """Make a send fail after `seconds` when the peer reads no more; websockets only limits receiving."""
-    if sys.platform == "win32":
-        value: bytes | int = int(seconds * 1000)
-    else:
-        value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-    connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+def _lost(error: ConnectionClosed) -> LostError:
+    """Name the close code and reason of an ended connection."""
+    if error.rcvd is None:
+        return LostError("no closing frame")
+    return LostError(f"code {error.rcvd.code} {_one_line(error.rcvd.reason)}".strip(), error.rcvd.code == _CLOSE_TOO_BIG)
+
+
+def _one_line(fault: object) -> str:
+    return " ".join(str(fault).split())[:120]

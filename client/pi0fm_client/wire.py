@@ -26,6 +26,7 @@ from pi0fm_client.errors import ObservationError
 # may a request or a reply hold such a key, so an openpi server or client never sees one.
 EXTENSIONS = "extensions"
 IDENTITY = "identity"  # of the greeting: the bundle's hash
+PREFIX = "pi0fm/"
 REQUEST_ID = "pi0fm/request_id"  # request: int >= 0; the reply repeats it
 DEADLINE_MS = "pi0fm/deadline_ms"  # request: float > 0, from its arrival; what cannot be answered in time is refused at once
 SESSION = "pi0fm/session"  # request: text, one for each robot

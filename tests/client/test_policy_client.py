@@ -6,15 +6,15 @@ import http.server
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import msgpack
 import numpy as np
 import pytest
+from scripted_server import websocket_server
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.server import ServerConnection, serve
+from websockets.sync.server import ServerConnection
 
 from pi0fm_client import PolicyClient, RemotePolicy, wire
 from pi0fm_client.errors import ObservationError, ServingError
@@ -31,17 +31,6 @@ def message(state: float = 0.0, front: int = 0) -> dict[str, Any]:
 
 def observation(state: float) -> Observation:
     return Observation({"front": np.zeros((8, 8, 3), np.uint8)}, np.full(3, state, np.float32), "press the button")
-
-
-@contextmanager
-def websocket_server(handler: Callable[[ServerConnection], None], port: int = 0) -> Iterator[str]:
-    """A server of the websockets library, as far from our own as there is one."""
-    with serve(handler, "127.0.0.1", port, compression=None) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
-        server.shutdown()
-        thread.join(10)
 
 
 def free_port() -> int:

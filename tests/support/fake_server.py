@@ -33,17 +33,19 @@ METADATA = {
 class FakePolicy:
     """actions[h, a] = state[a] + h + the front image's first byte + noise(seed); a state that starts with POISON raises.
 
-    An inference takes `seconds`, and waits for the gate, which a test may close.
+    An inference takes `seconds`, and waits for the gate, which a test may close. A chunk has `horizon` rows.
     """
 
     seconds: float = 0.0
-    metadata: Mapping[str, Any] = field(default_factory=lambda: dict(METADATA))
+    horizon: int = 4
+    metadata: dict[str, Any] = field(default_factory=lambda: dict(METADATA))
     batches: list[tuple[int, list[int] | None]] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
     gate: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self.gate.set()
+        self.metadata["action_horizon"] = self.horizon
 
     def observation(self, message: Mapping[str, Any]) -> Observation:
         state = message.get("observation.state")
@@ -64,7 +66,7 @@ class FakePolicy:
     def _chunk(self, observation: Observation, seed: int | None) -> ActionChunk:
         if observation.state[0] == POISON:
             raise RuntimeError("secret internals at /srv/weights")
-        steps = np.arange(4, dtype=np.float32)[:, None]
+        steps = np.arange(self.horizon, dtype=np.float32)[:, None]
         noise = 0.0 if seed is None else np.random.default_rng(seed).normal()
         front = float(observation.images["front"][0, 0, 0]) if "front" in observation.images else 0.0
         return ActionChunk((observation.state + steps + front + noise).astype(np.float32), {"infer_ms": self.seconds * 1e3})

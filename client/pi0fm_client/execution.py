@@ -1,0 +1,395 @@
+"""Turn a policy's chunks into one action for each control step, whatever the network does.
+
+Owns: control steps, requests in the background, alignment of chunks, the hand-over from one to the next, the watchdog. Does not know:
+how a policy is reached (client.py), what an action may be (safety.py).
+Shape letters: H action horizon, A robot action dim, S state dim.
+
+    step      k                    k+d                         k+s
+    robot     o_k sent             reply of o_k arrives        next observation is sent
+    old chunk ====================>|                            d = inference_delay
+    new chunk a_0 .. a_{d-1} skipped, a_d .. executed ------->  s = execution_horizon
+                                                       no chunk ------> standstill, until the next one
+
+Row i of a chunk belongs to control step k + i and to no other: a row whose step has passed is skipped, and a step without a row is a
+standstill. So nothing expired is executed and nothing twice, however late, lost or slow the replies are.
+"""
+
+import asyncio
+import inspect
+import logging
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol, final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pi0fm_client import wire
+from pi0fm_client.errors import ConfigError, ServingError
+from pi0fm_client.safety import Limiter, Limits, ObservationCheck, Vector
+from pi0fm_client.types import ActionChunk
+
+HAND_OVERS = ("auto", "realtime", "ensemble", "switch")
+DELAYS_KEPT, DELAY_PERCENTILE = 100, 95
+ENSEMBLE_DECAY = 0.01  # of a chunk's weight with each newer one, as in ACT
+LONGEST_PAUSE_SECONDS = 2.0
+ROUNDING = 1e-6  # of an action in float32, which is not beyond a limit in float64
+EARLIEST = 0.75  # steps by which a control loop may be ahead of its rate
+logger = logging.getLogger(__name__)
+Message = Mapping[str, Any]
+
+
+class Infers(Protocol):
+    """What is driven: a PolicyClient, an AsyncPolicyClient, a RemotePolicy, or a policy in this process."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Facts about the policy."""
+        ...
+
+    def infer(self, observation: Mapping[str, Any]) -> Any:
+        """Return the ActionChunk of a flat map of keys, or an awaitable of it."""
+        ...
+
+
+class Reply(Protocol):
+    """A future of concurrent.futures or of asyncio."""
+
+    def done(self) -> bool:
+        """Whether there is a result or an exception."""
+        ...
+
+    def result(self) -> ActionChunk:
+        """Return it, or raise it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Command:
+    """One control step's command: float64 [A], robot units. expires_at: on the executor's clock. held: the watchdog's, not a chunk's."""
+
+    action: Vector
+    step: int
+    expires_at: float
+    held: bool
+
+
+@dataclass
+class Report:
+    """Counts since the start. inference_delay: the estimate, control steps. clamped: int [A], commands that a limit changed."""
+
+    clamped: NDArray[np.int64]
+    steps: int = 0
+    holds: int = 0
+    requests: int = 0
+    chunks: int = 0
+    failures: int = 0
+    late_chunks: int = 0
+    skipped_rows: int = 0
+    refused: int = 0
+    inference_delay: int = 0
+    last_fault: str = ""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """rows [H, A] for the control steps from `step` on."""
+
+    step: int
+    rows: Vector
+
+    def at(self, step: int) -> Vector | None:
+        return self.rows[step - self.step] if 0 <= step - self.step < len(self.rows) else None
+
+
+@dataclass(frozen=True)
+class _Request:
+    step: int
+    state: Vector
+    reply: Reply
+
+
+@final
+class Executor:
+    """The control loop's side of a policy. All methods belong to one thread, and none waits for the policy.
+
+        with PolicyClient("ws://HOST:8000") as policy, Executor(policy, control_hz=50, initial_command=robot.position()) as executor:
+            while robot.works():
+                executor.observe(robot.observe)
+                robot.apply(executor.next())
+                executor.pace()
+
+    initial_command: [A], what keeps the robot where it is until the first chunk comes.
+    execution_horizon: steps after which the next observation is sent; None takes the policy's, or half a chunk.
+    hand_over: `realtime` sends the old chunk's remainder with the observation, `ensemble` averages overlapping chunks, `switch` goes to
+    the newest; `auto` is realtime where the policy knows it (`wire.ACTION_PREFIX` among its extensions), else switch.
+    limits: a map, or a JSON file of the robot's own (`Limits.read`); with the policy's own, the stricter wins.
+    beyond_limits: `clamp` to the nearest command within, or `refuse` the rest of the chunk and stand still.
+    relative_to_state: action dimensions that the policy gives as a difference from the state's same dimension.
+    cameras, state_check: of ObservationCheck. submit: starts an inference and returns its future; None runs the policy in a thread, or
+    in the running event loop when its `infer` is a coroutine. clock: seconds.
+    Raises ConfigError for what does not fit together.
+    """
+
+    def __init__(
+        self,
+        policy: Infers,
+        *,
+        control_hz: float,
+        initial_command: ArrayLike,
+        execution_horizon: int | None = None,
+        hand_over: Literal["auto", "realtime", "ensemble", "switch"] = "auto",
+        limits: Mapping[str, Any] | str | Path | None = None,
+        beyond_limits: Literal["clamp", "refuse"] = "clamp",
+        relative_to_state: Sequence[int] = (),
+        cameras: Sequence[str] | None = None,
+        state_check: Literal["refuse", "warn", "off"] = "refuse",
+        submit: Callable[[Message], Reply] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        known, start = policy.metadata, np.array(initial_command, np.float64)
+        self._extensions = frozenset(known.get(wire.EXTENSIONS, ()))
+        _refuse_misfits(known, control_hz, start, execution_horizon, hand_over, beyond_limits, self._extensions)
+        self._realtime = hand_over == "realtime" or (hand_over == "auto" and wire.ACTION_PREFIX in self._extensions)
+        self._ensemble, self._refuse = hand_over == "ensemble", beyond_limits == "refuse"
+        self._action_horizon = known.get("action_horizon")
+        self._horizon = execution_horizon or known.get("execution_horizon")
+        self._dt, self._clock = 1.0 / control_hz, clock
+        self._limiter = Limiter(Limits.read(limits, start.size).stricter(Limits.read(known.get("limits"), start.size)), start)
+        self._relative, self._state_key = list(relative_to_state), known.get("state_key", "observation/state")
+        self._check = ObservationCheck(known, cameras=cameras, mode=state_check)
+        self._worker = None
+        if submit is None and inspect.iscoroutinefunction(policy.infer):
+            submit = partial(_start_task, policy)
+        elif submit is None:
+            self._worker = _Worker(policy)
+            submit = self._worker.submit
+        self._submit = submit
+        self._origin: float | None = None
+        self._plans: list[_Plan] = []
+        self._request: _Request | None = None
+        self._delays: deque[int] = deque(maxlen=DELAYS_KEPT)
+        self._not_before, self._pause = -math.inf, self._dt
+        self.command = Command(start, -1, -math.inf, held=True)
+        self.report = Report(np.zeros(start.size, np.int64))
+
+    @property
+    def due(self) -> bool:
+        """Whether `observe` would send an observation now; a loop whose cameras are slow may ask first."""
+        self._collect()
+        now = self._clock()
+        if self._request is not None or now < self._not_before:
+            return False
+        step = self._step_at(now)
+        plan = self._plans[-1] if self._plans else None
+        if plan is None or plan.at(step) is None:
+            return True
+        rows = len(plan.rows)
+        wanted = self._horizon or (rows + 1) // 2
+        return step - plan.step >= max(1, min(wanted, rows - self.report.inference_delay))
+
+    def observe(self, observation: Message | Callable[[], Message]) -> None:
+        """Send an observation of this control step when it is time to; a callable is only called then.
+
+        Raises ObservationError for a missing camera, and for a state that is refused; `next` goes on all the same.
+        """
+        if not self.due:
+            return
+        step = self._step_at(self._clock())
+        taken = observation() if callable(observation) else observation
+        self._check(taken)
+        # copied, since a robot's driver may fill the same arrays again while they are sent
+        message = {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in taken.items()}
+        state = np.asarray(message.get(self._state_key, ()), np.float64)
+        self.report.requests += 1
+        self._request = _Request(step, state, self._submit(message | self._extras(step)))
+
+    def next(self) -> Vector:
+        """Return this control step's command, float64 [A]; the same one when it is called again within the step."""
+        self._collect()
+        step = self._step_at(self._clock())
+        if step == self.command.step:
+            return self.command.action
+        wanted = self._planned(step)
+        allowed = self._limiter.nearest(self._limiter.standstill() if wanted is None else wanted)
+        if wanted is not None:
+            beyond = abs(allowed - wanted) > ROUNDING * (1.0 + abs(wanted))
+            if beyond.any() and self._refuse:
+                self.report.refused += 1
+                self.report.last_fault = f"an action beyond the limits in dimensions {np.flatnonzero(beyond).tolist()} was refused"
+                self._plans.clear()
+                wanted = None
+                allowed = self._limiter.nearest(self._limiter.standstill())
+            else:
+                self.report.clamped += beyond
+        self._tell(held=wanted is None, step=step)
+        self._limiter.commit(allowed)
+        assert self._origin is not None
+        self.command = Command(allowed, step, self._origin + (step + 1) * self._dt, held=wanted is None)
+        self.report.steps += 1
+        self.report.holds += wanted is None
+        return allowed.copy()
+
+    def pace(self) -> None:
+        """Sleep until the next control step begins."""
+        if self._origin is not None:
+            time.sleep(max(0.0, self._origin + (self.command.step + 1) * self._dt - self._clock()))
+
+    def close(self) -> None:
+        """End the thread; a reply that comes later is never read. The policy stays open."""
+        if self._worker is not None:
+            self._worker.close()
+
+    def __enter__(self) -> "Executor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _step_at(self, now: float) -> int:
+        """Return the control step of a call at `now`: the clock's, or the one after the last, which a loop may be early for."""
+        if self._origin is None:
+            self._origin = now
+        exact, last = (now - self._origin) / self._dt, self.command.step
+        return max(math.floor(exact + 0.5), last + 1 if last + 1 - exact <= EARLIEST else last)
+
+    def _planned(self, step: int) -> Vector | None:
+        self._plans = [plan for plan in self._plans if plan.step + len(plan.rows) > step]
+        rows = [row for plan in self._plans if (row := plan.at(step)) is not None]
+        if not rows:
+            return None
+        weights = np.exp(-ENSEMBLE_DECAY * np.arange(len(rows)))
+        return np.asarray(weights @ np.stack(rows) / weights.sum(), np.float64)
+
+    def _extras(self, step: int) -> dict[str, Any]:
+        """Return the extensions of a request: how long its answer is of use, and the old chunk's remainder."""
+        extras: dict[str, Any] = {}
+        rows = self._plans[-1].rows[step - self._plans[-1].step :] if self._plans else np.zeros((0, 0))
+        if wire.DEADLINE_MS in self._extensions and self._action_horizon:
+            extras[wire.DEADLINE_MS] = self._action_horizon * self._dt * 1e3
+        if self._realtime and len(rows):
+            extras |= {wire.ACTION_PREFIX: rows.astype(np.float32), wire.INFERENCE_DELAY: min(self.report.inference_delay, len(rows))}
+        return extras
+
+    def _collect(self) -> None:
+        """Take the reply, when it is there."""
+        if self._request is None or not self._request.reply.done():
+            return
+        request, self._request = self._request, None
+        now = self._clock()
+        step = self._step_at(now)
+        try:
+            rows = self._rows(request.reply.result(), request.state)
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - whatever a policy raises, the robot must be told to stand still
+            self.report.failures += 1
+            self.report.last_fault = f"{type(error).__name__}: {error}"
+            self._not_before = now + self._pause
+            self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
+            return
+        self._pause = self._dt
+        self.report.chunks += 1
+        late = step - request.step
+        self._note_delay(late, len(rows))
+        if late >= len(rows):
+            self.report.late_chunks += 1
+            self.report.last_fault = f"a chunk of {len(rows)} steps came {late} steps after its observation"
+            return
+        self.report.skipped_rows += late
+        self._plans = [*(self._plans if self._ensemble else ()), _Plan(request.step, rows)]
+
+    def _rows(self, chunk: ActionChunk, state: Vector) -> Vector:
+        """Return a chunk's actions [H, A], absolute. Raises ServingError for what no robot may be told."""
+        rows, width = np.array(chunk.actions, np.float64), self.command.action.size
+        if rows.ndim != 2 or rows.shape[1] != width or not len(rows) or not np.isfinite(rows).all():
+            raise ServingError(f"a chunk must be finite numbers [H, {width}], found {list(rows.shape)}: check the policy")
+        if self._relative:
+            if state.ndim != 1 or state.size <= max(self._relative):
+                raise ServingError(f"relative actions need {self._state_key} of the observation, found {list(state.shape)}: send it")
+            rows[:, self._relative] += state[self._relative]
+        return rows
+
+    def _note_delay(self, steps: int, horizon: int) -> None:
+        """Estimate the delay from the last requests; the first pays for warming up, so it counts only while it is the only one."""
+        if self.report.chunks > 1:
+            self._delays.append(steps)
+        known = self._delays or [min(steps, horizon // 2)]
+        self.report.inference_delay = int(np.percentile(known, DELAY_PERCENTILE, method="higher"))
+
+    def _tell(self, *, held: bool, step: int) -> None:
+        if held and not self.command.held:
+            logger.warning(
+                "control step %d has no action: the robot stands still (%s)", step, self.report.last_fault or "waiting for a chunk"
+            )
+        elif self.command.held and not held:
+            logger.warning("control step %d goes on with a new chunk", step)
+
+
+@final
+class _Worker:
+    """Runs the policy in one thread: compiled graphs and caches may belong to the thread that made them."""
+
+    def __init__(self, policy: Infers) -> None:
+        self._policy = policy
+        self._waiting: queue.SimpleQueue[tuple[Message, Future[ActionChunk]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="pi0fm-executor", daemon=True).start()
+
+    def submit(self, message: Message) -> Future[ActionChunk]:
+        future: Future[ActionChunk] = Future()
+        self._waiting.put((message, future))
+        return future
+
+    def close(self) -> None:
+        self._waiting.put(None)
+
+    def _work(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            message, future = item
+            try:
+                future.set_result(self._policy.infer(message))
+            except Exception as error:  # noqa: BLE001 - the control loop learns of it
+                future.set_exception(error)
+            except BaseException as error:  # noqa: BLE001 - and must not take a thread's exit for its own
+                future.set_exception(ServingError(f"the policy ended with {type(error).__name__}"))
+
+
+def _start_task(policy: Infers, message: Message) -> Reply:
+    task: asyncio.Future[ActionChunk] = asyncio.ensure_future(policy.infer(message))
+    return task
+
+
+def _refuse_misfits(
+    known: Mapping[str, Any],
+    control_hz: float,
+    start: Vector,
+    execution_horizon: int | None,
+    hand_over: str,
+    beyond_limits: str,
+    extensions: frozenset[str],
+) -> None:
+    """Raise ConfigError for options that do not fit together, or the policy; log a control rate that is not its own."""
+    if not (isinstance(control_hz, int | float) and 0 < control_hz < math.inf):
+        raise ConfigError(f"control_hz must be a number above 0, found {control_hz!r}: type 50")
+    width, horizon = known.get("robot_action_dim", start.size), known.get("action_horizon", math.inf)
+    if start.shape != (width,) or not np.isfinite(start).all():
+        raise ConfigError(f"initial_command must be {width} finite numbers, found {start.tolist()!r:.80}: give the robot's position")
+    if execution_horizon is not None and not 1 <= execution_horizon <= horizon:
+        raise ConfigError(f"execution_horizon must be in 1 .. action_horizon {horizon}, found {execution_horizon}")
+    if hand_over not in HAND_OVERS or beyond_limits not in ("clamp", "refuse"):
+        raise ConfigError(
+            f"hand_over is one of {', '.join(HAND_OVERS)}, beyond_limits clamp or refuse, found {hand_over!r}, {beyond_limits!r}"
+        )
+    if hand_over == "realtime" and wire.ACTION_PREFIX not in extensions:
+        raise ConfigError("this policy knows no real-time hand-over: type hand_over='ensemble' or 'switch', or serve it with one")
+    fps = known.get("fps") or control_hz
+    if not 0.95 < control_hz / fps < 1.05:
+        logger.warning(
+            "the policy was trained at %g control steps a second and is executed at %g: it will move at another speed", fps, control_hz
+        )

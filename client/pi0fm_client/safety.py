@@ -1,0 +1,219 @@
+"""What a robot may be told to do, and what a policy may be shown.
+
+Owns: limits of each action dimension, the nearest command within them, the comparison of an observation with the training's. Does not
+know: chunks, time, networks.
+Shape letters: A robot action dim, S state dim.
+
+    wanted  ----> position, change of one step, change of that change ----> command
+                  low .. high       velocity              acceleration
+
+An action is a target, or an increment (a displacement, a speed) where the robot's file says so; then it is itself the change.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pi0fm_client.errors import ConfigError, ObservationError
+
+Vector = NDArray[np.float64]
+CHECKS = ("refuse", "warn", "off")
+logger = logging.getLogger(__name__)
+_UNITS = {"degrees for radians": np.pi / 180, "radians for degrees": 180 / np.pi, "mm for m": 1e-3, "m for mm": 1e3}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of each action dimension, [A], infinite where there is none.
+
+    low, high: of an action, robot units. velocity: of its change in one control step. acceleration: of that change's change in one step.
+    increments: bool [A], which dimensions are changes themselves: `velocity` bounds them, and `acceleration` their change.
+    """
+
+    low: Vector
+    high: Vector
+    velocity: Vector
+    acceleration: Vector
+    increments: NDArray[np.bool_]
+
+    @classmethod
+    def read(cls, source: Mapping[str, Any] | str | Path | None, action_dim: int) -> "Limits":
+        """Return the limits in a map, or in a JSON file of one: a number, or a list with null for none, for each field that it names.
+
+            {"low": -3.1, "high": [3.1, 3.1, 0.04], "velocity": 0.05, "acceleration": [0.01, 0.01, null], "increments": []}
+
+        increments is a list of dimensions. Raises ConfigError for anything else.
+        """
+        where, tree = "limits", source or {}
+        if isinstance(tree, str | Path):
+            where = str(tree)
+            try:
+                tree = json.loads(Path(tree).read_text())
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{where} must be a JSON file of a robot's limits: {error}") from None
+        known = [field.name for field in fields(cls)]
+        if not isinstance(tree, Mapping) or not set(tree) <= set(known):
+            raise ConfigError(f"{where} may hold {', '.join(known)}, found {str(sorted(tree))[:80]}: correct the names")
+        increments = np.zeros(action_dim, np.bool_)
+        try:
+            increments[[int(dim) for dim in tree.get("increments", ())]] = True
+        except (TypeError, ValueError, IndexError):
+            raise ConfigError(f"{where}: increments must be dimensions below {action_dim}, found {tree['increments']!r:.80}") from None
+        bounds = {name: _bound(tree.get(name), default, action_dim, f"{where}: {name}") for name, default in _UNBOUNDED.items()}
+        found = cls(increments=increments, **bounds)
+        for name, wrong, rule in (
+            ("low", found.low > found.high, "must not be above high"),
+            ("velocity", found.velocity <= 0, "must be above 0"),
+            ("acceleration", found.acceleration <= 0, "must be above 0"),
+            ("increments", increments & ((found.low > 0) | (found.high < 0)), "need low <= 0 <= high, or they cannot stand still"),
+        ):
+            if wrong.any():
+                raise ConfigError(
+                    f"{where}: {name} {rule}, found {str(tree.get(name))[:60]}: see dimensions {np.flatnonzero(wrong).tolist()}"
+                )
+        return found
+
+    def stricter(self, other: "Limits") -> "Limits":
+        """Return the limits that satisfy both. Raises ConfigError where nothing does."""
+        low, high = np.maximum(self.low, other.low), np.minimum(self.high, other.high)
+        if (low > high).any():
+            raise ConfigError(f"the robot's limits and the policy's exclude each other in dimensions {np.flatnonzero(low > high).tolist()}")
+        velocity, acceleration = np.minimum(self.velocity, other.velocity), np.minimum(self.acceleration, other.acceleration)
+        return Limits(low, high, velocity, acceleration, self.increments | other.increments)
+
+
+_UNBOUNDED = {"low": -np.inf, "high": np.inf, "velocity": np.inf, "acceleration": np.inf}
+
+
+@final
+class Limiter:
+    """The last command, and the nearest allowed one to whatever is wanted next.
+
+    A robot that starts outside its position limits may move back, never further out.
+    """
+
+    def __init__(self, limits: Limits, start: ArrayLike) -> None:
+        self._limits = limits
+        self.command = np.array(start, np.float64)
+        self._change = np.zeros_like(self.command)
+
+    def standstill(self) -> Vector:
+        """Return what keeps the robot where it is: the last target, and no increment."""
+        return np.where(self._limits.increments, 0.0, self.command)
+
+    def nearest(self, wanted: Vector) -> Vector:
+        """Return the allowed command nearest to `wanted`, dimension by dimension.
+
+        Speed towards a bound is kept so low that `acceleration` suffices to stop in front of it; so an allowed command always exists.
+        """
+        bounds, last = self._limits, self.command
+        low, high = np.minimum(bounds.low, last), np.maximum(bounds.high, last)
+        fastest, slowest = self._change + bounds.acceleration, self._change - bounds.acceleration
+        up = np.minimum(np.minimum(bounds.velocity, fastest), _brakes_within(high - last, bounds.acceleration))
+        down = np.maximum(np.maximum(-bounds.velocity, slowest), -_brakes_within(last - low, bounds.acceleration))
+        target = np.clip(last + np.clip(wanted - last, down, up), low, high)
+        most = np.minimum(np.minimum(bounds.velocity, bounds.high), last + bounds.acceleration)
+        least = np.maximum(np.maximum(-bounds.velocity, bounds.low), last - bounds.acceleration)
+        return np.where(bounds.increments, np.clip(wanted, least, most), target)
+
+    def commit(self, command: Vector) -> None:
+        """Note the command that the robot was given."""
+        self._change, self.command = command - self.command, command
+
+
+def _brakes_within(distance: Vector, acceleration: Vector) -> Vector:
+    """Return the largest change v of one step with v + (v - a) + (v - 2 a) + ... <= distance, over the positive terms."""
+    with np.errstate(invalid="ignore"):  # inf / inf, where the distance or the acceleration has no bound
+        steps = np.maximum(1.0, np.ceil((np.sqrt(1.0 + 8.0 * distance / acceleration) - 1.0) / 2.0))
+        speed = distance / steps + acceleration * (steps - 1.0) / 2.0
+    return np.where(np.isinf(distance) | np.isinf(acceleration), distance, speed)
+
+
+@final
+class ObservationCheck:
+    """Compares observations with what the policy was trained on, by its metadata: `cameras`, `state_key`, `state_range` (min, max).
+
+    cameras: names of those that must be there; None asks for all. mode: what becomes of a state that is outside the training's range by
+    more than `margin` of its width: refuse, warn (once for each kind of fault), or off.
+    """
+
+    def __init__(
+        self,
+        metadata: Mapping[str, Any],
+        *,
+        cameras: Sequence[str] | None = None,
+        mode: Literal["refuse", "warn", "off"] = "refuse",
+        margin: float = 0.5,
+    ) -> None:
+        known: Mapping[str, str] = metadata.get("cameras", {})
+        unknown = sorted(set(cameras or ()) - set(known))
+        if mode not in CHECKS or unknown:
+            raise ConfigError(
+                f"the policy has the cameras {sorted(known)}, found {unknown}: correct cameras="
+                if unknown
+                else f"a state check must be one of {', '.join(CHECKS)}, found {mode!r}"
+            )
+        self._keys = [_dotted(column) for name, column in known.items() if cameras is None or name in cameras]
+        self._state_key = _dotted(metadata.get("state_key", ""))
+        self._mode, self._warned = mode, set[str]()
+        bounds = metadata.get("state_range")
+        self._range = None if bounds is None or mode == "off" else [np.asarray(bounds[name], np.float64) for name in ("min", "max")]
+        self._margin = margin
+
+    def __call__(self, observation: Mapping[str, Any]) -> None:
+        """Raise ObservationError for a missing camera, and for a state that is refused."""
+        given = {_dotted(str(key)): value for key, value in observation.items()}
+        missing = [key for key in self._keys if key not in given]
+        if missing:
+            raise ObservationError(f"the policy needs the cameras {', '.join(self._keys)}, found no {missing[0]}: send it, or say cameras=")
+        fault = self._state_fault(given.get(self._state_key))
+        if fault is None:
+            return
+        if self._mode == "refuse":
+            raise ObservationError(f'{fault}; or say state_check="warn"')
+        if fault[:60] not in self._warned:
+            self._warned.add(fault[:60])
+            logger.warning("%s", fault)
+
+    def _state_fault(self, given: Any) -> str | None:
+        if self._range is None or given is None:
+            return None
+        (low, high), state = self._range, np.asarray(given, np.float64)
+        if state.shape != low.shape:
+            return f"{self._state_key} must have {len(low)} numbers, found {list(state.shape)}"
+        slack = self._margin * (high - low) + 0.01 * np.maximum(abs(low), abs(high)) + 1e-6
+        outside = ~((low - slack <= state) & (state <= high + slack))
+        if not outside.any():
+            return None
+        dim = int(np.flatnonzero(outside)[0])
+        units = [
+            f", {name}?"
+            for name, factor in _UNITS.items()
+            if ((low - slack <= state * factor) & (state * factor <= high + slack))[outside].all()
+        ]
+        return (
+            f"{self._state_key}[{dim}] was {low[dim]:.4g} .. {high[dim]:.4g} in training, found {state[dim]:.4g} "
+            f"({outside.sum()} of {len(state)} outside{units[0] if units else ''}): check its units and order"
+        )
+
+
+def _bound(given: Any, default: float, width: int, where: str) -> Vector:
+    """Return one bound for each dimension."""
+    values = given if isinstance(given, Sequence | np.ndarray) and not isinstance(given, str) else [given] * width
+    try:
+        found = np.array([default if value is None else float(value) for value in values])
+    except (TypeError, ValueError):
+        found = np.zeros(0)
+    if found.shape != (width,) or np.isnan(found).any():
+        raise ConfigError(f"{where} must be a number or {width} of them, null for none, found {str(given)[:60]}")
+    return found
+
+
+def _dotted(key: str) -> str:
+    return key.replace("/", ".")

@@ -1,0 +1,32 @@
+"""Drive an arm 50 times a second with a policy server: python examples/robot_at_50hz.py ws://HOST:8000 [SECONDS]. `Arm` is yours."""
+
+import sys
+
+import numpy as np
+
+from pi0fm_client import Executor, PolicyClient
+
+
+class Arm:
+    """Stands for a robot's driver: pictures uint8 [height, width, 3], positions and commands in the units of the training data."""
+
+    def __init__(self, facts):
+        self.facts, self.position = facts, np.zeros(facts["robot_action_dim"])
+
+    def observe(self):
+        pictures = {key: np.zeros((*self.facts["image_size"], 3), np.uint8) for key in self.facts["cameras"].values()}
+        return {**pictures, self.facts["state_key"]: np.zeros(self.facts["state_dim"], np.float32), "prompt": "pick up the cup"}
+
+    def apply(self, command):
+        self.position = command
+
+
+with PolicyClient(sys.argv[1], timeout_seconds=1.0) as policy:
+    arm = Arm(policy.metadata)
+    limits = {"velocity": 0.05, "acceleration": 0.02}  # of one step; or the path of the robot's own file
+    with Executor(policy, control_hz=50, initial_command=arm.position, limits=limits, state_check="warn") as executor:
+        for _ in range(round(50 * float(sys.argv[2] if len(sys.argv) > 2 else 10))):
+            executor.observe(arm.observe)
+            arm.apply(executor.next())
+            executor.pace()
+        print(executor.report)
