@@ -4,6 +4,7 @@ Owns: requests, their one deadline, reconnection, what a reply must hold, and `R
 know: torch, how the server works, how a connection is made (connection.py). It also speaks to openpi's servers.
 
     infer  --send--> its reply in time         -> an ActionChunk
+                     refused by its number     -> ServingError; the connection goes on
                      text, or a wrong reply    -> ServingError; the connection is dropped
                      nothing in time           -> ServingError; the connection is dropped, a late reply could pass for the next one
                      Ctrl-C, cancellation      -> the connection is dropped, for the same reason
@@ -136,7 +137,9 @@ class AsyncPolicyClient:
                 number, frame = self._pack(message, deadline)
                 try:
                     await connection.send(frame)
-                    return self._chunk(await self._reply(connection, number), began)
+                    reply = await self._reply(connection, number)
+                    if wire.REFUSED not in reply:
+                        return self._chunk(reply, began)
                 except LostError as error:
                     self._drop()
                     if error.too_big:
@@ -149,6 +152,8 @@ class AsyncPolicyClient:
                 except BaseException:
                     self._drop()
                     raise
+                else:
+                    raise ServingError(f"{self._url} answered: {_one_line(reply[wire.REFUSED])}")
         raise AssertionError("both tries return or raise")
 
     async def _connected(self, seconds: float) -> Connection:
@@ -197,7 +202,7 @@ class AsyncPolicyClient:
         while True:
             reply = await connection.receive()
             if isinstance(reply, str):
-                raise ServingError(f"{self._url} answered: {' '.join(reply.split())[:1000]}")
+                raise ServingError(f"{self._url} answered: {_one_line(reply)}")
             found = self._decode(reply)
             answered = found.get(wire.REQUEST_ID, number if wire.REQUEST_ID not in self._extensions else None)
             if answered == number:
@@ -444,6 +449,10 @@ def _checked_seconds(name: str, value: Any, unit: float = 1.0, kind: type[Except
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) * unit <= LONGEST_SECONDS:
         raise kind(f"{name} must be a number above 0 and at most {LONGEST_SECONDS / unit:g}, found {str(value)[:40]!r}: type {2 / unit:g}")
     return float(value) * unit
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text)[:4000].split())[:1000]
 
 
 def _numbers(found: Any) -> dict[str, float]:

@@ -45,6 +45,7 @@ ROUNDING = 1e-6  # of an action in float32, which is not beyond a limit in float
 EARLIEST = 0.75  # steps by which a control loop may be ahead of its rate
 logger = logging.getLogger(__name__)
 Message = Mapping[str, Any]
+Reply = Future[ActionChunk] | asyncio.Future[ActionChunk]
 
 
 class Infers(Protocol):
@@ -57,18 +58,6 @@ class Infers(Protocol):
 
     def infer(self, observation: Mapping[str, Any]) -> Any:
         """Return the ActionChunk of a flat map of keys, or an awaitable of it."""
-        ...
-
-
-class Reply(Protocol):
-    """A future of concurrent.futures or of asyncio."""
-
-    def done(self) -> bool:
-        """Whether there is a result or an exception."""
-        ...
-
-    def result(self) -> ActionChunk:
-        """Return it, or raise it."""
         ...
 
 

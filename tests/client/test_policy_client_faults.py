@@ -141,6 +141,22 @@ def test_replies_with_numbers_are_told_apart() -> None:
     assert len(connections) == 1
 
 
+def test_a_refusal_by_number_keeps_the_connection() -> None:
+    connections = []
+
+    def handler(connection: ServerConnection) -> None:
+        connections.append(connection)
+        connection.send(wire.pack({"extensions": [wire.REQUEST_ID]}))
+        for count, request in enumerate(connection):
+            connection.send(answer(request, **({wire.REFUSED: "too late\nby 3 ms"} if count == 0 else {})))
+
+    with websocket_server(handler) as url, PolicyClient(url) as client:
+        with pytest.raises(ServingError, match=r"answered: too late by 3 ms$"):
+            client.infer(state(1.0))
+        assert client.infer(state(2.0)).actions[0, 0] == 2.0
+    assert len(connections) == 1
+
+
 @pytest.mark.parametrize("number", [None, 9, "1", 1.5])
 def test_a_number_that_was_never_asked_is_refused(number: Any) -> None:
     def handler(connection: ServerConnection) -> None:
@@ -388,8 +404,23 @@ def test_extensions_are_sent_when_the_greeting_names_them() -> None:
     assert seen[0]["image"] == {wire.JPEG: b"\xff\xd8"} and seen[0][wire.NUM_CANDIDATES] == 2
 
 
-def test_a_server_without_extensions_is_sent_none(start_server: Any) -> None:
-    with PolicyClient(start_server().url) as client:
-        for wrong in ({wire.NUM_CANDIDATES: 2}, {"observation.images.front": {wire.JPEG: b""}}):
+def test_a_server_without_extensions_is_sent_none() -> None:
+    def handler(connection: ServerConnection) -> None:
+        connection.send(wire.pack({}))
+        for request in connection:
+            assert set(wire.unpack(request)) == {"state"}  # type: ignore[arg-type]
+            connection.send(answer(request))
+
+    with websocket_server(handler) as url, PolicyClient(url) as client:
+        for wrong in ({wire.NUM_CANDIDATES: 2}, {"image": {wire.JPEG: b""}}):
             with pytest.raises(ObservationError, match="does not know pi0fm/"):
-                client.infer({**message(1.0), **wrong})
+                client.infer(state(1.0, **wrong))
+        assert client.infer(state(1.0, **{wire.DEADLINE_MS: 1000.0})).actions[0, 0] == 1.0
+
+
+def test_our_own_server_knows_what_the_client_sends(start_server: Any, fake_policy: Any) -> None:
+    policy = fake_policy()
+    policy.metadata["identity"] = "first"
+    with PolicyClient(start_server(policy).url) as client:
+        assert {wire.REQUEST_ID, wire.DEADLINE_MS, wire.SESSION, wire.REPLY_IDENTITY} <= set(client.metadata["extensions"])
+        assert [client.infer(message(value)).actions[0, 0] for value in (1.0, 2.0)] == [1.0, 2.0]
