@@ -234,7 +234,7 @@ def test_the_time_spent_waiting_for_another_thread_counts(start_server: Any, fak
         results: list[BaseException] = []
 
         def ask() -> None:
-            with pytest.raises(ServingError, match="gave no answer") as caught:
+            with pytest.raises(ServingError, match=r"gave no answer|answered:") as caught:  # or refused, by its deadline
                 client.infer(message(1.0))
             results.append(caught.value)
 
