@@ -1,41 +1,22 @@
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from eval_fakes import FakeEnvironment
 
 from pi0fm.demos.demonstration import noise_at, record_demonstration
-from pi0fm.sim.environment import CameraSpec, Environment, StepResult
-from pi0fm_client.types import Observation
 
 
-class Counting(Environment):
-    """Succeeds after `length` steps; keeps what was executed."""
-
-    task, prompt, fps, action_dim, state_dim, max_steps = "count", "count", 80, 4, 4, 10
-    cameras = (CameraSpec("base", "any", 8, 8),)
+class Counting(FakeEnvironment):
+    """Succeeds after `length` steps."""
 
     def __init__(self, length: int) -> None:
+        super().__init__("count")
         self.length = length
-        self.executed: list[NDArray[np.float32]] = []
 
-    def reset(self, seed: int) -> None:
-        self.executed = []
+    def succeeds(self) -> bool:
+        return len(self.executed) == self.length
 
-    def step(self, action: NDArray[np.float32]) -> StepResult:
-        self.executed.append(action)
-        success = len(self.executed) == self.length
-        return StepResult(success, success or len(self.executed) == self.max_steps)
-
-    def observe(self) -> Observation:
-        return Observation({"base": self.picture(8, 8)}, np.full(4, len(self.executed), np.float32), self.prompt)
-
-    def picture(self, height: int, width: int) -> NDArray[np.uint8]:
-        return np.full((height, width, 3), len(self.executed), np.uint8)
-
-    def expert_action(self) -> NDArray[np.float32]:
+    def expert_action(self) -> np.ndarray:
         return np.array([0.9, -0.9, 0.0, 1.0], np.float32)
-
-    def close(self) -> None:
-        pass
 
 
 def test_the_clean_action_is_stored_and_the_noisy_one_executed() -> None:

@@ -1,5 +1,5 @@
 """Small disks."""
 
-from small_disks import small_disk
+from small_disks import small_disk, unwritable
 
-__all__ = ["small_disk"]
+__all__ = ["small_disk", "unwritable"]

@@ -2,13 +2,11 @@
 
 import copy
 import itertools
-import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
+import programs
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -27,7 +25,6 @@ from pi0fm.train.start.adaptation import Adaptation, adapt, plain_weights
 from pi0fm.train.step import train_step
 
 CPU = torch.device("cpu")
-SUPPORT = Path(__file__).resolve().parents[1] / "support"
 PI0 = configuration("pi0", "small")
 HOW = {
     "full": Adaptation(),
@@ -209,26 +206,15 @@ def test_one_distributed_worker_trains_as_none(device):
 @pytest.mark.journey
 def test_a_killed_training_goes_on_from_its_checkpoint(device, tmp_path):
     """Checkpoints written behind the training's back; SIGKILL in mid-run; the rest gives what an uninterrupted run gives."""
-    program = [sys.executable, str(SUPPORT / "device_training.py"), device.type]
-    places = [str(SUPPORT), str(SUPPORT.parents[1]), str(SUPPORT.parents[1] / "client"), os.environ.get("PYTHONPATH", "")]
-    run = {
-        "env": {**os.environ, "PYTHONPATH": os.pathsep.join(places)},
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "text": True,
-    }
-    process = subprocess.Popen([*program, str(tmp_path / "killed"), "100000"], **run)
+    run = {"env": programs.environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(programs.command("device_training", device.type, str(tmp_path / "killed"), "100000"), **run)
     deadline = time.monotonic() + 90
     while not list((tmp_path / "killed").glob("step-*/COMMIT")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     said = process.communicate()[0]
     assert list((tmp_path / "killed").glob("step-*/COMMIT")), said[-3000:]
-    ends = []
-    for folder in ("killed", "whole"):
-        done = subprocess.run([*program, str(tmp_path / folder), "0"], check=False, **run)
-        assert done.returncode == 0, done.stdout[-3000:]
-        ends.append(done.stdout.splitlines()[-1].split())
+    ends = [programs.last_line("device_training", device.type, str(tmp_path / folder), "0").split() for folder in ("killed", "whole")]
     (first, last, *killed), (began, end, *whole) = ends
     assert int(began) == 0 < int(first) and last >= end
     if last == end:

@@ -18,26 +18,18 @@ import torch
 from lerobot.policies.factory import make_pre_post_processors
 from numpy.typing import NDArray
 from safetensors.torch import load_file, load_model
+from small_pi0 import resized
 
 from pi0fm.bench.peer import RobotFeatures, image_key
 from pi0fm.convert.conversion import convert
 from pi0fm.convert.facts import ConvertConfig
 from pi0fm.data.columns.norm_stats import ColumnStats
 from pi0fm.data.order.counter import draw
-from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
-from pi0fm.models.pi0 import Pi0Config
-from pi0fm.models.vision import VisionConfig
 from pi0fm.policy import bundle
 from pi0fm_client.types import Observation
 
-SIZE = Pi0Config(
-    vision=VisionConfig(width=16, depth=2, num_heads=2, mlp_width=32, patch_size=8, image_size=16),
-    decoder=DecoderConfig(StreamConfig(32, 48), StreamConfig(24, 40), depth=3, num_heads=8, num_kv_heads=2, head_dim=8),
-    vocab_size=48,
-    max_prompt_tokens=64,
-    action_dim=6,
-    state_dim=6,
-    action_horizon=4,
+SIZE = resized(
+    vision={"depth": 2, "patch_size": 8, "image_size": 16}, decoder={"num_heads": 8}, vocab_size=48, max_prompt_tokens=64, action_dim=6
 )
 ROBOT = RobotFeatures(("base", "wrist"), 4, 4)
 RELATIVE = {"use_relative_actions": True, "relative_exclude_joints": ["grip"], "action_feature_names": ["x", "y", "z", "Gripper"]}

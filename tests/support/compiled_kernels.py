@@ -4,6 +4,7 @@ The interpreter, which tests their numbers on a CPU, knows neither registers nor
 has.
 """
 
+import json
 import sys
 from typing import Any
 
@@ -63,7 +64,7 @@ def main() -> None:
             kernels.gated_product(normed, nn.Linear(1024, 8192, bias=False, dtype=half), "tanh", few)
             kernels.head(x, parts, by.gate, norm, by, nn.Linear(1024, 32), 0)
         kernels.add_layer_norm(torch.zeros(1, 256, 1152), torch.zeros(1, 256, 1152, dtype=half), nn.LayerNorm(1152), half)
-    sys.stdout.write("\n".join(sorted(compiled)) + "\n")
+    sys.stdout.write(json.dumps(sorted(compiled)) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,22 @@
 """Networks, batches and differences for the tests that run on a CPU and on a GPU."""
 
-import dataclasses
-from collections.abc import Iterator
+from dataclasses import replace
 
+import small_pi0
 import torch
-from small_pi0 import BOTH, network
+from small_pi0 import BOTH, network, resized
 from torch import Tensor
 
 from pi0fm.data.loading.batch import Batch
 from pi0fm.data.loading.loader import BatchMaker
 from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0, Pi0Config
-from pi0fm.models.vision import VisionConfig
+from pi0fm.models.presets import PI0
 
 FLOW = FlowMatching.from_config(FlowConfig())
 # the widths of released weights on two layers of each tower, with few words
-WIDE_PI0 = Pi0Config(
-    vision=VisionConfig(width=1152, depth=2, num_heads=16, mlp_width=4304, patch_size=14, image_size=224),
-    decoder=DecoderConfig(StreamConfig(2048, 16384), StreamConfig(1024, 4096), depth=2, num_heads=8, num_kv_heads=1, head_dim=256),
-    vocab_size=384,
-    max_prompt_tokens=48,
-    action_dim=32,
-    state_dim=32,
-    action_horizon=50,
-)
-WIDE = {"pi0": WIDE_PI0, "pi05": dataclasses.replace(WIDE_PI0, state_input="prompt", time_conditioning="adaptive_norm")}
+WIDE = small_pi0.both(resized(PI0, vision={"depth": 2}, decoder={"depth": 2}, vocab_size=384))
 
 
 def configuration(name: str, size: str) -> Pi0Config:
@@ -38,20 +28,12 @@ def observe(
     config: Pi0Config, batch: int, cameras: int, seed: int = 0, *, missing: bool = False, prompt: int | None = None
 ) -> ModelObservation:
     """Random. missing: the last camera of every second row is masked; prompt: real tokens of the longest row, the others have fewer."""
-    random, size = torch.Generator().manual_seed(seed), config.vision.image_size
-    seen = torch.ones(batch, cameras, dtype=torch.bool)
-    if missing:
-        seen[::2, -1] = False
     longest = config.max_prompt_tokens if prompt is None else prompt
-    lengths = (longest - torch.arange(batch) % longest).clamp(min=1)
-    images = torch.randint(0, 256, (batch, cameras, size, size, 3), dtype=torch.uint8, generator=random)
-    return ModelObservation(
-        images=images * seen[:, :, None, None, None],
-        image_mask=seen,
-        prompt_tokens=torch.randint(3, config.vocab_size, (batch, longest), generator=random),
-        prompt_mask=torch.arange(longest) < lengths[:, None],
-        state=torch.randn(batch, config.state_dim, generator=random),
-    )
+    seen = small_pi0.observation(batch, cameras, tuple(max(1, longest - row % longest) for row in range(batch)), config, seed, longest)
+    there = torch.ones(batch, cameras, dtype=torch.bool)
+    if missing:
+        there[::2, -1] = False
+    return replace(seen, images=seen.images * there[:, :, None, None, None], image_mask=there)
 
 
 def make_batch(config: Pi0Config, size: int = 2, seed: int = 0, cameras: int = 1, draws: int = 1) -> Batch:
@@ -119,12 +101,6 @@ class Synthetic(BatchMaker):
 
     def expect_after(self, first: int, count: int) -> None:
         """Nothing to fetch."""
-
-
-def endless(batch: Batch) -> Iterator[Batch]:
-    """The same again and again."""
-    while True:
-        yield batch
 
 
 def on(device: torch.device, name: str = "pi0", size: str = "small") -> Pi0:

@@ -24,44 +24,71 @@ def no_fault(_where: str, _seed: int, _step: int) -> None:
     """An environment that never breaks."""
 
 
-class PointEnvironment(Environment):
-    """State [position], action [velocity], image of one grey that tells the goal; `fault(where, seed, step)` may raise."""
+class FakeEnvironment(Environment):
+    """Counts its steps, which are its state and the grey of its pictures; ends after `max_steps`, without success."""
 
-    def __init__(self, task: str, fault: Fault = no_fault, max_steps: int = 20, cameras: tuple[CameraSpec, ...] = FRONT) -> None:
-        self.task, self.prompt, self.fps, self.max_steps = task, f"do {task}", 20, max_steps
-        self.action_dim = self.state_dim = 1
-        self.cameras = cameras
-        self._fault = fault
-        self.closed = 0
+    def __init__(self, task: str, cameras: tuple[CameraSpec, ...] = FRONT, max_steps: int = 10, dims: int = 4) -> None:
+        self.task, self.prompt, self.cameras, self.max_steps = task, f"do {task}", cameras, max_steps
+        self.fps, self.action_dim, self.state_dim = 20, dims, dims
         self.resets: list[int] = []
-        self._seed = self._step = 0
+        self.executed: list[np.ndarray] = []
+        self.closed = 0
 
     def reset(self, seed: int) -> None:
         self.resets.append(seed)
-        self._seed, self._step, self._position = seed, 0, 0.0
+        self.executed = []
+
+    def succeeds(self) -> bool:
+        return False
+
+    def step(self, action: np.ndarray) -> StepResult:
+        assert action.shape == (self.action_dim,)
+        self.executed.append(action)
+        success = self.succeeds()
+        return StepResult(success, success or len(self.executed) >= self.max_steps)
+
+    def observe(self) -> Observation:
+        images = {camera.name: self.picture(camera.height, camera.width) for camera in self.cameras}
+        return Observation(images, np.full(self.state_dim, len(self.executed), np.float32), self.prompt)
+
+    def picture(self, height: int, width: int) -> np.ndarray:
+        return np.full((height, width, 3), len(self.executed), np.uint8)
+
+    def expert_action(self) -> np.ndarray:
+        raise SimulationError(f"{self.task} has no expert")
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class PointEnvironment(FakeEnvironment):
+    """State [position], action [velocity], image of one grey that tells the goal; `fault(where, seed, step)` may raise."""
+
+    def __init__(self, task: str, fault: Fault = no_fault, max_steps: int = 20, cameras: tuple[CameraSpec, ...] = FRONT) -> None:
+        super().__init__(task, cameras, max_steps, dims=1)
+        self._fault = fault
+
+    def reset(self, seed: int) -> None:
+        super().reset(seed)
+        self._position = 0.0
         self._fault("reset", seed, 0)
         self._goal = int(np.random.default_rng(seed).integers(60, 200))
 
     def step(self, action: np.ndarray) -> StepResult:
-        self._step += 1
-        self._fault("step", self._seed, self._step)
+        self._fault("step", self.resets[-1], len(self.executed) + 1)
         self._position += float(action[0])
-        success = abs(self._position - self._goal) < 2.0
-        return StepResult(success=success, done=success or self._step >= self.max_steps)
+        return super().step(action)
+
+    def succeeds(self) -> bool:
+        return abs(self._position - self._goal) < 2.0
 
     def observe(self) -> Observation:
-        self._fault("observe", self._seed, self._step)
+        self._fault("observe", self.resets[-1], len(self.executed))
         image = np.full((8, 8, 3), self._goal, np.uint8)
         return Observation(images={"base": image}, state=np.array([self._position], np.float32), prompt=self.prompt)
 
     def picture(self, height: int, width: int) -> np.ndarray:
         return np.full((height, width, 3), min(255, max(0, int(self._position))), np.uint8)
-
-    def expert_action(self) -> np.ndarray:
-        raise SimulationError("a point has no expert")
-
-    def close(self) -> None:
-        self.closed += 1
 
 
 class PointPolicy:

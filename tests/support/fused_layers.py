@@ -7,30 +7,21 @@ import json
 import sys
 
 import torch
+from small_pi0 import both, observation, resized
 from torch import nn
 
 from pi0fm.models import kernels
-from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
 from pi0fm.models.layers import AdaptiveRMSNorm
-from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0, Pi0Config
-from pi0fm.models.vision import VisionConfig
 from pi0fm.policy.sampler import halve_matrices
 
 
 def small(name: str, horizon: int) -> Pi0Config:
     """Two layers in whole tiles; keys outnumber a slice of the attention."""
-    return Pi0Config(
-        vision=VisionConfig(width=48, depth=2, num_heads=4, mlp_width=96, patch_size=8, image_size=16),
-        decoder=DecoderConfig(StreamConfig(96, 160), StreamConfig(64, 128), depth=2, num_heads=4, num_kv_heads=2, head_dim=32),
-        vocab_size=64,
-        max_prompt_tokens=9,
-        action_dim=16,
-        state_dim=5,
-        action_horizon=horizon,
-        state_input="token" if name == "pi0" else "prompt",
-        time_conditioning="concatenate" if name == "pi0" else "adaptive_norm",
-    )
+    decoder = {"depth": 2, "head_dim": 32, "backbone": {"width": 96, "mlp_width": 160}, "action_expert": {"width": 64, "mlp_width": 128}}
+    vision = {"width": 48, "depth": 2, "num_heads": 4, "mlp_width": 96, "patch_size": 8, "image_size": 16}
+    sizes = {"vocab_size": 64, "max_prompt_tokens": 9, "action_dim": 16, "state_dim": 5, "action_horizon": horizon}
+    return both(resized(vision=vision, decoder=decoder, **sizes))[name]
 
 
 def rows_of(name: str, device: torch.device, batch: int, horizon: int, dtype: torch.dtype) -> dict[str, float]:
@@ -44,10 +35,9 @@ def rows_of(name: str, device: torch.device, batch: int, horizon: int, dtype: to
         halve_matrices(model, dtype)
     fused = kernels.with_fused_layers(model)
     assert fused is not None
-    prompts, cameras = torch.ones(batch, 9, dtype=torch.bool), torch.ones(batch, 2, dtype=torch.bool)
-    prompts[0, -3:], cameras[-1, 1] = False, batch == 1
-    images, tokens = torch.randint(0, 255, (batch, 2, 16, 16, 3), dtype=torch.uint8), torch.randint(0, 64, (batch, 9))
-    seen = ModelObservation(images, cameras, tokens, prompts, torch.randn(batch, 5)).to(device)
+    seen = observation(batch, 2, (6, *[9] * (batch - 1)), model.config)
+    seen.image_mask[-1, 1] = batch == 1
+    seen = seen.to(device)
     x_t, each = torch.randn(batch, horizon, 16).to(device), torch.rand(batch).to(device)
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         plain, ours = model.cached_velocity(seen), fused.cached_velocity(seen)

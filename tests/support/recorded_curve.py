@@ -73,25 +73,12 @@ def trained(root: Path, folder: Path, micro_batch_size: int | None = None) -> li
     return curve(config.output_dir)
 
 
-def _record() -> None:
+if __name__ == "__main__":
     import torch
 
-    class Factory:
-        """What tiny_dataset asks of pytest's."""
-
-        def mktemp(self, name: str) -> Path:
-            place = folder / name
-            place.mkdir()
-            return place
-
-    sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
+    sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
     import tiny_dataset
 
     with TemporaryDirectory() as place:
-        folder = Path(place)
-        lines = trained(tiny_dataset.written(Factory()), folder)
+        lines = trained(tiny_dataset.write(Path(place) / "set"), Path(place))
     RECORD.write_text(json.dumps({"torch": torch.__version__, "curve": lines}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    _record()

@@ -1,5 +1,6 @@
-"""A file system of a few kilobytes, for what must survive a full disk."""
+"""Full disks, and places that cannot be written."""
 
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,3 +27,16 @@ def small_disk(tmp_path: Path) -> Iterator[MountSmallDisk]:
     yield mount
     for folder in mounted:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(params=["below a file", "link to nothing", "no UTF-8", "read-only"])
+def unwritable(request: pytest.FixtureRequest, tmp_path: Path, small_disk: MountSmallDisk) -> Path:
+    """A folder that cannot be made."""
+    if request.param == "read-only":
+        disk = small_disk("64k")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        return disk / "out"
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    no_utf8 = Path(os.fsdecode(os.fsencode(tmp_path) + b"/o\xff"))
+    return {"below a file": tmp_path / "file/out", "link to nothing": tmp_path / "link", "no UTF-8": no_utf8}[request.param]

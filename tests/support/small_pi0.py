@@ -1,9 +1,11 @@
-"""Networks of width 32 and batches for them; a pi0-like and a pi0.5-like one."""
+"""Networks of width 32, pi0-like and pi0.5-like, in other sizes where a test needs them, and observations for them."""
 
 import dataclasses
+from typing import Any
 
 import torch
 
+from pi0fm import options
 from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0, Pi0Config
@@ -18,9 +20,21 @@ LIKE_PI0 = Pi0Config(
     state_dim=6,
     action_horizon=4,
 )
-LIKE_PI05 = dataclasses.replace(LIKE_PI0, state_input="prompt", time_conditioning="adaptive_norm")
-BOTH = {"pi0": LIKE_PI0, "pi05": LIKE_PI05}
 TOKENS_PER_IMAGE = LIKE_PI0.vision.tokens_per_image
+
+
+def resized(config: Pi0Config = LIKE_PI0, **changes: Any) -> Pi0Config:
+    """`config` with other sizes: resized(vocab_size=48, decoder={"depth": 2})."""
+    return options.decode(Pi0Config, options.merge(options.encode(config), changes))
+
+
+def both(config: Pi0Config = LIKE_PI0) -> dict[str, Pi0Config]:
+    """The pi0 of these sizes, and the pi0.5."""
+    return {"pi0": config, "pi05": dataclasses.replace(config, state_input="prompt", time_conditioning="adaptive_norm")}
+
+
+BOTH = both()
+LIKE_PI05 = BOTH["pi05"]
 
 
 def network(config: Pi0Config) -> Pi0:
@@ -33,15 +47,23 @@ def network(config: Pi0Config) -> Pi0:
     return model.eval()
 
 
-def observation(batch: int = 3, cameras: int = 2, prompts: tuple[int, ...] = (3, 8, 5)) -> ModelObservation:
-    """Random pictures, states, and prompts of the given lengths; every camera is there."""
-    random = torch.Generator().manual_seed(1)
+def observation(
+    batch: int = 3,
+    cameras: int = 2,
+    prompts: tuple[int, ...] = (3, 8, 5),
+    config: Pi0Config = LIKE_PI0,
+    seed: int = 1,
+    length: int | None = None,
+) -> ModelObservation:
+    """Random pictures, states, and `prompts` tokens a row in tensors of `length`, the network's longest if None; no camera is missing."""
+    random, size = torch.Generator().manual_seed(seed), config.vision.image_size
+    length = length or config.max_prompt_tokens
     return ModelObservation(
-        images=torch.randint(0, 256, (batch, cameras, 32, 32, 3), dtype=torch.uint8, generator=random),
+        images=torch.randint(0, 256, (batch, cameras, size, size, 3), dtype=torch.uint8, generator=random),
         image_mask=torch.ones(batch, cameras, dtype=torch.bool),
-        prompt_tokens=torch.randint(0, 40, (batch, 8), generator=random),
-        prompt_mask=torch.arange(8) < torch.tensor(prompts)[:, None],
-        state=torch.randn(batch, 6, generator=random),
+        prompt_tokens=torch.randint(0, config.vocab_size, (batch, length), generator=random),
+        prompt_mask=torch.arange(length) < torch.tensor(prompts)[:, None],
+        state=torch.randn(batch, config.state_dim, generator=random),
     )
 
 

@@ -44,17 +44,13 @@ def network() -> Pi0Config:
     return options.decode(Pi0Config, options.merge(options.encode(preset(str(NETWORK["preset"]))), tree))
 
 
-_written: list[Path] = []
-
-
 def written(factory: pytest.TempPathFactory) -> Path:
-    """The folder of the data set, written at the first call; it is not to be changed, copy it first."""
-    if not _written:
-        _written.append(_write(factory.mktemp("tiny") / "set"))
-    return _written[0]
+    """The folder of the data set, written at the first call; copy it before changing it."""
+    root = factory.getbasetemp() / "tiny"
+    return root if root.exists() else write(root)
 
 
-def _write(root: Path) -> Path:
+def write(root: Path) -> Path:
     import av
     from lerobot.configs.video import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset

@@ -1,11 +1,11 @@
 """A run of ten steps on the tiny data set, a second or two long."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import recorded_curve
 import tiny_dataset
 
 from pi0fm.data.columns.embodiment import Embodiment
@@ -59,9 +59,4 @@ def run(configure, tmp_path) -> Callable[..., TrainConfig]:
 @pytest.fixture(scope="session")
 def curve() -> Callable[[Path], list[dict[str, float]]]:
     """The lines of a run's metrics, without what depends on the machine."""
-
-    def read(output_dir: Path) -> list[dict[str, float]]:
-        lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-        return [{name: line[name] for name in ("step", "loss", "grad_norm", "learning_rate")} for line in lines]
-
-    return read
+    return recorded_curve.curve

@@ -1,18 +1,16 @@
 """The estimate against every allocation of a real step, as torch's profiler counts them on a CPU."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import small_pi0
 import torch
 
-from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
 from pi0fm.models.lora import LoraConfig
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.parts import part_of
 from pi0fm.models.pi0 import Pi0, Pi0Config, parameter_count
-from pi0fm.models.vision import VisionConfig
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.ema import Ema
 from pi0fm.train.optim import OptimizerConfig, make_optimizer
@@ -22,28 +20,20 @@ from pi0fm.train.start.adaptation import TRAINED, Adaptation, adapt
 FACTOR = 1.35  # the estimate lies between the measured peak and this many times it; 1.03 to 1.34 were found
 BATCH, CAMERAS = 4, 2
 # pi0's proportions, in which neither weights nor activations hide the other
-LIKE_PI0 = Pi0Config(
-    vision=VisionConfig(width=64, depth=4, num_heads=4, mlp_width=240, patch_size=14, image_size=84),
-    decoder=DecoderConfig(StreamConfig(96, 512), StreamConfig(48, 160), depth=4, num_heads=8, num_kv_heads=1, head_dim=16),
-    vocab_size=512,
-    max_prompt_tokens=24,
-    action_dim=8,
-    state_dim=8,
-    action_horizon=16,
-)
-LIKE_PI05 = dataclasses.replace(LIKE_PI0, state_input="prompt", time_conditioning="adaptive_norm")
+SIZES = {"vocab_size": 512, "max_prompt_tokens": 24, "action_dim": 8, "state_dim": 8, "action_horizon": 16}
+LIKE_PI0, LIKE_PI05 = small_pi0.both(
+    small_pi0.resized(
+        vision={"width": 64, "depth": 4, "num_heads": 4, "mlp_width": 240, "patch_size": 14, "image_size": 84},
+        decoder={"backbone": {"width": 96, "mlp_width": 512}, "action_expert": {"width": 48, "mlp_width": 160}}
+        | {"depth": 4, "num_heads": 8, "num_kv_heads": 1, "head_dim": 16},
+        **SIZES,
+    )
+).values()
 LORA = LoraConfig(rank=4)
 
 
 def observation() -> ModelObservation:
-    size = LIKE_PI0.vision.image_size
-    return ModelObservation(
-        images=torch.zeros(BATCH, CAMERAS, size, size, 3, dtype=torch.uint8),
-        image_mask=torch.ones(BATCH, CAMERAS, dtype=torch.bool),
-        prompt_tokens=torch.ones(BATCH, LIKE_PI0.max_prompt_tokens, dtype=torch.int64),
-        prompt_mask=torch.ones(BATCH, LIKE_PI0.max_prompt_tokens, dtype=torch.bool),
-        state=torch.zeros(BATCH, LIKE_PI0.state_dim),
-    )
+    return small_pi0.observation(BATCH, CAMERAS, (LIKE_PI0.max_prompt_tokens,) * BATCH, LIKE_PI0)
 
 
 def measured(config: Pi0Config, how: Adaptation, draws: int, averaged: bool, computes: torch.dtype, where: Path) -> int:

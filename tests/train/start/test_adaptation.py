@@ -8,16 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_pi0 import LIKE_PI0, LIKE_PI05, observation
 from torch import Tensor, nn
 
 from pi0fm.data.loading.loader import Batch
 from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
 from pi0fm.models.lora import LoraConfig, is_adapter
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.parts import part_of
 from pi0fm.models.pi0 import Pi0, Pi0Config
-from pi0fm.models.vision import VisionConfig
 from pi0fm.train.ema import Ema
 from pi0fm.train.optim import OptimizerConfig, make_optimizer
 from pi0fm.train.start.adaptation import TRAINED, Adaptation, adapt, plain_weights
@@ -25,16 +24,6 @@ from pi0fm.train.start.network import starting_network
 from pi0fm.train.step import train_step
 from pi0fm_client.errors import ConfigError
 
-LIKE_PI0 = Pi0Config(
-    vision=VisionConfig(width=16, depth=1, num_heads=2, mlp_width=32, patch_size=16, image_size=32),
-    decoder=DecoderConfig(StreamConfig(32, 48), StreamConfig(32, 48), depth=2, num_heads=2, num_kv_heads=1, head_dim=16),
-    vocab_size=40,
-    max_prompt_tokens=8,
-    action_dim=5,
-    state_dim=6,
-    action_horizon=4,
-)
-LIKE_PI05 = Pi0Config(**(vars(LIKE_PI0) | {"state_input": "prompt", "time_conditioning": "adaptive_norm"}))
 FLOW = FlowMatching.from_config(FlowConfig())
 LORA = LoraConfig(rank=4, targets=("vision", "backbone", "action_expert"))
 MODES = {
@@ -62,15 +51,8 @@ def _shake(model: Pi0, which) -> None:
 
 def batch(draws: int) -> Batch:
     random = torch.Generator().manual_seed(1)
-    seen = ModelObservation(
-        images=torch.randint(0, 256, (3, 2, 32, 32, 3), dtype=torch.uint8, generator=random),
-        image_mask=torch.ones(3, 2, dtype=torch.bool),
-        prompt_tokens=torch.randint(0, 40, (3, 8), generator=random),
-        prompt_mask=torch.arange(8) < torch.tensor([3, 8, 5])[:, None],
-        state=torch.randn(3, 6, generator=random),
-    )
     actions, noise = torch.randn(3, 4, 5, generator=random), torch.randn(3, draws, 4, 5, generator=random)
-    return Batch(seen, actions, torch.ones(3, 4, 5, dtype=torch.bool), noise, torch.rand(3, draws, generator=random))
+    return Batch(observation(), actions, torch.ones(3, 4, 5, dtype=torch.bool), noise, torch.rand(3, draws, generator=random))
 
 
 class Recorder:
