@@ -1,12 +1,12 @@
-"""Weights in and out: one directory in, one directory out, every tensor once.
+"""Conversion of weights: one directory in, one directory out, every tensor read once.
 
-Owns: the order of a conversion, and what is refused before a byte is written. Does not know: any peer's names or files.
+Owns: the order of a conversion, and the checks before a byte is written. Does not know: any peer's names or files.
 
     foreign directory -> facts, headers -> kind -> sizes -> misfit? -> configuration, chain -> [tensor, tensor, ...] -> bundle
     bundle            -> config, headers -> can the peer hold it?   ------------------------> [tensor, tensor, ...] -> peer's directory
 
-The kind, pi0 or pi0.5, is told by what the weights hold, never by a path. Everything to the left of the brackets reads headers alone;
-the brackets hold one foreign tensor at a time, and the output is written aside and renamed: it is whole or it is not there.
+The weights decide whether a policy is pi0 or pi0.5, never a path. Everything left of the brackets reads headers only; the brackets hold
+one foreign tensor at a time; the output is written aside and renamed.
 """
 
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ import torch
 from pi0fm import files
 from pi0fm.convert.export import kind_of, refuse_other_prompts, refuse_what_peers_lack, say_other_pictures, write_weights
 from pi0fm.convert.export_lerobot import write_lerobot
-from pi0fm.convert.facts import PROMPT_TOKENS, ConvertConfig, ForeignFacts, policy_config
+from pi0fm.convert.facts import DTYPES, PROMPT_TOKENS, ConvertConfig, ForeignFacts, policy_config
 from pi0fm.convert.lerobot import is_lerobot, read_lerobot
-from pi0fm.convert.names import Kind, Layout, kinds_of, layout_of
+from pi0fm.convert.names import Kind, kinds_of, layout_of
 from pi0fm.convert.openpi import read_openpi, write_openpi
 from pi0fm.convert.orbax import is_orbax, open_orbax
 from pi0fm.convert.read import open_safetensors, with_one_embedding
@@ -32,12 +32,10 @@ from pi0fm.policy.weights import Put, Weights, common_dtype, network_shapes, ref
 from pi0fm.progress import say, step
 from pi0fm_client.errors import BundleError, ConfigError, OutputError
 
-NUMBERS = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written: where, pi0 or pi05, from and to which form, how many tensors and parameters, the bundle at either end."""
+    """The result of a conversion. source, target: bundle or the peer's name. identity: of the bundle at either end."""
 
     path: Path
     kind: Kind
@@ -51,11 +49,12 @@ class Converted:
 def convert(config: ConvertConfig) -> Converted:
     """Convert `source` into `output_dir`.
 
-    Raises BundleError for a source that is missing, damaged, or does not fit, with every key that does not; ConfigError for what
-    neither the source nor the options say; OutputError for an output that exists or a disk without room.
+    Raises BundleError for a source that is missing, damaged or does not fit, with every key that does not; ConfigError for a fact that
+    neither the source nor the options give; OutputError for an output that exists or a disk without room.
     """
     if not config.source.is_dir():
         raise BundleError(f"source must be a directory, found {config.source}; give the one that holds the weights")
+    files.refuse_name(config.output_dir)
     if config.output_dir.exists():
         raise OutputError(f"a conversion writes a new directory, but {config.output_dir} exists; remove it or choose another")
     if (config.source / MANIFEST).is_file():
@@ -70,15 +69,14 @@ def convert(config: ConvertConfig) -> Converted:
 
 
 def _import(config: ConvertConfig) -> Converted:
-    """Write foreign weights to a bundle."""
     facts, weights = _open(config.source, config.norm_stats is None)
-    layout, kind = layout_of(weights.shapes), _kind(weights, facts)
-    model, found = _network(config, facts, weights, layout, kind)
+    kind = _kind(weights, facts)
+    model, found = _network(config, facts, weights, kind)
     policy, stats = policy_config(config, facts, model, kind)
-    policy.chain(stats)  # refuses widths and tokenizers that do not fit, before anything is written
+    policy.chain(stats)  # refuses widths and tokenizers that do not fit
     wanted = network_shapes(model)
     entries = {
-        ours: (wanted[ours], common_dtype([weights.dtypes[part.name] for part in group], NUMBERS[config.dtype]))
+        ours: (wanted[ours], common_dtype([weights.dtypes[part.name] for part in group], DTYPES[config.dtype]))
         for ours, group in found.items()
     }
     with bundle.new_bundle(config.output_dir, entries, policy, stats) as put:
@@ -87,7 +85,6 @@ def _import(config: ConvertConfig) -> Converted:
 
 
 def _export(config: ConvertConfig) -> Converted:
-    """Write a bundle to a peer's directory."""
     if config.to == "bundle":
         raise ConfigError(f"{config.source} is a bundle already; type --to lerobot or --to openpi")
     known = bundle.robot_names(config.source)
@@ -97,7 +94,7 @@ def _export(config: ConvertConfig) -> Converted:
     refuse_what_peers_lack(policy, config.to, config.any_size)
     refuse_other_prompts(policy, config.to, config.prompt_dialect)
     say_other_pictures(policy, config.to)
-    numbers = NUMBERS[config.dtype]
+    dtype = DTYPES[config.dtype]
     with (
         bundle.open_weights(config.source) as weights,
         files.write_faults(config.output_dir),
@@ -107,17 +104,16 @@ def _export(config: ConvertConfig) -> Converted:
         if config.to == "openpi":
             write_openpi(aside, policy, stats)
         else:
-            # LeRobot has two words for its mixture of types, and goes by its matrices
-            halved = common_dtype([weights.dtypes["decoder.layers.0.action_expert.qkv.weight"]], numbers) == torch.bfloat16
-            write_lerobot(aside, policy, stats, config, "bfloat16" if halved else "float32")
-        count = write_weights(aside / WEIGHTS, weights, policy, config.to, numbers)
+            matrices = common_dtype([weights.dtypes["decoder.layers.0.action_expert.qkv.weight"]], dtype)
+            write_lerobot(aside, policy, stats, config, "bfloat16" if matrices == torch.bfloat16 else "float32")
+        count = write_weights(aside / WEIGHTS, weights, policy, config.to, dtype)
     return _converted(config, kind_of(policy.model), "bundle", count, network_shapes(policy.model), config.source)
 
 
 def _converted(
     config: ConvertConfig, kind: Kind, source: str, tensors: int, shapes: Mapping[str, tuple[int, ...]], path: Path
 ) -> Converted:
-    """Say and return the result. path: of the bundle at either end."""
+    """Print and return the result. path: of the bundle at either end."""
     known = identity(path)
     zero = "" if config.to == "bundle" else "; what no output depends on is zero"
     say(f"{config.output_dir}: {kind} from {source} to {config.to}, {tensors} tensors, bundle {known}{zero}")
@@ -126,7 +122,7 @@ def _converted(
 
 
 def _open(source: Path, find_stats: bool) -> tuple[ForeignFacts, Weights]:
-    """Open a foreign directory: what it says, and its tensors under openpi's names. Remarks on both are said."""
+    """Open a foreign directory: its facts, and its tensors under openpi's names; print the remarks on both."""
     if is_orbax(source):
         facts, weights, remarks = read_openpi(source, find_stats), open_orbax(source), [""]
     else:
@@ -154,11 +150,10 @@ def _kind(weights: Weights, facts: ForeignFacts) -> Kind:
     return kind
 
 
-def _network(
-    config: ConvertConfig, facts: ForeignFacts, weights: Weights, layout: Layout, kind: Kind
-) -> tuple[Pi0Config, dict[str, tuple[Part, ...]]]:
-    """The network, and which foreign parts make which of its tensors. Raises BundleError with every key that does not fit."""
-    # JAX keeps heads as axes of their own
+def _network(config: ConvertConfig, facts: ForeignFacts, weights: Weights, kind: Kind) -> tuple[Pi0Config, dict[str, tuple[Part, ...]]]:
+    """Return the network and the foreign parts of each of its tensors. Raises BundleError with every key that does not fit."""
+    layout = layout_of(weights.shapes)
+    # in JAX's layout heads are axes
     known = {"N": config.num_heads, "X": config.vision_heads} if layout == "torch" else {}
     if kind == "pi05" and facts.state_dim is not None:
         known["S"] = facts.state_dim
@@ -181,7 +176,7 @@ def _network(
 
 
 def _copy(weights: Weights, found: Mapping[str, tuple[Part, ...]], wanted: Mapping[str, tuple[int, ...]], put: Put) -> None:
-    """Read every foreign tensor once, a layer at a time where layers are stacked in it, and write what it gives of ours."""
+    """Read every foreign tensor once, a layer at a time where it stacks layers, and write the parts of our tensors that it holds."""
     uses: dict[str, dict[tuple[int, ...], list[tuple[str, int, Part]]]] = {}
     for ours, group in found.items():
         first = 0
@@ -194,5 +189,5 @@ def _copy(weights: Weights, found: Mapping[str, tuple[Part, ...]], wanted: Mappi
                 entry = weights.read(name, index)
                 for ours, first, part in places:
                     put(ours, first, replace(part, index=()).rows(entry, wanted[ours][1:]))
-                del entry  # else the next one is read beside it
+                del entry  # before the next one is read
             bar.advance()

@@ -1,13 +1,13 @@
-"""A bundle's weights under openpi's names, whole: every key that the peers' own classes have.
+"""A bundle's weights under openpi's names, with every key of the peers' classes.
 
-Owns: which bundles a peer can hold, the weights' file. Does not know: what else a peer's directory holds.
+Owns: the check that a peer can hold a bundle, the weights' file. Does not know: the other files of a peer's directory.
 
-    read by nothing, so that a bundle lacks it       lm_head                     the embedding once more
-                                                     expert's lm_head, last      zeros
-                                                     backbone layer behind k, v,
-                                                     backbone's final norm
+    a bundle lacks the tensors that nothing reads     lm_head                       a copy of the embedding
+                                                      expert's lm_head, the last    zeros
+                                                      backbone layer after k and v,
+                                                      backbone's final norm
 
-openpi ties lm_head and embed_tokens, and its loader refuses a file that holds both: it gets lm_head alone, as it writes itself.
+openpi ties lm_head and embed_tokens, and its loader refuses a file that holds both: it gets lm_head alone, as openpi writes it.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ RELEASED = {"L": 18, "N": 8, "K": 1, "H": 256, "W": 257_152, "D": 1152, "M": 430
 
 
 def variants(config: Pi0Config) -> dict[str, str]:
-    """The streams' sizes by the peers' words; gemma's smallest of each where there is none, for a class of the user's own."""
+    """Return the peers' names of the streams' sizes; for other sizes, which a user's class may have, the released ones."""
     streams = {
         "paligemma_variant": (config.decoder.backbone, "gemma_2b"),
         "action_expert_variant": (config.decoder.action_expert, "gemma_300m"),
@@ -39,7 +39,7 @@ def variants(config: Pi0Config) -> dict[str, str]:
 
 
 def kind_of(config: Pi0Config) -> Kind:
-    """pi0 or pi05. Raises BundleError for a mixture that no peer has."""
+    """Return pi0 or pi05. Raises BundleError for a mixture that no peer has."""
     inputs = (config.state_input, config.time_conditioning)
     kinds: dict[tuple[str, str], Kind] = {("token", "concatenate"): "pi0", ("prompt", "adaptive_norm"): "pi05"}
     if inputs not in kinds:
@@ -51,7 +51,7 @@ def kind_of(config: Pi0Config) -> Kind:
 
 
 def refuse_what_peers_lack(config: PolicyConfig, peer: str, any_size: bool) -> None:
-    """Raise BundleError for a policy that the peer would run otherwise than we do, or could not build."""
+    """Raise BundleError for a policy that the peer would run differently, or could not build."""
     model, flow = config.model, config.flow
     kind = kind_of(model)
     if model.vision.gelu != "tanh" or model.decoder.gelu != "tanh":
@@ -79,9 +79,9 @@ def refuse_what_peers_lack(config: PolicyConfig, peer: str, any_size: bool) -> N
 
 
 def refuse_other_prompts(config: PolicyConfig, peer: str, asked: str | None) -> None:
-    """Raise BundleError where the peer would ask the policy in another dialect than it was trained in.
+    """Raise BundleError where the peer would write prompts in another dialect than in training.
 
-    No file of a peer says how a prompt is written: its code does. asked: the dialect that the prompts in use allow, where one was typed.
+    The peer's code fixes its dialect; no file of it does. asked: the dialect that the user's prompts allow, where one was typed.
 
         bundle             openpi pi0   openpi pi0.5                   LeRobot pi0   LeRobot pi0.5
         openpi             x            x                              .             x  the same text
@@ -109,7 +109,7 @@ def refuse_other_prompts(config: PolicyConfig, peer: str, asked: str | None) -> 
 
 
 def say_other_pictures(config: PolicyConfig, peer: str) -> None:
-    """Say where the peer would resize pictures otherwise than the weights were trained with: no file of either says how."""
+    """Print a warning where the peer would resize pictures differently than in training: no file of a peer chooses that."""
     if config.resize != RESIZED[peer]:
         size = config.model.vision.image_size
         say(
@@ -119,10 +119,10 @@ def say_other_pictures(config: PolicyConfig, peer: str) -> None:
 
 
 def write_weights(path: Path, weights: Weights, config: PolicyConfig, peer: str, dtype: torch.dtype | None) -> int:
-    """Write `path`, a safetensors file with the peer's full key set, tensor by tensor; returns the number of tensors.
+    """Write `path`, a safetensors file with the peer's full key set, tensor by tensor; return the number of tensors.
 
-    Peers feed noise to the action dimensions that the robot does not have. Weights that never saw it get zeros there, which is what
-    they were trained on: then it has no effect.
+    Peers feed noise to the action dimensions that the robot lacks. Weights that were trained on zeros there get zero weights: the noise
+    has no effect.
     """
     model = config.model
     kind, prefix = kind_of(model), "model." if peer == "lerobot" else ""
@@ -130,7 +130,7 @@ def write_weights(path: Path, weights: Weights, config: PolicyConfig, peer: str,
     found = parts("torch", kind, sizes)
     unread = unread_shapes("torch", kind, sizes)
     embedding_dtype = common_dtype([weights.dtypes["prompt_embedding.weight"]], dtype)
-    # lm_head first: LeRobot's loader lays each of the two names on the embedding, and the later one stays
+    # lm_head first: LeRobot's loader copies each of the two names to the embedding, and the later one wins
     entries = {prefix + name: (shape, embedding_dtype) for name, shape in unread.items()}
     for ours, group in found.items():
         entries |= {prefix + part.name: (part.shape, common_dtype([weights.dtypes[ours]], dtype)) for part in group}
@@ -153,6 +153,6 @@ def write_weights(path: Path, weights: Weights, config: PolicyConfig, peer: str,
                 if prefix + part.name in entries:
                     put(prefix + part.name, 0, rows)
                 first += rows.shape[0]
-            del tensor, rows  # else the next one is read beside it
+            del tensor, rows  # before the next one is read
             bar.advance()
     return len(entries)

@@ -1,4 +1,4 @@
-"""What LeRobot 0.6.1 wants beside a policy's weights, written without LeRobot.
+"""The files that LeRobot 0.6.1 reads besides a policy's weights, written without LeRobot.
 
 Owns: config.json, the two processors with their statistics, the tokenizer's place. Does not know: weights.
 
@@ -8,7 +8,6 @@ Owns: config.json, the two processors with their statistics, the tokenizer's pla
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ Step = tuple[str, dict[str, Any]]
 
 
 def write_lerobot(aside: Path, config: PolicyConfig, stats: NormStats, options: ConvertConfig, dtype: str) -> None:
-    """Write everything but the weights into `aside`. Raises BundleError for what LeRobot cannot express."""
+    """Write all files except the weights into `aside`. Raises BundleError for a policy that LeRobot cannot express."""
     state_dim, action_dim = config.embodiment.dims()
     if config.embodiment.delta_actions and state_dim < action_dim:
         raise BundleError(
@@ -51,7 +50,7 @@ def write_lerobot(aside: Path, config: PolicyConfig, stats: NormStats, options: 
     own = str((options.output_dir / "tokenizer").resolve())
     name = options.tokenizer_name or (PALIGEMMA if config.model.vocab_size == 257_152 else own)
     say(f"LeRobot will look for the tokenizer at {name}")
-    _say_what_differs(config.embodiment, columns_of(config.embodiment))
+    _print_differences(config.embodiment)
     files.write_json(aside / "config.json", _config(config, dtype))
     epsilon = config.norm_epsilon or EPSILON
     written = written_stats(stats, config, epsilon if config.normalization == "z_score" else 0.0)
@@ -62,7 +61,7 @@ def write_lerobot(aside: Path, config: PolicyConfig, stats: NormStats, options: 
 
 
 def refuse_other_tokens(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
-    """Raise BundleError where LeRobot, which calls a tokenizer with its own special tokens, would get other ids than we do."""
+    """Raise BundleError where LeRobot, which lets the tokenizer add its special tokens, would get other ids than pi0fm."""
     ours, mask = PromptTokenizer(tokenizer, max_tokens)([SAMPLE], np.zeros((1, 1), dtype=np.float32))
     theirs = list(tokenizer(SAMPLE + "\n")["input_ids"])
     if ours[0][mask[0]].tolist() != theirs:
@@ -73,7 +72,7 @@ def refuse_other_tokens(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> 
 
 
 def columns_of(embodiment: Embodiment) -> dict[str, str]:
-    """Our columns -> LeRobot's. It hands a policy only those that begin with `observation.`: a camera of another name gets its own word."""
+    """Return LeRobot's name of every column. LeRobot passes a policy only columns that begin with `observation.`."""
     found: dict[str, str] = {}
     for camera, column in embodiment.cameras.items():
         name = column if column.startswith(PREFIX) else f"{PREFIX}images.{camera}"
@@ -83,9 +82,9 @@ def columns_of(embodiment: Embodiment) -> dict[str, str]:
     return {**found, embodiment.state: STATE}
 
 
-def _say_what_differs(embodiment: Embodiment, columns: Mapping[str, str]) -> None:
-    """Say what no file can make LeRobot do by itself."""
-    renamed = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
+def _print_differences(embodiment: Embodiment) -> None:
+    """Print what the user must type, because no file makes LeRobot do it."""
+    renamed = {ours: theirs for ours, theirs in columns_of(embodiment).items() if ours != theirs}
     unseen = {ours: theirs for ours, theirs in renamed.items() if not ours.startswith(PREFIX)}
     if unseen:
         listed = ", ".join(f"{ours} as {theirs}" for ours, theirs in unseen.items())
@@ -109,12 +108,11 @@ def _features(config: PolicyConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _modes(config: PolicyConfig) -> dict[str, str]:
-    mode = NORMALIZATION[config.normalization]
-    return {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
+    return {"VISUAL": "IDENTITY", "STATE": NORMALIZATION[config.normalization], "ACTION": NORMALIZATION[config.normalization]}
 
 
 def _relative(config: PolicyConfig) -> dict[str, Any]:
-    """LeRobot names what stays absolute: here every dimension's name says which it is."""
+    """Return LeRobot's options of relative actions, which exclude dimensions by a word in their names."""
     delta = config.embodiment.delta_actions
     if not delta:
         return {"enabled": False, "exclude_joints": ["gripper"], "action_names": None}
@@ -184,6 +182,6 @@ def _write_processor(aside: Path, name: str, steps: list[Step], columns: dict[st
         if registry in ("normalizer_processor", "unnormalizer_processor"):
             entry["state_file"] = f"{name}_step_{index}_{registry}.safetensors"
             flat = {f"{column}.{statistic}": array for column, group in columns.items() for statistic, array in group.items()}
-            files.write_bytes(aside / entry["state_file"], save(flat))  # save_file's is the owner's alone
+            files.write_bytes(aside / entry["state_file"], save(flat))  # save_file would make it readable by the owner only
         entries.append(entry)
     files.write_json(aside / f"{name}.json", {"name": name, "steps": entries})

@@ -1,10 +1,12 @@
-"""What a policy's directory says of it besides its weights, and what the command line adds or overrules.
+"""Facts of a foreign policy besides its weights, and the options that add to them or overrule them.
 
-Owns: `ForeignFacts`, its merging with the options into a `PolicyConfig`. Does not know: any peer's files, tensors.
+Owns: `ConvertConfig`, `ForeignFacts`, their merging into a `PolicyConfig`. Does not know: any peer's files, tensors.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import torch
 
 from pi0fm.convert.names import Kind
 from pi0fm.convert.stats import STAND_INS_FACT, Columns, columns_of, foreign_stats
@@ -22,16 +24,16 @@ from pi0fm_client.errors import ConfigError
 
 NORMALIZATION: dict[Kind, str] = {"pi0": "z_score", "pi05": "quantile"}
 PROMPT_TOKENS: dict[Kind, int] = {"pi0": 48, "pi05": 200}
-DTYPES = ("stored", "float32", "bfloat16")
+DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 TARGETS = ("bundle", "lerobot", "openpi")
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """What is converted into what, and what a foreign checkpoint does not say of itself.
+    """Source and output of a conversion, and the facts that a foreign checkpoint lacks.
 
-    Shapes tell every width, both depths, vocabulary, patch and picture size. They do not tell the heads of a PyTorch checkpoint
-    (num_heads, vision_heads), nor anything of the robot.
+    Shapes give every width, both depths, vocabulary, patch and picture size. They do not give the heads of a PyTorch checkpoint
+    (num_heads, vision_heads), nor any fact of the robot.
     """
 
     source: Path = required("directory of a bundle, of LeRobot's PI0 or PI05, or of openpi's weights (PyTorch, or JAX with params/)")
@@ -60,7 +62,7 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         for name, known in (
             ("to", TARGETS),
-            ("dtype", DTYPES),
+            ("dtype", tuple(DTYPES)),
             ("normalization", (None, "z_score", "quantile")),
             ("prompt_dialect", (None, *DIALECTS)),
         ):
@@ -77,7 +79,7 @@ class ConvertConfig:
 
 @dataclass(frozen=True)
 class ForeignFacts:
-    """What a directory says; None where it is silent. columns: statistics by the peer's names. remarks: lines for the person."""
+    """The facts in a directory; None for a missing one. columns: statistics by the peer's names. remarks: lines for the user."""
 
     peer: str
     where: str
@@ -100,16 +102,11 @@ class ForeignFacts:
     remarks: tuple[str, ...] = ()
 
 
-def merged_embodiment(given: Embodiment, found: Embodiment) -> Embodiment:
-    """The robot: every field that was typed, else the source's."""
-    usual = Embodiment()
-    typed = {each.name: getattr(given, each.name) for each in fields(Embodiment) if getattr(given, each.name) != getattr(usual, each.name)}
-    return replace(found, **typed)
-
-
 def policy_config(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config, kind: Kind) -> tuple[PolicyConfig, NormStats]:
-    """The configuration of the bundle, and its statistics. Raises ConfigError that names what neither source nor options say."""
-    embodiment = merged_embodiment(options.embodiment, facts.embodiment)
+    """Return the bundle's configuration and statistics. Raises ConfigError for a fact that neither source nor options give."""
+    usual = vars(Embodiment())
+    typed = {name: value for name, value in vars(options.embodiment).items() if value != usual[name]}
+    embodiment = replace(facts.embodiment, **typed)
     if not embodiment.cameras:
         raise ConfigError(
             f"{facts.where} does not say its cameras; type them in the order of training: "
@@ -148,7 +145,7 @@ def policy_config(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config,
         norm_epsilon=facts.norm_epsilon,
         norm_rule="absolute",
         resize=facts.resize,
-        tokenizer=tokenizer_of(options, facts),
+        tokenizer=_tokenizer(options, facts),
         prompt_dialect=dialect,
         execution_horizon=min(horizon, model.action_horizon),
         fps=options.fps,
@@ -158,8 +155,7 @@ def policy_config(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config,
     return config, stats
 
 
-def tokenizer_of(options: ConvertConfig, facts: ForeignFacts) -> str:
-    """The tokenizer's directory, or byt5. Raises ConfigError where neither source nor options have one that is here."""
+def _tokenizer(options: ConvertConfig, facts: ForeignFacts) -> str:
     chosen = options.tokenizer or facts.tokenizer
     if chosen and (chosen == BYTES or Path(chosen).is_dir()):
         return chosen

@@ -1,7 +1,7 @@
-"""A directory that LeRobot's `save_pretrained` wrote, read without LeRobot.
+"""A directory written by LeRobot's `save_pretrained`, read without LeRobot.
 
-Owns: config.json, policy_preprocessor.json, policy_postprocessor.json and the statistics beside them, as LeRobot 0.6.1 writes them.
-Does not know: weights, the way back (convert/export_lerobot).
+Owns: config.json, policy_preprocessor.json, policy_postprocessor.json and their statistics, as LeRobot 0.6.1 writes them.
+Does not know: weights, the export (convert/export_lerobot).
 
     config.json                type pi0 or pi05, features, horizons, normalisation modes
     policy_preprocessor.json   steps: rename, (newline), tokenizer, relative actions, normalizer -> its state_file
@@ -26,9 +26,9 @@ from pi0fm.policy.weights import damaged
 from pi0fm_client.errors import BundleError
 
 STATE, ACTION = "observation.state", "action"
-EPSILON = 1e-8  # LeRobot's, where a processor says no other
+EPSILON = 1e-8  # LeRobot's default
 MODES = {"MEAN_STD": "z_score", "QUANTILES": "quantile"}
-# What must be so for our network to compute the same; a key that is absent has this value in LeRobot.
+# Values at which our network computes the same; an absent key has this value in LeRobot.
 FIXED: dict[str, Any] = {"n_obs_steps": 1, "min_period": 4e-3, "max_period": 4.0, "use_peft": False}
 KINDS: dict[str, Kind] = {"pi0": "pi0", "pi05": "pi05"}
 
@@ -39,7 +39,7 @@ def is_lerobot(path: Path) -> bool:
 
 
 def read_lerobot(path: Path) -> ForeignFacts:
-    """What the directory says. Raises BundleError for what it says that pi0fm cannot do, or that contradicts itself."""
+    """Read the directory's facts. Raises BundleError for a fact that pi0fm cannot honour, or that contradicts another."""
     try:
         return _facts(path, read_json(path / "config.json"))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -62,7 +62,7 @@ def _facts(path: Path, config: Mapping[str, Any]) -> ForeignFacts:
     tokenizer = pre.get("tokenizer_processor", {}).get("config", {}).get("tokenizer_name")
     resolution = config.get("image_resolution", [224, 224])
     kind, normalization = KINDS[config["type"]], _normalization(path, config)
-    # added to a deviation, but put in the place of a range of quantiles that is 0
+    # LeRobot adds it to a deviation, but replaces a range of quantiles of 0 by it
     epsilon = float(pre.get("normalizer_processor", {}).get("config", {}).get("eps", EPSILON))
     quantiles = (normalization or NORMALIZATION[kind]) == "quantile"
     return ForeignFacts(
@@ -88,13 +88,13 @@ def _facts(path: Path, config: Mapping[str, Any]) -> ForeignFacts:
 
 
 def _embodiment(path: Path, config: Mapping[str, Any], pre: Mapping[str, Any]) -> Embodiment:
-    """The robot by its own column names: LeRobot's rename step is undone."""
+    """Return the robot with its own column names: LeRobot's rename step is undone."""
     inputs, outputs = config.get("input_features") or {}, config.get("output_features") or {}
     original = {new: old for old, new in pre.get("rename_observations_processor", {}).get("config", {}).get("rename_map", {}).items()}
     cameras = {
         key.rsplit(".", 1)[-1]: original.get(key, key)
         for key, feature in inputs.items()
-        # LeRobot writes down the cameras that it only pads with: they are masked always
+        # an empty camera only pads, and is always masked
         if feature.get("type") == "VISUAL" and ".empty_camera_" not in key
     }
     state_dim, action_dim = _width(inputs.get(STATE)), _width(outputs.get(ACTION))
@@ -115,7 +115,7 @@ def _embodiment(path: Path, config: Mapping[str, Any], pre: Mapping[str, Any]) -
 
 
 def _relative_dims(names: list[str] | None, excluded: list[str], width: int) -> tuple[int, ...]:
-    """LeRobot's rule: every dimension but those whose name contains an excluded word; all of them without names."""
+    """Return every dimension without an excluded word in its name, which is LeRobot's rule; all of them where there are no names."""
     if not names:
         return tuple(range(width))
     words = [word.lower() for word in excluded if word]
@@ -128,7 +128,7 @@ def _width(feature: Mapping[str, Any] | None) -> int | None:
 
 
 def _normalization(path: Path, config: Mapping[str, Any]) -> str | None:
-    """One word for state and action; None where config.json leaves it to LeRobot's default."""
+    """Return the normalisation of state and action; None where config.json leaves it to LeRobot's default."""
     mapping = config.get("normalization_mapping")
     if mapping is None:
         return None
@@ -142,7 +142,7 @@ def _normalization(path: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _steps(path: Path, name: str) -> dict[str, dict[str, Any]]:
-    """The steps of a processor's file by registry name; empty without the file."""
+    """Return the steps of a processor's file by registry name; none without the file."""
     if not (path / name).is_file():
         return {}
     steps = read_json(path / name).get("steps")
@@ -152,7 +152,7 @@ def _steps(path: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def _columns(path: Path, pre: Mapping[str, Any], post: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
-    """State's and action's statistics; those of the action stand in both files and must agree."""
+    """Return the statistics of state and action; both files hold those of the action, and must agree."""
     found = _state(path, pre.get("normalizer_processor", {}))
     back = _state(path, post.get("unnormalizer_processor", {}))
     for statistic, value in back.get(ACTION, {}).items():

@@ -1,16 +1,16 @@
-"""What the tensors of foreign checkpoints are called, how they are laid out, and which of ours they become.
+"""Names and layouts of foreign checkpoints' tensors, and the tensors of a bundle that they become.
 
 Owns: the table. Does not know: the sizes of a network (convert/shapes), files, robots.
 The names are those of openpi (PyTorch and JAX); LeRobot's are openpi's with a leading `model.`.
 
-A row says which foreign tensors, one below the other, make one of ours, and how their axes are turned:
+A row lists the foreign tensors that are stacked into one of ours, and how their axes are permuted:
 
     decoder.layers.3.backbone.qkv.weight      PaliGemma/llm/layers/attn/q_einsum/w    layer/L N B H   -> N H B
     [(N + 2 K) H, B]                          PaliGemma/llm/layers/attn/kv_einsum/w   layer/L 0/2 K B H -> K H B
                                               PaliGemma/llm/layers/attn/kv_einsum/w   layer/L 1/2 K B H -> K H B
 
     B       an axis of that size; B' another axis of the same size        N*H, 3*E   an axis of a product's size
-    1/2     entry 1 of an axis of two; `layer/L` this layer's             no arrow   nothing is turned
+    1/2     entry 1 of an axis of two; `layer/L` this layer's             no arrow   axes in the same order
 
 Size letters: B, F width and MLP of the backbone, E, G of the action expert, L depth, N heads, K kv heads, H head dim, W vocabulary,
 A action dim, S state dim; of the tower D width, M MLP, T depth, X heads, Y head dim, P patch, V tokens of a picture.
@@ -18,6 +18,7 @@ A action dim, S state dim; of the tower D width, M MLP, T depth, X heads, Y head
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 Layout = Literal["torch", "jax"]
@@ -28,7 +29,7 @@ _LANGUAGE = "paligemma_with_expert.paligemma.model.language_model"
 EMBEDDING = f"{_LANGUAGE}.embed_tokens.weight"
 LM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
 
-# ours : PyTorch's : JAX's. `[q k v]` stands for three tensors one below the other, a capital word for one of _WORDS.
+# ours : PyTorch's : JAX's. `[q k v]` stands for three stacked tensors, a capital word for one of _WORDS.
 _TOWER = """
 vision.patch_embedding.weight : SIGLIP.embeddings.patch_embedding.weight D 3 P P' : IMG/embedding/kernel P P' 3 D -> D 3 P P'
 vision.patch_embedding.bias : SIGLIP.embeddings.patch_embedding.bias D : IMG/embedding/bias D
@@ -51,7 +52,7 @@ BLOCK.mlp.fc2.weight : THEIRS.mlp.fc2.weight D M : STACK/MlpBlock_0/Dense_1/kern
 BLOCK.mlp.fc2.bias : THEIRS.mlp.fc2.bias D : STACK/MlpBlock_0/Dense_1/bias block/T D
 prompt_embedding.weight : LANGUAGE.embed_tokens.weight W B : LLM/embedder/input_embedding W B
 """
-# A layer of one stream, as the backbone has it: the expert's letters are E for B and G for F, its JAX names end in `_1`, here `@`.
+# A layer of the backbone. The expert's letters are E for B and G for F, its JAX names end in `_1`, here `@`.
 _STREAM = """
 OURS.qkv.weight : LAYER.self_attn.q_proj.weight N*H B + LAYER.self_attn.[k v]_proj.weight K*H B \
 : LLM/layers/attn/q_einsum@/w layer/L N B H -> N H B + LLM/layers/attn/kv_einsum@/w layer/L [0 1]/2 K B H -> K H B
@@ -89,13 +90,29 @@ _WORDS = {
 _STREAMS = {"backbone": (_LANGUAGE, ""), "action_expert": ("paligemma_with_expert.gemma_expert.model", "_1")}
 
 
+@dataclass(frozen=True)
+class Row:
+    """A foreign tensor. axes: of the whole tensor, those with `/` first; permuted: of the entry that they pick, in our order."""
+
+    name: str
+    axes: tuple[str, ...]
+    permuted: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> "Row":
+        """Parse `NAME axes -> axes`."""
+        name, axes = text.split(" ", 1)
+        stored, _, permuted = axes.partition("->")
+        return cls(name, tuple(stored.split()), tuple(permuted.split()))
+
+
 def layout_of(names: Iterable[str]) -> Layout:
-    """`jax` where names are paths with `/`, else `torch`."""
+    """Return `jax` where names are paths with `/`, else `torch`."""
     return "jax" if any(name.startswith("PaliGemma/") for name in names) else "torch"
 
 
 def kinds_of(names: Iterable[str]) -> set[Kind]:
-    """Which policies the names speak of; exactly one for a whole checkpoint. Told by content: time MLPs and adaptive norms."""
+    """Return the kinds of policy that have tensors of these names: exactly one for a whole checkpoint."""
     found: set[Kind] = set()
     for name in names:
         if re.match(r"action_time_mlp_(in|out)[./]", name):
@@ -105,57 +122,53 @@ def kinds_of(names: Iterable[str]) -> set[Kind]:
     return found
 
 
-def table(layout: Layout, kind: Kind) -> dict[str, tuple[str, ...]]:
-    """Ours -> rows of the notation above, for a whole network; `{layer}` and `{block}` stand for every layer of decoder and tower."""
-    rows: dict[str, tuple[str, ...]] = {}
+def table(layout: Layout, kind: Kind) -> dict[str, tuple[Row, ...]]:
+    """Return the rows of every tensor of ours; `{layer}` and `{block}` stand for each layer of decoder and tower."""
+    rows: dict[str, tuple[Row, ...]] = {}
     for line in _lines(kind):
         ours, *theirs = line.split(" : ")
-        rows[ours] = tuple(part for text in theirs[LAYOUTS.index(layout)].split(" + ") for part in _each(text))
+        rows[ours] = tuple(Row.parse(part) for text in theirs[LAYOUTS.index(layout)].split(" + ") for part in _each(text))
     return rows
 
 
-def unread(layout: Layout, kind: Kind) -> dict[str, str]:
-    """Foreign name -> axes of what no output depends on: both lm_heads, the backbone's final norm, its layer `{last}` behind k and v.
+def unread(layout: Layout, kind: Kind) -> list[Row]:
+    """Return the tensors that no output depends on: both lm_heads, the backbone's final norm and its last `{layer}` after k and v.
 
-    In JAX's layout the last layer is an entry of stacked tensors that are read for the others, and no lm_head exists.
+    JAX's layout stacks the last layer with the others, and has no lm_head.
     """
     if layout == "jax":
-        return {"PaliGemma/llm/final_norm/scale": "B"}
-    rows = {LM_HEAD: "W B", "paligemma_with_expert.gemma_expert.lm_head.weight": "W E", f"{_LANGUAGE}.norm.weight": "B"}
-    for ours, texts in table(layout, kind).items():
-        if ours.startswith("decoder.layers.{layer}.backbone."):
-            rows |= dict(text.replace("{layer}", "{last}").split(" ", 1) for text in texts[: dead_rows(ours)])
-    return rows
+        return [Row("PaliGemma/llm/final_norm/scale", ("B",))]
+    rows = table(layout, kind)
+    dead = [row for ours in rows if ours.startswith("decoder.layers.{layer}.backbone.") for row in rows[ours][: dead_rows(ours)]]
+    heads = (f"{LM_HEAD} W B", "paligemma_with_expert.gemma_expert.lm_head.weight W E", f"{_LANGUAGE}.norm.weight B")
+    return [*map(Row.parse, heads), *dead]
 
 
 def dead_rows(ours: str) -> int:
-    """How many leading rows of one of the last backbone layer's tensors nothing reads: the queries of `qkv`, everything behind it."""
+    """Return how many leading rows of a tensor of the last backbone layer nothing reads: the queries of `qkv`, and all after attention."""
     name = ours.rsplit(".backbone.", 1)[-1]
     return {"attention_norm.scale": 0, "qkv.weight": 1}.get(name, 2)
 
 
 def _lines(kind: Kind) -> Iterator[str]:
-    """The lines of a whole network, ours : PyTorch's : JAX's, with every word replaced."""
+    """Yield the lines of a whole network, ours : PyTorch's : JAX's, with every word replaced."""
     for line in _TOWER.strip().splitlines():
-        yield _worded(line)
+        yield _replaced(line, _WORDS)
     for stream, (place, suffix) in _STREAMS.items():
         lines = _STREAM.strip().splitlines()
         for norm, (torch, jax, stacked) in _NORMS.items():
-            if (norm, stream) != ("decoder.final_norm", "backbone"):  # which nothing reads
+            if (norm, stream) != ("decoder.final_norm", "backbone"):  # nothing reads it
                 adaptive = kind == "pi05" and stream == "action_expert"
                 words = {"NORM": norm, "TORCH": torch, "JAX": jax, "STACKED ": stacked}
                 lines += [_replaced(line, words) for line in (_ADAPTIVE if adaptive else _PLAIN)]
         for line in lines:
-            placed = _worded(line.replace("OURS", f"decoder.layers.{{layer}}.{stream}")).replace("STREAM", place).replace("@", suffix)
+            words = {"OURS": f"decoder.layers.{{layer}}.{stream}", **_WORDS, "STREAM": place, "@": suffix}
+            placed = _replaced(line, words)
             yield re.sub(r"(?<=[ *])([BF])\b", lambda found: {"B": "E", "F": "G"}[found[1]], placed) if suffix else placed
     for ours, text in (_EVERY_LINEAR | _LINEARS[kind]).items():
         theirs, out, width = text.split()
         yield f"{ours}.weight : {theirs}.weight {out} {width} : {theirs}/kernel {width} {out} -> {out} {width}"
         yield f"{ours}.bias : {theirs}.bias {out} : {theirs}/bias {out}"
-
-
-def _worded(line: str) -> str:
-    return _replaced(line, _WORDS)
 
 
 def _replaced(line: str, words: dict[str, str]) -> str:
@@ -165,6 +178,6 @@ def _replaced(line: str, words: dict[str, str]) -> str:
 
 
 def _each(text: str) -> list[str]:
-    """`a[b c]d` is abd, acd."""
+    """Expand `a[b c]d` to abd, acd."""
     found = re.search(r"\[(.*?)\]", text)
     return [text[: found.start()] + word + text[found.end() :] for word in found[1].split()] if found else [text]

@@ -1,4 +1,4 @@
-"""What openpi keeps beside its weights, which is little: most of a policy is said in its code.
+"""openpi's files besides the weights: most facts of its policies are in its code.
 
 Owns: config.json of its PyTorch form and assets/NAME/norm_stats.json, in and out. Does not know: weights.
 
@@ -24,7 +24,7 @@ EPSILON = 1e-6  # openpi adds it to every deviation and range
 
 
 def read_openpi(path: Path, find_stats: bool = True) -> ForeignFacts:
-    """What the directory says; without its statistics where others were chosen. Raises BundleError for those of several robots."""
+    """Read the directory's facts, without its statistics where others were chosen. Raises BundleError for those of several robots."""
     horizon = read_json(path / "config.json").get("action_horizon") if (path / "config.json").is_file() else None
     if horizon is not None and not isinstance(horizon, int):
         raise BundleError(f"{path / 'config.json'}: action_horizon must be a number, found {horizon!r}; type --action_horizon")
@@ -42,7 +42,7 @@ def read_openpi(path: Path, find_stats: bool = True) -> ForeignFacts:
 
 
 def write_openpi(aside: Path, config: PolicyConfig, stats: NormStats) -> None:
-    """Write what a directory of openpi holds beside the weights, as openpi's converter does."""
+    """Write the files besides the weights, as openpi's converter does."""
     model = config.model
     tree = {"action_dim": model.action_dim, "action_horizon": model.action_horizon, **variants(model), "precision": "float32"}
     files.write_json(aside / "config.json", tree)

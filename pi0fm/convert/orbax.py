@@ -1,11 +1,11 @@
-"""openpi's JAX weights: what orbax wrote, one layer of one array at a time, without orbax and without JAX.
+"""openpi's JAX weights, written by orbax and read without orbax and JAX, one layer of one array at a time.
 
-Owns: the layout on disk, the names. Does not know: what a tensor means (convert/names), how a chunk is unpacked
+Owns: the layout on disk, the names. Does not know: the meaning of a tensor (convert/names), the decoding of a chunk
 (convert/orbax_chunks).
 
     params/manifest.ocdbt, d/*, ocdbt.process_N/*    one key-value store; without it the same keys are files
       params.PaliGemma.llm.layers.attn.q_einsum.w.value/.zarray     shape and type
-      params.PaliGemma.llm.layers.attn.q_einsum.w.value/0.0.0.0     numbers, zstd; an absent one is an error, not a zero
+      params.PaliGemma.llm.layers.attn.q_einsum.w.value/0.0.0.0     numbers, zstd; an absent chunk is an error, not zeros
 
 Names lose the leading `params` and, where every one has it, the trailing `value` of a flax.nnx state; `.` becomes `/`.
 """
@@ -27,17 +27,17 @@ MARKS = ("manifest.ocdbt", "_METADATA")
 DRIVERS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LARGEST_BYTES = 2**36  # of one array; eight times the largest of the released weights
-# one chunk at a time, and none kept: tensorstore unpacks as many at once as there are cores
+# by default tensorstore decodes as many chunks at once as there are cores, and keeps them
 FRUGAL = {"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}}
 
 
 def is_orbax(path: Path) -> bool:
-    """Whether orbax wrote `path`, or its folder params/."""
+    """Tell whether orbax wrote `path`, or its folder params/."""
     return _root(path) is not None
 
 
 def open_orbax(path: Path) -> Weights:
-    """The arrays under `path`. Nothing but their metadata is read here; each array's entries are best read in growing order.
+    """Open the arrays under `path`; only their metadata is read here. Read each array's entries in ascending order.
 
     Raises BundleError for a store that is cut or damaged, holds other than floating-point numbers or an array of absurd size,
     ConfigError without tensorstore.
@@ -98,7 +98,7 @@ def _root(path: Path) -> Path | None:
 
 
 def _reader(arrays: Mapping[str, Any], find: Find) -> Callable[[str, Index], Any]:
-    """Entries of the arrays; the streams of one array are open at a time."""
+    """Read entries of the arrays, with the streams of one array open at a time."""
     latest: tuple[str, ArrayStream | None] | None = None
 
     def read(name: str, index: Index) -> Any:
@@ -112,14 +112,14 @@ def _reader(arrays: Mapping[str, Any], find: Find) -> Callable[[str, Index], Any
 
 
 def _plain(stored: list[str]) -> dict[str, str]:
-    """Our spelling of each name -> the store's."""
+    """Return the store's name of each of our names."""
     words = {name: name.split(".") for name in stored}
     wrapped = all(parts[-1] == "value" for parts in words.values())
     return {"/".join(parts[parts[0] == "params" : len(parts) - wrapped]): name for name, parts in words.items()}
 
 
 def _tensor(array: Any) -> Tensor:
-    """torch knows no bfloat16 of numpy's: its bits are taken as they are."""
+    """Reinterpret numpy's bfloat16, which torch does not know, by its bits."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)

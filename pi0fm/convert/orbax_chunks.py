@@ -1,15 +1,15 @@
-"""The arrays of a zarr store entry by entry, unpacked as they are read: no chunk is ever whole in memory.
+"""The arrays of a zarr store, entry by entry, decoded as they are read: no chunk is ever whole in memory.
 
-Owns: where a chunk's bytes lie on disk, the order in which its numbers come. Does not know: what orbax calls an array (convert/orbax).
+Owns: the place of a chunk's bytes on disk, the order of its numbers. Does not know: orbax's names of arrays (convert/orbax).
 
-orbax writes an array in one chunk for each device that held it, so that a chunk may be all layers of a matrix: gigabytes. tensorstore
-unpacks a chunk at once, beside its packed bytes and beside the array that was asked for. Here each chunk is a stream:
+orbax writes one chunk for each device that held the array, so a chunk may be all layers of a matrix: gigabytes. tensorstore holds the
+decoded chunk, its encoded bytes and the requested array at the same time. Here each chunk is a stream:
 
     chunk 0   layer 0 | layer 1 | layer 2 | ...      entry (1,) of the array: layer 1 of both chunks, side by side
-    chunk 1   layer 0 | layer 1 | layer 2 | ...      asked for in order, each chunk is unpacked once, front to back
-                      ^ each stream stands here when entry (0,) was read
+    chunk 1   layer 0 | layer 1 | layer 2 | ...      read in order, each chunk is decoded once, front to back
+                      ^ the position of each stream after entry (0,)
 
-A store of plain files has a file for each chunk. In OCDBT a chunk is a stretch of a larger file; a tree of nodes says where:
+A store of plain files has a file for each chunk. In OCDBT a chunk is a stretch of a larger file, found through a tree of nodes:
 
     manifest -> newest version -> node -> ... -> node: key -> value:BASE:FILE:OFFSET:LENGTH
 """
@@ -28,7 +28,7 @@ import pyarrow
 from numpy.typing import NDArray
 
 PACKED_BYTES = 2**20  # read of a file at a time
-ROWS_BYTES = 2**20  # unpacked at a time where a chunk's rows go to different places
+ROWS_BYTES = 2**20  # decoded at a time where the rows of a chunk go to different places
 PACKINGS = {"zstd": "zstd", None: None}
 
 Index = tuple[int, ...]
@@ -44,11 +44,11 @@ class Stretch:
 
 
 Find = Callable[[str], Stretch | None]
-"""A key of the store to its bytes; None where they are no stretch of a file, such as one kept inside a node."""
+"""Key of the store -> its bytes; None where they are not a stretch of a file, such as a value inside a node."""
 
 
 def find_in_files(root: Path) -> Find:
-    """Of a store whose keys are files under `root`."""
+    """Return the finder of a store whose keys are files under `root`."""
 
     def find(key: str) -> Stretch | None:
         file = root / key
@@ -58,7 +58,7 @@ def find_in_files(root: Path) -> Find:
 
 
 def find_in_tree(root: Path, store: Any, dump: Callable[..., Any]) -> Find:
-    """Of an OCDBT store. store: tensorstore's view of the files under `root`; dump: tensorstore.ocdbt.dump.
+    """Return the finder of an OCDBT store. store: tensorstore's view of the files under `root`; dump: tensorstore.ocdbt.dump.
 
     Raises ValueError for a tree that is damaged, or that names a file outside `root`.
     """
@@ -67,7 +67,7 @@ def find_in_tree(root: Path, store: Any, dump: Callable[..., Any]) -> Find:
 
 
 def array_stream(array: Any, name: str, find: Find) -> "ArrayStream | None":
-    """The stream of a tensorstore array under the key `name`; None for a layout that only tensorstore itself can read."""
+    """Return the stream of a tensorstore array under the key `name`; None for a layout that only tensorstore can read."""
     spec = array.spec().to_json()
     layout = spec.get("metadata", {})
     plain = (
@@ -101,7 +101,7 @@ class ArrayStream:
         self._open: dict[Index, _ChunkStream] = {}
 
     def read(self, index: Index) -> NDArray[Any]:
-        """Entry `index` of the leading axes. In growing order every chunk is unpacked once; a step back begins its chunks anew.
+        """Read entry `index` of the leading axes. In ascending order every chunk is decoded once; a step back decodes from the start.
 
         Raises ValueError or OSError for a chunk that is cut or damaged.
         """
@@ -118,7 +118,7 @@ class ArrayStream:
                 stream = self._open[where] = _ChunkStream(self._stretches[where], self._packing, self._dtype)
             stream.skip(first - stream.position)
             corner: list[Any] = [slice(at * step, (at + 1) * step) for at, step in zip(where[leading:], entry, strict=True)]
-            _fill(found[*corner, ...], entry, stream)  # a slice ends with the array, where a chunk goes on with padding
+            _fill(found[*corner, ...], entry, stream)  # the slice ends with the array, the chunk may go on with padding
         return found
 
 
@@ -132,7 +132,7 @@ class _ChunkStream:
         self._stream = pyarrow.CompressedInputStream(packed, packing) if packing else packed
 
     def fill(self, into: NDArray[Any]) -> None:
-        """The next numbers, into an array in one piece. Raises ValueError when there are fewer."""
+        """Read the next numbers into a contiguous array. Raises ValueError when there are fewer."""
         # numpy's buffer protocol knows no bfloat16
         left = memoryview(into.reshape(-1).view(np.uint8))
         while left:
@@ -143,7 +143,7 @@ class _ChunkStream:
         self.position += into.size
 
     def skip(self, count: int) -> None:
-        """Pass over numbers."""
+        """Skip numbers."""
         piece = ROWS_BYTES // self._dtype.itemsize
         for first in range(0, count, piece):
             self.fill(np.empty(min(piece, count - first), self._dtype))
@@ -151,7 +151,7 @@ class _ChunkStream:
 
 @final
 class _Bytes(io.RawIOBase):
-    """A stretch of a file. The file is opened for each piece: an array may have more chunks than a process may have files open."""
+    """A stretch of a file, opened for each piece: an array may have more chunks than a process may have open files."""
 
     def __init__(self, stretch: Stretch) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class _Bytes(io.RawIOBase):
 
 
 def _fill(into: NDArray[Any], entry: Index, stream: _ChunkStream) -> None:
-    """The chunk's next `entry` into its corner of the array, which may be smaller than it, and need not lie in one piece."""
+    """Read the chunk's next `entry` into its corner of the array, which may be smaller and need not be contiguous."""
     if into.shape == entry and into.flags.c_contiguous:
         stream.fill(into)
         return
@@ -187,21 +187,21 @@ def _fill(into: NDArray[Any], entry: Index, stream: _ChunkStream) -> None:
 
 
 def _values(root: Path, store: Any, dump: Callable[..., Any]) -> Iterator[tuple[bytes, Stretch]]:
-    """Every value of the newest version that lies in a file, by its key."""
+    """Yield key and stretch of every value of the newest version that is in a file."""
     newest = max(dump(store).result()["versions"], key=lambda version: version["generation_number"])
     waiting = [(b"", newest["root"]["location"])] if "location" in newest["root"] else []
     while waiting:
         prefix, location = waiting.pop()
         for entry in dump(store, location).result()["entries"]:
             if "location" in entry:
-                # the keys below a node leave out what is common to them
+                # keys below a node lack their common prefix
                 waiting.append((prefix + entry["subtree_common_prefix"], entry["location"]))
             elif "indirect_value" in entry:
                 yield prefix + entry["key"], _stretch(root, entry["indirect_value"])
 
 
 def _stretch(root: Path, value: str) -> Stretch:
-    """`value:BASE:FILE:OFFSET:LENGTH`, its two names percent-encoded."""
+    """Parse `value:BASE:FILE:OFFSET:LENGTH`, with both names percent-encoded."""
     names, start, length = value.rsplit(":", 2)
     _, base, name = names.split(":", 2)
     file = root / (unquote(base) + unquote(name))

@@ -1,7 +1,7 @@
-"""A foreign checkpoint's tensors, one at a time: names without wrappers, shapes and types of numbers from the headers alone.
+"""A foreign checkpoint's tensors, one at a time: names without wrappers, shapes and types of numbers from the headers.
 
-Owns: safetensors files, whole or in shards, the names that wrappers leave behind, the embedding that is stored under one of two names.
-Does not know: what a tensor means (convert/names), orbax (convert/orbax).
+Owns: sharded safetensors files, the wrappers in names, the embedding under one of its two names. Does not know: the meaning of a tensor
+(convert/names), orbax (convert/orbax).
 
     model.safetensors                  one file
     model.safetensors.index.json       which shard holds which tensor
@@ -21,15 +21,15 @@ from pi0fm.policy.weights import Shape, Weights, open_file
 from pi0fm_client.errors import BundleError
 
 INDEX = "model.safetensors.index.json"
-# What DDP, torch.compile, FSDP and activation checkpointing put into names. No module of a policy is called so.
+# Words that DDP, torch.compile, FSDP and activation checkpointing put into names; no module of a policy has such a name.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def open_safetensors(path: Path) -> tuple[Weights, str]:
-    """The tensors under `path`, in one file or in shards, and a line about the wrappers that their names lost (empty for none).
+    """Open the tensors under `path`, in one file or in shards, with a line about the wrappers removed from names (empty for none).
 
-    Raises BundleError for a file that is missing, cut or damaged, a shard's index that does not fit, names that meet when their
-    wrappers are taken off, and a tensor that holds no floating-point numbers.
+    Raises BundleError for a file that is missing, cut or damaged, an index that does not fit its shards, two names that are equal
+    without their wrappers, and a tensor of other than floating-point numbers.
     """
     origin: dict[str, tuple[Weights, str]] = {}
     removed: set[str] = set()
@@ -55,7 +55,7 @@ def open_safetensors(path: Path) -> tuple[Weights, str]:
 
 
 def unwrapped(stored: str) -> tuple[str, set[str]]:
-    """A name without wrappers and without the leading `model.` of a policy's one child, and the words that were taken out."""
+    """Return a name without wrappers and without the leading `model.` of LeRobot's policies, and the removed words."""
     words = stored.split(".")
     kept = [word for word in words if word not in WRAPPERS]
     removed = {f"{word}." for word in words if word in WRAPPERS}
@@ -65,10 +65,10 @@ def unwrapped(stored: str) -> tuple[str, set[str]]:
 
 
 def with_one_embedding(weights: Weights, tied: bool) -> tuple[Weights, str]:
-    """The tensors with the embedding under `embed_tokens`, wherever it was stored, and a line about it (empty when nothing was done).
+    """Return the tensors with the embedding under `embed_tokens`, and a line about the change (empty for none).
 
-    tied: the peer's two names are one tensor, so two that differ are a fault, and refused. LeRobot's classes do not tie them, train
-    `embed_tokens` alone and read it alone: there the other is passed over.
+    tied: the peer's two names are one tensor, so two that differ are refused. LeRobot's classes do not tie them; they train and read
+    `embed_tokens` only, and lm_head is ignored.
     """
     shapes, dtypes = weights.shapes, weights.dtypes
     if LM_HEAD not in shapes:
@@ -90,12 +90,12 @@ def with_one_embedding(weights: Weights, tied: bool) -> tuple[Weights, str]:
 
 
 def _digest(weights: Weights, name: str) -> bytes:
-    """Of a tensor's bytes: two are compared without both being in memory."""
+    """Hash a tensor's bytes: two tensors are compared without both being in memory."""
     return hashlib.sha256(memoryview(weights.read(name, ()).reshape(-1).view(torch.uint8).numpy())).digest()
 
 
 def _files(path: Path) -> dict[Path, set[str] | None]:
-    """The files to read, each with the names that an index promises of it."""
+    """Return the files to read, each with the names that the index lists for it."""
     if (path / WEIGHTS).is_file():
         return {path / WEIGHTS: None}
     if not (path / INDEX).is_file():

@@ -1,9 +1,8 @@
-"""The sizes that a checkpoint's shapes tell, and what of it fits a network of those sizes.
+"""A network's sizes from the shapes of a checkpoint, and the parts of the checkpoint that each of its tensors takes.
 
-Owns: the reading of convert/names' notation, the sizes, the comparison of what is there with what must be. Does not know: files,
-numbers' types, robots.
+Owns: the axes of convert/names' notation, the sizes, the list of misfits. Does not know: files, types of numbers, robots.
 
-    names and shapes --tell_sizes--> sizes --parts--> which foreign rows make which of ours
+    names and shapes --tell_sizes--> sizes --parts--> foreign parts of each tensor of ours
                                        |----misfit--> every missing, unexpected and mis-shaped name
                                        '----network_config--> Pi0Config
 """
@@ -11,13 +10,13 @@ numbers' types, robots.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 
 from torch import Tensor
 
-from pi0fm.convert.names import Kind, Layout, dead_rows, table, unread
+from pi0fm.convert.names import Kind, Layout, Row, dead_rows, table, unread
 from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
 from pi0fm.models.pi0 import Pi0Config
 from pi0fm.models.vision import VisionConfig
@@ -40,7 +39,7 @@ LARGEST_DEPTH = 1024
 class Part:
     """A foreign tensor, or one entry of its leading axes, that becomes rows of one of ours.
 
-    shape: of the whole foreign tensor. index: the entry taken of its leading axes. order: of the axes that remain.
+    shape: of the whole foreign tensor. index: the entry of its leading axes. order: permutation of the remaining axes.
     """
 
     name: str
@@ -49,19 +48,19 @@ class Part:
     order: Shape
 
     def rows(self, tensor: Tensor, trailing: Shape) -> Tensor:
-        """The rows [-1, *trailing] that this part gives, from the whole foreign tensor; a view where nothing is turned."""
+        """Return the rows [-1, *trailing] of this part, from the whole foreign tensor; a view where no axes are permuted."""
         return tensor[self.index].permute(self.order).reshape(-1, *trailing)
 
     @property
     def count(self) -> int:
-        """Number of entries."""
+        """The number of entries."""
         return math.prod(self.shape[len(self.index) :])
 
 
 def tell_sizes(layout: Layout, kind: Kind, shapes: Mapping[str, Shape], known: Mapping[str, int]) -> dict[str, int]:
-    """The size letters of convert/names, from the shapes; `known` holds those that are given. Each is what most tensors say.
+    """Return the size letters of convert/names, each by the vote of all tensors; `known` holds those that are given.
 
-    Raises BundleError for a size that nothing tells, or that no policy has.
+    Raises BundleError for a size that no tensor tells, or that no policy has.
     """
     sizes = dict(known)
     if layout == "torch":
@@ -69,19 +68,19 @@ def tell_sizes(layout: Layout, kind: Kind, shapes: Mapping[str, Shape], known: M
             "L": _depth(shapes, r"\.(?:language_model|gemma_expert\.model)\.layers\.(\d+)\."),
             "T": _depth(shapes, r"\.encoder\.layers\.(\d+)\."),
         }
-    rows = list(_rows(layout, kind))
+    rows = [row for group in table(layout, kind).values() for row in group]
     witnesses = [
         (axis, size)
-        for name, axes in rows
-        for found in _matching(name, shapes)
-        if len(found) == len(axes)
-        for axis, size in zip(axes, found, strict=True)
+        for row in rows
+        for found in _matching(row.name, shapes)
+        if len(found) == len(row.axes)
+        for axis, size in zip(row.axes, found, strict=True)
     ]
     while votes := _votes(witnesses, sizes):
         sizes |= {letter: counter.most_common(1)[0][0] for letter, counter in votes.items()}
-    silent = {letter for _, axes in rows for axis in axes for letter in _letters(axis)} - sizes.keys()
+    silent = {letter for row in rows for axis in row.axes for letter in _letters(axis)} - sizes.keys()
     if silent:
-        where = sorted({name for name, axes in rows for axis in axes if silent & set(_letters(axis))})
+        where = sorted({row.name for row in rows for axis in row.axes if silent & set(_letters(axis))})
         raise BundleError(
             f"the checkpoint must tell its sizes {', '.join(sorted(silent))}, found none that does of {', '.join(where)}; "
             "they are missing or mis-shaped, or --num_heads does not fit"
@@ -95,35 +94,33 @@ def tell_sizes(layout: Layout, kind: Kind, shapes: Mapping[str, Shape], known: M
 
 
 def parts(layout: Layout, kind: Kind, sizes: Mapping[str, int]) -> dict[str, tuple[Part, ...]]:
-    """Ours -> the foreign parts that lie one below the other in it, for every tensor of the network."""
+    """Return the foreign parts that are stacked in each tensor of the network."""
     found: dict[str, tuple[Part, ...]] = {}
-    for ours, texts in table(layout, kind).items():
-        for layer in _places(ours, sizes):
-            rows = texts
-            if ".backbone." in ours and layer["layer"] == sizes["L"] - 1:
-                rows = texts[dead_rows(ours) :]
-            if rows:
-                found[ours.format(**layer)] = tuple(_part(text, layer, sizes) for text in rows)
+    for ours, rows in table(layout, kind).items():
+        for layer in _layers(ours, sizes):
+            last = ".backbone." in ours and layer["layer"] == sizes["L"] - 1
+            kept = rows[dead_rows(ours) :] if last else rows
+            if kept:
+                found[ours.format(**layer)] = tuple(_part(row, layer, sizes) for row in kept)
     return found
 
 
 def unread_shapes(layout: Layout, kind: Kind, sizes: Mapping[str, int]) -> dict[str, Shape]:
-    """Foreign name -> shape of what a peer's file holds and no output depends on."""
-    return {
-        name.format(last=sizes["L"] - 1): tuple(_size(axis, sizes) for axis in axes.split()) for name, axes in unread(layout, kind).items()
-    }
+    """Return name and shape of the tensors that a peer's file holds and no output depends on."""
+    found = (_part(row, {"layer": sizes["L"] - 1}, sizes) for row in unread(layout, kind))
+    return {part.name: part.shape for part in found}
 
 
 def misfit(layout: Layout, kind: Kind, sizes: Mapping[str, int], shapes: Mapping[str, Shape]) -> str:
-    """List every name that is missing, unknown or of another shape; empty when none is. What nothing reads may be absent."""
+    """List every name that is missing, unknown or of another shape; empty when none is. Unread tensors may be absent."""
     read = {part.name: part.shape for group in parts(layout, kind, sizes).values() for part in group}
     return weights.misfit(shapes, read, unread_shapes(layout, kind, sizes))
 
 
 def network_config(kind: Kind, sizes: Mapping[str, int], action_horizon: int, max_prompt_tokens: int) -> Pi0Config:
-    """The network of these sizes; what shapes do not tell is given. pi0.5 has no state projection: its `S` is that of the actions.
+    """Return the network of these sizes. pi0.5 has no state projection: its state is as wide as the actions.
 
-    Raises BundleError where the tower's tokens are no square.
+    Raises BundleError where the number of a picture's tokens is no square.
     """
     side = math.isqrt(sizes["V"])
     if side * side != sizes["V"]:
@@ -144,14 +141,14 @@ def network_config(kind: Kind, sizes: Mapping[str, int], action_horizon: int, ma
 
 
 def sizes_of(config: Pi0Config) -> dict[str, int]:
-    """The size letters of a network; the inverse of `network_config`."""
+    """Return the size letters of a network; the inverse of `network_config`."""
     vision = config.vision
     sizes = {letter: int(attrgetter(field)(config)) for letter, field in FIELDS.items()}
     return {**sizes, "Y": vision.width // vision.num_heads, "V": vision.tokens_per_image}
 
 
 def _votes(witnesses: list[tuple[str, int]], sizes: Mapping[str, int]) -> dict[str, Counter[int]]:
-    """What the axes with one unknown letter say of it."""
+    """Count the sizes that axes with one unknown letter give it."""
     votes: dict[str, Counter[int]] = {}
     for axis, size in witnesses:
         unknown = [letter for letter in _letters(axis) if letter not in sizes]
@@ -161,16 +158,8 @@ def _votes(witnesses: list[tuple[str, int]], sizes: Mapping[str, int]) -> dict[s
     return votes
 
 
-def _rows(layout: Layout, kind: Kind) -> Iterator[tuple[str, list[str]]]:
-    """(name, axes of the whole foreign tensor) of every row."""
-    for texts in table(layout, kind).values():
-        for text in texts:
-            name, axes = text.split(" ", 1)
-            yield name, axes.split("->")[0].split()
-
-
 def _matching(name: str, shapes: Mapping[str, Shape]) -> list[Shape]:
-    if "{" not in name:
+    if "{" not in name:  # most names: a lookup, not a search
         return [shapes[name]] if name in shapes else []
     pattern = re.compile(re.sub(r"\\{\w+\\}", r"\\d+", re.escape(name)))
     return [shape for found, shape in shapes.items() if pattern.fullmatch(found)]
@@ -180,28 +169,23 @@ def _depth(shapes: Mapping[str, Shape], pattern: str) -> int:
     return 1 + max((int(found[1]) for name in shapes if (found := re.search(pattern, name))), default=-1)
 
 
-def _places(ours: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
-    """The layers that a name of ours stands for."""
-    if "{layer}" in ours:
-        return [{"layer": index} for index in range(sizes["L"])]
-    if "{block}" in ours:
-        return [{"block": index} for index in range(sizes["T"])]
+def _layers(ours: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
+    for word, depth in (("layer", "L"), ("block", "T")):
+        if f"{{{word}}}" in ours:
+            return [{word: index} for index in range(sizes[depth])]
     return [{}]
 
 
-def _part(text: str, layer: Mapping[str, int], sizes: Mapping[str, int]) -> Part:
-    """One row of the notation for one layer."""
-    name, axes = text.split(" ", 1)
-    stored, _, turned = (side.split() for side in axes.partition("->"))
-    picks = [axis for axis in stored if "/" in axis]
-    remaining = stored[len(picks) :]
+def _part(row: Row, layer: Mapping[str, int], sizes: Mapping[str, int]) -> Part:
+    picks = [axis for axis in row.axes if "/" in axis]
+    remaining = row.axes[len(picks) :]
     index = tuple(layer[word] if (word := axis.split("/")[0]) in layer else int(word) for axis in picks)
-    order = tuple(remaining.index(axis) for axis in turned) if turned else tuple(range(len(remaining)))
-    return Part(name.format(**layer), tuple(_size(axis, sizes) for axis in stored), index, order)
+    order = tuple(remaining.index(axis) for axis in row.permuted or remaining)
+    return Part(row.name.format(**layer), tuple(_size(axis, sizes) for axis in row.axes), index, order)
 
 
 def _factors(axis: str) -> list[str]:
-    """`layer/L` -> L, `B'` -> B, `3*E` -> 3, E."""
+    """Split `layer/L` to L, `B'` to B, `3*E` to 3, E."""
     return axis.rsplit("/", 1)[-1].rstrip("'").split("*")
 
 

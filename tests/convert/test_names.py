@@ -7,7 +7,7 @@ import small_pi0
 import torch
 
 from pi0fm.convert.names import EMBEDDING, kinds_of, layout_of
-from pi0fm.convert.shapes import Part, misfit, network_config, parts, sizes_of, tell_sizes, unread_shapes
+from pi0fm.convert.shapes import misfit, network_config, parts, sizes_of, tell_sizes, unread_shapes
 from pi0fm.models.pi0 import Pi0
 from pi0fm_client.errors import BundleError
 
@@ -103,11 +103,3 @@ def test_the_kind_is_told_by_content():
     assert kinds_of(["paligemma_with_expert.gemma_expert.model.norm.dense.weight"]) == {"pi05"}
     assert kinds_of(["PaliGemma/llm/final_norm_1/Dense_0/kernel"]) == {"pi05"}
     assert kinds_of(["PaliGemma/img/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel", "action_in_proj.weight"]) == set()
-
-
-def test_a_part_picks_and_turns():
-    """By hand: entry 1 of a stack, its axes [heads, in, out] as rows [heads * out, in]."""
-    stack = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
-    rows = Part("w", (2, 3, 4, 5), (1,), (0, 2, 1)).rows(stack, (4,))
-    assert rows.shape == (15, 4)
-    assert rows[7, 2] == stack[1, 7 // 5, 2, 7 % 5]
