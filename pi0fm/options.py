@@ -1,9 +1,9 @@
-"""From YAML files and `--dotted.options` to one frozen dataclass; an option is honoured or refused.
+"""YAML files and `--dotted.options` decoded into one frozen dataclass; an option is honoured or refused.
 
-Owns: finding and merging files, typed decoding, naming the nearest known option for an unknown one, the help text. Does not know: what
-any option means; each component owns its dataclass and checks ranges in `__post_init__`.
+Owns: finding and merging files, typed decoding, the nearest known option for an unknown one, the help text. Does not know: the meaning
+of any option; each component owns its dataclass and checks ranges in `__post_init__`.
 
-    pi05.yaml  libero.yaml  lora.yaml  --steps 100     a row: each lays its options on those before it, dotted options come last
+    pi05.yaml  libero.yaml  lora.yaml  --steps 100     a row: later files override earlier ones, dotted options come last
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ import yaml
 from pi0fm_client.errors import ConfigError
 
 Tree = dict[str, Any]
-WITH = "with"  # in a file of a row: NAME -> options that hold only where the file NAME stands in the same row
+WITH = "with"  # key of a file: NAME -> options that apply only where the file NAME is in the same row
 
 
 def option(default: Any, text: str) -> Any:
-    """Declare a dataclass field with a default (a callable makes a fresh one) and the line that `--help` shows."""
+    """Declare a dataclass field with a default (or a callable that makes it) and its line in `--help`."""
     if callable(default):
         return dataclasses.field(default_factory=default, metadata={"help": text})
     return dataclasses.field(default=default, metadata={"help": text})
@@ -35,7 +35,7 @@ def required(text: str) -> Any:
 
 
 def shipped() -> dict[str, Path]:
-    """Return the configuration files that come with pi0fm by name: those of an installed package, or of a checkout's configs/."""
+    """Return pi0fm's configuration files by name: those of the installed package, or of a checkout's configs/."""
     package = Path(__file__).parent
     folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
@@ -54,7 +54,7 @@ def find_file(name: str) -> Path:
 
 
 def read_files(names: Sequence[str]) -> Tree:
-    """Merge a row of files in order; what a file has `with` another one holds where both stand in the row. Raises ConfigError."""
+    """Merge a row of files in order, and their options `with` other files of the row. Raises ConfigError."""
     paths, tree = [find_file(name) for name in names], Tree()
     row = {path.stem for path in paths}
     for path in paths:
@@ -92,12 +92,11 @@ def parse[T](
     named_by_row: str | None = None,
     others: str | None = None,
 ) -> T:
-    """Decode `[FILE.yaml ...] --dotted.option value ...` into `cls`; later options win over earlier ones, files over `base`.
+    """Decode `[FILE.yaml ...] --dotted.option value ...` into `cls`; later options override earlier ones, and files `base`.
 
-    aliases: other words for an option (LeRobot's), each a dotted name to a dotted name. positional: the option whose value may stand
-    first, in the place of the files; others: the one that takes the words behind it. named_by_row: the folder that is outputs/NAME_NAME
-    where files stand in a row and none gives it.
-    Raises ConfigError for an unknown option, a value of another type, or a missing required one.
+    aliases: dotted names of options in other words (LeRobot's). positional: the option whose value may come first, instead of files;
+    others: the option of the words after it. named_by_row: the folder that is outputs/NAME_NAME for a row of files that do not set it.
+    Raises ConfigError for an unknown option, a value of another type, or a missing required option.
     """
     count = next((index for index, word in enumerate(arguments) if word.startswith("--")), len(arguments))
     first, remaining = arguments[:count], arguments[count:]
@@ -113,7 +112,10 @@ def parse[T](
         remaining = [*rest, *remaining]
     for name, text in _pairs(remaining, "configuration files stand first" if positional is None else f"one {positional} may stand first"):
         path = (aliases or {}).get(name, name).split(".")
-        tree = merge(tree, _nested(path, text if _is_text(cls, path) else _typed(text)))
+        value: Any = text if _is_text(cls, path) else _typed(text)
+        for word in reversed(path):
+            value = {word: value}
+        tree = merge(tree, value)
     return decode(cls, tree)
 
 
@@ -123,7 +125,7 @@ def decode[T](cls: type[T], tree: Mapping[str, Any]) -> T:
 
 
 def encode(config: Any) -> Any:
-    """Return the plain mappings, lists and values that `decode` turns back into an equal dataclass."""
+    """Return mappings, lists and values from which `decode` makes an equal dataclass."""
     if dataclasses.is_dataclass(config):
         return {field.name: encode(getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, Mapping):
@@ -134,7 +136,7 @@ def encode(config: Any) -> Any:
 
 
 def merge(base: Tree, over: Mapping[str, Any]) -> Tree:
-    """`base` with every leaf of `over` laid on it; neither is changed."""
+    """Return `base` with every leaf of `over` in its place; neither is changed."""
     merged = dict(base)
     for key, value in over.items():
         inner = merged.get(key)
@@ -143,7 +145,7 @@ def merge(base: Tree, over: Mapping[str, Any]) -> Tree:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Tree:
-    """Dotted names to values, for a tree of groups."""
+    """Return the values of a tree of groups by dotted names."""
     found: Tree = {}
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -151,18 +153,20 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Tree:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """`; did you mean X?` and the known words, for the end of an error line."""
+    """Format `did you mean X? known: ...` for the end of an error line."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     listed = ", ".join(sorted(known)[:60])
     return f"did you mean {close[0]!r}? known: {listed}" if close else f"known: {listed}"
 
 
 def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(dotted option, default, help line) for every leaf of a configuration, in order."""
+    """Return (dotted option, default, help line) of every leaf of a configuration, in order."""
     rows: list[tuple[str, str, str]] = []
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        inner, named = _dataclass_in(hints[field.name]), _named_in(hints[field.name])
+        hint = hints[field.name]
+        inner = _dataclass_in(hint)
+        named = _dataclass_in(typing.get_args(hint)[1]) if typing.get_origin(hint) is dict else None  # groups under the user's names
         if inner is not None:
             rows.extend(describe(inner, f"{prefix}{field.name}."))
             continue
@@ -198,7 +202,7 @@ def _pairs(arguments: Sequence[str], first: str) -> list[tuple[str, str]]:
 
 
 def _typed(text: str) -> Any:
-    """A word of the command line as YAML reads it: 3, true, null, [a, b]."""
+    """Parse a word of the command line as YAML: 3, true, null, [a, b]."""
     try:
         return yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
@@ -206,7 +210,7 @@ def _typed(text: str) -> Any:
 
 
 def _is_text(cls: type, path: Sequence[str]) -> bool:
-    """Whether the option holds text or a path: then `0123`, `null` and `true` are those very letters."""
+    """Tell whether the option is text or a path, for which `0123`, `null` and `true` are text."""
     hint: Any = cls
     for name in path:
         inner = _dataclass_in(hint)
@@ -219,14 +223,8 @@ def _is_text(cls: type, path: Sequence[str]) -> bool:
     return set(_choices(hint)) - {type(None)} <= {str, Path}
 
 
-def _nested(path: Sequence[str], value: Any) -> Tree:
-    for name in reversed(path):
-        value = {name: value}
-    return typing.cast(Tree, value)
-
-
 def _group(cls: type, tree: Any, where: str) -> Any:
-    """Decode the options of one dataclass; `where` is their dotted name so far, with a dot at its end."""
+    """Decode the options of one dataclass. where: their dotted name, with a dot at its end."""
     hints, fields = typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
     if not isinstance(tree, Mapping):
         raise ConfigError(f"option {where[:-1]} is a group: expected options in it, found {tree!r}; options here: {', '.join(fields)}")
@@ -300,14 +298,9 @@ def _words(value: Any) -> list[str]:
 
 
 def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass in `X` or `X | None`, else None."""
+    """Return the dataclass in `X` or `X | None`, else None."""
     found = [choice for choice in _choices(hint) if isinstance(choice, type) and dataclasses.is_dataclass(choice)]
     return found[0] if found else None
-
-
-def _named_in(hint: Any) -> type | None:
-    """The dataclass in `dict[str, X]`: groups under names that the user gives. Else None."""
-    return _dataclass_in(typing.get_args(hint)[1]) if typing.get_origin(hint) is dict else None
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

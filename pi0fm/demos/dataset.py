@@ -1,16 +1,15 @@
 """A LeRobot data set that opens at every moment of its recording.
 
-Owns: the published folder, its replacement, the lock, the check that it is undamaged. Does not know: the files' format, where episodes come
-from.
+Owns: the published folder, its replacement, the lock, the check for damage. Does not know: the files' format, where episodes come from.
 
-Rows, videos and metadata of a data set must change together. So episodes are added, a segment of ten at a time, to a copy beside the data
-set, and the finished copy replaces the data set in one step:
+Rows, videos and metadata must change together. Episodes are added to a copy of the data set, a segment of ten at a time, and the finished
+copy replaces the data set in one step:
 
     ROOT/                        the data set, always whole                 <──┐ exchanged (renameat2) once its files are synced
     .ROOT.HOST-RANDOM/           hard links to ROOT's files + new segment   ───┘
     .ROOT.recording/lock         held while a process records; the system drops it when that process dies
     .ROOT.recording/previous/    the former data set, until it is removed
-A segment only adds files, and replaces the few small ones in meta/ by new ones: no file that is linked ever changes.
+A segment adds files, and replaces the small ones in meta/: no linked file ever changes.
 """
 
 import hashlib
@@ -21,8 +20,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pyarrow import parquet
-
 from pi0fm import files
 from pi0fm.demos.config import DemosConfig
 from pi0fm.demos.encoding import EncodedDemonstration
@@ -32,7 +29,7 @@ from pi0fm_client.errors import DatasetError, OutputError
 
 SEGMENT_EPISODES = 10
 SETTINGS_FILE = "meta/pi0fm_recording.json"
-HASHED = ("data", "videos", "meta/episodes")  # folders whose files never change
+HASHED = ("data", "videos", "meta/episodes")  # folders of files that never change
 
 
 class Recording:
@@ -40,7 +37,7 @@ class Recording:
 
     def __init__(self, root: Path, config: DemosConfig) -> None:
         files.refuse_name(root)
-        self.root = root.resolve()  # of a link its target: an exchange would replace the link
+        self.root = root.resolve()  # an exchange would replace a link, not its target
         self._config = config
         self._work = self.root.parent / f".{self.root.name}.recording"
         self._settings = recording_settings(config)
@@ -52,9 +49,10 @@ class Recording:
         self._seeds: dict[str, list[int]] = {task: [] for task in config.task_names}
 
     def __enter__(self) -> Self:
-        """Lock the root and read what it holds. Raises DatasetError for a damaged recording.
+        """Lock the root and read its contents.
 
-        Raises OutputError for a root that cannot be written, holds something else or other settings, or is recorded by another process.
+        Raises DatasetError for a damaged recording; OutputError for a root that cannot be written, holds other files or settings, or is
+        recorded by another process.
         """
         refuse_foreign(self.root, self._settings)
         if is_mount_point(self.root):
@@ -80,30 +78,29 @@ class Recording:
 
     @property
     def episodes(self) -> int:
-        """Episodes in the data set, those of the unpublished segment too."""
+        """Episodes in the data set and in the unpublished segment."""
         return sum(len(seeds) for seeds in self._seeds.values())
 
     @property
     def frames(self) -> int:
-        """Frames in the data set, those of the unpublished segment too."""
+        """Frames in the data set and in the unpublished segment."""
         return self._published.frames + sum(len(episode.action) for episode in self._pending)
 
     def seeds(self, task: str) -> tuple[int, ...]:
-        """The seeds of `task` that are kept, in order."""
+        """The kept seeds of `task`, in order."""
         return tuple(self._seeds[task])
 
     def add(self, episode: EncodedDemonstration) -> None:
-        """Take one episode; every tenth publishes."""
+        """Take one episode; every tenth call publishes."""
         self._pending.append(episode)
         self._seeds[episode.task].append(episode.seed)
         if len(self._pending) >= SEGMENT_EPISODES:
             self.publish()
 
     def publish(self) -> None:
-        """Make every added episode part of the data set at `root`; nothing happens when there is none. Raises OutputError on a full disk.
+        """Make every added episode part of the data set at `root`. Raises OutputError on a full disk.
 
-        One that Ctrl-C cuts short is done again, from the start, by `__exit__`: nothing is kept of the first attempt, unless the exchange
-        was its last act.
+        After Ctrl-C in the middle, `__exit__` publishes again from the start, unless the exchange was already done.
         """
         if not self._pending:
             return
@@ -123,14 +120,14 @@ class Recording:
             shutil.rmtree(previous, ignore_errors=True)
 
     def _acquire(self) -> None:
-        """Lock the file that `_work` holds: a process that ends removes it, and another may have made a new one since it was opened."""
+        """Lock the file in `_work`. A process that ends removes it, and another may have made a new one since it was opened."""
         while self._lock < 0:
             self._work.mkdir(exist_ok=True)
             path = self._work / "lock"
             try:
                 lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
             except FileNotFoundError:
-                continue  # the folder was removed since
+                continue  # the folder was removed in the meantime
             if files.try_lock(lock) is False:
                 os.close(lock)
                 raise OutputError(f"{self.root} is being recorded by another process; wait for it, or choose another --dataset.root")
@@ -146,7 +143,7 @@ class Recording:
         self._lock = -1
 
     def _restore_previous(self) -> None:
-        """Rename `previous` back: a process that ended between the renames of a file system without exchange left the data set there."""
+        """Rename `previous` back, where a process died between the two renames of a file system without exchange."""
         previous = self._work / "previous"
         if previous.exists() and not self.root.exists():
             previous.rename(self.root)
@@ -154,22 +151,23 @@ class Recording:
     def _read_published(self) -> None:
         self._hashes = refuse_damaged(self.root)
         try:
-            kept = read_seeds(self.root, {prompt: task for task, prompt in self._settings["prompts"].items()})
             self._published = read_contents(self.root, self._layout)
+            task_of = {prompt: task for task, prompt in self._settings["prompts"].items()}
+            for prompt, seed in self._published.seeds:
+                self._seeds[task_of[prompt]].append(seed)
         except (OSError, ValueError, KeyError) as error:  # pyarrow's and JSON's errors are of these
             raise DatasetError(damage(self.root, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")) from None
-        counted = sum(len(seeds) for seeds in kept.values())
-        if counted != self._published.episodes:
-            raise DatasetError(damage(self.root, f"meta/info.json counts {self._published.episodes} episodes, its rows are of {counted}"))
-        for task, seeds in kept.items():
+        if self.episodes != self._published.episodes:
+            found = f"meta/info.json counts {self._published.episodes} episodes, its rows are of {self.episodes}"
+            raise DatasetError(damage(self.root, found))
+        for task, seeds in self._seeds.items():
             if len(seeds) > self._config.episodes:
                 found = f"{self.root} already holds {len(seeds)} episodes of {task}, more than episodes={self._config.episodes}"
                 raise OutputError(f"{found}; ask for more, or choose another --dataset.root")
-            self._seeds[task] = seeds
 
 
 def recording_settings(config: DemosConfig) -> dict[str, Any]:
-    """Return the settings that must be equal for a recording to go on; more episodes may be asked for."""
+    """Return the settings that must be equal for a recording to go on."""
     return {
         "prompts": {task: catalog.prompt_of(task) for task in config.task_names},
         "cameras": [str(camera) for camera in config.camera_specs],
@@ -199,7 +197,7 @@ def refuse_foreign(root: Path, settings: dict[str, Any]) -> None:
 
 
 def refuse_damaged(root: Path) -> dict[str, str]:
-    """Return the SHA-256 of published files by name. Raises DatasetError for one that is missing or has another."""
+    """Return the SHA-256 of the published files by name. Raises DatasetError for a file that is missing or has another hash."""
     known: dict[str, str] = json.loads((root / SETTINGS_FILE).read_text()).get("files", {})
     for name, digest in known.items():
         if not (root / name).is_file():
@@ -210,12 +208,12 @@ def refuse_damaged(root: Path) -> dict[str, str]:
 
 
 def damage(root: Path, found: str) -> str:
-    """Format the line for a recording that must not grow."""
+    """Format the error line of a damaged recording."""
     return f"a damaged recording does not go on: of {root} {found}; restore it from a copy, or choose another --dataset.root"
 
 
 def hash_files(root: Path, known: dict[str, str]) -> dict[str, str]:
-    """Hash every file that never changes and is not `known`."""
+    """Hash every file of HASHED that is not `known`."""
     found = (path for folder in HASHED for path in sorted((root / folder).rglob("*")) if path.is_file())
     return {name: sha256(path) for path in found if (name := path.relative_to(root).as_posix()) not in known}
 
@@ -227,7 +225,7 @@ def sha256(path: Path) -> str:
 
 
 def is_mount_point(path: Path) -> bool:
-    """Tell whether a file system is mounted at `path`, by a bind too."""
+    """Tell whether a file system is mounted at `path`, also by a bind mount."""
     if path.is_mount():
         return True
     table = Path("/proc/self/mountinfo")
@@ -247,29 +245,14 @@ def published_episodes(root: Path) -> int:
     return int(json.loads(info.read_text())["total_episodes"]) if info.exists() else 0
 
 
-def read_seeds(root: Path, task_of_prompt: dict[str, str]) -> dict[str, list[int]]:
-    """Read the seeds in a recorded data set by task, in the order of its episodes."""
-    prompts = parquet.read_table(root / "meta/tasks.parquet").to_pydict()
-    words = prompts.get("task") or prompts["__index_level_0__"]
-    task_names = {index: task_of_prompt[word] for index, word in zip(prompts["task_index"], words, strict=True)}
-    seeds: dict[str, list[int]] = {task: [] for task in task_of_prompt.values()}
-    for file in sorted((root / "data").rglob("*.parquet")):
-        rows = parquet.read_table(file, columns=["seed", "task_index", "frame_index"]).to_pydict()
-        for seed, task_index, frame in zip(rows["seed"], rows["task_index"], rows["frame_index"], strict=True):
-            if frame == 0:
-                seeds[task_names[task_index]].append(seed)
-    return seeds
-
-
 def link_tree(source: Path, target: Path) -> None:
-    """Copy a folder, which may be missing, into another without copying what its files hold: hard links."""
-    for file in source.rglob("*"):
-        copy = target / file.relative_to(source)
-        if file.is_dir():
-            copy.mkdir(parents=True, exist_ok=True)
+    """Copy a folder, which may be missing, into an empty one, by hard links where the file system has them."""
+    for path in sorted(source.rglob("*")):
+        copy = target / path.relative_to(source)
+        if path.is_dir():
+            copy.mkdir()
             continue
-        copy.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(file, copy)
+            os.link(path, copy)
         except OSError:
-            shutil.copy2(file, copy)  # a file system without hard links: slower and as good
+            shutil.copy2(path, copy)

@@ -14,26 +14,27 @@ from pi0fm.sim.environment import Environment
 
 
 @dataclass(frozen=True)
-class Demonstration:
+class Demonstration[Film]:
     """A successful demonstration; row t holds the observation before step t and the expert's action for it.
 
-    images: by camera name, uint8 [T, height, width, 3]. state: float32 [T, S]. action: float32 [T, A], without noise.
+    images: by camera name, uint8 [T, height, width, 3] as recorded, a `Video` once encoded. state: float32 [T, S].
+    action: float32 [T, A], without noise.
     """
 
     task: str
     prompt: str
     seed: int
-    images: Mapping[str, NDArray[np.uint8]]
+    images: Mapping[str, Film]
     state: NDArray[np.float32]
     action: NDArray[np.float32]
 
 
-def record_demonstration(environment: Environment, seed: int, noise: float) -> Demonstration | None:
-    """Let the expert act from the start that `seed` gives; None when it does not succeed within `max_steps`.
+def record_demonstration(environment: Environment, seed: int, noise: float) -> Demonstration[NDArray[np.uint8]] | None:
+    """Let the expert act from the start that `seed` gives; return None when it does not succeed within `max_steps`.
 
         observe ── expert ── clean action ──┬── stored
                                             └── + noise * N(0, 1), clipped to [-1, 1] ── executed
-    The noise drives the arm off the expert's path, and what is stored shows the way back. It is a function of (seed, step) alone.
+    The noise drives the arm off the expert's path, and the stored actions lead back. It is a function of (seed, step) alone.
     """
     environment.reset(seed)
     observations, actions = [], []

@@ -1,6 +1,6 @@
-"""Episodes with their pictures as video: encoded where an episode is simulated, so that the process that writes has little to do.
+"""Episodes with their pictures as video, encoded in the process that simulates them: the writing process has little to do.
 
-Owns: the codec, encoding of one episode, joining several without encoding again. Does not know: data sets, Ray.
+Owns: the codec, the encoding of one episode, the joining of several without encoding again. Does not know: data sets, Ray.
 
     episode A   I P B P I P B ..  n frames     time 0 .. (n - 1) / fps
     episode B   I P B P I ..      m frames     time 0 .. (m - 1) / fps
@@ -24,8 +24,8 @@ from pi0fm.demos.demonstration import Demonstration
 from pi0fm.demos.statistics import Statistics, of_pictures
 from pi0fm_client.errors import OutputError
 
-# A key frame every 4 frames: random access decodes at most 4 frames. x264's mbtree reads memory that nobody wrote: with it, the same
-# small pictures give other bytes now and then, and with key frames so close it has nothing to gain.
+# A key frame every 4 frames: random access decodes at most 4 frames. x264's mbtree reads uninitialised memory: with it, the same small
+# pictures sometimes give other bytes, and it gains nothing with key frames so close.
 CODEC: Mapping[str, Any] = {
     "vcodec": "h264",
     "pix_fmt": "yuv420p",
@@ -38,33 +38,24 @@ CODEC: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Video:
-    """One camera's pictures of one episode: an mp4 file's bytes, and statistics of what was encoded."""
+    """One camera's pictures of one episode: an mp4 file's bytes, and the statistics of the pictures."""
 
     content: bytes
     statistics: Statistics
 
 
-@dataclass(frozen=True)
-class EncodedDemonstration:
-    """A `Demonstration` ready to be stored. videos: by camera name. state: float32 [T, S]. action: float32 [T, A]."""
-
-    task: str
-    prompt: str
-    seed: int
-    videos: Mapping[str, Video]
-    state: NDArray[np.float32]
-    action: NDArray[np.float32]
+type EncodedDemonstration = Demonstration[Video]
 
 
-def encode(episode: Demonstration, fps: int) -> EncodedDemonstration:
-    """Encode every camera, on one thread: the bytes are a function of the pictures and `fps`, whichever process works."""
+def encode(episode: Demonstration[NDArray[np.uint8]], fps: int) -> EncodedDemonstration:
+    """Encode every camera on one thread: the bytes are a function of the pictures and `fps`, in any process."""
     videos = {name: Video(encode_pictures(pictures, fps), of_pictures(pictures)) for name, pictures in episode.images.items()}
-    return EncodedDemonstration(episode.task, episode.prompt, episode.seed, videos, episode.state, episode.action)
+    return Demonstration(**{**vars(episode), "images": videos})
 
 
 def encode_pictures(pictures: NDArray[np.uint8], fps: int) -> bytes:
     """Encode an mp4 file with picture k at time k / fps. pictures: uint8 [T, height, width, 3], height and width even."""
-    av.logging.set_libav_level(av.logging.ERROR)  # twenty lines from every encoder would bury the progress line
+    av.logging.set_libav_level(av.logging.ERROR)  # every encoder logs twenty lines, which would bury the progress line
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         settings = {name: str(CODEC[name]) for name in ("g", "crf", "preset")} | CODEC["extra_options"] | {"threads": "1"}
@@ -82,7 +73,7 @@ def encode_pictures(pictures: NDArray[np.uint8], fps: int) -> bytes:
 
 
 def join_videos(path: Path, videos: Sequence[bytes], fps: int) -> None:
-    """Write one mp4 file with the pictures of all, in order. Packets are copied, not encoded again.
+    """Write one mp4 file with the pictures of all videos, in order. Packets are copied, not encoded again.
 
     Raises OutputError when the videos were encoded with different settings or by different releases of the encoder.
     """
@@ -92,9 +83,8 @@ def join_videos(path: Path, videos: Sequence[bytes], fps: int) -> None:
             raise OutputError("episodes were encoded in different ways; install the same release of PyAV on every node of the Ray cluster")
         groups = [[packet for packet in source.container.demux(source) if packet.size > 0] for source in sources]
         tick = int(1 / (fps * Fraction(sources[0].time_base or 0)))
-        # The decoder's clock counts frames and lags. x264 lets it lag by 2, but by none in an episode of 1 or 2: all get the longest.
+        # The decoder's clock lags by 2 frames, but by none in an episode of 1 or 2: the joined video takes the longest lag.
         lag = max(-(group[0].dts or 0) for group in groups)
-        # the index comes first: readers find it sooner
         joined = opened.enter_context(av.open(str(path), "w", options={"movflags": "faststart"}))
         stream = joined.add_stream_from_template(sources[0], opaque=True)
         stream.time_base = sources[0].time_base

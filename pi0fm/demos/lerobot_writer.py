@@ -1,7 +1,7 @@
 """LeRobot's data set format v3.0, written a segment of episodes at a time.
 
-Owns: which file holds what, the schema of every file, what is kept to go on. Does not know: how a data set is published, who made the
-episodes. LeRobot's own writer costs 8 to 11 ms of CPU a frame in the process that calls it; tests/demos compares the two file by file.
+Owns: the place and the schema of every file, the contents that the next segment needs. Does not know: how a data set is published,
+where episodes come from. LeRobot's own writer costs 8 to 11 ms of CPU a frame; a test compares the two file by file.
 
     data/chunk-000/file-007.parquet             the rows of segment 7, one row group an episode
     videos/<camera>/chunk-000/file-007.mp4      its pictures, one after the other
@@ -34,10 +34,7 @@ EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.par
 _PARQUET: Mapping[str, Any] = {"compression": "snappy", "use_dictionary": True, "write_page_checksum": True}
 _COUNTERS: Mapping[str, Any] = {
     "timestamp": {"dtype": "float32", "shape": [1], "names": None},
-    "frame_index": {"dtype": "int64", "shape": [1], "names": None},
-    "episode_index": {"dtype": "int64", "shape": [1], "names": None},
-    "index": {"dtype": "int64", "shape": [1], "names": None},
-    "task_index": {"dtype": "int64", "shape": [1], "names": None},
+    **{name: {"dtype": "int64", "shape": [1], "names": None} for name in ("frame_index", "episode_index", "index", "task_index")},
 }
 _ARROW_TYPES: Mapping[str, pa.DataType] = {"float32": pa.float32(), "int64": pa.int64()}
 
@@ -54,7 +51,7 @@ class Layout:
 
     @property
     def features(self) -> dict[str, Any]:
-        """LeRobot's `features`. `seed` is a column of the frames: unlike metadata of ours, LeRobot copies and merges it too."""
+        """LeRobot's `features`. `seed` is a column of the frames: LeRobot copies and merges columns, but not metadata of ours."""
         features: dict[str, Any] = {
             "observation.state": {"dtype": "float32", "shape": [len(self.state_names)], "names": list(self.state_names)},
             "action": {"dtype": "float32", "shape": [len(self.action_names)], "names": list(self.action_names)},
@@ -73,9 +70,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Contents:
-    """The contents of a data set, as far as the next segment needs them.
+    """The contents of a data set that the next segment needs.
 
-    file: number of the next file. columns: every frame, by feature, [N, D]. pictures: statistics by video feature.
+    file: number of the next file. tasks: their sentences. columns: every frame, by feature, [N, D]. pictures: statistics by video feature.
     """
 
     episodes: int = 0
@@ -89,6 +86,15 @@ class Contents:
         """The number of frames."""
         return len(self.columns["index"]) if self.columns else 0
 
+    @property
+    def seeds(self) -> list[tuple[str, int]]:
+        """(sentence, seed) of every episode, in order."""
+        if not self.columns:
+            return []
+        first = self.columns["frame_index"][:, 0] == 0
+        numbers, seeds = (self.columns[name][first, 0].tolist() for name in ("task_index", "seed"))
+        return [(self.tasks[number], seed) for number, seed in zip(numbers, seeds, strict=True)]
+
 
 def video_key(camera: str) -> str:
     """The feature of a camera."""
@@ -96,7 +102,7 @@ def video_key(camera: str) -> str:
 
 
 def read_contents(root: Path, layout: Layout) -> Contents:
-    """Read the contents of the data set at `root`, whether this module or LeRobot wrote it."""
+    """Read the contents of the data set at `root`, written by this module or by LeRobot."""
     info = json.loads((root / "meta/info.json").read_text())
     stats = json.loads((root / "meta/stats.json").read_text())
     names = list(layout.columns)
@@ -114,7 +120,7 @@ def read_contents(root: Path, layout: Layout) -> Contents:
 
 
 def write_segment(root: Path, layout: Layout, before: Contents, episodes: Sequence[EncodedDemonstration]) -> Contents:
-    """Add `episodes` to the data set at `root`, which holds `before`; return its contents then.
+    """Add `episodes` to the data set at `root`, which holds `before`; return the new contents.
 
     Raises OutputError when the episodes' videos do not fit together.
     """
@@ -127,7 +133,7 @@ def write_segment(root: Path, layout: Layout, before: Contents, episodes: Sequen
     for number, episode in enumerate(episodes, start=before.episodes):
         rows.append(_rows(episode, number, offset, tasks.index(episode.prompt), layout.fps))
         lines.append(_episode_line(episode, number, (chunk, file), rows[-1], (offset - first) / layout.fps, layout))
-        for name, video in episode.videos.items():
+        for name, video in episode.images.items():
             key = video_key(name)
             pictures[key] = union(pictures[key], video.statistics) if key in pictures else video.statistics
         offset += len(episode.action)
@@ -142,7 +148,7 @@ def write_segment(root: Path, layout: Layout, before: Contents, episodes: Sequen
     for camera in layout.cameras:
         path = root / VIDEO_PATH.format(video_key=video_key(camera), chunk_index=chunk, file_index=file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        join_videos(path, [episode.videos[camera].content for episode in episodes], layout.fps)
+        join_videos(path, [episode.images[camera].content for episode in episodes], layout.fps)
     _write_meta(root, layout, after)
     return after
 
@@ -176,13 +182,13 @@ def _episode_line(
         line |= {f"{key}/chunk_index": place[0], f"{key}/file_index": place[1]}
         line |= {f"{key}/from_timestamp": begins, f"{key}/to_timestamp": begins + length / layout.fps}
     found: dict[str, Statistics] = {name: of_columns(values) for name, values in rows.items()}
-    found |= {video_key(camera): episode.videos[camera].statistics for camera in layout.cameras}
+    found |= {video_key(camera): episode.images[camera].statistics for camera in layout.cameras}
     line |= {f"stats/{feature}/{name}": value.tolist() for feature, statistics in found.items() for name, value in statistics.items()}
     return line | {"meta/episodes/chunk_index": place[0], "meta/episodes/file_index": place[1]}
 
 
 def _write_meta(root: Path, layout: Layout, written: Contents) -> None:
-    """Statistics are exact over all frames, where LeRobot's quantiles are means of the episodes'; pictures' are joined as LeRobot does."""
+    """Write meta/. Quantiles are exact over all frames, where LeRobot takes means of the episodes'; those of pictures are LeRobot's."""
     info = {
         "codebase_version": "v3.0",
         "fps": layout.fps,
@@ -205,7 +211,7 @@ def _write_meta(root: Path, layout: Layout, written: Contents) -> None:
 
 
 def _tasks_file(tasks: Sequence[str]) -> bytes:
-    """A parquet file as pandas writes a frame with the column `task_index` and the index `task`: LeRobot looks tasks up by that index."""
+    """Write a parquet file as pandas does for the column `task_index` and the index `task`, by which LeRobot looks tasks up."""
     columns = [
         {"name": "task_index", "field_name": "task_index", "pandas_type": "int64", "numpy_type": "int64", "metadata": None},
         {"name": "task", "field_name": "task", "pandas_type": "unicode", "numpy_type": "object", "metadata": None},
@@ -219,7 +225,7 @@ def _tasks_file(tasks: Sequence[str]) -> bytes:
 
 
 def _write_tables(path: Path, tables: Sequence[pa.Table]) -> None:
-    """One row group a table."""
+    """Write one row group for each table."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with pq.ParquetWriter(path, tables[0].schema, **_PARQUET) as file:
         for table in tables:
@@ -227,7 +233,7 @@ def _write_tables(path: Path, tables: Sequence[pa.Table]) -> None:
 
 
 def _schema(layout: Layout) -> pa.Schema:
-    """Arrow types, and in the metadata the description by which Hugging Face's `datasets` opens the file."""
+    """Return Arrow types, with the metadata by which Hugging Face's `datasets` opens the file."""
     fields, described = [], {}
     for name, feature in layout.columns.items():
         width, kind = feature["shape"][0], _ARROW_TYPES[feature["dtype"]]
@@ -250,7 +256,7 @@ def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[Any]:
 
 
 def _next_file(root: Path) -> int:
-    """One more than the highest number of any file, so that a name is never used twice."""
+    """Return one more than the highest number of any file: no name is used twice."""
     names = [re.search(r"chunk-(\d+)/file-(\d+)\.", path.as_posix()) for path in root.rglob("file-*")]
     return 1 + max((int(name[1]) * CHUNK_FILES + int(name[2]) for name in names if name), default=-1)
 

@@ -1,10 +1,10 @@
-"""Recording a data set: which seeds to try, in which order, and what to keep.
+"""Record a data set: which seeds to try, in which order, which episodes to keep.
 
-Owns: the plan from what is there to what is asked, the order, giving up on a hopeless task. Does not know: Ray; it is handed `submit`.
+Owns: the missing episodes, the order, giving up on a hopeless task. Does not know: Ray; `submit` is an argument.
 
     submit ahead, at most `window`          taken in seed order, one task after the other
     seed 1000  1001  1002  1003   ...  -->  1000 ok -> kept   1001 failed -> skipped   1002 ok -> kept
-Whatever finishes first, the data set is the same.
+The data set does not depend on the order in which episodes finish.
 """
 
 import functools
@@ -23,16 +23,16 @@ from pi0fm.sim.environment import CameraSpec, Environment
 from pi0fm_client.errors import SimulationError
 
 Submit = Callable[[str, int], Callable[[], EncodedDemonstration | None]]
-"""(task, seed) -> a call that waits for the episode, encoded."""
+"""(task, seed) -> a call that waits for the encoded episode."""
 HOPELESS_FAILURES = 20
 _ENVIRONMENTS_KEPT = 2
 
 
 def record(config: DemosConfig, submit: Submit, window: int) -> dict[str, object]:
-    """Record what `config` asks for and is not there yet; returns episodes, frames, seconds, root and the expert's success rate.
+    """Record the episodes that are missing; return episodes, frames, seconds, root and the expert's success rate.
 
-    window: episodes asked for ahead of the one that is written next (1 when `submit` simulates in this process).
-    Raises OutputError for a folder with something else in it, SimulationError when an expert fails 20 times in a row.
+    window: episodes submitted ahead of the one that is written next (1 when `submit` simulates in this process).
+    Raises OutputError for a folder with other contents, SimulationError when an expert fails 20 times in a row.
     """
     began = time.monotonic()
     total = config.episodes * len(config.task_names)
@@ -55,7 +55,7 @@ def record(config: DemosConfig, submit: Submit, window: int) -> dict[str, object
 
 
 def _successes(task: str, config: DemosConfig, recording: Recording, submit: Submit, window: int) -> Iterator[EncodedDemonstration]:
-    """Yield the episodes that `task` still lacks, in seed order."""
+    """Yield the episodes that `task` lacks, in seed order."""
     seeds = recording.seeds(task)
     wanted = config.episodes - len(seeds)
     next_seed = seeds[-1] + 1 if seeds else config.first_seed
@@ -77,13 +77,13 @@ def _successes(task: str, config: DemosConfig, recording: Recording, submit: Sub
 
 
 def record_here(config: DemosConfig) -> dict[str, object]:
-    """Record, simulating in this process; SIGTERM acts like Ctrl-C meanwhile."""
+    """Simulate and record in this process; SIGTERM acts like Ctrl-C."""
     with sigterm_interrupts():
         return record(config, lambda task, seed: functools.partial(simulate, config, task, seed), window=1)
 
 
 def simulate(config: DemosConfig, task: str, seed: int) -> EncodedDemonstration | None:
-    """Record and encode one attempt, in an environment that this process keeps: building one takes longer than some episodes."""
+    """Record and encode one attempt, in an environment that the process keeps: building one takes longer than some episodes."""
     episode = record_demonstration(_environment(task, config.camera_specs, config.step_limit), seed, config.noise)
     return None if episode is None else encode(episode, config.control_rate)
 

@@ -1,6 +1,6 @@
-"""The options of an evaluation.
+"""Options of an evaluation.
 
-Owns: `EvalConfig`, its ranges, the list of its episodes, the refusal of seeds that were demonstrated. Does not know: how episodes run.
+Owns: `EvalConfig`, its ranges, the list of its episodes, the refusal of demonstrated seeds. Does not know: how episodes run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ LEAST = {
 class EvalConfig(PolicyChoice):
     """The policy to judge, the tasks, and where the report goes.
 
-    After construction `tasks` and `cameras` are tuples, and tasks have their reports' names.
+    After construction `tasks` and `cameras` are tuples, and tasks have their names in reports.
     """
 
     tasks: str | tuple[str, ...] = required(f"tasks with commas between them, each {catalog.TASK_FORM}")
@@ -92,9 +92,9 @@ def plan(config: EvalConfig) -> list[Episode]:
 
 
 def camera_specs(config: EvalConfig, metadata: Mapping[str, Any], suite: Suite) -> tuple[CameraSpec, ...]:
-    """Parse the cameras: as given, else as the policy's `camera_sources` say, else the simulator's default.
+    """Parse the cameras: those given, else the policy's `camera_sources` (name -> SOURCE:WIDTHxHEIGHT), else the simulator's default.
 
-    `camera_sources` is a mapping of a camera's name to SOURCE:WIDTHxHEIGHT. Raises ConfigError for a text of another form.
+    Raises ConfigError for a text of another form.
     """
     sources = metadata.get("camera_sources") or {}
     texts = config.cameras or [f"{name}={source}" for name, source in sources.items()]

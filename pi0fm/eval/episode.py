@@ -1,4 +1,4 @@
-"""Types of an evaluation: the episode, how it is run, its result.
+"""Types of an evaluation: the episode, its settings, its result.
 
 Owns: `Episode`, `EpisodeResult`, `RolloutSettings`, the seed of a policy call. Does not know: environments, policies, where anything runs.
 """
@@ -29,9 +29,9 @@ class Episode:
 class EpisodeResult:
     """The result of an episode.
 
-    steps: actions that were executed. seconds: wall time of this episode's reset, steps and pictures, not of the policy.
-    error: one line, for a crash only. video: mp4 bytes, for a recorded episode that did not crash; video_path: where they were written.
-    scores: `ActionChunk.scores` of each policy call, in order; empty when none were asked for.
+    steps: executed actions. seconds: wall time of the episode's reset, steps and pictures, without the policy.
+    error: one line, for a crash only. video: mp4 bytes, for a recorded episode that did not crash; video_path: their file.
+    scores: `ActionChunk.scores` of each policy call, in order; empty without --scores.
     """
 
     task: str
@@ -49,7 +49,7 @@ class EpisodeResult:
         return sum(each[name] for each in self.scores) / len(self.scores)
 
     def row(self) -> dict[str, Any]:
-        """The line of episodes.json."""
+        """Return the row of episodes.json."""
         return {
             "task": self.task,
             "seed": self.seed,
@@ -68,11 +68,10 @@ class EpisodeResult:
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """How episodes are run.
+    """Settings of all episodes.
 
-    execution_horizon: actions executed of each chunk before a new one is asked for.
-    seed: of the policy's noise. observation_change: an ablation; `tasks` is the ring that `swapped_prompt` goes round.
-    video_every: control steps between two pictures. video_side: pixels.
+    execution_horizon: actions executed of each chunk. seed: of the policy's noise. observation_change: an ablation; `swapped_prompt`
+    takes the sentence of the next of `tasks`. video_every: control steps between two pictures. video_side: pixels.
     """
 
     execution_horizon: int = 8
@@ -93,19 +92,19 @@ class RolloutSettings:
             )
 
     def prompt_task(self, task: str) -> str:
-        """Return the task whose sentence is shown: `task`, or the next one of the ring."""
+        """Return the task whose sentence the policy reads: `task`, or the next one."""
         if self.observation_change != "swapped_prompt":
             return task
         return self.tasks[(self.tasks.index(task) + 1) % len(self.tasks)]
 
 
 def other_seed(seed: int) -> int:
-    """Return the seed whose start picture replaces every image of a frozen episode; never `seed`."""
+    """Return the seed whose start picture replaces every image of a frozen episode."""
     return seed + OTHER_SEED_OFFSET
 
 
 def noise_seed(evaluation_seed: int, task: str, seed: int, step: int) -> int:
-    """Return the noise seed of one policy call, in [0, 2**63): a function of its arguments, not of batches, order or workers."""
+    """Return the noise seed of one policy call, in [0, 2**63), independent of batches, order and workers."""
     text = f"{evaluation_seed}/{task}/{seed}/{step}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 

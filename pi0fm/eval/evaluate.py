@@ -1,9 +1,9 @@
-"""An evaluation from its configuration to its report.
+"""An evaluation, from its configuration to its report.
 
-Owns: the order policy -> episodes -> report. Does not know: how an episode is run (rollout), what the page looks like (report/page), Ray.
+Owns: the order policy -> episodes -> report. Does not know: how an episode is run (rollout), the page (report/page), Ray.
 
     evaluate ── plan ──> execute(episodes, setup) ──results, one by one──> journal: row, video ──> summary ──> report.html
-                         '- in_this_process, or actors that pi0fm.cluster gives
+                         '- in_this_process, or actors of pi0fm.cluster
 """
 
 import hashlib
@@ -34,10 +34,7 @@ NOISY = "euler_maruyama"  # flow.solver.EULER_MARUYAMA: that module imports torc
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """The policy, environments and settings of one process that runs episodes.
-
-    Both openers travel to other processes: functions of a module, or partials of them.
-    """
+    """The policy, environments and settings of one process that runs episodes; both openers can be pickled."""
 
     open_policy: Callable[[], Policy]
     open_environment: OpenEnvironment
@@ -51,12 +48,12 @@ class WorkerSetup:
 
 
 Executor = Callable[[Sequence[Episode], WorkerSetup], Iterator[EpisodeResult]]
-"""Runs episodes and gives their results as they come, in no promised order; they do not depend on the executor."""
+"""Runs episodes and yields their results in any order; the results do not depend on the executor."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of an evaluation, and the place of its report."""
+    """The figures of an evaluation and the place of its report."""
 
     summary: Summary
     rows: tuple[dict[str, Any], ...]
@@ -70,11 +67,11 @@ class Evaluation:
 
 
 def evaluate(config: EvalConfig, execute: Executor) -> Evaluation:
-    """Judge a policy and write the report; go on with what an interrupted evaluation of the same settings left in `output_dir`.
+    """Evaluate a policy and write the report; go on where an interrupted evaluation of the same settings stopped in `output_dir`.
 
-    Raises OutputError for a folder with another evaluation or that cannot be written, BundleError or ServingError for the policy,
-    ConfigError for seeds that were demonstrated, an unknown task or camera, and tasks that do not fit the policy, SimulationError for a
-    machine that cannot render.
+    Raises OutputError for a folder that holds another evaluation or cannot be written, BundleError or ServingError for the policy,
+    ConfigError for demonstrated seeds, an unknown task or camera, and tasks that do not fit the policy, SimulationError for a machine
+    that cannot render.
     """
     began = time.monotonic()
     output_dir = Path(config.output_dir)
@@ -115,7 +112,7 @@ def evaluate(config: EvalConfig, execute: Executor) -> Evaluation:
 
 
 def run_episodes(episodes: Sequence[Episode], setup: WorkerSetup, execute: Executor, journal: Journal | None = None) -> list[EpisodeResult]:
-    """Run `episodes` with a progress line, and return the results in their order; those in `journal` are not run again."""
+    """Run the `episodes` that are not in `journal`, with a progress line; return the results of all, in order."""
     found = journal.finished(episodes) if journal else {}
     successes, crashes = (sum(result.outcome == outcome for result in found.values()) for outcome in ("success", "crash"))
     left = [episode for episode in episodes if (episode.task, episode.seed) not in found]
@@ -129,7 +126,7 @@ def run_episodes(episodes: Sequence[Episode], setup: WorkerSetup, execute: Execu
 
 
 def in_this_process(episodes: Sequence[Episode], setup: WorkerSetup) -> Iterator[EpisodeResult]:
-    """Run episodes in the calling process: an Executor."""
+    """Run episodes in this process; an Executor."""
     rollout = setup.rollout(min(setup.environments_per_worker, len(episodes)))
     try:
         yield from run_all(episodes, rollout)
@@ -138,7 +135,7 @@ def in_this_process(episodes: Sequence[Episode], setup: WorkerSetup) -> Iterator
 
 
 def settings_for(config: EvalConfig, metadata: Mapping[str, Any]) -> RolloutSettings:
-    """Return the settings that each worker needs; where an option is not given, the policy's."""
+    """Return the settings of the episodes; the policy's where an option is not given."""
     longest = metadata.get("action_horizon", DEFAULT_EXECUTION_HORIZON)
     horizon = config.execution_horizon or metadata.get("execution_horizon") or min(DEFAULT_EXECUTION_HORIZON, longest)
     return RolloutSettings(horizon, config.seed, config.observation_change, tuple(config.tasks))
@@ -156,8 +153,8 @@ def _open_policy(config: EvalConfig) -> Policy:
 
 
 def _identity(config: EvalConfig, facts: Mapping[str, str], metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Collect all that an episode's result depends on, except its task and seed."""
-    told = json.dumps(dict(metadata), default=str, sort_keys=True)  # of a bundle and of our server its identity is in there
+    """Collect everything that an episode's result depends on, except its task and seed."""
+    told = json.dumps(dict(metadata), default=str, sort_keys=True)  # it holds the identity of a bundle
     own = {"policy": hashlib.sha256(told.encode()).hexdigest()}
     own |= {name: str(getattr(config, name)) for name in ("robot", "compile", "device", "precision", "threads")}
     ring = ",".join(config.tasks) if config.observation_change == "swapped_prompt" else ""

@@ -1,11 +1,11 @@
-"""The episodes of an evaluation that have ended, kept as each of them ends.
+"""A record of ended episodes on disk, by which an interrupted evaluation goes on.
 
 Owns: episodes.jsonl and videos/ while an evaluation runs, the lock that keeps a second process out. Does not know: the report.
 
-    OUTPUT/episodes.jsonl    {"settings": ...}           the first line: what the results are a function of
-                             {"task": ..., "seed": ...}  one line an episode, on the disk before the next is waited for; its video before it
-    OUTPUT/unfinished-N/     rows and videos of an evaluation of other settings, which an interruption left there
-It is removed when report.html, summary.json and episodes.json are there.
+    OUTPUT/episodes.jsonl    {"settings": ...}           the first line: everything that results depend on
+                             {"task": ..., "seed": ...}  one line for each episode, synced before the next; its video is written first
+    OUTPUT/unfinished-N/     rows and videos of an interrupted evaluation of other settings
+It is removed once report.html, summary.json and episodes.json are written.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from pi0fm_client.errors import OutputError
 
 @final
 class Journal:
-    """`with Journal(output_dir, settings) as journal: journal.add(result)`; without a result it leaves nothing."""
+    """`with Journal(output_dir, settings) as journal: journal.add(result)`; without a result no file is left."""
 
     def __init__(self, output_dir: Path, settings: Mapping[str, str]) -> None:
         self._folder, self._settings = output_dir, dict(settings)
@@ -35,7 +35,7 @@ class Journal:
         self._rows: dict[tuple[str, int], EpisodeResult] = {}
 
     def __enter__(self) -> Self:
-        """Lock and read the rows. Raises OutputError when another process evaluates into the folder, or it cannot be written."""
+        """Lock the file and read its rows. Raises OutputError when another process evaluates into the folder, or it cannot be written."""
         files.make_folder(self._folder)
         with files.write_faults(self._folder):
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -49,20 +49,20 @@ class Journal:
         if not self._rows:
             self.remove()
             with suppress(OSError):
-                self._folder.rmdir()  # only an empty one goes
+                self._folder.rmdir()  # only if it is empty
         os.close(self._file)
 
     def finished(self, episodes: Sequence[Episode]) -> dict[tuple[str, int], EpisodeResult]:
-        """Return the results of those `episodes` that were run before, with their videos."""
-        found = {(episode.task, episode.seed): self._rows.get((episode.task, episode.seed)) for episode in episodes if not episode.record}
-        for episode in (episode for episode in episodes if episode.record):
-            row = self._rows.get((episode.task, episode.seed))
-            filmed = row is not None and (row.outcome == "crash" or (row.video_path and (self._folder / row.video_path).is_file()))
-            found[episode.task, episode.seed] = row if filmed else None
-        return {key: row for key, row in found.items() if row is not None}
+        """Return the results of those `episodes` that were run before; one to be recorded must have its video."""
+        found = [(episode, self._rows[key]) for episode in episodes if (key := (episode.task, episode.seed)) in self._rows]
+        return {
+            (row.task, row.seed): row
+            for episode, row in found
+            if not episode.record or row.outcome == "crash" or (row.video_path and (self._folder / row.video_path).is_file())
+        }
 
     def add(self, result: EpisodeResult) -> EpisodeResult:
-        """Write the video, then the row; the result with its video's path. On an OutputError no part of the row is kept."""
+        """Write the video, then the row; return the result with its video's path. On an OutputError no part of the row is kept."""
         with files.write_faults(self._folder):
             kept = keep_video(self._folder, result)
             first = [] if self._rows else [{"settings": self._settings}]
@@ -72,7 +72,7 @@ class Journal:
         return kept
 
     def remove(self) -> None:
-        """Remove the file, once the report holds its rows."""
+        """Remove the file."""
         self._path.unlink(missing_ok=True)
 
     def _append(self, *rows: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""Which worker runs which episode, and which is to be tried again.
+"""Assignment of episodes to workers, with a second try after a worker's death.
 
-Owns: the queue, the second try, the verdict `crash` for what took a worker down twice. Does not know: Ray.
+Owns: the queue, the second try, the verdict `crash` for an episode whose worker died twice. Does not know: Ray.
 
     fresh ---assign (as many as fit)---> a worker's ---complete---> result
                                           | worker_died
@@ -20,7 +20,7 @@ from pi0fm.eval.episode import Episode, EpisodeResult
 
 @final
 class Ledger:
-    """The driver's account of an evaluation. Each (task, seed) must be there once."""
+    """The driver's queue of episodes, each (task, seed) once."""
 
     def __init__(self, episodes: Sequence[Episode]) -> None:
         self._fresh = deque(episodes)
@@ -35,7 +35,7 @@ class Ledger:
     def assign(self, worker: int, capacity: int) -> list[Episode]:
         """Assign new episodes to a worker that runs `capacity` at a time.
 
-        A second try waits until no fresh one is left and is run alone: an episode that kills its worker takes no other along twice.
+        A second try waits until no fresh episode is left, and runs alone: an episode that kills its worker harms no other twice.
         """
         own = self._assigned.setdefault(worker, {})
         new: list[Episode] = []
@@ -52,7 +52,7 @@ class Ledger:
             del self._assigned[worker][result.task, result.seed]
 
     def worker_died(self, worker: int, why: str) -> list[EpisodeResult]:
-        """Queue the episodes of a dead worker for a second try; a crash for each that had it."""
+        """Queue the episodes of a dead worker for a second try; return a crash for each that had it."""
         crashes = []
         for key, episode in self._assigned.pop(worker, {}).items():
             if key in self._retried:

@@ -1,6 +1,6 @@
-"""Environments that step together, served by one batched policy call for each chunk of actions.
+"""Environments that step together, with one batched policy call for each chunk of actions.
 
-Owns: what one advance does, what counts as a crash, which environment is used again. Does not know: simulators, networks, processes, files.
+Owns: the advance, the verdict `crash`, the reuse of environments. Does not know: simulators, networks, processes, files.
 
     advance             1                2                3                execution_horizon = 4
     environment 0     ?aaaa            ?aaS             ?dddd         ?  its observation in the one policy call, here of 3
@@ -8,7 +8,7 @@ Owns: what one advance does, what counts as a crash, which environment is used a
     environment 2     ?cX              ?eeee            ?eeee
 
 An environment whose episode ended waits for the end of the advance, then begins the next. The wait costs nothing, because the environments
-of one process step one after the other; in return all ask for a chunk at the same time, and the batch stays full.
+of one process step one after the other; in return all need a chunk at the same time, and the batch stays full.
 """
 
 import time
@@ -29,26 +29,8 @@ from pi0fm_client.types import ActionChunk, Observation, Policy
 OpenEnvironment = Callable[[str], Environment]
 
 
-def rollout(environments: Sequence[tuple[Environment, int]], policy: Policy, settings: RolloutSettings) -> list[EpisodeResult]:
-    """Run each environment once from its seed, all together; one result for each, in order.
-
-    The environments stay the caller's, except that one that crashed is closed. Each (task, seed) must be there once.
-    Raises ConfigError when an environment and the policy do not fit, BundleError for actions that cannot be executed,
-    and whatever the policy raises: a policy's fault is not an environment's crash.
-    """
-    pool = [environment for environment, _ in environments]
-
-    def open_given(task: str) -> Environment:
-        return pool.pop(next(index for index, environment in enumerate(pool) if environment.task == task))
-
-    episodes = [Episode(environment.task, seed) for environment, seed in environments]
-    results = list(run_all(episodes, BatchedRollout(open_given, policy, settings, max(1, len(episodes)))))
-    found = {(result.task, result.seed): result for result in results}
-    return [found[episode.task, episode.seed] for episode in episodes]
-
-
 def run_all(episodes: Sequence[Episode], batch: "BatchedRollout") -> Iterator[EpisodeResult]:
-    """Run a queue of episodes through `batch`; results come as they are ready, in no promised order."""
+    """Run a queue of episodes through `batch`; yield results as they end, in any order."""
     waiting = list(reversed(episodes))
     while waiting or batch.active:
         yield from batch.advance([waiting.pop() for _ in range(min(batch.free, len(waiting)))])
@@ -72,13 +54,13 @@ class _RunningEpisode:
 
     @contextmanager
     def guard(self, *pass_on: type[Exception]) -> Iterator[None]:
-        """Turn a fault of the environment into this episode's crash, and count the time; faults in `pass_on` go through."""
+        """Turn a fault of the environment into this episode's crash, and count the time; faults in `pass_on` are raised."""
         began = time.perf_counter()
         try:
             yield
         except pass_on:
             raise
-        except Exception as error:  # noqa: BLE001  a simulator may raise anything, and its neighbours must go on
+        except Exception as error:  # noqa: BLE001  a simulator may raise anything, and the other episodes must go on
             self.outcome, self.error = "crash", one_line(error)
         finally:
             self.seconds += time.perf_counter() - began
@@ -86,11 +68,11 @@ class _RunningEpisode:
 
 @final
 class BatchedRollout:
-    """Up to `num_environments` episodes that advance together; the caller hands in new ones between advances.
+    """Up to `num_environments` episodes that advance together; the caller adds new ones between advances.
 
-    open_environment: makes the environment of a task; a Pi0fmError from it (an unknown camera), and a SimulationError from the first
-    picture (no renderer), are passed on: every episode would meet them. Any other fault of an environment is a crash.
-    At most `num_environments` are open at a time; one that ended well is used again for the next episode of its task.
+    open_environment: makes the environment of a task. Its Pi0fmError (an unknown camera), and a SimulationError of the first picture
+    (no renderer), are raised, because every episode would fail alike. Any other fault of an environment is a crash of its episode.
+    At most `num_environments` are open at a time; one whose episode did not crash is used again for the next episode of its task.
     """
 
     def __init__(self, open_environment: OpenEnvironment, policy: Policy, settings: RolloutSettings, num_environments: int) -> None:
@@ -101,16 +83,16 @@ class BatchedRollout:
 
     @property
     def active(self) -> int:
-        """Episodes that have begun and not ended."""
+        """The number of episodes that are running."""
         return len(self._running)
 
     @property
     def free(self) -> int:
-        """Episodes that can begin with the next advance."""
+        """The number of episodes that can begin with the next advance."""
         return self._num_environments - len(self._running)
 
     def advance(self, episodes: Sequence[Episode]) -> list[EpisodeResult]:
-        """Begin `episodes` (at most `free`), ask the policy once for all, execute `execution_horizon` actions; return what ended."""
+        """Begin `episodes` (at most `free`), call the policy once for all, execute `execution_horizon` actions; return ended episodes."""
         for episode in episodes:
             self._begin(episode)
         for run in self._running:
@@ -125,7 +107,7 @@ class BatchedRollout:
         return self._collect()
 
     def close(self) -> None:
-        """Close every environment; episodes that had not ended are dropped."""
+        """Close every environment; running episodes are dropped."""
         for run in self._running:
             self._discard(run)
         for environment in self._idle:
@@ -142,7 +124,7 @@ class BatchedRollout:
             if run.environment is not None:
                 if self._settings.observation_change == "frozen_image":
                     run.environment.reset(other_seed(episode.seed))
-                    # A copy: a renderer may hand out the same buffer again.
+                    # a copy, because a renderer may return the same buffer again
                     run.frozen = {name: image.copy() for name, image in run.environment.observe().images.items()}
                 run.environment.reset(episode.seed)
                 self._record_frame(run)
@@ -157,7 +139,7 @@ class BatchedRollout:
         return self._open(task)
 
     def _changed_prompt(self, task: str) -> str | None:
-        """Return the sentence of another task when prompts are swapped; that task's environment is opened once for it."""
+        """Return the sentence of another task when prompts are swapped; its environment is opened once for it."""
         shown = self._settings.prompt_task(task)
         if shown == task:
             return None
@@ -170,7 +152,7 @@ class BatchedRollout:
     def _observe(self, run: _RunningEpisode) -> None:
         if run.outcome is not None or run.environment is None:
             return
-        # A machine that cannot render says so at the first picture: that is the user's to mend, and not this episode's crash.
+        # a machine that cannot render fails at the first picture, which is no crash of this episode
         with run.guard(*((SimulationError,) if run.steps == 0 else ())):
             seen = run.environment.observe()
             images = seen.images if run.frozen is None else run.frozen
@@ -249,13 +231,13 @@ class BatchedRollout:
         with run.guard():
             if environment is not None:
                 environment.close()
-        run.error = crash  # the first fault is the one to report
+        run.error = crash  # report the first fault
 
 
 def check_fit(environment: Environment, observation: Observation, metadata: Mapping[str, Any], execution_horizon: int) -> None:
     """Raise ConfigError when a policy cannot drive an environment.
 
-    What the policy does not tell (a foreign server) is not compared here: its actions are checked at each call.
+    Facts that its metadata lack (a foreign server's) are not compared; its actions are checked at each call.
     """
     horizon = metadata.get("action_horizon", execution_horizon)
     if execution_horizon > horizon:

@@ -19,7 +19,7 @@ class Interval:
 
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval: the rates p for which |k/n - p| <= z sqrt(p (1 - p) / n), E. B. Wilson, JASA 22 (1927).
+    """Compute Wilson's score interval: the rates p with |k/n - p| <= z sqrt(p (1 - p) / n), E. B. Wilson, JASA 22 (1927).
 
     Raises ValueError unless 0 <= successes <= trials and trials >= 1.
     """
@@ -29,7 +29,7 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
 
 
 def mean_over_tasks(counts: Sequence[tuple[int, int]], confidence: float = 0.95) -> Interval:
-    """The unweighted mean of the tasks' rates, tasks taken as fixed (stratified): nothing is claimed about tasks that were not run.
+    """Compute the unweighted mean of the tasks' rates. The tasks are fixed (stratified): nothing is claimed about other tasks.
 
     counts: (successes, trials) of each of T tasks. The variance of the mean is sum p_i (1 - p_i) / n_i / T^2; it is replaced by
     m (1 - m) / n with the mean m and n = T^2 / sum 1 / n_i, and Wilson's inequality is solved for m. With equal trials that can only
@@ -46,11 +46,11 @@ def mean_over_tasks(counts: Sequence[tuple[int, int]], confidence: float = 0.95)
 
 
 def _score(rate: float, trials: float, confidence: float) -> Interval:
-    """(p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)"""
+    """Compute (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     centre = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
-    # The ends touch 0 and 1 exactly at rates of 0 and 1; the subtraction leaves 1e-17 there.
+    # at rates of 0 and 1 the ends are 0 and 1 exactly, where the subtraction leaves 1e-17
     low = 0.0 if rate == 0 else max(0.0, centre - half)
     high = 1.0 if rate == 1 else min(1.0, centre + half)
     return Interval(rate, low, high)

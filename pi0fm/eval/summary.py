@@ -1,4 +1,4 @@
-"""From episodes to figures: success by task and over tasks, with intervals; crashes apart.
+"""Figures of an evaluation: success by task and over tasks, with intervals; crashes are counted separately.
 
 Owns: `Summary`. Does not know: how it is shown.
 """
@@ -14,7 +14,7 @@ from pi0fm.eval.statistics import Interval, mean_over_tasks, wilson
 
 @dataclass(frozen=True)
 class MeanScores:
-    """Scores of the episodes of one task that ended alike: the mean over episodes of each episode's mean over its policy calls."""
+    """Scores of one task's episodes of one outcome: the mean over episodes of each episode's mean over its policy calls."""
 
     outcome: str
     episodes: int
@@ -30,10 +30,7 @@ class MeanScores:
 
 @dataclass(frozen=True)
 class TaskSummary:
-    """One task. `interval` is None when every episode crashed: then nothing is known about the policy.
-
-    scores: of successes and of failures, where episodes were scored and there are any.
-    """
+    """One task. interval: None when every episode crashed. scores: of successes and of failures, where there are any."""
 
     task: str
     successes: int
@@ -45,7 +42,7 @@ class TaskSummary:
 
     @property
     def trials(self) -> int:
-        """Episodes that ended by themselves; a crash says nothing about the policy and is not among them."""
+        """The number of episodes without a crash, which would tell nothing about the policy."""
         return self.successes + self.failures
 
 
@@ -60,11 +57,11 @@ class Summary:
 
     @property
     def scored(self) -> bool:
-        """Whether any task has scores."""
+        """Tell whether any task has scores."""
         return any(task.scores for task in self.tasks)
 
     def json(self) -> dict[str, Any]:
-        """Return the figures of summary.json and of the command's last line; `scores` only where there are some."""
+        """Return the figures of summary.json and of the command's last line, with `scores` where there are any."""
         scores = {task.task: {each.outcome: each.json() for each in task.scores} for task in self.tasks if task.scores}
         figures = {
             "mean_success": self.mean and round(self.mean.rate, 6),
@@ -77,7 +74,7 @@ class Summary:
         return figures | {"scores": scores} if scores else figures
 
     def warnings(self) -> list[str]:
-        """Return one line of warning for each task with crashes."""
+        """Return a warning for each task with crashes."""
         lines = []
         for task in self.tasks:
             if task.crashes and task.trials:

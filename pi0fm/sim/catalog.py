@@ -1,6 +1,6 @@
-"""From `SUITE/TASK` to a suite and its task.
+"""Suites and their tasks by the name `SUITE/TASK`.
 
-Owns: which suites there are, how a task is written and what reports call it. Does not know: what a suite holds.
+Owns: the list of suites, the written form of a task, its name in reports. Does not know: the contents of a suite.
 
     metaworld/drawer-open-v3  --find-->  the suite metaworld, drawer-open-v3
               drawer-open-v3  --find-->  the same: a name alone belongs to DEFAULT_SUITE
@@ -26,7 +26,7 @@ def suite_named(name: str) -> Suite:
 
 
 def find(task: str) -> tuple[Suite, str]:
-    """Return the suite of a task, and the task's name there. Raises ConfigError that names the nearest for an unknown one of either."""
+    """Return the suite of a task, and the task's name there. Raises ConfigError that names the nearest suite or task."""
     prefix, slash, name = task.rpartition("/")
     suite = suite_named(prefix if slash else DEFAULT_SUITE)
     suite.check(name)
@@ -34,12 +34,12 @@ def find(task: str) -> tuple[Suite, str]:
 
 
 def report_name(task: str) -> str:
-    """Return the name of a task in reports, noise seeds and recordings: without the prefix of DEFAULT_SUITE. The task need not exist."""
+    """Return a task's name in reports, noise seeds and recordings, without the prefix of DEFAULT_SUITE. The task need not exist."""
     return task.removeprefix(f"{DEFAULT_SUITE}/")
 
 
 def known(task: str) -> bool:
-    """Tell whether a suite has that task: a data set of a real robot has tasks too."""
+    """Tell whether a suite has that task: those of a real robot's data set are in none."""
     try:
         find(task)
     except ConfigError:
@@ -48,7 +48,7 @@ def known(task: str) -> bool:
 
 
 def prompt_of(task: str) -> str:
-    """Return the sentence that a policy reads. Raises ConfigError as `find` does."""
+    """Return the sentence that a policy reads for a task. Raises ConfigError as `find` does."""
     suite, name = find(task)
     return suite.tasks[name].prompt
 
@@ -62,6 +62,6 @@ def shared_suite(tasks: Sequence[str]) -> Suite:
 
 
 def open_environment(task: str, cameras: tuple[CameraSpec, ...] = (), max_steps: int | None = None) -> Environment:
-    """Open the environment of a task as a user writes it."""
+    """Open the environment of a task in its written form."""
     suite, name = find(task)
     return suite.open(name, cameras, max_steps)

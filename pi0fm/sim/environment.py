@@ -1,4 +1,4 @@
-"""A simulated robot as the rest of pi0fm sees it.
+"""The interface of a simulated robot.
 
 Owns: `Environment`, `StepResult`, `CameraSpec` and its text form `NAME=SOURCE:WIDTHxHEIGHT`. Does not know: any simulator.
 Shape letters: A robot action dim, S state dim.
@@ -21,7 +21,7 @@ LARGEST_PICTURE = 2048
 
 @dataclass(frozen=True)
 class StepResult:
-    """success: the task is solved in this step. done: the episode is over, by success or by its last step."""
+    """success: this step solved the task. done: the episode is over, by success or by its last step."""
 
     success: bool
     done: bool
@@ -29,9 +29,9 @@ class StepResult:
 
 @dataclass(frozen=True)
 class CameraSpec:
-    """A picture that an observation holds.
+    """A picture of an observation.
 
-    name: what the embodiment calls it. source: what the simulator calls the camera.
+    name: the embodiment's. source: the simulator's name of the camera.
     height, width: pixels, 8 to 2048, even because video needs it.
     Raises ConfigError for a size out of range.
     """
@@ -61,7 +61,7 @@ def parse_camera(text: str) -> CameraSpec:
 
 
 def parse_cameras(texts: str | Iterable[str]) -> tuple[CameraSpec, ...]:
-    """Parse every camera in a tuple of texts, or in one text with commas. Raises ConfigError when there is none, or a name comes twice."""
+    """Parse the cameras of several texts, or of one text with commas. Raises ConfigError for no camera, or two of one name."""
     words = texts.split(",") if isinstance(texts, str) else [word for text in texts for word in str(text).split(",")]
     cameras = tuple(parse_camera(word) for word in words if word.strip())
     names = [camera.name for camera in cameras]
@@ -76,7 +76,7 @@ class Environment(ABC):
     """One task in one simulator, in the calling process and thread.
 
     reset(seed) -> observe() -> step(action) -> step(action) -> ... -> done
-                      '- renders now, so a policy that looks every 8 steps pays for one picture in 8
+                      '- renders at the call, so a policy with chunks of 8 steps costs one picture in 8
     """
 
     task: str  # the name that reports use
@@ -89,7 +89,7 @@ class Environment(ABC):
 
     @abstractmethod
     def reset(self, seed: int) -> None:
-        """Begin an episode; the same seed gives the same start, whatever came before."""
+        """Begin an episode; the start is a function of the seed alone."""
 
     @abstractmethod
     def step(self, action: NDArray[np.float32]) -> StepResult:
@@ -105,8 +105,8 @@ class Environment(ABC):
 
     @abstractmethod
     def expert_action(self) -> NDArray[np.float32]:
-        """Ask the scripted expert for its action in this state, float32 [A] in [-1, 1]. Raises SimulationError where there is no expert."""
+        """Return the scripted expert's action in this state, float32 [A] in [-1, 1]. Raises SimulationError where there is no expert."""
 
     @abstractmethod
     def close(self) -> None:
-        """Free the simulator's memory; further calls are errors, closing again is not."""
+        """Free the simulator's memory; no other call but a second `close` may follow."""

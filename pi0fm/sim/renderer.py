@@ -1,11 +1,10 @@
-"""Pictures from MuJoCo without a window, ten times faster than its defaults.
+"""Off-screen pictures from MuJoCo, ten times faster than by its defaults.
 
-Owns: the choice of EGL or OSMesa, the one GL context of a process, what is drawn. Does not know: tasks, robots, how a camera is turned.
-On a processor Mesa's time goes on vertices. Three things are left out, in this order of gain: shadows, reflections and multisampling;
-objects outside the camera's pyramid, which changes no pixel; triangles smaller than a pixel (metaworld/coarse_mesh.py), on a grid that
-follows the largest camera of the configuration, not the film, so that filming does not change what the policy sees. Demonstrations and
-evaluation must draw alike: both use the cameras that the bundle keeps.
-Rendering belongs to one thread of a process at a time: the GL context is made current for every picture.
+Owns: the choice of EGL or OSMesa, the GL context of a process, the drawn objects. Does not know: tasks, robots, orientation of a camera.
+On a processor Mesa spends its time on vertices. Left out are, by gain: shadows, reflections and multisampling; objects outside the
+camera's pyramid, which changes no pixel; triangles smaller than a pixel (metaworld/coarse_mesh.py), on a grid for the largest camera of
+the configuration: filming does not change the policy's pictures. Demonstrations and evaluation must draw alike; both use the cameras in
+the bundle. Only one thread of a process may render at a time: the GL context is made current for every picture.
 
     process ── one GL context ─┬─ Renderer(model A) ── off-screen buffer, grows to the largest picture asked for
                                └─ Renderer(model B)
@@ -31,9 +30,9 @@ _INSTALL = "install one with `apt-get install libegl1 libgl1-mesa-dri` or `apt-g
 
 
 def choose_backend() -> str:
-    """Choose the GL library to render with: the user's MUJOCO_GL or PYOPENGL_PLATFORM, else the first of EGL and OSMesa that is there.
+    """Choose the GL library: the user's MUJOCO_GL or PYOPENGL_PLATFORM, else EGL, else OSMesa. Raises SimulationError.
 
-    MUJOCO_GL is set when it was not: mujoco reads it when it is imported, so this is called before that. Raises SimulationError.
+    Call it before mujoco is imported, which reads the variable MUJOCO_GL that this sets.
     """
     asked = os.environ.get("MUJOCO_GL", "").strip().lower() or os.environ.get("PYOPENGL_PLATFORM", "").strip().lower()
     if asked and asked not in (*BACKENDS, "glfw"):
@@ -52,7 +51,7 @@ def choose_backend() -> str:
 
 
 def load_mujoco() -> Any:
-    """Import the mujoco module, after the choice of GL library, which its import loads. Raises SimulationError when that fails."""
+    """Choose the GL library and import mujoco, which loads it. Raises SimulationError when that fails."""
     backend = choose_backend()
     try:
         return importlib.import_module("mujoco")
@@ -67,10 +66,10 @@ def gl_context() -> Any:
     backend = choose_backend()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # GLFW warns about what becomes an error below
+            warnings.simplefilter("ignore")  # GLFW warns of the error below
             context = importlib.import_module(f"mujoco.{backend}").GLContext(64, 64)
             context.make_current()
-        # GLFW hands out a context that is none where there is no display: only use shows it.
+        # without a display GLFW returns an invalid context, which only its use shows
         mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), mujoco.mjtFontScale.mjFONTSCALE_50.value).free()
     except (ImportError, RuntimeError, AttributeError, OSError, TypeError, mujoco.FatalError) as error:
         raise _cannot_render(backend, error) from None
@@ -107,7 +106,7 @@ class Renderer:
         if height > self._size[0] or width > self._size[1]:
             self._size = (max(height, self._size[0]), max(width, self._size[1]))
             mujoco.mjr_resizeOffscreen(self._size[1], self._size[0], self._context)
-        # another renderer of this process may have bound another buffer: without this the picture would be drawn there
+        # another renderer of this process may have bound its buffer
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._camera.fixedcamid = camera
         unseen = outside_view(
@@ -136,7 +135,7 @@ def outside_view(
     fovy: float,
     aspect: float,
 ) -> NDArray[np.bool_]:
-    """Find the bounding spheres that are wholly outside a camera's pyramid: leaving them out saves their vertices and changes no pixel.
+    """Find the bounding spheres that are wholly outside a camera's pyramid; leaving them out changes no pixel.
 
     centres [G, 3] and radii [G] in metres (radius 0 is unbounded: never outside); eye [3]; rotation [9], camera to world;
     fovy in degrees; aspect is width / height. The camera looks along its own -z.
@@ -151,7 +150,7 @@ def outside_view(
 
 
 def _egl_has_device() -> bool:
-    """True when libEGL is there and names a device: Mesa's software renderer is one. A vendor's EGL without its GPU names none."""
+    """Tell whether libEGL exists and names a device, such as Mesa's software renderer. A vendor's EGL without its GPU names none."""
     library = ctypes.util.find_library("EGL")
     if library is None:
         return False

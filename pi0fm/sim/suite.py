@@ -1,6 +1,6 @@
-"""A simulator as the rest of pi0fm sees it: its tasks, its robot, how an environment is opened.
+"""The interface of a simulator: its tasks, its robot, the opening of an environment.
 
-Owns: `Suite`, `Task`, and the checks of what is asked of a suite. Does not know: any simulator, the list of suites.
+Owns: `Suite`, `Task`, the checks of a task's name, cameras and step limit. Does not know: any simulator, the list of suites.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from pi0fm_client.errors import ConfigError, SimulationError
 
 @dataclass(frozen=True)
 class Task:
-    """prompt: the sentence that a policy reads. max_steps: an episode that has not succeeded by then is a failure."""
+    """prompt: the sentence that a policy reads. max_steps: an episode without success after so many steps is a failure."""
 
     prompt: str
     max_steps: int
@@ -24,7 +24,7 @@ class Task:
 class Suite:
     """The tasks of one simulated robot.
 
-    name: as in `NAME/TASK`. title: for a person. cameras: sources that a picture can come from. default_cameras: where none are given.
+    name: as in `NAME/TASK`. title: for messages. cameras: the sources of pictures. default_cameras: where none are given.
     fps: control steps in a simulated second. state_names, action_names: of the robot's numbers. longest_episode: steps.
     has_expert: whether `Environment.expert_action` works. packages: distributions that `build` imports; install: the command for them.
     build: (name of the task, cameras, max_steps) -> Environment, whose `task` is the name that reports use.

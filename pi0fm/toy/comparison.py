@@ -1,6 +1,6 @@
-"""Flow matching, CNF and diffusion compared: the same data, network, budget and judge.
+"""Comparison of flow matching, CNF and diffusion: the same data, network, budget and measures.
 
-Owns: the order train -> judge for each method, every figure of demo.json. Does not know: pictures, pages, files.
+Owns: the order train -> measure for each method, every figure of demo.json. Does not know: pictures, pages, files.
 
     NLL              -log p_1 of held-out points by pi0fm.flow.likelihood: exact divergence, RK4 on a fine grid, the same for all methods
     common NLL       the worst of the methods' best held-out NLLs: every method reaches it
@@ -9,15 +9,16 @@ Owns: the order train -> judge for each method, every figure of demo.json. Does 
     distance         sliced Wasserstein-2 of samples to as many held-out points: root of the mean over directions of the squared
                      distance of the two sorted projections (Bonneel et al. 2015, doi 10.1007/s10851-014-0506-3)
     common distance  1.1 times the worst of the methods' distances at their finest: every method reaches it
-    evaluations      the fewest of the network, a sample, from which on the distance stays within the common distance
+    evaluations      the fewest evaluations a sample from which on the distance stays within the common distance
 
-The same noise and the same points serve every method and every number of evaluations, so a curve shows the sampler, not luck.
+Every method and every number of evaluations uses the same noise and points: curves differ by the sampler alone.
 Shape letters: B points, K directions.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, final
 
 import torch
@@ -45,7 +46,7 @@ TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)
 
 
 class Quality(NamedTuple):
-    """Distance of samples to held-out points, for so many evaluations of the network a sample."""
+    """Distance of samples to held-out points at a number of evaluations a sample."""
 
     evaluations: int
     distance: float
@@ -54,10 +55,10 @@ class Quality(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Outcome:
-    """One trained method, judged.
+    """One trained method and its measures.
 
     nll: of HELD_OUT points, nats. samples: SAMPLES points, sampled at its finest.
-    ode: quality by the flow's solver. ancestral: by ancestral sampling, for the diffusion alone.
+    ode: quality by the flow's solver. ancestral: quality by ancestral sampling, for the diffusion only.
     """
 
     method: Method
@@ -70,17 +71,14 @@ class Outcome:
 
     @property
     def sampler(self) -> tuple[Quality, ...]:
-        """The method's own way to sample: ancestral for the diffusion, the ODE for the others."""
+        """The quality of ancestral sampling for the diffusion, of the ODE for the others."""
         return self.ancestral or self.ode
 
 
 @final
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that was found.
-
-    entropy: the NLL of the data's own density on the same held-out points. floor: the distance between two sets of data.
-    """
+    """All methods' outcomes. entropy: NLL of the data's density on the held-out points. floor: distance between two sets of data."""
 
     dataset: Dataset
     seed: int
@@ -89,7 +87,7 @@ class Comparison:
     floor: float
 
     def figures(self) -> dict[str, Any]:
-        """Return every figure of demo.json and of the page, by method name where it is a method's; None for what no mark reaches."""
+        """Return every figure of demo.json and of the page; None where no mark reaches a common NLL or distance."""
         by_name = {outcome.method.name: outcome for outcome in self.outcomes}
         curves = {name: outcome.curve for name, outcome in by_name.items()}
         best = [min(mark.nll for mark in curve) for curve in curves.values()]
@@ -126,8 +124,8 @@ class Comparison:
 def compare(
     dataset: Dataset, methods: Sequence[Method], seed: int, *, seconds: float | None = None, steps: int | None = None
 ) -> Comparison:
-    """Train every method for `seconds` or `steps`, and judge it. Raises FlowError when a training leaves the finite numbers."""
-    # Streams apart from the trainings', which start at the seed itself.
+    """Train every method for `seconds` or `steps`, and measure it. Raises FlowError when a training diverges."""
+    # another stream than the trainings', which start at the seed
     generator = torch.Generator().manual_seed(2**32 + seed)
     held_out = dataset.sample(HELD_OUT, generator)
     other, noise = dataset.sample(SAMPLES, generator), torch.randn(SAMPLES, 2, generator=generator)
@@ -139,7 +137,7 @@ def compare(
             try:
                 return held_out_nll(flow, network, held_out[:CURVE_POINTS], CURVE_STEPS)
             except FlowError:
-                return math.inf  # a field that is still so rough that no grid follows it; the final NLL has no such excuse
+                return math.inf  # early in training the field may be too rough for any grid
 
         network, curve = train(method, dataset, seed, along_training, seconds=seconds, steps=steps)
         nll = held_out_nll(flow, network, held_out, FINE_STEPS)
@@ -156,9 +154,9 @@ def compare(
 
 
 def grid(flow: FlowMatching, num_steps: int) -> list[float]:
-    """Return times from noise to data on which a smooth field is followed with equal care.
+    """Return times from noise to data: uniform in t where the path's velocity is finite on [0, 1], else in ln(alpha / sigma).
 
-    Uniform in t where the path's velocity is finite on [0, 1]; else uniform in ln(alpha / sigma), which VP needs near data.
+    VP needs the latter near data.
     """
     finite = torch.isfinite(flow.path.sigma_prime(torch.tensor([0.0, 1.0], dtype=torch.float64)))
     return flow.grid(num_steps) if bool(finite.all()) else sde_grid(flow, num_steps)
@@ -183,32 +181,26 @@ Sampler = Callable[[Velocity], Tensor]
 """network -> samples, from one fixed noise."""
 
 
-def ode_samplers(flow: FlowMatching, noise: Float[Tensor, "B 2"]) -> list[Sampler]:
-    """Return samplers by the flow's own solver, coarse to fine: by number of steps on a fixed grid, by tolerance for dopri5."""
-
-    def sampler(flow: FlowMatching, num_steps: int) -> Sampler:
-        return lambda network: flow.sample(network, noise, times=grid(flow, num_steps), check=False)
-
-    if flow.solver == "dopri5":
-        return [sampler(replace(flow, tolerance=tolerance), flow.num_flow_steps) for tolerance in TOLERANCES]
-    counts = sorted({max(1, evaluations // num_evaluations(flow.solver, 1)) for evaluations in EVALUATIONS})
-    return [sampler(flow, count) for count in counts]
+def ode_samplers(flow: FlowMatching, noise: Float[Tensor, "B 2"]) -> Iterator[Sampler]:
+    """Yield samplers by the flow's solver, coarse to fine: by number of steps on a fixed grid, by tolerance for dopri5."""
+    steps = sorted({max(1, evaluations // num_evaluations(flow.solver, 1)) for evaluations in EVALUATIONS if flow.solver != "dopri5"})
+    fixed = [(flow, count) for count in steps]
+    adaptive = [(replace(flow, tolerance=tolerance), flow.num_flow_steps) for tolerance in TOLERANCES]
+    for each, count in fixed or adaptive:
+        yield partial(each.sample, noise_BHA=noise, times=grid(each, count), check=False)
 
 
-def ancestral_samplers(flow: FlowMatching, noise: Float[Tensor, "B 2"], seed: int) -> list[Sampler]:
-    """Return ancestral samplers by number of steps, each with the same random numbers."""
-
-    def sampler(num_steps: int) -> Sampler:
-        return lambda network: sample_ancestral(flow, network, noise, num_steps, generator=torch.Generator().manual_seed(seed))
-
-    return [sampler(count) for count in ANCESTRAL_STEPS]
+def ancestral_samplers(flow: FlowMatching, noise: Float[Tensor, "B 2"], seed: int) -> Iterator[Sampler]:
+    """Yield ancestral samplers by number of steps, each with the same random numbers."""
+    for count in ANCESTRAL_STEPS:
+        yield partial(sample_ancestral, flow, noise=noise, num_steps=count, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def quality_curve(
     samplers: Iterable[Sampler], network: Velocity, held_out: Float[Tensor, "B 2"]
 ) -> tuple[tuple[Quality, ...], Float[Tensor, "B 2"]]:
-    """Return the quality of each sampler, infinite where it has left the finite numbers, and the samples of the last."""
+    """Return the quality of each sampler, infinite where a sample is not finite, and the samples of the last."""
     curve, sample = [], held_out
     for sampler in samplers:
         sample = sampler(counted := Counted(network))
@@ -218,10 +210,7 @@ def quality_curve(
 
 
 def fewest(curve: Sequence[Quality], distance: float) -> int | None:
-    """Return the fewest evaluations from which on the distance stays at or below `distance`; None where the last is above it.
-
-    `From which on`: a coarse sampler that comes close by luck does not count.
-    """
+    """Return the fewest evaluations from which on all distances are at or below `distance`; None where the last is above it."""
     found = None
     for quality in reversed(curve):
         if not quality.distance <= distance:
@@ -236,5 +225,5 @@ def seconds_to(curve: Sequence[Mark], nll: float) -> float | None:
 
 
 def _rows(curve: Sequence[Mark] | Sequence[Quality]) -> list[dict[str, float | None]]:
-    """Return the rows for JSON, which has no infinity: null stands for it."""
+    """Return the rows for JSON, with null for infinity."""
     return [{name: value if math.isfinite(value) else None for name, value in row._asdict().items()} for row in curve]

@@ -2,8 +2,8 @@
 
 Owns: samples and log-density of each. Does not know: paths, networks, methods.
 
-A curve blurred by N(0, s^2 I) is a mixture of Gaussians along the curve, so its density is a sum over fine points of the curve. The
-entropy of these densities is a lower bound of every model's expected NLL. Each set has mean 0 and root mean square about 1 a coordinate.
+A curve blurred by N(0, s^2 I) is a mixture of Gaussians along the curve: its density is a sum over fine points of the curve. The entropy
+of these densities is a lower bound of every model's expected NLL. Each set has mean 0 and root mean square about 1 a coordinate.
 Shape letters: B points, M points of a curve.
 """
 
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 CURVE_POINTS = 1024
-BLOCK = 4096  # points whose distances to a whole curve are held at once
+BLOCK = 4096  # points whose distances to a curve are in memory at once
 
 
 @final
@@ -35,7 +35,7 @@ class Dataset:
     log_density: Callable[[Tensor], Tensor]
 
     def sample(self, num: int, generator: torch.Generator) -> Float[Tensor, "B 2"]:
-        """Draw `num` independent float32 points with random numbers from `generator` alone."""
+        """Draw `num` independent float32 points."""
         return self.draw(num, generator).float()
 
     def log_prob(self, x: Float[Tensor, "B 2"]) -> Float[Tensor, " B"]:

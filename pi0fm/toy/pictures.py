@@ -1,8 +1,8 @@
-"""Pictures of the trained flows: over time, in the plane, beside the data, and what each method cost.
+"""Pictures of the trained flows and of each method's cost.
 
-Owns: what is computed for them and how it is drawn. Does not know: how the figures of the comparison were measured; files.
+Owns: their computation and drawing. Does not know: how the figures of the comparison were measured; files.
 
-    over_time     p_t on a grid of points at six times: every point is carried back to noise, exactly as an NLL is
+    over_time     p_t on a grid of points at six times: every point is integrated back to noise, as for an NLL
     trajectories  points in the plane from noise to data; one coordinate against time above the density of all points
     field         streamlines of v_t above p_t at three times
     learned       density and samples of each method beside those of the data
@@ -65,9 +65,10 @@ def trajectories(comparison: Comparison) -> bytes:
     x = states[:, :, 0]
     reach = float(x.abs().quantile(0.999))
     edge = torch.linspace(-reach, reach, 120)
-    # A kernel estimate of the density at each instant, by its own largest value: else the sharp end would hide the rest.
+    # a kernel estimate of the density at each time over its largest value: the sharp end would hide the rest
     columns = torch.stack([torch.exp(-(((edge[:, None] - row) / (0.025 * reach)) ** 2) / 2).mean(1) for row in x])
-    river.pcolormesh(times, edge.numpy(), (columns / columns.amax(1, keepdim=True)).T.numpy(), cmap=_densities(), shading="gouraud")
+    columns = (columns / columns.amax(1, keepdim=True)).T
+    river.pcolormesh(times, edge.numpy(), columns.numpy(), cmap=_colours(*DENSITY_COLOURS), shading="gouraud")
     river.plot(times, x[:, :RIVER_LINES].numpy(), color=pages.INK, linewidth=0.6, alpha=0.7)
     pages.chart(river, "one coordinate: noise flows into data", "time t (0 noise, 1 data)", "first coordinate of x")
     river.grid(False)
@@ -131,7 +132,7 @@ def costs(comparison: Comparison) -> bytes:
     left.axhline(comparison.entropy, color=pages.INK, linewidth=1, linestyle="--", label=f"entropy of the data, {comparison.entropy:.3f}")
     if len(comparison.outcomes) > 1:
         left.axhline(found["common_nll"], color=pages.SOFT, linewidth=1, linestyle=":", label=f"common NLL, {found['common_nll']:.3f}")
-    # A first mark may be far off: the window holds every last mark, and at most 1.5 nats above the lowest of all else.
+    # early marks may be far off: the window holds every last mark, and of the others 1.5 nats above the lowest
     finite = [[mark.nll for mark in outcome.curve if math.isfinite(mark.nll)] for outcome in comparison.outcomes]
     lowest = min(comparison.entropy, *itertools.chain(*finite))
     highest = max([min(max(itertools.chain([lowest], *finite)), lowest + 1.5), *(curve[-1] for curve in finite if curve)])
@@ -168,7 +169,7 @@ def _density(outcome: Outcome, wanted: float, extent: float) -> tuple[float, flo
 
 
 def _paths(comparison: Comparison) -> tuple[list[float], Float[Tensor, "T B 2"]]:
-    """Return times, and the states of POINTS points at each of them, by the flow's own solver."""
+    """Return times, and the states of POINTS points at each of them, by the flow's solver."""
     flow, network = comparison.outcomes[0].method.flow, comparison.outcomes[0].network
     times = grid(flow, 2 * TIME_STEPS)
     states = [flow.path.prior_scale * torch.randn(POINTS, 2, generator=torch.Generator().manual_seed(comparison.seed))]
@@ -185,11 +186,11 @@ def _square(extent: float, size: int) -> Float[Tensor, "G2 2"]:
 
 
 def _draw_density(axis: Any, density: Float[Tensor, "G G"], extent: float, largest: float) -> None:
-    """Draw a density as colour, on a scale from 0 to `largest`; a root of it, so that thin parts show."""
+    """Draw a density as colour, on a scale of its root from 0 to `largest`, which shows thin parts."""
     from matplotlib.colors import PowerNorm
 
     window, norm = (-extent, extent, -extent, extent), PowerNorm(0.6, 0, largest)
-    axis.imshow(density.numpy(), origin="lower", extent=window, cmap=_densities(), norm=norm, interpolation="bilinear")
+    axis.imshow(density.numpy(), origin="lower", extent=window, cmap=_colours(*DENSITY_COLOURS), norm=norm, interpolation="bilinear")
 
 
 def _plane(axis: Any, title: str, extent: float) -> None:
@@ -200,12 +201,6 @@ def _plane(axis: Any, title: str, extent: float) -> None:
 
 
 def _colours(*colours: str) -> Any:
-    """Return a colour map through `colours`."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("through", list(colours))
-
-
-def _densities() -> Any:
-    """Return a map that is white where there is nothing, dark where there is most."""
-    return _colours(*DENSITY_COLOURS)

@@ -1,14 +1,13 @@
-"""One training loop for every method: a budget of processor time, and the held-out NLL along it.
+"""Training loop of every method: a budget of processor time, and the held-out NLL along it.
 
-Owns: the clock, the learning rate, the averaged weights, the curve. Does not know: what a loss computes, how an NLL is computed.
+Owns: the clock, the learning rate, the averaged weights, the curve. Does not know: losses, the computation of an NLL.
 
     charged      fresh batch -> loss -> gradient -> Adam -> average            | until the seconds (or the steps) are spent
     not charged  held-out NLL of the averaged weights at each mark of the budget
 
     marks        1/64 . 1/45 . 1/32 . ... . 1/2 . 1/1.4 . 1      a factor sqrt(2) apart
 
-The clock is the process's processor time: another program on the machine changes wall time, not this. With one torch thread the two are
-the same on an idle machine.
+Processor time, unlike wall time, does not depend on other programs.
 """
 
 import copy
@@ -30,7 +29,7 @@ MARKS = tuple(2 ** (-k / 2) for k in range(12, -1, -1))
 
 
 class Mark(NamedTuple):
-    """Held-out NLL in nats of the averaged weights after so many processor seconds and steps of training."""
+    """Held-out NLL, in nats, of the averaged weights after a number of processor seconds and steps."""
 
     seconds: float
     steps: int
@@ -46,12 +45,11 @@ def train(
     seconds: float | None = None,
     steps: int | None = None,
 ) -> tuple[PlaneField, tuple[Mark, ...]]:
-    """Train a new network by `method` for either `seconds` of processor time or `steps` (the same result at every run).
+    """Train a new network by `method` for `seconds` of processor time or for `steps` (the same result at every run).
 
-    Returns it with averaged weights, and the marks; the last one is of the whole training. `held_out_nll` is called off the clock at every
-    mark. Every batch is fresh; initial weights, data and noise are functions of `seed`.
-    The average has weight k^16 for step k: about the last seventeenth of the training, however long it is.
-    Raises FlowError when the gradient is no longer finite.
+    Return it with averaged weights, and the marks; `held_out_nll` is called at each of them, off the clock. Initial weights, data and noise
+    are functions of `seed`. The average has weight k^16 for step k: about the last seventeenth of the training.
+    Raises FlowError for a gradient that is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     network = PlaneField(generator)
@@ -90,7 +88,7 @@ def train(
 
 
 def rate(spent: float) -> float:
-    """Return the learning rate's factor when a part `spent` of the budget is used: linear warm-up, then half a cosine to 0."""
+    """Return the learning rate's factor after a part `spent` of the budget: linear warm-up, then half a cosine to 0."""
     if spent < WARM_UP:
         return (spent + WARM_UP / 10) / (1.1 * WARM_UP)
     return (1 + math.cos(math.pi * min(1.0, (spent - WARM_UP) / (1 - WARM_UP)))) / 2

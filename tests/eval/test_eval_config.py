@@ -42,10 +42,7 @@ def test_the_plan_films_the_first_episodes_of_each_task():
         ({"gpus_per_worker": 0.5, "num_workers": 0}, "takes what it finds"),
         ({"policy": "ws://robot:8000", "num_flow_steps": 3}, "num_flow_steps belongs to the server ws://robot:8000"),
         ({"policy": "ws://robot:8000", "noise_level": 0.5, "device": "cpu"}, "noise_level and device belong to the server"),
-        (
-            {"policy": "ws://robot:8000", "robot": "arm"},
-            "robot belongs to the server ws://robot:8000, which runs the model; type it behind pi0fm serve",
-        ),
+        ({"policy": "ws://a:8", "robot": "arm"}, "robot belongs to the server ws://a:8, which runs the model; type it behind pi0fm serve"),
         ({"policy": "ws://robot:8000", "scores": True}, "ws://robot:8000 sends actions only; give --policy the bundle's directory"),
         ({"policy": "ws://robot:8000", "compile": "kernels"}, "compile belongs to the server ws://robot:8000"),
         ({"scores": True, "compile": "kernels"}, "scores need a policy that is not compiled, found compile kernels"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_dataset
 import torch
-from eval_fakes import PointEnvironment, PointPolicy
+from eval_fakes import PointEnvironment, PointPolicy, point_setup
 
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats, column_stats
@@ -14,7 +14,6 @@ from pi0fm.eval.episode import Episode, EpisodeResult, RolloutSettings
 from pi0fm.eval.evaluate import WorkerSetup, in_this_process, run_episodes
 from pi0fm.eval.report import page as report
 from pi0fm.eval.report.page import ReportContext
-from pi0fm.eval.rollout import rollout
 from pi0fm.eval.summary import summarize
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.pi0 import Pi0
@@ -46,15 +45,14 @@ class CountingPolicy(PointPolicy):
 
 
 def test_each_call_of_an_episode_leaves_its_scores():
-    places = [(PointEnvironment("a"), 1), (PointEnvironment("a"), 2)]
-    results = rollout(places, CountingPolicy(), RolloutSettings(execution_horizon=4))
+    results = list(in_this_process([Episode("a", 1), Episode("a", 2)], point_setup(policy=CountingPolicy)))
     for result in results:
         calls = -(-result.steps // 4)
         assert [each["log_prob"] for each in result.scores] == [-float(call) for call in range(1, calls + 1)]
         row = result.row()["scores"]
         assert row["log_prob"] == {"mean": round(-(calls + 1) / 2, 4), "min": -float(calls), "calls": [-float(k + 1) for k in range(calls)]}
         assert row["noise_norm"]["min"] == 1
-    (plain,) = rollout([(PointEnvironment("a"), 1)], PointPolicy(), RolloutSettings(execution_horizon=4))
+    (plain,) = in_this_process([Episode("a", 1)], point_setup())
     assert plain.scores == ()
     assert plain.row()["scores"] is None
 

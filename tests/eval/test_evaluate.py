@@ -87,18 +87,8 @@ def faked(monkeypatch):
 def test_the_command_writes_a_report_and_says_crashes_aloud(tmp_path, faked, capsys):
     folder = tmp_path / "out"
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n')
-    words = [
-        "--policy",
-        "some/bundle",
-        "--tasks",
-        "drawer-open-v3,window-open-v3",
-        "--episodes",
-        "4",
-        "--num_workers",
-        "0",
-        "--output_dir",
-        str(folder),
-    ]
+    words = ["--policy", "some/bundle", "--tasks", "drawer-open-v3,window-open-v3", "--episodes", "4", "--num_workers", "0"]
+    words += ["--output_dir", str(folder)]
     result = command.run(options.parse(command.Options, [*words, "--metrics", str(tmp_path / "metrics.jsonl")], command.ALIASES))
     assert result == json.loads(json.dumps(result))
     assert set(result) >= {"mean_success", "success", "interval", "crashes", "episodes", "seconds", "report", "output_dir"}

@@ -8,7 +8,7 @@ import pytest
 from eval_fakes import HORIZON, PointEnvironment, PointPolicy, no_fault
 
 from pi0fm.eval.episode import Episode, RolloutSettings, noise_seed, other_seed
-from pi0fm.eval.rollout import BatchedRollout, rollout, run_all
+from pi0fm.eval.rollout import BatchedRollout, run_all
 from pi0fm_client.errors import BundleError, ConfigError, ServingError, SimulationError
 from pi0fm_client.types import ActionChunk
 
@@ -190,14 +190,3 @@ def test_only_recorded_episodes_have_a_video_with_first_every_second_and_last_pi
     silent, _, _ = run([1, 2])
     assert all(result.video is None for result in silent.values())
     assert verdicts(silent) == verdicts(results), "filming changes nothing"
-
-
-def test_rollout_takes_environments_and_answers_in_order():
-    environments = [(PointEnvironment("b"), 5), (PointEnvironment("a"), 4), (PointEnvironment("b"), 3)]
-    policy = PointPolicy()
-    results = rollout(environments, policy, FOUR)
-    assert [(result.task, result.seed) for result in results] == [("b", 5), ("a", 4), ("b", 3)]
-    assert len(policy.batches[0]) == 3
-    assert not any(environment.closed for environment, _ in environments)
-    alone, _, _ = run([4])
-    assert verdicts({("a", 4): results[1]}) == verdicts(alone)

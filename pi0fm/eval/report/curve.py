@@ -18,9 +18,9 @@ LOG_SCALE_FROM = 12.0
 
 
 def read_losses(path: Path) -> list[tuple[int, float]]:
-    """The (step, loss) pairs of a metrics.jsonl, in order of the steps; of a step logged twice (a resumed run) the later one.
+    """Read the (step, loss) pairs of a metrics.jsonl in order of the steps; of a step logged twice (a resumed run) the later one.
 
-    Lines without a finite loss are other metrics. Raises ConfigError for a missing file, a line that is not JSON, or no loss at all.
+    Lines without a finite loss are other metrics. Raises ConfigError for a missing file, a line that is not JSON, or a file without a loss.
     """
     try:
         lines = path.read_text().splitlines()
@@ -32,7 +32,7 @@ def read_losses(path: Path) -> list[tuple[int, float]]:
             row = json.loads(line) if line.strip() else {}
         except json.JSONDecodeError:
             if number == len(lines):
-                break  # a run that is still going may be in the middle of its last line
+                break  # a running training may be writing it
             raise ConfigError(f"{path} must hold one JSON object a line, line {number} is {line[:40]!r}") from None
         loss = row.get("loss") if isinstance(row, dict) else None
         if isinstance(loss, int | float) and math.isfinite(loss) and isinstance(row.get("step"), int):
@@ -43,10 +43,10 @@ def read_losses(path: Path) -> list[tuple[int, float]]:
 
 
 def draw(losses: Sequence[tuple[int, float]]) -> bytes:
-    """Draw at least one (step, loss) pair and their running mean, as PNG.
+    """Draw one or more (step, loss) pairs and their running mean, as PNG.
 
-    The mean is over a centred window of about a twentieth of the points, at the ends over the part of it that exists. A loss that falls
-    twelve-fold or more gets a logarithmic axis.
+    The mean is over a centred window of about a twentieth of the points, cut off at the ends. A loss that falls twelve-fold or more gets a
+    logarithmic axis.
     """
     steps, values = np.array(losses, dtype=np.float64).T
     window = np.ones(2 * (len(values) // 40) + 1)

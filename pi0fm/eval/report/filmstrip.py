@@ -1,6 +1,6 @@
-"""One picture of an evaluation: a row of frames for each task.
+"""One picture of an evaluation, with a row of frames for each task.
 
-Owns: the picture. Does not know: how episodes ran; it reads the videos that were kept.
+Owns: the picture. Does not know: how episodes ran; it reads their videos.
 """
 
 import io
@@ -18,10 +18,7 @@ FRAMES, MARGIN, CAPTION = 6, 8, 26
 
 
 def write_filmstrip(output_dir: Path, target: Path) -> Path:
-    """Write a PNG with the first filmed episode of each task of the evaluation in `output_dir`; returns `target`.
-
-    Nothing is written without videos.
-    """
+    """Write a PNG with the first filmed episode of each task of the evaluation in `output_dir`, if there is one; return `target`."""
     rows = json.loads((output_dir / "episodes.json").read_text())
     filmed: dict[str, dict[str, str]] = {}
     for row in rows:
@@ -45,7 +42,7 @@ def write_filmstrip(output_dir: Path, target: Path) -> Path:
 
 
 def _frames(video: Path) -> list[NDArray[np.uint8]]:
-    """FRAMES frames, evenly spaced from the first to the last."""
+    """Return FRAMES frames, evenly spaced from the first to the last."""
     with av.open(str(video)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return [frames[round(index)] for index in np.linspace(0, len(frames) - 1, FRAMES)]

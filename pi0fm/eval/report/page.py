@@ -1,11 +1,11 @@
-"""The files of an evaluation: report.html, summary.json, episodes.json, videos/.
+"""The files of an evaluation.
 
     output_dir/
-      report.html     one file that can be sent by mail: no address, no script, videos inside as long as they fit
+      report.html     one self-contained file: no link, no script, videos embedded up to EMBEDDED_VIDEO_BYTES
       summary.json    rates, intervals, crashes
-      episodes.json   one row an episode
+      episodes.json   a row for each episode
       videos/         TASK-seed-N.mp4
-      episodes.jsonl  until then, what eval/journal keeps of an evaluation that has not ended
+      episodes.jsonl  the journal (eval/journal) of an evaluation that has not ended
 
 Owns: the folder and the page. Does not know: how episodes ran.
 """
@@ -30,7 +30,7 @@ EMBEDDED_VIDEO_BYTES = 24 * 2**20
 
 @dataclass(frozen=True)
 class ReportContext:
-    """Facts that the page shows besides the figures.
+    """Facts on the page besides the figures.
 
     title: the policy. facts: tables by heading, such as {"machine": {"cores": "2"}}. losses: of the policy's training, if known.
     """
@@ -44,7 +44,7 @@ class ReportContext:
 
 
 def refuse_other_evaluation(output_dir: Path) -> None:
-    """Raise OutputError when the folder holds an evaluation that has ended, or is not a folder."""
+    """Raise OutputError when `output_dir` is not a folder, or holds an evaluation that has ended."""
     if output_dir.exists() and not output_dir.is_dir():
         raise OutputError(f"output_dir must be a folder, found a file at {output_dir}; type --output_dir ANOTHER")
     held = [name for name in OWN_FILES if (output_dir / name).exists()]
@@ -53,17 +53,17 @@ def refuse_other_evaluation(output_dir: Path) -> None:
 
 
 def keep_video(output_dir: Path, result: EpisodeResult) -> EpisodeResult:
-    """Write the video of an episode, if it has one; the result with its path relative to `output_dir` instead of its bytes."""
+    """Write the video of an episode, if any; return the result with the path, relative to `output_dir`, instead of the bytes."""
     if result.video is None:
         return result
-    # The task is a name that somebody typed: it must not lead out of the folder.
+    # the task may be any text, and must not lead out of the folder
     name = f"videos/{re.sub(r'[^A-Za-z0-9._-]+', '_', result.task).lstrip('.')}-seed-{result.seed}.mp4"
     files.write_bytes(output_dir / name, result.video)
     return replace(result, video=None, video_path=name)
 
 
 def write(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]], background: ReportContext) -> Path:
-    """Write the two JSON files and the page; the page's path. `rows` are `EpisodeResult.row`, videos already in place."""
+    """Write the two JSON files and the page; return the page's path. rows: of `EpisodeResult.row`, with their videos written."""
     page = render(output_dir, summary, rows, background)
     files.write_json(output_dir / "episodes.json", list(rows))
     about = {"seconds": round(background.seconds, 1), "observation_change": background.observation_change, "command": background.command}
@@ -74,7 +74,7 @@ def write(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]],
 
 
 def render(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]], background: ReportContext) -> str:
-    """Render the page. Everything that comes from outside is escaped; nothing is loaded from anywhere."""
+    """Render the page, with all text escaped."""
     return pages.render(
         "eval/report/report.html.j2",
         {"loss": curve.draw(background.losses)} if background.losses else {},
@@ -87,12 +87,12 @@ def render(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]]
 
 
 def percent(rate: float) -> str:
-    """Format a rate as `95 %`, or `93.3 %` where the first decimal is not 0."""
+    """Format a rate as `95 %` or `93.3 %`."""
     return f"{100 * rate:.1f}".removesuffix(".0") + " %"
 
 
 def _embedded(output_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Give each filmed row a data URI, until EMBEDDED_VIDEO_BYTES are used up; a later one only names its file."""
+    """Return each filmed row with a data URI, or None once EMBEDDED_VIDEO_BYTES are used up."""
     room = EMBEDDED_VIDEO_BYTES
     videos = []
     for row in rows:

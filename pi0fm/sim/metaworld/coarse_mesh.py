@@ -1,10 +1,10 @@
 """Visual meshes with as many triangles as a small picture can show.
 
 Owns: vertex clustering of a MuJoCo model's meshes. Does not know: cameras, tasks, physics.
-A software renderer spends its time on vertices: Meta-World's robot has 68 000 triangles and covers some thousand pixels of a 96 px
-picture. Vertices in one cell of a grid become one (Rossignac and Borrel 1993); triangles that collapse are left out. Only the lists of
-faces change, which rendering alone reads: collisions use convex hulls made at compilation. drawer-open-v3 at 96 x 96: 67 795 triangles
-become 20 569, a picture takes 9.8 ms of CPU instead of 17.6, and 5 % of the pixels differ, by 0.4 of 255 in the mean (docs/LOG.md).
+A software renderer spends its time on vertices: Meta-World's robot has 68 000 triangles and covers about a thousand pixels of a 96 px
+picture. The vertices in a cell of a grid become one (Rossignac and Borrel 1993); collapsed triangles are left out. Only the lists of faces
+change, which only rendering reads: collisions use convex hulls made at compilation. drawer-open-v3 at 96 x 96: 67 795 triangles become
+20 569, a picture takes 9.8 ms of CPU instead of 17.6, and 5 % of the pixels differ, by 0.4 of 255 in the mean (docs/LOG.md).
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 
 def coarsen(model: Any, cell: float) -> int:
-    """Cluster every mesh of `model` (mujoco.MjModel) on a grid of `cell` metres, in place; the number of triangles left.
+    """Cluster every mesh of `model` (mujoco.MjModel) on a grid of `cell` metres, in place; return the number of remaining triangles.
 
     Call it before the model's MjrContext is made, which copies the meshes to the renderer.
     """
@@ -24,7 +24,7 @@ def coarsen(model: Any, cell: float) -> int:
         start = int(model.mesh_vertadr[mesh])
         vertices = model.mesh_vert[start : start + int(model.mesh_vertnum[mesh])]
         _, representative, cluster = np.unique(_packed(np.round(vertices / cell).astype(np.int64)), return_index=True, return_inverse=True)
-        moved = representative[cluster.reshape(-1)]  # each vertex -> the one that stands for its cell
+        moved = representative[cluster.reshape(-1)]  # each vertex -> the one that represents its cell
         faces = moved[model.mesh_face[first : first + count]]
         whole = (faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])
         _, unique = np.unique(_packed(np.sort(faces, axis=1).astype(np.int64)), return_index=True)
@@ -40,5 +40,5 @@ def coarsen(model: Any, cell: float) -> int:
 
 
 def _packed(triples: NDArray[np.int64]) -> NDArray[np.int64]:
-    """One number for each row of three, each within +-2^20: numpy sorts numbers many times faster than rows."""
+    """Pack rows of three numbers within +-2^20 into one number each, which numpy sorts many times faster."""
     return ((triples[:, 0] << 42) + (triples[:, 1] << 21) + triples[:, 2]).astype(np.int64)

@@ -59,7 +59,7 @@ class MetaWorld(Environment):
         self._steps, self._done = 0, True
 
     def reset(self, seed: int) -> None:
-        """Place hand and objects as the seed says."""
+        """Place hand and objects at random by the seed."""
         self._env.seed(seed)
         self._full_state, _ = self._env.reset()
         self._steps, self._done = 0, False
@@ -86,14 +86,14 @@ class MetaWorld(Environment):
         return self._render(self.cameras[0].source, height, width)
 
     def expert_action(self) -> NDArray[np.float32]:
-        """Ask Meta-World's scripted policy; it asks for up to 19, so its answer is clipped to [-1, 1]."""
+        """Return the action of Meta-World's scripted policy, clipped to [-1, 1]; it may be up to 19."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Constant", category=UserWarning)
             action = self._expert.get_action(self._state())
         return np.clip(action, -1.0, 1.0).astype(np.float32)
 
     def close(self) -> None:
-        """Free the renderer, if a picture was ever asked for."""
+        """Free the renderer, if a picture was rendered."""
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
@@ -109,7 +109,7 @@ class MetaWorld(Environment):
         if self._renderer is None:
             rows = max(camera.height for camera in self.cameras)
             columns = max(camera.width for camera in self.cameras)
-            # before the renderer copies the meshes; by the cameras alone, so that a film of an episode does not change what the policy sees
+            # before the renderer copies the meshes; by the cameras only, so that filming does not change the policy's pictures
             coarsen(self._env.model, FIELD_OF_VIEW / 2 / max(rows, columns))
             self._renderer = Renderer(self._env.model, max(rows, height), max(columns, width))
         pixels = self._renderer.render(self._env.data, self._camera_ids[source], height, width)

@@ -1,7 +1,7 @@
-"""One imperative sentence for each of Meta-World v3's 50 tasks: what a policy reads.
+"""The sentence of each of Meta-World v3's 50 tasks, which a policy reads.
 
 Owns: the sentences. Does not know: the simulator.
-Changing one makes data sets recorded before speak another language than evaluations after.
+Do not change one: policies and data sets made before it would not fit evaluations after it.
 """
 
 TASK_PROMPTS: dict[str, str] = {
