@@ -22,7 +22,7 @@ from pi0fm_client.errors import ConfigError
 
 HELP = "answer robots over the openpi WebSocket protocol"
 ALIASES = {"policy.path": "bundle"}
-TOKEN_VARIABLE = "PI0FM_TOKEN"  # noqa: S105 - the name, not the key
+TOKEN_VARIABLE, ADMIN_VARIABLE = "PI0FM_TOKEN", "PI0FM_ADMIN_TOKEN"  # the names, not the keys
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,10 @@ Options = ServeConfig
 
 
 def run(options: ServeConfig) -> None:
-    """Serve until SIGINT or SIGTERM. The only line on standard output is the JSON that says ready; a parent process may wait for it."""
+    """Serve until SIGINT or SIGTERM; SIGHUP loads the bundle anew, as POST /swap with the key $PI0FM_ADMIN_TOKEN does.
+
+    The only line on standard output is the JSON that says ready; a parent process may wait for it.
+    """
     tokens = known_tokens(options)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for handler in logging.getLogger().handlers:
@@ -74,10 +77,10 @@ def run(options: ServeConfig) -> None:
         policy = load(options.bundle, options)
         app = application.create_app(
             policy,
-            to_observation=policy.observation,
-            metadata=policy.metadata,
+            options,
             tokens=tokens,
-            options=options,
+            admin_token=os.environ.get(ADMIN_VARIABLE),
+            load=lambda bundle: load(options.bundle if bundle is None else Path(bundle), options),
             renamed=dict if options.keys is None else read_keys(options.keys, policy.metadata),
         )
 

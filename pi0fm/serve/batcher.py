@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from pi0fm.serve.limits import ServingLimits
+from pi0fm.serve.metrics import Metrics
 from pi0fm.serve.pace import Pace
 from pi0fm_client.errors import ServingError
 from pi0fm_client.types import ActionChunk, Observation, Policy
@@ -36,7 +37,19 @@ logger = logging.getLogger(__name__)
 
 @final
 class RefusedError(ServingError):
-    """A request that was not inferred; its message is about the server's load, so a client may read it."""
+    """A request that was not inferred; its message is about the server's load, so a client may read it. why: a word for the metrics."""
+
+    why = "internal"
+
+    @classmethod
+    def because(cls, why: str, line: str) -> "RefusedError":
+        """Make one."""
+        error = cls(line)
+        error.why = why
+        return error
+
+
+_STOPPING = "the server is shutting down: connect again in a moment"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +66,15 @@ class Request:
 class _Waiting:
     request: Request
     answer: asyncio.Future[ActionChunk]
+    since: float
 
 
 @final
 class Batcher:
     """Run `policy.infer_batch` in one thread. All methods belong to one event loop."""
 
-    def __init__(self, policy: Policy, options: ServingLimits) -> None:
-        self._policy, self._stall_seconds = policy, options.stall_seconds
+    def __init__(self, policy: Policy, options: ServingLimits, metrics: Metrics) -> None:
+        self._policy, self._stall_seconds, self._metrics = policy, options.stall_seconds, metrics
         self._max_batch_size, self._max_queue = options.max_batch_size, options.max_queue
         self._pace = Pace(options.max_batch_size)
         self._waiting: dict[Hashable, _Waiting] = {}
@@ -68,7 +82,7 @@ class Batcher:
         self._running: asyncio.Task[None] | None = None
         self._inferring: tuple[float, int] | None = None  # since when, how many
         self._closed = False
-        self._worker = _Worker()
+        self._worker = Worker("pi0fm-policy")
 
     async def submit(self, request: Request) -> ActionChunk:
         """Return the policy's chunk for one observation.
@@ -77,12 +91,14 @@ class Batcher:
         server that stops, and what the policy raised.
         """
         self._refuse(request)
-        waiting = _Waiting(request, asyncio.get_running_loop().create_future())
+        now = time.perf_counter()
+        waiting = _Waiting(request, asyncio.get_running_loop().create_future(), now)
         older = self._waiting.get(request.session)
         if older is not None:
-            _fail(older, RefusedError("a newer observation of this session took its place"))
+            _fail(older, RefusedError.because("newer", "a newer observation of this session took its place"))
         self._waiting[request.session] = waiting
-        self._pace.asked(request.session, time.perf_counter())
+        self._pace.asked(request.session, now)
+        self._metrics.waiting.set(len(self._waiting))
         self._arrival.set()
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(self._run())
@@ -121,20 +137,22 @@ class Batcher:
         """Refuse what waits and what comes. A running inference goes on in its thread, which ends with the process."""
         self._closed = True
         for waiting in list(self._waiting.values()):
-            _fail(waiting, RefusedError("the server is shutting down: connect again in a moment"))
+            _fail(waiting, RefusedError.because("stopping", _STOPPING))
         self._waiting.clear()
         self._worker.close()
 
     def _refuse(self, request: Request) -> None:
         if self._closed:
-            raise RefusedError("the server is shutting down: connect again in a moment")
+            raise RefusedError.because("stopping", _STOPPING)
         stuck = self.stuck_seconds()
         if stuck is not None:
-            raise RefusedError(f"the policy is stuck: one inference has taken {stuck:.0f} s; look at the server, and ask again")
+            line = f"the policy is stuck: one inference has taken {stuck:.0f} s; look at the server, and ask again"
+            raise RefusedError.because("stuck", line)
         if request.session in self._waiting:
             return
         if len(self._waiting) >= self._max_queue:
-            raise RefusedError(f"the server is busy: {self._max_queue} requests wait already; ask less often, or raise --max_queue")
+            line = f"the server is busy: {self._max_queue} requests wait already; ask less often, or raise --max_queue"
+            raise RefusedError.because("busy", line)
         if request.latest is None:
             return
         now = time.perf_counter()
@@ -179,6 +197,10 @@ class Batcher:
             return
         began = time.perf_counter()
         self._inferring = began, len(batch)
+        self._metrics.waiting.set(len(self._waiting))
+        self._metrics.batch_size.observe(len(batch))
+        for waiting in batch:
+            self._metrics.stage.labels("wait").observe(began - waiting.since)
         try:
             chunks = await self._infer(
                 [waiting.request.observation for waiting in batch], [waiting.request.noise_seed for waiting in batch]
@@ -193,7 +215,9 @@ class Batcher:
             return
         finally:
             self._inferring = None
-        self._pace.inferred(len(batch), time.perf_counter() - began)
+        ended = time.perf_counter()
+        self._pace.inferred(len(batch), ended - began)
+        self._metrics.stage.labels("infer").observe(ended - began)
         for waiting, chunk in zip(batch, chunks, strict=True):
             if not waiting.answer.done():
                 waiting.answer.set_result(chunk)
@@ -210,22 +234,24 @@ class Batcher:
 
 
 @final
-class _Worker:
+class Worker:
     """One thread, because a policy owns its device, and because compiled graphs and caches may belong to the thread that made them.
 
     It is a daemon and no executor's: Python waits for an executor's threads when it ends, and a stuck policy would keep the process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="pi0fm-policy", daemon=True).start()
+        threading.Thread(target=self._work, name=name, daemon=True).start()
 
     async def run(self, call: Callable[[], Any]) -> Any:
+        """Return what `call` returns, or raise what it raises."""
         future = asyncio.get_running_loop().create_future()
         self._calls.put((future, call))
         return await future
 
     def close(self) -> None:
+        """End the thread after what it was given."""
         self._calls.put(None)
 
     def _work(self) -> None:
@@ -257,10 +283,8 @@ def _settle(future: "asyncio.Future[Any]", result: Any, error: BaseException | N
 def _refuse_late(request: Request, now: float, seconds: float) -> None:
     if request.latest is not None and now + seconds > request.latest:
         left = max(0.0, request.latest - now)
-        raise RefusedError(
-            f"the deadline cannot be kept: {left * 1e3:.0f} ms are left, an answer takes about {seconds * 1e3:.0f} ms; "
-            "ask earlier, or give it longer"
-        )
+        line = f"the deadline cannot be kept: {left * 1e3:.0f} ms are left, an answer takes about {seconds * 1e3:.0f} ms; "
+        raise RefusedError.because("deadline", line + "ask earlier, or give it longer")
 
 
 def _fail(waiting: _Waiting, error: Exception) -> None:

@@ -21,7 +21,6 @@ from pi0fm_client.types import Observation
 
 EXTENSIONS = (wire.REQUEST_ID, wire.DEADLINE_MS, wire.SESSION, wire.JPEG)
 NOISE_SEED = "noise_seed"
-PREFIX = "pi0fm/"
 MAX_KEYS = 64
 MAX_NAME = 200  # characters of a key or a session
 MAX_TEXT = 65_536
@@ -70,7 +69,7 @@ class Door:
         if not isinstance(session, str) or len(session) > MAX_NAME:
             raise ObservationError(f"{wire.SESSION} must be a text of at most {MAX_NAME} characters, found {str(session)[:40]!r}")
         for key in message:
-            if key.startswith(PREFIX):
+            if key.startswith(wire.PREFIX):
                 raise ObservationError(f"unknown extension {key!r}: {nearest(key, EXTENSIONS)}")
         plain = {key: self._bounded(key, value) for key, value in message.items()}
         return Asked(self._to_observation(self._renamed(plain)), noise_seed, request_id, deadline_ms, session)
@@ -116,6 +115,6 @@ def whole_number(value: Any, key: str) -> int | None:
 def _deadline(value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value <= MAX_DEADLINE_MS:
-        raise ObservationError(f"{wire.DEADLINE_MS} must be a number in (0, {MAX_DEADLINE_MS:g}], found {str(value)[:40]}")
-    return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not value > 0:
+        raise ObservationError(f"{wire.DEADLINE_MS} must be a number > 0, found {str(value)[:40]}: send the milliseconds that are left")
+    return float(min(value, MAX_DEADLINE_MS))

@@ -27,7 +27,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from pi0fm.serve import limits
-from pi0fm.serve.app import drain, warm_up
+from pi0fm.serve.app import drain, reload, warm_up
 from pi0fm_client.errors import ConfigError, ServingError
 
 SECONDS_TO_DRAIN = 10.0
@@ -160,12 +160,17 @@ def end_within(seconds: float) -> None:
 async def serve(server: uvicorn.Server, app: Starlette, bound: socket.socket, announce: Callable[[float], None]) -> None:
     """Warm up, open the port, call `announce` with the warm-up's seconds, and serve until `server.should_exit` or a signal.
 
+    SIGHUP serves the bundle anew.
+
     Raises ServingError when the warm-up fails, or when another process opened the port in the meantime.
     """
     seconds = await warm_up(app)
     serving = asyncio.create_task(server.serve(sockets=[bound]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
+    swaps: list[asyncio.Task[None]] = []  # a loop keeps no reference to a task
+    if threading.current_thread() is threading.main_thread():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: swaps.append(asyncio.create_task(reload(app))))
     if server.started:
         announce(seconds)
     try:

@@ -20,14 +20,17 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any, final
 
 import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from pi0fm.serve.batcher import Batcher, RefusedError, Request
-from pi0fm.serve.door import Asked, Door
+from pi0fm.serve.batcher import RefusedError, Request
+from pi0fm.serve.door import Asked
+from pi0fm.serve.metrics import Metrics
+from pi0fm.serve.served import Served
 from pi0fm_client import wire
 from pi0fm_client.errors import ObservationError
 from pi0fm_client.types import ActionChunk
@@ -42,13 +45,13 @@ logger = logging.getLogger(__name__)
 
 @final
 class Session:
-    """An accepted connection. address: whose it is, for the limits. identity: of the policy, for replies to requests with an id."""
+    """An accepted connection. address: whose it is, for the limits. served: asked at each request, since a swap changes it."""
 
     def __init__(
-        self, websocket: WebSocket, address: str, batcher: Batcher, door: Door, threads: Executor, identity: str | None, idle_seconds: float
+        self, websocket: WebSocket, address: str, served: Callable[[], Served], threads: Executor, idle_seconds: float, metrics: Metrics
     ) -> None:
-        self._websocket, self.address, self._batcher, self._door, self._threads = websocket, address, batcher, door, threads
-        self._identity, self._idle_seconds = identity, idle_seconds
+        self._websocket, self.address, self._served, self._threads = websocket, address, served, threads
+        self._idle_seconds, self._metrics = idle_seconds, metrics
         self.began = time.monotonic()
         self.has_asked = False
         self._reading = self._leaving = False
@@ -56,11 +59,11 @@ class Session:
         self._names: set[str] = set()
         self._previous_total_ms: float | None = None
 
-    async def run(self, greeting: bytes) -> None:
+    async def run(self) -> None:
         """Greet, and answer until the client or the server ends it."""
         incoming: asyncio.Task[Any] | None = None
         try:
-            await self._websocket.send_bytes(greeting)
+            await self._websocket.send_bytes(self._served().greeting)
             incoming = asyncio.create_task(self._websocket.receive())
             while await self._arrives(incoming) and (message := incoming.result())["type"] == "websocket.receive":
                 incoming = asyncio.create_task(self._websocket.receive())
@@ -73,7 +76,7 @@ class Session:
                 if task is not None:
                     task.cancel()
             for name in self._names:
-                self._batcher.forget((self, name))
+                self._served().batcher.forget((self, name))
 
     async def leave(self, code: int, reason: str) -> None:
         """Answer what was asked, then close."""
@@ -99,6 +102,7 @@ class Session:
         began, self.has_asked, self._reading = time.perf_counter(), True, True
         try:
             asked = await self._read(frame)
+            self._metrics.stage.labels("read").observe(time.perf_counter() - began)
         except Exception as error:  # noqa: BLE001 - nothing that a client sends may end the server, and no fault is sent to it
             await self._tell(error)
             return
@@ -119,7 +123,7 @@ class Session:
     async def _read(self, frame: bytes | None) -> Asked:
         if frame is None:
             raise ObservationError("a request must be a binary frame, found text: send the msgpack bytes")
-        asked = await asyncio.get_running_loop().run_in_executor(self._threads, self._door.read, frame)
+        asked = await asyncio.get_running_loop().run_in_executor(self._threads, self._served().door.read, frame)
         self._names.add(asked.session)
         if len(self._names) > MAX_SESSIONS:
             raise ObservationError(f"a connection may have {MAX_SESSIONS} sessions, found more: give each robot one name, and keep it")
@@ -127,20 +131,26 @@ class Session:
 
     async def _answer(self, asked: Asked, began: float) -> None:
         """Infer and reply."""
+        served = self._served()
         latest = None if asked.deadline_ms is None else began + asked.deadline_ms / 1e3
         extra: dict[str, Any] = {} if asked.request_id is None else {wire.REQUEST_ID: asked.request_id}
-        if extra and self._identity is not None:
-            extra[wire.REPLY_IDENTITY] = self._identity
+        if extra and served.identity is not None:
+            extra[wire.REPLY_IDENTITY] = served.identity
         try:
-            chunk = await self._batcher.submit(Request(asked.observation, asked.noise_seed, (self, asked.session), latest))
+            chunk = await served.batcher.submit(Request(asked.observation, asked.noise_seed, (self, asked.session), latest))
             await self._websocket.send_bytes(_encode_reply(chunk, _milliseconds_since(began), self._previous_total_ms, extra))
-            self._previous_total_ms = _milliseconds_since(began)
+            ended = time.perf_counter()
+            self._previous_total_ms = (ended - began) * 1e3
+            self._metrics.stage.labels("total").observe(ended - began)
+            if latest is not None and ended > latest:
+                self._metrics.late.inc()
         except WebSocketDisconnect:
             return
         except RefusedError as error:
             if asked.request_id is None:
                 await self._tell(error)
             else:
+                self._metrics.refused.labels(error.why).inc()
                 await self._websocket.send_bytes(wire.pack({**extra, wire.REFUSED: _line(error)}))
         except Exception as error:  # noqa: BLE001 - a policy may raise anything, and none of it is a client's business
             await self._tell(error)
@@ -148,6 +158,8 @@ class Session:
     async def _tell(self, error: Exception) -> None:
         """Send an error as openpi does, and close; only an error in the client's own request says more than an id."""
         identifier = secrets.token_hex(4)
+        why = error.why if isinstance(error, RefusedError) else "observation" if isinstance(error, ObservationError) else "internal"
+        self._metrics.refused.labels(why).inc()
         if isinstance(error, ObservationError | RefusedError):
             logger.warning("error %s: %s", identifier, _line(error))
             text = f"error {identifier}: {_line(error)}"

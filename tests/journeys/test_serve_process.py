@@ -34,9 +34,12 @@ class Tiny:
         time.sleep(max(float(o.state[1]) for o in observations))
         return [ActionChunk(o.state[None] + 1) for o in observations]
 
+loads = []
 def load(path, options):
+    loads.append(path)
     print("loading now", file=sys.stderr, flush=True)
     time.sleep(30 if str(path) == "slow" else 0)
+    Tiny.metadata = Tiny.metadata | {"identity": f"{len(loads)}"}
     return Tiny()
 
 stand_in = types.ModuleType("pi0fm.policy.bundle")
@@ -133,6 +136,19 @@ def test_silent_sockets_cost_no_descriptor_that_a_robot_needs_and_no_log(tmp_pat
         assert process.returncode == 0 and len(err) < 20_000, err[-2000:]
         for each in silent:
             each.close()
+
+
+def test_a_hangup_loads_the_bundle_anew(tmp_path: Path) -> None:
+    with served("b", tmp_path) as process:
+        assert process.stdout is not None and process.stderr is not None
+        url = json.loads(process.stdout.readline())["url"]
+        with PolicyClient(url) as client:
+            assert client.metadata["identity"] == "1" and client.infer(observation(3, 0)).actions[0, 0] == 4
+            process.send_signal(signal.SIGHUP)
+            while "serving 2 in the place of 1" not in (line := process.stderr.readline()):
+                assert line, "it ended"
+        with PolicyClient(url) as client:
+            assert client.metadata["identity"] == "2" and client.infer(observation(3, 0)).actions[0, 0] == 4
 
 
 def test_the_client_imports_neither_torch_nor_ray() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from pi0fm.serve.batcher import Batcher, RefusedError, Request
 from pi0fm.serve.limits import ServingLimits
+from pi0fm.serve.metrics import Metrics
 from pi0fm.serve.pace import Pace
 from pi0fm_client.types import ActionChunk, Observation
 
@@ -44,7 +45,7 @@ def ask(batcher: Batcher, state: float, noise_seed: int | None = None, **more: A
 
 def run(policy: GatedPolicy, story: Callable[[Batcher], Awaitable[None]], max_batch_size: int = 3, max_queue: int = 8, **more: Any) -> None:
     async def main() -> None:
-        batcher = Batcher(policy, ServingLimits(max_batch_size=max_batch_size, max_queue=max_queue, **more))
+        batcher = Batcher(policy, ServingLimits(max_batch_size=max_batch_size, max_queue=max_queue, **more), Metrics())
         try:
             await story(batcher)
         finally:

@@ -118,7 +118,7 @@ def test_two_servers_that_warm_up_for_one_port_end_as_one(fake_policy: Any, star
         port = late.getsockname()[1]
         start_server(port=port)
         policy = fake_policy()
-        app = create_app(policy, to_observation=policy.observation, metadata=policy.metadata, options=ServingLimits())
+        app = create_app(policy, ServingLimits())
         with pytest.raises(ServingError, match=f"port {port} on 127.0.0.1 is in use"):
             asyncio.run(server.serve(server.make_server(app, ServingLimits()), app, late, lambda seconds: pytest.fail("announced")))
 

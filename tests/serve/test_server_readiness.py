@@ -6,8 +6,9 @@ from typing import Any
 import httpx
 import pytest
 
-from pi0fm.serve.app import create_app, synthetic_observation, warm_up
+from pi0fm.serve.app import create_app, warm_up
 from pi0fm.serve.limits import ServingLimits
+from pi0fm.serve.served import synthetic_observation
 from pi0fm_client.errors import ConfigError, ServingError
 
 
@@ -15,12 +16,12 @@ from pi0fm_client.errors import ConfigError, ServingError
 def test_a_token_that_no_header_can_carry_is_refused(fake_policy: Any, token: str) -> None:
     policy = fake_policy()
     with pytest.raises(ConfigError, match="token"):
-        create_app(policy, to_observation=policy.observation, metadata=policy.metadata, options=ServingLimits(), tokens=[token])
+        create_app(policy, ServingLimits(), tokens=[token])
 
 
 def test_before_it_is_warm_and_after_its_end_a_server_says_so(fake_policy: Any) -> None:
     policy = fake_policy()
-    app = create_app(policy, to_observation=policy.observation, metadata=policy.metadata, options=ServingLimits())
+    app = create_app(policy, ServingLimits())
 
     async def story() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as browser:
@@ -39,7 +40,7 @@ def test_before_it_is_warm_and_after_its_end_a_server_says_so(fake_policy: Any) 
 def test_a_policy_that_cannot_infer_is_never_announced(fake_policy: Any) -> None:
     policy = fake_policy()
     policy.metadata["state_dim"] = 7  # its own observation() wants three
-    app = create_app(policy, to_observation=policy.observation, metadata=policy.metadata, options=ServingLimits())
+    app = create_app(policy, ServingLimits())
     with pytest.raises(ServingError, match="failed on a synthetic observation"):
         asyncio.run(warm_up(app))
 

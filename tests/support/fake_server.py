@@ -114,9 +114,9 @@ def start_server(leaving: list[threading.Thread]) -> Iterator[StartServer]:
             policy.seconds = 0.0  # the warm-up need not be slow
         if "token" in options:
             options["tokens"] = [options.pop("token")]
-        own = {name: options.pop(name) for name in ("tokens", "renamed") if name in options}
+        own = {name: options.pop(name) for name in ("tokens", "renamed", "admin_token", "load") if name in options}
         limits = ServingLimits(**options)
-        app = create_app(policy, to_observation=policy.observation, metadata=policy.metadata, options=limits, **own)
+        app = create_app(policy, limits, **own)
         server = serving.make_server(app, limits)
         bound = serving.bind("127.0.0.1", port)
         url, ready = serving.url_of(bound), threading.Event()

@@ -1,0 +1,136 @@
+"""The policy that is served: its greeting, its warm-up, and another one that takes its place.
+
+Owns: `Served`, what must be equal for a swap. Does not know: connections, HTTP, how a bundle is loaded.
+
+    requests   a   b       c     d        e   f
+    policy 1  [a] [b]     [c]   [d]  drained, closed
+    policy 2      load, warm up     |    [e] [f]          no connection is dropped; replies with an id tell the new identity
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, final
+
+import numpy as np
+
+from pi0fm.serve import door
+from pi0fm.serve.batcher import Batcher, Worker
+from pi0fm.serve.limits import ServingLimits
+from pi0fm.serve.metrics import Metrics
+from pi0fm_client import wire
+from pi0fm_client.errors import Pi0fmError, ServingError
+from pi0fm_client.types import Observation, Policy
+
+WARM_UP_IMAGE_SIZE = (224, 224)
+SAME_AFTER_A_SWAP = ("cameras", "state_key", "state_dim", "robot_action_dim", "action_horizon", "robot")
+Renamed = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+logger = logging.getLogger(__name__)
+
+
+class Servable(Policy, Protocol):
+    """A policy that can judge a client's map; the warm-up reads `cameras`, `state_key`, `state_dim` and `image_size` of its metadata."""
+
+    def observation(self, flat: Mapping[str, Any]) -> Observation:
+        """Return the observation in a map. Raises ObservationError in one line; it is called in threads."""
+        ...
+
+
+@dataclass(frozen=True)
+class Served:
+    """One policy as it is served. greeting: the first frame of a connection. identity: for replies to requests with an id."""
+
+    policy: Servable
+    batcher: Batcher
+    door: door.Door
+    greeting: bytes
+    identity: str | None
+
+
+@final
+class Serving:
+    """The policy that is served now. Raises ObservationError for metadata that cannot be sent."""
+
+    def __init__(self, policy: Servable, options: ServingLimits, metrics: Metrics, renamed: Renamed) -> None:
+        self._options, self._metrics, self._renamed = options, metrics, renamed
+        self._swapping = False
+        self.now = self._served(policy)
+        self.is_warm = False
+
+    def _served(self, policy: Servable) -> Served:
+        metadata, options = policy.metadata, self._options
+        extensions = [*door.EXTENSIONS, *([wire.REPLY_IDENTITY] if wire.IDENTITY in metadata else [])]
+        greeting = {**without_paths(metadata), "max_frame_bytes": options.max_frame_bytes, wire.EXTENSIONS: extensions}
+        entrance = door.Door(policy.observation, options.max_frame_bytes, self._renamed)
+        return Served(policy, Batcher(policy, options, self._metrics), entrance, wire.pack(greeting), metadata.get(wire.IDENTITY))
+
+    async def warm_up(self) -> float:
+        """Make the policy ready; return the seconds it took, 0 when it was ready. Raises ServingError for one that cannot infer."""
+        began = time.perf_counter()
+        if not self.is_warm:
+            await _warm(self.now)
+            self.is_warm = True
+        return time.perf_counter() - began
+
+    async def swap(self, load: Callable[[], Servable]) -> None:
+        """Serve what `load` returns from the next request on, once it is warm; until then, and if it fails, the one before.
+
+        Raises ServingError for a policy that connected robots could not use, and what `load` raises.
+        """
+        if self._swapping:
+            raise ServingError("another bundle is being loaded already: wait until it is served")
+        self._swapping = True
+        loader = Worker("pi0fm-swap")
+        try:
+            fresh, before = self._served(await loader.run(load)), self.now
+            known = before.policy.metadata
+            differing = [name for name in SAME_AFTER_A_SWAP if fresh.policy.metadata.get(name) != known.get(name)]
+            if differing:
+                fresh.batcher.close()
+                raise ServingError(
+                    f"a bundle for the same robot can be swapped in, found another {', '.join(differing)}: start a server for it"
+                )
+            await _warm(fresh)
+            self.now = fresh
+        finally:
+            self._swapping = False
+            loader.close()
+        self._metrics.swaps.inc()
+        logger.warning("serving %s in the place of %s", fresh.identity, before.identity)
+        await before.batcher.drain()
+        before.batcher.close()
+
+
+async def _warm(served: Served) -> None:
+    try:
+        await served.batcher.warm_up(served.policy.observation(synthetic_observation(served.policy.metadata)))
+    except ServingError:
+        raise
+    except Exception as error:  # any fault of a policy means that it cannot be served
+        if not isinstance(error, Pi0fmError):
+            logger.exception("the warm-up failed")
+        raise ServingError(f"the policy failed on a synthetic observation ({type(error).__name__}: {error}): check the bundle") from error
+
+
+def without_paths(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `metadata` with the last name of each absolute path in it: where things are on a machine is no client's business."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: cleaned(item) for key, item in value.items()}
+        return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+
+    return {key: cleaned(value) for key, value in metadata.items()}
+
+
+def synthetic_observation(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a message with black images and a zero state of the sizes in `metadata`. Raises ServingError when it has none."""
+    try:
+        height, width = metadata.get("image_size", WARM_UP_IMAGE_SIZE)
+        message: dict[str, Any] = {key: np.zeros((height, width, 3), np.uint8) for key in metadata["cameras"].values()}
+        message[metadata["state_key"]] = np.zeros(metadata["state_dim"], np.float32)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ServingError(f"the metadata must name cameras, state_key and state_dim to warm up with, found fault with {error}") from None
+    return {**message, "prompt": "warm up"}
