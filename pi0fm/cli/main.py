@@ -27,6 +27,7 @@ COMMANDS = {
     "doctor": "judge a data set before anything is trained on it",
     "train": "train a policy on a LeRobot data set",
     "eval": "judge a policy in simulation, or on recorded episodes",
+    "compare": "evaluations on the same tasks and seeds, side by side",
     "convert": "openpi's and LeRobot's weights to a bundle, and back",
     "serve": "answer robots over the openpi WebSocket protocol",
     "flow": "see and measure the flows that policies are made of",

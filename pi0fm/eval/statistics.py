@@ -1,6 +1,11 @@
-"""Intervals for success rates.
+"""Intervals for success rates, and tests of two policies on the same start positions.
 
-Owns: Wilson's interval, and one for the mean over tasks. Does not know: episodes.
+Owns: Wilson's interval, one for the mean over tasks, one for a paired difference; McNemar's exact test, one that may be read at any time.
+Does not know: episodes.
+
+                        second succeeds   second fails
+    first succeeds      both              b                McNemar's test and the evidence need b and c only: pairs that agree
+    first fails         c                 neither          say nothing about which of the two is better
 """
 
 import math
@@ -11,7 +16,7 @@ from statistics import NormalDist
 
 @dataclass(frozen=True)
 class Interval:
-    """A rate and its confidence interval, all in [0, 1]."""
+    """A rate in [0, 1], or a difference of two, and its confidence interval."""
 
     rate: float
     low: float
@@ -45,9 +50,52 @@ def mean_over_tasks(counts: Sequence[tuple[int, int]], confidence: float = 0.95)
     return _score(mean, trials, confidence)
 
 
+def paired_difference(b: int, c: int, pairs: int, confidence: float = 0.95) -> Interval:
+    """Compute the first rate less the second, with Bonett and Price's interval: Wald's with one more pair in b and in c.
+
+    Statist. Med. 31 (2012), doi 10.1002/sim.4406. Raises ValueError unless 0 <= b, 0 <= c and 1 <= pairs >= b + c.
+    """
+    if min(b, c) < 0 or not 1 <= pairs >= b + c:
+        raise ValueError(f"expected counts of at most 1 or more pairs in all, found {b} and {c} of {pairs}")
+    first, second = (b + 1) / (pairs + 2), (c + 1) / (pairs + 2)
+    half = _z(confidence) * math.sqrt((first + second - (first - second) ** 2) / (pairs + 2))
+    return Interval((b - c) / pairs, max(-1.0, first - second - half), min(1.0, first - second + half))
+
+
+def mcnemar(b: int, c: int) -> float:
+    """Compute the exact two-sided p-value of b against c: P(|X - n/2| >= |b - n/2|), X ~ Bin(n, 1/2), n = b + c. McNemar (1947).
+
+    Holds for a number of pairs that was fixed before the first of them.
+    """
+    tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
+    return min(1.0, 2 * tail / 2 ** (b + c))
+
+
+def log_evidence(b: int, c: int) -> float:
+    """Compute the log of the likelihood ratio of a win rate that is uniform on [0, 1] to one of 1/2: 2^n b! c! / (n + 1)!, n = b + c.
+
+    It may be computed after every pair: where the policies are equal, the ratio ever reaches 1 / alpha with probability alpha or less
+    (Ville 1939), so exp(-max) over all moments is a valid p-value at any moment.
+    """
+    return (b + c) * math.log(2) + math.lgamma(b + 1) + math.lgamma(c + 1) - math.lgamma(b + c + 2)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust the p-values of several tests by Holm's method (1979): the chance of any false one is then at most the level."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def _z(confidence: float) -> float:
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
 def _score(rate: float, trials: float, confidence: float) -> Interval:
     """Compute (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)."""
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = _z(confidence)
     centre = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
     # at rates of 0 and 1 the ends are 0 and 1 exactly, where the subtraction leaves 1e-17
