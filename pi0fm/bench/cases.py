@@ -1,6 +1,8 @@
-"""The networks and inputs on which pi0fm and LeRobot's PI0 are timed.
+"""The networks, policies and inputs that are timed: random, all functions of a seed.
 
-Owns: the sizes of each case; its observations, noise and batches, all functions of a seed. Does not know: LeRobot's library, clocks.
+Owns: the sizes of each case; its observations, noise and batches; policies of random weights and what a robot would send them, with
+prompts of an exact length. Does not know: LeRobot's library, clocks. A random policy costs what a trained one does: no operation looks at
+values.
 
     case                           cameras   tokens a picture   prompt tokens     horizon   what it shows
     tiny                           1         36                 23 of 64          16        the quickstart's size: the cost of calls
@@ -13,19 +15,28 @@ costs the same, and takes memory that nothing here measures. Shape letters: B ba
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pi0fm.bench.measure import check_least, check_words
+from pi0fm.bench.measure import PairedOptions, check_least, check_words
+from pi0fm.data.chain import Chain, Sample
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.norm_stats import NormStats, column_stats
 from pi0fm.data.loading.batch import Batch
+from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
 from pi0fm.models.observation import ModelObservation
-from pi0fm.models.pi0 import Pi0Config
+from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.models.presets import PI0, TINY
 from pi0fm.models.vision import VisionConfig
 from pi0fm.options import option
+from pi0fm.policy.bundle import PolicyConfig
+from pi0fm.policy.local import LocalPolicy
+from pi0fm_client.types import Observation
+
+CAMERAS, FLOW_STEPS = ("base", "left_wrist", "right_wrist"), 10
 
 
 @dataclass(frozen=True)
@@ -64,20 +75,18 @@ PEER_CASES = tuple(CASES)[:3]  # on which LeRobot's side is timed too
 
 
 @dataclass(frozen=True)
-class PeerOptions:
+class PeerOptions(PairedOptions):
     """Options of both comparisons of speed with LeRobot's PI0. Raises ConfigError for a value out of range."""
 
     cases: tuple[str, ...] = option(PEER_CASES, f"which networks and inputs, of {', '.join(PEER_CASES)}")
-    rounds: int = option(20, "pairs of runs, ours and LeRobot's, behind each ratio")
-    threads: int = option(1, "torch's CPU threads, of both sides")
     device: str = option("cpu", "cpu or cuda, of both sides")
     seed: int = option(0, "of weights, inputs and noise")
-    output_dir: Path | None = option(None, "folder of the result's JSON; nothing is written when not given")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_words("cases", self.cases, PEER_CASES)
         check_words("device", (self.device,), ("cpu", "cuda"))
-        check_least(self, rounds=1, threads=1, seed=0)
+        check_least(self, seed=0)
 
 
 def make_observation(case: Case, batch: int, seed: int) -> ModelObservation:
@@ -113,3 +122,63 @@ def make_batch(case: Case, seed: int, flow_draws: int = 1) -> Batch:
         noise=torch.randn(count, flow_draws, horizon, width, generator=random),
         uniform=torch.rand(count, flow_draws, generator=random),
     )
+
+
+@dataclass(frozen=True)
+class CallSize:
+    """So many observations, of so many cameras, in one call."""
+
+    batch: int
+    cameras: int
+
+    def __str__(self) -> str:
+        return f"{self.cameras} camera{'s' if self.cameras > 1 else ''}, batch {self.batch}"
+
+
+def random_network(config: Pi0Config, device: torch.device, seed: int = 0) -> Pi0:
+    """Small random numbers, made on the device: the host never holds the network."""
+    with torch.device("meta"):
+        model = Pi0(config)
+    model.to_empty(device=device)
+    random = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.02 if parameter.ndim == 1 else min(0.02, float(parameter[0].numel()) ** -0.5)
+            parameter.normal_(std=spread, generator=random)
+    return model
+
+
+EULER = FlowConfig(solver="euler", num_flow_steps=FLOW_STEPS)
+
+
+def random_policy(
+    model: Pi0, cameras: int, device: torch.device, dtype: torch.dtype, compile: str = "off", flow: FlowConfig = EULER, joints: int = 7
+) -> LocalPolicy:
+    """Several policies may share one network: the first arranges its matrices, which the others find arranged."""
+    robot = random_chain(model.config, cameras, joints)
+    return LocalPolicy(model, FlowMatching.from_config(flow), robot, {}, device, dtype, compile=compile)
+
+
+def random_chain(config: Pi0Config, cameras: int, joints: int = 7) -> Chain:
+    """Of a robot with so many joints as the network has room for, all of whose statistics are those of N(0, 1)."""
+    width = min(joints, config.action_dim, config.state_dim)
+    robot = Embodiment(cameras={name: f"observation.images.{name}" for name in CAMERAS[:cameras]}, state_dim=width, robot_action_dim=width)
+    normal = np.random.default_rng(0).normal(size=(200, width)).astype(np.float32)
+    stats = NormStats(column_stats(normal, "state"), column_stats(normal, "action"), len(normal))
+    return PolicyConfig(model=config, flow=EULER, embodiment=robot).chain(stats)
+
+
+def random_observations(policy: LocalPolicy, batch: int, seed: int, prompt: str | None = None) -> list[Observation]:
+    """Random pictures of the network's own size and random states. prompt: None for one that fills all the tokens that there are."""
+    random, chain = np.random.default_rng(seed), policy.chain
+    size, (width, _) = chain.image_size, chain.embodiment.dims()
+    found = []
+    for _ in range(batch):
+        state = random.normal(size=width).astype(np.float32)
+        given = prompt
+        if given is None:
+            normal = chain.forward(Sample(state[None], None)).state[0, :width]
+            given = "x" * (1 + policy.model.config.max_prompt_tokens - len(chain.tokenizer.text("x", normal)))
+        images = {name: random.integers(0, 256, (size, size, 3), dtype=np.uint8) for name in chain.embodiment.cameras}
+        found.append(Observation(images, state, given))
+    return found

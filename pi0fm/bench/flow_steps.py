@@ -17,10 +17,9 @@ out, and until the steps are shorter than that every solver converges like one o
 
 import io
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +48,13 @@ ALIASES = {"repo_id": "dataset.repo_id", "root": "dataset.root", "policy.path": 
 POSITIONAL = "bundle"
 RESULT, FIGURE = "steps.json", "steps.png"
 ADAPTIVE, REFERENCE = "dopri5", "rk4"
-GUESSED_EVALUATIONS = 60  # of an adaptive solver, before it has run; for the time left only
 PER_EPISODE = 4  # observations of an episode
 # Okabe and Ito's colours, which readers who see few of them tell apart; the marker says the same again.
 STYLES = {"euler": "o#0072B2", "midpoint": "s#E69F00", "heun": "^#009E73", "rk4": "D#CC79A7", "dopri5": "v#444444"}
 
 
 @dataclass(frozen=True)
-class Options:
+class StepsOptions:
     """Options of `pi0fm flow steps`. Raises ConfigError for a value out of range."""
 
     bundle: Path = required("folder of the policy, as pi0fm train wrote it")
@@ -85,51 +83,31 @@ class Options:
             )
 
 
+Options = StepsOptions
+
+
 @dataclass(frozen=True)
-class Setting:
-    """One way to sample. solver_tolerance: of dopri5, which tries 1 / num_flow_steps first and chooses its own steps."""
+class SolverError:
+    """The cost of one way to sample, and its error against the reference.
+
+    solver_tolerance: of dopri5, which tries 1 / num_flow_steps first and chooses its own steps. evaluations: of the network, as counted.
+    rms, largest: over all real entries, normalised units. robot_rms_per_chunk: over all entries of each chunk, in robot units.
+    """
 
     solver: str
     num_flow_steps: int
-    solver_tolerance: float | None = None
-
-    @property
-    def expected_evaluations(self) -> int:
-        """Evaluations of the network; a guess for dopri5."""
-        return GUESSED_EVALUATIONS if self.solver == ADAPTIVE else num_evaluations(self.solver, self.num_flow_steps)
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a setting cost and how far it is from the reference.
-
-    evaluations: of the network, as counted. rms, largest: over all real entries, normalised units.
-    robot_rms_per_chunk: over all entries of each chunk, in robot units.
-    """
-
-    setting: Setting
+    solver_tolerance: float | None
     evaluations: int
     rms: float
     largest: float
     robot_rms_per_chunk: tuple[float, ...]
 
-    @property
-    def solver(self) -> str:
-        """Of its setting."""
-        return self.setting.solver
-
-    @property
-    def robot_rms(self) -> float:
-        """Mean over the chunks."""
-        return float(np.mean(self.robot_rms_per_chunk))
-
     def json(self) -> dict[str, Any]:
         """All of it, and the options of serving and evaluation for it."""
-        found = asdict(self)
-        return found.pop("setting") | found | {"options": f"--solver {self.solver} --num_flow_steps {self.setting.num_flow_steps}"}
+        return asdict(self) | {"options": f"--solver {self.solver} --num_flow_steps {self.num_flow_steps}"}
 
 
-def measure(options: Options) -> Report:
+def measure(options: StepsOptions) -> Report:
     """Load, observe, solve, draw; the figures hold `error` by solver and evaluations, and `cheapest`."""
     progress.say(f"loading {options.bundle}")
     # float32: in bfloat16 the rounding of the network would be most of what is measured
@@ -155,11 +133,14 @@ def measure(options: Options) -> Report:
     }
     background = {"bundle": str(options.bundle), "where": where, "seed": options.seed, "rows": [row.json() for row in rows]}
     names = ("options", "evaluations", "rms", "largest")
-    best = {solver: {name: row.json()[name] for name in names} | {"robot_rms": row.robot_rms} for solver, row in found.items()}
+    best = {
+        solver: {name: row.json()[name] for name in names} | {"robot_rms": float(np.mean(row.robot_rms_per_chunk))}
+        for solver, row in found.items()
+    }
     return Report(figures, {**figures, "cheapest": {f"within {options.tolerance:g}": best}}, background)
 
 
-def observe(options: Options, policy: LocalPolicy) -> tuple[list[Observation], str]:
+def observe(options: StepsOptions, policy: LocalPolicy) -> tuple[list[Observation], str]:
     """Observations, and where they are from in a few words."""
     if options.dataset.root is not None or options.dataset.repo_id:
         name = options.dataset.repo_id or Path(str(options.dataset.root)).name
@@ -204,37 +185,26 @@ def from_simulator(policy: Policy, count: int, seed: int, advance: Callable[[int
 
     Raises ConfigError as `simulated_tasks` does, SimulationError when the machine cannot render.
     """
-    tasks = simulated_tasks(policy.metadata)
+    tasks, metadata = simulated_tasks(policy.metadata), policy.metadata
+    cameras = parse_cameras(f"{name}={source}" for name, source in metadata["camera_sources"].items())
     found: list[Observation] = []
-    for number, (task, first_seed) in enumerate(tasks.items()):
-        share = count // len(tasks) + (number < count % len(tasks))
-        with closing(_along(policy, task, first_seed, seed)) as seen:
-            for observation in islice(seen, share):
-                found.append(observation)
+    for number, (task, first_seed) in enumerate(list(tasks.items())[:count]):
+        with closing(catalog.open_environment(task, cameras)) as environment:
+            start, visit = first_seed, 0
+            environment.reset(start)
+            for _ in range(count // len(tasks) + (number < count % len(tasks))):
+                found.append(observation := environment.observe())
                 advance(1)
+                (chunk,) = policy.infer_batch([observation], [noise_seed(seed, task, start, visit)])
+                done = any(environment.step(action).done for action in chunk.actions[: metadata["execution_horizon"]])
+                visit += 1
+                if done or visit == PER_EPISODE:
+                    start, visit = start + 1, 0
+                    environment.reset(start)
     return found
 
 
-def _along(policy: Policy, task: str, first_seed: int, seed: int) -> Generator[Observation]:
-    """Observations of one task without end, one or more of each episode."""
-    cameras = parse_cameras(f"{name}={source}" for name, source in policy.metadata["camera_sources"].items())
-    environment = catalog.open_environment(task, cameras)
-    start, visit = first_seed, 0
-    try:
-        environment.reset(start)
-        while True:
-            yield (observation := environment.observe())
-            (chunk,) = policy.infer_batch([observation], [noise_seed(seed, task, start, visit)])
-            done = any(environment.step(action).done for action in chunk.actions[: policy.metadata["execution_horizon"]])
-            visit += 1
-            if done or visit == PER_EPISODE:
-                start, visit = start + 1, 0
-                environment.reset(start)
-    finally:
-        environment.close()
-
-
-def solve(options: Options, policy: LocalPolicy, observations: list[Observation]) -> tuple[list[Row], float]:
+def solve(options: StepsOptions, policy: LocalPolicy, observations: list[Observation]) -> tuple[list[SolverError], float]:
     """A row for each setting, and how far half the reference's steps end from it; the prefix is encoded once."""
     model, flow = policy.model, policy.flow
     shape = (model.config.action_horizon, model.config.action_dim)
@@ -248,23 +218,25 @@ def solve(options: Options, policy: LocalPolicy, observations: list[Observation]
         assert robot is not None
         return torch.from_numpy(robot)
 
-    references = [Setting(REFERENCE, options.reference_steps // part).expected_evaluations for part in (1, 2)]
-    with torch.inference_mode(), progress.step("solve", sum(references) + sum(each.expected_evaluations for each in compared)) as bar:
+    with torch.inference_mode(), progress.step("solve", 1 + len(compared)) as bar:
         given = (flow, model.cached_velocity(inputs), torch.from_numpy(noise).to(policy.device), policy.mask(len(observations)))
         reference, floor = find_reference(*given, options.reference_steps)
-        bar.advance(sum(references))
+        bar.advance()
         return errors(*given, reference, compared, to_robot, bar.advance), floor
 
 
-def settings(evaluations: Sequence[int], tolerances: Sequence[float], first_steps: int) -> list[Setting]:
-    """Each fixed-grid solver at each number of evaluations that it can spend exactly, then dopri5 at each tolerance, coarse to fine."""
-    grids = [
-        Setting(solver, spent // num_evaluations(solver, 1))
+def settings(evaluations: Sequence[int], tolerances: Sequence[float], first_steps: int) -> list[tuple[str, int, float | None]]:
+    """(solver, num_flow_steps, solver_tolerance) of every setting.
+
+    Each fixed-grid solver at each number of evaluations that it can spend exactly, then dopri5 at each tolerance, coarse to fine.
+    """
+    grids: list[tuple[str, int, float | None]] = [
+        (solver, spent // num_evaluations(solver, 1), None)
         for solver in FIXED_GRID_SOLVERS
         for spent in sorted(set(evaluations))
         if spent % num_evaluations(solver, 1) == 0
     ]
-    return grids + [Setting(ADAPTIVE, first_steps, tolerance) for tolerance in sorted(set(tolerances), reverse=True)]
+    return grids + [(ADAPTIVE, first_steps, tolerance) for tolerance in sorted(set(tolerances), reverse=True)]
 
 
 def find_reference(flow: FlowMatching, velocity: Velocity, noise: Tensor, mask: Tensor, num_flow_steps: int) -> tuple[Tensor, float]:
@@ -279,36 +251,34 @@ def errors(
     noise: Tensor,
     mask: Tensor,
     reference: Tensor,
-    compared: Sequence[Setting],
+    compared: Sequence[tuple[str, int, float | None]],
     to_robot: Callable[[Tensor], Tensor],
-    advance: Callable[[int], None] = lambda _: None,
-) -> list[Row]:
-    """A row for each setting, in order; all tensors [chunks, ...].
+    advance: Callable[[], None] = lambda: None,
+) -> list[SolverError]:
+    """A row for each of `settings`, in order; all tensors [chunks, ...].
 
-    to_robot: normalised chunks to robot units. advance: is told the expected evaluations that are done.
-    Raises FlowError when a chunk is not finite.
+    to_robot: normalised chunks to robot units. advance: called after each. Raises FlowError when a chunk is not finite.
     """
     exact, rows = to_robot(reference), []
-    for setting in compared:
+    for solver, steps, tolerance in compared:
         counted = Counted(velocity)
-        solved_by = flow if setting.solver_tolerance is None else replace(flow, tolerance=setting.solver_tolerance)
-        actions = solved_by.sample(counted, noise, setting.num_flow_steps, setting.solver, mask)
+        solved_by = flow if tolerance is None else replace(flow, tolerance=tolerance)
+        actions = solved_by.sample(counted, noise, steps, solver, mask)
         robot = (to_robot(actions) - exact).flatten(1).double().square().mean(1).sqrt().tolist()
-        rms, largest = _distance(actions, reference, mask)
-        rows.append(Row(setting, counted.num_evaluations, rms, largest, tuple(robot)))
-        advance(setting.expected_evaluations)
+        rows.append(SolverError(solver, steps, tolerance, counted.num_evaluations, *_distance(actions, reference, mask), tuple(robot)))
+        advance()
     return rows
 
 
-def cheapest(rows: Sequence[Row], tolerance: float, own_tolerance: float) -> dict[str, Row]:
+def cheapest(rows: Sequence[SolverError], tolerance: float, own_tolerance: float) -> dict[str, SolverError]:
     """By solver, cheapest first, the row that reaches `tolerance` (RMS) with the fewest evaluations and is not left by finer ones.
 
     A solver that never reaches it is absent. Of dopri5 only the row at `own_tolerance` counts: a policy's options set no other.
     """
-    found: dict[str, Row] = {}
+    found: dict[str, SolverError] = {}
     left: set[str] = set()
     for row in sorted(rows, key=lambda row: -row.evaluations):
-        if row.solver not in left and row.setting.solver_tolerance in (None, own_tolerance):
+        if row.solver not in left and row.solver_tolerance in (None, own_tolerance):
             if row.rms <= tolerance:
                 found[row.solver] = row
             else:
@@ -316,7 +286,7 @@ def cheapest(rows: Sequence[Row], tolerance: float, own_tolerance: float) -> dic
     return dict(sorted(found.items(), key=lambda item: (item[1].evaluations, item[1].rms)))
 
 
-def observed_order(rows: Sequence[Row], solver: str, floor: float) -> float | None:
+def observed_order(rows: Sequence[SolverError], solver: str, floor: float) -> float | None:
     """Minus the slope of log error against log steps, over the finest rows (at most five) of a fixed grid with ten times `floor` or more.
 
     None with fewer than three: what lies below is the error of the reference, not the solver's.
@@ -324,7 +294,7 @@ def observed_order(rows: Sequence[Row], solver: str, floor: float) -> float | No
     own = [row for row in rows if row.solver == solver and row.rms > 10 * floor][-5:]
     if len(own) < 3 or solver not in FIXED_GRID_SOLVERS:
         return None
-    return -float(np.polyfit(np.log([row.setting.num_flow_steps for row in own]), np.log([row.rms for row in own]), 1)[0])
+    return -float(np.polyfit(np.log([row.num_flow_steps for row in own]), np.log([row.rms for row in own]), 1)[0])
 
 
 def _distance(a: Tensor, b: Tensor, mask: Tensor) -> tuple[float, float]:
@@ -333,37 +303,31 @@ def _distance(a: Tensor, b: Tensor, mask: Tensor) -> tuple[float, float]:
     return float(difference.square().mean().sqrt()), float(difference.abs().max())
 
 
-def draw_figure(rows: Sequence[Row], floor: float, tolerance: float, chosen: Row | None, subject: str, path: Path) -> None:
+def draw_figure(rows: Sequence[SolverError], floor: float, tolerance: float, chosen: SolverError | None, subject: str, path: Path) -> None:
     """Write the PNG: error against evaluations, a line for each solver. subject: what was sampled, for the line below the title."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.4, 5.4), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel="RMS error, normalised units")
     for solver in dict.fromkeys(row.solver for row in rows):
-        own = sorted(((row.evaluations, row.rms) for row in rows if row.solver == solver and row.rms > 0), key=lambda point: point[0])
+        points = sorted((row.evaluations, row.rms) for row in rows if row.solver == solver and row.rms > 0)
         order, style = observed_order(rows, solver, floor), STYLES[solver]
         label = solver if order is None else f"{solver}, order {order:.1f}"
-        axes.plot(*zip(*own, strict=True), marker=style[0], color=style[1:], markersize=5, zorder=3, label=label)
+        axes.plot(*zip(*points, strict=True), marker=style[0], color=style[1:], markersize=5, label=label)
+    axes.axhline(tolerance, color="#222222", linewidth=1.0, linestyle="--", label=f"tolerance {tolerance:g}")
     bottom = min(*(row.rms for row in rows if row.rms > 0), floor or tolerance, tolerance) / 2.5
     axes.set_ylim(bottom, 2 * max(*(row.rms for row in rows), tolerance))
-    axes.axhline(tolerance, color="#222222", linewidth=1.0, linestyle="--", label=f"tolerance {tolerance:g}")
-    if floor > bottom:
-        axes.axhspan(bottom, floor, color="#eeeeee", zorder=0, label="error of the reference")
+    axes.axhspan(bottom, max(floor, bottom), color="#eeeeee", zorder=0, label="error of the reference")
     if chosen is not None:
-        circle = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgecolor": "#222222", "linestyle": "none"}
-        label = f"cheapest within {tolerance:g}: {chosen.solver}, steps: {chosen.setting.num_flow_steps}, evaluations: {chosen.evaluations}"
-        axes.plot([chosen.evaluations], [chosen.rms], label=label, zorder=4, **circle)
-    least, most = min(row.evaluations for row in rows), 1.2 * max(row.evaluations for row in rows)
-    marks = [mark for mark in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if least <= mark <= most]
-    axes.set_xlim(least / 1.15, most)
-    axes.set_xticks(marks, [str(mark) for mark in marks])
+        label = f"cheapest within {tolerance:g}: {chosen.solver}, steps: {chosen.num_flow_steps}, evaluations: {chosen.evaluations}"
+        axes.plot([chosen.evaluations], [chosen.rms], "o", color="#222222", markersize=13, markerfacecolor="none", label=label)
+    marks = sorted({1, 2, 5, 10, 20, 50, 100, 200, 500, 1000} & set(range(max(row.evaluations for row in rows) + 1)))
+    axes.set_xticks(marks, [str(mark) for mark in marks], minor=False)
     axes.minorticks_off()
     axes.grid(True, color="#e4e4e4", linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=9, loc="lower left")
     axes.set_title(f"Error of a sampled action chunk\n{subject}", loc="left", fontsize=10)
     content = io.BytesIO()
-    figure.savefig(content, format="png")
+    FigureCanvasAgg(figure).print_png(content)
     files.write_bytes(path, content.getvalue())

@@ -27,9 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from pi0fm import progress
-from pi0fm.bench.cases import CASES, PeerOptions, make_noise, make_observation
-from pi0fm.bench.measure import Report, Roofline, check_words, measure_roofline, paired_ratio, products_of, synchronized
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.bench.cases import CASES, EULER, PeerOptions, make_noise, make_observation
+from pi0fm.bench.limits import Rates, measure_rates, products_of, synchronized
+from pi0fm.bench.measure import Report, check_words, paired_ratio
+from pi0fm.bench.steps import their_sampler
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
 from pi0fm.options import option
@@ -38,15 +40,13 @@ from pi0fm.policy.sampler import COMPILE, Sampler
 from pi0fm_client.errors import ConfigError
 
 ALIASES = {"num_threads": "threads"}
-RESULT = "inference.json"
 MODES = ("like_for_like", "as_shipped")
-FLOW_STEPS = 10
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Of `displacement_difference`, by the type of our matrices. bfloat16 keeps 8 bits, and ten steps through some ten layers add up."""
 
 
 @dataclass(frozen=True)
-class Options(PeerOptions):
+class InferenceOptions(PeerOptions):
     """Options of `pi0fm bench inference`. Raises ConfigError for a value out of range."""
 
     compile: str = option("off", "what ours compiles, of off, kernels, graph (CUDA alone); as shipped it is off")
@@ -58,59 +58,53 @@ class Options(PeerOptions):
             raise ConfigError(f"compile graph records CUDA graphs, found device {self.device}; type --device cuda, or --compile kernels")
 
 
-def measure(options: Options) -> Report:
+Options = InferenceOptions
+
+
+def measure(options: InferenceOptions) -> Report:
     """Both modes of every case. Raises Pi0fmError when the two sides differ, ConfigError for a device that is not there."""
     progress.say("loading LeRobot")
     from pi0fm.bench import peer  # LeRobot's import alone takes many seconds
 
     device = choose_device(options.device)
     torch.set_num_threads(options.threads)
-    roofline = measure_roofline(device, BOUNDS)
+    rates = measure_rates(device, BOUNDS)
     rows: dict[str, dict[str, Any]] = {mode: {} for mode in MODES}
     with progress.step("calls compared", len(options.cases) * len(MODES)) as bar:
         for name in options.cases:
             case = CASES[name]
             pair = peer.build_pair(case, options.seed, device)
             observation, noise = make_observation(case, 1, options.seed), make_noise(case, 1, options.seed).to(device)
-            theirs = their_sampler(pair.theirs, observation, noise)
+            theirs = their_sampler(pair.theirs.model, observation, noise)
             narrow = inference_dtype("auto", device, case.config.decoder.backbone.width)
             for mode, dtype in zip(MODES, (torch.float32, narrow), strict=True):
-                ours = our_sampler(pair.ours, observation, noise, dtype, options.compile)
+                ours = OurCall.of(pair.ours, observation, noise, dtype, options.compile)
                 difference = peer.displacement_difference(ours(), theirs(), noise)
                 peer.check_alike(f"{name} {mode}", "action chunks", difference, BOUNDS[dtype])
                 # what compiled kernels multiply cannot be seen from outside; it is what the same network multiplies uncompiled
-                plain = ours if options.compile == "off" else our_sampler(pair.ours, observation, noise, dtype)
-                found = speed(theirs, ours, plain, plain.sampler.model, options.rounds, device, roofline)
+                plain = ours if options.compile == "off" else OurCall.of(pair.ours, observation, noise, dtype)
+                found = speed(theirs, ours, plain, plain.sampler.model, options.rounds, device, rates)
                 rows[mode][name] = found | {"max_abs_difference": difference, "difference_bound": BOUNDS[dtype]}
                 bar.advance(1, f"{name} {mode}")
-    return speed_report(rows, roofline)
+    return speed_report(rows, rates)
 
 
 @dataclass(frozen=True)
 class OurCall:
-    """A call of ours: one chunk [B, H, A] from `observation`, which lies on the host as the chain leaves it."""
+    """A call of ours: one chunk [B, H, A] from `observation`, which is on the host as the chain leaves it."""
 
     sampler: Sampler
     observation: ModelObservation
     noise: Tensor
 
+    @classmethod
+    def of(cls, model: Pi0, observation: ModelObservation, noise: Tensor, dtype: torch.dtype, compile: str = "off") -> "OurCall":
+        """On a copy of the model. dtype: of the matrices. compile: a word of `policy.sampler.COMPILE`."""
+        return cls(Sampler(copy.deepcopy(model), FlowMatching.from_config(EULER), noise.device, dtype, compile), observation, noise)
+
     def __call__(self) -> Tensor:
         """The chunk."""
         return self.sampler(self.observation.trimmed(), self.noise, torch.ones_like(self.noise, dtype=torch.bool))
-
-
-def our_sampler(model: Pi0, observation: ModelObservation, noise: Tensor, dtype: torch.dtype, compile: str = "off") -> OurCall:
-    """On a copy of the model. dtype: of the matrices. compile: a word of `policy.sampler.COMPILE`."""
-    flow = FlowMatching.from_config(FlowConfig(solver="euler", num_flow_steps=FLOW_STEPS))
-    return OurCall(Sampler(copy.deepcopy(model), flow, noise.device, dtype, compile), observation, noise)
-
-
-def their_sampler(policy: Any, observation: ModelObservation, noise: Tensor) -> Callable[[], Tensor]:
-    """A call of LeRobot's, on tensors that are on the device."""
-    from pi0fm.bench.peer import their_prefix
-
-    model, prefix, state = policy.eval().model, their_prefix(observation, noise.device), observation.state.to(noise.device)
-    return lambda: model.sample_actions(*prefix, state, noise=noise, num_steps=FLOW_STEPS)
 
 
 def speed(
@@ -120,13 +114,13 @@ def speed(
     model: nn.Module,
     rounds: int,
     device: torch.device,
-    roofline: Roofline,
+    rates: Rates,
 ) -> dict[str, Any]:
     """The figures of one comparison. plain: `ours` as a call whose products can be listed; model: whose weights it reads."""
     products, their_products = products_of(plain, model.parameters()), products_of(theirs)
     their_call, our_call, bare_call = (synchronized(call, device) for call in (theirs, ours, products.run))
     ratio, over_products = paired_ratio(their_call, our_call, rounds), paired_ratio(our_call, bare_call, rounds)
-    seconds, least, flops = ratio.second_seconds, roofline.seconds(products), products.flops.total()
+    seconds, least, flops = ratio.second_seconds, rates.seconds(products.flops, products.weight_bytes), products.flops.total()
     return {
         **ratio.json(),
         "seconds": seconds,
@@ -143,16 +137,14 @@ def speed(
     }
 
 
-def speed_report(
-    rows: Mapping[str, Mapping[str, Mapping[str, Any]]], roofline: Roofline, figures: Mapping[str, Any] | None = None
-) -> Report:
+def speed_report(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], rates: Rates, figures: Mapping[str, Any] | None = None) -> Report:
     """`rows`, by mode and case, and `figures` behind them."""
 
     def column(mode: str, name: str) -> dict[str, Any]:
         return {case: row[name] for case, row in rows[mode].items()}
 
-    speeds = {str(dtype).removeprefix("torch."): speed / 1e9 for dtype, speed in roofline.flops_per_second.items()}
-    rest = {"roofline": {"gflop_per_second": speeds, "gigabytes_per_second": roofline.bytes_per_second / 1e9}, **(figures or {})}
+    speeds = {str(dtype).removeprefix("torch."): speed / 1e9 for dtype, speed in rates.flops_per_second.items()}
+    rest = {"roofline": {"gflop_per_second": speeds, "gigabytes_per_second": rates.bytes_per_second / 1e9}, **(figures or {})}
     found = {mode: column(mode, "ratio") for mode in MODES} | {"intervals": {mode: column(mode, "interval") for mode in MODES}}
     found |= {name: column("like_for_like", name) for name in ("gemm_ratio", "max_abs_difference")}
     return Report(found | {"figures": rows} | rest, shown={**rows, **rest})

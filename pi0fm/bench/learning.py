@@ -1,28 +1,27 @@
 """pi0fm against LeRobot's own PI0: one task, the same demonstrations, the same size, the same processor time.
 
-Owns: which training comes when, how each side trains on the shared data, what is alike and what is not, the figures.
-Does not know: LeRobot's network (bench/peer), how an episode is run (eval/rollout), how demonstrations are recorded (demos).
+Owns: the order of the trainings, how each side trains on the shared data, the figures. Does not know: LeRobot's network (bench/peer), how
+an episode is run (eval/rollout), how demonstrations are recorded (demos).
 
     seed 0: pi0fm trains -> is judged | LeRobot trains -> is judged | seed 1: pi0fm ... one process, one after the other
 
     build -> [calibration on a copy: seconds a step -> length of the schedule] -> step, step, ... until the seconds are spent
                                  not charged                                          charged
 
-With `steps` instead of processor time a policy is a function of the data, the configuration and the seed, on a busy machine too: that
-tells what each part of a recipe brings a step, and the processor seconds that stand beside it what the part costs.
+With `steps` instead of processor time a policy is a function of the data, the configuration and the seed, on a busy machine too.
 
-Alike: the parameters that take part (8 query heads on both sides, since LeRobot's PI0 runs no other number), the frames decoded in
-memory, the samples of each step, the batch size, the peak learning rate, the threads, the calibration that stretches each side's own
-schedule over its budget (the same one, unless LeRobot is given another), the start positions, the rule of the noise seeds, the
-execution horizon, 10 Euler steps.
+Alike: the parameters that take part (8 query heads, the only number that LeRobot's PI0 runs), the frames, decoded in memory, the samples
+of each step, the batch size, the peak learning rate, the threads, the calibration that stretches each side's schedule over its budget
+(the same budget, unless LeRobot is given another), the start positions, the rule of the noise seeds, the execution horizon, 10 Euler
+steps.
 Charged to each: making its batches, forward, backward, optimiser, average. Charged to neither: imports, building, decoding,
 calibration, evaluation. `LeRobotDataset` itself would spend about 80 % of a laptop's processor time on queries in Python; a comparison of
 learning would measure that, so both sides read frames that are decoded in memory.
 LeRobot's side is its `lerobot_train` on one process: its optimiser and scheduler presets (AdamW, clipping at 1, warm-up that scales with
 the number of steps, cosine to a tenth), whose 2.5e-5 for three billion pretrained parameters gives way to the shared learning rate.
 Not alike, because each side runs as shipped: bfloat16 where the processor has it and a moving average of the weights here, float32 and the
-last weights there; GELU by the error function here (the preset says so), by its tanh approximation there; padded prompts there;
-steps past an episode's end are left out of the loss here and count there, so the two losses are not to be compared with each other.
+last weights there; GELU by the error function here, by its tanh approximation there; padded prompts there; steps past an episode's end are
+left out of the loss here and count there, so the two losses are not comparable.
 """
 
 import gc
@@ -33,14 +32,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import numpy as np
 import torch
 
 from pi0fm import options as option_files
 from pi0fm import progress
+from pi0fm.bench.cases import FLOW_STEPS
 from pi0fm.bench.measure import Report, check_least, seconds_of
+from pi0fm.bench.steps import Trainer, their_step
 from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, open_source
 from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.loading.loader import Collator, action_chunks
@@ -65,14 +66,11 @@ from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.allocator import keep_freed_memory
 from pi0fm.train.parallel.context import Context
 from pi0fm.train.state import TrainState
-from pi0fm.train.step import train_step
 from pi0fm_client.errors import ConfigError, DatasetError
 from pi0fm_client.types import ActionChunk, Observation, Policy
 
 ALIASES = {"tasks": "task", "repo_id": "dataset.repo_id", "root": "dataset.root"}
-RESULT = "learning.json"
 CALIBRATION_STEPS = 10
-FLOW_STEPS = 10  # LeRobot's default, with Euler
 # Of pi0fm's training configuration: where a run takes place, which is here; and what both sides' training from scratch, on all of one
 # task's demonstrations, would pass over.
 PLACEMENT = ("num_workers", "gpus_per_worker", "cpus_per_worker", "max_failures", "ray_address")
@@ -83,7 +81,7 @@ PASSED_OVER = (
 
 
 @dataclass(frozen=True)
-class Options:
+class LearningOptions:
     """Options of `pi0fm bench learning`. Raises ConfigError for a value out of range."""
 
     task: str = option("button-press-topdown-v3", f"task that both sides learn, {catalog.TASK_FORM}")
@@ -113,7 +111,7 @@ class Options:
                 "or type 0 to train pi0fm's side only"
             )
         check_least(self, steps=1, seeds=1, demonstrations=1, episodes=1, max_steps=1, threads=1, first_seed=0)
-        if self.steps is not None and (self.cpu_seconds != Options.cpu_seconds or self.lerobot_cpu_seconds not in {None, 0}):
+        if self.steps is not None and (self.cpu_seconds != LearningOptions.cpu_seconds or self.lerobot_cpu_seconds not in {None, 0}):
             raise ConfigError(
                 f"steps or processor seconds end a training: found --steps {self.steps} beside --cpu_seconds {self.cpu_seconds:g} and "
                 f"--lerobot_cpu_seconds {self.lerobot_cpu_seconds}; leave one out (--lerobot_cpu_seconds 0 may stay)"
@@ -124,6 +122,9 @@ class Options:
         if self.steps is not None:
             return math.inf
         return self.lerobot_cpu_seconds if side == "lerobot" and self.lerobot_cpu_seconds is not None else self.cpu_seconds
+
+
+Options = LearningOptions
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class TrainingResult:
         return {"cpu_seconds": [round(seconds, 3) for seconds in self.spent], "loss": losses}
 
 
-def measure(options: Options) -> Report:
+def measure(options: LearningOptions) -> Report:
     """Record what is missing, train and judge both sides; the last line is what learning.json holds, without the curves."""
     base = read_training(options.config or option_files.shipped()["quickstart"])
     if options.dataset.root is None and not options.dataset.repo_id:
@@ -177,7 +178,7 @@ def read_training(path: Path) -> TrainConfig:
     return run
 
 
-def comparable(run: TrainConfig, options: Options) -> TrainConfig:
+def comparable(run: TrainConfig, options: LearningOptions) -> TrainConfig:
     """`run` at a shape that LeRobot's PI0 can take, sampled as LeRobot samples. Raises ConfigError when there is no such shape."""
     from pi0fm.bench.peer import at_lerobots_heads  # LeRobot's import alone takes many seconds
 
@@ -254,52 +255,35 @@ def open_shared(run: TrainConfig, prompt: str) -> SharedData:
     return SharedData(source, cache, source.norm_stats(policy.model.action_horizon), policy)
 
 
-class Training(Protocol):
-    """One side's run, all of it a function of the seed: calibration uses one up, and the run builds the same again."""
-
-    def __init__(self, run: TrainConfig, data: SharedData, seed: int, scheduled_steps: int) -> None: ...
-
-    def update(self, step: int) -> float:
-        """The loss of one step on the batch of that number, which is made within."""
-
-    def policy(self) -> Policy:
-        """What was trained."""
-
-
 @final
 class OurTraining:
     """The parts of `train/loop` that learn, without its files, as shipped.
 
-    `train.step.train_step` with accelerate, bfloat16 where the processor has it, AdamW, warm-up and cosine, the moving average of the
-    weights as the policy. Batches are made in the thread that trains: a loader's thread saves wall time, not processor time.
+    accelerate with bfloat16 where the processor has it, AdamW, warm-up and cosine, the moving average of the weights as the policy.
+    Batches are made in the thread that trains: a loader's thread saves wall time, not processor time.
     """
 
     def __init__(self, run: TrainConfig, data: SharedData, seed: int, scheduled_steps: int) -> None:
         self._run, self._data, self._scheduled_steps = run, data, scheduled_steps
         self._collator = data.collator(seed, run.flow_draws_per_observation)
-        self._flow = FlowMatching.from_config(run.flow)
-        self._parallel = Parallel(Context(), run.precision, run.micro_steps(1), allow_cuda=False)
-        self._state = TrainState.build(data.policy.model, replace(run.state(), seed=seed), None, self._parallel)
-        self._state.prepare(self._parallel)
+        parallel = Parallel(Context(), run.precision, run.micro_steps(1), allow_cuda=False)
+        state = TrainState.build(data.policy.model, replace(run.state(), seed=seed), None, parallel)
+        self._trainer = Trainer(state, parallel, FlowMatching.from_config(run.flow))
 
     def update(self, step: int) -> float:
-        """One step, as in `train.loop`."""
-        run, state = self._run, self._state
-        state.schedule(self._scheduled_steps)
+        """The loss of one step on the batch of that number, which is made within, as in `train.loop`."""
+        run = self._run
         first, count = step * run.global_batch_size, run.global_batch_size
         valid = self._collator.valid_elements(first, count) * run.flow_draws_per_observation
         batches = (self._collator(first + begin, size) for begin, size in split(count, 0, 1, run.micro_batch_size))
-        part, _ = train_step(
-            state.trained, self._flow, state.optimizer, self._parallel.accelerator, batches, valid, run.optimizer.clip_norm
-        )
-        state.advance()
-        return float(part)
+        self._trainer.state.schedule(self._scheduled_steps)
+        return float(self._trainer.step(batches, valid))
 
     def policy(self) -> LocalPolicy:
         """The averaged weights, as a bundle of this run would load on the CPU."""
-        policy, parallel = self._data.policy, self._parallel
-        chain = policy.chain(self._data.stats)
-        return LocalPolicy(self._state.averaged_network(), self._flow, chain, policy.metadata(), parallel.device, parallel.compute_dtype)
+        policy, trainer = self._data.policy, self._trainer
+        network, chain, parallel = trainer.state.averaged_network(), policy.chain(self._data.stats), trainer.parallel
+        return LocalPolicy(network, trainer.flow, chain, policy.metadata(), parallel.device, parallel.compute_dtype)
 
 
 @final
@@ -313,23 +297,21 @@ class LeRobotTraining:
         robot = peer.RobotFeatures(tuple(data.source.embodiment.cameras), state_dim, action_dim)
         config = peer.policy_config(data.policy.model, robot, run.optimizer.learning_rate)
         torch.manual_seed(seed)  # initial weights, then noise and times
-        self._data, self._count, self._collator = data, run.global_batch_size, data.collator(seed)
+        self._data, self._count, self._first, self._collator = data, run.global_batch_size, 0, data.collator(seed)
         self._policy = peer.ShrunkPI0(config, data.policy.model)
         self._processors = peer.processors(config, data.lerobot_stats())
         preset = config.get_optimizer_preset()
-        self._clip, self._optimizer = preset.grad_clip_norm, preset.build(self._policy.get_optim_params())
-        self._scheduler = config.get_scheduler_preset().build(self._optimizer, scheduled_steps)
+        optimizer = preset.build(self._policy.get_optim_params())
+        self._step = their_step(lambda: self.loss(self._first, self._count), optimizer, preset.grad_clip_norm)
+        self._scheduler = config.get_scheduler_preset().build(optimizer, scheduled_steps)
 
     def update(self, step: int) -> float:
-        """One step on the samples that our side trains on in its step of the same number."""
+        """The loss of one step on the samples that our side trains on in its step of the same number."""
         self._policy.train()
-        loss = self.loss(step * self._count, self._count)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._policy.parameters(), self._clip)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self._first = step * self._count
+        loss = self._step()
         self._scheduler.step()
-        return float(loss.item())
+        return loss
 
     def loss(self, first: int, count: int) -> torch.Tensor:
         """Of samples of the stream: pictures from bytes to [0, 1], then LeRobot's own steps (newline, tokens, normalisation)."""
@@ -341,7 +323,7 @@ class LeRobotTraining:
     def used(self) -> tuple[int, int]:
         """Parameters, and how many of them ever get a gradient that is not zero.
 
-        Its two language heads, and what of the last backbone layer only feeds the prefix's own output, do not.
+        Its two language heads, and the part of the last backbone layer that only feeds the prefix's own output, do not.
         """
         self.loss(0, 2).backward()
         used = sum(weight.numel() for weight in self._policy.parameters() if weight.grad is not None and bool(weight.grad.any()))
@@ -388,7 +370,7 @@ class LeRobotPolicy:
         return [ActionChunk(chunk, {"infer_ms": milliseconds}) for chunk in actions]
 
 
-SIDES: dict[str, type[Training]] = {"pi0fm": OurTraining, "lerobot": LeRobotTraining}
+SIDES: dict[str, type[OurTraining | LeRobotTraining]] = {"pi0fm": OurTraining, "lerobot": LeRobotTraining}
 
 
 def train(side: str, run: TrainConfig, data: SharedData, seed: int, cpu_seconds: float, steps: int | None) -> tuple[Policy, TrainingResult]:
@@ -428,7 +410,7 @@ def steps_in_budget(update: Callable[[int], float], cpu_seconds: float) -> int:
 
 
 def compare(
-    options: Options, run: TrainConfig, data: SharedData, judge: Callable[[Policy], Summary]
+    options: LearningOptions, run: TrainConfig, data: SharedData, judge: Callable[[Policy], Summary]
 ) -> tuple[dict[str, dict[str, list[Any]]], dict[str, list[Any]]]:
     """Train and judge both sides with each seed, in turn: for each side its figures by seed, and its loss curves.
 
@@ -462,7 +444,7 @@ def parameters(data: SharedData) -> dict[str, int]:
     return {"pi0fm": parameter_count(Pi0(data.policy.model)), "lerobot": lerobot, "lerobot_used": used}
 
 
-def make_judge(options: Options, execution_horizon: int, policy: PolicyConfig) -> Callable[[Policy], Summary]:
+def make_judge(options: LearningOptions, execution_horizon: int, policy: PolicyConfig) -> Callable[[Policy], Summary]:
     """The evaluation that both sides go through. Raises ConfigError for start positions that were demonstrated."""
     asked = EvalConfig(
         policy="both sides",

@@ -1,6 +1,6 @@
-"""What loading costs: samples from the cache, from the stream, building the cache, statistics; LeRobot and plain decoding beside them.
+"""The cost of loading: samples from the cache, from the stream, building the cache, statistics; beside LeRobot and plain decoding.
 
-Owns: what either side of a comparison does in a round, what of it is inside the clock, a data set drawn for it. Does not know: training.
+Owns: each side's work in a round and the part of it inside the clock, a data set drawn for it. Does not know: training.
 
     cached_ratio               LeRobotDataset in its DataLoader : our loader from the frame cache    same pictures and chunks; at least 30
     cached_of_memcpy           copying as many bytes as one block : gathering a batch of pictures    both into fresh arrays; at least 0.5
@@ -12,19 +12,18 @@ Owns: what either side of a comparison does in a round, what of it is inside the
     norm_stats_seconds         statistics of a million frames, whose columns are in memory           at most 20
     memory_mib                 that no file backs, of this process and its workers, over many batches: a leak, however small, shows
 
-A ratio is of the first's processor seconds to the second's. Both sides of a comparison run in turn in this process. Decoding threads share
-one processor on both sides: two on the two halves of a core are charged twice the seconds for hardly more frames, which is the machine's
-doing, not the cache's. What these figures do not say: disks slower than the page cache, which holds everything after the first round; what
-building the cache costs a run of few epochs; LeRobot with workers pays for moving batches between processes (--lerobot_workers). The
-drawn data set has a key frame every 4 frames, as `pi0fm demos` records; LeRobot's own recordings have one
-every 2, which makes its random access cheaper: --root.
+A ratio is of the first's processor seconds to the second's, both sides in turns in this process. Decoding threads share one processor on
+both sides: two on the two halves of a core are charged twice the seconds for hardly more frames. Not measured: disks slower than the page
+cache, which holds everything after the first round; the share of a cache's building in a run of few epochs. LeRobot with workers pays for
+moving batches between processes (--lerobot_workers). The drawn data set has a key frame every 4 frames, as `pi0fm demos` records;
+LeRobot's own recordings have one every 2, which makes its random access cheaper: --root.
 
     stream, one round     a new buffer | first window, no clock | the middle of an epoch: CLOCK | whole windows, and one is left
-    of one epoch                         fills the buffer         decodes as much ahead at its end as lay ready at its begin
+    of one epoch                         fills the buffer         decodes as much ahead at its end as was ready at its begin
 
-In the middle of one epoch every group is used once. Over whole epochs a buffer of half the data set would still hold what the next one
-begins with, as no buffer does whose data set is as large as streams are for. A small data set has shorter groups than such a buffer, which
-cost more seeks.
+In the middle of one epoch every group is used once. Over whole epochs a buffer of half the data set would still hold the begin of the next
+one, which no buffer does whose data set is as large as streams are for. A small data set has shorter groups than such a buffer, which cost
+more seeks.
 """
 
 import os
@@ -43,7 +42,7 @@ import numpy as np
 import torch
 
 from pi0fm import progress
-from pi0fm.bench.measure import Ratio, Report, check_least, paired_ratio, ratio_of, seconds_of
+from pi0fm.bench.measure import PairedOptions, Ratio, Report, check_least, paired_ratio, ratio_of, seconds_of
 from pi0fm.data.chain import make_chain
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, open_source
@@ -74,7 +73,7 @@ DISTINCT_EPISODES = 40  # encoded once and written again and again: a decoder wo
 
 
 @dataclass(frozen=True)
-class Options:
+class LoadingOptions(PairedOptions):
     """Options of `pi0fm bench loading`. Raises ConfigError for a value out of range."""
 
     root: Path | None = option(None, "folder of a LeRobot data set with videos; one is drawn and written when not given")
@@ -88,15 +87,18 @@ class Options:
     memory_batches: int = option(2000, "batches over which memory is watched; 100000 take some five minutes")
 
     def __post_init__(self) -> None:
-        check_least(self, frames=1400, size=16, action_horizon=1, batch_size=1, rounds=1, memory_batches=10)
-        check_least(self, lerobot_batches=1, lerobot_workers=0)
+        super().__post_init__()
+        check_least(self, frames=1400, size=16, action_horizon=1, batch_size=1, memory_batches=10, lerobot_batches=1, lerobot_workers=0)
         if self.size % 2:
             raise ConfigError(f"size must be even, since video is, found {self.size}; type --size {self.size + 1}")
 
 
-def measure(options: Options) -> Report:
-    """All of it, in this process with one thread. Raises DatasetError for a data set that cannot be read."""
-    torch.set_num_threads(1)
+Options = LoadingOptions
+
+
+def measure(options: LoadingOptions) -> Report:
+    """All of it, in this process. Raises DatasetError for a data set that cannot be read."""
+    torch.set_num_threads(options.threads)
     keep_freed_memory()  # as training does
     with tempfile.TemporaryDirectory(prefix="pi0fm-bench-loading-") as folder:
         dataset = DatasetConfig(root=options.root or Path(folder) / "dataset", cache_dir=Path(folder) / "cache")
@@ -133,14 +135,13 @@ def measure(options: Options) -> Report:
             "memory_mib": memory,
             "memory_growth_mib": memory["end"] - memory["start"],
             "frames": len(source.state),
-            **{name: getattr(options, name) for name in ("size", "action_horizon", "batch_size", "memory_batches")},
-            **{name: getattr(options, name) for name in ("lerobot_workers",)},
+            **{name: getattr(options, name) for name in ("size", "action_horizon", "batch_size", "memory_batches", "lerobot_workers")},
             "video_backend": choose_decoder("auto"),
         }
     )
 
 
-def make_collator(source: LeRobotSource, pictures: Pictures, options: Options) -> Collator:
+def make_collator(source: LeRobotSource, pictures: Pictures, options: LoadingOptions) -> Collator:
     """Our batches at pi0's widths: normalised, padded, tokenised, with noise and flow times."""
     state_dim, action_dim = (max(NETWORK_WIDTH, own) for own in source.embodiment.dims())
     chain = make_chain(
@@ -156,7 +157,7 @@ def make_collator(source: LeRobotSource, pictures: Pictures, options: Options) -
     return Collator(source, pictures, chain, options.action_horizon, action_dim, seed=0)
 
 
-def compare_lerobot(source: LeRobotSource, collator: Collator, options: Options) -> Ratio:
+def compare_lerobot(source: LeRobotSource, collator: Collator, options: LoadingOptions) -> Ratio:
     """LeRobot's processor seconds for its batches by ours for as many samples.
 
     LeRobot's side as its own training sets it up: pictures as uint8, workers that stay from round to round with what they have opened, four
@@ -190,7 +191,7 @@ def compare_lerobot(source: LeRobotSource, collator: Collator, options: Options)
     return found.per_piece(batches * size, OURS_A_ROUND * batches * size)
 
 
-def compare_copying(collator: Collator, options: Options) -> tuple[Ratio, Ratio]:
+def compare_copying(collator: Collator, options: LoadingOptions) -> tuple[Ratio, Ratio]:
     """Seconds of copying a block of the cache by those of gathering as many pictures, and by those of making the whole batch."""
     cache = collator.cache
     assert isinstance(cache, FrameCache)
@@ -214,7 +215,7 @@ def compare_copying(collator: Collator, options: Options) -> tuple[Ratio, Ratio]
     return one, other
 
 
-def compare_building(source: LeRobotSource, dataset: DatasetConfig, options: Options) -> tuple[Ratio, Ratio]:
+def compare_building(source: LeRobotSource, dataset: DatasetConfig, options: LoadingOptions) -> tuple[Ratio, Ratio]:
     """Seconds of decoding every video once by those of building the cache, of a frame: on one processor, and on all of them.
 
     The first counts processor seconds, the second wall time, in which either side decodes as many files at once as there are processors.
@@ -239,7 +240,7 @@ def compare_building(source: LeRobotSource, dataset: DatasetConfig, options: Opt
     return alone, compare(time.perf_counter)
 
 
-def compare_streaming(source: LeRobotSource, dataset: DatasetConfig, options: Options) -> tuple[Ratio, Ratio, float]:
+def compare_streaming(source: LeRobotSource, dataset: DatasetConfig, options: LoadingOptions) -> tuple[Ratio, Ratio, float]:
     """Processor seconds of decoding in order what a sample shows, by those of a sample of the stream: its pictures, and whole batches.
 
     The last is how many frames the stream decoded for a sample's pictures; 1 is every frame once.
@@ -279,7 +280,7 @@ def _take(collator: Collator, first: int, stop: int, batch: int) -> None:
 
 
 def _stream_round(
-    source: LeRobotSource, dataset: DatasetConfig, options: Options, epoch: int, read: Callable[[Collator, int, int, int], None]
+    source: LeRobotSource, dataset: DatasetConfig, options: LoadingOptions, epoch: int, read: Callable[[Collator, int, int, int], None]
 ) -> tuple[float, float]:
     """(processor seconds, frames decoded) for each sample in the middle of an epoch, see the drawing."""
     gib = BUFFER_SHARE * len(source.state) * len(source.clips) * options.size**2 * 3 / 2**30
@@ -341,7 +342,7 @@ def norm_stats_seconds(frames: int = STATS_FRAMES) -> float:
     return seconds_of(lambda: compute_norm_stats(state, action, end, (), 50), cpu_seconds_of_tree) * STATS_FRAMES / frames
 
 
-def memory_over(collator: Collator, options: Options) -> dict[str, float]:
+def memory_over(collator: Collator, options: LoadingOptions) -> dict[str, float]:
     """MiB that no file backs, of this process and its children: after a tenth of the batches, after all, and the most seen in between.
 
     The first tenth fills tables and the allocator's reserve.

@@ -38,7 +38,6 @@ from transformers import ByT5Tokenizer, GemmaConfig, PaliGemmaConfig, SiglipVisi
 from pi0fm.bench.cases import Case
 from pi0fm.convert.shapes import parts, sizes_of
 from pi0fm.models.joint_decoder import StreamConfig
-from pi0fm.models.observation import ModelObservation, pixels
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm_client.errors import ConfigError, DatasetError, Pi0fmError
 
@@ -175,7 +174,7 @@ def paligemma_config(size: Pi0Config) -> PaliGemmaConfig:
 
 
 @final
-class PromptTokenizer:
+class ByteTokenizer:
     """ByT5's bytes, each sentence once.
 
     transformers' ByT5 is plain Python, 3 ms a sentence where PaliGemma's compiled tokenizer takes microseconds: LeRobot must not pay
@@ -209,7 +208,7 @@ def processors(config: PI0Config, stats: Mapping[str, Mapping[str, Any]]) -> Pro
             )
     steps = make_default_policy_processor_steps(config, {key: dict(value) for key, value in stats.items()})
     tokenizer = TokenizerProcessorStep(
-        tokenizer=PromptTokenizer(), max_length=config.tokenizer_max_length, padding_side="right", padding="max_length"
+        tokenizer=ByteTokenizer(), max_length=config.tokenizer_max_length, padding_side="right", padding="max_length"
     )
     before = [steps.rename_observations, steps.add_batch_dim, Pi0NewLineProcessor(), tokenizer, steps.to_device, steps.normalize]
     return make_policy_processor_pipelines(input_steps=before, output_steps=[steps.unnormalize, steps.to_cpu])
@@ -252,14 +251,6 @@ def translated(theirs: Mapping[str, Tensor], config: Pi0Config) -> dict[str, Ten
         wanted = {name: value.shape for name, value in Pi0(config).state_dict().items()}
     named = parts("torch", "pi0", sizes_of(config)).items()
     return {ours: torch.cat([part.rows(theirs[part.name], tuple(wanted[ours][1:])) for part in group]) for ours, group in named}
-
-
-def their_prefix(observation: ModelObservation, device: torch.device) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """Pictures in [-1, 1], their masks, tokens and mask, as LeRobot's `predict_action_chunk` and `forward` hand them to its model."""
-    seen = observation.to(device)
-    cameras = range(seen.images.shape[1])
-    pictures, masks = [pixels(seen.images[:, camera]) for camera in cameras], [seen.image_mask[:, camera] for camera in cameras]
-    return pictures, masks, seen.prompt_tokens, seen.prompt_mask
 
 
 def displacement_difference(ours: Tensor, theirs: Tensor, noise: Tensor) -> float:

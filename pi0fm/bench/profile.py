@@ -10,16 +10,17 @@ Owns: the steps that are timed, counted and traced, the bounds of each part, the
 The data set is read and decoded as in training, in this process alone; no checkpoint, metric or bundle is written.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pi0fm import files, progress
-from pi0fm.bench.card.limits import Rates, forget_peak, measure_rates, peak_bytes, synchronize
-from pi0fm.bench.step_clock import PARTS, StepClock, clocked_step
+from pi0fm import progress
+from pi0fm.bench.limits import forget_peak, measure_rates, peak_bytes, synchronize
+from pi0fm.bench.measure import Report
+from pi0fm.bench.steps import PARTS, StepClock, Trainer
 from pi0fm.data.loading.loader import micro_batches
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.options import option
@@ -49,95 +50,73 @@ class ProfileSteps:
                 raise ConfigError(f"profile.{name} must be 1 or more, found {getattr(self, name)}; leave it out for the default")
 
 
-@dataclass(frozen=True)
-class PartOfStep:
-    """seconds, limit_seconds: of one step; flops, moved: operations of products, bytes that must be read or written."""
-
-    seconds: float
-    limit_seconds: float
-    flops: float
-    moved: float
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What was found. rates: of the device in this run; peak, estimated: bytes of its memory, 0 on a CPU."""
-
-    parts: dict[str, PartOfStep]
-    samples: int
-    rates: Rates
-    peak: int
-    estimated: int
-    advice: tuple[str, ...]
-    operations: tuple[tuple[str, float], ...]
-    device: str
-
-    @property
-    def seconds(self) -> float:
-        """Of one step."""
-        return sum(part.seconds for part in self.parts.values())
-
-
-def measure(config: TrainConfig, shape: ProfileSteps, folder: Path) -> Profile:
+def measure(config: TrainConfig, shape: ProfileSteps, folder: Path) -> Report:
     """Take some steps of the run in this process; TRACE goes to `folder`. Raises the errors of the data set and of the configuration."""
     keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     parallel = Parallel(Context(shown=False), config.precision, config.micro_steps(1))
     device, data = parallel.device, open_data(config)
+    on_card = device.type == "cuda"
     state = TrainState.build(data.policy.model, config.state(), data.pretrained, parallel)
-    state.prepare(parallel)
+    trainer = Trainer(state, parallel, FlowMatching.from_config(data.policy.flow))
     forget_peak(device)
     total = shape.warm_up + shape.steps + 2
     split = (config.global_batch_size, 0, 1, config.micro_batch_size)
     batches = micro_batches(data.training, 0, total, *split, config.loader, device)
-    flow, steps = FlowMatching.from_config(data.policy.flow), iter(range(total))
 
-    def step(clock: Any) -> None:
-        number = next(steps)
+    def step(mark: Callable[[str], object] | None = None) -> None:
         state.schedule(config.steps)
-        valid = data.training.valid_elements(number * config.global_batch_size, config.global_batch_size)
-        valid *= config.flow_draws_per_observation
-        given = (state.trained, flow, state.optimizer, parallel.accelerator, batches, valid, config.optimizer.clip_norm)
-        clocked_step(clock, state.advance, *given)
+        valid = data.training.valid_elements(state.step * config.global_batch_size, config.global_batch_size)
+        trainer.step(batches, valid * config.flow_draws_per_observation, mark)
+        bar.advance()
 
     clock = StepClock(device)
     with progress.step("profile", total) as bar:
         for _ in range(shape.warm_up):
-            step(clock)
-            bar.advance()
-        clock.seconds()
+            step()
         for _ in range(shape.steps):
-            step(clock)
-            bar.advance()
+            step(clock.mark)
         seconds = {part: value / shape.steps for part, value in clock.seconds().items()}
-        flops = _counted(step)
-        bar.advance()
-        operations = _traced(step, device, folder / TRACE)
-        bar.advance()
+        flops, longest = _counted(step), _traced(step, device, folder / TRACE)
     peak = peak_bytes(device)
     del batches
-    rates = measure_rates(device, whole=device.type == "cuda", dtype=parallel.compute_dtype)
-    moved = _bytes_moved(state, config.micro_steps(1))
+    rates, moved = measure_rates(device, [parallel.compute_dtype], whole=on_card), _bytes_moved(state, config.micro_steps(1))
+    whole = sum(seconds.values())
     parts = {
-        part: PartOfStep(seconds[part], 0.0 if part == "data" else rates.seconds(flops[part], moved[part]), flops[part], moved[part])
+        part: {
+            "ms": 1e3 * seconds[part],
+            "share": seconds[part] / whole,
+            "limit_ms": 0.0 if part == "data" else 1e3 * rates.seconds({parallel.compute_dtype: flops[part]}, moved[part]),
+            "tflop": flops[part] / 1e12,
+            "gigabytes": moved[part] / 1e9,
+        }
         for part in PARTS
     }
-    estimated = estimate_run(config, data.num_cameras, 1, device).total if device.type == "cuda" else 0
-    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    advice = advise(config, parts, parallel.compute_dtype, device, peak, room)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return Profile(parts, config.global_batch_size, rates, peak, estimated, advice, operations, name)
+    found = {
+        "device": torch.cuda.get_device_name(device) if on_card else "CPU",
+        "step_ms": 1e3 * whole,
+        "samples_per_second": config.global_batch_size / whole,
+        "product_tflops_per_second": rates.flops_per_second[parallel.compute_dtype] / 1e12,
+        "copy_gigabytes_per_second": rates.bytes_per_second / 1e9,
+        "peak_gib": peak / 2**30,
+        "estimated_gib": estimate_run(config, data.num_cameras, 1, device).total / 2**30 if on_card else 0.0,
+    }
+    there = torch.cuda.get_device_properties(device).total_memory if on_card else 0
+    advice = advise(config, parts, parallel.compute_dtype, device, peak, there)
+    for line in advice or ["nothing stands out"]:
+        progress.say(line)
+    return Report({**found, "parts": parts, "advice": advice, "longest_operations_ms": longest}, shown={"parts": parts, **found})
 
 
 def advise(
-    config: TrainConfig, parts: dict[str, PartOfStep], computes: torch.dtype, device: torch.device, peak: int = 0, room: int = 0
-) -> tuple[str, ...]:
-    """What to type for a faster step, the largest gain first; peak, room: bytes that are used, and that there are."""
-    total = sum(part.seconds for part in parts.values())
-    share = {name: part.seconds / total for name, part in parts.items()}
-    passes = parts["forward"].seconds + parts["backward"].seconds
-    reached = (parts["forward"].limit_seconds + parts["backward"].limit_seconds) / passes
+    config: TrainConfig, parts: dict[str, dict[str, float]], computes: torch.dtype, device: torch.device, peak: int = 0, there: int = 0
+) -> list[str]:
+    """What to type for a faster step, the largest gain first; peak, there: bytes that are used, and that the device has."""
+    share = {name: part["share"] for name, part in parts.items()}
+    passes = share["forward"] + share["backward"]
+    reached = sum(parts[name]["limit_ms"] for name in ("forward", "backward")) / sum(parts[name]["ms"] for name in ("forward", "backward"))
+    on_card = device.type == "cuda"
     found: list[tuple[float, str]] = []
     if share["data"] > WAITING:
         more = config.loader.threads + 1
@@ -148,64 +127,53 @@ def advise(
         if config.ema_decay is not None and share["average"] > UPDATING / 3:
             text += ", or --ema_decay null"
         found.append((updating, text))
-    if computes == torch.float32 and device.type == "cuda":
-        found.append((share["forward"] + share["backward"], "products are float32: --precision bfloat16"))
-    if reached < FAR and device.type == "cuda":
+    if computes == torch.float32 and on_card:
+        found.append((passes, "products are float32: --precision bfloat16"))
+    if reached < FAR and on_card:
         text = f"both passes reach {reached:.0%} of the device's limit: a larger --global_batch_size"
-        if config.micro_batch_size is not None:
-            text += " or --micro_batch_size"
-        found.append(((1 - reached) * (share["forward"] + share["backward"]), text))
-    if config.activation_checkpointing and room and peak < 0.6 * room:
-        text = f"{peak / 2**30:.0f} of {room / 2**30:.0f} GiB are used: --activation_checkpointing false, or a larger batch"
+        found.append(((1 - reached) * passes, text + (" or --micro_batch_size" if config.micro_batch_size is not None else "")))
+    if config.activation_checkpointing and peak < 0.6 * there:
+        text = f"{peak / 2**30:.0f} of {there / 2**30:.0f} GiB are used: --activation_checkpointing false, or a larger batch"
         found.append((0.25 * share["backward"], text))
-    return tuple(text for _, text in sorted(found, key=lambda item: -item[0]))
+    return [text for _, text in sorted(found, key=lambda item: -item[0])]
 
 
-@final
-class FlopClock:
-    """`StepClock`'s marks on a counter of operations."""
-
-    def __init__(self, counter: FlopCounterMode) -> None:
-        self._counter, self._before = counter, 0
-        self.found = dict.fromkeys(PARTS, 0.0)
-
-    def mark(self, ended: str) -> None:
-        """A part has ended."""
-        now = self._counter.get_total_flops()
-        if ended:
-            self.found[ended] += now - self._before
-        self._before = now
-
-
-def _counted(step: Any) -> dict[str, float]:
+def _counted(step: Callable[[Callable[[str], object]], None]) -> dict[str, float]:
     """Operations of a step by part, those that checkpointing repeats included."""
+    found, before = dict.fromkeys(PARTS, 0.0), 0
     with FlopCounterMode(display=False) as counter:
-        clock = FlopClock(counter)
-        step(clock)
-    return clock.found
+
+        def mark(ended: str) -> None:
+            nonlocal before
+            now = counter.get_total_flops()
+            if ended:
+                found[ended] += now - before
+            before = now
+
+        step(mark)
+    return found
 
 
-def _traced(step: Any, device: torch.device, path: Path) -> tuple[tuple[str, float], ...]:
-    """A step under torch.profiler: its trace to `path`, and the ten operations that take longest, in seconds."""
+def _traced(step: Callable[[], None], device: torch.device, path: Path) -> dict[str, float]:
+    """A step under torch.profiler: its trace to `path`, and the milliseconds of the ten operations that take longest."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    clock = StepClock(torch.device("cpu"))
     with torch.profiler.profile(activities=kinds) as profiler:
-        step(clock)
+        step()
         synchronize(device)
     profiler.export_chrome_trace(str(path))
     spent = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     longest = sorted(profiler.key_averages(), key=lambda event: -getattr(event, spent))[:10]
-    return tuple((event.key, getattr(event, spent) / 1e6) for event in longest)
+    return {event.key: getattr(event, spent) / 1e3 for event in longest}
 
 
 def _bytes_moved(state: TrainState, micro_steps: int) -> dict[str, float]:
     """Bytes that a step cannot do without, by part."""
-    numbers = [parameter.numel() for parameter in state.network.parameters() if parameter.requires_grad]
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in state.network.parameters())
-    trained = sum(numbers)
+    parameters = list(state.network.parameters())
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     averaged = sum(value.numel() for value in state.average.average.values())
     return {
         "data": 0.0,
@@ -215,30 +183,3 @@ def _bytes_moved(state: TrainState, micro_steps: int) -> dict[str, float]:
         "optimizer": float(4 * trained * (1 + 4 + 3)),
         "average": float(4 * averaged * 3),
     }
-
-
-def write(profile: Profile, path: Path) -> dict[str, Any]:
-    """The figures as JSON, to a file too."""
-    tree = {
-        "device": profile.device,
-        "step_ms": 1e3 * profile.seconds,
-        "samples_per_second": profile.samples / profile.seconds,
-        "product_tflops_per_second": profile.rates.flops_per_second / 1e12,
-        "copy_gigabytes_per_second": profile.rates.bytes_per_second / 1e9,
-        "peak_gib": profile.peak / 2**30,
-        "estimated_gib": profile.estimated / 2**30,
-        "parts": {
-            name: {
-                "ms": 1e3 * part.seconds,
-                "share": part.seconds / profile.seconds,
-                "limit_ms": 1e3 * part.limit_seconds,
-                "tflop": part.flops / 1e12,
-                "gigabytes": part.moved / 1e9,
-            }
-            for name, part in profile.parts.items()
-        },
-        "advice": list(profile.advice),
-        "longest_operations_ms": {name: 1e3 * seconds for name, seconds in profile.operations},
-    }
-    files.write_json(path, tree)
-    return tree

@@ -1,8 +1,8 @@
 """`pi0fm bench NAME`: one way to ask a question of pi0fm/bench, to show what was found and to keep it.
 
-Owns: the list, the result's file, tables, what is said of the machine, the rounding of figures. Does not know: what is measured.
-A question is a module of pi0fm/bench with `Options`, `ALIASES` and `measure(options) -> Report`; where it writes a file, `RESULT` is its
-name in `options.output_dir`.
+Owns: the list, the result's file, tables, the lines about the machine, the rounding of figures. Does not know: what is measured.
+A question is a module of pi0fm/bench with `Options` and `measure(options) -> Report`; it may have `ALIASES` and `POSITIONAL`, and where its
+options have an `output_dir`, `RESULT` is the file in it: NAME.json when not given, None for no file.
 """
 
 import functools
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pi0fm import files, machine, progress
+from pi0fm.bench.measure import Report
 from pi0fm_client.errors import OutputError
 
 HELP = "measure pi0fm, and its peers beside it, on this machine"
@@ -32,29 +33,32 @@ SUBCOMMANDS = {
 DIGITS = 6
 
 
-def subcommand(name: str) -> ModuleType | SimpleNamespace:
-    """The question of that name as a command; `card` is a command of its own, with a place and a clock of its own."""
-    if name == "card":
-        return importlib.import_module("pi0fm.cli.bench_card")
-    return question(importlib.import_module(f"pi0fm.bench.{name}"), SUBCOMMANDS[name])
+def subcommand(name: str) -> SimpleNamespace:
+    """The question of that name as a command."""
+    return question(importlib.import_module("pi0fm.bench.card.run" if name == "card" else f"pi0fm.bench.{name}"), SUBCOMMANDS[name])
 
 
 @functools.cache
 def question(module: ModuleType, text: str) -> SimpleNamespace:
     """A module of pi0fm/bench as a command; text: its line of help."""
-    positional = getattr(module, "POSITIONAL", None)
-    run = functools.partial(ask, module)
-    return SimpleNamespace(HELP=text, Options=module.Options, ALIASES=module.ALIASES, POSITIONAL=positional, run=run)
+    optional = {"ALIASES": {}, "POSITIONAL": None} | vars(module)
+    given = {name: optional[name] for name in ("Options", "ALIASES", "POSITIONAL")}
+    return SimpleNamespace(HELP=text, run=functools.partial(ask, module), **given)
 
 
 def ask(module: ModuleType, options: Any) -> dict[str, Any]:
-    """Refuse a place that is taken, measure, write the result's file, show the figures, which are the last line too."""
-    written = free_place(getattr(options, "output_dir", None), getattr(module, "RESULT", None))
-    report = module.measure(options)
+    """Refuse a place that is taken, measure, and answer."""
+    name = getattr(module, "RESULT", f"{module.__name__.rpartition('.')[2]}.json")
+    written = free_place(getattr(options, "output_dir", None), name)
+    return answer(module.measure(options), written, module.__doc__)
+
+
+def answer(report: Report, written: Path | None, notes: str | None) -> dict[str, Any]:
+    """Write the result's file, show the figures, and return them for the last line. notes: what the figures mean, for the file."""
     figures: dict[str, Any] = rounded(report.figures)
     figures |= {"machine": machine.describe_machine(), "versions": machine.describe_versions()}
     if written is not None:
-        background = rounded(report.background or {}) | {"command": machine.command_line(), "notes": module.__doc__}
+        background = rounded(report.background or {}) | {"command": machine.command_line(), "notes": notes}
         files.write_json(written, figures | background)
     show(figures if report.shown is None else report.shown)
     for facts in ("machine", "versions"):
@@ -84,7 +88,8 @@ def show(figures: Mapping[str, Any]) -> None:
             console.print(_table(name, value))
         else:
             leaves[name] = {"": value}
-    console.print(_table("", leaves))
+    if leaves:
+        console.print(_table("", leaves))
 
 
 def _parts(path: str, tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -109,7 +114,7 @@ def _table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
         cells = {column: {name: row[column] for name, row in cells.items()} for column in columns}
     table = Table(box=None, padding=(0, 2), header_style="", title=title, title_justify="left")
     for heading in ("", *next(iter(cells.values()), {})):
-        table.add_column(heading, justify="right" if table.columns else "left", no_wrap=True)
+        table.add_column(heading, justify="right" if table.columns else "left", overflow="fold")
     for name, row in cells.items():
         table.add_row(name, *map(_text, row.values()))
     return table

@@ -12,17 +12,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
 
 from pi0fm import files, options, progress
+from pi0fm.cli import bench
 from pi0fm.cli import eval as eval_command
 from pi0fm.cluster.evaluation import evaluate_on_cluster
 from pi0fm.cluster.recording import record_demonstrations
@@ -124,7 +122,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
         "filmstrip": str(picture),
         **{name: _rounded(change) for name, change in changes.items()},
     }
-    _last_screen(config, result, reached, served, changes)
+    _last_screen(config, result, {"in process": reached, "over the socket": served, **changes})
     return result
 
 
@@ -137,8 +135,7 @@ def _train(config: QuickstartConfig, root: Path) -> Path:
         over["steps"] = config.steps
     run = options.decode(TrainingRun, options.merge(tree, over))
     run = replace(run, num_workers=min(run.num_workers, os.cpu_count() or 1))
-    done = int((read_last(folder) or {}).get("step", 0)) >= run.steps and (folder / "bundle").exists()
-    if done:
+    if int((read_last(folder) or {}).get("step", 0)) >= run.steps and (folder / "bundle").exists():
         progress.say(f"the run in {folder} is complete")
         return folder / "bundle"
     return run_training(replace(run, resume="auto")).bundle
@@ -187,27 +184,11 @@ def _heading(number: int, text: str) -> None:
     progress.say(f"\n[{number}/5] {text}")
 
 
-def _last_screen(
-    config: QuickstartConfig, result: dict[str, Any], reached: Evaluation, served: Evaluation, changes: dict[str, Evaluation]
-) -> None:
-    table = Table(box=None, padding=(0, 2), header_style="")
-    for heading in ("task", "in process", "over the socket", *(name.replace("_", " ") for name in changes)):
-        table.add_column(heading)
-    for task in config.tasks:
-        table.add_row(task, *(_cell(evaluation, task) for evaluation in (reached, served, *changes.values())))
-    where = {
-        "policy": result["bundle"],
-        "report": result["report"],
-        "picture": result["filmstrip"],
-        "data set": result["dataset"],
-        "serve it": f"pi0fm serve --bundle {result['bundle']}",
-    }
-    console = Console(stderr=True, highlight=False)
-    console.print()
-    console.print(
-        Panel(table, title=f"{result['seconds'] / 60:.1f} minutes, peak {result['peak_memory_bytes'] / 2**30:.1f} GiB", expand=False)
-    )
-    for name, place in where.items():
+def _last_screen(config: QuickstartConfig, result: Mapping[str, Any], sides: Mapping[str, Evaluation]) -> None:
+    bench.show({"successes": {task: {name: _cell(side, task) for name, side in sides.items()} for task in config.tasks}})
+    progress.say(f"{result['seconds'] / 60:.1f} minutes, peak {result['peak_memory_bytes'] / 2**30:.1f} GiB")
+    places = {"policy": result["bundle"], "report": result["report"], "picture": result["filmstrip"], "data set": result["dataset"]}
+    for name, place in {**places, "serve it": f"pi0fm serve --bundle {result['bundle']}"}.items():
         progress.say(f"{name:>9}  {place}")
 
 

@@ -6,6 +6,7 @@ import pytest
 import tiny_dataset
 
 from pi0fm.bench import checkpoint, density
+from pi0fm.bench.checkpoint import Block
 from pi0fm.bench.measure import Ratio
 from pi0fm.models.presets import preset
 
@@ -14,7 +15,7 @@ def test_blocks_are_alike_but_for_one_checkpoint(monkeypatch, tmp_path):
     """Two blocks of three steps: six steps, one checkpoint behind the first, removed with its folder at the end."""
     taken, saved = [], []
     monkeypatch.setitem(checkpoint.CASES, "tiny", replace(checkpoint.CASES["tiny"], config=tiny_dataset.network()))
-    monkeypatch.setattr(checkpoint, "our_step", lambda *_: lambda: taken.append(1))
+    monkeypatch.setattr(checkpoint.Trainer, "on", lambda self, _: lambda: (taken.append(1), self.state.advance()))
 
     class Spied(checkpoint.Checkpoints):
         def save(self, step, tensors, facts):
@@ -33,9 +34,8 @@ def test_blocks_are_alike_but_for_one_checkpoint(monkeypatch, tmp_path):
 
 def test_a_checkpoints_share_of_a_step():
     """Blocks of 50 steps, 2 % and 4 % slower; the checkpoint takes 4 of the 50, and would be one of 1000 steps in training."""
-    found = checkpoint._figures(
-        checkpoint.Options(every=50), Ratio(1.02, (1.01, 1.03), 5.1, 5.0), Ratio(1.04, (1.03, 1.05), 5.2, 5.0), 0.02, 4
-    )
+    wall, with_one, without = Ratio(1.02, (1.01, 1.03), 5.1, 5.0), Block(5.2, 0.02, 4), Block(5.0, 0.0, 0)
+    found = checkpoint.figures_of(checkpoint.Options(every=50), wall, [with_one], [without])
     names = ("slowdown", "cpu_slowdown", "slowdown_every_1000", "slowdown_while_written", "step_seconds", "blocking_seconds")
     assert [found[name] for name in names] == pytest.approx([0.02, 0.04, 0.001, 0.25, 0.1, 0.02])
     assert found["interval"] == pytest.approx([0.01, 0.03])
@@ -53,9 +53,9 @@ def test_both_sides_of_a_density_take_the_same_evaluations(monkeypatch):
             counts.append(len(calls) - before)
         return Ratio(1.0, (0.9, 1.1), 1.0, 1.0)
 
-    def spied(options):
-        policy = make(options)
-        assert policy.model.config == preset("tiny") and policy.metadata["robot_action_dim"] == 4
+    def spied(*given, **options):
+        policy = make(*given, **options)
+        assert policy.model.config == preset("tiny")
         policy.model.action_out.register_forward_hook(lambda *_: calls.append(1))
         return policy
 

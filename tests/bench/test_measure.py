@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pi0fm.bench import measure
-from pi0fm.bench.measure import Products, Ratio, Roofline, measure_roofline, paired_ratio, products_of, ratio_of
+from pi0fm.bench.limits import Products, Rates, measure_rates, products_of
+from pi0fm.bench.measure import Ratio, paired_ratio, ratio_of
 from pi0fm.policy.packed import PackedLinear, can_pack
 from pi0fm_client.errors import ConfigError
 
@@ -176,18 +176,12 @@ def test_a_packed_product_counts_as_the_plain_one():
     assert found.weight_bytes == 2 * (expected.weight_bytes - 2 * 40)  # the bias is no parameter there
 
 
-def test_roofline_is_the_longer_of_computing_and_reading():
-    roofline, products = Roofline({torch.float32: 100.0, torch.bfloat16: 400.0}, bytes_per_second=10.0), Products()
-    products.flops.update({torch.float32: 200, torch.bfloat16: 400})
-    products.weight_bytes = 20
-    assert roofline.seconds(products) == 3.0
-    products.weight_bytes = 50
-    assert roofline.seconds(products) == 5.0
+def test_the_least_time_is_the_longer_of_computing_and_moving():
+    rates, flops = Rates({torch.float32: 100.0, torch.bfloat16: 400.0}, bytes_per_second=10.0), {torch.float32: 200, torch.bfloat16: 400}
+    assert (rates.seconds(flops, 20), rates.seconds(flops, 50)) == (3.0, 5.0)
 
 
-def test_the_machine_is_measured(monkeypatch):
-    monkeypatch.setattr(measure, "LARGE", 64)
-    monkeypatch.setattr(measure, "COPIED", 4096)
-    roofline = measure_roofline(torch.device("cpu"), [torch.float32, torch.bfloat16])
-    assert set(roofline.flops_per_second) == {torch.float32, torch.bfloat16}
-    assert min(*roofline.flops_per_second.values(), roofline.bytes_per_second) > 0
+def test_the_machine_is_measured():
+    rates = measure_rates(torch.device("cpu"), [torch.float32, torch.bfloat16], whole=False)
+    assert set(rates.flops_per_second) == {torch.float32, torch.bfloat16}
+    assert min(*rates.flops_per_second.values(), rates.bytes_per_second) > 0

@@ -10,10 +10,11 @@ from lerobot.policies.pi0.modeling_pi0 import PaliGemmaWithExpertModel, PI0Polic
 
 from pi0fm.bench import inference, peer
 from pi0fm.bench.cases import CASES, PEER_CASES, Case, make_batch, make_noise, make_observation
-from pi0fm.bench.inference import our_sampler, their_sampler
-from pi0fm.bench.measure import Roofline, products_of
+from pi0fm.bench.inference import OurCall
+from pi0fm.bench.limits import Rates, products_of
 from pi0fm.bench.peer import RobotFeatures, ShrunkPI0, image_key, policy_config, processors
-from pi0fm.bench.training import our_loss, our_step, prepared, their_loss, their_step
+from pi0fm.bench.steps import Trainer, their_loss, their_sampler
+from pi0fm.bench.training import lerobots_step, our_loss
 from pi0fm.models.joint_decoder import StreamConfig
 from pi0fm.models.presets import PI0, PI05, TINY
 from pi0fm_client.errors import ConfigError, DatasetError, Pi0fmError
@@ -121,12 +122,12 @@ def pair():
 @pytest.mark.parametrize("batch", [1, 2])
 def test_both_sides_make_the_same_chunk_and_a_weight_that_differs_is_found(pair, batch):
     observation, noise = make_observation(CASE, batch, 3), make_noise(CASE, batch, 3)
-    theirs = their_sampler(pair.theirs, observation, noise)()
+    theirs = their_sampler(pair.theirs.model, observation, noise)()
     assert (theirs - noise).abs().max() > 0.1  # the network has a say
-    assert peer.displacement_difference(our_sampler(pair.ours, observation, noise, torch.float32)(), theirs, noise) < 1e-5
+    assert peer.displacement_difference(OurCall.of(pair.ours, observation, noise, torch.float32)(), theirs, noise) < 1e-5
     with torch.no_grad():
         pair.ours.action_in.weight[0, 0] += 0.05
-    changed = our_sampler(pair.ours, observation, noise, torch.float32)()
+    changed = OurCall.of(pair.ours, observation, noise, torch.float32)()
     assert peer.displacement_difference(changed, theirs, noise) > inference.BOUNDS[torch.float32]
 
 
@@ -136,7 +137,7 @@ def test_a_missing_camera_is_no_product_of_ours(pair):
     whole = replace(observation, image_mask=torch.ones_like(observation.image_mask))
 
     def flops(seen) -> list[int]:
-        calls = our_sampler(pair.ours, seen, noise, torch.float32), their_sampler(pair.theirs, seen, noise)
+        calls = OurCall.of(pair.ours, seen, noise, torch.float32), their_sampler(pair.theirs.model, seen, noise)
         return [products_of(call).flops.total() for call in calls]
 
     (ours, theirs), (ours_whole, theirs_whole) = flops(observation), flops(whole)
@@ -146,7 +147,7 @@ def test_a_missing_camera_is_no_product_of_ours(pair):
 
 def test_losses_and_gradients_agree_and_a_gradient_that_differs_is_found(pair):
     batch = make_batch(CASE, 4)
-    theirs, ours = their_loss(pair.theirs.train().model, batch, CPU)(), our_loss(pair.ours.train(), batch, CPU)
+    theirs, ours = their_loss(pair.theirs.train().model, batch, CPU)(), our_loss(Trainer.of(pair.ours, "float32", CPU), batch)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
     theirs.backward()
     ours.backward()
@@ -161,7 +162,7 @@ def test_a_step_is_the_same_step_on_both_sides(pair, fused):
     batch = make_batch(CASE, 4)
     expected = their_loss(pair.theirs.model, batch, CPU)().item()
     before = pair.ours.action_out.weight.detach().clone()
-    ours, theirs = our_step(*prepared(pair.ours, "float32", CPU), batch), their_step(pair.theirs, batch, CPU, fused)
+    ours, theirs = Trainer.of(pair.ours, "float32", CPU).on(batch), lerobots_step(pair.theirs, batch, CPU, fused)
     assert (ours(), theirs()) == (pytest.approx(expected, rel=1e-5), pytest.approx(expected, rel=1e-5))
     moved = peer.translated(pair.theirs.model.state_dict(), SMALL)["action_out.weight"] - before
     assert moved.abs().max() > 1e-4
@@ -171,15 +172,16 @@ def test_a_step_is_the_same_step_on_both_sides(pair, fused):
 def test_their_step_under_autocast_is_the_same_step_rounded(pair):
     batch = make_batch(CASE, 4)
     expected = their_loss(pair.theirs.model, batch, CPU)().item()
-    found = their_step(pair.theirs, batch, CPU, fused=False, bfloat16=True)()
+    found = lerobots_step(pair.theirs, batch, CPU, fused=False, bfloat16=True)()
     assert found != expected and found == pytest.approx(expected, rel=2e-2)
 
 
 def test_a_step_with_eight_draws_trains_on_all(pair):
     batch = make_batch(CASE, 4, flow_draws=8)
     single = [replace(batch, noise=batch.noise[:, [draw]], uniform=batch.uniform[:, [draw]]) for draw in range(8)]
-    expected = sum(our_loss(pair.ours, each, CPU).item() for each in single) / 8
-    assert our_step(*prepared(pair.ours, "float32", CPU), batch)() == pytest.approx(expected, rel=1e-5)
+    trainer = Trainer.of(pair.ours, "float32", CPU)
+    expected = sum(our_loss(trainer, each).item() for each in single) / 8
+    assert trainer.on(batch)() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_same_seed_is_the_same_pair_and_leaves_the_callers_randomness_alone(pair):
@@ -200,7 +202,7 @@ def test_what_differs_is_refused_in_one_line(difference):
 
 def test_no_figure_is_given_when_the_chunks_differ(monkeypatch):
     monkeypatch.setitem(CASES, "tiny", CASE)
-    monkeypatch.setattr(inference, "measure_roofline", lambda *_: Roofline({}, 1.0))
+    monkeypatch.setattr(inference, "measure_rates", lambda *_: Rates({}, 1.0))
     monkeypatch.setitem(inference.BOUNDS, torch.float32, 0.0)
     with pytest.raises(Pi0fmError, match="action chunks of both sides"):
         inference.measure(inference.Options(cases=("tiny",), rounds=1))

@@ -11,8 +11,8 @@ import yaml
 
 from pi0fm import options
 from pi0fm.bench import profile
-from pi0fm.bench.profile import PartOfStep, ProfileSteps, advise, measure
-from pi0fm.bench.step_clock import PARTS, StepClock
+from pi0fm.bench.profile import ProfileSteps, advise, measure
+from pi0fm.bench.steps import PARTS, StepClock
 from pi0fm.cli.main import main
 from pi0fm.cli.profile import ProfiledRun
 from pi0fm.data.loading.loader import Collator
@@ -62,20 +62,21 @@ def test_time_that_is_spent_on_data_is_called_so(tree, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Collator, "collate", slow)
     run = options.decode(ProfiledRun, tree)
-    found = measure(run, run.profile, tmp_path)
-    assert found.parts["data"].seconds > 0.3
-    assert found.advice[0].endswith("--loader.threads 2")
+    found = measure(run, run.profile, tmp_path).figures
+    assert found["parts"]["data"]["ms"] > 300
+    assert found["advice"][0].endswith("--loader.threads 2")
 
 
-def parts(**seconds: float) -> dict[str, PartOfStep]:
-    """A tenth of a second each unless said, at half of the limit."""
-    return {name: PartOfStep(seconds.get(name, 0.1), seconds.get(name, 0.1) / 2, 1.0, 1.0) for name in PARTS}
+def parts(**ms: float) -> dict[str, dict[str, float]]:
+    """A tenth of a second each unless given, at half of the limit."""
+    found = dict.fromkeys(PARTS, 100.0) | ms
+    return {name: {"ms": value, "share": value / sum(found.values()), "limit_ms": value / 2} for name, value in found.items()}
 
 
 def test_advice_names_the_option():
-    quick = {"data": 0.0, "optimizer": 0.01, "average": 0.01}
+    quick = {"data": 0.0, "optimizer": 10.0, "average": 10.0}
     config = TrainConfig()
-    assert advise(config, parts(**quick), torch.bfloat16, CPU) == ()
+    assert advise(config, parts(**quick), torch.bfloat16, CPU) == []
     assert "--ema_decay null" in advise(config, parts(data=0.0), torch.bfloat16, CPU)[0]
     found = advise(config, parts(**quick), torch.float32, CUDA)
     assert "--precision bfloat16" in found[0]

@@ -131,7 +131,8 @@ def test_the_log_opens_with_a_scoreboard_whose_commands_exist_and_whose_dates_ha
         assert any(heading.startswith(date) for heading in headings), f"no entry of {date}"
         for words in (command.split() for command in re.findall(r"`([^`]+)`", commands)):
             path = [word for word in words[1:3] if not word.startswith("-")]
-            places = (f"cli/{'_'.join(path)}", f"bench/{path[-1]}", f"bench/{'_'.join(path)}")  # a command, a question of its group's
+            question = f"bench/{path[-1]}"
+            places = (f"cli/{'_'.join(path)}", question, f"{question}/run", f"bench/{'_'.join(path)}")  # a command, or a group's
             known = any((PACKAGE / f"{place}.py").is_file() for place in places)
             assert (known and words[0] == "pi0fm") or words[0] == "make", words
 

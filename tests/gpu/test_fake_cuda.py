@@ -9,8 +9,8 @@ import torch
 from fake_cuda import CUDA, Stepped, fake_cuda
 from torch import nn
 
-from pi0fm.bench.card.limits import laid_out
-from pi0fm.bench.card.policies import Asked, chain, observations
+from pi0fm.bench.cases import random_chain, random_observations
+from pi0fm.bench.limits import laid_out
 from pi0fm.data.loading.batch import Batch
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.solver import FIXED_GRID_SOLVERS
@@ -97,8 +97,8 @@ def test_a_served_batch_waits_for_its_answer_alone(cuda, name, precision):
     """The call that the batcher makes, from robots' observations to their actions."""
     config = SIZES[name]
     flow = FlowMatching.from_config(FlowConfig(num_flow_steps=3))
-    policy = LocalPolicy(on_cuda(config), flow, chain(config, 2), {}, CUDA, PRECISIONS[precision])
-    given = observations(policy, Asked(3, 2), seed=0)
+    policy = LocalPolicy(on_cuda(config), flow, random_chain(config, 2), {}, CUDA, PRECISIONS[precision])
+    given = random_observations(policy, 3, seed=0)
     chunks = policy.infer_batch(given, [1, 2, 3])
     assert [chunk.actions.shape for chunk in chunks] == [(config.action_horizon, 7)] * 3
     assert sorted(cuda.found) == ["checks.py:check_finite", "local.py:infer_batch"], "finite? and the actions"

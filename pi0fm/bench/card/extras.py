@@ -9,13 +9,12 @@ from collections.abc import Callable
 import torch
 
 from pi0fm.bench.card.inference import BEST, Inference
-from pi0fm.bench.card.limits import host_seconds, percentile
-from pi0fm.bench.card.policies import observations
 from pi0fm.bench.card.results import Results
+from pi0fm.bench.cases import random_observations
+from pi0fm.bench.limits import host_seconds, percentile
 from pi0fm.models.pi0 import CachedVelocity
 from pi0fm.models.prefix_cache import KeyValue, PrefixCache
 from pi0fm.policy.cuda_graphs import Recorder
-from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.noise import starting_noise
 
 CANDIDATES = 8
@@ -24,15 +23,15 @@ CANDIDATES = 8
 def measure(results: Results, device: torch.device, whole: bool) -> None:
     """All cases. whole: at full size; else the tiny preset."""
     shared = Inference(results, device, whole)
-    results.attempt(f"best of {CANDIDATES} from one prefix", functools.partial(_best_of, results, shared), 20 if whole else 1, shared.clear)
-    results.attempt("log-likelihood", functools.partial(_likelihood, results, shared), 20 if whole else 1, shared.clear)
+    shared.attempt(f"best of {CANDIDATES} from one prefix", functools.partial(_best_of, results, shared), 20)
+    shared.attempt("log-likelihood", functools.partial(_likelihood, results, shared), 20)
 
 
 def _best_of(results: Results, shared: Inference) -> None:
     word = "kernels" if shared.device.type == "cuda" else "off"
     policy = shared.policy("pi0", BEST.cameras, word)
     shape, rounds = (policy.model.config.action_horizon, policy.model.config.action_dim), 30 if shared.whole else 2
-    seen = policy.chain.observe(observations(policy, BEST, 0)).to(shared.device)
+    seen = policy.chain.observe(random_observations(policy, 1, 0)).to(shared.device)
     taken = {}
     for count in (1, CANDIDATES):
         noise = starting_noise(range(count), shape).to(shared.device)
@@ -58,8 +57,8 @@ def repeated(cache: PrefixCache, times: int) -> PrefixCache:
 
 
 def _likelihood(results: Results, shared: Inference) -> None:
-    policy: LocalPolicy = shared.policy("pi0", BEST.cameras, "off")
-    given, rounds = observations(policy, BEST, 0), 10 if shared.whole else 2
+    policy = shared.policy("pi0", BEST.cameras, "off")
+    given, rounds = random_observations(policy, 1, 0), 10 if shared.whole else 2
     chunk = policy.infer_batch(given, [0])[0].actions
     calls: dict[str, Callable[[], object]] = {
         "a chunk": lambda: policy.infer_batch(given, [0]),

@@ -12,6 +12,7 @@ they are.
 
 import functools
 import gc
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,18 +20,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pi0fm.bench.card.limits import (
+from pi0fm.bench.card.results import Results
+from pi0fm.bench.cases import CAMERAS, FLOW_STEPS, CallSize, Case, make_noise, make_observation, random_network, random_observations
+from pi0fm.bench.cases import random_policy as make_policy
+from pi0fm.bench.limits import (
     device_seconds,
     forget_peak,
     host_seconds,
     inference_work,
+    least_seconds,
     measure_rates,
     peak_bytes,
     percentile,
     synchronize,
 )
-from pi0fm.bench.card.policies import FLOW_STEPS, Asked, make_policy, observations, random_network
-from pi0fm.bench.card.results import Results
+from pi0fm.bench.measure import seconds_of
+from pi0fm.bench.steps import their_sampler
 from pi0fm.data.chain import Sample
 from pi0fm.models.observation import pixels
 from pi0fm.models.pi0 import Pi0, Pi0Config
@@ -41,7 +46,7 @@ from pi0fm.policy.noise import starting_noise
 
 MODELS = {"pi0": PI0, "pi0.5": PI05}
 TRIED = {"pi0": TINY, "pi0.5": replace(TINY, state_input="prompt", time_conditioning="adaptive_norm")}
-BEST = Asked(batch=1, cameras=3)
+BEST, FOUR, EIGHT = CallSize(1, 3), CallSize(4, 3), CallSize(8, 3)
 TARGETS = {("pi0", "graph"): "p50 <= 15 ms, p99 <= 17", ("pi0", "off"): "<= 90 ms", ("pi0.5", "graph"): "<= 18 ms"}
 GIB = 2**30
 
@@ -57,135 +62,124 @@ class Inference:
     def __init__(self, results: Results, device: torch.device, whole: bool) -> None:
         self.results, self.device, self.whole = results, device, whole
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.rates = measure_rates(device, whole)
+        self.rates = measure_rates(device, whole=whole)
         self.networks: dict[str, Pi0] = {}
         self.policies: dict[tuple[str, int, str], LocalPolicy] = {}
         self.modes = ("off", "graph", "kernels") if device.type == "cuda" else ("off", "kernels")
-        self.p50: dict[tuple[str, str, Asked], float] = {}
+        self.p50: dict[tuple[str, str, CallSize], float] = {}
 
     def run(self) -> None:
         """In order of worth; what does not fit into the time is named."""
         self.results.add("copy rate", self.rates.bytes_per_second / 1e9, "GB/s", note="read and written")
-        self.results.add("bfloat16 product rate", self.rates.flops_per_second / 1e12, "TFLOP/s", note="8192 x 8192 x 8192, random")
+        product = self.rates.flops_per_second[torch.bfloat16] / 1e12
+        self.results.add("bfloat16 product rate", product, "TFLOP/s", note="8192 x 8192 x 8192, random")
         fast = self.modes[1]
-        eight, four = Asked(8, 3), Asked(4, 3)
-        for name in MODELS:
-            for mode in ("off", fast):
-                self.call(name, mode, BEST)
+        for name, mode in itertools.product(MODELS, ("off", fast)):
+            self.call(name, mode, BEST)
         self.attempt_stages("pi0", "off")
         self.attempt_stages("pi0", fast)
         for mode in (fast, "off"):
-            self.call("pi0", mode, eight)
-        self.throughput(fast, eight)
+            self.call("pi0", mode, EIGHT)
+        one, eight = (self.p50.get(("pi0", fast, size)) for size in (BEST, EIGHT))
+        if one and eight:
+            self.results.add(f"pi0, batch {EIGHT.batch} over batch 1, {fast}", EIGHT.batch * one / eight, "x", target=">= 1.3")
         self.attempt_stages("pi0.5", fast)
-        for asked in (Asked(1, 2), Asked(1, 1)):
-            for mode in ("off", fast):
-                self.call("pi0", mode, asked)
+        for size, mode in itertools.product((CallSize(1, 2), CallSize(1, 1)), ("off", fast)):
+            self.call("pi0", mode, size)
         for mode in (fast, "off"):
-            self.call("pi0", mode, four)
-        for mode in self.modes[2:]:
-            for asked in (BEST, eight):
-                self.call("pi0", mode, asked)
+            self.call("pi0", mode, FOUR)
+        for mode, size in itertools.product(self.modes[2:], (BEST, EIGHT)):
+            self.call("pi0", mode, size)
         self.policies.clear()
         self.networks.clear()
-        self.results.attempt("LeRobot's PI0, 3 cameras, batch 1", self.lerobot, 30, self.clear)
+        self.attempt("LeRobot's PI0, 3 cameras, batch 1", self.lerobot, 30)
 
-    def call(self, name: str, mode: str, asked: Asked) -> None:
+    def attempt(self, what: str, case: Callable[[], None], seconds: float) -> None:
+        """Run `case` where the time allows. seconds: that it takes at full size."""
+        self.results.attempt(what, case, seconds if self.whole else 1, self.clear)
+
+    def call(self, name: str, mode: str, size: CallSize) -> None:
         """The whole call of one case."""
-        what = f"{name}, {asked}, {mode}"
-        known = (name, asked.cameras, mode) in self.policies
-        seconds = 5.0 if known or mode == "off" else 20.0
-        self.results.attempt(what, functools.partial(self._call, what, name, mode, asked), seconds if self.whole else 1, self.clear)
+        what, known = f"{name}, {size}, {mode}", (name, size.cameras, mode) in self.policies
+        self.attempt(what, functools.partial(self._call, what, name, mode, size), 5 if known or mode == "off" else 20)
 
-    def _call(self, what: str, name: str, mode: str, asked: Asked) -> None:
+    def _call(self, what: str, name: str, mode: str, size: CallSize) -> None:
         forget_peak(self.device)
-        began = time.perf_counter()
-        policy = self.policy(name, asked.cameras, mode)
-        made = time.perf_counter()
-        given = [observations(policy, asked, seed) for seed in range(4)]
-        seeds = list(range(asked.batch))
-        turn = iter(range(10**9))
+        made = seconds_of(lambda: self.policy(name, size.cameras, mode))
+        policy, seeds = self.policy(name, size.cameras, mode), list(range(size.batch))
+        given = itertools.cycle([random_observations(policy, size.batch, seed) for seed in range(4)])
 
         def call() -> None:
-            policy.infer_batch(given[next(turn) % len(given)], seeds)
+            policy.infer_batch(next(given), seeds)
 
-        asked_at = time.perf_counter()
-        call()
-        first = time.perf_counter() - asked_at
-        for _ in range(3 if self.whole else 1):
-            call()
-        once = host_seconds(call, self.device, 2)[-1]
+        first = seconds_of(call)
+        once = host_seconds(call, self.device, 5 if self.whole else 3)[-1]
         rounds = max(10, min(300, int(3.0 / once))) if self.whole else 3
         taken = host_seconds(call, self.device, rounds)
         p50, p99 = percentile(taken, 0.5), percentile(taken, 0.99)
-        self.p50[name, mode, asked] = p50
+        self.p50[name, mode, size] = p50
         config = policy.model.config
-        limit = inference_work(config, asked.batch, asked.cameras, config.max_prompt_tokens, FLOW_STEPS).total_seconds(self.rates)
+        work = inference_work(config, size.batch, size.cameras, config.max_prompt_tokens, FLOW_STEPS)
+        limit = sum(least_seconds(work, self.rates).values())
         self.results.add(
             what,
             1e3 * p50,
             "ms",
             limit_share=limit / p50,
-            target=TARGETS.get((name, mode), "") if asked == BEST else "",
-            note=f"p99 {1e3 * p99:.1f} ms; {asked.batch / p50:.0f} a second",
+            target=TARGETS.get((name, mode), "") if size == BEST else "",
+            note=f"p99 {1e3 * p99:.1f} ms; {size.batch / p50:.0f} a second",
             p99_ms=1e3 * p99,
             calls=rounds,
             limit_ms=1e3 * limit,
-            made_seconds=made - began,
+            made_seconds=made,
             first_call_seconds=first,
             peak_gib=peak_bytes(self.device) / GIB,
         )
-
-    def throughput(self, mode: str, many: Asked) -> None:
-        """How much more a batch gives than one observation."""
-        one, eight = self.p50.get(("pi0", mode, BEST)), self.p50.get(("pi0", mode, many))
-        if one and eight:
-            self.results.add(f"pi0, batch {many.batch} over batch 1, {mode}", many.batch * one / eight, "x", target=">= 1.3")
 
     def attempt_stages(self, name: str, mode: str) -> None:
         """Where a call of one observation goes."""
         what = f"{name}, {BEST}, {mode}, by stage"
         if (name, BEST.cameras, mode) in self.policies:
-            self.results.attempt(what, functools.partial(self._stages, what, name, mode), 8 if self.whole else 1, self.clear)
+            self.attempt(what, functools.partial(self._stages, what, name, mode), 8)
 
     def _stages(self, what: str, name: str, mode: str) -> None:
         policy = self.policy(name, BEST.cameras, mode)
-        sampler, config, given = policy.sampler, policy.model.config, observations(policy, BEST, 0)
+        sampler, config, given = policy.sampler, policy.model.config, random_observations(policy, 1, 0)
         shape, rounds = (config.action_horizon, config.action_dim), 50 if self.whole else 2
-        inputs = policy.chain.observe(given)
-        noise = starting_noise([0], shape)
+        inputs, noise = policy.chain.observe(given), starting_noise([0], shape)
         seen, there = inputs.to(self.device), noise.to(self.device)
-        mask = policy.mask(1)
-        chunk = noise.numpy()
-        found = {
-            "chain": host_seconds(lambda: policy.chain.observe(given), self.device, rounds),
-            "noise": host_seconds(lambda: starting_noise([0], shape), self.device, rounds),
-            "copy in": host_seconds(lambda: (inputs.to(self.device), noise.to(self.device)), self.device, rounds),
-            "vision": self.staged(sampler.precision, lambda: policy.model.vision(pixels(seen.images.flatten(0, 1))), rounds),
-            "encode": self.staged(sampler.precision, lambda: sampler.cached_velocity(seen), rounds),
-        }
+        mask, chunk = policy.mask(1), noise.numpy()
         with torch.inference_mode(), sampler.precision():
             field = sampler.cached_velocity(seen)
-        found["steps"] = self.staged(sampler.precision, lambda: sampler.flow.sample(field, there, mask=mask, check=False), rounds)
-        found["copy out"] = host_seconds(lambda: there.float().cpu().numpy(), self.device, rounds)
-        found["inverse chain"] = host_seconds(lambda: policy.chain.inverse(Sample(inputs.state.numpy(), chunk)), self.device, rounds)
+        host = functools.partial(host_seconds, device=self.device, rounds=rounds)
+        device = functools.partial(self.staged, sampler.precision, rounds)
+        found = {
+            "chain": host(lambda: policy.chain.observe(given)),
+            "noise": host(lambda: starting_noise([0], shape)),
+            "copy in": host(lambda: (inputs.to(self.device), noise.to(self.device))),
+            "vision": device(lambda: policy.model.vision(pixels(seen.images.flatten(0, 1)))),
+            "encode": device(lambda: sampler.cached_velocity(seen)),
+            "steps": device(lambda: sampler.flow.sample(field, there, mask=mask, check=False)),
+            "copy out": host(lambda: there.float().cpu().numpy()),
+            "inverse chain": host(lambda: policy.chain.inverse(Sample(inputs.state.numpy(), chunk))),
+        }
         ms = {stage: 1e3 * percentile(seconds, 0.5) for stage, seconds in found.items()}
         ms["prefix"] = ms.pop("encode") - ms["vision"]
         work = inference_work(config, 1, BEST.cameras, config.max_prompt_tokens, FLOW_STEPS)
-        limits = {stage: 1e3 * seconds for stage, seconds in work.seconds(self.rates).items()}
+        limits = {stage: 1e3 * seconds for stage, seconds in least_seconds(work, self.rates).items()}
         note = ", ".join(
             f"{stage} {value:.2f}" + (f" (limit {limits[stage]:.2f})" if stage in limits else "") for stage, value in ms.items()
         )
         total = sum(ms.values())
-        share = sum(limits.values()) / total
-        self.results.add(what, total, "ms", limit_share=share, note=note, stages_ms=ms, limits_ms=limits)
+        self.results.add(what, total, "ms", limit_share=sum(limits.values()) / total, note=note, stages_ms=ms, limits_ms=limits)
 
-    def staged(self, precision: Callable[[], torch.autocast], call: Callable[[], object], rounds: int) -> list[float]:
+    def staged(self, precision: Callable[[], torch.autocast], rounds: int, call: Callable[[], object]) -> list[float]:
         """Seconds of the device for a call without the host's launches."""
 
         def whole() -> Tensor:
             with torch.inference_mode(), precision():
-                return _something(call())
+                answer = call()
+            return answer if isinstance(answer, Tensor) else torch.empty(())  # the recorder asks for a tensor
 
         if self.device.type != "cuda":
             return host_seconds(whole, self.device, rounds)
@@ -195,8 +189,7 @@ class Inference:
         """The policy, made at its first use; all of one model share its weights, and those of one mode what they compiled."""
         key = (name, cameras, mode)
         if key not in self.policies:
-            model = self.network(name)
-            made = make_policy(model, cameras, self.device, self.dtype, mode)
+            made = make_policy(self.network(name), cameras, self.device, self.dtype, mode)
             earlier = [policy for (other, _, word), policy in self.policies.items() if (other, word) == (name, mode)]
             if earlier:  # another robot in front of the same sampler
                 made.sampler = earlier[0].sampler
@@ -220,9 +213,11 @@ class Inference:
         if not self.whole:  # LeRobot has no small network: the import is what can be tried
             peer.imported()
             return
-        model = peer.network(self.device, "bfloat16")
+        case = Case(PI0, (True,) * len(CAMERAS), PI0.max_prompt_tokens, training_batch=1)
+        call = their_sampler(peer.network(self.device, "bfloat16"), make_observation(case, 1, 0), make_noise(case, 1, 0).to(self.device))
         for name, autocast in (("dtype bfloat16", False), ("dtype bfloat16, autocast", True)):
-            taken = device_seconds(peer.sampling(model, self.device, autocast), self.device, 15, warm_up=2)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+                taken = device_seconds(call, self.device, 15, warm_up=2)
             p50 = percentile(taken, 0.5)
             note = ", ".join(f"{p50 / ours:.2f} x ours {word}" for word in self.modes if (ours := self.p50.get(("pi0", word, BEST))))
             self.results.add(f"LeRobot's PI0, {BEST}, {name}", 1e3 * p50, "ms", target=">= 3 x graph, >= 1.3 x off", note=note)
@@ -231,8 +226,3 @@ class Inference:
         """After a failure: give back what it held."""
         gc.collect()
         forget_peak(self.device)
-
-
-def _something(answer: object) -> Tensor:
-    """A tensor for the recorder, which asks for one."""
-    return answer if isinstance(answer, Tensor) else torch.empty(())

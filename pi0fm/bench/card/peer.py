@@ -1,6 +1,6 @@
 """LeRobot's own PI0 network at full size, on a machine that has LeRobot's wheel and little else.
 
-Owns: its import, its construction on the device, its inputs. Does not know: clocks.
+Owns: its import, its construction on the device. Does not know: what it is given, clocks.
 
 LeRobot's packages import simulators, data sets and every other policy on the way to one network. Here the packages on that way are empty
 ones over the same folders, so that `modeling_pi0` and what it computes with are LeRobot's files, unchanged:
@@ -15,29 +15,13 @@ import dataclasses
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-
-from pi0fm.bench.card.policies import FLOW_STEPS
-from pi0fm.models.presets import PI0
-
-CAMERAS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What LeRobot's network is given, in the order of its arguments: pictures in [-1, 1], masks, words, state; actions and noise apart."""
-
-    observation: tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor]
-    actions: Tensor
-    noise: Tensor
-    time: Tensor
+from torch import nn
 
 
 def network(device: torch.device, precision: str) -> Any:
@@ -48,52 +32,6 @@ def network(device: torch.device, precision: str) -> Any:
     modeling, configuration = imported()
     with device:
         return modeling.PI0Pytorch(configuration.PI0Config(device=device.type, dtype=precision, push_to_hub=False)).to(device)
-
-
-def random_inputs(device: torch.device, batch: int) -> Inputs:
-    """Every camera and word is real."""
-    side, shape = PI0.vision.image_size, (batch, PI0.action_horizon, PI0.action_dim)
-    pictures = [torch.rand(batch, 3, side, side, device=device) * 2 - 1 for _ in range(CAMERAS)]
-    there = [torch.ones(batch, dtype=torch.bool, device=device) for _ in range(CAMERAS)]
-    words = torch.randint(3, PI0.vocab_size, (batch, PI0.max_prompt_tokens), device=device)
-    read = torch.ones(words.shape, dtype=torch.bool, device=device)
-    state, time = torch.randn(batch, PI0.state_dim, device=device), torch.rand(batch, device=device)
-    observation = (pictures, there, words, read, state)
-    return Inputs(observation, torch.randn(shape, device=device), torch.randn(shape, device=device), time)
-
-
-def sampling(model: Any, device: torch.device, autocast: bool) -> Callable[[], Tensor]:
-    """`sample_actions` for one observation of three cameras, on tensors that are on the device."""
-    given = random_inputs(device, 1)
-    model.eval()
-
-    def call() -> Tensor:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            chunk: Tensor = model.sample_actions(*given.observation, noise=given.noise, num_steps=FLOW_STEPS)
-        return chunk
-
-    return call
-
-
-def training(model: Any, device: torch.device, batch: int) -> Callable[[], Tensor]:
-    """A step under autocast as LeRobot's trainer takes it: forward, backward, clip, AdamW in torch's fused kernel; checkpointed."""
-    given, optimizer = (
-        random_inputs(device, batch),
-        torch.optim.AdamW(model.parameters(), lr=2.5e-5, fused=True),
-    )
-    model.train()
-    model.gradient_checkpointing_enable()
-
-    def call() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss: Tensor = model(*given.observation, given.actions, given.noise, given.time).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return call
 
 
 def imported() -> tuple[Any, Any]:

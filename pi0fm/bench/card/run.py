@@ -1,6 +1,6 @@
-"""All parts of the card's measurements, each in a process of its own that may fail, hang or be killed.
+"""What one GPU makes of pi0 at full size, in eight minutes: all parts, each in a process of its own that may fail, hang or be killed.
 
-Owns: the processes and their time, the files, what the whole comes to. Does not know: what is measured; it imports no torch.
+Owns: the options, the processes and their time, the files. Does not know: what is measured; it imports no torch.
 
     part's process    rows -> PART.json, after every row            ended by its own end, or when its time is over
     this process      waits; then reads what is there               output_dir: PART.json, card.json, card.log
@@ -17,66 +17,112 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pi0fm import files, progress
-from pi0fm.bench.card.config import PARTS, CardConfig
 from pi0fm.bench.card.results import Results
+from pi0fm.bench.measure import Report, check_words
+from pi0fm.options import option
 from pi0fm_client.errors import ConfigError
 
+PARTS = {"right": 150, "inference": 170, "training": 120, "extras": 40}
+"""In order of worth, with the seconds that each may take: eight minutes in all."""
 RIGHT, LOG = "right", "card.log"
+RESULT = None  # a later run replaces the files of an earlier one
 GRACE = 5.0  # seconds between a part's own end and that by force
 _OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b")
 
 
-def measure_card(config: CardConfig) -> dict[str, Any]:
-    """Run the parts one after the other: `device`, `parts` by name, `seconds`. Raises ConfigError where the tests are not at hand."""
+@dataclass(frozen=True)
+class CardOptions:
+    """Options of `pi0fm bench card`. Raises ConfigError for a part that is not known, or a time out of range."""
+
+    parts: tuple[str, ...] = option(tuple(PARTS), "what is measured, in order; PART=SECONDS gives a part another time")
+    output_dir: Path = option(Path("outputs/gpu"), "folder of the results, a file a part")
+    device: str = option("cuda", "cuda, or cpu for a try")
+    whole: bool = option(True, "full size; false takes the tiny preset, to try every line of it without a GPU")
+
+    def __post_init__(self) -> None:
+        check_words("parts", [word.partition("=")[0] for word in self.parts], PARTS)
+        check_words("device", (self.device,), ("cuda", "cpu"))
+        for word in self.parts:
+            name, given, seconds = word.partition("=")
+            if given and not seconds.isdigit():
+                raise ConfigError(f"a part's time must be whole seconds, found {word!r}; type {name}={PARTS[name]}")
+        if self.whole and self.device == "cpu":
+            raise ConfigError("full size takes hours on a CPU; type --whole false, or --device cuda")
+
+    def bounds(self) -> dict[str, float]:
+        """Seconds of each part that is asked for, in order."""
+        return {name: float(seconds or PARTS[name]) for name, _, seconds in (word.partition("=") for word in self.parts)}
+
+
+Options = CardOptions
+
+
+def measure(options: CardOptions) -> Report:
+    """Run the parts one after the other. Raises ConfigError where the tests are not at hand."""
     tests = Path("tests/gpu")
-    if RIGHT in config.bounds() and not tests.is_dir():
+    if RIGHT in options.bounds() and not tests.is_dir():
         raise ConfigError(f"part {RIGHT} runs {tests} of a checkout, found none in {Path.cwd()}; go there, or leave the part out")
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    (config.output_dir / LOG).unlink(missing_ok=True)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    (options.output_dir / LOG).unlink(missing_ok=True)
     began, found = time.monotonic(), {}
-    for part, seconds in config.bounds().items():
+    for part, seconds in options.bounds().items():
         progress.say(f"{part}: at most {seconds:.0f} s")
-        found[part] = _right(config, seconds) if part == RIGHT else _measured(config, part, seconds)
+        found[part] = _right(options, seconds) if part == RIGHT else _measured(options, part, seconds)
+        for line in (*found[part].get("failures", ()), *found[part].get("reasons", ()), *found[part].get("last_words", ())):
+            progress.say(f"  {line}")
     result = {"device": _device(found), "seconds": round(time.monotonic() - began, 1), "parts": found}
-    files.write_json(config.output_dir / "card.json", result)
-    return result
+    files.write_json(options.output_dir / "card.json", result)
+    rows = {name: part.get("rows", []) for name, part in found.items()}
+    figures = {
+        "device": result["device"],
+        "seconds": result["seconds"],
+        "ended": {name: part["ended"] for name, part in found.items()},
+        "right": found.get(RIGHT, {}).get("summary", "not run"),
+        "figures": {row["what"]: row["value"] for part in rows.values() for row in part if row["value"] is not None},
+        "results": str(options.output_dir),
+    }
+    tables = {name: {row["what"]: _shown(row) for row in part} for name, part in rows.items() if part}
+    return Report(figures, tables | {name: value for name, value in figures.items() if name != "figures"})
 
 
-def _measured(config: CardConfig, part: str, seconds: float) -> dict[str, Any]:
-    path = config.output_dir / f"{part}.json"
+def _shown(row: Mapping[str, Any]) -> dict[str, str]:
+    figure = "" if row["value"] is None else f"{row['value']:g} {row['unit']}"
+    share = "" if row["limit_share"] is None else f"{100 * row['limit_share']:.0f} %"
+    return {"figure": figure, "of the limit": share, "target": row["target"], "note": row["note"]}
+
+
+def _measured(options: CardOptions, part: str, seconds: float) -> dict[str, Any]:
+    path = options.output_dir / f"{part}.json"
     path.unlink(missing_ok=True)
-    words = [sys.executable, "-m", "pi0fm.bench.card.run", part, str(path), str(seconds), config.device, str(int(config.whole))]
-    code, said = _ended(words, config.output_dir / LOG, seconds + GRACE)
+    words = [sys.executable, "-m", "pi0fm.bench.card.run", part, str(path), str(seconds), options.device, str(int(options.whole))]
+    code, said = _ended(words, options.output_dir / LOG, seconds + GRACE)
     tree: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"part": part, "rows": [], "facts": {}}
-    if code:
-        tree["last_words"] = said[-5:]
-    return tree | {"ended": _how(code)}
+    return tree | {"ended": _how(code), "last_words": said[-5:] if code else []}
 
 
-def _right(config: CardConfig, seconds: float) -> dict[str, Any]:
+def _right(options: CardOptions, seconds: float) -> dict[str, Any]:
     """The tests of the CUDA path, several at a time; on a CPU their quick form. Those that ended before the time was over count."""
-    where = ["-m", "gpu", "-n", "4", "--dist", "worksteal"] if config.device == "cuda" else ["-m", "not gpu", "-n", "0"]
+    where = ["-m", "gpu", "-n", "4", "--dist", "worksteal"] if options.device == "cuda" else ["-m", "not gpu", "-n", "0"]
     words = [sys.executable, "-m", "pytest", "tests/gpu", "-v", "--tb=short", *where, "-o", f"timeout={seconds:.0f}"]
     began = time.monotonic()
-    code, said = _ended(words, config.output_dir / LOG, seconds)
+    code, said = _ended(words, options.output_dir / LOG, seconds)
     ends = [found for line in said if (found := _OUTCOME.search(line)) and "tests/gpu" in line]
     counts = Counter(found[0].lower() for found in ends)
-    failures = sorted({word for found in ends if found[0] in ("FAILED", "ERROR") for word in found.string.split() if "::" in word})
-    reasons = [line for line in said if line.startswith("E  ")][:20]
     tree = {
         "part": RIGHT,
         "seconds": round(time.monotonic() - began, 1),
         "ended": _how(code),
         "summary": ", ".join(f"{count} {word}" for word, count in counts.items()) or (said or ["nothing was said"])[-1],
-        "failures": failures,
-        "reasons": reasons,
+        "failures": sorted({word for found in ends if found[0] in ("FAILED", "ERROR") for word in found.string.split() if "::" in word}),
+        "reasons": [line for line in said if line.startswith("E  ")][:20],
     }
-    files.write_json(config.output_dir / "right.json", tree)
+    files.write_json(options.output_dir / "right.json", tree)
     return tree
 
 
@@ -102,21 +148,17 @@ def _how(code: int | None) -> str:
     return "whole" if code == 0 else f"exit code {code}"
 
 
-def _device(found: dict[str, Any]) -> str:
+def _device(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The name that a part found, else the one that the driver gives the first device."""
     names = [part.get("facts", {}).get("device") for part in found.values()]
-    return next((name for name in names if name), "") or _asked()
-
-
-def _asked() -> str:
-    """The name that the driver gives the first device."""
-    if shutil.which("nvidia-smi") is None:
-        return "CPU"
+    if any(names) or shutil.which("nvidia-smi") is None:
+        return next(filter(None, names), "CPU")
     words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     return (subprocess.run(words, capture_output=True, text=True, check=False).stdout.splitlines() or ["unknown"])[0].strip()
 
 
 def _main(part: str, path: str, seconds: str, device: str, whole: str) -> None:
-    """In a part's process."""
+    """Measure `part` in this process."""
     results = Results(part, Path(path), float(seconds))
     import torch
 

@@ -9,44 +9,27 @@ Owns: the cases, growing batches until memory ends, the estimate beside the peak
 import functools
 import gc
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from pi0fm.bench.card.inference import GIB
-from pi0fm.bench.card.limits import (
-    Rates,
-    device_seconds,
-    forget_peak,
-    measure_rates,
-    peak_bytes,
-    percentile,
-    synchronize,
-    training_flops,
-)
-from pi0fm.bench.card.policies import random_network
 from pi0fm.bench.card.results import OUT_OF_MEMORY, Results
-from pi0fm.bench.step_clock import PARTS, StepClock, clocked_step
+from pi0fm.bench.cases import CAMERAS, Case, make_batch, random_network
+from pi0fm.bench.limits import Rates, device_seconds, forget_peak, measure_rates, peak_bytes, percentile, synchronize, training_flops
+from pi0fm.bench.steps import PARTS, StepClock, Trainer, their_loss, their_step
 from pi0fm.data.loading.batch import Batch
-from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.lora import LoraConfig
-from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0Config
 from pi0fm.models.presets import PI0, TINY
-from pi0fm.train.parallel.accelerate import Accelerator, Parallel
-from pi0fm.train.parallel.context import Context
 from pi0fm.train.plan.memory import estimate
 from pi0fm.train.start.adaptation import Adaptation, adapt
-from pi0fm.train.state import StateConfig, TrainState
-from pi0fm.train.step import train_step
-
-CAMERAS = 3
+from pi0fm.train.state import StateConfig
 
 
 @dataclass(frozen=True)
-class Case:
+class TrainingCase:
     """One way to train. batches: in growing order; the case ends with the first that does not fit."""
 
     name: str
@@ -57,16 +40,16 @@ class Case:
     target: str = ""
 
 
-def cases() -> list[Case]:
+def cases() -> list[TrainingCase]:
     """In order of worth."""
     full, lora = Adaptation(activation_checkpointing=True), LoraConfig(rank=16)
     adapted = Adaptation(lora=lora, frozen_bfloat16=True, activation_checkpointing=True)
     expert = Adaptation("expert_only", frozen_bfloat16=True)
     found = [
-        Case("full, checkpointed, no average", full, False, False, (8, 16, 32, 48, 64, 96), ">= 26 samples/s"),
-        Case("expert only", expert, True, False, (32, 64, 128), ">= 60 samples/s"),
-        Case("LoRA 16, checkpointed", adapted, True, False, (32, 64), ">= 30 samples/s"),
-        Case("full, checkpointed, with average", full, True, False, (4, 8, 16, 24)),
+        TrainingCase("full, checkpointed, no average", full, False, False, (8, 16, 32, 48, 64, 96), ">= 26 samples/s"),
+        TrainingCase("expert only", expert, True, False, (32, 64, 128), ">= 60 samples/s"),
+        TrainingCase("LoRA 16, checkpointed", adapted, True, False, (32, 64), ">= 30 samples/s"),
+        TrainingCase("full, checkpointed, with average", full, True, False, (4, 8, 16, 24)),
     ]
     found.insert(1, replace(found[0], name="full, checkpointed, no average, compiled", compiled=True, batches=(32, 48, 64)))
     found.append(replace(found[2], name="expert only, compiled", compiled=True, batches=(64, 128)))
@@ -75,8 +58,8 @@ def cases() -> list[Case]:
 
 def measure(results: Results, device: torch.device, whole: bool) -> None:
     """All cases. whole: at full size; else the tiny preset with two small batches."""
-    rates = measure_rates(device, whole)
-    results.add("bfloat16 product rate", rates.flops_per_second / 1e12, "TFLOP/s")
+    rates = measure_rates(device, whole=whole)
+    results.add("bfloat16 product rate", rates.flops_per_second[torch.bfloat16] / 1e12, "TFLOP/s")
     for case in cases():
         tried = case if whole else replace(case, batches=(1, 2))
         results.attempt(f"training, {case.name}", functools.partial(_grow, results, tried, device, rates, whole), 12 if whole else 1, clear)
@@ -91,90 +74,60 @@ def clear() -> None:
         torch.cuda.empty_cache()
 
 
-@dataclass(frozen=True)
-class Trained:
-    """All that a step needs but its batch."""
-
-    config: Pi0Config
-    state: TrainState
-    accelerator: Accelerator
-    flow: FlowMatching
-
-    def step(self, batches: Iterator[Batch], valid: int) -> tuple[Any, ...]:
-        """The arguments of `train_step`."""
-        return self.state.trained, self.flow, self.state.optimizer, self.accelerator, batches, valid, 1.0
-
-
-def prepared(config: Pi0Config, case: Case, device: torch.device) -> Trained:
+def prepared(config: Pi0Config, case: TrainingCase, device: torch.device) -> Trainer:
     """Network, optimiser and average on the device, as `pi0fm train` makes them."""
-    parallel = Parallel(Context(), "bfloat16", 1, allow_cuda=device.type == "cuda")
     model = adapt(random_network(config, device), case.how, torch.bfloat16).to(device)
     if case.compiled:
         model.compile_layers()
-    state = TrainState(model, StateConfig(adaptation=case.how, ema_decay=0.999 if case.averaged else None))
-    state.prepare(parallel)
-    return Trained(config, state, parallel.accelerator, FlowMatching.from_config(FlowConfig()))
+    return Trainer.of(model, "bfloat16", device, StateConfig(adaptation=case.how, ema_decay=0.999 if case.averaged else None))
 
 
-def random_batch(config: Pi0Config, size: int, device: torch.device) -> Batch:
-    """Made on the device; every camera, token and action is real."""
-    random = torch.Generator(device).manual_seed(0)
-    side, shape = config.vision.image_size, (size, config.action_horizon, config.action_dim)
-    made = functools.partial(torch.randn, generator=random, device=device)
-    return Batch(
-        observation=ModelObservation(
-            images=torch.randint(0, 256, (size, CAMERAS, side, side, 3), dtype=torch.uint8, generator=random, device=device),
-            image_mask=torch.ones(size, CAMERAS, dtype=torch.bool, device=device),
-            prompt_tokens=torch.randint(3, config.vocab_size, (size, config.max_prompt_tokens), generator=random, device=device),
-            prompt_mask=torch.ones(size, config.max_prompt_tokens, dtype=torch.bool, device=device),
-            state=made(size, config.state_dim),
-        ),
-        actions=made(*shape),
-        action_mask=torch.ones(shape, dtype=torch.bool, device=device),
-        noise=made(size, 1, *shape[1:]),
-        uniform=torch.rand(size, 1, generator=random, device=device),
-    )
+def full_batch(config: Pi0Config, size: int, device: torch.device) -> Batch:
+    """On the device; every camera, token and action is real."""
+    return make_batch(Case(config, (True,) * len(CAMERAS), config.max_prompt_tokens, size), seed=0).to(device)
 
 
-def _grow(results: Results, case: Case, device: torch.device, rates: Rates, whole: bool) -> None:
+def _grow(results: Results, case: TrainingCase, device: torch.device, rates: Rates, whole: bool) -> None:
     config = PI0 if whole else TINY
-    trained = prepared(config, case, device)
-    flops = training_flops(config, case.how, CAMERAS)
+    trainer = prepared(config, case, device)
+    flops = training_flops(config, case.how, len(CAMERAS))
+
+    def forget() -> None:
+        trainer.state.optimizer.zero_grad(set_to_none=True)
+        clear()
+
     for size in case.batches:
         what = f"training, {case.name}, batch {size}"
-        one = functools.partial(_one, results, what, case, trained, size, flops, rates, device, whole)
-        reason = results.attempt(what, one, 4 if whole else 0.5, functools.partial(_forget, trained))
+        one = functools.partial(_one, results, what, case, trainer, size, flops, rates, whole)
+        reason = results.attempt(what, one, 4 if whole else 0.5, forget)
         if reason:
             if reason == OUT_OF_MEMORY:
                 break
             return
 
 
-def _one(
-    results: Results, what: str, case: Case, trained: Trained, size: int, flops: float, rates: Rates, device: torch.device, whole: bool
-) -> None:
-    config, clock = trained.config, StepClock(device)
-    batch = random_batch(config, size, device)
-    given = trained.step(itertools.repeat(batch), batch.action_mask.numel())
+def _one(results: Results, what: str, case: TrainingCase, trainer: Trainer, size: int, flops: float, rates: Rates, whole: bool) -> None:
+    config, device = trainer.state.network.config, trainer.parallel.device
+    clock, batch = StepClock(device), full_batch(config, size, device)
+    given = itertools.repeat(batch), batch.action_mask.numel()
     forget_peak(device)
     for _ in range(2):
-        train_step(*given)
-        trained.state.advance()
+        trainer.step(*given)
     synchronize(device)
     steps = (4 if size < 32 else 3) if whole else 2
     for _ in range(steps):
-        clocked_step(clock, trained.state.advance, *given)
+        trainer.step(*given, clock.mark)
     each = {part: seconds / steps for part, seconds in clock.seconds().items()}
     seconds = sum(each.values())
     peak = peak_bytes(device)
-    guess = estimate(config, case.how, cameras=CAMERAS, micro_batch=size, averaged=case.averaged, device=device.type).total
+    guess = estimate(config, case.how, cameras=len(CAMERAS), micro_batch=size, averaged=case.averaged, device=device.type).total
     note = ", ".join(f"{part} {1e3 * each[part]:.0f} ms" for part in PARTS)
     note += f"; {peak / GIB:.1f} GiB" + (f", estimate {guess / peak:.2f} of it" if peak else "")
     results.add(
         what,
         size / seconds,
         "samples/s",
-        limit_share=flops * size / seconds / rates.flops_per_second,
+        limit_share=rates.seconds({torch.bfloat16: flops * size}, 0) / seconds,
         target=case.target,
         note=note,
         step_ms=1e3 * seconds,
@@ -186,16 +139,19 @@ def _one(
 
 
 def _peer(results: Results, device: torch.device, whole: bool) -> None:
-    """LeRobot's network in float32 under autocast, at growing batch."""
+    """LeRobot's network in float32 under autocast, checkpointed, at growing batch; AdamW in torch's fused kernel, as ours."""
     from pi0fm.bench.card import peer  # LeRobot, where it can be imported
 
     if not whole:  # LeRobot has no small network: the import is what can be tried
         peer.imported()
         return
-    model = peer.network(device, "float32")
+    model = peer.network(device, "float32").train()
+    model.gradient_checkpointing_enable()
     for size in (8, 16, 32):
         what = f"training, LeRobot's PI0, full, checkpointed, batch {size}"
-        if results.attempt(what, functools.partial(_peer_step, results, what, peer.training(model, device, size), device, size), 6):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2.5e-5, fused=True)
+        step = their_step(their_loss(model, full_batch(PI0, size, device), device), optimizer, clip_norm=1.0, autocast=device)
+        if results.attempt(what, functools.partial(_peer_step, results, what, step, device, size), 6):
             return
 
 
@@ -204,8 +160,3 @@ def _peer_step(results: Results, what: str, step: Callable[[], object], device: 
     seconds = percentile(device_seconds(step, device, 3, warm_up=2), 0.5)
     note = f"{peak_bytes(device) / GIB:.1f} GiB"
     results.add(what, size / seconds, "samples/s", target="ours >= 2 x", note=note, step_ms=1e3 * seconds)
-
-
-def _forget(trained: Trained) -> None:
-    trained.state.optimizer.zero_grad(set_to_none=True)
-    clear()

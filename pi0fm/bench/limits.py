@@ -1,0 +1,287 @@
+"""What a device reaches at best, the clocks of its work, and the least time that a call could take on it.
+
+Owns: the rates of a device, its clocks and peak memory; the matrix products of a call, seen as it runs; operations and bytes of pi0 by
+stage. Does not know: how a policy or a trainer runs.
+
+    rates       a copy of a large tensor: bytes read and written a second; a large product: operations a second
+    least time  the longer of operations / product rate, bytes / copy rate
+    stage       bytes: weights, once a stage and once an evaluation of the velocity; keys and values, once an evaluation
+
+Operations are those of the matrix products, by torch's formulas: of a call that runs, or on fake tensors, for which no number is computed
+and no card is asked.
+"""
+
+import functools
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from pi0fm.bench.measure import seconds_of
+from pi0fm.models.lora import is_adapter
+from pi0fm.models.observation import ModelObservation, pixels
+from pi0fm.models.parts import part_of
+from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.train.plan.memory import gradient_flows
+from pi0fm.train.start.adaptation import Adaptation, adapt
+
+COPY, SIDE = {"cuda": 2**31, "cpu": 2**28}, {"cuda": 8192, "cpu": 2048}  # bytes of the copy, rows and columns of the product
+TRIED_COPY, TRIED_SIDE = 2**24, 256
+ATEN = torch.ops.aten
+PLAIN = {packet: packet for packet in (ATEN.mm, ATEN.bmm, ATEN.addmm, ATEN.baddbmm)}
+PLAIN |= {ATEN.addmm_: ATEN.addmm, ATEN.baddbmm_: ATEN.baddbmm}
+PACKED = torch.ops.mkldnn._linear_pointwise
+FUSED = tuple(f"aten::_scaled_dot_product_{kernel}_attention" for kernel in ("flash", "efficient", "cudnn"))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations of products a second by type of number; bytes a second, read and written both counted."""
+
+    flops_per_second: Mapping[torch.dtype, float]
+    bytes_per_second: float
+
+    def seconds(self, flops: Mapping[torch.dtype, float], moved: float) -> float:
+        """The least time: all operations at full speed, or all bytes to or from memory, whichever takes longer."""
+        computing = sum(count / self.flops_per_second[dtype] for dtype, count in flops.items())
+        return max(computing, moved / self.bytes_per_second)
+
+
+def measure_rates(device: torch.device, dtypes: Iterable[torch.dtype] = (torch.bfloat16,), whole: bool = True) -> Rates:
+    """Copies, and products of random numbers: those of equal numbers take less power and go faster. whole: large ones, else a try.
+
+    A card's limit is the median, which it holds for long; a processor's is the best, from which other programs can only take.
+    """
+    on_card = device.type == "cuda"
+    copied, side = (COPY[device.type], SIDE[device.type]) if whole else (TRIED_COPY, TRIED_SIDE)
+
+    def usual(call: Callable[[], object]) -> float:
+        return (statistics.median if on_card else min)(device_seconds(call, device, rounds=20 if on_card else 5, warm_up=1))
+
+    source = torch.ones(copied, dtype=torch.uint8, device=device)
+    copying = usual(functools.partial(torch.empty_like(source).copy_, source))
+    del source
+    speeds: dict[torch.dtype, float] = {}
+    for dtype in dtypes:
+        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        speeds[dtype] = 2 * side**3 / usual(functools.partial(torch.mm, left, right, out=torch.empty_like(left)))
+    return Rates(speeds, 2 * copied / copying)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all that was asked of the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def synchronized(call: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """`call`, then a wait for the device, so that a clock around it sees the whole."""
+
+    def whole() -> None:
+        call()
+        synchronize(device)
+
+    return whole
+
+
+def host_seconds(call: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
+    """How long the host waits for each of several calls and the device's work behind it."""
+    return [seconds_of(synchronized(call, device)) for _ in range(rounds)]
+
+
+def device_seconds(call: Callable[[], object], device: torch.device, rounds: int, warm_up: int = 3) -> list[float]:
+    """How long the device takes for each of several calls, between events; on a CPU how long the call takes."""
+    host_seconds(call, device, warm_up)
+    if device.type != "cuda":
+        return host_seconds(call, device, rounds)
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
+    for before, after in events:
+        before.record()
+        call()
+        after.record()
+    synchronize(device)
+    return [before.elapsed_time(after) / 1e3 for before, after in events]
+
+
+def percentile(seconds: Sequence[float], share: float) -> float:
+    """The value that `share` of the seconds do not exceed."""
+    return sorted(seconds)[min(len(seconds) - 1, math.ceil(share * len(seconds)) - 1)]
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Bytes that torch holds on the device at its highest moment since the last `forget_peak`; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def forget_peak(device: torch.device) -> None:
+    """Restart the search for the highest moment, with freed memory given back."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+@final
+class Products(TorchDispatchMode):
+    """The matrix products of what runs inside: their operations by torch's own formulas, the bytes of weights that they read.
+
+    `run` repeats them and nothing else: no norm, softmax or copy. A weight keeps its own tensor there, so that it comes from memory as
+    often as in the call; all other operands of one shape share one tensor, as if what made them had just left them in the cache.
+    """
+
+    def __init__(self, weights: Iterable[nn.Parameter] = ()) -> None:
+        super().__init__()
+        self.flops: Counter[torch.dtype] = Counter()
+        self.weight_bytes = 0
+        self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        self._kept: list[Tensor] = []  # another tensor at the old address of a weight in another type would pass for a weight
+        self._shared: dict[Any, Tensor] = {}
+        self._calls: list[Callable[[], object]] = []
+
+    def run(self) -> None:
+        """Repeat the products, one after the other."""
+        with torch.inference_mode():
+            for call in self._calls:
+                call()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """See every operation below autograd and autocast; composite ones are taken apart first, as inference mode leaves them whole."""
+        kwargs, packet, name = kwargs or {}, func.overloadpacket, func.name()
+        if not (packet in PLAIN or packet is PACKED or packet in flop_registry or name.startswith(FUSED)):
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if packet is ATEN._to_copy and self._is_weight(args[0]):
+            self._weights.add(result.untyped_storage().data_ptr())
+            self._kept.append(result)
+        elif packet in PLAIN:
+            self._add(PLAIN[packet], args, {key: value for key, value in kwargs.items() if key != "out"}, result)
+        elif packet is PACKED:
+            x, matrix, bias = args[:3]
+            self._weights.add(id(matrix))
+            self._add(PACKED, (x, matrix, bias, "none", [], ""), {}, None, 2 * x.numel() * matrix.shape[0])  # what follows is no product
+        elif name.startswith(FUSED):
+            self._add_attention(args, backward="backward" in name)
+        elif packet in flop_registry:
+            self._add(func, args, kwargs, None, flop_registry[packet](*args, **kwargs, out_val=result))
+        return result
+
+    def _add(self, operation: Any, args: Any, options: Mapping[str, Any], out: Tensor | None, flops: int | None = None) -> None:
+        """Note a call. out: the result of a product that can write into a given tensor, else None; flops: by torch's formula if None."""
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        self.flops[tensors[0].dtype] += flop_registry[operation](*args, **options, out_val=out) if flops is None else flops
+        self.weight_bytes += sum(tensor.numel() * tensor.itemsize for tensor in tensors if self._is_weight(tensor))
+        if out is not None:
+            options = {**options, "out": self._shared.setdefault(("out", out.shape, out.dtype), torch.empty_like(out))}
+        self._calls.append(functools.partial(operation, *tree_map_only(Tensor, self._operand, tuple(args)), **options))
+
+    def _add_attention(self, args: Sequence[Any], backward: bool) -> None:
+        """The products that it fuses: scores and their use; backward, the scores again and a gradient for each of the four factors."""
+        query, key = args[1:3] if backward else args[:2]
+        rows, keys, width = query.shape[2], key.shape[2], query.shape[3]
+        score, use, turned = ((rows, width), (width, keys)), ((rows, keys), (keys, width)), ((keys, rows), (rows, width))
+        for pair in (score, score, turned, use, turned) if backward else (score, use):
+            left, right = (torch.ones(math.prod(query.shape[:2]), *shape, dtype=query.dtype, device=query.device) for shape in pair)
+            self._add(ATEN.bmm, (left, right), {}, left.new_empty(len(left), left.shape[1], right.shape[2]))
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return (id(tensor) if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()) in self._weights
+
+    def _operand(self, tensor: Tensor) -> Tensor:
+        if self._is_weight(tensor):
+            return tensor
+        return self._shared.setdefault((tensor.shape, tensor.stride(), tensor.dtype), tensor.detach())
+
+
+def products_of(call: Callable[[], object], weights: Iterable[nn.Parameter] = ()) -> Products:
+    """Run `call` once and list its products. weights: the parameters whose bytes count as read."""
+    with Products(weights) as products:
+        call()
+    return products
+
+
+def flops_of(call: Callable[[], object]) -> int:
+    """Operations of a call's matrix products, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def inference_work(config: Pi0Config, batch: int, cameras: int, prompt_tokens: int, num_flow_steps: int) -> dict[str, tuple[float, float]]:
+    """(operations, bytes) by stage of one call for `batch` observations, with bfloat16 matrices, keys and values."""
+    one = _one_observation(config, cameras, prompt_tokens)
+    tokens = cameras * config.vision.tokens_per_image + prompt_tokens
+    cached = batch * tokens * config.decoder.depth * 2 * config.decoder.num_kv_heads * config.decoder.head_dim * torch.bfloat16.itemsize
+    times = {"vision": 1, "prefix": 1, "steps": num_flow_steps}
+    read = {"vision": 0, "prefix": 0, "steps": cached}
+    return {stage: (times[stage] * batch * flops, times[stage] * (moved + read[stage])) for stage, (flops, moved) in one.items()}
+
+
+def least_seconds(work: Mapping[str, tuple[float, float]], rates: Rates) -> dict[str, float]:
+    """The least time of each stage, in bfloat16."""
+    return {stage: rates.seconds({torch.bfloat16: flops}, moved) for stage, (flops, moved) in work.items()}
+
+
+@functools.lru_cache(maxsize=16)
+def _one_observation(config: Pi0Config, cameras: int, prompt_tokens: int) -> dict[str, tuple[float, float]]:
+    """Operations for one observation and bytes of the weights; of `steps` one evaluation."""
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():  # a CPU would look at the masks, which have no values here
+        model = laid_out(config)
+        size = config.vision.image_size
+        observation = ModelObservation(
+            images=torch.empty(1, cameras, size, size, 3, dtype=torch.uint8),
+            image_mask=torch.empty(1, cameras, dtype=torch.bool),
+            prompt_tokens=torch.empty(1, prompt_tokens, dtype=torch.int64),
+            prompt_mask=torch.empty(1, prompt_tokens, dtype=torch.bool),
+            state=torch.empty(1, config.state_dim),
+        )
+        x_t = torch.empty(1, config.action_horizon, config.action_dim)
+        pictures = pixels(observation.images.flatten(0, 1))
+        vision = flops_of(lambda: model.vision(pictures))
+        encoded = flops_of(lambda: model.encode_prefix(observation))
+        field = model.cached_velocity(observation)
+        field.at(x_t, 0.5)  # what is made once a flow time is no part of an evaluation
+        step = flops_of(lambda: field.at(x_t, 0.5))
+    weights = Counter[str]()
+    for name, parameter in model.named_parameters():
+        if "embedding" not in name:  # words are looked up, not read
+            weights[part_of(name)] += parameter.numel() * torch.bfloat16.itemsize
+    return {
+        "vision": (vision, weights["vision"]),
+        "prefix": (encoded - vision, weights["backbone"]),
+        "steps": (step, weights["action_expert"]),
+    }
+
+
+def laid_out(config: Pi0Config) -> Pi0:
+    """The network without numbers, on torch's device of the moment."""
+    with torch.device("meta"):
+        model = Pi0(config)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape), requires_grad=False))
+    return model
+
+
+def training_flops(config: Pi0Config, how: Adaptation, cameras: int) -> float:
+    """Operations that one sample needs forwards and backwards, without what checkpointing repeats.
+
+    A part that trains costs three times its forward pass; one that a gradient only passes, twice; one before all that trains, once.
+    """
+    forward = inference_work(config, 1, cameras, config.max_prompt_tokens, 1)
+    with torch.device("meta"):
+        model = adapt(Pi0(config), replace(how, frozen_bfloat16=False), torch.bfloat16)
+    flowing = gradient_flows(model)
+    trained = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad and not is_adapter(name)}
+    parts = zip(("vision", "backbone", "action_expert"), forward.values(), strict=True)
+    return sum(flops * (3 if part in trained else 2 if part in flowing else 1) for part, (flops, _) in parts)
