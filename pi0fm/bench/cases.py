@@ -43,8 +43,8 @@ CAMERAS, FLOW_STEPS = ("base", "left_wrist", "right_wrist"), 10
 class Case:
     """One network and its inputs.
 
-    present: which cameras there are, in order; the others are masked. prompt_tokens: real ones, the rest of the width is padding.
-    training_batch: observations in a training step.
+    present: by camera, False for a masked one. prompt_tokens: real ones, the rest of the width is padding. training_batch: observations in
+    a training step.
     """
 
     config: Pi0Config
@@ -160,7 +160,7 @@ def random_policy(
 
 
 def random_chain(config: Pi0Config, cameras: int, joints: int = 7) -> Chain:
-    """Of a robot with so many joints as the network has room for, all of whose statistics are those of N(0, 1)."""
+    """For a robot whose statistics are those of N(0, 1), with `joints` joints or as many as the network's action width allows."""
     width = min(joints, config.action_dim, config.state_dim)
     robot = Embodiment(cameras={name: f"observation.images.{name}" for name in CAMERAS[:cameras]}, state_dim=width, robot_action_dim=width)
     normal = np.random.default_rng(0).normal(size=(200, width)).astype(np.float32)
@@ -169,7 +169,7 @@ def random_chain(config: Pi0Config, cameras: int, joints: int = 7) -> Chain:
 
 
 def random_observations(policy: LocalPolicy, batch: int, seed: int, prompt: str | None = None) -> list[Observation]:
-    """Random pictures of the network's own size and random states. prompt: None for one that fills all the tokens that there are."""
+    """Random pictures of the network's size and random states. prompt: None for one that fills the network's prompt tokens."""
     random, chain = np.random.default_rng(seed), policy.chain
     size, (width, _) = chain.image_size, chain.embodiment.dims()
     found = []

@@ -1,4 +1,4 @@
-"""What a checkpoint that is written behind the training's back costs the steps in front of it.
+"""The cost of an asynchronous checkpoint to the training steps during which it is written.
 
 Owns: blocks of steps with and without a checkpoint, in turn in one process. Does not know: how a checkpoint is written.
 
@@ -6,8 +6,8 @@ Owns: blocks of steps with and without a checkpoint, in turn in one process. Doe
     without   | step | step | step | step | ... | step |
               |------------------- CLOCK ---------------------------|
 
-Inside the clock: the steps of `pi0fm train` with the moving average, gathering and copying the state, the facts of the run, and whatever
-the saving thread takes from the steps beside it while it plans, sums, writes and fsyncs, retention included. Outside: reading data, logs.
+Inside the clock: the steps of `pi0fm train` with the moving average, gathering and copying the state, the facts of the run, and the time
+that the saving thread takes from the steps while it plans, sums, writes and fsyncs, retention included. Outside: reading data, logs.
 A block is `every` steps. A checkpoint costs the same whatever that number is, so short blocks measure it best, and its share at another
 number follows: `slowdown_every_1000`. A slowdown of 0.01 is one hundredth more wall time a step. Processor time is measured too: it charges
 the saving thread in full, as on a machine without a core to spare, and other work on the machine moves it less.
@@ -47,7 +47,7 @@ class CheckpointOptions(PairedOptions):
 
     case: str = option("tiny", "network: " + ", ".join(NETWORKS))
     batch_size: int = option(32, "samples of a step")
-    every: int = option(10, "steps of a block, the first of which is followed by a checkpoint; training's own default is 1000")
+    every: int = option(10, "steps of a block, with a checkpoint after the first; the default in training is 1000")
     precision: str = option("auto", "as pi0fm train takes it")
     folder: Path | None = option(None, "folder on the disk to write to; the system's folder for temporary files when not given")
     keep: int = option(2, "checkpoints that are kept, so that older ones are removed as in training")
@@ -63,7 +63,7 @@ Options = CheckpointOptions
 
 @dataclass(frozen=True)
 class Block:
-    """Of one block: processor seconds, seconds of the call that saves, steps until the checkpoint was there; 0 without one."""
+    """Processor seconds of one block, seconds of the call that saves, steps until the checkpoint was written; 0 without one."""
 
     cpu: float
     blocking: float
@@ -71,7 +71,7 @@ class Block:
 
 
 def measure(options: CheckpointOptions) -> Report:
-    """All of it, in this process; `slowdown` 0.01 is one hundredth more wall time a step. Raises OutputError for a folder that is full."""
+    """Measure in this process. Raises OutputError for a full disk."""
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as training does
     with torch.random.fork_rng(devices=[]):
@@ -116,7 +116,7 @@ def figures_of(options: CheckpointOptions, wall: Ratio, with_one: Sequence[Block
 
 
 def take_block(options: CheckpointOptions, trainer: Trainer, step: Callable[[], object], checkpoints: Checkpoints, saves: bool) -> Block:
-    """Take `options.every` steps, the first of which is followed by a checkpoint where `saves`."""
+    """Take `options.every` steps, with a checkpoint after the first where `saves`."""
     state, run = trainer.state, TrainConfig()
     facts = RunFacts(option_files.encode(run), {}, run.steps, run.global_batch_size, run.optimizer, 1)
     began, asked, there, blocking = time.process_time(), state.step + 1, 0, 0.0

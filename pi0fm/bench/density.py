@@ -1,10 +1,10 @@
-"""What a log-likelihood costs beside the sampling of the same chunk.
+"""The cost of a log-likelihood relative to sampling the same chunk.
 
 Owns: the three comparisons. Does not know: how either is computed.
 
     cached     log_prob of a chunk            : sampling it            both against one cached prefix, the same evaluations
     one pass   sampling with its log_prob     : sampling it            the same
-    call       LocalPolicy.log_prob           : LocalPolicy.infer      each with its own prefix, pictures and prompt
+    call       LocalPolicy.log_prob           : LocalPolicy.infer      each encodes pictures and prompt
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ Options = DensityOptions
 
 
 def measure(options: DensityOptions) -> Report:
-    """All three, in this process; `ratio` is log-likelihood by sampling against one cached prefix."""
+    """Measure in this process; `ratio` is log-likelihood by sampling against one cached prefix."""
     torch.set_num_threads(options.threads)
     cpu, flow = torch.device("cpu"), FlowConfig(solver=options.solver, num_flow_steps=options.num_flow_steps)
     if options.bundle is None:

@@ -6,9 +6,9 @@ Does not know: how a chunk is solved.
     noise --rk4, many steps-----> reference     its own error: the same with half the steps
           --solver, n steps-----> chunk         error = chunk - reference over the real entries, normalised units
 
-Every setting starts from the same noise, and asks the same velocity. Half the reference's steps end a 16th of its error away where the
-velocity is smooth in t. pi0's is not: its embedding of t has periods down to 0.004, which a policy trained for minutes does not smooth
-out, and until the steps are shorter than that every solver converges like one of order 1.
+All settings share noise and velocity. Where the velocity is smooth in t, halving the reference's steps multiplies its error by 16.
+pi0's is not: its embedding of t has periods down to 0.004, which a policy trained for minutes does not smooth out; with longer steps
+every solver converges like one of order 1.
 
     observations of a data set   |--x-----x-----x-----x--|             in the middle of equal stretches of its frames
     of the simulator             seed n + 1:  x . . x . . x . . x      the start, and then along the policy's own steps,
@@ -49,7 +49,7 @@ POSITIONAL = "bundle"
 RESULT, FIGURE = "steps.json", "steps.png"
 ADAPTIVE, REFERENCE = "dopri5", "rk4"
 PER_EPISODE = 4  # observations of an episode
-# Okabe and Ito's colours, which readers who see few of them tell apart; the marker says the same again.
+# Okabe and Ito's colours, which colour-blind readers tell apart; each solver has its marker too.
 STYLES = {"euler": "o#0072B2", "midpoint": "s#E69F00", "heun": "^#009E73", "rk4": "D#CC79A7", "dopri5": "v#444444"}
 
 
@@ -63,7 +63,7 @@ class StepsOptions:
     tolerance: float = option(0.05, "RMS error of a chunk that is accepted, in normalised units")
     observations: int = option(8, "from the data set, where one is named, else from the simulator at seeds that were not demonstrated")
     evaluations: tuple[int, ...] = option((1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 64, 100), "budgets of the fixed-grid solvers")
-    dopri5_tolerances: tuple[float, ...] = option((1e-1, 1e-2, 1e-3, 1e-4), "tolerances of dopri5, beside the bundle's own")
+    dopri5_tolerances: tuple[float, ...] = option((1e-1, 1e-2, 1e-3, 1e-4), "tolerances of dopri5; the bundle's is added")
     reference_steps: int = option(256, "RK4 steps of what counts as exact, an even number")
     seed: int = option(0, "of the noise that every chunk starts from")
     device: str | None = option(None, "cpu, cuda or cuda:N; the best one that works when not given")
@@ -141,7 +141,7 @@ def measure(options: StepsOptions) -> Report:
 
 
 def observe(options: StepsOptions, policy: LocalPolicy) -> tuple[list[Observation], str]:
-    """Observations, and where they are from in a few words."""
+    """Observations, and their source in words."""
     if options.dataset.root is not None or options.dataset.repo_id:
         name = options.dataset.repo_id or Path(str(options.dataset.root)).name
         return from_dataset(policy.chain, options.dataset, options.observations), f"the data set {name}"
@@ -167,9 +167,9 @@ def from_dataset(chain: Chain, dataset: DatasetConfig, count: int) -> list[Obser
 
 
 def simulated_tasks(metadata: Mapping[str, Any]) -> dict[str, int]:
-    """By task of the policy's demonstrations that a simulator has, the first seed behind them.
+    """For each demonstrated task that a simulator has, the first seed after the demonstrations.
 
-    Raises ConfigError that names the option which helps, where the bundle does not say how it is simulated.
+    Raises ConfigError where the bundle names no such task or no camera.
     """
     tasks = {task: int(high) + 1 for task, (_, high) in metadata["demonstration_seeds"].items() if catalog.known(task)}
     if not tasks or not metadata["camera_sources"]:
@@ -181,7 +181,7 @@ def simulated_tasks(metadata: Mapping[str, Any]) -> dict[str, int]:
 
 
 def from_simulator(policy: Policy, count: int, seed: int, advance: Callable[[int], None]) -> list[Observation]:
-    """`count` observations of start positions that no demonstration used and of the policy's way from there, spread over its tasks.
+    """`count` observations spread over the policy's tasks: undemonstrated start positions, and the episode that the policy makes from each.
 
     Raises ConfigError as `simulated_tasks` does, SimulationError when the machine cannot render.
     """
@@ -205,7 +205,7 @@ def from_simulator(policy: Policy, count: int, seed: int, advance: Callable[[int
 
 
 def solve(options: StepsOptions, policy: LocalPolicy, observations: list[Observation]) -> tuple[list[SolverError], float]:
-    """A row for each setting, and how far half the reference's steps end from it; the prefix is encoded once."""
+    """A row for each setting, and the distance between the reference and one of half its steps; the prefix is encoded once."""
     model, flow = policy.model, policy.flow
     shape = (model.config.action_horizon, model.config.action_dim)
     compared = settings(options.evaluations, (*options.dopri5_tolerances, flow.tolerance), flow.num_flow_steps)
@@ -240,7 +240,7 @@ def settings(evaluations: Sequence[int], tolerances: Sequence[float], first_step
 
 
 def find_reference(flow: FlowMatching, velocity: Velocity, noise: Tensor, mask: Tensor, num_flow_steps: int) -> tuple[Tensor, float]:
-    """RK4 with `num_flow_steps` steps (even), and the RMS distance at which half of them end from it."""
+    """RK4 with `num_flow_steps` steps (even), and its RMS distance to RK4 with half of them."""
     coarse, fine = (flow.sample(velocity, noise, steps, REFERENCE, mask) for steps in (num_flow_steps // 2, num_flow_steps))
     return fine, _distance(coarse, fine, mask)[0]
 
@@ -289,7 +289,7 @@ def cheapest(rows: Sequence[SolverError], tolerance: float, own_tolerance: float
 def observed_order(rows: Sequence[SolverError], solver: str, floor: float) -> float | None:
     """Minus the slope of log error against log steps, over the finest rows (at most five) of a fixed grid with ten times `floor` or more.
 
-    None with fewer than three: what lies below is the error of the reference, not the solver's.
+    None with fewer than three; smaller errors are those of the reference, not the solver's.
     """
     own = [row for row in rows if row.solver == solver and row.rms > 10 * floor][-5:]
     if len(own) < 3 or solver not in FIXED_GRID_SOLVERS:
@@ -304,7 +304,7 @@ def _distance(a: Tensor, b: Tensor, mask: Tensor) -> tuple[float, float]:
 
 
 def draw_figure(rows: Sequence[SolverError], floor: float, tolerance: float, chosen: SolverError | None, subject: str, path: Path) -> None:
-    """Write the PNG: error against evaluations, a line for each solver. subject: what was sampled, for the line below the title."""
+    """Write the PNG: error against evaluations, a line for each solver. subject: the line below the title."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

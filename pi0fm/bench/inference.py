@@ -1,14 +1,14 @@
 """Ten Euler steps for one observation: LeRobot's PI0 against ours, in one process, with the same weights and noise.
 
-Owns: what lies within the two clocks, the two modes, the bounds within which the chunks must agree, the figures of a comparison of speed.
+Owns: the work inside the two clocks, the two modes, the bounds within which the chunks must agree, the figures of a comparison of speed.
 Does not know: how its report is shown.
 
     inside both clocks     pictures, prompt and state to keys and values once; ten velocities; the chunk, normalised
     only inside ours       masked cameras and unused prompt columns left out, pictures from uint8 to [-1, 1]
     inside neither         resizing, tokenizing, normalising, drawing noise, actions to robot units
 
-LeRobot's side is `PI0Pytorch.sample_actions` with the arguments that its `predict_action_chunk` passes on; ours is what `LocalPolicy` does
-with an observation that its chain has made. Both are eager, unless ours is told to compile.
+LeRobot's side is `PI0Pytorch.sample_actions` with the arguments that its `predict_action_chunk` passes on; ours is `LocalPolicy`'s work
+on an observation that its chain has made. Both are eager, unless ours is told to compile.
 
     like_for_like   float32 on both sides, torch's default for products, the same threads
     as_shipped      LeRobot's configuration on a CPU is float32; `pi0fm.load` takes bfloat16 for the towers' matrices where the processor
@@ -49,7 +49,7 @@ BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 class InferenceOptions(PeerOptions):
     """Options of `pi0fm bench inference`. Raises ConfigError for a value out of range."""
 
-    compile: str = option("off", "what ours compiles, of off, kernels, graph (CUDA alone); as shipped it is off")
+    compile: str = option("off", "compilation of our side: off (as shipped), kernels, graph (CUDA only)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,7 +62,7 @@ Options = InferenceOptions
 
 
 def measure(options: InferenceOptions) -> Report:
-    """Both modes of every case. Raises Pi0fmError when the two sides differ, ConfigError for a device that is not there."""
+    """Measure both modes of every case. Raises Pi0fmError when the two sides differ, ConfigError for a device that is not there."""
     progress.say("loading LeRobot")
     from pi0fm.bench import peer  # LeRobot's import alone takes many seconds
 
@@ -81,7 +81,7 @@ def measure(options: InferenceOptions) -> Report:
                 ours = OurCall.of(pair.ours, observation, noise, dtype, options.compile)
                 difference = peer.displacement_difference(ours(), theirs(), noise)
                 peer.check_alike(f"{name} {mode}", "action chunks", difference, BOUNDS[dtype])
-                # what compiled kernels multiply cannot be seen from outside; it is what the same network multiplies uncompiled
+                # products inside compiled kernels cannot be seen; they are those of the uncompiled network
                 plain = ours if options.compile == "off" else OurCall.of(pair.ours, observation, noise, dtype)
                 found = speed(theirs, ours, plain, plain.sampler.model, options.rounds, device, rates)
                 rows[mode][name] = found | {"max_abs_difference": difference, "difference_bound": BOUNDS[dtype]}

@@ -71,8 +71,8 @@ from pi0fm_client.types import ActionChunk, Observation, Policy
 
 ALIASES = {"tasks": "task", "repo_id": "dataset.repo_id", "root": "dataset.root"}
 CALIBRATION_STEPS = 10
-# Of pi0fm's training configuration: where a run takes place, which is here; and what both sides' training from scratch, on all of one
-# task's demonstrations, would pass over.
+# Options of a training configuration: of its workers, which a comparison ignores; and those that training both sides from scratch, on all
+# demonstrations of one task, could not honour.
 PLACEMENT = ("num_workers", "gpus_per_worker", "cpus_per_worker", "max_failures", "ray_address")
 PASSED_OVER = (
     *("validation", "mixture", "pretrained", "pretrained_norm_stats", "train_only", "lora", "frozen_bfloat16"),
@@ -145,11 +145,11 @@ class TrainingResult:
 
 
 def measure(options: LearningOptions) -> Report:
-    """Record what is missing, train and judge both sides; the last line is what learning.json holds, without the curves."""
+    """Record missing demonstrations, train and judge both sides. Loss curves are in learning.json alone."""
     base = read_training(options.config or option_files.shipped()["quickstart"])
     if options.dataset.root is None and not options.dataset.repo_id:
         root = options.output_dir / "dataset"
-        # in this process: what Ray leaves behind would run beside the trainings
+        # in this process: Ray's processes would still run during the trainings
         demos = DemosConfig(options.task, options.demonstrations, dataset=DatasetName("local/bench-learning", str(root)), num_workers=0)
         record_here(demos)
         options = replace(options, dataset=replace(options.dataset, root=root))
@@ -166,7 +166,7 @@ def measure(options: LearningOptions) -> Report:
 
 
 def read_training(path: Path) -> TrainConfig:
-    """pi0fm's side. Raises ConfigError for options that a comparison would not honour."""
+    """Read our side's training. Raises ConfigError for options that a comparison would not honour."""
     tree = {name: value for name, value in option_files.read_files([str(path)]).items() if name not in PLACEMENT}
     run, usual = option_files.decode(TrainConfig, tree), TrainConfig()
     given = [name for name in PASSED_OVER if getattr(run, name) != getattr(usual, name)]
@@ -235,7 +235,7 @@ class SharedData:
 def open_shared(run: TrainConfig, prompt: str) -> SharedData:
     """The episodes of the data set whose sentence is `prompt`, decoded and in memory.
 
-    Raises DatasetError when there is none, ConfigError for an embodiment that LeRobot's PI0 cannot follow.
+    Raises DatasetError for a data set without such episodes, ConfigError for an embodiment that LeRobot's PI0 cannot follow.
     """
     if run.embodiment.delta_actions:
         raise ConfigError(
@@ -250,7 +250,7 @@ def open_shared(run: TrainConfig, prompt: str) -> SharedData:
     source = open_source(replace(run.dataset, episodes=tuple(taught.tolist())), run.embodiment)
     policy = policy_config(run, source)
     decoded = open_cache(source, run.dataset, policy.model.vision.image_size)
-    # A memory map would charge whoever reads a page first with its page fault.
+    # in a memory map the side that reads a page first would pay for its page fault
     cache = FrameCache(tuple(np.array(camera) for camera in decoded.cameras))
     return SharedData(source, cache, source.norm_stats(policy.model.action_horizon), policy)
 
@@ -417,7 +417,7 @@ def compare(
     run: what `comparable` returned, and what `data` was opened with. A success of None: every episode crashed.
     """
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # a setting of the process: pi0fm's training makes it, and LeRobot's is to gain from it as well
+    keep_freed_memory()  # a setting of the process, as pi0fm train makes it; LeRobot's side gains from it as well
     names = ("success", "cpu_seconds", "steps", "scheduled_steps", "crashes")
     figures: dict[str, dict[str, list[Any]]] = {side: {name: [] for name in names} for side in SIDES}
     curves: dict[str, list[Any]] = {side: [] for side in SIDES}
@@ -433,7 +433,7 @@ def compare(
             figures[side][name].append(value)
         curves[side].append(result.curve())
         del policy
-        gc.collect()  # not within the next one's budget
+        gc.collect()  # not within the next budget
     return figures, curves
 
 
@@ -446,7 +446,7 @@ def parameters(data: SharedData) -> dict[str, int]:
 
 def make_judge(options: LearningOptions, execution_horizon: int, policy: PolicyConfig) -> Callable[[Policy], Summary]:
     """The evaluation that both sides go through. Raises ConfigError for start positions that were demonstrated."""
-    asked = EvalConfig(
+    config = EvalConfig(
         policy="both sides",
         tasks=(options.task,),
         episodes=options.episodes,
@@ -456,13 +456,13 @@ def make_judge(options: LearningOptions, execution_horizon: int, policy: PolicyC
         videos_per_task=0,
     )
     metadata = policy.metadata()
-    refuse_seen_seeds(asked, metadata)
-    cameras = camera_specs(asked, metadata, catalog.find(options.task)[0])
+    refuse_seen_seeds(config, metadata)
+    cameras = camera_specs(config, metadata, catalog.find(options.task)[0])
     open_environment = partial(catalog.open_environment, cameras=cameras, max_steps=options.max_steps)
 
     def judge(judged: Policy) -> Summary:
-        setup = WorkerSetup(lambda: judged, open_environment, settings_for(asked, metadata), asked.environments_per_worker)
-        results = run_episodes(plan(asked), setup, in_this_process)
+        setup = WorkerSetup(lambda: judged, open_environment, settings_for(config, metadata), config.environments_per_worker)
+        results = run_episodes(plan(config), setup, in_this_process)
         for result in results:
             if result.error is not None:
                 progress.say(f"CRASHED seed {result.seed}: {result.error}")

@@ -7,8 +7,7 @@ stage. Does not know: how a policy or a trainer runs.
     least time  the longer of operations / product rate, bytes / copy rate
     stage       bytes: weights, once a stage and once an evaluation of the velocity; keys and values, once an evaluation
 
-Operations are those of the matrix products, by torch's formulas: of a call that runs, or on fake tensors, for which no number is computed
-and no card is asked.
+Operations are those of the matrix products, by torch's formulas: of a call that runs, or on fake tensors, which need no card.
 """
 
 import functools
@@ -78,7 +77,7 @@ def measure_rates(device: torch.device, dtypes: Iterable[torch.dtype] = (torch.b
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all that was asked of the device."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -118,12 +117,12 @@ def percentile(seconds: Sequence[float], share: float) -> float:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Bytes that torch holds on the device at its highest moment since the last `forget_peak`; 0 on a CPU."""
+    """Peak of the bytes that torch holds on the device since the last `forget_peak`; 0 on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def forget_peak(device: torch.device) -> None:
-    """Restart the search for the highest moment, with freed memory given back."""
+    """Reset the peak, and give freed memory back."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -131,10 +130,10 @@ def forget_peak(device: torch.device) -> None:
 
 @final
 class Products(TorchDispatchMode):
-    """The matrix products of what runs inside: their operations by torch's own formulas, the bytes of weights that they read.
+    """The matrix products of the code that runs inside: their operations by torch's formulas, the bytes of weights that they read.
 
-    `run` repeats them and nothing else: no norm, softmax or copy. A weight keeps its own tensor there, so that it comes from memory as
-    often as in the call; all other operands of one shape share one tensor, as if what made them had just left them in the cache.
+    `run` repeats them and nothing else: no norm, softmax or copy. Weights are the call's, so that they come from memory as often as
+    in the call; all other operands of one shape share one tensor, as if they had just been written to the cache.
     """
 
     def __init__(self, weights: Iterable[nn.Parameter] = ()) -> None:
@@ -264,7 +263,7 @@ def _one_observation(config: Pi0Config, cameras: int, prompt_tokens: int) -> dic
 
 
 def laid_out(config: Pi0Config) -> Pi0:
-    """The network without numbers, on torch's device of the moment."""
+    """The network without numbers, on torch's current default device."""
     with torch.device("meta"):
         model = Pi0(config)
     for module in model.modules():

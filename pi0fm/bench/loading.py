@@ -1,4 +1,4 @@
-"""The cost of loading: samples from the cache, from the stream, building the cache, statistics; beside LeRobot and plain decoding.
+"""The cost of loading: samples from the cache, from the stream, building the cache, statistics; compared with LeRobot and plain decoding.
 
 Owns: each side's work in a round and the part of it inside the clock, a data set drawn for it. Does not know: training.
 
@@ -97,7 +97,7 @@ Options = LoadingOptions
 
 
 def measure(options: LoadingOptions) -> Report:
-    """All of it, in this process. Raises DatasetError for a data set that cannot be read."""
+    """Measure in this process. Raises DatasetError for a data set that cannot be read."""
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as training does
     with tempfile.TemporaryDirectory(prefix="pi0fm-bench-loading-") as folder:
@@ -109,7 +109,7 @@ def measure(options: LoadingOptions) -> Report:
         progress.say(f"LeRobot's loader and ours, {options.rounds} rounds")
         cached = compare_lerobot(source, collator, options)
         gather, collate = compare_copying(collator, options)
-        progress.say("building the cache and streaming, beside decoding")
+        progress.say("building the cache and streaming, against decoding")
         build, build_all = compare_building(source, dataset, options)
         stream, batches, decoded = compare_streaming(source, dataset, options)
         progress.say("statistics, and memory")
@@ -160,8 +160,8 @@ def make_collator(source: LeRobotSource, pictures: Pictures, options: LoadingOpt
 def compare_lerobot(source: LeRobotSource, collator: Collator, options: LoadingOptions) -> Ratio:
     """LeRobot's processor seconds for its batches by ours for as many samples.
 
-    LeRobot's side as its own training sets it up: pictures as uint8, workers that stay from round to round with what they have opened, four
-    batches ahead. Opening the data set and starting workers are outside the clock. Our threads begin and end with a round.
+    LeRobot's side as its training sets it up: pictures as uint8, workers that stay from round to round with their open files, four batches
+    ahead. Opening the data set and starting workers are outside the clock. Our threads begin and end with a round.
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
     from torch.utils.data import DataLoader, RandomSampler

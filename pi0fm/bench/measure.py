@@ -1,4 +1,4 @@
-"""How a comparison is asked and answered: options, runs in turns, their ratio, the report.
+"""The frame of every measurement: options, runs in turns, their ratio, the report.
 
 Owns: `Options` of every measurement and their checks, paired runs with the interval of their ratio, `Report`. Does not know: what runs,
 torch, how a report is shown (cli/bench).

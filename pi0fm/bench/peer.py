@@ -1,7 +1,7 @@
-"""LeRobot's own PI0 at a size that a laptop trains, with the weights of ours, as the peer that pi0fm is compared with.
+"""LeRobot's own PI0 at a size that a laptop trains, with our weights: the peer that pi0fm is compared with.
 
-Owns: the constructors that LeRobot's named variants ("gemma_2b", "gemma_300m") leave no room for, a prompt tokenizer that needs no
-download, weights and gradients under both sides' names, how far answers differ. Does not know: data sets, clocks, budgets.
+Owns: constructors for sizes other than LeRobot's named variants ("gemma_2b", "gemma_300m"), a prompt tokenizer that needs no download,
+weights and gradients under both sides' names, the distance between answers. Does not know: data sets, clocks, budgets.
 
 LeRobot's (inherited, not one line changed): every `forward`, `sample_actions` and `denoise_step`, the sampling of flow time and noise,
 the loss, the attention masks, the layers, the preparation of pictures, states and actions, the normalisation steps, the optimiser presets.
@@ -49,7 +49,7 @@ Processors = tuple[PolicyProcessorPipeline[dict[str, Any], dict[str, Any]], Poli
 
 @dataclass(frozen=True)
 class RobotFeatures:
-    """What the robot has: camera names as in the data set (`observation.images.NAME`), and its own widths before padding."""
+    """A robot's camera names as in the data set (`observation.images.NAME`), and its widths before padding."""
 
     cameras: tuple[str, ...]
     state_dim: int
@@ -78,7 +78,7 @@ def at_lerobots_heads(config: Pi0Config) -> Pi0Config:
 
 
 def policy_config(config: Pi0Config, robot: RobotFeatures, learning_rate: float = 1e-3) -> PI0Config:
-    """LeRobot's configuration for a CPU, its defaults but for sizes and learning rate. Its two `variant` fields are not read here.
+    """LeRobot's configuration for a CPU: its defaults, except for sizes and learning rate. Its two `variant` fields are not read here.
 
     The last learning rate stays a tenth of the peak, as in LeRobot's preset. Raises ConfigError for a robot wider than the padding.
     """
@@ -163,7 +163,7 @@ def gemma_config(size: Pi0Config, stream: StreamConfig) -> GemmaConfig:
 
 
 def paligemma_config(size: Pi0Config) -> PaliGemmaConfig:
-    """The vision tower and the backbone. No token stands for a picture: its index lies outside the vocabulary, as it does in LeRobot."""
+    """The vision tower and the backbone. No token stands for a picture: its index is outside the vocabulary, as it does in LeRobot."""
     tower, width = size.vision, size.decoder.backbone.width
     widths = {"hidden_size": tower.width, "intermediate_size": tower.mlp_width, "num_hidden_layers": tower.depth}
     pictures = {"num_attention_heads": tower.num_heads, "patch_size": tower.patch_size, "image_size": tower.image_size}
@@ -178,7 +178,7 @@ class ByteTokenizer:
     """ByT5's bytes, each sentence once.
 
     transformers' ByT5 is plain Python, 3 ms a sentence where PaliGemma's compiled tokenizer takes microseconds: LeRobot must not pay
-    for a tokenizer that it did not choose.
+    for our choice of tokenizer.
     """
 
     def __init__(self) -> None:
@@ -198,7 +198,7 @@ def processors(config: PI0Config, stats: Mapping[str, Mapping[str, Any]]) -> Pro
     """LeRobot's steps before and after the policy, in its order, with ByT5's bytes for the prompt.
 
     stats: `mean` and `std` of `observation.state` and `action`, as in `LeRobotDataset.meta.stats`.
-    Raises DatasetError when one is missing: LeRobot would leave that column as it is, without a word.
+    Raises DatasetError when one is missing: LeRobot would silently leave that column as it is.
     """
     for key in (OBS_STATE, ACTION):
         if not {"mean", "std"} <= set(stats.get(key, {})):
@@ -256,7 +256,7 @@ def translated(theirs: Mapping[str, Tensor], config: Pi0Config) -> dict[str, Ten
 def displacement_difference(ours: Tensor, theirs: Tensor, noise: Tensor) -> float:
     """The largest difference of two chunks over the largest way that the network moved an action from its noise.
 
-    Stricter than over the chunk itself, of which the noise is the same on both sides whatever the network answers.
+    Stricter than relative to the chunk, most of which is the noise, the same on both sides.
     """
     theirs, noise = theirs.float(), noise.float()
     return float((ours.float() - theirs).abs().max() / (theirs - noise).abs().max())

@@ -1,4 +1,4 @@
-"""Where the steps of any run go: a table by part, each part's share of the device's limit, what to change, and torch's trace.
+"""The time of a run's steps by part, each part's share of the device's limit, options to change, and torch's trace.
 
 Owns: the steps that are timed, counted and traced, the bounds of each part, the advice. Does not know: how a step is taken.
 
@@ -39,7 +39,7 @@ WAITING, UPDATING, FAR = 0.05, 0.15, 0.4  # shares of a step, of a step, of the 
 
 @dataclass(frozen=True)
 class ProfileSteps:
-    """How much of a run is looked at."""
+    """The steps of a run that are measured."""
 
     warm_up: int = option(3, "steps before the clock starts")
     steps: int = option(10, "steps that are timed; two more are counted and traced")
@@ -102,17 +102,17 @@ def measure(config: TrainConfig, shape: ProfileSteps, folder: Path) -> Report:
         "peak_gib": peak / 2**30,
         "estimated_gib": estimate_run(config, data.num_cameras, 1, device).total / 2**30 if on_card else 0.0,
     }
-    there = torch.cuda.get_device_properties(device).total_memory if on_card else 0
-    advice = advise(config, parts, parallel.compute_dtype, device, peak, there)
+    memory = torch.cuda.get_device_properties(device).total_memory if on_card else 0
+    advice = advise(config, parts, parallel.compute_dtype, device, peak, memory)
     for line in advice or ["nothing stands out"]:
         progress.say(line)
     return Report({**found, "parts": parts, "advice": advice, "longest_operations_ms": longest}, shown={"parts": parts, **found})
 
 
 def advise(
-    config: TrainConfig, parts: dict[str, dict[str, float]], computes: torch.dtype, device: torch.device, peak: int = 0, there: int = 0
+    config: TrainConfig, parts: dict[str, dict[str, float]], computes: torch.dtype, device: torch.device, peak: int = 0, memory: int = 0
 ) -> list[str]:
-    """What to type for a faster step, the largest gain first; peak, there: bytes that are used, and that the device has."""
+    """Options for a faster step, the largest gain first; peak, memory: bytes used, and the device's."""
     share = {name: part["share"] for name, part in parts.items()}
     passes = share["forward"] + share["backward"]
     reached = sum(parts[name]["limit_ms"] for name in ("forward", "backward")) / sum(parts[name]["ms"] for name in ("forward", "backward"))
@@ -132,8 +132,8 @@ def advise(
     if reached < FAR and on_card:
         text = f"both passes reach {reached:.0%} of the device's limit: a larger --global_batch_size"
         found.append(((1 - reached) * passes, text + (" or --micro_batch_size" if config.micro_batch_size is not None else "")))
-    if config.activation_checkpointing and peak < 0.6 * there:
-        text = f"{peak / 2**30:.0f} of {there / 2**30:.0f} GiB are used: --activation_checkpointing false, or a larger batch"
+    if config.activation_checkpointing and peak < 0.6 * memory:
+        text = f"{peak / 2**30:.0f} of {memory / 2**30:.0f} GiB are used: --activation_checkpointing false, or a larger batch"
         found.append((0.25 * share["backward"], text))
     return [text for _, text in sorted(found, key=lambda item: -item[0])]
 

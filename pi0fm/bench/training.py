@@ -1,6 +1,6 @@
 """One optimiser step on the same batch: LeRobot's PI0 against ours; what 8 flow draws cost; the memory of each side.
 
-Owns: what each side's step consists of, which process measures what, the bounds within which losses and gradients must agree.
+Owns: the processes and their measurements, the bounds within which losses and gradients must agree.
 Does not know: how its report is shown.
 
     this process                imports neither side
@@ -11,12 +11,12 @@ Does not know: how its report is shown.
 
 Neither side's step reads data or averages weights. Ours takes its batch as the chain leaves it: bytes of pictures. A mode has a process of
 its own since accelerate keeps its precision to the end of one. Both sides of a mode's process keep freed memory, as `pi0fm train` asks of
-the C library: LeRobot gains from it as well. In its memory process LeRobot does not.
+the C library; LeRobot gains from it as well. In its memory process LeRobot does not.
 
     like_for_like   float32, torch's default for products, the fused AdamW on both sides
     as_shipped      LeRobot: float32 and its optimiser preset. Ours: bfloat16 autocast where the processor has it, and the fused AdamW
-    peer_bfloat16   where ours takes bfloat16: LeRobot as shipped over LeRobot under autocast, so that a reader sees what of the second
-                    ratio is the precision's alone, on this machine, at this hour
+    peer_bfloat16   where ours takes bfloat16: LeRobot as shipped over LeRobot under autocast: the part of the second ratio that is
+                    due to precision alone
 """
 
 from collections.abc import Callable
@@ -66,7 +66,7 @@ Options = TrainingOptions
 
 
 def measure(options: TrainingOptions) -> Report:
-    """Everything, each in its process. Raises Pi0fmError when the two sides differ, ConfigError for a device that is not there."""
+    """Measure each part in its process. Raises Pi0fmError when the two sides differ, ConfigError for a device that is not there."""
     device = choose_device(options.device)
     torch.set_num_threads(options.threads)
     rates = measure_rates(device, LOSS_BOUNDS)
@@ -86,7 +86,7 @@ def measure(options: TrainingOptions) -> Report:
 
 
 def lerobots_step(policy: Any, batch: Batch, device: torch.device, fused: bool, bfloat16: bool = False) -> Callable[[], float]:
-    """One step of LeRobot's policy. fused: its AdamW with ours' kernel, else its own preset. bfloat16: under autocast."""
+    """One step of LeRobot's policy. fused: its AdamW with the kernel of ours, else its preset. bfloat16: under autocast."""
     preset, weights = policy.config.get_optimizer_preset(), list(policy.train().get_optim_params())
     optimizer = preset.build(weights)
     if fused:

@@ -1,4 +1,4 @@
-"""`pi0fm bench NAME`: one way to ask a question of pi0fm/bench, to show what was found and to keep it.
+"""`pi0fm bench NAME`: run a measurement of pi0fm/bench, show its figures and keep them.
 
 Owns: the list, the result's file, tables, the lines about the machine, the rounding of figures. Does not know: what is measured.
 A question is a module of pi0fm/bench with `Options` and `measure(options) -> Report`; it may have `ALIASES` and `POSITIONAL`, and where its
@@ -20,15 +20,15 @@ from pi0fm import files, machine, progress
 from pi0fm.bench.measure import Report
 from pi0fm_client.errors import OutputError
 
-HELP = "measure pi0fm, and its peers beside it, on this machine"
+HELP = "measure pi0fm and its peers on this machine"
 SUBCOMMANDS = {
-    "loading": "samples a processor second: frame cache and stream beside LeRobot's loader, copying and decoding",
+    "loading": "samples a processor second: frame cache and stream against LeRobot's loader, copying and decoding",
     "learning": "one task, the same data and processor time: pi0fm against LeRobot's own PI0",
     "inference": "ten Euler steps for one observation: LeRobot's own PI0 against ours",
     "training": "one optimiser step on the same batch: LeRobot's own PI0 against ours",
-    "checkpoint": "steps with an asynchronous checkpoint beside steps without",
+    "checkpoint": "steps with an asynchronous checkpoint against steps without",
     "card": "one GPU in eight minutes: whether it computes right, inference and training at full size",
-    "density": "a chunk's log-likelihood beside its sampling, with the same evaluations",
+    "density": "a chunk's log-likelihood against its sampling, with the same evaluations",
 }
 DIGITS = 6
 
@@ -114,7 +114,8 @@ def _table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
         cells = {column: {name: row[column] for name, row in cells.items()} for column in columns}
     table = Table(box=None, padding=(0, 2), header_style="", title=title, title_justify="left")
     for heading in ("", *next(iter(cells.values()), {})):
-        table.add_column(heading, justify="right" if table.columns else "left", overflow="fold")
+        words = not table.columns or any(isinstance(row[heading], str) for row in cells.values())
+        table.add_column(heading, justify="left" if words else "right", overflow="fold")
     for name, row in cells.items():
         table.add_row(name, *map(_text, row.values()))
     return table

@@ -1,4 +1,4 @@
-"""`pi0fm flow NAME`: the mathematics under the policies, seen and measured.
+"""`pi0fm flow NAME`: the mathematics under the policies, drawn and measured.
 
 Owns: the list. Does not know: what any of them does.
 """
@@ -16,7 +16,7 @@ SUBCOMMANDS = {
 
 
 def subcommand(name: str) -> Any:
-    """`flow_demo` beside this module, or a question of pi0fm/bench."""
+    """`cli/flow_demo`, or a measurement of pi0fm/bench."""
     if name == "steps":
         return question(importlib.import_module("pi0fm.bench.flow_steps"), SUBCOMMANDS[name])
     return importlib.import_module(f"pi0fm.cli.flow_{name}")

@@ -32,7 +32,7 @@ COMMANDS = {
     "serve": "answer robots over the openpi WebSocket protocol",
     "flow": "see and measure the flows that policies are made of",
     "profile": "where the steps of a run go, and what to change",
-    "bench": "measure pi0fm, and its peers beside it, on this machine",
+    "bench": "measure pi0fm and its peers on this machine",
 }
 
 

@@ -1,4 +1,4 @@
-"""`pi0fm profile`: where the steps of a run go, beside the limits of this machine, and what to change.
+"""`pi0fm profile`: the time of a run's steps by part, the limits of this machine, and options to change.
 
 Owns: the options. Does not know: how steps are taken or timed, how figures are shown (cli/bench).
 """
@@ -19,7 +19,7 @@ ALIASES = {"batch_size": "global_batch_size", "policy.type": "model.preset", "po
 
 @dataclass(frozen=True)
 class ProfiledRun(TrainingRun):
-    """A run as `pi0fm train` takes it, of which one worker's share of some steps is looked at; its files go to output_dir/profile."""
+    """A run as `pi0fm train` takes it; one worker's share of some steps is measured. Its files go to output_dir/profile."""
 
     profile: profiling.ProfileSteps = option(profiling.ProfileSteps, "")
 

@@ -58,14 +58,6 @@ def test_the_slopes_of_the_table_are_the_orders_of_the_solvers():
     assert coarse.evaluations < fine.evaluations
 
 
-def test_the_reference_is_the_flow_of_a_gaussian():
-    """x_1 = m + s x_0: for one component the flow is known in closed form."""
-    mean, scale = chunks(1, 4, 2, seed=2), 0.6
-    gaussian = GaussianMixture(mean, torch.ones(1, dtype=torch.float64), scale)
-    found, _ = find_reference(FLOW, lambda x, t: gaussian.velocity(FLOW.path, x, t), NOISE, EVERYTHING, 64)
-    torch.testing.assert_close(found, mean + scale * NOISE, rtol=0, atol=1e-6)
-
-
 def test_every_budget_is_spent_exactly_and_counted():
     compared = settings((4, 6, 3, 4), (1e-2,), 7)
     assert [setting[:2] for setting in compared] == [
@@ -216,9 +208,3 @@ def test_a_tolerance_that_nothing_reaches_is_said(command, capsys):
     captured = capsys.readouterr()
     assert json.loads(captured.out)["cheapest"] == {"tolerance": 1e-12, "solver": None}
     assert "no setting reaches 1e-12: type a larger --tolerance" in captured.err
-
-
-def test_a_bundle_without_a_simulator_asks_for_a_data_set(saved, tmp_path, capsys):
-    assert main(["flow", "steps", str(saved), "--output_dir", str(tmp_path / "out"), "--threads", "1"]) == 2
-    assert "type --dataset.root DIRECTORY" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()

@@ -169,28 +169,12 @@ def test_a_step_is_the_same_step_on_both_sides(pair, fused):
     assert ours() < expected and theirs() < expected
 
 
-def test_their_step_under_autocast_is_the_same_step_rounded(pair):
-    batch = make_batch(CASE, 4)
-    expected = their_loss(pair.theirs.model, batch, CPU)().item()
-    found = lerobots_step(pair.theirs, batch, CPU, fused=False, bfloat16=True)()
-    assert found != expected and found == pytest.approx(expected, rel=2e-2)
-
-
 def test_a_step_with_eight_draws_trains_on_all(pair):
     batch = make_batch(CASE, 4, flow_draws=8)
     single = [replace(batch, noise=batch.noise[:, [draw]], uniform=batch.uniform[:, [draw]]) for draw in range(8)]
     trainer = Trainer.of(pair.ours, "float32", CPU)
     expected = sum(our_loss(trainer, each).item() for each in single) / 8
     assert trainer.on(batch)() == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_same_seed_is_the_same_pair_and_leaves_the_callers_randomness_alone(pair):
-    before = torch.get_rng_state()
-    again, other = peer.build_pair(CASE, 0, CPU), peer.build_pair(CASE, 1, CPU)
-    assert torch.equal(torch.get_rng_state(), before)
-    weights = [each.ours.action_in.weight for each in (pair, again, other)]
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
 
 
 @pytest.mark.parametrize("difference", [0.2, math.nan])
@@ -210,12 +194,9 @@ def test_no_figure_is_given_when_the_chunks_differ(monkeypatch):
 
 def test_cases_have_what_their_names_say():
     assert [sum(CASES[name].present) for name in PEER_CASES] == [1, 3, 2]
-    assert all(case.config.decoder.num_heads == 8 for case in CASES.values())
     observation = make_observation(CASES["width_512_one_camera_missing"], 2, 0)
     assert observation.images[:, 1].any() and not observation.images[:, 2].any()
     assert observation.prompt_mask.sum(dim=1).tolist() == [18, 18]
     half, decoder = CASES["pi0_proportions"].config, PI0.decoder
-    streams = [(getattr(half.decoder, name), getattr(decoder, name)) for name in ("backbone", "action_expert")]
-    for ours, released in [(half.vision, PI0.vision), *streams]:
-        assert (2 * ours.width, 2 * ours.mlp_width) == (released.width, released.mlp_width)
     assert (3 * half.decoder.depth, 3 * half.vision.depth) == (decoder.depth, PI0.vision.depth)
+    assert (2 * half.decoder.backbone.width, 2 * half.vision.width) == (decoder.backbone.width, PI0.vision.width)

@@ -1,4 +1,4 @@
-"""What scores and several candidates cost beside one chunk, at full size.
+"""The cost of scores and of several candidates relative to one chunk, at full size.
 
 Owns: best of eight from one prefix, the log-likelihood of a chunk. Does not know: which candidate is best.
 """

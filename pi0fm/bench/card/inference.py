@@ -1,4 +1,4 @@
-"""A policy call at full size: host observation to host actions, and where its time goes.
+"""A policy call at full size: host observation to host actions, and its time by stage.
 
 Owns: the cases in order of worth, the stages. Does not know: how long the part may take, other than by asking.
 
@@ -137,7 +137,7 @@ class Inference:
         )
 
     def attempt_stages(self, name: str, mode: str) -> None:
-        """Where a call of one observation goes."""
+        """The stages of a call of one observation."""
         what = f"{name}, {BEST}, {mode}, by stage"
         if (name, BEST.cameras, mode) in self.policies:
             self.attempt(what, functools.partial(self._stages, what, name, mode), 8)

@@ -40,7 +40,7 @@ class Results:
     ) -> None:
         """Keep a figure.
 
-        limit_share: of the limit that was measured in the same run, 0 to 1; target: what it should be; note: why there is none.
+        limit_share: of the limit measured in the same run, 0 to 1; target: the value to reach; note: any words, or why there is no figure.
         """
         row = {"what": what, "value": _short(value), "unit": unit, "limit_share": _short(limit_share), "target": target, "note": note}
         self.rows.append(row | {"details": details})
@@ -67,7 +67,7 @@ class Results:
         return short
 
     def write(self, finished: bool) -> None:
-        """Put what there is on disk."""
+        """Write all rows to disk."""
         seconds = round(time.monotonic() - self._began, 1)
         tree = {"part": self._part, "finished": finished, "seconds": seconds, "facts": self.facts, "rows": self.rows}
         files.write_json(self._path, tree)

@@ -1,8 +1,8 @@
-"""What one GPU makes of pi0 at full size, in eight minutes: all parts, each in a process of its own that may fail, hang or be killed.
+"""pi0 at full size on one GPU in eight minutes: all parts, each in a separate process that may fail, hang or be killed.
 
 Owns: the options, the processes and their time, the files. Does not know: what is measured; it imports no torch.
 
-    part's process    rows -> PART.json, after every row            ended by its own end, or when its time is over
+    part's process    rows -> PART.json, after every row            ends by itself, or is ended when its time is over
     this process      waits; then reads what is there               output_dir: PART.json, card.json, card.log
 """
 
@@ -32,7 +32,7 @@ PARTS = {"right": 150, "inference": 170, "training": 120, "extras": 40}
 """In order of worth, with the seconds that each may take: eight minutes in all."""
 RIGHT, LOG = "right", "card.log"
 RESULT = None  # a later run replaces the files of an earlier one
-GRACE = 5.0  # seconds between a part's own end and that by force
+GRACE = 5.0  # seconds that a part has to end by itself
 _OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b")
 
 
@@ -118,7 +118,7 @@ def _right(options: CardOptions, seconds: float) -> dict[str, Any]:
         "part": RIGHT,
         "seconds": round(time.monotonic() - began, 1),
         "ended": _how(code),
-        "summary": ", ".join(f"{count} {word}" for word, count in counts.items()) or (said or ["nothing was said"])[-1],
+        "summary": ", ".join(f"{count} {word}" for word, count in counts.items()) or (said or ["no output"])[-1],
         "failures": sorted({word for found in ends if found[0] in ("FAILED", "ERROR") for word in found.string.split() if "::" in word}),
         "reasons": [line for line in said if line.startswith("E  ")][:20],
     }
