@@ -9,8 +9,8 @@ import torch
 from fake_cuda import CUDA, Stepped, fake_cuda
 from torch import nn
 
+from pi0fm.bench.card.work import laid_out
 from pi0fm.bench.cases import random_chain, random_observations
-from pi0fm.bench.limits import laid_out
 from pi0fm.data.loading.batch import Batch
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.solver import FIXED_GRID_SOLVERS

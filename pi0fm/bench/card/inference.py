@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 
 from pi0fm.bench.card.results import Results
+from pi0fm.bench.card.work import inference_work, least_seconds
 from pi0fm.bench.cases import CAMERAS, FLOW_STEPS, CallSize, Case, make_noise, make_observation, random_network, random_observations
 from pi0fm.bench.cases import random_policy as make_policy
 from pi0fm.bench.limits import (
     device_seconds,
     forget_peak,
     host_seconds,
-    inference_work,
-    least_seconds,
     measure_rates,
     peak_bytes,
     percentile,
