@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,15 +45,28 @@ def write_faults(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _REMEDIES:
             raise
-        place = error.filename or path
-        raise OutputError(f"{path} must be writable, found {place}: {error.strerror}; {_REMEDIES[error.errno]}") from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    remedy = _REMEDIES.get(error.errno or 0, "no folder or file can be made there: choose another folder")
+    return OutputError(f"{path} must be writable, found {error.filename or path}: {error.strerror}; {remedy}")
+
+
+def visible(folder: Path, pattern: str = "**/*") -> list[Path]:
+    """The entries below a folder in order, without hidden ones and what is in hidden folders: those are of file managers and downloads."""
+    found = [path for path in folder.glob(pattern) if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    return sorted(found)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it. Raises OutputError as `refuse_name` and `write_faults` do."""
+    """Make a folder that takes files, and those above it. Raises OutputError as `refuse_name` does, and for whatever the system says."""
     refuse_name(path)
-    with write_faults(path):
+    try:
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:  # of many kinds: /proc, /sys and network drives have their own
+        raise _unwritable(path, error) from error
 
 
 def refuse_name(path: Path) -> None:
@@ -145,7 +159,8 @@ def exchange(one: Path, other: Path) -> bool:
 @contextmanager
 def _locked_aside(path: Path, directory: bool) -> Iterator[tuple[Path, int]]:
     """A new file or directory beside `path` and its descriptor, with the modes that the umask leaves; removed on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():
+        make_folder(path.parent)
     prefix = f".{path.name}.{socket.gethostname()}-"
     _sweep(path.parent, prefix)
     while True:

@@ -4,60 +4,72 @@ Owns: instructions against a tokenizer, first and last picture of every file, or
 
     instruction   empty, or longer than the network's prompt     every sentence that a used row has; with a state in the prompt the longest
     video         cannot be opened, or lacks a row's picture     `ends`: the rows at both ends of each file; `all`: every row
-    stored        null, broken, not there, no colour picture     the same of each parquet file
+    stored        null                                           every row, by the file's own count of them
+    stored        broken, not there, no colour picture           the same of each parquet file as of a video
+    any           another mean than meta/episodes tells          `all`
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pi0fm.data.chain import Chain, Sample
 from pi0fm.data.columns.faults import Fault
 from pi0fm.data.columns.lerobot_source import Clip, DatasetConfig, LeRobotSource
-from pi0fm.data.columns.tables import reading
-from pi0fm.data.pictures.decoding import cores, decoded
-from pi0fm.data.pictures.frame_cache import make_job, read_stored
+from pi0fm.data.columns.metadata import read_means
+from pi0fm.data.columns.tables import may_be_null, reading
+from pi0fm.data.pictures.decoding import TooFarError, cores, shown
+from pi0fm.data.pictures.frame_cache import make_job, read_stored, wider_tolerance
+from pi0fm.data.pictures.stored import is_nothing
 from pi0fm.data.prompt import bin_numbers
 from pi0fm_client.errors import DatasetError, ObservationError
 
 Extent = Literal["none", "ends", "all"]
+TOO_FAR = "too far"  # a kind that becomes `video` when the tolerance that all rows need is known
+EPISODES_OF_A_MEAN = 3  # fewer have no usual shift
+LEAST_SHIFT = 0.05  # of the mean of a channel in 0..1
 
 
 def judge_prompts(source: LeRobotSource, chain: Chain) -> list[Fault]:
     """The instructions that no prompt can be made of; of each the first row of every episode that has it."""
-    frames = source.frames
+    frames, tokenizer = source.frames, chain.tokenizer
     state = chain.forward(Sample(source.state[frames], None)).state[:, : source.state.shape[1]]
-    faults: list[Fault] = []
+    bad: list[tuple[NDArray[np.int64], str, bool]] = []
+    needed = 0
     for task in np.unique(source.task[frames]).tolist():
         rows = np.flatnonzero(source.task[frames] == task)
         text = source.tasks[task]
         longest = rows[0]
-        if chain.tokenizer.with_state:  # as many tokens as the numbers of the state have letters
+        if tokenizer.with_state:  # as many tokens as the numbers of the state have letters
             widths = np.zeros(len(rows), dtype=np.int64)
             for dim in range(state.shape[1]):
                 number = bin_numbers(state[rows, dim])
                 widths += np.where(number >= 100, 3, np.where((number >= 10) | (number < 0), 2, 1))
             longest = rows[int(widths.argmax())]
         try:
-            chain.tokenizer([text], state[longest][None])
+            count = tokenizer.length(text, state[longest])
         except ObservationError as error:
-            episodes, first = np.unique(source.episode[frames[rows]], return_index=True)
-            for episode, row in zip(episodes.tolist(), source.rows[frames[rows[first]]].tolist(), strict=True):
-                rule, _, remedy = str(error).partition("; ")
-                faults.append(Fault("prompt", f"row {row} of episode {episode} of {source.root}: {rule}", _longer(chain, remedy), episode))
+            bad.append((rows, str(error), False))
+            continue
+        needed = max(needed, count)
+        if count > tokenizer.max_tokens:
+            bad.append((rows, f"the prompt must fit into {tokenizer.max_tokens} tokens, found {count}: {text!r:.120}", True))
+    faults: list[Fault] = []
+    for rows, rule, is_long in bad:
+        remedy = "write the sentence into meta/tasks.parquet"
+        if is_long:
+            remedy = f"shorten it in meta/tasks.parquet, or type --model.max_prompt_tokens {needed}"
+        episodes, first = np.unique(source.episode[frames[rows]], return_index=True)
+        for episode, row in zip(episodes.tolist(), source.rows[frames[rows[first]]].tolist(), strict=True):
+            faults.append(Fault("prompt", f"row {row} of episode {episode} of {source.root}: {rule}", remedy, episode))
     return faults
-
-
-def _longer(chain: Chain, remedy: str) -> str:
-    """What would help: room for a prompt that is too long, a sentence for one that is empty."""
-    if not remedy:
-        return "write the sentence into meta/tasks.parquet"
-    return f"shorten it in meta/tasks.parquet, or type --model.max_prompt_tokens {2 * chain.tokenizer.max_tokens} or more"
 
 
 def judge_pictures(
@@ -69,13 +81,14 @@ def judge_pictures(
     """
     if extent == "none":
         return []
+    means: dict[tuple[str, int], NDArray[np.float64]] = {}
     work: list[partial[list[Fault]]] = []
     for camera, clips in source.clips.items():
         ordered = sorted(clips, key=lambda clip: (clip.file, clip.begin))
         for _, group in groupby(ordered, key=lambda clip: clip.file):
-            work.append(partial(_judge_video, source, config, camera, list(group), extent))
+            work.append(partial(_judge_video, source, config, camera, list(group), extent, means))
     for camera in source.stored_pictures:
-        work.append(partial(_judge_stored, source, camera, extent))
+        work.append(partial(_judge_stored, source, camera, extent, means))
 
     def judged(each: partial[list[Fault]]) -> list[Fault]:
         found = each()
@@ -83,7 +96,11 @@ def judge_pictures(
         return found
 
     with ThreadPoolExecutor(cores()) as threads:
-        return [fault for found in threads.map(judged, work) for fault in found]
+        faults = [fault for found in threads.map(judged, work) for fault in found]
+    if any(fault.kind == TOO_FAR for fault in faults):
+        wider = wider_tolerance(source, config)
+        faults = [replace(fault, kind="video", remedy=fault.remedy + wider) if fault.kind == TOO_FAR else fault for fault in faults]
+    return [*faults, *_other_means(source, means)]
 
 
 def num_files(source: LeRobotSource) -> int:
@@ -91,54 +108,106 @@ def num_files(source: LeRobotSource) -> int:
     return sum(len({clip.file for clip in clips}) for clips in source.clips.values()) + len(source.stored_pictures)
 
 
-def _judge_video(source: LeRobotSource, config: DatasetConfig, camera: str, clips: list[Clip], extent: Extent) -> list[Fault]:
-    first, last = clips[0], clips[-1]
-    if extent == "ends" and not any(_lacks(source, config, camera, row) for row in (first.first, last.first + last.count - 1)):
+def _judge_video(
+    source: LeRobotSource,
+    config: DatasetConfig,
+    camera: str,
+    clips: list[Clip],
+    extent: Extent,
+    means: dict[tuple[str, int], NDArray[np.float64]],
+) -> list[Fault]:
+    ends = (clips[0].first, clips[-1].first + clips[-1].count - 1)
+    if extent == "ends" and not any(_lacks(source, config, camera, row) for row in ends):
         return []
     faults = []
     for clip in clips:
         pieces = [(clip.first, clip.count)] if extent == "all" else [(clip.first, 1), (clip.first + clip.count - 1, 1)]
-        lines = [line for piece in pieces for line in _lacks(source, config, camera, *piece)]
-        faults += [_fault("video", line, clip.episode) for line in lines[:1]]
+        mean = _Mean()
+        lacking = [error for piece in pieces if (error := _lacks(source, config, camera, *piece, mean)) is not None]
+        for error in lacking[:1]:
+            faults.append(Fault.of(TOO_FAR if isinstance(error, TooFarError) else "video", error, clip.episode))
+        if extent == "all" and not lacking:
+            means[camera, clip.episode] = mean.value()
     return faults
 
 
-def _lacks(source: LeRobotSource, config: DatasetConfig, camera: str, first: int, count: int = 1) -> list[str]:
-    """Why rows have no picture; empty when they have."""
+class _Mean:
+    """The mean colour of some pictures, each channel in 0..1."""
+
+    def __init__(self) -> None:
+        self._sum, self._count = np.zeros(3), 0
+
+    def add(self, picture: NDArray[np.uint8]) -> None:
+        self._sum += picture[::4, ::4].mean(axis=(0, 1)) / 255  # every 16th pixel: as LeRobot's own statistics, a sample
+        self._count += 1
+
+    def value(self) -> NDArray[np.float64]:
+        return self._sum / max(self._count, 1)
+
+
+def _lacks(
+    source: LeRobotSource, config: DatasetConfig, camera: str, first: int, count: int = 1, mean: _Mean | None = None
+) -> DatasetError | None:
+    """Why rows have no picture; None when they have. mean: is told of each."""
     try:
-        for _ in decoded(make_job(source, config, camera, first, first + count, 16)):
-            pass
+        for picture in shown(make_job(source, config, camera, first, first + count, 1)):
+            if mean is not None:
+                mean.add(picture)
     except DatasetError as error:
-        return [str(error)]
-    return []
+        return error
+    return None
 
 
-def _judge_stored(source: LeRobotSource, camera: str, extent: Extent) -> list[Fault]:
+def _judge_stored(source: LeRobotSource, camera: str, extent: Extent, means: dict[tuple[str, int], NDArray[np.float64]]) -> list[Fault]:
     bad: dict[int, Fault] = {}
+    found: dict[int, _Mean] = {}
     places = source.stored(camera) if extent == "all" else _ends(source, camera)
     for place, value in places:
         episode = int(source.episode[place])
         if episode in bad:
             continue
         try:
-            read_stored(source, camera, place, value)
+            found.setdefault(episode, _Mean()).add(read_stored(source, camera, place, value))
         except DatasetError as error:
-            bad[episode] = _fault("picture", str(error), episode)
+            bad[episode] = Fault.of("picture", error, episode)
+    if extent == "all":
+        means.update({(camera, episode): mean.value() for episode, mean in found.items() if episode not in bad})
     return list(bad.values())
 
 
 def _ends(source: LeRobotSource, camera: str) -> Iterator[tuple[int, object]]:
-    """Of every file the first row of its first group and the last of its last; other groups are not read."""
+    """Of every file the first row of its first group, the last of its last, and those without a picture; other groups are not read."""
     for number, path in enumerate(source.files):
         with reading(path), pq.ParquetFile(path) as file:
-            groups = range(file.num_row_groups)
-            if not groups:
-                continue
-            for group in dict.fromkeys((groups[0], groups[-1])):
-                rows = list(source.stored(camera, number, [group]))
-                yield from (rows[:1] if group == groups[0] else []) + (rows[-1:] if group == groups[-1] else [])
+            last = file.num_row_groups - 1
+            empty = may_be_null(file.metadata, source.embodiment.cameras[camera])
+        for group in sorted({0, last, *empty} if last >= 0 else set()):
+            rows = list(source.stored(camera, number, [group]))
+            ends = {0} if group == 0 else set()
+            ends |= {len(rows) - 1} if group == last else set()
+            yield from (row for at, row in enumerate(rows) if at in ends or (group in empty and is_nothing(row[1])))
 
 
-def _fault(kind: str, line: str, episode: int) -> Fault:
-    text, _, remedy = line.partition("; ")
-    return Fault(kind, text, remedy or "record or download the data set again", episode)
+def _other_means(source: LeRobotSource, means: Mapping[tuple[str, int], NDArray[np.float64]]) -> list[Fault]:
+    """Episodes whose pictures have another mean colour than the statistics in meta/episodes, and not as all episodes have.
+
+    A writer's codec or sampling shifts every episode alike; another episode's video shifts one. Statistics that are one for all episodes
+    say nothing of any.
+    """
+    faults = []
+    for camera, column in source.embodiment.cameras.items():
+        known = {episode: mean for episode, mean in read_means(source.root, column).items() if (camera, episode) in means}
+        if len(known) < EPISODES_OF_A_MEAN:
+            continue
+        told = np.array(list(known.values()))
+        told = told / 255 if told.max() > 1 else told
+        seen = np.array([means[camera, episode] for episode in known])
+        off = np.abs(seen - told - np.median(seen - told, axis=0)).max(axis=1)
+        if np.ptp(told, axis=0).max() < LEAST_SHIFT / 10:
+            continue
+        for place in np.flatnonzero(off > max(LEAST_SHIFT, 8 * float(np.median(off)))).tolist():
+            colours = [" ".join(f"{value:.2f}" for value in each[place]) for each in (seen, told)]
+            whose = f"{column!r} of episode {list(known)[place]} of {source.root}"
+            text = f"{whose} has a mean colour of {colours[0]}, but meta/episodes says {colours[1]}"
+            faults.append(Fault("video", text, "download or record the pictures again, or correct the statistics", list(known)[place]))
+    return faults

@@ -98,10 +98,16 @@ class PromptTokenizer:
             return prompt if prompt.endswith("\n") else prompt + "\n"
         return clean(prompt) + "\n"
 
-    def _encode_one(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def length(self, prompt: str, state: NDArray[np.float32]) -> int:
+        """Tokens of one instruction and its normalised state [S]. Raises ObservationError for an empty instruction."""
+        return len(self._ids(self.text(prompt, state)))
+
+    def _ids(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        if self.tokenizer.bos_token_id is not None:
-            ids = [self.tokenizer.bos_token_id, *ids]
+        return ids if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id, *ids]
+
+    def _encode_one(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        ids = self._ids(text)
         if len(ids) > self.max_tokens:
             raise ObservationError(f"the prompt must fit into {self.max_tokens} tokens, found {len(ids)}: {text!r:.120}; shorten it")
         padded = np.zeros(self.max_tokens, dtype=np.int64)

@@ -181,7 +181,7 @@ def recording_settings(config: DemosConfig) -> dict[str, Any]:
 def refuse_foreign(root: Path, settings: dict[str, Any]) -> None:
     """Raise OutputError unless `root` is missing, empty, or a recording with these settings."""
     try:
-        if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        if not root.exists() or (root.is_dir() and not files.visible(root, "*")):
             return
         there = json.loads((root / SETTINGS_FILE).read_text())
     except (OSError, ValueError):
@@ -214,7 +214,7 @@ def damage(root: Path, found: str) -> str:
 
 def hash_files(root: Path, known: dict[str, str]) -> dict[str, str]:
     """Hash every file of HASHED that is not `known`."""
-    found = (path for folder in HASHED for path in sorted((root / folder).rglob("*")) if path.is_file())
+    found = (path for folder in HASHED for path in files.visible(root / folder) if path.is_file())
     return {name: sha256(path) for path in found if (name := path.relative_to(root).as_posix()) not in known}
 
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from pi0fm.demos.encoding import CODEC, EncodedDemonstration, join_videos
 from pi0fm.demos.statistics import NAMES, Statistics, of_columns, union
-from pi0fm.files import write_bytes, write_json
+from pi0fm.files import visible, write_bytes, write_json
 
 CHUNK_FILES = 1000
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -106,7 +106,7 @@ def read_contents(root: Path, layout: Layout) -> Contents:
     info = json.loads((root / "meta/info.json").read_text())
     stats = json.loads((root / "meta/stats.json").read_text())
     names = list(layout.columns)
-    found = [pq.ParquetFile(path, page_checksum_verification=True) for path in (root / "data").glob("*/*.parquet")]
+    found = [pq.ParquetFile(path, page_checksum_verification=True) for path in visible(root / "data", "*/*.parquet")]
     table = pa.concat_tables(file.read(columns=names) for file in found).sort_by("index")
     words = pq.read_table(root / "meta/tasks.parquet").sort_by("task_index")
     pictures = {key: {name: np.array(stats[key][name]) for name in NAMES} for key in map(video_key, layout.cameras)}

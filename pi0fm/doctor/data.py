@@ -5,36 +5,42 @@ Owns: `Findings`, in which order things are judged, what the user is to type. Do
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from pi0fm import progress
 from pi0fm.data.chain import Chain
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.faults import Fault
+from pi0fm.data.columns.faults import Fault, spoiled
 from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, examine
 from pi0fm.data.columns.rows import Selection
 from pi0fm.data.judging import Extent, judge_pictures, judge_prompts, num_files
+from pi0fm.data.loading.mixture import as_typed
 from pi0fm_client.errors import DatasetError
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What is wrong with a data set. episodes, rows: that were judged."""
+    """What is wrong with a data set. episodes, rows: that were judged; extent: the pictures that were; name: its entry in a mixture.
+
+    skipped: what is typed as --dataset.skip_bad already.
+    """
 
     root: Path
     episodes: int
     rows: int
     faults: tuple[Fault, ...]
-    remarks: tuple[str, ...] = field(default=())
+    extent: Extent = "ends"
+    name: str = ""
+    skipped: Literal["all"] | bool = False
 
     @property
     def bad(self) -> list[int]:
         """Episodes with a fault."""
-        return sorted({fault.episode for fault in self.faults if fault.episode is not None})
+        return spoiled(self.faults)
 
     def counts(self) -> dict[str, int]:
         """Faults by kind, the most frequent first."""
@@ -49,18 +55,23 @@ class Findings:
             return whole[0].remedy
         if len(self.bad) == self.episodes:
             return self.faults[0].remedy
-        return f"type --dataset.skip_bad true to train on the other {self.episodes - len(self.bad)} episodes, or: {self.faults[0].remedy}"
+        wanted = "all" if self.extent == "all" else "true"
+        others = f"the other {self.episodes - len(self.bad)} episodes, or: {self.faults[0].remedy}"
+        if str(self.skipped).lower() in (wanted, "all"):
+            return f"a run with this --dataset.skip_bad trains on {others}"
+        return f"type --dataset.skip_bad {wanted} to train on {others}"
 
     def json(self) -> dict[str, Any]:
         """For the last line of the command."""
         return {
+            **({"entry": self.name} if self.name else {}),
             "dataset": str(self.root),
             "episodes": self.episodes,
             "rows": self.rows,
             "faults": len(self.faults),
             "kinds": self.counts(),
             "bad_episodes": self.bad,
-            "advice": self.advice(),
+            "advice": as_typed(self.name, self.advice()),
         }
 
 
@@ -70,6 +81,7 @@ def judge(
     selection: Selection | None = None,
     extent: Extent = "ends",
     chain: Callable[[LeRobotSource], Chain] | None = None,
+    name: str = "",
 ) -> Findings:
     """Judge the chosen episodes: columns, instructions, pictures. chain: of a policy, against which instructions are judged.
 
@@ -79,11 +91,10 @@ def judge(
     try:
         source, faults = examine(config, embodiment, selection)
     except DatasetError as error:
-        text, _, remedy = str(error).partition("; ")
-        return Findings(where, 0, 0, (Fault("data set", text, remedy),))
-    bad = {fault.episode for fault in faults if fault.episode is not None}
+        return Findings(where, 0, 0, (Fault.of("data set", error),), extent, name, config.skip_bad)
+    bad = spoiled(faults)
     episodes, rows = len({*np.unique(source.episode).tolist(), *bad}), len(source.rows)
-    good = source.without(sorted(bad)) if bad else source
+    good = source.without(bad) if bad else source
     if len(good.frames):
         if chain is None:
             empty = [place for place, text in enumerate(good.tasks) if not text.strip()]
@@ -96,4 +107,4 @@ def judge(
             faults += judge_prompts(good, chain(good))
         with progress.step("look at pictures", num_files(good) if extent != "none" else 0) as bar:
             faults += judge_pictures(good, config, extent, bar.advance)
-    return Findings(source.root, episodes, rows, tuple(faults))
+    return Findings(source.root, episodes, rows, tuple(faults), extent, name, config.skip_bad)

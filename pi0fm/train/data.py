@@ -203,7 +203,7 @@ def _judged(config: TrainConfig, name: str, number: int, recorded: LeRobotSource
     with entry_named(name):
         faults = judge_prompts(recorded, found.chain)
         if dataset.skip_bad or (streamed and not recorded.stored_pictures):
-            faults += judge_pictures(recorded, dataset, "ends")
+            faults += judge_pictures(recorded, dataset, "all" if dataset.skip_bad == "all" else "ends")
         if not dataset.skip_bad:
             refuse(faults, recorded.root)
         left = leave_out(recorded, faults)

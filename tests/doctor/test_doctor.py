@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_dataset
 import yaml
-from any_dataset import CAMERA, change_info, data_file, set_column, shade, video_file, write_set, write_video
+from any_dataset import CAMERA, change_info, data_file, episodes_file, set_column, shade, video_file, write_set, write_video
 
 from pi0fm.cli.main import main
 from pi0fm.data.columns.embodiment import Embodiment
@@ -99,6 +99,98 @@ def test_a_fault_in_the_middle_of_a_video_needs_a_look_at_all(tmp_path, capsys):
     assert doctor(capsys, root)[0] == 0 or doctor(capsys, root, "--dataset.tolerance_s", "0.01")[0] == 0
     code, found, said = doctor(capsys, root, "--pictures", "all", "--dataset.tolerance_s", "0.01")
     assert code == 1 and found["bad_episodes"] == [1] and "row 9 of episode 1" in said
+    assert "type --dataset.skip_bad all to train on the other 1 episodes" in found["advice"]
+    typed = "--dataset.skip_bad", "all"
+    assert (
+        "a run with this --dataset.skip_bad trains on"
+        in doctor(capsys, root, "--pictures", "all", "--dataset.tolerance_s", "0.01", *typed)[1]["advice"]
+    )
+
+
+def test_the_tolerance_that_is_told_is_enough_for_all_rows(tmp_path, capsys, network):
+    """Row 9 is 0.1 s from its picture, row 11 is 0.3 s from its own; a run with the told tolerance ends."""
+    root = write_set(tmp_path / "set", (8, 8), kind="video", files="episode")
+    times = [0, 0.2, 0.6, 0.65, 0.7]
+    write_video(video_file(root, 1), [shade(1, 10 * time) for time in times], 10, times)
+    words = [
+        "train",
+        str(network),
+        "--dataset.root",
+        str(root),
+        "--dataset.cache_dir",
+        str(tmp_path / "cache"),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    assert main([*words, "--dataset.tolerance_s", "0.05"]) == 1
+    said = capsys.readouterr().err
+    assert "row 9 of episode 1" in said and "type --dataset.tolerance_s 0.201" in said
+    told = doctor(capsys, root, "--pictures", "all", "--dataset.tolerance_s", "0.05")[1]["advice"]
+    assert told.endswith("type --dataset.tolerance_s 0.201")
+    assert main([*words, "--dataset.tolerance_s", "0.201"]) == 0
+
+
+def test_a_run_that_looks_at_all_pictures_leaves_out_what_is_bad_in_the_middle(tmp_path, capsys, network):
+    root = write_set(tmp_path / "set", (8, 8, 8), kind="video", files="episode")
+    write_video(video_file(root, 1), [shade(1, 0), shade(1, 6), shade(1, 7)], 10, [0, 0.6, 0.7])
+    words = [
+        "train",
+        str(network),
+        "--dataset.root",
+        str(root),
+        "--dataset.cache_dir",
+        str(tmp_path / "cache"),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    words += ["--dataset.tolerance_s", "0.01"]
+    assert main([*words, "--dataset.skip_bad", "true"]) == 1
+    assert "or type --dataset.skip_bad all to leave out every such episode" in capsys.readouterr().err
+    assert main([*words, "--dataset.skip_bad", "all"]) == 0
+    assert len(json.loads((tmp_path / "run/left_out.json").read_text())[""]) == 1
+
+
+def test_an_empty_picture_is_known_from_its_column(tmp_path, capsys):
+    root = write_set(tmp_path / "set", (8, 8, 8))
+    stored = pq.read_table(data_file(root))[CAMERA].to_pylist()
+    stored[11] = None
+    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    set_column(data_file(root), CAMERA, pa.array(stored, picture))
+    code, found, said = doctor(capsys, root)
+    assert code == 1 and found["bad_episodes"] == [1] and "row 11 of episode 1" in said and "found null" in said
+
+
+def with_means(root, means):
+    set_column(episodes_file(root), f"stats/{CAMERA}/mean", pa.array([[[[each]] for each in mean] for mean in means]))
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_another_episodes_pictures_have_another_mean_than_is_noted(tmp_path, capsys, kind):
+    root = write_set(tmp_path / "set", (8,) * 5, kind=kind, files="episode")
+    means = [np.mean([shade(episode, step) for step in range(8)], axis=(0, 1, 2)) / 255 for episode in range(5)]
+    for shift in (0, 0.03):  # a codec may shift all alike
+        with_means(root, [mean + shift for mean in means])
+        assert doctor(capsys, root, "--pictures", "all")[0] == 0
+    with_means(root, [means[0], means[3], *means[2:]])
+    assert doctor(capsys, root)[0] == 0
+    code, found, said = doctor(capsys, root, "--pictures", "all")
+    assert code == 1 and found["bad_episodes"] == [1] and "has a mean colour of 0.24 0.24 0.24, but meta/episodes says 0.44" in said
+    with_means(root, [means[0]] * 5)  # one for all says nothing of any
+    assert doctor(capsys, root, "--pictures", "all")[0] == 0
+
+
+def test_every_entry_of_a_mixture(tmp_path, capsys):
+    good, bad = (write_set(tmp_path / name, (5, 4)) for name in ("good", "bad"))
+    set_column(data_file(bad), "task_index", [0] * 8 + [9])
+    recipe = tmp_path / "both.yaml"
+    entries = {"a": {"dataset": {"root": str(good)}}, "b": {"dataset": {"root": str(bad)}, "exclude_episodes": []}}
+    recipe.write_text(yaml.safe_dump(NETWORK | {"mixture": entries}))
+    code, found, said = doctor(capsys, recipe)
+    assert code == 1 and [each["entry"] for each in found["entries"]] == ["a", "b"] and found["faults"] == 1
+    assert "mixture.b: " in said and "type --mixture.b.dataset.skip_bad true to train on the other 1 episodes" in said.splitlines()[-1]
+    assert doctor(capsys, recipe, "--mixture.b.exclude_episodes", "1")[0] == 0
+    assert main(["doctor", str(good), str(recipe)]) == 2
+    assert f"leave {good} out" in capsys.readouterr().err
 
 
 def test_a_file_of_several_episodes_is_judged_one_by_one(tmp_path, capsys):

@@ -169,3 +169,18 @@ def test_a_name_that_no_folder_can_have(tmp_path: Path, name: str, rule: str) ->
     for use in (files.make_folder, files.refuse_name):
         with pytest.raises(OutputError, match=rule):
             use(tmp_path / name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+@pytest.mark.parametrize("place", ["/proc/out", "/proc/self", "/proc/self/fd/out", "/sys/out", "/dev/null/out"])
+def test_a_place_that_takes_no_folder_or_no_file(place: str) -> None:
+    with pytest.raises(OutputError, match=r"must be writable, found .*; .*(choose another|choose a folder)"):
+        files.make_folder(Path(place))
+
+
+def test_hidden_files_and_what_is_in_hidden_folders_are_not_listed(tmp_path: Path) -> None:
+    for name in ("a/b.txt", "a/._b.txt", ".trash/c.txt", "a/.trash/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert files.visible(tmp_path, "**/*.txt") == [tmp_path / "a/b.txt"]
+    assert files.visible(tmp_path / "a/.trash") == [tmp_path / "a/.trash/c.txt"]

@@ -192,7 +192,7 @@ def read_slowly(
 ) -> list[dict]:
     """Every row in order: state, action, sentence, episode, steps left in it, and the picture [h, w, 3] nearest in time in its span."""
     info = json.loads((root / "meta/info.json").read_text())
-    episodes = pd.concat([pd.read_parquet(path) for path in sorted(root.glob("meta/episodes/*/*.parquet"))])
+    episodes = pd.concat([pd.read_parquet(path) for path in sorted(root.glob("meta/episodes/*/[!.]*.parquet"))])
     wanted = [row for row in episodes.to_dict("records") if only in (None, row["episode_index"])]
     numbers = sorted({int(row["data/file_index"]) for row in wanted})
     frames = pd.concat([pq.read_table(data_file(root, number)).to_pandas() for number in numbers])
@@ -200,6 +200,7 @@ def read_slowly(
     frames = frames.sort_values("index", key=lambda column: column.map(one)).reset_index(drop=True)
     tasks = pd.read_parquet(root / "meta/tasks.parquet").reset_index()
     sentence = {int(one(row["task_index"])): row.get("task", row.get("index")) for row in tasks.to_dict("records")}
+    sentence = {key: text.decode() if isinstance(text, bytes) else text for key, text in sentence.items()}
     spans = {int(row["episode_index"]): row for row in episodes.to_dict("records")}
     films: dict[Path, list[tuple[float, np.ndarray]]] = {}
     found = []

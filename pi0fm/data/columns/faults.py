@@ -6,7 +6,7 @@ Owns: `Fault` and the line of several. Does not know: how a fault is found, whic
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pi0fm_client.errors import DatasetError
+from pi0fm_client.errors import DatasetError, Pi0fmError
 
 RECORD_AGAIN = "record or download the data set again"
 SKIP = "type --dataset.skip_bad true to train on the other episodes"
@@ -20,6 +20,12 @@ class Fault:
     text: str
     remedy: str = RECORD_AGAIN
     episode: int | None = None
+
+    @classmethod
+    def of(cls, kind: str, error: Pi0fmError, episode: int | None = None) -> "Fault":
+        """A fault that was raised as an error."""
+        text, _, remedy = str(error).partition("; ")
+        return cls(kind, text, remedy or RECORD_AGAIN, episode)
 
     def __str__(self) -> str:
         return f"{self.text}; {self.remedy}"
@@ -42,3 +48,8 @@ def refuse(faults: Sequence[Fault], where: object) -> None:
     if len(faults) > 1:
         line += f" ({len(faults) - 1} more: pi0fm doctor {where})"
     raise DatasetError(line)
+
+
+def spoiled(faults: Sequence[Fault]) -> list[int]:
+    """The episodes that have a fault."""
+    return sorted({fault.episode for fault in faults if fault.episode is not None})

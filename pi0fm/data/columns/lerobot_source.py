@@ -13,8 +13,8 @@ Shape letters: N rows, S state dim, A action dim.
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 
 from pi0fm import progress
 from pi0fm.data.columns.embodiment import Embodiment, resolve
-from pi0fm.data.columns.faults import Fault, refuse
-from pi0fm.data.columns.metadata import Episodes, read_episodes, read_info, read_json, read_tasks
+from pi0fm.data.columns.faults import Fault, refuse, spoiled
+from pi0fm.data.columns.metadata import Episodes, Info, read_episodes, read_info, read_json, read_tasks
 from pi0fm.data.columns.norm_stats import NormStats, compute_norm_stats
 from pi0fm.data.columns.rows import Rows, Selection, choose, compare, read_rows, refuse_unknown_sentences
 from pi0fm.data.columns.tables import read_table, reading, scalars
 from pi0fm.data.pictures.video import Decoder
+from pi0fm.files import visible
 from pi0fm.options import nearest, option
 from pi0fm_client.errors import ConfigError, DatasetError
 
@@ -43,7 +44,11 @@ class DatasetConfig:
     repo_id: str = option("", "name of the data set, such as lerobot/pusht; found under $HF_LEROBOT_HOME, else downloaded")
     root: Path | None = option(None, "directory of the data set, when it lies elsewhere")
     episodes: tuple[int, ...] = option((), "train on these episodes only; empty takes all")
-    skip_bad: bool = option(False, "leave out the episodes that pi0fm doctor names; the list goes into the run and its bundle")
+    skip_bad: Literal["all"] | bool = option(
+        False,
+        "leave out the episodes that pi0fm doctor names; all: that doctor --pictures all does; the list goes into run and bundle",
+    )
+    any_video_order: bool = option(False, "accept videos that lie in another order than their episodes")
     tolerance_s: float | None = option(
         None, "most seconds between a row and its picture; empty takes a period of the rows or of the video, whichever is longer"
     )
@@ -86,6 +91,7 @@ class LeRobotSource:
     end (the place behind the row's episode) [N] int64; time [N] float64, seconds since the episode's start.
     frames: the places to train on; clips: by camera name, one an episode; stored_pictures: cameras kept in parquet; files: with the rows.
     demonstration_seeds: by task, lowest and highest; camera_sources: by camera; both only from a recording that says so.
+    sizes: by camera, (height, width) of its pictures as meta/info.json says it, in each of the ways that it does.
     left_out: why episodes that were chosen are not here.
     """
 
@@ -107,6 +113,7 @@ class LeRobotSource:
     fingerprint: str
     rows: NDArray[np.int64]
     time: NDArray[np.float64]
+    sizes: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     left_out: tuple[Fault, ...] = ()
 
@@ -189,12 +196,12 @@ def open_source(config: DatasetConfig, embodiment: Embodiment, selection: Select
 def leave_out(source: LeRobotSource, faults: Sequence[Fault]) -> LeRobotSource:
     """The source without the episodes that have faults, which is said. Raises DatasetError when none is left or a fault has no episode."""
     refuse([fault for fault in faults if fault.episode is None], source.root)
-    bad = _spoiled(faults)
+    bad = spoiled(faults)
     if not bad:
         return source
     kept = source.without(bad, faults)
     if not len(kept.frames):
-        refuse(list(faults), source.root)
+        raise DatasetError(f"{source.root} has no episode without a fault; the first: {faults[0]}")
     progress.say(
         f"{source.root}: left out {len(bad)} of {len(bad) + len(np.unique(kept.episode))} episodes: {', '.join(map(str, bad)):.200}"
     )
@@ -221,26 +228,26 @@ def examine(config: DatasetConfig, embodiment: Embodiment, selection: Selection 
         chosen &= _present(episodes, set(selection.tasks))
     if not chosen.any():
         raise _nothing(root, selection, len(episodes.number))
-    rows, faults = read_rows(root, episodes, chosen, embodiment, lambda name: name in info.shapes, info.fps)
+    rows, faults = read_rows(root, episodes, chosen, embodiment, info)
     if selection.tasks:
         wanted = [number for number, text in tasks.items() if text in selection.tasks]
         named = np.unique(rows.episode[np.isin(rows.task, wanted)])
-        chosen &= np.isin(episodes.number, [*named, *_spoiled(faults)])
-        rows = _only(rows, np.isin(rows.episode, episodes.number[chosen]))
+        chosen &= np.isin(episodes.number, [*named, *spoiled(faults)])
+        rows = rows.take(np.isin(rows.episode, episodes.number[chosen]))
         if not chosen.any():
             raise _nothing(root, selection, len(episodes.number))
-    read = chosen & ~np.isin(episodes.number, _spoiled(faults))
+    read = chosen & ~np.isin(episodes.number, spoiled(faults))
     picked = set(episodes.number[read].tolist())
     faults += [fault for fault in episodes.faults if fault.episode in picked]
-    broken = _spoiled(faults)  # what their metadata lacks cannot be compared
+    broken = spoiled(faults)  # what their metadata lacks cannot be compared
     comparable = read & ~np.isin(episodes.number, broken)
-    compared = _only(rows, ~np.isin(rows.episode, broken)) if broken else rows
-    faults += compare(compared, episodes, comparable, info, tasks, embodiment)
+    compared = rows.take(~np.isin(rows.episode, broken)) if broken else rows
+    faults += compare(compared, episodes, comparable, info, tasks, embodiment, any_video_order=config.any_video_order)
     if not len(rows.episode):
         if faults:
             raise faults[0].error()
         raise DatasetError(f"{root} has no row of the chosen episodes in its data files; choose others, or copy meta/ and data/ again")
-    source = _source(config, root, embodiment, info.fps, rows, episodes, comparable, tasks, selection, videos)
+    source = _source(config, root, embodiment, info, rows, episodes, comparable, tasks, selection, videos)
     return source, sorted(faults, key=lambda fault: fault.episode is not None)
 
 
@@ -248,7 +255,7 @@ def _source(
     config: DatasetConfig,
     root: Path,
     embodiment: Embodiment,
-    fps: float,
+    info: Info,
     rows: Rows,
     episodes: Episodes,
     comparable: NDArray[np.bool_],
@@ -256,9 +263,7 @@ def _source(
     selection: Selection,
     videos: list[str],
 ) -> LeRobotSource:
-    """Rows as they are, grouped by episode; several numbers with one sentence become one task."""
-    if (np.diff(rows.episode) < 0).any():  # of faulty episodes only, or of a data set whose episodes are not in the order of their rows
-        rows = _only(rows, np.lexsort((rows.index, _first_row(rows))))
+    """Rows as they are; several numbers with one sentence become one task."""
     begins = np.flatnonzero(np.diff(rows.episode, prepend=rows.episode[:1] - 1))
     ends = np.append(begins[1:], len(rows.episode))
     end = np.repeat(ends, ends - begins)
@@ -281,7 +286,7 @@ def _source(
     return LeRobotSource(
         root=root,
         repo_id=config.repo_id,
-        fps=fps,
+        fps=info.fps,
         embodiment=embodiment,
         state=rows.state.values,
         action=rows.action.values,
@@ -290,35 +295,16 @@ def _source(
         end=end,
         frames=frames,
         tasks=tuple(sentences),
-        clips={name: _clips(episodes, comparable, column, span, rows.time, fps) for name, column in cameras if column in videos},
+        clips={name: _clips(episodes, comparable, column, span, rows.time, info.fps) for name, column in cameras if column in videos},
         stored_pictures=tuple(name for name, column in cameras if column not in videos),
         demonstration_seeds={} if rows.seed is None else _seed_ranges(rows.seed, task, [names.get(text, text) for text in sentences]),
         camera_sources=_camera_sources(recording, embodiment),
         fingerprint=_fingerprint(root),
         rows=rows.index,
         time=rows.time,
+        sizes={name: info.sizes[column] for name, column in cameras},
         files=rows.files,
     )
-
-
-def _spoiled(faults: Sequence[Fault]) -> list[int]:
-    return sorted({fault.episode for fault in faults if fault.episode is not None})
-
-
-def _first_row(rows: Rows) -> NDArray[np.int64]:
-    """The lowest index of each row's episode."""
-    numbers, own = np.unique(rows.episode, return_inverse=True)
-    first = np.full(len(numbers), np.iinfo(np.int64).max)
-    np.minimum.at(first, own, rows.index)
-    return first[own]
-
-
-def _only(rows: Rows, kept: NDArray[Any]) -> Rows:
-    """Some of the rows, or all in another order."""
-    arrays: dict[str, Any] = {name: getattr(rows, name)[kept] for name in ("file", "index", "episode", "task", "time")}
-    arrays |= {name: replace(part := getattr(rows, name), values=part.values[kept], bad=part.bad[kept]) for name in ("state", "action")}
-    arrays |= {name: None if getattr(rows, name) is None else getattr(rows, name)[kept] for name in ("frame", "seed")}
-    return replace(rows, **arrays)
 
 
 def _present(episodes: Episodes, sentences: set[str]) -> NDArray[np.bool_]:
@@ -396,10 +382,15 @@ def _seed_ranges(seeds: NDArray[np.int64], task: NDArray[np.int64], tasks: list[
     }
 
 
+def data_files(root: Path) -> list[Path]:
+    """The tables and videos of a data set."""
+    return sorted([*visible(root, "**/*.parquet"), *visible(root, "**/*.mp4")])
+
+
 def _fingerprint(root: Path) -> str:
     """Changes when a file of the data set does: names, sizes and times of all, and the bytes of meta/info.json."""
     digest = hashlib.sha256((root / "meta" / "info.json").read_bytes())
-    for path in sorted(path for path in root.rglob("*") if path.suffix in (".parquet", ".mp4")):
+    for path in data_files(root):
         status = path.stat()
         digest.update(f"{path.relative_to(root)}:{status.st_size}:{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pi0fm.data.columns.faults import RECORD_AGAIN, Fault
-from pi0fm.data.columns.tables import Numbers, integers, read_table, reading, scalars
+from pi0fm.data.columns.tables import Numbers, integers, is_text, joined, matrix, read_table, reading, scalars, texts
+from pi0fm.files import visible
 from pi0fm_client.errors import DatasetError
 
 FORMAT = "v3."
@@ -28,11 +29,16 @@ PICTURES = ("video", "image")
 BOUNDS = ("length", "dataset_from_index", "dataset_to_index")
 DATA_PLACE = ("data/chunk_index", "data/file_index")
 VIDEO_PLACE = ("chunk_index", "file_index", "from_timestamp")
+CHANNELS = (1, 3, 4)
 
 
 @dataclass(frozen=True)
 class Info:
-    """meta/info.json as far as it is needed. shapes: of the columns that are no pictures; pictures: column -> `video` or `image`."""
+    """meta/info.json as far as it is needed.
+
+    shapes: of the columns that are no pictures; pictures: column -> `video` or `image`; sizes: picture column -> (height, width) as it is
+    said, in each of the ways that it is.
+    """
 
     path: Path
     fps: float
@@ -40,6 +46,7 @@ class Info:
     total_episodes: int | None
     shapes: dict[str, tuple[int, ...]]
     pictures: dict[str, str]
+    sizes: dict[str, tuple[tuple[int, int], ...]]
     depth: frozenset[str]
     data_path: str | None
     video_path: str | None
@@ -72,20 +79,25 @@ def read_info(root: Path, repo_id: str) -> Info:
     features = tree["features"]
     if not isinstance(features, dict) or not all(isinstance(feature, dict) for feature in features.values()):
         raise DatasetError(f"features of {path} must be an object of objects, found {features!r:.80}; {RECORD_AGAIN}")
-    fps, total = _number(tree["fps"]), _number(tree["total_frames"])
+    fps = _number(tree["fps"])
     if fps is None or fps <= 0:
         raise DatasetError(f"fps of {path} must be a number above 0, found {tree['fps']!r:.40}; write the control rate there")
-    if total is None or total != int(total) or total < 0:
-        raise DatasetError(f"total_frames of {path} must be a whole number, found {tree['total_frames']!r:.40}; {RECORD_AGAIN}")
+    totals: dict[str, int] = {}
+    for name in ("total_frames", "total_episodes"):
+        total = _number(tree.get(name))
+        if tree.get(name) is not None and (total is None or total != int(total) or total < 0):
+            raise DatasetError(f"{name} of {path} must be a whole number, found {tree[name]!r:.40}; write how many there are")
+        if total is not None:
+            totals[name] = int(total)
     pictures = {name: str(feature["dtype"]) for name, feature in features.items() if feature.get("dtype") in PICTURES}
-    episodes = _number(tree.get("total_episodes"))
     return Info(
         path=path,
         fps=fps,
-        total_frames=int(total),
-        total_episodes=None if episodes is None else int(episodes),
+        total_frames=totals["total_frames"],
+        total_episodes=totals.get("total_episodes"),
         shapes={name: shape for name, feature in features.items() if name not in pictures and (shape := _shape(feature)) is not None},
         pictures=pictures,
+        sizes={name: _sizes(features[name]) for name in pictures},
         depth=frozenset(name for name in pictures if _is_depth(features[name])),
         data_path=_pattern(tree.get("data_path")),
         video_path=_pattern(tree.get("video_path")),
@@ -94,9 +106,11 @@ def read_info(root: Path, repo_id: str) -> Info:
 
 @dataclass(frozen=True)
 class Videos:
-    """Where the videos of one column lie, by episode: file (None where none is named) and span in seconds, NaN where unknown."""
+    """Where the videos of one column lie, by episode: file and its two numbers, span in seconds, NaN where unknown."""
 
-    files: tuple[Path | None, ...]
+    files: tuple[Path, ...]
+    chunk: NDArray[np.int64]
+    file: NDArray[np.int64]
     begin: NDArray[np.float64]
     end: NDArray[np.float64]
 
@@ -125,7 +139,7 @@ def read_episodes(root: Path, info: Info, video_columns: Sequence[str], *, sente
     Raises DatasetError for what spoils the whole data set; what spoils one episode is among `faults`.
     """
     folder = root / "meta" / "episodes"
-    paths = sorted(folder.glob("*/*.parquet"))
+    paths = visible(folder, "*/*.parquet")
     if not paths:
         raise DatasetError(f"{root} has no meta/episodes; {RECORD_AGAIN}")
     tables = []
@@ -178,10 +192,27 @@ def read_episodes(root: Path, info: Info, video_columns: Sequence[str], *, sente
             end = np.where(noted_end.bad, np.nan, noted_end.values)[order]
         found = zip(chunk.tolist(), file.tolist(), strict=True)
         videos[name] = Videos(
-            tuple(_place(shared, root, info.path, "video_path", info.video_path, *each, name) for each in found), begin, end
+            tuple(_place(shared, root, info.path, "video_path", info.video_path, *each, name) for each in found), chunk, file, begin, end
         )
     noted = [each for table in tables for each in _sentences(table)] if sentences else [None] * len(numbers)
     return Episodes(folder, numbers, first, stop, length, files, videos, tuple(noted[row] for row in order), tuple(faults))
+
+
+def read_means(root: Path, column: str) -> dict[int, NDArray[np.float64]]:
+    """The mean of each of three channels of a picture column by episode, of those whose statistics meta/episodes has."""
+    found: dict[int, NDArray[np.float64]] = {}
+    name = f"stats/{column}/mean"
+    for path in visible(root / "meta" / "episodes", "*/*.parquet"):
+        with reading(path):
+            present = pq.ParquetFile(path).schema_arrow.names
+        if name in present:
+            table = read_table(path, ["episode_index", name])
+            means = matrix(table[name], 3)
+            numbers = integers(table["episode_index"]).values
+            found |= {
+                int(number): mean.astype(np.float64) for number, mean, bad in zip(numbers, means.values, means.bad, strict=True) if not bad
+            }
+    return found
 
 
 def read_tasks(root: Path) -> dict[int, str | None]:
@@ -200,15 +231,14 @@ def read_tasks(root: Path) -> dict[int, str | None]:
 
 def _task_columns(path: Path, table: pa.Table) -> tuple[list[int], list[Any]]:
     """(numbers, sentences) of tasks.parquet: sentences as pandas' index, or as a column; numbers as a column, or as pandas' index."""
-    kinds = {field.name: field.type.value_type if pa.types.is_dictionary(field.type) else field.type for field in table.schema}
-    text = [name for name, kind in kinds.items() if pa.types.is_string(kind) or pa.types.is_large_string(kind)]
+    text = [field.name for field in table.schema if is_text(field.type)]
     whole = [field.name for field in table.schema if pa.types.is_integer(field.type)]
     name = next((name for name in ("task", "tasks", "__index_level_0__") if name in text), text[0] if len(text) == 1 else None)
     if name is None and not len(table):
         return [], []
     if name is None:
         raise DatasetError(f"{path} must hold one column with sentences, found {', '.join(table.column_names):.200}; {RECORD_AGAIN}")
-    sentences = table[name].to_pylist()
+    sentences = texts(path, table[name])
     index = next((each for each in ("__index_level_0__", "index") if each in whole), None)
     key = "task_index" if "task_index" in table.column_names else index
     if key is None:
@@ -245,8 +275,7 @@ def _joined(paths: Sequence[Path], tables: Sequence[pa.Table], name: str, read: 
         if name not in table.column_names:
             raise DatasetError(f"{path} lacks the column {name!r}; {RECORD_AGAIN}")
         parts.append(read(table[name]))
-    found = next((part.found for part in parts if part.found), "")
-    return Numbers(np.concatenate([part.values for part in parts]), np.concatenate([part.bad for part in parts]), found)
+    return joined(parts)
 
 
 def _place(
@@ -278,6 +307,23 @@ def _shape(feature: dict[str, Any]) -> tuple[int, ...] | None:
     if not isinstance(shape, list | tuple) or not all(type(each) is int and 0 <= each <= LONGEST_SIDE for each in shape):
         return None
     return tuple(shape)
+
+
+def _sizes(feature: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+    """(height, width) by `shape`, with the channels first or last, and by the note of the video."""
+    shape, names = feature.get("shape"), feature.get("names")
+    sides = list(shape) if isinstance(shape, list | tuple) and all(type(each) is int for each in shape) else []
+    if len(sides) == 3:
+        sides = sides[1:] if sides[0] in CHANNELS and sides[2] not in CHANNELS else sides[:2]
+    words = [name for name in names if name in ("height", "width")] if isinstance(names, list | tuple) else []
+    if words == ["width", "height"]:
+        sides.reverse()
+    found = [(sides[0], sides[1])] if len(sides) == 2 else []
+    for note in (feature.get("info"), feature.get("video_info")):
+        pair = [note.get(f"video.{side}") for side in ("height", "width")] if isinstance(note, dict) else []
+        if len(pair) == 2 and all(type(each) is int for each in pair):
+            found.append((pair[0], pair[1]))
+    return tuple(dict.fromkeys(found))
 
 
 def _pattern(value: Any) -> str | None:

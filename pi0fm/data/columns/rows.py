@@ -3,12 +3,13 @@
 Owns: which files are read, the rows in order, every comparison between rows and metadata. Does not know: pictures, normalisation, order of
 training.
 
-    chosen episodes -> their files (others may be absent) -> their rows -> sorted by `index` -> compared
+    chosen episodes -> their files (others may be absent) -> their rows -> each episode's together, by `index` -> compared
 
     said twice                                              a difference
     dataset_from/to_index, length, rows, index              `bounds`, the episode's
     timestamp, frame_index, fps                             `time`, the episode's; `fps`, the data set's. Rows may have been taken out
     from/to_timestamp, timestamp, other episodes' spans     `video`, the episode's
+    order of episodes, order of their videos                `video`, of those that are not where their number is due
     task_index, meta/tasks                                  `task`, the episode's
     shape in meta/info.json, width of each row              `width`, the episode's
 
@@ -16,7 +17,7 @@ Shape letters: N rows, S state dim, A action dim, E episodes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.faults import RECORD_AGAIN, Fault
+from pi0fm.data.columns.faults import RECORD_AGAIN, Fault, spoiled
 from pi0fm.data.columns.metadata import Episodes, Info
-from pi0fm.data.columns.tables import Numbers, integers, matrix, read_table, scalars
+from pi0fm.data.columns.tables import Numbers, integers, joined, matrix, read_table, scalars
+from pi0fm.files import visible
 from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError, DatasetError
 
 ROUNDING = 1e-3  # seconds: float32 timestamps of a long episode, and what containers round to
-ROWS_OF_A_RATE = 10_000  # enough for a median
-STEPS_OF_A_RATE = 10  # fewer say nothing where rows were taken out
 RATE_SHARE = 0.1  # how far the rows' usual distance in time may be from 1 / fps
+APART = 0.45  # periods; from half of one on another picture is nearest
+NO_NUMBER = np.iinfo(np.int64).min
+CORRECT = "correct the column, or record or download the data set again"
+CORRECT_EPISODES = "correct meta/episodes, or record or download the data set again"
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,9 @@ class Selection:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in ascending `index`. time [N]: seconds since the episode's start; task [N]: number in the table of tasks; seed: [N] or None.
+    """Rows, each episode's together and in ascending `index`, episodes in the order of their first rows.
 
+    time [N]: seconds since the episode's start; task [N]: number in the table of tasks; frame, seed: [N] or None.
     state, action: values and which rows have none. file [N]: number of each row's file in `files`.
     """
 
@@ -63,6 +68,15 @@ class Rows:
     seed: NDArray[np.int64] | None
     state: Numbers
     action: Numbers
+
+    def take(self, places: NDArray[Any]) -> "Rows":
+        """Some of the rows, or all in another order."""
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
+        taken: dict[str, Any] = {name: each if each is None else each[places] for name, each in arrays.items()}
+        return replace(self, **taken)
+
+
+_ARRAYS = tuple(field.name for field in fields(Rows) if field.name != "files")
 
 
 def choose(episodes: Episodes, selection: Selection) -> NDArray[np.bool_]:
@@ -85,71 +99,81 @@ def refuse_unknown_sentences(wanted: Sequence[str], tasks: Mapping[int, str | No
             raise ConfigError(f"{root} has no instruction {text!r}: {nearest(text, known)}")
 
 
-def read_rows(
-    root: Path, episodes: Episodes, chosen: NDArray[np.bool_], embodiment: Embodiment, has: Callable[[str], bool], fps: float
-) -> tuple[Rows, list[Fault]]:
+def read_rows(root: Path, episodes: Episodes, chosen: NDArray[np.bool_], embodiment: Embodiment, info: Info) -> tuple[Rows, list[Fault]]:
     """The rows of the chosen episodes; what a missing or unreadable file takes away is a fault of each of its episodes.
 
-    has: whether meta/info.json lists a column. Raises DatasetError when no file can be read.
+    Raises DatasetError when no file can be read.
     """
     state_dim, action_dim = embodiment.dims()
     named = _files(root, episodes, chosen)
-    wanted = list(dict.fromkeys([*_keys(has), embodiment.state, embodiment.action]))
+    keys = ["index", "episode_index", "task_index", *(name for name in ("timestamp", "frame_index", "seed") if name in info.shapes)]
+    wanted = list(dict.fromkeys([*keys, embodiment.state, embodiment.action]))
     numbers = episodes.number[chosen]
-    everything = bool(chosen.all())
     faults: list[Fault] = []
-    parts: list[dict[str, Any]] = []
+    parts: list[Rows] = []
     for place, (path, owners) in enumerate(named.items()):
         try:
             table = read_table(path, wanted)
         except DatasetError as error:
-            text, _, remedy = str(error).partition("; ")
             if not owners:
                 raise
-            faults += [Fault("file", text, remedy, int(owner)) for owner in owners]
+            faults += [Fault.of("file", error, owner) for owner in owners]
             continue
         episode = integers(table["episode_index"])
-        if not everything:
-            kept = np.isin(episode.values, numbers) & ~episode.bad
-            if not kept.all():
-                table = table.filter(kept)
-                episode = integers(table["episode_index"])
-        _refuse_bad(path, "episode_index", episode)
+        kept = np.isin(episode.values, numbers) & ~episode.bad
+        if not (chosen.all() or kept.all()):
+            table, episode = table.filter(kept), episode[kept]
         index = integers(table["index"])
+        _refuse_bad(path, "episode_index", episode)
         _refuse_bad(path, "index", index)
+        seed = integers(table["seed"]) if "seed" in wanted else None
         parts.append(
-            {
-                "file": np.full(len(table), place),
-                "index": index.values,
-                "episode": episode.values,
-                "task": _or_sentinel(integers(table["task_index"])),
-                "time": _times(path, table["timestamp"]) if "timestamp" in wanted else None,
-                "frame": _or_sentinel(integers(table["frame_index"])) if "frame_index" in wanted else None,
-                "seed": integers(table["seed"]) if "seed" in wanted else None,
-                "state": matrix(table[embodiment.state], state_dim),
-                "action": matrix(table[embodiment.action], action_dim),
-            }
+            Rows(
+                files=tuple(named),
+                file=np.full(len(table), place),
+                index=index.values,
+                episode=episode.values,
+                task=integers(table["task_index"]).filled(NO_NUMBER),
+                time=_times(path, table["timestamp"]) if "timestamp" in wanted else np.full(len(table), np.nan),
+                frame=integers(table["frame_index"]).filled(NO_NUMBER) if "frame_index" in wanted else None,
+                seed=None if seed is None or seed.bad.any() else seed.values,  # a foreign column may have this name
+                state=matrix(table[embodiment.state], state_dim),
+                action=matrix(table[embodiment.action], action_dim),
+            )
         )
-    if not parts and faults:
+    if not parts:
         raise faults[0].error()
-    rows = _sorted(tuple(named), parts, (state_dim, action_dim))
-    return (_timed(rows, fps) if np.isnan(rows.time).all() else rows), faults
+    rows = _grouped(_together(parts))
+    return (_timed(rows, info.fps) if np.isnan(rows.time).all() else rows), faults
 
 
 def compare(
-    rows: Rows, episodes: Episodes, chosen: NDArray[np.bool_], info: Info, tasks: Mapping[int, str | None], embodiment: Embodiment
-) -> Iterator[Fault]:
+    rows: Rows,
+    episodes: Episodes,
+    chosen: NDArray[np.bool_],
+    info: Info,
+    tasks: Mapping[int, str | None],
+    embodiment: Embodiment,
+    *,
+    any_video_order: bool = False,
+) -> list[Fault]:
     """What rows and metadata say differently, and values that are none; of each episode and kind the first row."""
-    yield from _bounds(rows, episodes, chosen, info)
-    yield from _time(rows)
-    yield from _rate(rows, info)
-    yield from _spans(rows, episodes, chosen, info)
+    begins = np.flatnonzero(np.diff(rows.episode, prepend=rows.episode[:1] - 1))
+    owners = rows.episode[begins]
+    place = np.minimum(np.searchsorted(episodes.number, owners), len(episodes.number) - 1)
+    known = episodes.number[place] == owners
+    starts, stops = (np.zeros(len(episodes.number), dtype=np.int64) for _ in range(2))
+    starts[place[known]], stops[place[known]] = begins[known], np.append(begins[1:], len(rows.episode))[known]
+    strange = begins[~known]
+    faults = [*_bounds(rows, episodes, chosen, starts, stops, strange, info), *_time(rows)]
+    timed = chosen & (stops > starts) & ~np.isin(episodes.number, spoiled(faults))
+    faults += [*_rate(rows, episodes, timed, starts, stops, info), *_spans(rows, episodes, chosen, starts, stops, info)]
+    faults += [] if any_video_order else _order(episodes, chosen)
     counted = sorted(tasks) == list(range(len(tasks)))
-    known = (rows.task >= 0) & (rows.task < len(tasks)) if counted else np.isin(rows.task, list(tasks))
-    listed = ", ".join(map(str, list(tasks)[:8]))
-    yield from _each(rows, ~known, "task", lambda row: f"has task_index {_told(rows.task[row])}, but meta/tasks.parquet has {listed}")
-    yield from _numbers(rows, embodiment.state, rows.state)
-    yield from _numbers(rows, embodiment.action, rows.action)
+    right = (rows.task >= 0) & (rows.task < len(tasks)) if counted else np.isin(rows.task, list(tasks))
+    keys = ", ".join(map(str, list(tasks)[:8]))
+    faults += _each(rows, ~right, "task", lambda row: f"has task_index {_told(rows.task[row])}, but meta/tasks.parquet has {keys}")
+    return [*faults, *_numbers(rows, embodiment.state, rows.state), *_numbers(rows, embodiment.action, rows.action)]
 
 
 def _numbers(rows: Rows, column: str, numbers: Numbers) -> Iterator[Fault]:
@@ -168,18 +192,13 @@ def _numbers(rows: Rows, column: str, numbers: Numbers) -> Iterator[Fault]:
         yield from _each(rows, ~finite.all(axis=1), "not finite", not_finite)
 
 
-def _keys(has: Callable[[str], bool]) -> list[str]:
-    optional = [name for name in ("timestamp", "frame_index", "seed") if has(name)]
-    return ["index", "episode_index", "task_index", *optional]
-
-
 def _files(root: Path, episodes: Episodes, chosen: NDArray[np.bool_]) -> dict[Path, list[int]]:
     """The files that hold the chosen episodes' rows, each with the numbers of those; all files where an episode does not name its own.
 
     Raises DatasetError for a file that no episode names.
     """
     if any(path is None for path in episodes.files):
-        found: dict[Path, list[int]] = {path: [] for path in sorted((root / "data").glob("*/*.parquet"))}
+        found: dict[Path, list[int]] = {path: [] for path in visible(root / "data", "*/*.parquet")}
         if not found:
             raise DatasetError(f"{root / 'data'} holds no parquet file; {RECORD_AGAIN}")
         return found
@@ -188,68 +207,44 @@ def _files(root: Path, episodes: Episodes, chosen: NDArray[np.bool_]) -> dict[Pa
         if path is not None:
             named.setdefault(path, []).append(number)
     if chosen.all():
-        extra = [path for path in sorted((root / "data").glob("*/*.parquet")) if path not in named]
+        extra = [path for path in visible(root / "data", "*/*.parquet") if path not in named]
         if extra:
             raise DatasetError(f"{extra[0]} holds rows of no episode that {episodes.path} lists; remove the file, or list its episodes")
     picked = set(episodes.number[chosen].tolist())
     return {path: kept for path, owners in sorted(named.items()) if (kept := [number for number in owners if number in picked])}
 
 
-def _sorted(files: tuple[Path, ...], parts: list[dict[str, Any]], widths: tuple[int, int]) -> Rows:
-    def joined(name: str) -> NDArray[Any]:
-        if len(parts) == 1:
-            return np.asarray(parts[0][name])
-        return np.concatenate([part[name] for part in parts]) if parts else np.zeros(0, dtype=np.int64)
-
-    index = joined("index")
-    order = None if (index[1:] > index[:-1]).all() else np.argsort(index, kind="stable")
-
-    def arranged(values: NDArray[Any]) -> NDArray[Any]:
-        return values if order is None else values[order]
-
-    def numbers(name: str, width: int) -> Numbers:
-        if not parts:
-            return Numbers(np.zeros((0, width), np.float32), np.zeros(0, dtype=bool))
-        found = next((part[name].found for part in parts if part[name].found), "")
-        if len(parts) == 1:
-            values, bad = parts[0][name].values, parts[0][name].bad
-        else:
-            values, bad = (np.concatenate([getattr(part[name], field) for part in parts]) for field in ("values", "bad"))
-        return Numbers(arranged(values), arranged(bad), found)
-
-    frame = arranged(joined("frame")) if parts and parts[0]["frame"] is not None else None
-    seeds = [part["seed"] for part in parts]
-    seed = None
-    if seeds and all(each is not None and not each.bad.any() for each in seeds):  # a foreign column may have this name
-        seed = arranged(np.concatenate([each.values for each in seeds]))
-    return Rows(
-        files=files,
-        file=arranged(joined("file")),
-        index=arranged(index),
-        episode=arranged(joined("episode")),
-        task=arranged(joined("task")),
-        time=arranged(joined("time")) if parts and parts[0]["time"] is not None else np.full(len(index), np.nan),
-        frame=frame,
-        seed=seed,
-        state=numbers("state", widths[0]),
-        action=numbers("action", widths[1]),
-    )
+def _together(parts: Sequence[Rows]) -> Rows:
+    """The rows of several files, one behind the other."""
+    if len(parts) == 1:
+        return parts[0]
+    every = {name: [getattr(part, name) for part in parts] for name in _ARRAYS}
+    arrays: dict[str, Any] = {
+        name: None if any(each is None for each in found) else joined(found) if name in ("state", "action") else np.concatenate(found)
+        for name, found in every.items()
+    }
+    return replace(parts[0], **arrays)
 
 
-NO_NUMBER = np.iinfo(np.int64).min
+def _grouped(rows: Rows) -> Rows:
+    """The rows as `Rows` has them; those of a healthy data set are so already."""
+    if (rows.index[1:] > rows.index[:-1]).all() and (rows.episode[1:] >= rows.episode[:-1]).all():
+        return rows
+    numbers, own = np.unique(rows.episode, return_inverse=True)
+    first = np.full(len(numbers), np.iinfo(np.int64).max)
+    np.minimum.at(first, own, rows.index)
+    return rows.take(np.lexsort((rows.index, rows.episode, first[own])))
 
 
 def _timed(rows: Rows, fps: float) -> Rows:
     """The times of a data set without timestamps: frame_index, or the place in the episode, over the rate."""
-    frame = rows.frame
-    if frame is None:
-        begins = np.flatnonzero(np.diff(rows.episode, prepend=rows.episode[:1] - 1))
-        frame = np.arange(len(rows.episode)) - np.repeat(begins, np.diff(np.append(begins, len(rows.episode))))
-    return replace(rows, time=frame / fps)
+    return replace(rows, time=(_places(rows) if rows.frame is None else rows.frame) / fps)
 
 
-def _or_sentinel(numbers: Numbers) -> NDArray[np.int64]:
-    return np.where(numbers.bad, NO_NUMBER, numbers.values) if numbers.bad.any() else numbers.values
+def _places(rows: Rows) -> NDArray[np.int64]:
+    """[N] the place of each row among those of its episode."""
+    begins = np.flatnonzero(np.diff(rows.episode, prepend=rows.episode[:1] - 1))
+    return np.arange(len(rows.episode)) - np.repeat(begins, np.diff(np.append(begins, len(rows.episode))))
 
 
 def _times(path: Path, column: Any) -> NDArray[np.float64]:
@@ -257,8 +252,7 @@ def _times(path: Path, column: Any) -> NDArray[np.float64]:
     numbers = scalars(column)
     if len(column) and numbers.bad.all() and column.null_count < len(column):
         raise DatasetError(f"{path}: the column 'timestamp' must hold seconds as numbers, found {column.type}; {RECORD_AGAIN}")
-    values = numbers.values.astype(np.float64, copy=False)
-    return np.where(numbers.bad, np.nan, values) if numbers.bad.any() else values
+    return replace(numbers, values=numbers.values.astype(np.float64, copy=False)).filled(np.nan)
 
 
 def _told(value: Any) -> str:
@@ -278,54 +272,47 @@ def _each(rows: Rows, wrong: NDArray[np.bool_], kind: str, told: Callable[[int],
     places = np.flatnonzero(wrong)
     owners, first = np.unique(rows.episode[places], return_index=True)
     for owner, row in zip(owners.tolist(), places[first].tolist(), strict=True):
-        where = f"row {rows.index[row]} of episode {owner} in {rows.files[rows.file[row]]}"
-        yield Fault(kind, f"{where} {told(row)}", remedy, owner)
+        yield Fault(kind, f"{_where(rows, row)} {told(row)}", remedy, owner)
 
 
-def _groups(rows: Rows, episodes: Episodes) -> tuple[NDArray[np.int64] | None, NDArray[np.int64], NDArray[np.int64]]:
-    """(an order of the rows by episode, None where they have it; where each episode begins in it; where it ends)."""
-    sorted_ = bool((rows.episode[1:] >= rows.episode[:-1]).all())
-    order = None if sorted_ else np.argsort(rows.episode, kind="stable")
-    owner = rows.episode if order is None else rows.episode[order]
-    return order, np.searchsorted(owner, episodes.number, side="left"), np.searchsorted(owner, episodes.number, side="right")
+def _where(rows: Rows, row: int) -> str:
+    return f"row {rows.index[row]} of episode {rows.episode[row]} in {rows.files[rows.file[row]]}"
 
 
-def _bounds(rows: Rows, episodes: Episodes, chosen: NDArray[np.bool_], info: Info) -> Iterator[Fault]:
-    """Episodes tile the rows: each has as many as it says, where it says."""
-    order, starts, stops = _groups(rows, episodes)
-    counts = stops - starts
-    if order is None and counts.sum() == len(rows.episode):
-        place: NDArray[Any] = np.repeat(np.arange(len(counts)), counts)
-        strange: NDArray[Any] = np.zeros(0, dtype=np.int64)
-    else:
-        place = np.minimum(np.searchsorted(episodes.number, rows.episode), len(episodes.number) - 1)
-        strange = np.flatnonzero(episodes.number[place] != rows.episode)
-    if len(strange):
-        row = int(strange[0])
+def _bounds(
+    rows: Rows,
+    episodes: Episodes,
+    chosen: NDArray[np.bool_],
+    starts: NDArray[np.int64],
+    stops: NDArray[np.int64],
+    strange: NDArray[np.int64],
+    info: Info,
+) -> Iterator[Fault]:
+    """Episodes tile the rows: each has as many as it says, where it says. strange: first rows of episodes that are not listed."""
+    for row in strange[:1].tolist():
         where = f"row {rows.index[row]} of {rows.files[rows.file[row]]}"
         yield Fault("bounds", f"{where} is of episode {rows.episode[row]}, which {episodes.path} does not list")
     clean = not len(strange)
     healthy = (episodes.stop - episodes.first == episodes.length) & (stops - starts == episodes.length) & (episodes.length > 0)
-    if order is None and clean:
-        off = rows.index != episodes.first[place] + np.arange(len(rows.index)) - starts[place]
-        healthy[place[off]] = False
-    else:
-        healthy[:] = False
-    for place in np.flatnonzero(chosen & ~healthy).tolist():
-        number, first, stop, length = (int(each[place]) for each in (episodes.number, episodes.first, episodes.stop, episodes.length))
-        own = rows.index[slice(starts[place], stops[place]) if order is None else order[starts[place] : stops[place]]]
+    place = np.searchsorted(episodes.number, rows.episode)
+    place = np.minimum(place, len(episodes.number) - 1)
+    off = rows.index != episodes.first[place] + np.arange(len(rows.index)) - starts[place]
+    healthy[place[off]] = False
+    for place_ in np.flatnonzero(chosen & ~healthy).tolist():
+        number, first, stop, length = (int(each[place_]) for each in (episodes.number, episodes.first, episodes.stop, episodes.length))
+        own = rows.index[starts[place_] : stops[place_]]
         said = f"{episodes.path} says that episode {number} has {length} rows, {first} to {stop - 1}"
         text = ""
         if stop - first != length or length < 1:
             text = f"{said}, which are {stop - first}"
         elif len(own) != length:
             text = f"{said}, but {len(own)} rows name it"
-        elif own[0] != first or own[-1] != stop - 1 or (np.diff(own) != 1).any():
-            off = int(np.flatnonzero(own != np.arange(first, stop))[0])
-            text = f"{said}, but the column 'index' has {own[off]} where {first + off} is due"
+        elif (own != np.arange(first, stop)).any():
+            wrong = int(np.flatnonzero(own != np.arange(first, stop))[0])
+            text = f"{said}, but the column 'index' has {own[wrong]} where {first + wrong} is due"
         if text:
             clean = False
-            yield Fault("bounds", text, "correct meta/episodes, or record or download the data set again", number)
+            yield Fault("bounds", text, CORRECT_EPISODES, number)
     if clean and chosen.all() and len(rows.index) != info.total_frames:
         yield Fault("bounds", f"{info.path} promises {info.total_frames} frames, but the parquet files hold {len(rows.index)}")
 
@@ -336,35 +323,94 @@ def _time(rows: Rows) -> Iterator[Fault]:
     wrong = ~(rows.time >= -ROUNDING)  # NaN too
     wrong[1:] |= same & ~(rows.time[1:] > rows.time[:-1])
     wrong |= np.isinf(rows.time)
-    remedy = "correct the column, or record or download the data set again"
     rule = "above the one of the row before it"
-    yield from _each(rows, wrong, "time", lambda row: f"must have a timestamp {rule}, found {rows.time[row]:g}", remedy)
+    yield from _each(rows, wrong, "time", lambda row: f"must have a timestamp {rule}, found {rows.time[row]:g}", CORRECT)
     if rows.frame is not None:
         frame = rows.frame
         late = frame < 0
         late[1:] |= same & (frame[1:] <= frame[:-1])
-        yield from _each(rows, late, "time", lambda row: f"must have a frame_index {rule}, found {_told(frame[row])}", remedy)
+        yield from _each(rows, late, "time", lambda row: f"must have a frame_index {rule}, found {_told(frame[row])}", CORRECT)
 
 
-def _rate(rows: Rows, info: Info) -> Iterator[Fault]:
-    steps = (rows.time[1:] - rows.time[:-1])[rows.episode[1:] == rows.episode[:-1]][:ROWS_OF_A_RATE]
-    steps = steps[np.isfinite(steps) & (steps > 0)]
-    if len(steps) < STEPS_OF_A_RATE:
+def _rate(
+    rows: Rows, episodes: Episodes, timed: NDArray[np.bool_], starts: NDArray[np.int64], stops: NDArray[np.int64], info: Info
+) -> Iterator[Fault]:
+    """A row's timestamp and its frame_index, at the rate of meta/info.json, are nearest to the same picture, in every episode.
+
+        timestamp * fps - frame_index
+        within 0.45                       the same picture
+        0 0 0 2 2 3 3 ..                  rows were taken out and the others numbered anew: most are a period apart, the span has room
+        0 .. 5, slowly                    a clock of its own, where the video's span is as long as that clock says
+        any number, the same everywhere   another beginning, where the pictures lie in the rows, or frame_index begins elsewhere
+        anything else                     another rate, unit or beginning: a fault
+
+    timed: episodes whose times rise. A data set that is at another rate as a whole has one fault, not one an episode.
+    """
+    frame = _places(rows) if rows.frame is None else rows.frame
+    with np.errstate(over="ignore", invalid="ignore"):
+        ahead = rows.time * info.fps - frame
+    apart = np.flatnonzero(np.abs(ahead) > APART)
+    if not len(apart):
         return
-    usual = float(np.median(steps))
-    if abs(usual * info.fps - 1) > RATE_SHARE:
-        text = f"{info.path} says {info.fps:g} rows a second, but the column 'timestamp' has {1 / usual:g}"
+    owners, first = np.unique(rows.episode[apart], return_index=True)
+    wrong: list[tuple[int, int, float]] = []  # place of the episode, its first such row, rows a period
+    for place, row in zip(np.searchsorted(episodes.number, owners).tolist(), apart[first].tolist(), strict=True):
+        if place < len(timed) and timed[place] and episodes.number[place] == rows.episode[row]:
+            own = slice(starts[place], stops[place])
+            steps = np.diff(rows.time[own]) * info.fps / np.diff(frame[own])
+            usual = float(np.median(steps)) if len(steps) else 1.0
+            ends = [float(videos.end[place] - videos.begin[place]) for videos in episodes.videos.values()]
+            if not _explained(ahead[own], rows.time[own], frame[own], usual, ends, info.fps):
+                wrong.append((place, row, usual))
+    others = [usual for _, _, usual in wrong if abs(usual - 1) > RATE_SHARE]
+    if len(others) > timed.sum() / 2:
+        text = f"{info.path} says {info.fps:g} rows a second, but the column 'timestamp' has {info.fps / float(np.median(others)):g}"
         yield Fault("fps", text, f"write the right fps in {info.path}, or correct the column")
+        return
+    for place, row, usual in wrong:
+        due = f"frame_index {frame[row]}" if rows.frame is not None else f"place {frame[row]} in the episode"
+        rate = f" (the episode has {info.fps / usual:g})" if abs(usual - 1) > RATE_SHARE else ""
+        found = f"{_where(rows, row)} has timestamp {rows.time[row]:g} s"
+        text = f"{found}, but {due} at {info.fps:g} rows a second{rate} is {frame[row] / info.fps:g} s"
+        yield Fault("time", text, CORRECT, int(episodes.number[place]))
 
 
-def _spans(rows: Rows, episodes: Episodes, chosen: NDArray[np.bool_], info: Info) -> Iterator[Fault]:
+def _explained(
+    ahead: NDArray[np.float64], time: NDArray[np.float64], frame: NDArray[np.int64], usual: float, spans: Sequence[float], fps: float
+) -> bool:
+    """Whether an episode's times are right although they differ from its frame_index; usual: periods from row to row."""
+    if abs(usual - 1) > RATE_SHARE or not spans:
+        return abs(usual - 1) <= RATE_SHARE
+    whole = np.rint(ahead)
+    if (np.abs(ahead - whole) < 0.25).all() and whole[0] >= 0 and (np.diff(whole) >= 0).all():
+        return all(bool(np.isnan(span)) or span * fps > time[-1] * fps + 0.5 for span in spans)
+    by_time, by_frame = time[-1] + 1 / fps, (frame[-1] + 1) / fps
+    begun = min(abs(ahead[0]), abs(time[0] * fps)) <= APART
+    return bool(begun) and all(np.isnan(span) or abs(span - by_time) <= abs(span - by_frame) for span in spans)
+
+
+def _order(episodes: Episodes, chosen: NDArray[np.bool_]) -> Iterator[Fault]:
+    """Episodes follow each other in the files of a video as their numbers do, or as their rows do: so does every tool of LeRobot write."""
+    places = np.flatnonzero(chosen)
+    remedy = f"{CORRECT_EPISODES}; where the videos do lie so, type --dataset.any_video_order true"
+    for column, videos in episodes.videos.items():
+        found = np.lexsort((videos.begin[places], videos.file[places], videos.chunk[places]))
+        displaced = min((np.flatnonzero(found != due) for due in (np.arange(len(places)), np.argsort(episodes.first[places]))), key=len)
+        for rank in displaced.tolist():
+            number, there = int(episodes.number[places[rank]]), int(episodes.number[places[found[rank]]])
+            rule = f"{episodes.path} must give videos in the order of their episodes"
+            text = f"{rule}, found {column!r} of episode {there} where {number} is due"
+            yield Fault("video", text, remedy, number)
+
+
+def _spans(
+    rows: Rows, episodes: Episodes, chosen: NDArray[np.bool_], starts: NDArray[np.int64], stops: NDArray[np.int64], info: Info
+) -> Iterator[Fault]:
     """Each chosen episode has a span of a file of its own, as long as its rows need."""
-    remedy = "correct meta/episodes, or record or download the data set again"
     period = 1 / info.fps
-    order, starts, stops = _groups(rows, episodes)
     last = np.full(len(episodes.number), np.nan)
     some = np.flatnonzero(stops > starts)
-    last[some] = rows.time[stops[some] - 1 if order is None else order[stops[some] - 1]]
+    last[some] = rows.time[stops[some] - 1]
     for column, videos in episodes.videos.items():
         where = f"{episodes.path} says that the video of {column!r}"
         ends = np.where(np.isnan(videos.end), videos.begin + np.nan_to_num(last) + period, videos.end)
@@ -379,15 +425,14 @@ def _spans(rows: Rows, episodes: Episodes, chosen: NDArray[np.bool_], info: Info
             if not exists[file]:
                 yield Fault("video", f"the data set's video {file} is missing", "download or record the data set again", number)
             if not begin >= -ROUNDING or not end > begin:
-                yield Fault(
-                    "video", f"{where} of episode {number} lies from {begin:g} to {end:g} s of {file}, which is no span", remedy, number
-                )
+                text = f"{where} of episode {number} lies from {begin:g} to {end:g} s of {file}, which is no span"
+                yield Fault("video", text, CORRECT_EPISODES, number)
                 continue
             if last[place] > end - begin + ROUNDING:
                 text = f"{where} of episode {number} lasts {end - begin:g} s, but its last row is at {last[place]:g} s"
-                yield Fault("video", text, remedy, number)
+                yield Fault("video", text, CORRECT_EPISODES, number)
             held = before.get(file)
             if held is not None and begin < held[0] - period / 2:
                 text = f"{where} of episode {number} begins at {begin:g} s of {file}, where episode {held[1]} lasts until {held[0]:g} s"
-                yield from (Fault("video", text, remedy, each) for each in (number, held[1]))  # either may be the wrong one
+                yield from (Fault("video", text, CORRECT_EPISODES, each) for each in (number, held[1]))  # either may be the wrong one
             before[file] = max((end, number), held or (end, number))

@@ -34,6 +34,19 @@ class Numbers:
     bad: NDArray[np.bool_]
     found: str = ""
 
+    def __getitem__(self, places: NDArray[Any]) -> "Numbers":
+        return Numbers(self.values[places], self.bad[places], self.found)
+
+    def filled(self, value: float) -> NDArray[Any]:
+        """The values, with this one where there is none."""
+        return np.where(self.bad, value, self.values) if self.bad.any() else self.values
+
+
+def joined(parts: Sequence[Numbers]) -> Numbers:
+    """One behind the other."""
+    found = next((part.found for part in parts if part.found), "")
+    return Numbers(np.concatenate([part.values for part in parts]), np.concatenate([part.bad for part in parts]), found)
+
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
@@ -66,18 +79,20 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pa.Table:
 def integers(column: pa.ChunkedArray | pa.Array) -> Numbers:
     """int64 [N]; a row that is no whole number is bad."""
     numbers = scalars(column)
-    whole = np.isfinite(numbers.values) & (numbers.values == np.rint(numbers.values)) if numbers.values.dtype.kind == "f" else None
-    if whole is None:
+    values = numbers.values
+    if values.dtype == np.int64:
         return numbers
+    whole = np.isfinite(values) & (values == np.rint(values)) & (np.abs(values) < 2**63)  # int64 holds no other
     bad = numbers.bad | ~whole
-    found = numbers.found or (str(numbers.values[~whole][0]) if not whole.all() else "")
-    return Numbers(np.where(bad, 0, numbers.values).astype(np.int64), bad, found)
+    found = numbers.found or (str(values[~whole][0]) if not whole.all() else "")
+    return Numbers(np.where(bad, 0, values).astype(np.int64), bad, found)
 
 
 def scalars(column: pa.ChunkedArray | pa.Array) -> Numbers:
     """[N] int64 for whole types, float64 for others; one number a row, as it is or in a list of one."""
     flat = _flat(column, 1)
-    kind = np.int64 if flat.values.dtype.kind in "iub" else np.float64
+    fits = flat.values.dtype != np.uint64 or not len(flat.values) or int(flat.values.max()) < 2**63
+    kind = np.int64 if flat.values.dtype.kind in "iub" and fits else np.float64
     return Numbers(flat.values.reshape(-1).astype(kind, copy=False), flat.bad, flat.found)
 
 
@@ -88,13 +103,34 @@ def matrix(column: pa.ChunkedArray | pa.Array, width: int) -> Numbers:
         return Numbers(np.ascontiguousarray(flat.values, dtype=np.float32), flat.bad, flat.found)
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds text, or bytes that may be text."""
+    if pa.types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return any(
+        test(kind)
+        for test in (
+            pa.types.is_string,
+            pa.types.is_large_string,
+            pa.types.is_string_view,
+            pa.types.is_binary,
+            pa.types.is_large_binary,
+            pa.types.is_binary_view,
+        )
+    )
+
+
+def texts(path: Path, column: pa.ChunkedArray) -> list[str | None]:
+    """A column of text, or of its bytes. Raises DatasetError for bytes that are no UTF-8."""
+    with reading(path):
+        return [each.decode() if isinstance(each, bytes) else each for each in column.to_pylist()]
+
+
 def _flat(column: pa.ChunkedArray | pa.Array, width: int) -> Numbers:
     """[N, W] of the column's own numbers."""
     array = _in_one(column)
     if isinstance(array, pa.ChunkedArray):  # too long for one chunk of 32-bit offsets
-        parts = [_flat(chunk, width) for chunk in array.chunks]
-        found = next((part.found for part in parts if part.found), "")
-        return Numbers(np.concatenate([part.values for part in parts]), np.concatenate([part.bad for part in parts]), found)
+        return joined([_flat(chunk, width) for chunk in array.chunks])
     rows = len(array)
     plain = _plain(array, width)
     if plain is not None:
@@ -220,6 +256,18 @@ def _bounds(footer: Any, name: str) -> tuple[float, float] | None:
                 lows.append(float(stats.min))
                 highs.append(float(stats.max))
     return (min(lows), max(highs)) if lows else None
+
+
+def may_be_null(footer: Any, name: str) -> list[int]:
+    """The row groups in which a column of bytes and paths may have a row with neither, by their own counts of nulls."""
+    found = []
+    for group in range(footer.num_row_groups):
+        rows = footer.row_group(group)
+        columns = [rows.column(place) for place in range(rows.num_columns)]
+        leaves = [each.statistics for each in columns if each.path_in_schema in (name, f"{name}.bytes", f"{name}.path")]
+        if leaves and all(each is None or not each.has_null_count or each.null_count for each in leaves):
+            found.append(group)
+    return found
 
 
 def _innermost(kind: pa.DataType) -> pa.DataType:

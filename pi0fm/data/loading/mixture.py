@@ -82,8 +82,14 @@ def entry_named(name: str) -> Iterator[None]:
     except Pi0fmError as error:
         if not name:
             raise
-        text = str(error).replace("--dataset.", f"--mixture.{name}.dataset.").replace("--embodiment.", f"--mixture.{name}.embodiment.")
-        raise type(error)(f"mixture.{name}: {text}") from error
+        raise type(error)(f"mixture.{name}: {as_typed(name, str(error))}") from error
+
+
+def as_typed(name: str, text: str) -> str:
+    """A line with the options of a data set as they are typed for an entry of this name; "" for no mixture."""
+    if not name:
+        return text
+    return text.replace("--dataset.", f"--mixture.{name}.dataset.").replace("--embodiment.", f"--mixture.{name}.embodiment.")
 
 
 def sample_order(source: LeRobotSource, entry: MixtureEntry) -> Weighted | None:

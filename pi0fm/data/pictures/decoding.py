@@ -3,15 +3,15 @@
 Owns: `Job`, which picture belongs to which row, decoding a job into an array or a shard, the helper program and those who feed it.
 Does not know: data sets, locks, what is on the disk already.
 
-    caller   thread 1 -- Job as a line of JSON -->  helper 1   decode, resize, write the shard   -- {"done": ..} or why not -->
-             thread 2 ---------------------------->  helper 2   `python -m pi0fm.data.pictures.decoding`
+    caller   thread 1 -- (path, job, form) -->  helper 1   decode, resize, write the shard   -- None, or the error -->
+             thread 2 ------------------------>  helper 2   a program that calls `serve`
 
 A helper is a program of its own rather than a fork: video decoders do not survive a fork, and a caller that is itself a daemon (a worker
 of Ray, of a DataLoader) may start one. It imports numpy and PyAV; torch only where pictures must be resized. It ends with its input.
 """
 
-import json
 import os
+import pickle
 import queue
 import signal
 import subprocess
@@ -20,17 +20,17 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
+from pi0fm.data.pictures.resizing import ANTIALIAS, Resize, Sizes, refuse_size
 from pi0fm.data.pictures.shards import CacheFormat, write_shard
-from pi0fm.data.pictures.video import CLOSE, Picture, open_video
+from pi0fm.data.pictures.video import CLOSE, Picture, frame_times, open_video
 from pi0fm_client.errors import DatasetError, Pi0fmError
 
 BATCH = 64
@@ -58,6 +58,7 @@ class Job:
     """The pictures of one camera that are decoded together, in the order of the stretches. period: seconds between rows.
 
     tolerance: most seconds between a row and its picture; None for the longer of the rows' and the video's period.
+    sizes: (height, width) that the pictures must have, in each of the ways that the data set says it.
     """
 
     stretches: tuple[Stretch, ...]
@@ -66,11 +67,16 @@ class Job:
     decoder: Literal["pyav", "torchcodec"]
     tolerance: float | None = None
     resize: Resize = ANTIALIAS
+    sizes: Sizes = ()
 
     @property
     def count(self) -> int:
         """Pictures."""
         return sum(len(stretch.times) for stretch in self.stretches)
+
+
+class TooFarError(DatasetError):
+    """A row whose nearest picture is further away than the tolerance."""
 
 
 def decode_job(job: Job) -> NDArray[np.uint8]:
@@ -83,8 +89,30 @@ def decode_job(job: Job) -> NDArray[np.uint8]:
 
 def decoded(job: Job) -> Iterator[NDArray[np.uint8]]:
     """The pictures of `decode_job` one by one, in order."""
+    yield from fitted(shown(job), job.size, job.resize)
+
+
+def shown(job: Job) -> Iterator[NDArray[np.uint8]]:
+    """The pictures of `decoded` as the videos show them."""
     for run in _runs(job):
-        yield from fitted(_nearest(run, job), job.size, job.resize)
+        yield from _nearest(run, job)
+
+
+def needed_tolerance(job: Job) -> float | None:
+    """The most seconds between a row and the nearest picture of its span, from the files' times alone; None where a span has none."""
+    most = 0.0
+    for run in _runs(job):
+        times, period = frame_times(Path(run[0].file))
+        slack = min(job.period, period or job.period) / 4
+        for stretch in run:
+            inside = times[(times >= stretch.begin - slack) & (times < stretch.end - slack)]
+            if not len(inside):
+                return None
+            wanted = np.array(stretch.times)
+            after = np.searchsorted(inside, wanted)
+            beside = inside[np.minimum(after, len(inside) - 1)], inside[np.maximum(after - 1, 0)]
+            most = max(most, float(np.minimum(*(np.abs(each - wanted) for each in beside)).max()))
+    return most
 
 
 def write_jobs(work: Sequence[tuple[Path, Job]], form: CacheFormat) -> Iterator[Job]:
@@ -169,7 +197,9 @@ def _nearest(run: Sequence[Stretch], job: Job) -> Iterator[NDArray[np.uint8]]:
                         break
                     if abs(held[0] - wanted) > tolerance + CLOSE:
                         raise _too_far(stretch, row, held[0], tolerance)
-                    picture = held[1]() if picture is None else picture
+                    if picture is None:
+                        picture = held[1]()
+                        refuse_size(f"video {path}", picture, job.sizes)
                     yield picture
                     row += 1
                 if row < len(stretch.times) and held is None and time >= stretch.end - slack:
@@ -191,10 +221,9 @@ def _no_picture() -> NDArray[np.uint8]:
 def _too_far(stretch: Stretch, row: int, nearest: float | None, tolerance: float) -> DatasetError:
     span = f"{stretch.begin:g}..{stretch.end:g} s"
     found = f"no picture in its span {span}" if nearest is None else f"the nearest one at {nearest:.3f} s"
-    wider = "" if nearest is None else f", or type --dataset.tolerance_s {abs(nearest - stretch.times[row]) + 0.001:.3f}"
-    return DatasetError(
+    return TooFarError(
         f"video {stretch.file} must show row {stretch.first + row} of episode {stretch.episode}, at {stretch.times[row]:.3f} s, within "
-        f"{tolerance:.3f} s, found {found}; download or record the episode again{wider}"
+        f"{tolerance:.3f} s, found {found}; download or record the episode again"
     )
 
 
@@ -238,7 +267,12 @@ def _feed(
     package = str(Path(__file__).resolve().parents[3])
     found = os.environ.get("PYTHONPATH")
     environment = os.environ | ONE_THREAD | {"PYTHONPATH": package + (os.pathsep + found if found else "")}
-    command = [sys.executable, "-P", "-m", "pi0fm.data.pictures.decoding"]  # -P: the user's folder may hold a queue.py
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        "from pi0fm.data.pictures.decoding import serve; serve()",
+    ]  # -P: the user's folder may hold a queue.py
     helper: subprocess.Popen | None = None
     while not stop.is_set():
         try:
@@ -246,23 +280,29 @@ def _feed(
         except queue.Empty:
             break
         try:
-            helper = helper or subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
-            answer = _ask(helper, {"path": str(path), "form": form, "job": asdict(job)})
-            done.put(job if answer.get("done") else _fault(answer))
+            helper = helper or subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            done.put(_ask(helper, (path, job, form)) or job)
         except Exception as error:  # noqa: BLE001  (it is raised again in the thread that waits)
             done.put(error)
     if helper is not None:
         _end(helper)
 
 
-def _ask(helper: subprocess.Popen, task: dict[str, object]) -> dict[str, str]:
+def _ask(helper: subprocess.Popen, task: tuple[Path, Job, CacheFormat]) -> Exception | None:
     """The helper's answer; a helper that is gone has its own."""
     assert helper.stdin is not None and helper.stdout is not None
-    with suppress(BrokenPipeError):
-        helper.stdin.write(json.dumps(task) + "\n")
+    try:
+        pickle.dump(task, helper.stdin)
         helper.stdin.flush()
-    line = helper.stdout.readline()
-    return dict(json.loads(line)) if line else {"system": f"a decoding process ended with code {helper.wait()}"}
+        return _received(helper.stdout)
+    except (EOFError, BrokenPipeError):
+        ended = f"a decoding process ended with code {helper.wait()}"
+        return Pi0fmError(f"frames could not be decoded ({ended}); what is decoded is kept: type the command again")
+
+
+def _received(pipe: IO[bytes]) -> Exception | None:
+    found = pickle.load(pipe)  # noqa: S301  (of a program of ours)
+    return found if isinstance(found, Exception) else None
 
 
 def _end(helper: subprocess.Popen) -> None:
@@ -274,31 +314,17 @@ def _end(helper: subprocess.Popen) -> None:
     helper.wait()
 
 
-def _fault(answer: dict[str, str]) -> Pi0fmError:
-    """What went wrong: with the data set, with the disk, or with the helper itself."""
-    if "dataset" in answer:
-        return DatasetError(answer["dataset"])
-    return Pi0fmError(f"frames could not be decoded ({answer['system']:.160}); what is decoded is kept: type the command again")
-
-
-def _serve() -> None:
-    """The helper: a job a line, an answer a line."""
+def serve() -> None:
+    """The helper: an answer to every job until its input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the caller ends the input
-    for line in sys.stdin:
-        task = json.loads(line)
-        tree = task["job"]
-        stretches = tuple(Stretch(**{**stretch, "times": tuple(stretch["times"])}) for stretch in tree["stretches"])
-        job = Job(**{**tree, "stretches": stretches})
-        try:
-            _write(Path(task["path"]), job, task["form"])
-            answer = {"done": "yes"}
-        except DatasetError as error:
-            answer = {"dataset": str(error)}
-        except OSError as error:
-            answer = {"system": str(error)}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    _serve()
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # what a library prints is no answer
+    with suppress(EOFError):
+        while True:
+            path, job, form = pickle.load(sys.stdin.buffer)  # noqa: S301
+            fault: Exception | None = None
+            try:
+                _write(path, job, form)
+            except (DatasetError, OSError) as error:
+                fault = error
+            pickle.dump(fault, answers)
+            answers.flush()

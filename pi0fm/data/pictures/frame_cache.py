@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 from pi0fm import files, progress
 from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource
 from pi0fm.data.order.orders import Order, Shuffled
-from pi0fm.data.pictures.decoding import Job, Stretch, cores, write_jobs
+from pi0fm.data.pictures.decoding import Job, Stretch, TooFarError, cores, needed_tolerance, write_jobs
 from pi0fm.data.pictures.images import resize_with_padding
-from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
+from pi0fm.data.pictures.resizing import ANTIALIAS, Resize, refuse_size
 from pi0fm.data.pictures.shards import SUFFIX, CacheFormat, ShardedFrames, is_whole, open_shard, write_shard
 from pi0fm.data.pictures.source import Pictures
 from pi0fm.data.pictures.stored import stored_picture
@@ -161,7 +161,23 @@ def make_job(
 ) -> Job:
     """What it takes to decode one camera's pictures of the rows first .. stop - 1."""
     decoder = choose_decoder(config.video_decoder)
-    return Job(stretches(source, camera, first, stop), size, 1 / source.fps, decoder, config.tolerance_s, resize)
+    pictures = stretches(source, camera, first, stop)
+    return Job(pictures, size, 1 / source.fps, decoder, config.tolerance_s, resize, source.sizes.get(camera, ()))
+
+
+def wider_tolerance(source: LeRobotSource, config: DatasetConfig) -> str:
+    """The end of a line about a picture that is too far away: the tolerance that every row of the data set needs; empty where none helps.
+
+    Every video is read through, undecoded.
+    """
+    try:
+        jobs = [make_job(source, config, camera, 0, len(source.state), 1) for camera in source.clips]
+        with ThreadPoolExecutor(cores()) as threads:
+            needed = list(threads.map(needed_tolerance, jobs))
+    except DatasetError:
+        return ""
+    known = [each for each in needed if each is not None]
+    return f", or type --dataset.tolerance_s {max(known) + 0.001:.3f}" if len(known) == len(needed) else ""
 
 
 def stretches(source: LeRobotSource, camera: str, first: int, stop: int) -> tuple[Stretch, ...]:
@@ -224,9 +240,11 @@ class _Folder:
                     bar.advance(job.count)
                 for camera in self.source.stored_pictures:
                     self._unpack(camera, {number for name, number in missing if name == camera}, bar)
-        except DatasetError:
+        except DatasetError as error:
             shutil.rmtree(self.directory, ignore_errors=True)
-            raise
+            wider = wider_tolerance(self.source, config) if isinstance(error, TooFarError) else ""
+            skip = ", or type --dataset.skip_bad all to leave out every such episode" if config.skip_bad is True else ""
+            raise DatasetError(f"{error}{wider}{skip}") from None
 
     def note_verified(self) -> None:
         """Remember what the shards look like now that they are known to be whole."""
@@ -279,7 +297,9 @@ class _Folder:
 def read_stored(source: LeRobotSource, camera: str, place: int, value: Any) -> NDArray[np.uint8]:
     """uint8 [height, width, 3] of what `source.stored` gave for a place. Raises DatasetError."""
     what = f"{source.embodiment.cameras[camera]!r} in row {source.rows[place]} of episode {source.episode[place]} of {source.root}"
-    return stored_picture(value, [source.root, *dict.fromkeys(path.parent for path in source.files)], what)
+    picture = stored_picture(value, [source.root, *dict.fromkeys(path.parent for path in source.files)], what)
+    refuse_size(what, picture, source.sizes.get(camera, ()))
+    return picture
 
 
 def _in_order(rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
@@ -324,7 +344,7 @@ def _check_room(directory: Path, needed: int, limit_gib: float, form: CacheForma
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """One process of a node builds, the others wait; the lock goes with its process, however that ends."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(directory.parent)
     with (directory.parent / f"{directory.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,14 +1,18 @@
 """How a picture of any size is brought into the network's square: the forms that weights have been trained with.
 
-Owns: their names, the box that the content fills. Does not know: pixels (images), which form a policy has (its bundle says).
+Owns: their names, the box that the content fills, the refusal of a picture of another size than its data set says.
+Does not know: pixels (images), which form a policy has (its bundle says).
 
     antialias   openpi's: the box is the integer part of size / ratio, filtered where it is scaled down
     plain       LeRobot's: the same box, bilinear interpolation between four pixels however far it is scaled down
     rounded     bundles of pi0fm before format 3: the box is rounded, filtered
 """
 
-from typing import Literal
+from typing import Any, Literal
 
+from pi0fm_client.errors import DatasetError
+
+Sizes = tuple[tuple[int, int], ...]
 Resize = Literal["antialias", "plain", "rounded"]
 ANTIALIAS: Resize = "antialias"
 RESIZES: tuple[Resize, ...] = ("antialias", "plain", "rounded")
@@ -21,3 +25,14 @@ def content_box(height: int, width: int, size: int, resize: Resize) -> tuple[int
         scale = size / max(height, width)
         return max(1, round(height * scale)), max(1, round(width * scale))
     return max(1, int(height / ratio)), max(1, int(width / ratio))
+
+
+def refuse_size(what: str, picture: Any, sizes: Sizes) -> None:
+    """Raise DatasetError for a picture [height, width, 3] that is not of each of `sizes`. what: whose picture it is."""
+    for said in sizes:
+        if picture.shape[:2] != said:
+            height, width = picture.shape[:2]
+            raise DatasetError(
+                f"{what} is {height} pixels high and {width} wide, but meta/info.json says {said[0]} and {said[1]}; correct the shape in "
+                "meta/info.json, or download the data set again"
+            )

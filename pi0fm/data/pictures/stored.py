@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pi0fm_client.errors import DatasetError
 
@@ -34,7 +34,7 @@ def stored_picture(value: Any, folders: Sequence[Path], what: str) -> NDArray[np
                 )
             return np.array(picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
         raise DatasetError(f"{what} cannot be decoded ({reason:.120}); record or download the data set again") from None
 
 
@@ -47,9 +47,7 @@ def _content(value: Any, folders: Sequence[Path], what: str) -> bytes:
     if isinstance(content, bytes) and content:
         return content
     if not isinstance(path, str) or not path:
-        raise DatasetError(
-            f"{what} must be a picture, found {'null' if value is None else 'neither bytes nor a path'}; leave the episode out"
-        )
+        raise nothing(what, value)
     tried = [folder / path for folder in folders]
     file = next((each for each in tried if each.is_file()), None)
     if file is None:
@@ -58,3 +56,14 @@ def _content(value: Any, folders: Sequence[Path], what: str) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise DatasetError(f"{what} is the file {file}, which cannot be read ({error.strerror}); copy it again") from None
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a row holds neither a picture nor the path of one."""
+    return not (any(value.get(name) for name in ("bytes", "path")) if isinstance(value, Mapping) else value)
+
+
+def nothing(what: str, value: Any) -> DatasetError:
+    """The error for such a row."""
+    found = "null" if value is None else "neither bytes nor a path"
+    return DatasetError(f"{what} must be a picture, found {found}; leave the episode out")

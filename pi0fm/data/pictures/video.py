@@ -64,12 +64,30 @@ def open_video(path: Path, decoder: Literal["pyav", "torchcodec"], start: float 
 
     Raises DatasetError, inside the block too, for a file that is missing, that cannot be opened or read on, or that holds a depth map.
     """
+    read = _pyav if decoder == "pyav" else _torchcodec
+    with reading_video(path), read(path, start) as video:
+        yield video
+
+
+def frame_times(path: Path) -> tuple[NDArray[np.float64], float]:
+    """(the times of all frames, ascending; seconds between two on average), without decoding one. Raises DatasetError."""
+    import av
+
+    with reading_video(path), av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        rate = stream.average_rate or stream.guessed_rate
+        packets = (packet for packet in container.demux(stream) if packet.pts is not None and not packet.is_discard)
+        times = np.sort([float(packet.pts * packet.time_base) for packet in packets])
+        return times, 1 / float(rate) if rate else 0.0
+
+
+@contextmanager
+def reading_video(path: Path) -> Iterator[None]:
+    """What decoders raise for a file that is missing, cut or damaged, as one line. Raises DatasetError."""
     if not path.is_file():
         raise DatasetError(f"the data set's video {path} is missing; download or record the data set again")
-    read = _pyav if decoder == "pyav" else _torchcodec
     try:
-        with read(path, start) as video:
-            yield video
+        yield
     except (_ffmpeg_error(), RuntimeError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise DatasetError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pi0fm.data.columns.lerobot_source import LeRobotSource
+from pi0fm.data.columns.lerobot_source import LeRobotSource, data_files
 from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.order.orders import Weighted
 from pi0fm.train.optim import OptimizerConfig, learning_rate
@@ -51,11 +51,7 @@ def data_facts(source: LeRobotSource, stats: NormStats, order: Weighted | None =
     columns = hashlib.blake2b(digest_size=16)
     for column in (source.state, source.action, source.episode, source.task, source.end, source.frames):
         columns.update(np.ascontiguousarray(column))
-    files = {
-        path.relative_to(source.root).as_posix(): path.stat().st_size
-        for path in source.root.rglob("*")
-        if path.suffix in (".mp4", ".parquet")
-    }
+    files = {path.relative_to(source.root).as_posix(): path.stat().st_size for path in data_files(source.root)}
     return {
         "frames": len(source.frames),
         "episodes": len(np.unique(source.episode[source.frames])),

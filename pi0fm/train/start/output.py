@@ -39,8 +39,8 @@ def claim(config: TrainConfig) -> None:
                 if config.resume == "false":
                     raise OutputError(f"{directory} holds a run; add --resume true to go on with it, or choose another --output_dir")
                 refuse_other_run(_read(config), options.encode(config), directory)
-            elif "global_batch_size" not in _read(config):
-                raise OutputError(f"{record} is not of a run of pi0fm; choose another --output_dir")
+            else:
+                _read(config)
         else:
             checkpoints = _claim_new(config)
         files.write_json(record, options.encode(config))
@@ -97,12 +97,15 @@ def _claim_new(config: TrainConfig) -> list[int]:
 
 
 def _left_by_a_start(name: str) -> bool:
-    return name.startswith((lease.NAME, ".run.json."))
+    return name.startswith(".")  # a lease, what a killed start wrote aside, what file managers leave
 
 
 def _read(config: TrainConfig) -> dict[str, Any]:
     record = config.output_dir / "run.json"
     try:
-        return dict(json.loads(record.read_text()))
+        found = dict(json.loads(record.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise OutputError(f"{record} is not readable ({error}); choose another --output_dir") from None
+    if "global_batch_size" not in found:
+        raise OutputError(f"{record} is not of a run of pi0fm; choose another --output_dir")
+    return found

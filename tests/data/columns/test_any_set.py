@@ -17,6 +17,7 @@ from any_dataset import (
     change_info,
     change_table,
     episodes_file,
+    one,
     read_slowly,
     shade,
     take_out,
@@ -52,6 +53,9 @@ FREEDOMS = (
     "no ends",
     "paths",
     "odd feature",
+    "hidden files",
+    "text as bytes",
+    "said size",
 )
 SLIPS = (
     "bounds",
@@ -71,6 +75,11 @@ SLIPS = (
     "cut",
     "gone",
     "shape",
+    "episode's rate",
+    "shifted",
+    "swapped spans",
+    "size",
+    "kind of a number",
 )
 
 
@@ -109,8 +118,7 @@ def written(root: Path, how: dict) -> Path:
         files=how["files"],
     )
     free(root, how, tasks, random)
-    if how["slip"]:
-        slip(root, how, random)
+    how["refused"] = slip(root, how, random) if how["slip"] else False
     return root
 
 
@@ -173,12 +181,29 @@ def free(root: Path, how: dict, tasks: dict, random: np.random.Generator) -> Non
             write_video(video_file(root, number, how["camera"]), film, rate, times.tolist())
     if "no ends" in freedoms and how["kind"] == "video" and how["files"] == "episode":
         change_table(episodes_file(root), lambda table: table.drop([f"videos/{how['camera']}/to_timestamp"]))
+    if "hidden files" in freedoms:
+        for visible in (path, episodes_file(root), root / "meta/info.json"):
+            visible.with_name(f"._{visible.name}").write_bytes(b"\0\5\x16\7")
+        (root / "data/.trash").mkdir()
+        shutil.copy(path, root / "data/.trash/file-000.parquet")
+    if "text as bytes" in freedoms:
+        kind = (pa.binary(), pa.large_binary(), pa.string_view(), pa.large_string())[int(random.integers(4))]
+        keys = pa.array(list(tasks))
+        pq.write_table(pa.table({"task_index": keys, "task": pa.array(list(tasks.values()), kind)}), root / "meta/tasks.parquet")
+    if "said size" in freedoms:
+        said = [
+            {"shape": [3, 32, 48], "names": ["channels", "height", "width"]},
+            {"shape": [48, 32, 3], "names": ["width", "height", "channel"]},
+            {"shape": [32, 48], "names": None},
+            {"shape": None, "info": {"video.height": 32, "video.width": 48}},
+        ][int(random.integers(4))]
+        change_info(root, lambda info: info["features"][how["camera"]].update(said))
     if "odd feature" in freedoms:
         change_info(root, lambda info: info["features"].update(note={"dtype": "string", "shape": None}))
 
 
-def slip(root: Path, how: dict, random: np.random.Generator) -> None:
-    """One fault, in a place that is drawn."""
+def slip(root: Path, how: dict, random: np.random.Generator) -> bool:
+    """One fault, in a place that is drawn; whether it must be refused, since the slow reader would not see it."""
     kind, camera = how["slip"], how["camera"]
     episodes = pq.read_table(episodes_file(root))
     count = len(episodes)
@@ -236,6 +261,31 @@ def slip(root: Path, how: dict, random: np.random.Generator) -> None:
         path.unlink()
     elif kind == "shape":
         change_info(root, lambda info: info["features"][how["names"][0]].update(shape=[int(random.integers(1, 4))]))
+    elif kind == "size":
+        change_info(root, lambda info: info["features"][camera].update(shape=[33, 48, 3], names=None))
+        return True
+    elif kind == "kind of a number":
+        name, value = str(random.choice(["total_frames", "total_episodes", "fps"])), random.choice(["half", "text", "list"])
+        change_info(root, lambda info: info.update({name: {"half": -2.5, "text": str(info[name]), "list": [info[name]]}[str(value)]}))
+        return True
+    elif kind in ("episode's rate", "shifted"):
+        episode = np.asarray([one(value) for value in rows["episode_index"].to_pylist()])
+        own = episode == episode[row]
+        factor, late = (float(random.choice([0.4, 2, 1000])), 0) if kind == "episode's rate" else (1, 0.7 / how["fps"])
+        times = np.asarray(rows["timestamp"], np.float64)
+        pq.write_table(with_column(rows, "timestamp", np.where(own, times * factor + late, times).astype(np.float32)), path)
+        seen = how["episodes"] in (None, int(episode[row])) and times[own][-1] > 0
+        return seen and (kind == "episode's rate" or (how["kind"] == "video" and "no ends" not in how["freedoms"]))
+    elif kind == "swapped spans" and how["kind"] == "video" and count > 1:
+        other = (place + 1) % count
+        for name in ("chunk_index", "file_index", "from_timestamp", "to_timestamp"):
+            bend(
+                episodes_file(root),
+                f"videos/{camera}/{name}",
+                lambda values: values.__setitem__(slice(None), [values[{place: other, other: place}.get(k, k)] for k in range(count)]),
+            )
+        return how["episodes"] is None
+    return False
 
 
 def hold(how: dict) -> bool:
@@ -252,6 +302,7 @@ def hold(how: dict) -> bool:
         except Pi0fmError as error:
             assert "\n" not in str(error) and ";" in str(error), str(error)
             return False
+        assert not how["refused"], "what is said in two ways is believed"
         expected = read_slowly(root, how["camera"], how["names"], how["episodes"])
         assert len(expected) == len(source.state)
         for row, item in enumerate(expected):

@@ -169,7 +169,18 @@ def test_a_set_without_ends_of_spans_is_read_by_its_rows(tmp_path):
         ),
         ("timestamp", [0.2 * k for k in range(8)] * 2, "says 10 rows a second, but the column 'timestamp' has 5"),
         ("timestamp", [0.1 * k for k in range(7)] + [None] + [0.1 * k for k in range(8)], "row 7 of episode 0 .* timestamp above .* nan"),
-        ("timestamp", [100 + 0.1 * k for k in range(8)] * 2, "lasts 0.8 s, but its last row is at 100.7 s"),
+        ("timestamp", [100 + 0.1 * k for k in range(8)] * 2, "row 0 of episode 0 .* has timestamp 100 s, but frame_index 0 .* is 0 s"),
+        (
+            "timestamp",
+            [0.04 * k for k in range(8)] + [0.1 * k for k in range(8)],
+            r"row 1 of episode 0 .* timestamp 0\.04 s, but frame_index 1 at 10 rows a second \(the episode has 25\) is 0\.1 s",
+        ),
+        ("timestamp", [0.1 * k for k in range(8)] + [0.07 + 0.1 * k for k in range(8)], "row 8 of episode 1 .* has timestamp 0.07 s"),
+        ("timestamp", [0.1 * k for k in range(1, 9)] + [0.1 * k for k in range(8)], "row 0 of episode 0 .* has timestamp 0.1 s"),
+        ("timestamp", [0.1 * k for k in range(3)] + [0.36] + [0.1 * k for k in (4, 5, 6, 7, *range(8))], "row 3 .* timestamp 0.36 s"),
+        ("timestamp", [100.0 * k for k in range(8)] * 2, "says 10 rows a second, but the column 'timestamp' has 0.01"),
+        ("index", [*range(15), 1e300], "'index' of .* whole numbers, found 1e\\+300 in row 15"),
+        ("index", [*range(15), 2**64 - 5], "'index' of .* whole numbers, found 1.8446744073709552e\\+19 in row 15"),
         ("frame_index", [0, 1, 2, 2, *range(4, 8), *range(8)], "row 3 of episode 0 .* frame_index above"),
         ("index", [*range(8), *range(9, 17)], "but the column 'index' has 9 where 8 is due"),
         ("index", [*range(8), 3, *range(9, 16)], "episode 1 has 8 rows, 8 to 15, but the column 'index' has 3"),
@@ -182,9 +193,48 @@ def test_a_set_without_ends_of_spans_is_read_by_its_rows(tmp_path):
 )
 def test_columns_that_contradict_each_other(tmp_path, name, values, words):
     root = write_set(tmp_path / "set", kind="video")
-    set_column(data_file(root), name, pa.array(values, pa.float32() if name == "timestamp" else None))
+    kind = pa.float32() if name == "timestamp" else pa.uint64() if 2**64 - 5 in values else None
+    set_column(data_file(root), name, pa.array(values, kind))
     with pytest.raises(DatasetError, match=words):
         opened(root)
+
+
+def test_times_that_differ_from_the_frame_index_and_are_right(tmp_path):
+    """Rows that were taken out and numbered anew; a clock that runs 5 % slow in rows and video; times from the recording's start."""
+    root = write_set(tmp_path / "taken out", kind="video")
+    take_out(root, {(0, 0), (0, 1), (1, 4)})
+    set_column(data_file(root), "frame_index", [*range(6), *range(7)])
+    assert [seen(picture)[1] for picture in opened(root)[1]] == [*range(2, 8), 0, 1, 2, 3, 5, 6, 7]
+    root = write_set(tmp_path / "slow", (20,), kind="video")
+    times = [k * 0.095 for k in range(20)]
+    set_column(data_file(root), "timestamp", pa.array(times, pa.float32()))
+    set_column(episodes_file(root), f"videos/{CAMERA}/to_timestamp", [1.9])
+    write_video(video_file(root), [shade(0, k) for k in range(20)], 10, times)
+    assert [seen(picture)[1] for picture in opened(root)[1]] == list(range(20))
+    root = write_set(tmp_path / "pictures in rows")
+    set_column(data_file(root), "timestamp", pa.array([70 + 0.1 * k for k in range(16)], pa.float32()))
+    assert_as_the_slow_reader(root)
+
+
+def swapped(root: Path, *names: str) -> None:
+    for name in names:
+        values = pq.read_table(episodes_file(root))[f"videos/{CAMERA}/{name}"].to_pylist()
+        set_column(episodes_file(root), f"videos/{CAMERA}/{name}", [values[0], values[2], values[1]])
+
+
+@pytest.mark.parametrize(("files", "names"), [("one", ("from_timestamp", "to_timestamp")), ("episode", ("file_index",))])
+def test_videos_in_another_order_than_their_episodes(tmp_path, files, names):
+    root = write_set(tmp_path / "set", (8, 8, 8), kind="video", files=files)
+    swapped(root, *names)
+    line = refused(root)
+    assert f"in the order of their episodes, found {CAMERA!r} of episode 2 where 1 is due" in line and "(1 more" in line
+    assert seen(opened(root, any_video_order=True)[1][8])[0] == 2
+    if files == "episode":  # where rows lie in that order too, nothing is swapped
+        for name, values in {"dataset_from_index": [0, 16, 8], "dataset_to_index": [8, 24, 16]}.items():
+            set_column(episodes_file(root), name, values)
+        for number, first in ((1, 16), (2, 8)):
+            set_column(data_file(root, number), "index", np.arange(first, first + 8))
+        assert sorted({seen(picture)[0] for picture in opened(root)[1][8:16]}) == [1]
 
 
 def test_a_set_without_timestamps_is_shown_by_its_frame_index_or_its_order(tmp_path):
@@ -276,6 +326,16 @@ def test_two_sentences_of_one_number_and_two_numbers_of_one_sentence(tmp_path):
     write_tasks(root, {0: "fold it", 1: "fold it", 2: "press it"})
     source = open_source(DatasetConfig(root=root), Embodiment(), Selection(tasks=("fold it",)))
     assert source.tasks == ("fold it", "press it") and len(source.frames) == 9
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.binary(), pa.large_binary(), pa.large_string()])
+def test_sentences_of_every_type(tmp_path, kind):
+    root = write_set(tmp_path / "set", (3, 3))
+    column = pa.array(["öffne", "press"]).cast(pa.binary()).cast(kind) if kind == pa.large_binary() else pa.array(["öffne", "press"], kind)
+    pq.write_table(pa.table({"task_index": [0, 1], "task": column}), root / "meta/tasks.parquet")
+    assert open_source(DatasetConfig(root=root), Embodiment()).tasks == ("öffne", "press")
+    pq.write_table(pa.table({"task_index": [0, 1], "task": [b"\xff", b"b"]}), root / "meta/tasks.parquet")
+    assert "tasks.parquet is cut or damaged" in refused(root)
 
 
 def test_several_tasks_in_an_episode(tmp_path):
@@ -455,7 +515,7 @@ def test_pictures_as_bytes_and_as_files(tmp_path, form):
         (None, "found null"),
         ({"bytes": None, "path": None}, "found neither bytes nor a path"),
         ({"bytes": b"", "path": None}, "found neither bytes nor a path"),
-        ({"bytes": b"no picture", "path": None}, "cannot be decoded"),
+        ({"bytes": b"no picture", "path": None}, r"cannot be decoded \(of no known format\)"),
         ({"bytes": png(shade(0, 0))[:80], "path": None}, "cannot be decoded"),
         ({"bytes": None, "path": "gone.png"}, "is said to be the file gone.png, which is not in"),
         ({"bytes": gray("I;16"), "path": None}, "found mode 'I;16', a depth map"),
@@ -470,6 +530,30 @@ def test_pictures_that_are_missing_broken_or_no_colour(tmp_path, value, words):
     set_column(data_file(root), CAMERA, pa.array(stored, PICTURE))
     with pytest.raises(DatasetError, match=f"'{CAMERA}' in row 4 of episode 1 of .*{words}"):
         opened(root)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize(
+    "said", [{"shape": [32, 64, 3]}, {"shape": [48, 32, 3]}, {"shape": [3, 48, 32]}, {"info": {"video.height": 30, "video.width": 48}}]
+)
+def test_pictures_of_another_size_than_is_said(tmp_path, kind, said):
+    root = write_set(tmp_path / "set", (3, 3), kind=kind)
+    change_info(root, lambda info: info["features"][CAMERA].update(said))
+    assert "is 32 pixels high and 48 wide, but meta/info.json says" in refused(root)
+    for right in ({"shape": [3, 32, 48], "names": None, "info": {}}, {"shape": [48, 32, 3], "names": ["width", "height", "rgb"]}):
+        change_info(root, lambda info, right=right: info["features"][CAMERA].update(right))
+        assert_as_the_slow_reader(root)
+
+
+def test_hidden_files_are_nobodys(tmp_path):
+    root = write_set(tmp_path / "set", kind="video")
+    fingerprint = opened(root)[0].fingerprint
+    for path in (data_file(root), episodes_file(root), video_file(root)):
+        path.with_name(f"._{path.name}").write_bytes(b"of a file manager")
+    (root / "data/.trash").mkdir()
+    (root / "data/.trash/file-000.parquet").write_bytes(b"x")
+    assert_as_the_slow_reader(root)
+    assert opened(root)[0].fingerprint == fingerprint
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P"])
@@ -560,7 +644,9 @@ def test_features_that_are_not_used_may_be_odd(tmp_path, note):
         ({"fps": "ten"}, "fps of .* must be a number above 0, found 'ten'"),
         ({"features": []}, "features of .* must be an object"),
         ({"features": {"action": 3}}, "features of .* must be an object"),
-        ({"total_frames": "many"}, "total_frames of .* must be a whole number"),
+        ({"total_frames": "16"}, "total_frames of .* must be a whole number, found '16'"),
+        ({"total_episodes": 2.5}, "total_episodes of .* must be a whole number, found 2.5"),
+        ({"total_episodes": True}, "total_episodes of .* must be a whole number, found True"),
         ({"video_path": None}, "must give video_path"),
         ({"video_path": "videos/{camera}.mp4"}, "video_path of .* names an unknown field"),
         ({"data_path": None}, "must give data_path"),

@@ -123,6 +123,21 @@ def test_a_damaged_record_is_refused(tmp_path, content):
     assert contents(tmp_path) == {"run.json": content}
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_an_emptied_record_of_a_run_is_refused_whatever_may_change(tmp_path, changed):
+    begun(config(tmp_path))
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(OutputError, match="not of a run of pi0fm"):
+        claim(config(tmp_path, resume="true", resume_changed=changed))
+    assert contents(tmp_path)["run.json"] == "{}"
+
+
+def test_what_file_managers_leave_does_not_make_a_folder_foreign(tmp_path):
+    (tmp_path / ".DS_Store").write_text("x")
+    claim(config(tmp_path, seed=3))
+    assert json.loads((tmp_path / "run.json").read_text())["seed"] == 3
+
+
 def test_the_same_run_twice_is_no_difference(tmp_path):
     begun(config(tmp_path))
     claim(dataclasses.replace(config(tmp_path), resume="true"))
