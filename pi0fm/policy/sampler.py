@@ -129,10 +129,16 @@ def arrange_matrices(model: nn.Module, dtype: torch.dtype, device: torch.device,
         if device.type == "cuda":  # the products behind a flow time, which `pack` must leave as they are
             for name in ("time_mlp_in", "time_mlp_out"):
                 getattr(model, name, nn.Identity()).to(dtype)
-    elif device.type == "cpu":
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.data = module.weight.data.t().contiguous().t()
+    for name in columns_together(model, dtype, device):
+        matrix = model.get_parameter(name)
+        matrix.data = matrix.data.t().contiguous().t()
+
+
+def columns_together(model: nn.Module, dtype: torch.dtype, device: torch.device) -> set[str]:
+    """The matrices that lie with their columns together."""
+    if dtype != torch.float32 or device.type != "cpu":
+        return set()
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def halve_matrices(model: nn.Module, dtype: torch.dtype) -> None:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pi0fm.models.pi0 import Pi0, Pi0Config
-from pi0fm.policy.sampler import tower_matrices
+from pi0fm.policy.sampler import columns_together, tower_matrices
 from pi0fm_client.errors import BundleError, OutputError
 
 DTYPES = {
@@ -42,13 +42,14 @@ class Weights:
     """Tensors by name, described by their headers.
 
     read(name, index): entry `index` of the tensor's leading axes on the CPU, all of it for (); raises BundleError for a file that is cut
-    or damaged.
+    or damaged. fill(name, tensor): all of it into contiguous memory on the CPU, of one safetensors file.
     """
 
     path: Path
     shapes: Mapping[str, Shape]
     dtypes: Mapping[str, torch.dtype]
     read: Callable[[str, Shape], Tensor]
+    fill: Callable[[str, Tensor], None] | None = None
 
 
 def open_file(file: Path) -> Weights:
@@ -76,6 +77,10 @@ def open_file(file: Path) -> Weights:
 
     def read(name: str, index: Shape) -> Tensor:
         tensor = torch.empty(told[name]["shape"], dtype=dtypes[name])
+        fill(name, tensor)
+        return tensor[index]
+
+    def fill(name: str, tensor: Tensor) -> None:
         left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
         try:
             with file.open("rb", buffering=0) as opened:
@@ -87,9 +92,8 @@ def open_file(file: Path) -> Weights:
                     left = left[count:]
         except (OSError, EOFError) as error:
             raise damaged(file, error) from None
-        return tensor[index]
 
-    return Weights(file, {name: tuple(entry["shape"]) for name, entry in told.items()}, dtypes, read)
+    return Weights(file, {name: tuple(entry["shape"]) for name, entry in told.items()}, dtypes, read, fill)
 
 
 def damaged(file: Path, error: Exception) -> BundleError:
@@ -161,15 +165,34 @@ def refuse_misfit(weights: Weights, model: Pi0Config) -> None:
 
 
 def filled(weights: Weights, model: Pi0Config, device: torch.device, dtype: torch.dtype) -> Pi0:
-    """A network with these weights on `device`, tensor by tensor: beside it the host holds one of them at a time.
+    """A network with these weights on `device`, tensor by tensor, its matrices as `arrange_matrices` leaves them.
 
     dtype: of the towers' matrices, all else is float32, whatever is stored. Raises BundleError where the weights do not fit.
+    A tensor that changes its type, place or order is read into memory that the next one uses again: a new piece for each would leave holes
+    that nothing fits into, 0.2 to 0.45 of the file once the C library serves pieces of their size from its heap (docs/LOG.md).
     """
     refuse_misfit(weights, model)
+    assert weights.fill is not None
     with torch.device("meta"):
         network = Pi0(model)
     narrow = {f"{name}.{leaf}" for name, matrix in tower_matrices(network).items() for leaf, _ in matrix.named_parameters()}
-    tensors = {name: weights.read(name, ()).to(device, dtype if name in narrow else torch.float32) for name in weights.shapes}
+    columns = columns_together(network, dtype, device)
+    tensors: dict[str, Tensor] = {}
+    changed: list[str] = []
+    for name, shape in weights.shapes.items():
+        wanted = dtype if name in narrow else torch.float32
+        empty = torch.empty(shape[::-1] if name in columns else shape, dtype=wanted, device=device)
+        tensors[name] = empty.t() if name in columns else empty
+        if name not in columns and device.type == "cpu" and wanted == weights.dtypes[name]:
+            weights.fill(name, empty)
+        else:
+            changed.append(name)
+    sizes = [math.prod(weights.shapes[name]) * weights.dtypes[name].itemsize for name in changed]
+    room = torch.empty(max(sizes, default=0), dtype=torch.uint8)
+    for name, size in zip(changed, sizes, strict=True):
+        read = room[:size].view(weights.dtypes[name]).view(weights.shapes[name])
+        weights.fill(name, read)
+        tensors[name].copy_(read)
     network.load_state_dict(tensors, assign=True)
     return network
 

@@ -67,6 +67,7 @@ def convert_all(root: Path) -> dict[str, float]:
         convert(ConvertConfig(**options, **({"prompt_dialect": "lerobot"} if options.get("to") == "lerobot" else {})))
         found[name] = (peak_resident() - before) / LARGEST
     bundle.load(fixture.parents[2] / "policy/format_2/bundle", device="cpu")
+    bytearray(31 * 2**20)  # let go at once: from here on the C library serves pieces up to this size from its heap, where holes stay
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_resident()
     bundle.load(root / "bundle", device="cpu", precision="float32")
@@ -83,6 +84,6 @@ def test_the_largest_tensor_and_little_beside_it(tmp_path):
     print({name: f"{peak:.2f}" for name, peak in found.items()})
     loading = found.pop("loading, of the file")
     assert {name: peak for name, peak in found.items() if not 0.2 < peak <= 1.3} == {}
-    assert loading <= 1.45  # 1.1 to 1.37 found; why it differs from run to run is not known
+    assert loading <= 1.3
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("bundle", "from_openpi", "from_lerobot")]
     assert weights[0] == weights[1] == weights[2]
