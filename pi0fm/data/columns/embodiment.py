@@ -127,8 +127,8 @@ def resolve(
     """
     cameras = dict(embodiment.cameras) or camera_names(picture_columns)
     if not cameras:
-        held = f"found depth maps only: {', '.join(depth)}" if depth else f"found: {', '.join(columns)}"
-        raise ConfigError(f"{where} must hold at least one picture column, {held}")
+        held = f"depth maps only: {', '.join(depth)}" if depth else ", ".join(columns)
+        raise ConfigError(f"{where} must hold a column of dtype image or video, found {held}; correct meta/info.json, or record pictures")
     for name, column in cameras.items():
         if column in depth:
             raise ConfigError(f"camera {name!r} is column {column!r} of {where}, a depth map; pi0fm reads colour pictures: leave it out")

@@ -135,7 +135,8 @@ class LeRobotSource:
                     index = np.asarray(batch["index"].to_numpy(zero_copy_only=False)).astype(np.int64).reshape(-1)
                     places = np.searchsorted(self.rows, index)
                     used = self.rows[np.minimum(places, len(self.rows) - 1)] == index
-                    kept = batch.column(batch.schema.names.index(column)).filter(used)
+                    held = batch.column(batch.schema.names.index(column))
+                    kept = held.take(np.flatnonzero(used)) if not used.all() else held
                     yield from zip(places[used].tolist(), kept.to_pylist(), strict=True)
 
     def column(self, name: str) -> NDArray[np.float64]:
@@ -384,7 +385,7 @@ def _seed_ranges(seeds: NDArray[np.int64], task: NDArray[np.int64], tasks: list[
 
 def data_files(root: Path) -> list[Path]:
     """The tables and videos of a data set."""
-    return sorted([*visible(root, "**/*.parquet"), *visible(root, "**/*.mp4")])
+    return [path for path in sorted([*visible(root, "**/*.parquet"), *visible(root, "**/*.mp4")]) if path.is_file()]
 
 
 def _fingerprint(root: Path) -> str:

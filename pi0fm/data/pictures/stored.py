@@ -48,14 +48,14 @@ def _content(value: Any, folders: Sequence[Path], what: str) -> bytes:
         return content
     if not isinstance(path, str) or not path:
         raise nothing(what, value)
-    tried = [folder / path for folder in folders]
-    file = next((each for each in tried if each.is_file()), None)
-    if file is None:
-        raise DatasetError(f"{what} is said to be the file {path}, which is not in {folders[0]}; copy the pictures too")
     try:
-        return file.read_bytes()
-    except OSError as error:
-        raise DatasetError(f"{what} is the file {file}, which cannot be read ({error.strerror}); copy it again") from None
+        file = next((each for folder in folders if (each := folder / path).is_file()), None)
+        if file is not None:
+            return file.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DatasetError(f"{what} is the file {path:.120}, which cannot be read ({reason}); copy it again") from None
+    raise DatasetError(f"{what} is said to be the file {path:.120}, which is not in {folders[0]}; copy the pictures too")
 
 
 def is_nothing(value: Any) -> bool:
