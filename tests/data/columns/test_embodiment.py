@@ -98,7 +98,7 @@ def test_a_difference_needs_the_states_same_dimension():
 
 
 def test_a_data_set_without_pictures_is_refused():
-    with pytest.raises(ConfigError, match="at least one picture column"):
+    with pytest.raises(ConfigError, match="a column of dtype image or video"):
         resolve(Embodiment(), COLUMNS, [], "the data set")
 
 
