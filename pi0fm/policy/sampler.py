@@ -4,7 +4,7 @@ Owns: how its matrices are kept, in which precision it multiplies, what it compi
 
     compile    the prefix, and a velocity                    a whole chunk                      where
     off        operation by operation                        the solver calls the velocity      anywhere
-    kernels    CUDA: models/kernels; else torch.compile      the same                           anywhere
+    kernels    CUDA: models/fused; else torch.compile      the same                           anywhere
     graph      the same kernels                              a CUDA graph for each shape        CUDA, solvers of fixed steps without noise
 """
 
@@ -97,7 +97,7 @@ class Sampler:
 
 
 def _with_fused_layers(model: Pi0) -> Pi0 | None:
-    from pi0fm.models.kernels import with_fused_layers  # Triton is there where CUDA is
+    from pi0fm.models.fused import with_fused_layers  # Triton is there where CUDA is
 
     return with_fused_layers(model)
 

@@ -1,4 +1,4 @@
-"""The kernels of models/kernels.py against the plain layers: here by Triton's interpreter, on a GPU by the GPU."""
+"""The kernels of models/fused.py against the plain layers: here by Triton's interpreter, on a GPU by the GPU."""
 
 import json
 

@@ -49,7 +49,7 @@ def test_every_solver_gives_the_host_s_chunk(device, name, solver):
 def test_compiled_and_recorded_chunks_are_the_plain_ones(device, name, size, dtype):
     """Batches of 1, 3 and 8, missing cameras, short and long prompts; apart, since compilers cannot look through shape checks.
 
-    small: widths that the kernels of models/kernels.py do not take, which torch.compile then makes; wide: those of released weights.
+    small: widths that the kernels of models/fused.py do not take, which torch.compile then makes; wide: those of released weights.
     """
     if size == "wide" and device.type == "cpu":
         pytest.skip("the widths of released weights take a minute on a CPU")

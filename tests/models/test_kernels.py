@@ -6,16 +6,16 @@ import programs
 import pytest
 
 WHOLE = {
-    "_add_norm",
-    "_add_layer_norm",
-    "_rotated_qkv",
-    "_rotated_heads",
-    "_attend",
-    "_join",
-    "_sliced_product",
-    "_gated_product",
-    "_gate",
-    "_head",
+    "add_norm",
+    "add_layer_norm",
+    "rotated_qkv",
+    "rotated_heads",
+    "attend",
+    "join",
+    "sliced_product",
+    "gated_product",
+    "gated",
+    "head",
 }
 
 

@@ -1,4 +1,4 @@
-"""A program: compile every launch of models/kernels.py for a Hopper GPU, at released sizes, on any machine; print the kernels' names.
+"""A program: compile every launch of models/fused.py for a Hopper GPU, at released sizes, on any machine; print the kernels' names.
 
 The interpreter, which tests their numbers on a CPU, knows neither registers nor shared memory, and passes over an argument that no kernel
 has.
@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from pi0fm.models import kernels
+from pi0fm.models import fused
 from pi0fm.models.layers import AdaptiveRMSNorm, Rotation
 
 HOPPER, SHARED_MEMORY = GPUTarget("cuda", 90, 32), 227 * 1024
@@ -46,7 +46,7 @@ def compile_only(function: JITFunction, *given: Any, grid: Any, warmup: bool, **
 def main() -> None:
     """A chunk of 50 actions of one robot, and of many rows; pi0's plain norm and pi0.5's adaptive one."""
     JITFunction.run = compile_only
-    kernels._overlap = lambda x: {"PDL": True, "launch_pdl": True}
+    fused._overlap = lambda x: {"PDL": True, "launch_pdl": True}
     half = torch.bfloat16
     stream = nn.Module()
     stream.qkv, stream.num_heads = nn.Linear(1024, 2560, bias=False, dtype=half), 8
@@ -55,15 +55,15 @@ def main() -> None:
     with torch.no_grad():
         for tokens, few in ((50, True), (96, False)):
             x, attended = torch.zeros(1, tokens, 1024), torch.zeros(1, tokens, 2048, dtype=half)
-            parts = kernels.product(attended, out, few)
-            normed = kernels.add_norm(x, parts, by.gate, norm, by, half)[1]
-            cached = kernels.Cached(torch.zeros(1, 1, 867, 256, dtype=half), torch.zeros(1, 1, 867, 256, dtype=half), 867 - tokens)
+            parts = fused.product(attended, out, few)
+            normed = fused.add_norm(x, parts, by.gate, norm, by, half)[1]
+            cached = fused.Cached(torch.zeros(1, 1, 867, 256, dtype=half), torch.zeros(1, 1, 867, 256, dtype=half), 867 - tokens)
             angles = torch.zeros(1, 1, tokens, 256)
-            query = kernels.rotated_qkv(normed, stream, Rotation(angles, angles), cached, few)
-            kernels.attend_in_slices(query, cached, bias)
-            kernels.gated_product(normed, nn.Linear(1024, 8192, bias=False, dtype=half), "tanh", few)
-            kernels.head(x, parts, by.gate, norm, by, nn.Linear(1024, 32), 0)
-        kernels.add_layer_norm(torch.zeros(1, 256, 1152), torch.zeros(1, 256, 1152, dtype=half), nn.LayerNorm(1152), half)
+            query = fused.rotated_qkv(normed, stream, Rotation(angles, angles), cached, few)
+            fused.attend_in_slices(query, cached, bias)
+            fused.gated_product(normed, nn.Linear(1024, 8192, bias=False, dtype=half), "tanh", few)
+            fused.head(x, parts, by.gate, norm, by, nn.Linear(1024, 32), 0)
+        fused.add_layer_norm(torch.zeros(1, 256, 1152), torch.zeros(1, 256, 1152, dtype=half), nn.LayerNorm(1152), half)
     sys.stdout.write(json.dumps(sorted(compiled)) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""A program: velocities by models/kernels.py beside the plain ones; JSON on the last line.
+"""A program: velocities by models/fused.py beside the plain ones; JSON on the last line.
 
 TRITON_INTERPRET=1 python fused_layers.py pi0 cpu        python fused_layers.py pi05 cuda
 """
@@ -10,7 +10,7 @@ import torch
 from small_pi0 import both, observation, resized
 from torch import nn
 
-from pi0fm.models import kernels
+from pi0fm.models import fused as fused_layers
 from pi0fm.models.layers import AdaptiveRMSNorm
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.policy.sampler import halve_matrices
@@ -33,7 +33,7 @@ def rows_of(name: str, device: torch.device, batch: int, horizon: int, dtype: to
             nn.init.normal_(module.modulation.weight, std=0.1)
     if dtype != torch.float32:
         halve_matrices(model, dtype)
-    fused = kernels.with_fused_layers(model)
+    fused = fused_layers.with_fused_layers(model)
     assert fused is not None
     seen = observation(batch, 2, (6, *[9] * (batch - 1)), model.config)
     seen.image_mask[-1, 1] = batch == 1
@@ -48,7 +48,7 @@ def rows_of(name: str, device: torch.device, batch: int, horizon: int, dtype: to
 
 def main(name: str, kind: str) -> None:
     """One tile of rows; on a GPU several too, and in bfloat16. The interpreter takes seconds a kernel."""
-    kernels.KEYS, kernels.ASKING = 16, 16
+    fused_layers.KEYS, fused_layers.ASKING = 16, 16
     cases = [(1, 5, torch.float32)]
     if kind == "cuda":
         cases += [(8, 9, torch.float32), (1, 5, torch.bfloat16), (8, 9, torch.bfloat16)]
