@@ -14,7 +14,7 @@ import torch
 
 from pi0fm.bench.cases import random_network, random_observations, random_policy
 from pi0fm.bench.measure import PairedOptions, Report, check_least, check_words, paired_ratio
-from pi0fm.flow.likelihood import push_backward, push_forward
+from pi0fm.flow.density import push_backward, push_forward
 from pi0fm.flow.matching import FlowConfig
 from pi0fm.flow.solver import FIXED_GRID_SOLVERS, num_evaluations
 from pi0fm.models.presets import preset

@@ -4,8 +4,8 @@ Owns: from a solver's word to the function behind it, and what random numbers it
 
     solver                                 runs                            increments [K, B, ...]
     euler midpoint heun rk4 dopri5         FlowMatching.sample             none
-    euler_maruyama                         sde.sample_sde, h = noise_level num_flow_steps of them
-    ancestral                              ancestral.sample_ancestral      num_flow_steps of them
+    euler_maruyama                         stochastic.sample_sde           num_flow_steps of them
+    ancestral                              stochastic.sample_ancestral     num_flow_steps of them
 """
 
 from dataclasses import replace
@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pi0fm.flow.ancestral import sample_ancestral
 from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.flow.sde import sample_sde
 from pi0fm.flow.solver import ANCESTRAL, EULER_MARUYAMA, SOLVERS, STOCHASTIC_SOLVERS, Velocity
+from pi0fm.flow.stochastic import sample_ancestral, sample_sde
 from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError
 

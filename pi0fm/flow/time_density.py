@@ -53,7 +53,7 @@ class Uniform(TimeDensity):
 
 @final
 @dataclass(frozen=True)
-class Pi0(TimeDensity):
+class Pi0Density(TimeDensity):
     """pi0's density (arXiv 2410.24164, appendix B): `t' ~ 0.999 Beta(1.5, 1) + 0.001` on the noise clock, `t = 1 - t'`.
 
     Beta(1.5, 1) has the CDF x^1.5, so `t = 0.999 (1 - (1 - u)^(2/3))`. Stresses noise; t never passes 0.999.
@@ -144,7 +144,7 @@ def density_named(name: str, path: ProbabilityPath | None = None, eps: float = 1
     if name == "uniform":
         return Uniform()
     if name == "pi0":
-        return Pi0()
+        return Pi0Density()
     if name == "logit_normal":
         return LogitNormal(mu, s)
     if name == "likelihood":

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pi0fm.data.chain import Chain, Sample
-from pi0fm.flow.likelihood import push_backward
+from pi0fm.flow.density import push_backward
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import num_increments
 from pi0fm.models.observation import ModelObservation

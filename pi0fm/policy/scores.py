@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pi0fm.data.chain import Chain, DeltaActions, Normalize, PadDimensions, Sample
-from pi0fm.flow.likelihood import DensityOptions, Pushed, density_solver, push_backward, push_forward
+from pi0fm.flow.density import DensityOptions, Pushed, density_solver, push_backward, push_forward
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import sample
 from pi0fm.flow.solver import FIXED_GRID_SOLVERS, Velocity, check_solver
@@ -41,7 +41,7 @@ class ScoreOptions:
 
     num_probes: of Hutchinson's estimate, drawn from each chunk's noise seed; 0 is the exact divergence, H A products a step.
     num_flow_steps, solver: of the density, in place of the policy's own; a solver of the ODE. A policy that samples with noise is
-        scored with flow.likelihood.SOLVER_BESIDE_NOISE unless a solver is named.
+        scored with flow.density.SOLVER_BESIDE_NOISE unless a solver is named.
     float64: suffix, state and integral in float64, behind a prefix in the policy's own precision.
     chunk_size: products of the exact divergence that run at once; memory grows with it, None runs all.
     Raises ConfigError for numbers out of range and an unknown solver.

@@ -2,7 +2,7 @@
 
 Owns: the order train -> measure for each method, every figure of demo.json. Does not know: pictures, pages, files.
 
-    NLL              -log p_1 of held-out points by pi0fm.flow.likelihood: exact divergence, RK4 on a fine grid, the same for all methods
+    NLL              -log p_1 of held-out points by pi0fm.flow.density: exact divergence, RK4 on a fine grid, the same for all methods
     common NLL       the worst of the methods' best held-out NLLs: every method reaches it
     train_seconds    of training until a method's averaged weights are at the common NLL or below, at the marks of its curve
     speedup          train_seconds of the CNF over those of flow matching
@@ -25,12 +25,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pi0fm.flow import likelihood
-from pi0fm.flow.ancestral import sample_ancestral
 from pi0fm.flow.checks import FlowError
+from pi0fm.flow.density import DensityOptions, log_prob
 from pi0fm.flow.matching import FlowMatching
-from pi0fm.flow.sde import sde_grid
 from pi0fm.flow.solver import Counted, Velocity, num_evaluations
+from pi0fm.flow.stochastic import sample_ancestral, sde_grid
 from pi0fm.toy.datasets import Dataset
 from pi0fm.toy.methods import CNF, DIFFUSION, FLOW_MATCHING, Method, PlaneField
 from pi0fm.toy.training import Mark, train
@@ -165,8 +164,8 @@ def grid(flow: FlowMatching, num_steps: int) -> list[float]:
 @torch.no_grad()
 def held_out_nll(flow: FlowMatching, network: Velocity, x: Float[Tensor, "B 2"], num_steps: int) -> float:
     """Return the mean of -log p_1 over the points, nats, by RK4 with `num_steps` steps and the exact divergence."""
-    options = likelihood.DensityOptions(times=grid(flow, num_steps), solver="rk4")
-    return -float(likelihood.log_prob(flow, network, x, options=options).double().mean())
+    options = DensityOptions(times=grid(flow, num_steps), solver="rk4")
+    return -float(log_prob(flow, network, x, options=options).double().mean())
 
 
 def sliced_wasserstein(x: Float[Tensor, "B 2"], y: Float[Tensor, "B 2"]) -> float:

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pi0fm.flow.likelihood import gaussian_log_prob
+from pi0fm.flow.density import gaussian_log_prob
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 
 WIDTH, LAYERS, FREQUENCIES = 64, 3, 3

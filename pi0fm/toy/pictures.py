@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pi0fm import pages
-from pi0fm.flow import likelihood
+from pi0fm.flow.density import DensityOptions, gaussian_log_prob, log_prob
 from pi0fm.flow.solver import integrate
 from pi0fm.toy.comparison import Comparison, Outcome, grid
 from pi0fm.toy.methods import CNF, DIFFUSION, FLOW_MATCHING
@@ -161,10 +161,10 @@ def _density(outcome: Outcome, wanted: float, extent: float) -> tuple[float, flo
     extent = max(extent, 2.6 * float(flow.path.sigma(torch.tensor(times[last]))))
     points = _square(extent, GRID)
     if last == 0:
-        found = likelihood.gaussian_log_prob(points, flow.path.prior_scale)
+        found = gaussian_log_prob(points, flow.path.prior_scale)
     else:
-        options = likelihood.DensityOptions(times=times[: last + 1], solver="midpoint")
-        found = likelihood.log_prob(flow, outcome.network, points, options=options)
+        options = DensityOptions(times=times[: last + 1], solver="midpoint")
+        found = log_prob(flow, outcome.network, points, options=options)
     return times[last], extent, found.exp().reshape(GRID, GRID)
 
 

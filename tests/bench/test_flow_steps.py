@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from gaussian_mixture import GaussianMixture
 from learning_help import SeededArm
 from smooth_network import smooth_in_time
 
@@ -18,7 +19,6 @@ from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.data.prompt import PromptTokenizer, load_tokenizer
 from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.flow.oracle import GaussianMixture
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy import bundle
 from pi0fm.sim import catalog

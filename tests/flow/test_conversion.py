@@ -2,10 +2,10 @@ import itertools
 
 import pytest
 import torch
+from gaussian_mixture import GaussianMixture
 
 from pi0fm.flow.checks import FlowError
 from pi0fm.flow.conversion import QUANTITIES, convert
-from pi0fm.flow.oracle import GaussianMixture
 from pi0fm.flow.path import PATHS, VE, CondOT, Cosine, VPDiffusion, path_named
 from pi0fm_client.errors import ConfigError
 

@@ -2,14 +2,14 @@ import math
 
 import pytest
 import torch
+from gaussian_mixture import GaussianMixture
 
 from pi0fm.flow.checks import FlowError
 from pi0fm.flow.conversion import QUANTITIES, convert
 from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.flow.oracle import GaussianMixture
 from pi0fm.flow.path import PATHS, CondOT, path_named
 from pi0fm.flow.solver import SOLVERS
-from pi0fm.flow.time_density import DENSITIES, Pi0, density_named
+from pi0fm.flow.time_density import DENSITIES, Pi0Density, density_named
 from pi0fm.options import decode, describe
 from pi0fm_client.errors import ConfigError
 
@@ -18,7 +18,7 @@ def chunks(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-PI0 = FlowMatching(CondOT(), Pi0(), "euler", 10)
+PI0 = FlowMatching(CondOT(), Pi0Density(), "euler", 10)
 
 
 def test_pi0_s_training_pair_is_the_line_from_noise_to_actions():

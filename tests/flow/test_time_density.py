@@ -3,7 +3,7 @@ import scipy.stats
 import torch
 
 from pi0fm.flow.path import PATHS, path_named
-from pi0fm.flow.time_density import DENSITIES, Likelihood, LogitNormal, Pi0, density_named
+from pi0fm.flow.time_density import DENSITIES, Likelihood, LogitNormal, Pi0Density, density_named
 from pi0fm_client.errors import ConfigError
 
 U = torch.linspace(0.001, 0.999, 501, dtype=torch.float64)
@@ -31,13 +31,13 @@ def test_float32_stays_inside_the_support_at_the_ends_of_u(density):
 
 
 def test_pi0_is_its_beta_on_the_opposite_clock():
-    noise_clock = 1 - Pi0().quantile(U)
+    noise_clock = 1 - Pi0Density().quantile(U)
     expected = scipy.stats.beta(1.5, 1, loc=0.001, scale=0.999)
     # t = 1 - t', so the probability that T <= t is the probability that T' >= t'.
     torch.testing.assert_close(torch.from_numpy(expected.sf(noise_clock.numpy())), U)
     t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
-    torch.testing.assert_close(Pi0().log_density(t), torch.from_numpy(expected.logpdf((1 - t).numpy())))
-    mean = float(Pi0().quantile((torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000).mean())
+    torch.testing.assert_close(Pi0Density().log_density(t), torch.from_numpy(expected.logpdf((1 - t).numpy())))
+    mean = float(Pi0Density().quantile((torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000).mean())
     assert mean == pytest.approx(1 - (0.6 * 0.999 + 0.001), abs=1e-5)
 
 
@@ -61,7 +61,7 @@ def test_outside_the_support_the_density_is_zero():
     t = torch.tensor([-0.1, 1.1])
     for density in EVERY:
         assert density.log_density(t).tolist() == [-torch.inf, -torch.inf]
-    assert float(Pi0().log_density(torch.tensor(0.9995))) == -torch.inf
+    assert float(Pi0Density().log_density(torch.tensor(0.9995))) == -torch.inf
     assert LogitNormal().log_density(torch.tensor([0.0, 1.0])).tolist() == [-torch.inf, -torch.inf]
 
 

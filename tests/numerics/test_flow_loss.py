@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from gaussian_mixture import GaussianMixture
 
 from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.flow.oracle import GaussianMixture
 from pi0fm.flow.path import PATHS
 
 MIXTURE = GaussianMixture(

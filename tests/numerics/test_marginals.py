@@ -3,12 +3,11 @@
 import pytest
 import scipy.stats
 import torch
+from gaussian_mixture import GaussianMixture
 
-from pi0fm.flow.ancestral import sample_ancestral
 from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.flow.oracle import GaussianMixture
 from pi0fm.flow.path import PATHS
-from pi0fm.flow.sde import sample_sde
+from pi0fm.flow.stochastic import sample_ancestral, sample_sde
 
 MIXTURE = GaussianMixture(
     torch.tensor([[1.5, 0.0], [-1.0, 1.0]], dtype=torch.float64), torch.tensor([0.65, 0.35], dtype=torch.float64), 0.4

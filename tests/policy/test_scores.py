@@ -1,4 +1,4 @@
-"""How likely a policy finds a chunk: the density of flow/likelihood, conditioned on an observation, in the units of a robot."""
+"""How likely a policy finds a chunk: the density of flow/density, conditioned on an observation, in the units of a robot."""
 
 import math
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 from smooth_network import smooth_in_time
 
 from pi0fm.data.chain import Sample
-from pi0fm.flow.likelihood import DensityOptions, push_backward, push_forward
+from pi0fm.flow.density import DensityOptions, push_backward, push_forward
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.sampling import SAMPLERS
 from pi0fm.policy import bundle, noise

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from gaussian_mixture import GaussianMixture
 
 from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.flow.oracle import GaussianMixture
 from pi0fm.toy import comparison
 from pi0fm.toy.comparison import Quality, fewest, held_out_nll, quality_curve, seconds_to, sliced_wasserstein
 from pi0fm.toy.training import Mark

@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pi0fm.flow import likelihood
 from pi0fm.flow.checks import FlowError
-from pi0fm.flow.divergence import exact_divergence
+from pi0fm.flow.density import DensityOptions, exact_divergence, log_prob
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.toy import methods
 from pi0fm.toy.comparison import held_out_nll
@@ -61,7 +60,7 @@ def test_weights_are_a_function_of_the_generator_alone():
 def test_the_cnfs_loss_is_the_librarys_density():
     network, x = field(width=12, layers=2), points(16)
     flow = FlowMatching.from_config(FlowConfig(time_density="uniform"))
-    expected = -likelihood.log_prob(flow, network, x, options=likelihood.DensityOptions(solver="rk4", num_flow_steps=24)).mean()
+    expected = -log_prob(flow, network, x, options=DensityOptions(solver="rk4", num_flow_steps=24)).mean()
     # The two rules of order 4 differ: ours is the classical one, torchdiffeq's the 3/8 rule.
     torch.testing.assert_close(negative_log_likelihood(network, x, "rk4", 24), expected, rtol=0, atol=5e-6)
 

@@ -27,7 +27,7 @@ from pi0fm import progress
 from pi0fm.data.loading.batch import Batch
 from pi0fm.data.loading.loader import Collator
 from pi0fm.flow.checks import FlowError
-from pi0fm.flow.likelihood import DensityOptions, push_backward
+from pi0fm.flow.density import DensityOptions, push_backward
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.solver import SOLVERS, Velocity
 from pi0fm.models.observation import ModelObservation

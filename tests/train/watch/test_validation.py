@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from gaussian_mixture import GaussianMixture
 from safetensors.torch import load_file
 
 from pi0fm.data.order.counter import slots
-from pi0fm.flow.likelihood import DensityOptions, log_prob
+from pi0fm.flow.density import DensityOptions, log_prob
 from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.flow.oracle import GaussianMixture
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy import bundle
 from pi0fm.train.checkpoint import checkpoints as checkpoint

@@ -1,7 +1,7 @@
-"""The density of what a flow samples: `log p_1` of action chunks.
+"""The density of what a flow samples: `log p_1` of action chunks, and the divergence of a velocity field, which it integrates.
 
-Owns: the joint integration of a state and its log-density, forwards (sample and density in one pass) and backwards (density
-of given chunks). Does not know: networks, observations, robots.
+Owns: `div v = trace(dv/dx)` exactly or by random probes; the joint integration of a state and its log-density, forwards (sample and
+density in one pass) and backwards (density of given chunks). Does not know: networks, observations, robots.
 
 The instantaneous change of variables (Chen et al. 2018, arXiv 1806.07366, Theorem 1; used for flows in arXiv 2210.02747):
 
@@ -11,10 +11,14 @@ The instantaneous change of variables (Chen et al. 2018, arXiv 1806.07366, Theor
     push_forward    noise ----> actions       push_backward    noise <---- actions
                     log p_0 - int div                          the same, from the data end
 
+    exact        D vector-Jacobian products, one for each entry of a state, vectorised with torch.func.vmap
+    Hutchinson   n of them: mean of e' J e over Rademacher probes e (+1 or -1); FFJORD (arXiv 1810.01367); unbiased, variance
+                 2 (||J_sym||_F^2 - sum diag^2) / n with J_sym = (J + J') / 2
+
 p_0 is N(0, prior_scale^2 I). For CondOT and cosine that is the path's own p_0; for VP and VE it is the usual approximation,
 and `log_prior` takes a better one. Densities are in nats, of the normalised chunk, over its unmasked entries.
 Gradients flow if the caller has them enabled; under torch.no_grad all works, under torch.inference_mode it cannot.
-Shape letters: B batch, H action horizon, A action dim.
+Shape letters: B batch, H action horizon, A action dim, D entries of one state.
 """
 
 import math
@@ -25,11 +29,13 @@ from typing import final
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.func import vjp, vmap
 
 from pi0fm.flow.checks import FlowError, check_finite, check_mask
-from pi0fm.flow.divergence import Field, exact_divergence, hutchinson_divergence
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.solver import STOCHASTIC_SOLVERS, Velocity, evaluate, integrate
+
+Field = Callable[[Tensor], Tensor]
 
 SOLVER_BESIDE_NOISE = "heun"
 """Solves the probability-flow ODE of a flow that samples with noise: its marginals are the same, and only it has a density."""
@@ -58,7 +64,7 @@ class Pushed:
 class DensityOptions:
     """How a density is computed; every field has a working default.
 
-    probes: [n, B, ...] of `rademacher_probes` for Hutchinson's estimate, one set for the whole trajectory; None is exact.
+    probes: [n, B, ...] of +1 and -1 for Hutchinson's estimate, one set for the whole trajectory; None is exact.
     num_flow_steps, solver, times: instead of the flow's own; `times` increases from noise to data. A flow whose own solver is
         stochastic is integrated with SOLVER_BESIDE_NOISE.
     chunk_size: products run at once by the exact divergence; None runs all.
@@ -136,6 +142,39 @@ def density_solver(flow: FlowMatching, options: DensityOptions | None = None) ->
     if options is not None and options.solver is not None:
         return options.solver
     return SOLVER_BESIDE_NOISE if flow.solver in STOCHASTIC_SOLVERS else flow.solver
+
+
+def exact_divergence(
+    field: Field, x: Float[Tensor, "B *rest"], entries: Sequence[int] | None = None, chunk_size: int | None = None
+) -> tuple[Float[Tensor, "B *rest"], Float[Tensor, " B"]]:
+    """(v(x), div v(x)).
+
+    field: treats the states of a batch apart, as every network in evaluation mode does.
+    entries: positions in a flattened state where v is not constantly 0; all of them by default. Padding costs nothing then.
+    chunk_size: how many products run at once; memory grows with it. None runs all of them.
+    """
+    value, pullback = _value_and_pullback(field, x)
+    width = x[0].numel()
+    positions = torch.arange(width, device=x.device) if entries is None else torch.tensor(list(entries), dtype=torch.long, device=x.device)
+    rows = torch.nn.functional.one_hot(positions, width).to(x.dtype)
+    if not len(positions):
+        return value, x.new_zeros(x.shape[0])
+    each: Tensor = vmap(lambda row: _quadratic(pullback, row.reshape(1, *x.shape[1:]).expand_as(x)), chunk_size=chunk_size)(rows)
+    return value, each.sum(0)
+
+
+def hutchinson_divergence(
+    field: Field, x: Float[Tensor, "B *rest"], probes: Float[Tensor, "n B *rest"]
+) -> tuple[Float[Tensor, "B *rest"], Float[Tensor, " B"]]:
+    """(v(x), estimate of div v(x)): the mean of `e' J e` over the probes; one forward pass, one backward pass a probe."""
+    if len(probes) == 1 and not torch.is_grad_enabled():
+        return _by_one_backward_pass(field, x, probes[0])
+    value, pullback = _value_and_pullback(field, x)
+    if len(probes) == 1:
+        # Without vmap a single probe runs on any kernel that has a backward pass.
+        return value, _quadratic(pullback, probes[0])
+    each: Tensor = vmap(lambda probe: _quadratic(pullback, probe))(probes)
+    return value, each.mean(0)
 
 
 def _grid(flow: FlowMatching, options: DensityOptions) -> list[float]:
@@ -217,3 +256,30 @@ def _answering_in_float64(network: Velocity) -> Velocity:
         return answer
 
     return checked
+
+
+def _by_one_backward_pass(field: Field, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by plain autograd, for a caller that wants no gradient: torch.func runs custom autograd functions on a slower path.
+
+    Raises FlowError under torch.inference_mode, where every derivative would silently be 0.
+    """
+    if torch.is_inference_mode_enabled():
+        raise FlowError("a divergence needs derivatives, found torch.inference_mode; use torch.no_grad")
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_(True)
+        value = field(leaf)
+    if not value.requires_grad:  # a field that does not read its state
+        return value, x.new_zeros(x.shape[0])
+    (pulled,) = torch.autograd.grad(value, leaf, probe, allow_unused=True, materialize_grads=True)
+    return value.detach(), (pulled * probe).flatten(1).sum(1)
+
+
+def _value_and_pullback(field: Field, x: Tensor) -> tuple[Tensor, Field]:
+    """v(x), and the map from a cotangent e to e' J. A lambda: a nested function would be annotated anew at every step under test."""
+    result = vjp(field, x)
+    return result[0], lambda cotangent: result[1](cotangent)[0]
+
+
+def _quadratic(pullback: Field, probe: Tensor) -> Tensor:
+    """e' J e for each state."""
+    return (pullback(probe) * probe).flatten(1).sum(1)

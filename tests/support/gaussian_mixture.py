@@ -1,7 +1,7 @@
-"""Data whose flow is known in closed form: Gaussian mixtures.
+"""Data whose flow is known in closed form: Gaussian mixtures; and the signs that estimate a divergence.
 
 Owns: the marginal density, velocity and score of a mixture along any path. Does not know: networks, solvers.
-It is what every solver, sampler and density of this package is measured against, and what figures can draw as the truth.
+Every solver, sampler and density of pi0fm.flow is measured against it.
 
 For data N(m, s^2 I): `Var_t = sigma^2 + alpha^2 s^2`, p_t = N(alpha m, Var_t I), and
 
@@ -81,3 +81,9 @@ class GaussianMixture:
     def _posterior_mean(self, path: ProbabilityPath, x: Tensor, t: Tensor, each: Tensor) -> Tensor:
         posterior = torch.softmax(self._joint(path, x, t), dim=1)
         return (posterior[..., None] * each).sum(1).reshape(x.shape)
+
+
+def rademacher_probes(num: int, like: Float[Tensor, "B *rest"], seed: int) -> Float[Tensor, "n B *rest"]:
+    """`num` probes of +1 and -1 for every state of `like`."""
+    bits = torch.randint(0, 2, (num, *like.shape), generator=torch.Generator().manual_seed(seed))
+    return (2 * bits - 1).to(torch.promote_types(like.dtype, torch.float32))

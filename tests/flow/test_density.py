@@ -1,12 +1,19 @@
 import math
 
-import jaxtyping
 import pytest
 import torch
+from gaussian_mixture import rademacher_probes
 
 from pi0fm.flow.checks import FlowError
-from pi0fm.flow.divergence import rademacher_probes
-from pi0fm.flow.likelihood import DensityOptions, gaussian_log_prob, log_prob, push_backward, push_forward
+from pi0fm.flow.density import (
+    DensityOptions,
+    exact_divergence,
+    gaussian_log_prob,
+    hutchinson_divergence,
+    log_prob,
+    push_backward,
+    push_forward,
+)
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 
 FLOW = FlowMatching.from_config(FlowConfig(solver="rk4", num_flow_steps=8))
@@ -66,7 +73,7 @@ def test_masked_entries_change_nothing_and_equal_a_smaller_chunk(garbage, probed
     def restricted(x, t):
         return network(torch.nn.functional.pad(x, (0, 1, 0, 1)), t)[:, :3, :2]
 
-    probes = rademacher_probes(3, padded, torch.Generator().manual_seed(1)) if probed else None
+    probes = rademacher_probes(3, padded, 1) if probed else None
     small_probes = probes[:, :, :3, :2] if probes is not None else None
     found = push_backward(FLOW, network, padded, mask, DensityOptions(probes=probes))
     expected = push_backward(FLOW, restricted, small, None, DensityOptions(probes=small_probes))
@@ -89,9 +96,7 @@ def test_hutchinson_is_unbiased_for_the_density():
     network = Network(12).double()
     actions = chunks(1, 4, 3).expand(600, 4, 3).contiguous()
     exact = log_prob(FLOW, network, actions[:1])
-    estimates = log_prob(
-        FLOW, network, actions, options=DensityOptions(probes=rademacher_probes(1, actions, torch.Generator().manual_seed(5)))
-    )
+    estimates = log_prob(FLOW, network, actions, options=DensityOptions(probes=rademacher_probes(1, actions, 5)))
     error = float(estimates.std() / math.sqrt(600))
     assert error > 0
     assert abs(float(estimates.mean() - exact[0])) < 4 * error
@@ -136,6 +141,7 @@ def test_the_density_can_be_trained_and_needs_no_gradient():
     assert float(values[0] - values[1]) == pytest.approx(2e-5 * float(weight.grad.abs().sum()), rel=1e-4)
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_what_cannot_be_scored_is_refused():
     network = Network(6).double()
     actions = chunks(2, 3, 2)
@@ -149,9 +155,71 @@ def test_what_cannot_be_scored_is_refused():
         log_prob(FLOW, network, actions, options=DensityOptions(times=[1.0, 0.0]))
     with pytest.raises(FlowError, match="log_prob"):
         log_prob(FLOW, lambda x, t: x * math.inf, actions)
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(FlowError, match=r"mask must be torch.bool of shape \[2, 3, 2\]"):
-            log_prob(FLOW, network, actions, torch.ones(2, 3, dtype=torch.bool))
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    with pytest.raises(FlowError, match=r"mask must be torch.bool of shape \[2, 3, 2\]"):
+        log_prob(FLOW, network, actions, torch.ones(2, 3, dtype=torch.bool))
+
+
+def nonlinear(weight):
+    return lambda x: torch.tanh(x.flatten(1) @ weight).reshape(x.shape) * x.flatten(1).sum(1)[:, None, None]
+
+
+@pytest.fixture
+def case():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 3, 2, generator=generator, dtype=torch.float64)
+    weight = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    field = nonlinear(weight)
+    jacobians = torch.stack([torch.autograd.functional.jacobian(lambda y: field(y[None])[0], one).reshape(6, 6) for one in x])
+    return x, field, jacobians
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 4])
+def test_exact_divergence_is_the_trace_of_each_state_s_jacobian(case, chunk_size):
+    x, field, jacobians = case
+    value, divergence = exact_divergence(field, x, chunk_size=chunk_size)
+    torch.testing.assert_close(value, field(x))
+    torch.testing.assert_close(divergence, jacobians.diagonal(dim1=1, dim2=2).sum(1))
+
+
+def test_chosen_entries_give_their_part_of_the_trace(case):
+    x, field, jacobians = case
+    _, divergence = exact_divergence(field, x, entries=[0, 4])
+    torch.testing.assert_close(divergence, jacobians[:, 0, 0] + jacobians[:, 4, 4])
+    assert exact_divergence(field, x, entries=[])[1].tolist() == [0] * 5
+
+
+def test_hutchinson_is_unbiased_with_the_variance_of_the_page(case):
+    x, field, jacobians = case
+    num = 4000
+    probes = rademacher_probes(num, x, 1)
+    value, estimate = hutchinson_divergence(field, x, probes)
+    torch.testing.assert_close(value, field(x))
+    exact = jacobians.diagonal(dim1=1, dim2=2).sum(1)
+    symmetric = (jacobians + jacobians.mT) / 2
+    variance = 2 * (symmetric.square().sum((1, 2)) - symmetric.diagonal(dim1=1, dim2=2).square().sum(1))
+    assert ((estimate - exact).abs() < 4 * (variance / num).sqrt()).all()
+    copies = x.repeat(1500, 1, 1)
+    singles = hutchinson_divergence(field, copies, probes[None, :1500].reshape(1, *copies.shape))[1].reshape(1500, 5)
+    torch.testing.assert_close(singles.var(0), variance, rtol=0.15, atol=0)
+    torch.testing.assert_close(singles.mean(0), hutchinson_divergence(field, x, probes[:1500])[1])
+
+
+def test_a_diagonal_jacobian_has_no_variance():
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(2))
+    probes = rademacher_probes(1, x, 3)
+    torch.testing.assert_close(hutchinson_divergence(torch.sin, x, probes)[1], torch.cos(x).sum(1))
+
+
+def test_attention_has_a_vectorised_exact_divergence():
+    """The policies' kernel: scaled_dot_product_attention under vmap of its backward pass."""
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(3, 4, 4, generator=generator, dtype=torch.float64)
+
+    def field(x):
+        q, k, v = (x @ one for one in weight)
+        return torch.nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+
+    x = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)
+    expected = [torch.autograd.functional.jacobian(lambda y: field(y[None])[0], one).reshape(20, 20).trace() for one in x]
+    with torch.no_grad():
+        torch.testing.assert_close(exact_divergence(field, x)[1], torch.stack(expected))
