@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Protocol, final, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pi0fm.flow.checks import check_grid, check_same_shape
@@ -137,6 +137,41 @@ class Counted:
         """The velocity of every row at the one time t."""
         self.num_evaluations += 1
         return evaluate(self._velocity, x, t)
+
+
+@final
+class Spread:
+    """A velocity that sums up its answers: how far they are from their mean over a trajectory, which of a straight one is 0.
+
+    Costs three small operations an evaluation, and no wait for the device. One object serves one trajectory.
+    """
+
+    def __init__(self, velocity: Velocity) -> None:
+        self._velocity, self._count = velocity, 0
+        self._first = self._sum = self._squares = torch.zeros(())
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """The velocity at (x, t)."""
+        return self._summed(self._velocity(x, t))
+
+    def at(self, x: Tensor, t: float) -> Tensor:
+        """The velocity of every row at the one time t."""
+        return self._summed(evaluate(self._velocity, x, t))
+
+    def of(self, mask: Bool[Tensor, "B *rest"]) -> Float[Tensor, " B"]:
+        """Standard deviation over the evaluations, root mean square over the entries of each row whose mask is True."""
+        variance = (self._squares - self._sum.square() / self._count) / self._count
+        real = torch.where(mask, variance.clamp(min=0.0), torch.zeros_like(variance)).flatten(1).sum(1)
+        return (real / mask.flatten(1).sum(1)).sqrt()
+
+    def _summed(self, value: Tensor) -> Tensor:
+        if not self._count:  # counted from the first answer, so that no digit is lost to the answers' size
+            self._first, self._sum, self._squares = value, torch.zeros_like(value), torch.zeros_like(value)
+        self._count += 1
+        away = value - self._first
+        self._sum += away
+        self._squares.addcmul_(away, away)
+        return value
 
 
 def _filled(t: float, x: Tensor) -> Tensor:

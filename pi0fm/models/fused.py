@@ -28,11 +28,12 @@ from torch import Tensor, nn
 
 from pi0fm.models import kernels
 from pi0fm.models.attention import additive
-from pi0fm.models.joint_decoder import JointDecoder, JointDecoderLayer, Stream
+from pi0fm.models.joint_decoder import JointDecoder, JointDecoderLayer, Stream, joined_chunks
 from pi0fm.models.layers import NORM_EPSILON, AdaptiveRMSNorm, Modulation, RMSNorm, Rotation, rotation
 from pi0fm.models.pi0 import FlowTime, Pi0
 from pi0fm.models.prefix_cache import KeyValue, Modulations, PrefixCache
 from pi0fm.models.vision import VisionLayer, VisionTower
+from pi0fm_client.errors import ConfigError
 
 # Sizes of tiles: the fastest of 15 choices for a step of released sizes on an H100 (docs/gpu.md)
 ROWS = 64  # of a product's tile: the fewest that a Hopper matrix instruction takes
@@ -58,7 +59,7 @@ class FusedContext:
     """What the action tokens need to know of the rest. buffers: a layer's keys and values each; rotary: of state and actions.
 
     state: tokens whose keys and values are not in the buffers yet: they ride along with the actions of the first step, which saves a pass
-    over the weights. Emptied by it.
+    over the weights. Emptied by it. chunks: as ActionContext's.
     """
 
     buffers: tuple[KeyValue, ...]
@@ -67,6 +68,7 @@ class FusedContext:
     prefix: int
     state: list[Tensor]
     states: int
+    chunks: int
 
 
 @final
@@ -86,13 +88,14 @@ class FusedDecoder(nn.Module):
         )
         self._space = space
 
-    def encode(self, prefix: Float[Tensor, "B P D"], mask: Bool[Tensor, "B P"]) -> PrefixCache:
-        """Run the prefix alone; the cache's buffers have `space` behind it."""
+    def encode(self, prefix: Float[Tensor, "B P D"], mask: Bool[Tensor, "B P"], whole: bool = False) -> PrefixCache:
+        """As JointDecoder's; the cache's buffers have `space` behind the prefix."""
         batch, tokens, _ = prefix.shape
         streams = [layer.backbone for layer in self.layers if isinstance(layer, JointDecoderLayer)]
         matrix, kv = streams[0].qkv.weight, streams[0].num_kv_heads
         buffers = matrix.new_empty(len(streams), 2, batch, kv, tokens + self._space, self.head_dim)
-        rotary, bias = rotation(mask.long().cumsum(dim=1) - 1, self.head_dim), additive(mask[:, None, None]).to(matrix.dtype)
+        rotary = rotation(mask.long().cumsum(dim=1) - 1, self.head_dim)
+        bias = None if whole else additive(mask[:, None, None]).to(matrix.dtype)
 
         def attend(query: Tensor, cached: Cached) -> Tensor:
             key, value = cached.key[:, :, :tokens], cached.value[:, :, :tokens]
@@ -104,21 +107,28 @@ class FusedDecoder(nn.Module):
         x, y = prefix.contiguous(), None
         for stream, buffer in zip(streams, buffers, strict=True):
             x, y, _ = _layer(stream, x, y, None, (None, None), rotary, Cached(buffer[0], buffer[1], 0), attend, few=False)
-        return PrefixCache(tuple(KeyValue(buffer[0], buffer[1]) for buffer in buffers), mask, mask.sum(dim=1))
+        return PrefixCache(tuple(KeyValue(buffer[0], buffer[1]) for buffer in buffers), mask, mask.sum(dim=1), whole)
 
-    def context(self, cache: PrefixCache, state: Float[Tensor, "B Z D"] | None, num_actions: int) -> FusedContext:
+    def context(self, cache: PrefixCache, state: Float[Tensor, "B Z D"] | None, num_actions: int, chunks: int = 1) -> FusedContext:
         """As JointDecoder's; nothing is run before the first step."""
-        mask = cache.mask
-        seen = torch.cat((mask, mask.new_ones(len(mask), self._space)), dim=1)
-        rotary = rotation(mask.sum(dim=1)[:, None] + torch.arange(self._space, device=mask.device), self.head_dim)
+        mask, states, layers = cache.mask, self._space - num_actions, cache.layers
+        more = (chunks - 1) * num_actions  # tokens for which `encode` left no space
+        if more:
+            spacious = (layer.with_space(more) for layer in layers)
+            layers = tuple(KeyValue(layer.key, layer.value) for layer in spacious)
+        seen = torch.cat((mask, mask.new_ones(len(mask), self._space + more)), dim=1)
+        steps = torch.arange(self._space, device=mask.device)
+        steps = torch.cat((steps[:states], steps[states:].repeat(chunks)))
+        rotary = rotation(mask.sum(dim=1)[:, None] + steps, self.head_dim)
         pending = [] if state is None else [state]
-        return FusedContext(cache.layers, rotary, additive(seen[:, None, None]), mask.shape[1], pending, self._space - num_actions)
+        return FusedContext(layers, rotary, additive(seen[:, None, None]), mask.shape[1], pending, states, chunks)
 
     def run(
-        self, actions: Float[Tensor, "B H D"], context: FusedContext, made: Modulations | None
+        self, actions: Float[Tensor, "BN H D"], context: FusedContext, made: Modulations | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
         """Through all layers: x, parts and gate, whose sum is the residual stream, and how many tokens stand before the actions."""
-        alone, first, rotary = 0, context.prefix + context.states, _rows_of(context.rotary, context.states, self._space)
+        each, actions = actions.shape[1], joined_chunks(actions, context.chunks)
+        alone, first, rotary = 0, context.prefix + context.states, _rows_from(context.rotary, context.states)
         if context.state:
             state = context.state.pop()
             alone, first, rotary = state.shape[1], context.prefix, context.rotary
@@ -128,7 +138,7 @@ class FusedDecoder(nn.Module):
         for index, (layer, cached) in enumerate(zip(self.layers, context.buffers, strict=True)):
             assert isinstance(layer, JointDecoderLayer)
             by = (None, None) if made is None else made.layers[index]
-            attend = partial(attend_in_slices, bias=context.bias, alone=alone)
+            attend = partial(attend_in_slices, bias=context.bias, alone=alone, each=each)
             x, y, gate = _layer(layer.action_expert, x, y, gate, by, rotary, Cached(cached.key, cached.value, first), attend, few)
         return x, y, gate, alone
 
@@ -146,7 +156,14 @@ class FusedPi0(Pi0):
         self.vision, self.decoder = FusedVision(model.vision), FusedDecoder(decoder, space)  # type: ignore[assignment]
         self.eval()
 
-    def action_velocity(self, x_t: Float[Tensor, "B H A"], time: FlowTime, context: Any) -> Float[Tensor, "B H A"]:
+    def velocity(self, cache: PrefixCache, state: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Raise ConfigError: `CachedVelocity` asks for it where rows of one observation may have times of their own."""
+        raise ConfigError(
+            "several chunks from one prefix need a solver of fixed steps without noise where a network with adaptive norms is compiled; "
+            "type --solver euler, or --compile off"
+        )
+
+    def action_velocity(self, x_t: Float[Tensor, "BN H A"], time: FlowTime, context: Any) -> Float[Tensor, "BN H A"]:
         """As Pi0's."""
         decoder = cast(FusedDecoder, self.decoder)
         actions, condition = self._actions(x_t, time.embedded)
@@ -155,7 +172,8 @@ class FusedPi0(Pi0):
             made = decoder.modulations(condition)
         x, parts, gate, before = decoder.run(actions, context, made)
         assert parts is not None
-        return head(x, parts, gate, decoder.final_norm, None if made is None else made.final, self.action_out, before)
+        found = head(x, parts, gate, decoder.final_norm, None if made is None else made.final, self.action_out, before)
+        return found.view(x_t.shape)
 
 
 def _layer(
@@ -210,8 +228,8 @@ def rotated_qkv(x: Float[Tensor, "B T D"], stream: Stream, by: Rotation, cached:
     return query
 
 
-def attend_in_slices(query: Float[Tensor, "B T N K"], cached: Cached, bias: Tensor, alone: int = 0) -> Float[Tensor, "B T NK"]:
-    """Softmax attention of all rows to the cache up to the rows' own keys. bias: [B, 1, 1, J] float32; alone: see `kernels.attend`."""
+def attend_in_slices(query: Float[Tensor, "B T N K"], cached: Cached, bias: Tensor, alone: int, each: int) -> Float[Tensor, "B T NK"]:
+    """Softmax attention of all rows to the cache up to the rows' own keys. bias: [B, 1, 1, J] float32; alone, each: `kernels.attend`."""
     batch, tokens, heads, head_dim = query.shape
     kv, capacity = cached.key.shape[1:3]
     keys = cached.first + tokens
@@ -219,7 +237,7 @@ def attend_in_slices(query: Float[Tensor, "B T N K"], cached: Cached, bias: Tens
     sums = query.new_empty(batch * kv, cuts, rows, head_dim, dtype=torch.float32)
     largest, totals = (query.new_empty(batch * kv, cuts, rows, dtype=torch.float32) for _ in range(2))
     kernels.attend[(triton.cdiv(rows, ASKING), cuts, batch * kv)](
-        query, cached.key, cached.value, bias, sums, largest, totals, tokens, keys, capacity, bias.shape[-1], alone, head_dim**-0.5,
+        query, cached.key, cached.value, bias, sums, largest, totals, tokens, keys, capacity, bias.shape[-1], alone, each, head_dim**-0.5,
         HEADS=heads, KV=kv, K=head_dim, ROWS=ASKING, KEYS=KEYS, num_warps=8, num_stages=1, **_overlap(query),
     )  # fmt: skip
     joined = query.new_empty(batch, tokens, heads * head_dim)
@@ -366,5 +384,5 @@ def _stride(x: Tensor | None) -> int:
     return 0 if x is None or len(x) == 1 else x.stride(0)
 
 
-def _rows_of(rotary: Rotation, first: int, last: int) -> Rotation:
-    return Rotation(*(angle[:, :, first:last].contiguous() for angle in rotary))
+def _rows_from(rotary: Rotation, first: int) -> Rotation:
+    return Rotation(*(angle[:, :, first:].contiguous() for angle in rotary))

@@ -163,10 +163,11 @@ class JointDecoder(nn.Module):
         width = config.action_expert.width
         self.final_norm: nn.Module = RMSNorm(width) if condition_width is None else AdaptiveRMSNorm(width, condition_width)
 
-    def encode(self, prefix: Float[Tensor, "B P D"], mask: Bool[Tensor, "B P"]) -> PrefixCache:
-        """Run the prefix alone."""
-        _, layers = self._run(prefix, mask, None, 0, None, None)
-        return PrefixCache(layers, mask, mask.sum(dim=1))
+    def encode(self, prefix: Float[Tensor, "B P D"], mask: Bool[Tensor, "B P"], whole: bool = False) -> PrefixCache:
+        """Run the prefix alone. whole: the mask is known to be True everywhere, and none is added."""
+        whole = whole or _is_whole(mask)
+        _, layers = self._run(prefix, mask, None, 0, None, None, whole)
+        return PrefixCache(layers, mask, mask.sum(dim=1), whole)
 
     def decode(
         self, suffix: Float[Tensor, "B Q D"], cache: PrefixCache, num_state_tokens: int, condition: Tensor | None
@@ -176,17 +177,28 @@ class JointDecoder(nn.Module):
         assert out is not None
         return out
 
-    def context(self, cache: PrefixCache, state: Float[Tensor, "B Z D"] | None, num_actions: int) -> ActionContext:
-        """What `decode_actions` needs, computed once. The state's tokens see the prefix and themselves, so no flow time changes them."""
+    def context(self, cache: PrefixCache, state: Float[Tensor, "B Z D"] | None, num_actions: int, chunks: int = 1) -> ActionContext:
+        """What `decode_actions` needs, computed once. The state's tokens see the prefix and themselves, so no flow time changes them.
+
+        chunks: of each observation. They share its keys and values, which are copied for none of them, and see their own only:
+
+                          prefix, state   chunk 0   chunk 1
+            chunk 0             x            x         .
+            chunk 1             x            .         x
+        """
         layers, mask = cache.layers, cache.mask
         if state is not None:
             _, layers = self._run(None, mask, state, state.shape[1], cache, None)
             mask = torch.cat((mask, mask.new_ones(len(mask), state.shape[1])), dim=1)
-        steps = torch.arange(num_actions, device=mask.device)
-        buffers = tuple(layer.with_space(num_actions) for layer in layers)
+        buffers = tuple(layer.with_space(chunks * num_actions) for layer in layers)
+        steps = torch.arange(num_actions, device=mask.device).repeat(chunks)
         rotary = rotation(mask.sum(dim=1)[:, None] + steps, self.head_dim)
-        seen = None if _whole(mask) else torch.cat((mask, mask.new_ones(len(mask), num_actions)), dim=1)[:, None, None]
-        return ActionContext(buffers, rotary, None if seen is None else additive(seen))
+        if chunks == 1 and cache.whole:
+            return ActionContext(buffers, rotary, None)
+        chunk = torch.arange(chunks, device=mask.device).repeat_interleave(num_actions)
+        own = mask.new_ones(1, num_actions) if chunks == 1 else chunk[:, None] == chunk
+        seen = torch.cat((mask[:, None].expand(-1, len(own), -1), own.expand(len(mask), -1, -1)), dim=2)[:, None]
+        return ActionContext(buffers, rotary, additive(seen), chunks)
 
     def modulations(self, condition: Float[Tensor, "B D"]) -> Modulations:
         """What every adaptive norm of the action stream makes of one flow time; a third of what a step of pi0.5 reads from memory."""
@@ -195,16 +207,19 @@ class JointDecoder(nn.Module):
         return Modulations(layers, self.final_norm.modulate(condition))
 
     def decode_actions(
-        self, actions: Float[Tensor, "B H D"], context: ActionContext, condition: Tensor | Modulations | None
-    ) -> Float[Tensor, "B H D"]:
-        """Decode action tokens through all layers: the actions' rows of `decode` of state and actions."""
-        tokens = actions
+        self, actions: Float[Tensor, "BN H D"], context: ActionContext, condition: Tensor | Modulations | None
+    ) -> Float[Tensor, "BN H D"]:
+        """Decode action tokens through all layers: the actions' rows of `decode` of state and actions.
+
+        actions: `context.chunks` rows for each observation, in its order; with several, `condition` is of one flow time for all.
+        """
+        tokens = joined_chunks(actions, context.chunks)
         modulations = condition if isinstance(condition, Modulations) else None
         for index, (layer, buffer) in enumerate(zip(self.layers, context.layers, strict=True)):
             of_layer = modulations.layers[index] if modulations else condition
             suffix = StreamInput(tokens, context.rotary, context.bias)
             _, tokens, _ = layer(suffix=suffix, cached=buffer, condition=of_layer)
-        return self.final_norm(tokens, modulations.final if modulations else condition)[0]
+        return self.final_norm(tokens, modulations.final if modulations else condition)[0].view(actions.shape)
 
     def forward(
         self,
@@ -227,11 +242,12 @@ class JointDecoder(nn.Module):
         num_state_tokens: int,
         cache: PrefixCache | None,
         condition: Tensor | None,
+        whole: bool = False,
     ) -> tuple[Tensor | None, tuple[KeyValue, ...]]:
         """The suffix behind the final norm, and in each layer the keys and values of all that was seen there."""
         if prefix is not None:
             prefix_rotation = rotation(mask.long().cumsum(dim=1) - 1, self.head_dim)  # padding and missing cameras take no position
-            prefix_mask = None if suffix is None and _whole(mask) else additive(mask[:, None, None])
+            prefix_mask = None if whole else additive(mask[:, None, None])
         if suffix is not None:
             draws = suffix.shape[0] // mask.shape[0]
             steps = torch.arange(suffix.shape[1], device=suffix.device)
@@ -252,7 +268,7 @@ class JointDecoder(nn.Module):
         return suffix, tuple(layers)
 
 
-def _whole(mask: Tensor) -> bool:
+def _is_whole(mask: Tensor) -> bool:
     """Whether no mask need be added. A look at it is free on a CPU; elsewhere, and for a compiler, it is not, and the answer is no."""
     return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
 
@@ -263,6 +279,11 @@ def suffix_attention_mask(prefix_mask: Bool[Tensor, "B P"], num_tokens: int, num
     own[:num_state_tokens, num_state_tokens:] = False
     batch = prefix_mask.shape[0]
     return torch.cat((prefix_mask[:, None].expand(batch, num_tokens, -1), own.expand(batch, -1, -1)), dim=2)[:, None]
+
+
+def joined_chunks(actions: Float[Tensor, "BN H D"], chunks: int) -> Float[Tensor, "B NH D"]:
+    """The chunks of one observation, one behind the other."""
+    return actions if chunks == 1 else actions.unflatten(0, (-1, chunks)).flatten(1, 2)
 
 
 def residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:

@@ -156,13 +156,13 @@ def rotated_heads(
 
 @triton.jit
 def attend(
-    query, key, value, bias, sums, largest, totals, tokens, keys, capacity, bias_stride, alone, scale,
+    query, key, value, bias, sums, largest, totals, tokens, keys, capacity, bias_stride, alone, each, scale,
     HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows (a token's heads one after the other) against KEYS keys: unnormalised sums, and the softmax's maximum and total.
 
-    The first `alone` tokens see none of the own keys of the others.
+    The first `alone` tokens see none of the own keys of the others; of those each `each` are a chunk, and no chunk sees another.
     """
     GROUP: tl.constexpr = HEADS // KV
     _after_previous(PDL)
@@ -177,7 +177,9 @@ def attend(
     queries = tl.load(query + asked[:, None] + depth[None, :], mask=live[:, None], other=0.0)
     scores = _dot(queries, tl.load(key + place, mask=there[:, None], other=0.0), tl.zeros((ROWS, KEYS), tl.float32)) * scale
     scores += tl.load(bias + batch * bias_stride + seen, mask=there, other=0.0)[None, :]
-    hidden = (row // GROUP < alone)[:, None] & (seen >= keys - tokens + alone)[None, :]
+    asking, asked = row // GROUP - alone, seen - (keys - tokens + alone)  # places among the actions; what stands before them is below 0
+    other = (asking < 0)[:, None] | ((asking // each)[:, None] != (asked // each)[None, :])
+    hidden = (asked >= 0)[None, :] & other
     scores = tl.where(there[None, :] & (hidden == 0), scores, float("-inf"))
     top = tl.max(scores, 1)
     weights = tl.exp(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])

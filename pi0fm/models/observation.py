@@ -7,6 +7,7 @@ Shape letters: B batch, C cameras, L prompt tokens, S padded state dim.
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
@@ -45,6 +46,18 @@ class ModelObservation:
         if not bool(cameras.all()):
             images, image_mask = images[:, cameras], image_mask[:, cameras]
         return ModelObservation(images, image_mask, self.prompt_tokens[:, :kept], self.prompt_mask[:, :kept], self.state)
+
+    def padded(self, rows: int, cameras: int, prompt_tokens: int) -> "ModelObservation":
+        """With masked cameras and prompt columns behind those that there are, and the last row repeated: the inverse of `trimmed`."""
+        cameras, tokens = cameras - self.images.shape[1], prompt_tokens - self.prompt_tokens.shape[1]
+        images, image_mask = F.pad(self.images, (0, 0) * 3 + (0, cameras)), F.pad(self.image_mask, (0, cameras))
+        prompt_tokens, prompt_mask = F.pad(self.prompt_tokens, (0, tokens)), F.pad(self.prompt_mask, (0, tokens))
+        repeated = torch.arange(rows).clamp(max=len(self) - 1)
+        return ModelObservation(*(each[repeated] for each in (images, image_mask, prompt_tokens, prompt_mask, self.state)))
+
+    def is_whole(self) -> bool:
+        """Whether every camera and every prompt token of every row is real, so that no mask is needed. Reads masks, as `trimmed` does."""
+        return bool(self.image_mask.all() and self.prompt_mask.all())
 
     def __len__(self) -> int:
         return self.state.shape[0]

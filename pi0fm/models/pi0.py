@@ -91,23 +91,23 @@ class Pi0(nn.Module):
         self.time_mlp_out = nn.Linear(expert, expert)
         initialise_new(self)
 
-    def encode_prefix(self, observation: ModelObservation) -> PrefixCache:
-        """Run pictures and prompt through the backbone once; the cache serves every flow time."""
-        return self.decoder.encode(*self._prefix(observation))
+    def encode_prefix(self, observation: ModelObservation, whole: bool = False) -> PrefixCache:
+        """Run pictures and prompt through the backbone once; the cache serves every flow time.
+
+        whole: what `observation.is_whole` said on the host; attention without a mask is the faster kernel on a GPU.
+        """
+        return self.decoder.encode(*self._prefix(observation), whole)
 
     def velocity(
-        self, cache: PrefixCache, state: Float[Tensor, "B S"], x_t: Float[Tensor, "B H A"], t: Float[Tensor, " B"]
-    ) -> Float[Tensor, "B H A"]:
-        """dx/dt at (x_t, t) for the cached observation; t in [0, 1] from noise to data; float32."""
+        self, cache: PrefixCache, state: Float[Tensor, "BK S"], x_t: Float[Tensor, "BK H A"], t: Float[Tensor, " BK"]
+    ) -> Float[Tensor, "BK H A"]:
+        """dx/dt at (x_t, t) for the cached observations, K rows each; t in [0, 1] from noise to data; float32."""
         suffix, num_state_tokens, condition = self._suffix(state, x_t, t)
         return self._head(self.decoder.decode(suffix, cache, num_state_tokens, condition))
 
-    def cached_velocity(self, observation: ModelObservation, times: dict[float, FlowTime] | None = None) -> "CachedVelocity":
-        """Return the velocity of one batch of observations as a function of (x_t, t), for a sampler that evaluates it many times.
-
-        times: keeps what depends on a flow time alone, for further samples with the same weights in the same precision.
-        """
-        return CachedVelocity(self, self.encode_prefix(observation), observation.state, times)
+    def cached_velocity(self, observation: ModelObservation, chunks: int = 1) -> "CachedVelocity":
+        """Return the velocity of one batch of observations as a function of (x_t, t), for a sampler that evaluates it many times."""
+        return CachedVelocity(self, self.encode_prefix(observation), observation.state, chunks=chunks)
 
     def flow_time(self, t: float) -> FlowTime:
         """One flow time for a whole batch, without gradient."""
@@ -116,7 +116,7 @@ class Pi0(nn.Module):
             adaptive = self.config.time_conditioning == "adaptive_norm"
             return FlowTime(embedded, self.decoder.modulations(embedded) if adaptive else None)
 
-    def action_velocity(self, x_t: Float[Tensor, "B H A"], time: FlowTime, context: ActionContext) -> Float[Tensor, "B H A"]:
+    def action_velocity(self, x_t: Float[Tensor, "BN H A"], time: FlowTime, context: ActionContext) -> Float[Tensor, "BN H A"]:
         """Evaluate the velocity once in a sampler: as `velocity`, with everything independent of x_t precomputed."""
         actions, condition = self._actions(x_t, time.embedded)
         return self._head(self.decoder.decode_actions(actions, context, condition if time.modulations is None else time.modulations))
@@ -203,7 +203,9 @@ class CachedVelocity:
         each evaluation   x_t -> action tokens -> layers -> head
 
     Not for training: what is made of a time is kept, without its gradient. The gradient in x_t, which a density needs, is whole.
-    action_velocity: `model.action_velocity`, or a compiled form of it. times: see `Pi0.cached_velocity`.
+    times: keeps what depends on a flow time alone, for further samples with the same weights in the same precision.
+    action_velocity: `model.action_velocity`, or a compiled form of it.
+    chunks: x_t holds so many rows for each observation, in its order; all look at one prefix.
     """
 
     def __init__(
@@ -213,23 +215,25 @@ class CachedVelocity:
         state: Float[Tensor, "B S"],
         times: dict[float, FlowTime] | None = None,
         action_velocity: Callable[[Tensor, FlowTime, ActionContext], Tensor] | None = None,
+        chunks: int = 1,
     ) -> None:
         self._model, self._cache, self._state, self._action_velocity = model, cache, state, action_velocity or model.action_velocity
-        config = model.config
+        self._chunks, config = chunks, model.config
         # under adaptive norms a state token would change with the time: such a network keeps it in the suffix
         self._context: ActionContext | None = None
         if config.state_input == "prompt" or config.time_conditioning != "adaptive_norm":
             tokens = None if config.state_input == "prompt" else model.state_in(state)[:, None]
-            self._context = model.decoder.context(cache, tokens, config.action_horizon)
+            self._context = model.decoder.context(cache, tokens, config.action_horizon, chunks)
         self._times = {} if times is None else times
 
-    def __call__(self, x_t: Float[Tensor, "B H A"], t: Float[Tensor, " B"]) -> Float[Tensor, "B H A"]:
+    def __call__(self, x_t: Float[Tensor, "BN H A"], t: Float[Tensor, " BN"]) -> Float[Tensor, "BN H A"]:
         """dx/dt at (x_t, t), float32."""
-        if self._context is None:
-            return self._model.velocity(self._cache, self._state, x_t, t)
+        # adaptive norms take one time for all rows of an observation
+        if self._context is None or (self._chunks > 1 and self._model.config.time_conditioning == "adaptive_norm"):
+            return self._model.velocity(self._cache, self._state.repeat_interleave(self._chunks, dim=0), x_t, t)
         return self._action_velocity(x_t, FlowTime(self._model._time(t)), self._context)
 
-    def at(self, x_t: Float[Tensor, "B H A"], t: float) -> Float[Tensor, "B H A"]:
+    def at(self, x_t: Float[Tensor, "BN H A"], t: float) -> Float[Tensor, "BN H A"]:
         """The same at one time for the whole batch, of which all that does not depend on x_t is made at the first call and kept."""
         if self._context is None:
             return self(x_t, torch.full((len(x_t),), t, dtype=x_t.dtype, device=x_t.device))

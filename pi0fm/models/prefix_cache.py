@@ -57,12 +57,13 @@ class KeyValueBuffer:
 class PrefixCache:
     """What a suffix needs to know of the prefix: one KeyValue a layer, and which prefix tokens are real.
 
-    mask: [B, P]; length: [B], the position of the first suffix token.
+    mask: [B, P]; length: [B], the position of the first suffix token. whole: known on the host: the mask is True everywhere.
     """
 
     layers: tuple[KeyValue, ...]
     mask: Bool[Tensor, "B P"]
     length: Int64[Tensor, " B"]
+    whole: bool = False
 
 
 class Modulations(NamedTuple):
@@ -76,10 +77,11 @@ class Modulations(NamedTuple):
 class ActionContext:
     """All that action tokens need to know of the rest, for every flow time of one batch of observations.
 
-    layers: one KeyValueBuffer a layer. rotary: the rotary angles of the action tokens. bias: additive [B, 1, 1, J], None when every
-    token is real.
+    layers: one KeyValueBuffer a layer. rotary: the rotary angles of the action tokens. bias: additive [B, 1, 1 or T, J], None when every
+    token is real. chunks: how many chunks look at one observation, one behind the other; none of them sees another.
     """
 
     layers: tuple[KeyValueBuffer, ...]
     rotary: Rotation
     bias: Tensor | None
+    chunks: int = 1

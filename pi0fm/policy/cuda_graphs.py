@@ -6,11 +6,11 @@ Owns: the buffers that a graph reads, which graphs are kept. Does not know: what
     later calls              inputs -> page-locked host memory -> buffers, without waiting -> replay -> the output, to the host
                              one place of memory for all graphs: they never run at the same time
 
-A shape is (batch, cameras, prompt tokens). Prompts come in multiples of 8 tokens, so a robot with a few instructions needs few graphs.
+A shape is that of every input, and the words that choose what is recorded. policy/buckets.py makes shapes few.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import fields
 from typing import final
 
@@ -19,11 +19,13 @@ from torch import Tensor
 
 from pi0fm.models.observation import ModelObservation
 
-KEPT = 16
+KEPT = 64
 _WARM_UP = 3
 
-Call = Callable[[ModelObservation, Tensor, Tensor], Tensor]
-Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+Answer = tuple[Tensor, ...]
+Call = Callable[..., Answer]
+"""(observation, noise, mask, *words) -> tensors."""
+Record = Callable[[Callable[[], Answer]], Callable[[], Answer]]
 """From a call on fixed buffers to one that repeats it."""
 
 
@@ -33,25 +35,25 @@ class Graphs:
 
     def __init__(self, call: Call, device: torch.device, record: Record | None = None) -> None:
         self._call, self._device, self._record = call, device, record or Recorder(device)
-        self._kept: OrderedDict[tuple[torch.Size, ...], tuple[list[Tensor], list[Tensor], Callable[[], Tensor]]] = OrderedDict()
+        self._kept: OrderedDict[tuple[Hashable, ...], tuple[list[Tensor], list[Tensor], Callable[[], Answer]]] = OrderedDict()
 
-    def __call__(self, observation: ModelObservation, noise: Tensor, mask: Tensor) -> Tensor:
-        """The call's answer, on the host, a tensor of its own."""
+    def __call__(self, observation: ModelObservation, noise: Tensor, mask: Tensor, *words: Hashable) -> Answer:
+        """The call's answer, on the host, tensors of its own."""
         given = [*(getattr(observation, item.name) for item in fields(observation)), noise, mask]
-        shape = tuple(tensor.shape for tensor in given)
+        shape = (*(tensor.shape for tensor in given), *words)
         if shape not in self._kept:
             while len(self._kept) >= KEPT:
                 self._kept.popitem(last=False)
             buffers = [tensor.to(self._device, copy=True) for tensor in given]
             locked = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._device.type == "cuda") for tensor in given]
             seen = ModelObservation(*buffers[:-2])
-            self._kept[shape] = buffers, locked, self._record(lambda: self._call(seen, *buffers[-2:]))
+            self._kept[shape] = buffers, locked, self._record(lambda: self._call(seen, *buffers[-2:], *words))
         self._kept.move_to_end(shape)
         buffers, locked, replay = self._kept[shape]
         for buffer, held, tensor in zip(buffers, locked, given, strict=True):
             # the copy of the last call out of `held` has ended: its answer was waited for
             buffer.copy_(held.copy_(tensor) if tensor.device.type == "cpu" else tensor, non_blocking=True)
-        return replay().to("cpu", copy=True)
+        return tuple(answer.to("cpu", copy=True) for answer in replay())
 
 
 @final
@@ -61,7 +63,7 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
 
-    def __call__(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def __call__[T](self, call: Callable[[], T]) -> Callable[[], T]:
         """A function that repeats `call` on whatever its buffers hold by then, and returns where the answer lies."""
         with torch.cuda.device(self._device):
             beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -74,7 +76,7 @@ class Recorder:
             with torch.cuda.graph(graph, pool=self._pool):
                 answer = call()
 
-        def replay() -> Tensor:
+        def replay() -> T:
             graph.replay()
             return answer
 

@@ -3,6 +3,7 @@
 Owns: one batched inference, and the score of given chunks. Does not know: files, sockets, simulators.
 
     observations -> chain -> encode_prefix once -> num_flow_steps velocities against the cache -> inverse chain -> chunks
+    the same, N noises for each observation -> N chunks from one prefix -> best_of -> the chosen chunks
     observations, chunks -> chain -> encode_prefix once -> the same velocities and their divergence, backwards -> Scores
 """
 
@@ -25,6 +26,8 @@ from pi0fm.flow.sampling import num_increments
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy import noise
+from pi0fm.policy.best_of import LIKELIHOOD, BestOf, choose, medoid_distances
+from pi0fm.policy.buckets import Buckets
 from pi0fm.policy.sampler import Sampler
 from pi0fm.policy.scores import ScoreOptions, Scores, conditioned, make_scores, observe_given, sample_and_score
 from pi0fm_client.errors import ConfigError, ObservationError
@@ -86,17 +89,53 @@ class LocalPolicy:
         inputs = self.chain.observe(observations)
         each: list[dict[str, float]] = [{} for _ in observations]
         if scores is False:
-            start, increments = self._noise(seeds)
-            sampled = self.sampler(inputs, start, self.mask(len(seeds)), increments)
+            sampled, _ = self._sampled(inputs, seeds, spread=False)
         else:
-            inputs = self.sampler.prepared(inputs)
-            # not inference_mode: the divergence is a derivative
-            with torch.no_grad(), self.sampler.precision():
-                sampled, found = self._sample_and_score(inputs, seeds, ScoreOptions() if scores is True else scores)
+            sampled, found = self._sample_and_score(inputs, seeds, ScoreOptions() if scores is True else scores)
             each = found.each()
         actions = self._to_robot(inputs.state.cpu().numpy(), sampled.float().cpu().numpy())
         timings = {"infer_ms": 1e3 * (time.perf_counter() - began)}
         return [ActionChunk(chunk, timings, row) for chunk, row in zip(actions, each, strict=True)]
+
+    def infer_best(
+        self, observations: Sequence[Observation], options: BestOf | None = None, noise_seeds: Sequence[int] | None = None
+    ) -> list[ActionChunk]:
+        """The best of `options.num_chunks` chunks for each observation, all from one prefix; the first is `infer_batch`'s of that seed.
+
+        Its `scores` say `candidate`, the chosen one's number, and of it the `spread` and `medoid_distance` (best_of.py); under likelihood
+        `log_prob` and `noise_norm` in the spread's place. Raises ObservationError for a wrong observation.
+        """
+        options = options or BestOf()
+        if not observations:
+            return []
+        began = time.perf_counter()
+        given = _seeds(observations, noise_seeds)
+        seeds = [each for seed in given for each in noise.candidate_seeds(seed, options.num_chunks)]
+        inputs = self.chain.observe(observations)
+        if options.criterion == LIKELIHOOD:
+            self._refuse_scores()
+            sampled, found = self._sample_and_score(inputs, seeds, options.likelihood)
+            measures = {"log_prob": found.log_prob, "noise_norm": found.noise_norm}
+        else:
+            sampled, spread = self._sampled(inputs, seeds, spread=True)
+            assert spread is not None
+            measures = {"spread": spread.double().cpu().numpy()}
+        normal = sampled.float().cpu().numpy()
+        groups = normal[..., : self.chain.embodiment.dims()[1]].reshape(len(given), options.num_chunks, -1)
+        measures["medoid_distance"] = np.concatenate([medoid_distances(group) for group in groups])
+        measures["candidate"] = np.tile(np.arange(options.num_chunks), len(given))
+        chosen = choose(measures, options)
+        actions = self._to_robot(inputs.state.cpu().numpy(), normal[chosen])
+        timings = {"infer_ms": 1e3 * (time.perf_counter() - began)}
+        scores = [{name: float(values[row]) for name, values in measures.items()} for row in chosen]
+        return [ActionChunk(chunk, timings, each) for chunk, each in zip(actions, scores, strict=True)]
+
+    def warm_up(self, max_batch: int) -> int:
+        """Make everything that `infer_batch` of up to `max_batch` observations compiles or records; how many shapes that were."""
+        examples = [] if self._buckets is None else list(self._buckets.examples(max_batch))
+        for inputs in examples:
+            self._sampled(inputs, [0] * len(inputs), spread=False)
+        return len(examples)
 
     def log_prob(
         self,
@@ -121,19 +160,41 @@ class LocalPolicy:
             pushed = push_backward(self.flow, velocity, normal.to(self.device), self.mask(len(seeds)), density)
         return make_scores(pushed, self.chain, self._shape[0])
 
-    def _sample_and_score(self, inputs: ModelObservation, seeds: Sequence[int], options: ScoreOptions) -> tuple[Tensor, Scores]:
-        cache = self.model.encode_prefix(inputs)
+    @property
+    def _buckets(self) -> Buckets | None:
+        if self.sampler.compile == "off":
+            return None
+        return Buckets(self.model.config, len(self.chain.embodiment.cameras), self.sampler.static)
+
+    def _sampled(self, inputs: ModelObservation, seeds: Sequence[int], spread: bool) -> tuple[Tensor, Tensor | None]:
+        """A chunk for each seed, one or more of them for each observation, and their spread."""
+        asked, chunks = len(seeds), len(seeds) // len(inputs)
+        if self._buckets is not None:
+            inputs = self._buckets.padded(inputs)
+            seeds = [*seeds, *seeds[-1:] * (len(inputs) * chunks - asked)]
         start, increments = self._noise(seeds)
-        pushed = sample_and_score(
-            self.flow,
-            conditioned(self.model, cache, inputs.state),
-            conditioned(self._scoring_model(options), cache, inputs.state),
-            start,
-            self.mask(len(seeds)),
-            options,
-            probes=self._probes(seeds, options),
-            increments=increments,
-        )
+        given = (inputs, start, self.mask(len(seeds)), increments)
+        if spread:
+            sampled, found = self.sampler.with_spread(*given)
+            return sampled[:asked], found[:asked]
+        return self.sampler(*given)[:asked], None
+
+    def _sample_and_score(self, inputs: ModelObservation, seeds: Sequence[int], options: ScoreOptions) -> tuple[Tensor, Scores]:
+        chunks, inputs = len(seeds) // len(inputs), self.sampler.prepared(inputs)
+        start, increments = self._noise(seeds)
+        # not inference_mode: the divergence is a derivative
+        with torch.no_grad(), self.sampler.precision():
+            cache = self.model.encode_prefix(inputs)
+            pushed = sample_and_score(
+                self.flow,
+                conditioned(self.model, cache, inputs.state, chunks),
+                conditioned(self._scoring_model(options), cache, inputs.state, chunks),
+                start,
+                self.mask(len(seeds)),
+                options,
+                probes=self._probes(seeds, options),
+                increments=increments,
+            )
         return pushed.actions, make_scores(pushed, self.chain, self._shape[0])
 
     def _noise(self, seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:

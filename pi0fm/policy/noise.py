@@ -9,6 +9,7 @@ Owns: which numbers are drawn for what, so that a served, batched or local call 
 Shape letters: B batch, H action horizon, A action dim, K steps, n probes.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,12 @@ from pi0fm.data.order.counter import draw
 
 START, INCREMENTS, PROBES = 0, 1, 2
 Shape = tuple[int, int]
+
+
+def candidate_seeds(seed: int, num_chunks: int) -> list[int]:
+    """A seed for each of several chunks of one observation: the observation's own, then numbers made of it."""
+    each = (hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest() for number in range(1, num_chunks))
+    return [seed, *(int.from_bytes(digest, "little") >> 1 for digest in each)]
 
 
 def starting_noise(seeds: Sequence[int], shape: Shape) -> Float[Tensor, "B H A"]:

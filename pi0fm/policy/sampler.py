@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from pi0fm.flow.checks import check_finite
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import sample
-from pi0fm.flow.solver import FIXED_GRID_SOLVERS
+from pi0fm.flow.solver import FIXED_GRID_SOLVERS, Spread, Velocity
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import CachedVelocity, FlowTime, Pi0
 from pi0fm.models.prefix_cache import PrefixCache
 from pi0fm.options import nearest
-from pi0fm.policy.cuda_graphs import Graphs
+from pi0fm.policy.cuda_graphs import Graphs, Record
 from pi0fm.policy.packed import can_pack, pack
 from pi0fm_client.errors import ConfigError
 
@@ -34,46 +34,83 @@ COMPILE = ("off", "kernels", "graph")
 class Sampler:
     """Chunks of one network by one flow. The model is changed in place: no gradients, matrices as `arrange_matrices` says.
 
-    dtype: of the towers' matrices. compile: a word of COMPILE. Raises ConfigError for another word, and for graphs where there are none.
+    dtype: of the towers' matrices. compile: a word of COMPILE. record: how a graph is recorded, other than by CUDA, for tests.
+    Raises ConfigError for another word, and for graphs where there are none.
     """
 
-    def __init__(self, model: Pi0, flow: FlowMatching, device: torch.device, dtype: torch.dtype, compile: str = "off") -> None:
-        refuse_compile(compile, device, flow)
+    def __init__(
+        self,
+        model: Pi0,
+        flow: FlowMatching,
+        device: torch.device,
+        dtype: torch.dtype,
+        compile: str = "off",
+        record: Record | None = None,
+    ) -> None:
+        if record is None:
+            refuse_compile(compile, device, flow)
         self.flow, self.device, self.dtype, self.compile = flow, device, dtype, compile
         model = model.to(device).eval().requires_grad_(False)
         arrange_matrices(model, dtype, device, packs=compile == "off")
         fused = _with_fused_layers(model) if compile != "off" and device.type == "cuda" else None
         self.model = model if fused is None else fused
         self._times: dict[float, FlowTime] = {}
-        self._encode: Callable[[ModelObservation], PrefixCache] = self.model.encode_prefix
+        self._encode: Callable[[ModelObservation, bool], PrefixCache] = self.model.encode_prefix
         self._action_velocity = self.model.action_velocity
-        if compile != "off" and fused is None:
+        if compile != "off" and fused is None and record is None:
             # any batch and prompt length by the same kernels: a robot's first long sentence must not wait for a compiler
             self._encode, self._action_velocity = (
                 torch.compile(model.encode_prefix, dynamic=True),
                 torch.compile(model.action_velocity, dynamic=True),
             )
-        self._graphs = Graphs(self._recorded, device) if compile == "graph" else None
+        self._graphs = Graphs(self._recorded, device, record) if compile == "graph" else None
 
     def __call__(
         self,
         observation: ModelObservation,
-        noise: Float[Tensor, "B H A"],
-        mask: Bool[Tensor, "B H A"],
-        increments: Float[Tensor, "K B H A"] | None = None,
-    ) -> Float[Tensor, "B H A"]:
+        noise: Float[Tensor, "BN H A"],
+        mask: Bool[Tensor, "BN H A"],
+        increments: Float[Tensor, "K BN H A"] | None = None,
+    ) -> Float[Tensor, "BN H A"]:
         """The chunks that `noise` flows to, float32, on the device, from a graph on the host. mask: False where they are held at 0.
 
-        increments: see flow/sampling. All of it may lie on the host. An observation that is `trimmed` costs nothing for what is not there.
+        noise: N rows for each observation, in its order; their chunks share one prefix. increments: see flow/sampling.
+        All of it may lie on the host. An observation that is `trimmed` costs nothing for what is not there.
         """
+        return self._sampled(observation, noise, mask, increments, False)[0]
+
+    def with_spread(
+        self,
+        observation: ModelObservation,
+        noise: Float[Tensor, "BN H A"],
+        mask: Bool[Tensor, "BN H A"],
+        increments: Float[Tensor, "K BN H A"] | None = None,
+    ) -> tuple[Float[Tensor, "BN H A"], Float[Tensor, " BN"]]:
+        """The chunks, and the `Spread` of the network's answers on the way to each."""
+        chunk, spread = self._sampled(observation, noise, mask, increments, True)
+        return chunk, spread
+
+    def _sampled(
+        self, observation: ModelObservation, noise: Tensor, mask: Tensor, increments: Tensor | None, spread: bool
+    ) -> tuple[Tensor, ...]:
+        # what is known on the host needs no look at the device; on a CPU the network looks for itself
+        whole = self.device.type == "cuda" and observation.image_mask.device.type == "cpu" and observation.is_whole()
         if self._graphs is not None:
-            chunk = self._graphs(observation, noise, mask)  # on the host: a robot waits for it, and the check costs nothing there
-            check_finite("the sample (or its noise, or the network's answer)", chunk)
-            return chunk
+            found = self._graphs(observation, noise, mask, whole, spread)  # on the host: a robot waits for it, and the check is free there
+            check_finite("the sample (or its noise, or the network's answer)", found[0])
+            return found
         noise, mask = noise.to(self.device), mask.to(self.device)
         increments = None if increments is None else increments.to(self.device)
         with torch.inference_mode(), self.precision():
-            return sample(self.flow, self.cached_velocity(self.prepared(observation)), noise, mask, increments=increments)
+            velocity: Velocity = self.cached_velocity(self.prepared(observation), len(noise) // len(observation), whole)
+            watched = Spread(velocity) if spread else None
+            chunk = sample(self.flow, watched or velocity, noise, mask, increments=increments)
+            return (chunk,) if watched is None else (chunk, watched.of(mask))
+
+    @property
+    def static(self) -> bool:
+        """Whether each shape is recorded, or its kernels chosen, for itself."""
+        return self._graphs is not None or (self.compile != "off" and self.device.type == "cuda")
 
     def prepared(self, observation: ModelObservation) -> ModelObservation:
         """The observation on the device, as it is sampled from."""
@@ -81,19 +118,22 @@ class Sampler:
             return observation.trimmed(1)  # no kernel here is chosen by shape, so no padding is worth computing
         return observation.to(self.device)
 
-    def cached_velocity(self, observation: ModelObservation) -> CachedVelocity:
+    def cached_velocity(self, observation: ModelObservation, chunks: int = 1, whole: bool = False) -> CachedVelocity:
         """The velocity, for whoever solves by himself; under `precision()` and inference_mode."""
-        cache = self._encode(observation)
-        return CachedVelocity(self.model, cache, observation.state, self._times, self._action_velocity)
+        cache = self._encode(observation, whole)
+        return CachedVelocity(self.model, cache, observation.state, self._times, self._action_velocity, chunks)
 
     def precision(self) -> torch.autocast:
         """The context in which the network is called. No cast of a matrix is kept: they lie in their type already."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=self.compile != "graph")
 
-    def _recorded(self, observation: ModelObservation, noise: Tensor, mask: Tensor) -> Tensor:
+    def _recorded(self, observation: ModelObservation, noise: Tensor, mask: Tensor, whole: bool, spread: bool) -> tuple[Tensor, ...]:
         """What a graph holds: nothing in it may wait for the device."""
         with torch.inference_mode(), self.precision():
-            return self.flow.sample(self.cached_velocity(observation), noise, mask=mask, check=False)
+            velocity = self.cached_velocity(observation, len(noise) // len(observation), whole)
+            watched = Spread(velocity) if spread else None
+            chunk = self.flow.sample(watched or velocity, noise, mask=mask, check=False)
+            return (chunk,) if watched is None else (chunk, watched.of(mask))
 
 
 def _with_fused_layers(model: Pi0) -> Pi0 | None:

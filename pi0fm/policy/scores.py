@@ -14,7 +14,7 @@ Shape letters: B batch, H action horizon, A action dim (robot's for arrays, the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
@@ -100,15 +100,15 @@ def make_scores(pushed: Pushed, chain: Chain, horizon: int) -> Scores:
     return Scores(density, norm, log_jacobian(chain, horizon))
 
 
-def conditioned(model: Pi0, cache: PrefixCache, state: Float[Tensor, "B S"]) -> Velocity:
-    """(x, t) -> the network's answer for the cached observations.
+def conditioned(model: Pi0, cache: PrefixCache, state: Float[Tensor, "B S"], chunks: int = 1) -> Velocity:
+    """(x, t) -> the network's answer for the cached observations, `chunks` rows each.
 
     Float64 needs a `model.double()` and takes the cache as it is: the prefix keeps the rounding of its own precision.
     """
     if model.action_in.weight.dtype == torch.float64:
         layers = tuple(KeyValue(layer.key.double(), layer.value.double()) for layer in cache.layers)
-        cache, state = PrefixCache(layers, cache.mask, cache.length), state.double()
-    return CachedVelocity(model, cache, state)
+        cache, state = replace(cache, layers=layers), state.double()
+    return CachedVelocity(model, cache, state, chunks=chunks)
 
 
 def sample_and_score(

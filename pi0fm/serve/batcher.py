@@ -121,7 +121,13 @@ class Batcher:
         return elapsed if elapsed > self._stall_seconds else None
 
     async def warm_up(self, observation: Observation) -> None:
-        """Run the policy alone and in a full batch, in the serving thread: once to compile, once to be timed. Raises what it raises."""
+        """Run the policy alone and in a full batch, in the serving thread: once to compile, once to be timed. Raises what it raises.
+
+        A policy that compiles or records by shape has a method `warm_up(max_batch)`, which makes all its shapes; it runs first.
+        """
+        make_shapes = getattr(self._policy, "warm_up", None)
+        if make_shapes is not None:
+            await self._worker.run(lambda: make_shapes(self._max_batch_size))
         for size in sorted({1, self._max_batch_size}):
             for _ in range(2):
                 began = time.perf_counter()

@@ -80,6 +80,19 @@ def test_requests_that_arrive_during_an_inference_share_the_next_one() -> None:
     assert policy.seeds == [None, None, None]
 
 
+def test_a_policy_makes_its_shapes_before_its_first_batch_in_the_thread_that_serves() -> None:
+    policy, made = GatedPolicy(), []
+    policy.warm_up = lambda max_batch: made.append((max_batch, threading.current_thread().name, list(policy.batches)))
+
+    async def story(batcher: Batcher) -> None:
+        await batcher.warm_up(Observation({}, np.array([0], np.float32), ""))
+
+    run(policy, story)
+    ((max_batch, thread, batches),) = made
+    assert (max_batch, batches) == (3, []) and thread.startswith("pi0fm-policy")
+    assert policy.batches == [[0], [0], [0, 0, 0], [0, 0, 0]]
+
+
 def test_only_the_culprit_of_a_failing_batch_fails() -> None:
     policy = GatedPolicy(opened=False)
 

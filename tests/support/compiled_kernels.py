@@ -60,7 +60,7 @@ def main() -> None:
             cached = fused.Cached(torch.zeros(1, 1, 867, 256, dtype=half), torch.zeros(1, 1, 867, 256, dtype=half), 867 - tokens)
             angles = torch.zeros(1, 1, tokens, 256)
             query = fused.rotated_qkv(normed, stream, Rotation(angles, angles), cached, few)
-            fused.attend_in_slices(query, cached, bias)
+            fused.attend_in_slices(query, cached, bias, 0, tokens)
             fused.gated_product(normed, nn.Linear(1024, 8192, bias=False, dtype=half), "tanh", few)
             fused.head(x, parts, by.gate, norm, by, nn.Linear(1024, 32), 0)
         fused.add_layer_norm(torch.zeros(1, 256, 1152), torch.zeros(1, 256, 1152, dtype=half), nn.LayerNorm(1152), half)
