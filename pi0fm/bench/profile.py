@@ -132,8 +132,8 @@ def advise(
     if reached < FAR and on_card:
         text = f"both passes reach {reached:.0%} of the device's limit: a larger --global_batch_size"
         found.append(((1 - reached) * passes, text + (" or --micro_batch_size" if config.micro_batch_size is not None else "")))
-    if config.activation_checkpointing and peak < 0.6 * memory:
-        text = f"{peak / 2**30:.0f} of {memory / 2**30:.0f} GiB are used: --activation_checkpointing false, or a larger batch"
+    if config.activation_checkpointing != "none" and peak < 0.6 * memory:
+        text = f"{peak / 2**30:.0f} of {memory / 2**30:.0f} GiB are used: --activation_checkpointing none or selective, or a larger batch"
         found.append((0.25 * share["backward"], text))
     return [text for _, text in sorted(found, key=lambda item: -item[0])]
 

@@ -28,7 +28,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from pi0fm.models.attention import additive, attend
-from pi0fm.models.layers import AdaptiveRMSNorm, GatedMLP, Gelu, Modulation, RMSNorm, Rotation, rotate, rotation, run_layer
+from pi0fm.models.layers import (
+    AdaptiveRMSNorm,
+    GatedMLP,
+    Gelu,
+    Modulation,
+    RMSNorm,
+    Rotation,
+    recomputed,
+    recomputes,
+    rotate,
+    rotation,
+    run_layer,
+)
 from pi0fm.models.prefix_cache import ActionContext, KeyValue, KeyValueBuffer, Modulations, PrefixCache
 
 
@@ -57,6 +69,18 @@ LayerCondition = Tensor | tuple[Modulation, Modulation] | None
 """For adaptive norms: the flow time's condition [B, D], or what a layer's two norms make of it; None for plain norms."""
 
 
+class StreamInput(NamedTuple):
+    """What one stream brings to a layer.
+
+    tokens: [B, T, D]; rotation: of the tokens' positions; mask: additive, of all keys that the stream sees, [B, 1, 1 or T, J], None when
+    every key is real.
+    """
+
+    tokens: Tensor
+    rotation: Rotation
+    mask: Tensor | None
+
+
 class Stream(nn.Module):
     """One stream's own parameters in one layer: norms, projections, MLP.
 
@@ -65,7 +89,7 @@ class Stream(nn.Module):
 
     def __init__(self, config: DecoderConfig, stream: StreamConfig, condition_width: int | None, keys_only: bool = False) -> None:
         super().__init__()
-        self.num_heads = 0 if keys_only else config.num_heads
+        self.recompute, self.num_heads = False, 0 if keys_only else config.num_heads
         self.num_kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
 
         def norm() -> nn.Module:
@@ -80,31 +104,32 @@ class Stream(nn.Module):
             self.mlp_norm = norm()
             self.mlp = GatedMLP(stream.width, stream.mlp_width, config.gelu)
 
-    def project(self, x: Tensor, rotary: Rotation, condition: LayerCondition) -> tuple[Tensor, KeyValue, Tensor | None]:
-        """Rotated queries [B, N, T, K], rotated keys and values, and the gate of the attention residual."""
-        normed, gate = self.attention_norm(x, condition[0] if isinstance(condition, tuple) else condition)
-        heads = self.qkv(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def forward(self, given: StreamInput, before: KeyValue | KeyValueBuffer | None, condition: LayerCondition) -> tuple[Tensor, KeyValue]:
+        """The tokens after this layer, the same where only keys are made, and the keys and values of all that they saw.
+
+        before: keys and values of what stands before the tokens. condition: of adaptive norms.
+        """
+        of_attention, of_mlp = condition if isinstance(condition, tuple) else (condition, condition)
+        normed, gate = self.attention_norm(given.tokens, of_attention)
+        operands = (self.qkv(normed), given.rotation, before, given.mask)
+        attended, seen = recomputed(self._attention, *operands) if self.recompute and recomputes(self) else self._attention(*operands)
+        if attended is None:
+            return given.tokens, seen
+        x = residual(given.tokens, attended, gate)
+        normed, gate = self.mlp_norm(x, of_mlp)
+        return residual(x, self.mlp(normed), gate), seen
+
+    def _attention(
+        self, qkv: Tensor, rotary: Rotation, before: KeyValue | KeyValueBuffer | None, mask: Tensor | None
+    ) -> tuple[Tensor | None, KeyValue]:
+        """What is added to the residual stream, None where only keys are made; and the keys and values that were seen."""
+        heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         turning, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
         query, key = rotate(turning, rotary).split((self.num_heads, self.num_kv_heads), dim=1)
-        return query, KeyValue(key, value), gate
-
-    def finish(self, x: Tensor, attended: Tensor, gate: Tensor | None, condition: LayerCondition) -> Tensor:
-        """The two residuals: x + attention, then + MLP."""
-        x = residual(x, self.out(attended.transpose(1, 2).flatten(2)), gate)
-        normed, gate = self.mlp_norm(x, condition[1] if isinstance(condition, tuple) else condition)
-        return residual(x, self.mlp(normed), gate)
-
-
-class StreamInput(NamedTuple):
-    """What one stream brings to a layer.
-
-    tokens: [B, T, D]; rotation: of the tokens' positions; mask: additive, of all keys that the stream sees, [B, 1, 1 or T, J], None when
-    every key is real.
-    """
-
-    tokens: Tensor
-    rotation: Rotation
-    mask: Tensor | None
+        seen = KeyValue(key, value) if before is None else before.joined(KeyValue(key, value))
+        if not self.num_heads:
+            return None, seen
+        return self.out(attend(query, seen.key, seen.value, mask).transpose(1, 2).flatten(2)), seen
 
 
 class JointDecoderLayer(nn.Module):
@@ -114,7 +139,6 @@ class JointDecoderLayer(nn.Module):
         super().__init__()
         self.backbone = Stream(config, config.backbone, None, keys_only=last)
         self.action_expert = Stream(config, config.action_expert, condition_width)
-        self.last = last
 
     def forward(
         self,
@@ -129,17 +153,11 @@ class JointDecoderLayer(nn.Module):
         """
         after_prefix = after_suffix = None
         if prefix is not None:
-            query, cached, gate = self.backbone.project(prefix.tokens, prefix.rotation, None)
-            after_prefix = prefix.tokens
-            if not self.last:
-                after_prefix = self.backbone.finish(prefix.tokens, attend(query, cached.key, cached.value, prefix.mask), gate, None)
+            after_prefix, cached = self.backbone(prefix, None, None)
         if cached is None:
             raise ValueError("a layer needs either a prefix or its cache")
         if suffix is not None:
-            query, own, gate = self.action_expert.project(suffix.tokens, suffix.rotation, condition)
-            cached = cached.joined(own)
-            attended = attend(query, cached.key, cached.value, suffix.mask)
-            after_suffix = self.action_expert.finish(suffix.tokens, attended, gate, condition)
+            after_suffix, cached = self.action_expert(suffix, cached, condition)
         assert isinstance(cached, KeyValue)
         return after_prefix, after_suffix, cached
 

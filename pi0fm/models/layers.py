@@ -6,6 +6,7 @@ Shape letters: B batch, T tokens, D width, N heads, K head dim.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from pi0fm.models.initial import ConstantInit, Initial
 NORM_EPSILON = 1e-6
 ROPE_BASE = 10_000.0
 Gelu = Literal["tanh", "none"]
+CHECKPOINTING = ("none", "selective", "full")
 
 
 class Rotation(NamedTuple):
@@ -99,11 +101,14 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate_up = nn.Linear(width, 2 * hidden_width, bias=False)
         self.down = nn.Linear(hidden_width, width, bias=False)
-        self.gelu = gelu
+        self.gelu, self.recompute = gelu, False
 
     def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
         """x to x's shape."""
         halves = self.gate_up(x)
+        return recomputed(self._gated_down, halves) if self.recompute and recomputes(self) else self._gated_down(halves)
+
+    def _gated_down(self, halves: Tensor) -> Tensor:
         return self.down(_Gated.apply(halves, self.gelu)[0] if _closed_form() else _gated(halves, self.gelu))
 
 
@@ -120,11 +125,24 @@ def rotate(x: Float[Tensor, "B N T K"], by: Rotation) -> Float[Tensor, "B N T K"
     return _Rotate.apply(x, by.cos, by.sin) if _closed_form() else _turn(x, by.cos, by.sin)
 
 
-def run_layer(layer: nn.Module, recomputed: bool, *inputs: Any) -> Any:
-    """What the layer gives. recomputed: in training keep only its inputs for the backward pass, which computes the rest anew."""
-    if recomputed and layer.training and torch.is_grad_enabled():
-        # nothing in a layer is random, so no generator's state is kept
-        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """What the function gives, of which only its inputs are kept for the backward pass, which computes the rest anew.
+
+    A matrix product at its end is not computed again: nothing of the backward pass needs its result.
+    """
+    # nothing in a layer is random, so no generator's state is kept
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def recomputes(module: nn.Module) -> bool:
+    """Whether the module's parts that are marked `recompute` are to be `recomputed` now. A compiler chooses for itself what it keeps."""
+    return module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def run_layer(layer: nn.Module, whole: bool, *inputs: Any) -> Any:
+    """What the layer gives. whole: in training it is `recomputed`."""
+    if whole and recomputes(layer):
+        return recomputed(layer, *inputs)
     # a layer is compiled for training: torch.func, in which a likelihood is taken, cannot look into it
     return layer.forward(*inputs) if layer._compiled_call_impl is not None and not layer.training else layer(*inputs)
 

@@ -49,11 +49,11 @@ class ModelObservation:
 
     def padded(self, rows: int, cameras: int, prompt_tokens: int) -> "ModelObservation":
         """With masked cameras and prompt columns behind those that there are, and the last row repeated: the inverse of `trimmed`."""
-        cameras, tokens = cameras - self.images.shape[1], prompt_tokens - self.prompt_tokens.shape[1]
-        images, image_mask = F.pad(self.images, (0, 0) * 3 + (0, cameras)), F.pad(self.image_mask, (0, cameras))
-        prompt_tokens, prompt_mask = F.pad(self.prompt_tokens, (0, tokens)), F.pad(self.prompt_mask, (0, tokens))
+        missing, free = cameras - self.images.shape[1], prompt_tokens - self.prompt_tokens.shape[1]
+        images, image_mask = F.pad(self.images, (0, 0) * 3 + (0, missing)), F.pad(self.image_mask, (0, missing))
+        tokens, mask = F.pad(self.prompt_tokens, (0, free)), F.pad(self.prompt_mask, (0, free))
         repeated = torch.arange(rows).clamp(max=len(self) - 1)
-        return ModelObservation(*(each[repeated] for each in (images, image_mask, prompt_tokens, prompt_mask, self.state)))
+        return ModelObservation(*(each[repeated] for each in (images, image_mask, tokens, mask, self.state)))
 
     def is_whole(self) -> bool:
         """Whether every camera and every prompt token of every row is real, so that no mask is needed. Reads masks, as `trimmed` does."""

@@ -25,11 +25,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pi0fm.models.initial import Initial, NormalInit, initialise_new, unit_variance
-from pi0fm.models.joint_decoder import DecoderConfig, JointDecoder
-from pi0fm.models.layers import at_least_float32, time_embedding
+from pi0fm.models.joint_decoder import DecoderConfig, JointDecoder, Stream
+from pi0fm.models.layers import CHECKPOINTING, GatedMLP, at_least_float32, time_embedding
 from pi0fm.models.observation import ModelObservation, pixels
 from pi0fm.models.prefix_cache import ActionContext, Modulations, PrefixCache
-from pi0fm.models.vision import VisionConfig, VisionTower
+from pi0fm.models.vision import VisionConfig, VisionLayer, VisionMLP, VisionTower
 from pi0fm_client.errors import ConfigError
 
 
@@ -130,13 +130,19 @@ class Pi0(nn.Module):
         suffix, num_state_tokens, condition = self._suffix(state, x_t, t)
         return self._head(self.decoder(*self._prefix(observation), suffix, num_state_tokens, condition))
 
-    def checkpoint_activations(self) -> None:
-        """In training, keep only what enters each layer and compute the rest anew in the backward pass.
+    def checkpoint_activations(self, how: str) -> None:
+        """In training, keep less for the backward pass, which computes the rest anew: the same loss and gradients, bit by bit.
 
-        The same loss and gradients, bit by bit, for a fraction of the memory and a third more time. `eval()` and no_grad are untouched.
+        full        keeps what enters each layer: a fraction of the memory, a third more time
+        selective   keeps the results of the large products too, and computes attention, rotations and activations anew; a layer that is
+                    compiled keeps what its compiler chooses, which is much the same
+        `eval()` and no_grad are untouched. how: a word of CHECKPOINTING; none keeps everything.
         """
-        self.decoder.activation_checkpointing = True
-        self.vision.checkpoint_activations()
+        assert how in CHECKPOINTING, how
+        self.decoder.activation_checkpointing = self.vision.activation_checkpointing = how == "full"
+        for module in self.modules():
+            if isinstance(module, Stream | GatedMLP | VisionLayer | VisionMLP):
+                module.recompute = how == "selective"
 
     def compile_layers(self) -> None:
         """Compile every layer of both towers, for training: one set of kernels for all batches and prompt lengths."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pi0fm.models.attention import attend_pictures
 from pi0fm.models.initial import ConstantInit, Initial, NormalInit, UniformInit
-from pi0fm.models.layers import Gelu, product_dtype, run_layer
+from pi0fm.models.layers import Gelu, product_dtype, recomputed, recomputes, run_layer
 from pi0fm_client.errors import ConfigError
 
 
@@ -78,11 +78,16 @@ class VisionMLP(nn.Module):
 
     def __init__(self, width: int, hidden_width: int, gelu: Gelu) -> None:
         super().__init__()
-        self.fc1, self.fc2, self.gelu = nn.Linear(width, hidden_width), nn.Linear(hidden_width, width), gelu
+        self.fc1, self.fc2 = nn.Linear(width, hidden_width), nn.Linear(hidden_width, width)
+        self.gelu, self.recompute = gelu, False
 
     def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
         """x to x's shape."""
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
+        hidden = self.fc1(x)
+        return recomputed(self._activated, hidden) if self.recompute and recomputes(self) else self._activated(hidden)
+
+    def _activated(self, hidden: Tensor) -> Tensor:
+        return self.fc2(F.gelu(hidden, approximate=self.gelu))
 
 
 class VisionLayer(nn.Module):
@@ -93,7 +98,7 @@ class VisionLayer(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
+        self.recompute, self.num_heads = False, config.num_heads
         self.attention_norm = ProductNorm(config.width)
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
@@ -102,9 +107,13 @@ class VisionLayer(nn.Module):
 
     def forward(self, x: Float[Tensor, "B V D"]) -> Float[Tensor, "B V D"]:
         """Every token of a picture sees every other; there is no mask."""
-        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(attend_pictures(*heads.unbind()).transpose(1, 2).flatten(2))
+        qkv = self.qkv(self.attention_norm(x))
+        x = x + (recomputed(self._attention, qkv) if self.recompute and recomputes(self) else self._attention(qkv))
         return x + self.mlp(self.mlp_norm(x))
+
+    def _attention(self, qkv: Tensor) -> Tensor:
+        heads = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(attend_pictures(*heads.unbind()).transpose(1, 2).flatten(2))
 
 
 class VisionTower(nn.Module):
@@ -118,10 +127,6 @@ class VisionTower(nn.Module):
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.depth))
         self.final_norm = ProductNorm(config.width)
         self.projector = nn.Linear(config.width, backbone_width)
-
-    def checkpoint_activations(self) -> None:
-        """In training, keep only what enters each layer; see `Pi0.checkpoint_activations`."""
-        self.activation_checkpointing = True
 
     def forward(self, pictures: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B V E"]:
         """pictures in [-1, 1] to tokens; unlike word embeddings they are not scaled."""

@@ -46,11 +46,12 @@ def choose(measures: Mapping[str, NDArray[np.float64]], options: BestOf) -> NDAr
     """The row of the chosen chunk of each observation, whose chunks are `num_chunks` rows; measures: by name, one number a row."""
     worse = {MEDOID: "medoid_distance", SPREAD: "spread"}.get(options.criterion)
     groups = (-measures["log_prob"] if worse is None else measures[worse]).reshape(-1, options.num_chunks)
-    return np.arange(len(groups)) * options.num_chunks + groups.argmin(axis=1)
+    chosen: NDArray[np.int64] = np.arange(len(groups)) * options.num_chunks + groups.argmin(axis=1)
+    return chosen
 
 
 def medoid_distances(chunks: NDArray[np.float32]) -> NDArray[np.float64]:
     """Mean over the others of the root mean square difference of each of N chunks [N, entries] to them; 0 of one alone."""
     wide = chunks.astype(np.float64)
-    distances = np.sqrt(np.square(wide[:, None] - wide[None]).mean(axis=2))
-    return distances.sum(axis=1) / max(1, len(chunks) - 1)
+    distances: NDArray[np.float64] = np.sqrt(np.square(wide[:, None] - wide[None]).mean(axis=2)).sum(axis=1)
+    return distances / max(1, len(chunks) - 1)

@@ -171,7 +171,7 @@ class LocalPolicy:
         asked, chunks = len(seeds), len(seeds) // len(inputs)
         if self._buckets is not None:
             inputs = self._buckets.padded(inputs)
-            seeds = [*seeds, *seeds[-1:] * (len(inputs) * chunks - asked)]
+            seeds = [*seeds, *[seeds[-1]] * (len(inputs) * chunks - asked)]
         start, increments = self._noise(seeds)
         given = (inputs, start, self.mask(len(seeds)), increments)
         if spread:

@@ -67,7 +67,9 @@ class TrainConfig:
     train_only: str = option("full", "full, frozen_vision (all but the vision tower) or expert_only (action expert, state, actions, time)")
     lora: LoraConfig = option(LoraConfig, "")
     frozen_bfloat16: bool = option(False, "keep frozen matrices in bfloat16, in a run that computes in it: half their memory")
-    activation_checkpointing: bool = option(False, "compute activations twice instead of keeping them: the same numbers, less memory")
+    activation_checkpointing: str = option(
+        "none", "none, selective (attention and activations are computed twice) or full (each layer is): the same numbers, less memory"
+    )
     compile: bool = option(False, "compile each layer: a minute at the start, fewer and larger kernels on a GPU; other rounding")
     model: dict[str, Any] = option(lambda: {"preset": "tiny"}, "preset (tiny, pi0, pi05), and any field of it to change")
     flow: FlowConfig = option(FlowConfig, "")
@@ -113,6 +115,9 @@ class TrainConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, found {getattr(self, name)}")
         object.__setattr__(self, "resume", self.resume.lower())  # a YAML file says true without quotes
+        older = {"true": "full", "false": "none"}  # how it was said before there were three words
+        recomputed = self.activation_checkpointing.lower()
+        object.__setattr__(self, "activation_checkpointing", older.get(recomputed, recomputed))
         if self.resume not in ("true", "false", "auto"):
             raise ConfigError(f"resume must be true, false or auto, found {self.resume!r}")
         if self.on_nonfinite not in ON_NONFINITE:

@@ -80,8 +80,8 @@ def test_advice_names_the_option():
     assert "--ema_decay null" in advise(config, parts(data=0.0), torch.bfloat16, CPU)[0]
     found = advise(config, parts(**quick), torch.float32, CUDA)
     assert "--precision bfloat16" in found[0]
-    spared = TrainConfig(activation_checkpointing=True)
-    assert any("--activation_checkpointing false" in line for line in advise(spared, parts(**quick), torch.bfloat16, CUDA, 10, 100))
+    spared = TrainConfig(activation_checkpointing="full")
+    assert any("--activation_checkpointing none" in line for line in advise(spared, parts(**quick), torch.bfloat16, CUDA, 10, 100))
     assert not any("checkpointing" in line for line in advise(spared, parts(**quick), torch.bfloat16, CUDA, 90, 100))
 
 

@@ -53,7 +53,8 @@ def batch(config: Pi0Config, draws: int = 1) -> Batch:
 
 HOW = {
     "full": Adaptation(),
-    "checkpointed": Adaptation(activation_checkpointing=True),
+    "checkpointed": Adaptation(activation_checkpointing="full"),
+    "selectively checkpointed": Adaptation(activation_checkpointing="selective"),
     "expert, frozen in bfloat16": Adaptation("expert_only", frozen_bfloat16=True),
     "lora": Adaptation(lora=LoraConfig(rank=4), frozen_bfloat16=True),
 }

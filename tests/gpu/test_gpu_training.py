@@ -28,7 +28,8 @@ CPU = torch.device("cpu")
 PI0 = configuration("pi0", "small")
 HOW = {
     "full": Adaptation(),
-    "checkpointed": Adaptation(activation_checkpointing=True),
+    "checkpointed": Adaptation(activation_checkpointing="full"),
+    "selectively checkpointed": Adaptation(activation_checkpointing="selective"),
     "expert only": Adaptation("expert_only"),
     "lora": Adaptation(lora=LoraConfig(rank=2)),
 }

@@ -8,7 +8,7 @@ import pytest
 pytestmark = [pytest.mark.journey, pytest.mark.long, pytest.mark.timeout(1200)]  # a compiler runs for minutes
 
 
-@pytest.mark.parametrize(("name", "how"), [("pi0", "kept"), ("pi05", "checkpointed")])
+@pytest.mark.parametrize(("name", "how"), [("pi0", "none"), ("pi0", "selective"), ("pi05", "full")])
 def test_compiled_layers_train_as_the_plain_ones(name, how):
     rows = json.loads(programs.last_line("compiled_training", name, how))
     assert max(row["velocity"] for row in rows) < 1e-5

@@ -19,7 +19,9 @@ SEEDS, N = [11, 12], 3
 
 def sampled(policy, observations, seeds):
     """Normalised chunks of one call each."""
-    return torch.cat([policy._sampled(policy.chain.observe([one]), [seed], spread=False)[0] for one, seed in zip(observations, seeds, strict=True)])
+    return torch.cat(
+        [policy._sampled(policy.chain.observe([one]), [seed], spread=False)[0] for one, seed in zip(observations, seeds, strict=True)]
+    )
 
 
 def changed(policy, **flow):

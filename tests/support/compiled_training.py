@@ -17,10 +17,10 @@ from pi0fm.train.start.adaptation import Adaptation, adapt
 LENGTHS = (8, 5, 7, 4)
 
 
-def main(name: str, checkpointed: bool) -> None:
+def main(name: str, checkpointing: str) -> None:
     """The largest differences of each length, and how many graphs had been compiled by then."""
     plain, compiled = (
-        adapt(network(BOTH[name]), Adaptation(activation_checkpointing=checkpointed, compile=word), torch.float32).train()
+        adapt(network(BOTH[name]), Adaptation(activation_checkpointing=checkpointing, compile=word), torch.float32).train()
         for word in (False, True)
     )
     noise, t = question(3)[:2]
@@ -47,4 +47,4 @@ def main(name: str, checkpointed: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] == "checkpointed")
+    main(sys.argv[1], sys.argv[2])

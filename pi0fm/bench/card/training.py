@@ -43,8 +43,8 @@ class TrainingCase:
 
 def cases() -> list[TrainingCase]:
     """In order of worth."""
-    full, lora = Adaptation(activation_checkpointing=True), LoraConfig(rank=16)
-    adapted = Adaptation(lora=lora, frozen_bfloat16=True, activation_checkpointing=True)
+    full, lora = Adaptation(activation_checkpointing="full"), LoraConfig(rank=16)
+    adapted = Adaptation(lora=lora, frozen_bfloat16=True, activation_checkpointing="full")
     expert = Adaptation("expert_only", frozen_bfloat16=True)
     found = [
         TrainingCase("full, checkpointed, no average", full, False, False, (8, 16, 32, 48, 64, 96), ">= 26 samples/s"),

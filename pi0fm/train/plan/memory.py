@@ -25,8 +25,10 @@ that it sees; c bytes of a product's result, r of the residual stream, s of a sc
 and of one layer of the vision tower: norms 2 D 4, their results 2 D c, heads 3 D c, scores, attended D c, MLP 2 M c. Scores are counted
 as if no kernel were fused; on a device that fuses them they are a reserve.
 
-    without activation_checkpointing   every layer of that, and once more the largest: at work
-    with                               the residual stream at every layer, and the largest layer twice: computed again, and at work
+    activation_checkpointing   kept
+      none                     every layer of that, and once more the largest: at work
+      selective                of every layer norms, products' results (N + 4k) K c, 2 M c (tower M c); the largest layer at work
+      full                     the residual stream at every layer, and the largest layer twice: computed again, and at work
 
 A frozen part through which no gradient passes keeps nothing: the tower under frozen_vision, all of the prefix under expert_only.
 The test holds this between 1 and 1.35 times the allocations that torch counts. Shape letters: as above.
@@ -154,7 +156,7 @@ def _count(config: Pi0Config, how: Adaptation, computes: torch.dtype) -> _Count:
         trained += gradient
         of_decoder += gradient * (part != "vision")
         multiplied = parameter.ndim == 2 and "embedding" not in name and parameter.dtype == torch.float32
-        kept = parameter.requires_grad or (part in flowing and not how.activation_checkpointing)
+        kept = parameter.requires_grad or (part in flowing and how.activation_checkpointing != "full")
         casts += 2 * parameter.numel() * (computes == torch.bfloat16 and multiplied and kept)
     return _Count(weights, trained, of_decoder, casts, flowing)
 
@@ -181,22 +183,28 @@ def _activations(
     expert = draws * (suffix * _decoder_token(config, "action_expert", prefix + suffix, size) + _joined(config, prefix + suffix, size))
     sees_tower, sees_prefix = "vision" in flowing, "backbone" in flowing
     images = 12 * cameras * vision.image_size**2
-    if how.activation_checkpointing:
+    if how.activation_checkpointing == "full":
         entering = draws * suffix * streams.action_expert.width * size.product + prefix * streams.backbone.width * 4 * sees_prefix
         kept_tower, kept_decoder = vision.depth * pictures * vision.width * 4 * sees_tower, streams.depth * entering
         return images + kept_tower, kept_decoder, 2 * max(tower, backbone + expert)
-    last = prefix * _keys_only_token(config, size)
+    last, working = prefix * _keys_only_token(config, size), max(tower, backbone + expert)
+    if how.activation_checkpointing == "selective":
+        tower = pictures * _vision_token(config, size, products_only=True)
+        backbone = prefix * _decoder_token(config, "backbone", prefix, size, products_only=True)
+        expert = draws * suffix * _decoder_token(config, "action_expert", prefix + suffix, size, products_only=True)
     kept_decoder = ((streams.depth - 1) * backbone + last) * sees_prefix + streams.depth * expert
-    return images + vision.depth * tower * sees_tower, kept_decoder, max(tower, backbone + expert)
+    return images + vision.depth * tower * sees_tower, kept_decoder, working
 
 
-def _decoder_token(config: Pi0Config, stream: str, keys: int, size: Bytes) -> int:
+def _decoder_token(config: Pi0Config, stream: str, keys: int, size: Bytes, products_only: bool = False) -> int:
     sizes, decoder, c = getattr(config.decoder, stream), config.decoder, size.product
     width, heads, kv = sizes.width, decoder.num_heads, decoder.num_kv_heads
     r = 4 if stream == "backbone" else c
     norms = 2 * width * (r + c)
     if stream == "action_expert" and config.time_conditioning == "adaptive_norm":
         norms += 2 * width * (4 + r + c)
+    if products_only:
+        return norms + (heads + 4 * kv) * decoder.head_dim * c + 2 * sizes.mlp_width * c
     heads_bytes = (2 * heads + 3 * kv) * decoder.head_dim * c
     return norms + heads_bytes + heads * keys * size.score + heads * decoder.head_dim * c + 3 * sizes.mlp_width * c
 
@@ -210,7 +218,9 @@ def _joined(config: Pi0Config, keys: int, size: Bytes) -> int:
     return 2 * config.decoder.num_kv_heads * keys * config.decoder.head_dim * size.product
 
 
-def _vision_token(config: Pi0Config, size: Bytes) -> int:
+def _vision_token(config: Pi0Config, size: Bytes, products_only: bool = False) -> int:
     vision, c = config.vision, size.product
     norms, heads = 2 * vision.width * (4 + c), 3 * vision.width * c
+    if products_only:
+        return norms + heads + vision.mlp_width * c
     return norms + heads + vision.num_heads * vision.tokens_per_image * size.score + vision.width * c + 2 * vision.mlp_width * c

@@ -19,6 +19,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
+from pi0fm.models.layers import CHECKPOINTING
 from pi0fm.models.lora import LoraConfig, attach, is_adapter, merged, target_modules
 from pi0fm.models.parts import PARTS, Part, part_of
 from pi0fm.models.pi0 import Pi0, Pi0Config
@@ -39,7 +40,7 @@ class Adaptation:
     train_only: str = "full"
     lora: LoraConfig = field(default_factory=LoraConfig)
     frozen_bfloat16: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: str = "none"
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -50,6 +51,9 @@ class Adaptation:
                 "frozen_bfloat16 halves what is frozen, but train_only full without lora freezes nothing; leave it out, or type "
                 "--lora.rank 16"
             )
+        if self.activation_checkpointing not in CHECKPOINTING:
+            found = self.activation_checkpointing
+            raise ConfigError(f"activation_checkpointing must be a known word, found {found!r}: {nearest(str(found), CHECKPOINTING)}")
         for target in self.lora.targets if self.lora.rank else ():
             self._refuse_frozen(target, {part for part in PARTS if part == target})
 
@@ -91,8 +95,7 @@ def adapt(model: Pi0, how: Adaptation, computes: torch.dtype) -> Pi0:
         parameter.requires_grad_(is_adapter(name) if part in adapted else part in TRAINED[how.train_only])
     if how.frozen_bfloat16:
         _halve_frozen(model)
-    if how.activation_checkpointing:
-        model.checkpoint_activations()
+    model.checkpoint_activations(how.activation_checkpointing)
     if how.compile:
         model.compile_layers()
     return model

@@ -71,10 +71,12 @@ def measured(config: Pi0Config, how: Adaptation, draws: int, averaged: bool, com
 
 CASES = {
     "pi0 full": (LIKE_PI0, Adaptation(), 1, True, torch.float32),
-    "pi0 full, checkpointed": (LIKE_PI0, Adaptation(activation_checkpointing=True), 1, True, torch.float32),
+    "pi0 full, checkpointed": (LIKE_PI0, Adaptation(activation_checkpointing="full"), 1, True, torch.float32),
+    "pi0 full, selective": (LIKE_PI0, Adaptation(activation_checkpointing="selective"), 1, True, torch.float32),
+    "pi05 full, bfloat16, selective": (LIKE_PI05, Adaptation(activation_checkpointing="selective"), 4, False, torch.bfloat16),
     "pi0 expert": (LIKE_PI0, Adaptation("expert_only"), 1, True, torch.float32),
     "pi05 full, bfloat16": (LIKE_PI05, Adaptation(), 4, False, torch.bfloat16),
-    "pi05 lora, bfloat16, checkpointed": (LIKE_PI05, Adaptation("frozen_vision", LORA, True, True), 1, False, torch.bfloat16),
+    "pi05 lora, bfloat16, checkpointed": (LIKE_PI05, Adaptation("frozen_vision", LORA, True, "full"), 1, False, torch.bfloat16),
 }
 
 
@@ -98,6 +100,8 @@ def test_the_estimate_is_a_close_upper_bound(peaks):
 
 def test_checkpointing_and_freezing_lower_the_measured_peak(peaks):
     assert peaks["pi0 full, checkpointed"] < 0.7 * peaks["pi0 full"]
+    assert peaks["pi0 full, checkpointed"] < 0.9 * peaks["pi0 full, selective"] and peaks["pi0 full, selective"] < 0.9 * peaks["pi0 full"]
+    assert peaks["pi05 full, bfloat16, selective"] < 0.9 * peaks["pi05 full, bfloat16"]
     assert peaks["pi0 expert"] < 0.5 * peaks["pi0 full"]
     assert peaks["pi05 lora, bfloat16, checkpointed"] < 0.4 * peaks["pi05 full, bfloat16"]
 

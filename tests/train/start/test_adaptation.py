@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -9,14 +10,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small_pi0 import LIKE_PI0, LIKE_PI05, observation
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pi0fm.data.loading.loader import Batch
 from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.models import joint_decoder, vision
 from pi0fm.models.lora import LoraConfig, is_adapter
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.parts import part_of
 from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.options import decode
+from pi0fm.train.config import TrainConfig
 from pi0fm.train.ema import Ema
 from pi0fm.train.optim import OptimizerConfig, make_optimizer
 from pi0fm.train.start.adaptation import TRAINED, Adaptation, adapt, plain_weights
@@ -97,9 +102,9 @@ def expected_to_train(name: str, mode: str) -> bool:
 def pairs() -> Iterator[tuple[str, float | None, bool, torch.dtype, int, str]]:
     """All of them; pi0 and pi0.5 in turn, so that each meets every value of every option."""
     for mode, decay, recomputed, computes, draws in itertools.product(
-        MODES, (None, 0.9), (False, True), (torch.float32, torch.bfloat16), (1, 4)
+        MODES, (None, 0.9), ("none", "full"), (torch.float32, torch.bfloat16), (1, 4)
     ):
-        odd = (decay is None) ^ recomputed ^ (computes == torch.float32) ^ (draws == 1)
+        odd = (decay is None) ^ (recomputed == "full") ^ (computes == torch.float32) ^ (draws == 1)
         yield mode, decay, recomputed, computes, draws, "pi05" if odd else "pi0"
 
 
@@ -152,22 +157,52 @@ def test_no_parameter_is_dead_but_the_towers_key_biases(kind):
 
 
 @pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize("how", ["selective", "full"])
+@pytest.mark.parametrize("train_only", ["full", "expert_only"])
+@pytest.mark.parametrize("computes", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "draws"), [("pi0", 1), ("pi05", 4)])
-def test_checkpointed_activations_give_the_same_loss_and_gradients(kind, draws):
-    """Bit by bit in float32."""
+def test_checkpointed_activations_give_the_same_loss_and_gradients(kind, draws, computes, train_only, how):
+    """Bit by bit."""
     found = []
-    for recomputed in (False, True):
+    for word in ("none", how):
         model = network(LIKE_PI05 if kind == "pi05" else LIKE_PI0)
-        adapt(model, Adaptation(activation_checkpointing=recomputed), torch.float32)
-        found.append(one_step(model, draws, torch.float32))
+        adapt(model, Adaptation(train_only, activation_checkpointing=word), computes)
+        found.append(one_step(model, draws, computes))
     plain, checkpointed = found
     assert torch.equal(plain.loss, checkpointed.loss)
     assert [name for name, gradient in plain.gradients.items() if not torch.equal(gradient, checkpointed.gradients[name])] == []
 
 
+def test_selective_checkpointing_repeats_attention_and_activations_and_no_large_product(monkeypatch):
+    model, calls = network(LIKE_PI0), []
+    model.checkpoint_activations("selective")
+    whole, plain = batch(1), F.linear
+    monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: calls.append(tuple(weight.shape)) or plain(x, weight, bias))
+    for module in (joint_decoder, vision):
+        attend = "attend" if module is joint_decoder else "attend_pictures"
+        kept = getattr(module, attend)
+        monkeypatch.setattr(module, attend, lambda *given, kept=kept: calls.append("attention") or kept(*given))
+    velocity = model(whole.observation, whole.noise[:, 0], whole.uniform[:, 0])
+    forward = Counter(calls)
+    calls.clear()
+    velocity.sum().backward()
+    again = Counter(calls)
+    assert again["attention"] == forward["attention"] == LIKE_PI0.vision.depth + 2 * LIKE_PI0.decoder.depth - 1
+    layer = model.decoder.layers[0]
+    for name in ("backbone.qkv", "backbone.mlp.gate_up", "action_expert.qkv", "action_expert.mlp.gate_up"):
+        assert again[tuple(layer.get_submodule(name).weight.shape)] == 0, name
+
+
+@pytest.mark.parametrize(("said", "meant"), [(True, "full"), (False, "none"), ("selective", "selective"), ("Full", "full")])
+def test_the_older_spelling_of_checkpointing_is_understood(said, meant):
+    assert decode(TrainConfig, {"activation_checkpointing": said}).activation_checkpointing == meant
+    with pytest.raises(ConfigError, match="activation_checkpointing must be a known word, found 'selektive': did you mean 'selective'"):
+        decode(TrainConfig, {"activation_checkpointing": "selektive"})
+
+
 def test_checkpointing_computes_each_layer_twice_in_training_and_once_else():
     model = network(LIKE_PI0)
-    model.checkpoint_activations()
+    model.checkpoint_activations("full")
     calls: list[str] = []
     model.decoder.layers[0].register_forward_pre_hook(lambda *_: calls.append("decoder"))
     model.vision.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append("vision"))

@@ -80,7 +80,7 @@ def test_the_bundles_statistics_are_kept_on_request(run, base):
 def test_a_run_with_adapters_leaves_a_plain_bundle_and_can_be_resumed(run, base):
     lora = LoraConfig(4, targets=("vision", "backbone", "action_expert"))
     steady = OptimizerConfig(learning_rate=2e-3, warmup_steps=0, final_learning_rate_ratio=1.0)  # whatever the number of steps
-    how = {"steps": 3, "checkpoint_every": 2, "pretrained": base, "lora": lora, "activation_checkpointing": True, "optimizer": steady}
+    how = {"steps": 3, "checkpoint_every": 2, "pretrained": base, "lora": lora, "activation_checkpointing": "full", "optimizer": steady}
     whole = bundle_of(run("whole", **how))
     assert weights(whole).keys() == Pi0(tiny_dataset.network()).state_dict().keys()
     moved = differing(base, whole)
