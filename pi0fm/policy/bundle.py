@@ -34,7 +34,7 @@ from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.sampling import overridden
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.policy import robots
-from pi0fm.policy.device import choose_device, inference_dtype
+from pi0fm.policy.device import choose_device, inference_dtype, is_out_of_memory
 from pi0fm.policy.load_options import LoadOptions
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.manifest import CONFIG, FORMAT, STATS, WEIGHTS, check_files, identity, listed_files, read_json, sha256, write_manifest
@@ -193,8 +193,17 @@ def load_network(path: Path, model: Pi0Config, device: torch.device | str = "cpu
 
     Raises BundleError where the weights do not fit, or differ from the manifest.
     """
-    with open_weights(path) as weights:
-        return filled(weights, model, torch.device(device), dtype)
+    try:
+        with open_weights(path) as weights:
+            return filled(weights, model, torch.device(device), dtype)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        size = (path / WEIGHTS).stat().st_size
+        raise ConfigError(
+            f"{device} has no memory left for {path}, whose file has {size / 2**30:.1f} GiB in float32; end what else uses it, or type "
+            "--precision bfloat16, or --device cpu"
+        ) from None
 
 
 @contextmanager

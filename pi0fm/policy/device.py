@@ -1,6 +1,6 @@
-"""Where bfloat16 is worth having.
+"""What a device can do: whether bfloat16 is worth having there, whether it is there, whether it is full.
 
-Owns: the answer for a device. Does not know: models, training.
+Owns: the answers for a device. Does not know: models, training.
 """
 
 import torch
@@ -35,6 +35,11 @@ def inference_dtype(precision: str, device: torch.device, width: int) -> torch.d
     if precision == "auto" and device.type == "cpu" and width < NARROW:
         return torch.float32
     return compute_dtype(precision, device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def choose_device(name: str | None) -> torch.device:

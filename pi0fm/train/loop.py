@@ -24,7 +24,7 @@ from pi0fm.policy import bundle
 from pi0fm.train.checkpoint.checkpoints import Checkpoints
 from pi0fm.train.checkpoint.facts import RunFacts
 from pi0fm.train.config import TrainConfig
-from pi0fm.train.data import open_data
+from pi0fm.train.data import RunData, open_data
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.allocator import keep_freed_memory
 from pi0fm.train.parallel.context import Context
@@ -36,6 +36,7 @@ from pi0fm.train.watch.faults import write_faults
 from pi0fm.train.watch.guard import guarded
 from pi0fm.train.watch.log import TrainLog
 from pi0fm.train.watch.metrics import Metrics, read_last
+from pi0fm.train.watch.out_of_memory import memory_faults
 from pi0fm.train.watch.schedule import ValidationSchedule
 from pi0fm.train.watch.validation import make_validators
 
@@ -60,6 +61,11 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
         torch.set_num_threads(config.threads)
     parallel = Parallel(context, config.precision, config.micro_steps(context.world_size))
     data = open_data(config)
+    with memory_faults(config, data.num_cameras, parallel):
+        return _run(context, config, parallel, data)
+
+
+def _run(context: Context, config: TrainConfig, parallel: Parallel, data: RunData) -> TrainResult:
     state = TrainState.build(data.policy.model, config.state(), data.pretrained, parallel)
     checkpoints = Checkpoints(config.checkpoint_place, parallel, config.keep_checkpoints)
     run = RunFacts(options.encode(config), data.facts(), config.steps, config.global_batch_size, config.optimizer, context.world_size)

@@ -37,6 +37,33 @@ def test_one_time_for_all_is_each_rows_own(name):
         torch.testing.assert_close(field.at(x_t, time), expected, rtol=0, atol=3e-6)
 
 
+@variants
+@torch.no_grad()
+def test_several_chunks_of_an_observation_share_its_prefix_and_do_not_see_each_other(name):
+    """Whatever one of them is, the others stay; padding and missing cameras differ between the observations."""
+    model, seen, chunks = network(ALL[name]), dataclasses.replace(observation(), image_mask=MISSING), 4
+    x_t, t = torch.randn(3 * chunks, 4, 5, generator=torch.Generator().manual_seed(5)), torch.linspace(0.05, 0.9, 3 * chunks)
+    field, alone = model.cached_velocity(seen, chunks), model.cached_velocity(seen)
+    for first in range(chunks):
+        torch.testing.assert_close(field.at(x_t, 0.3)[first::chunks], alone.at(x_t[first::chunks], 0.3), rtol=0, atol=3e-6)
+        torch.testing.assert_close(field(x_t, t)[first::chunks], alone(x_t[first::chunks], t[first::chunks]), rtol=0, atol=3e-6)
+    before, changed = field.at(x_t, 0.3), x_t.clone()
+    changed[1] = 100.0
+    after = field.at(changed, 0.3)
+    assert not torch.equal(before[1], after[1])
+    torch.testing.assert_close(after[torch.arange(12) != 1], before[torch.arange(12) != 1], rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_what_is_known_to_be_whole_needs_no_mask():
+    model, (x_t, t) = network(LIKE_PI0), question()
+    seen = dataclasses.replace(observation(), prompt_mask=torch.ones(3, 8, dtype=torch.bool))
+    assert seen.is_whole() and not observation().is_whole()
+    cache = model.encode_prefix(seen, whole=True)
+    assert cache.whole and not model.encode_prefix(observation()).whole
+    torch.testing.assert_close(model.velocity(cache, seen.state, x_t, t), model(seen, x_t, t), rtol=0, atol=1e-6)
+
+
 @torch.no_grad()
 def test_when_every_token_is_real_no_mask_is_added():
     model, (x_t, t) = network(LIKE_PI0), question()

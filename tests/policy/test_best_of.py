@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.flow.solver import SOLVERS, STOCHASTIC_SOLVERS, Spread
+from pi0fm.flow.solver import Spread
 from pi0fm.policy.best_of import CRITERIA, BestOf, choose, medoid_distances
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.noise import candidate_seeds
@@ -28,8 +28,9 @@ def changed(policy, **flow):
     return LocalPolicy(policy.model, replace(policy.flow, **flow), policy.chain, policy.metadata, policy.device, policy.dtype)
 
 
-@pytest.mark.parametrize("solver", [*SOLVERS, *STOCHASTIC_SOLVERS])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("solver", "dtype"), [("euler", torch.float32), ("euler", torch.bfloat16), ("rk4", torch.float32), ("ancestral", torch.float32)]
+)
 def test_chunks_that_share_a_prefix_are_those_of_separate_calls(small_policy, observations, solver, dtype):
     """Observations with a missing camera and prompts of two lengths: masks differ between the rows."""
     policy = changed(small_policy.in_memory(dtype), solver=solver)
@@ -88,7 +89,7 @@ def test_seeds_of_candidates_are_fixed_and_apart():
 
 
 def test_a_medoid_is_in_the_crowd():
-    crowd = np.array([[0.0, 0.0], [0.1, 0.0], [0.0, 0.1], [5.0, 5.0]], np.float32)
+    crowd = np.array([[0.0, 0.0], [0.1, 0.0], [-0.1, 0.0], [0.0, 5.0]], np.float32)
     distances = medoid_distances(crowd)
     assert distances.argmin() == 0 and distances.argmax() == 3
     assert distances[3] == pytest.approx(np.mean([np.sqrt(((crowd[3] - other) ** 2).mean()) for other in crowd[:3]]))

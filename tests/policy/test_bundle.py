@@ -17,6 +17,7 @@ from transformers import ByT5Tokenizer
 import pi0fm
 from pi0fm import files
 from pi0fm.policy import bundle
+from pi0fm.policy.device import is_out_of_memory
 from pi0fm.policy.manifest import write_manifest
 from pi0fm_client.errors import BundleError, ConfigError, ObservationError, OutputError
 from pi0fm_client.types import Observation
@@ -313,3 +314,16 @@ def test_options_out_of_range(saved, wrong):
 def test_a_device_that_is_not_there(saved):
     with pytest.raises(ConfigError, match="'cuda' is not available"):
         bundle.load(saved, device="cuda")
+
+
+def test_a_bundle_that_does_not_fit_is_said_in_one_line(saved, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(bundle, "filled", full)
+    with pytest.raises(
+        ConfigError, match=r"cpu has no memory left for .*GiB in float32; end what else uses it, or type --precision"
+    ) as caught:
+        bundle.load(saved, device="cpu")
+    assert "\n" not in str(caught.value)
+    assert is_out_of_memory(MemoryError()) and not is_out_of_memory(ValueError("no"))

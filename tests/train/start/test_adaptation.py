@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_pi0 import LIKE_PI0, LIKE_PI05, observation
 import torch.nn.functional as F
+from small_pi0 import LIKE_PI0, LIKE_PI05, observation
 from torch import Tensor, nn
 
 from pi0fm.data.loading.loader import Batch
@@ -159,8 +159,7 @@ def test_no_parameter_is_dead_but_the_towers_key_biases(kind):
 @pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize("how", ["selective", "full"])
 @pytest.mark.parametrize("train_only", ["full", "expert_only"])
-@pytest.mark.parametrize("computes", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kind", "draws"), [("pi0", 1), ("pi05", 4)])
+@pytest.mark.parametrize(("kind", "draws", "computes"), [("pi0", 1, torch.bfloat16), ("pi05", 4, torch.float32)])
 def test_checkpointed_activations_give_the_same_loss_and_gradients(kind, draws, computes, train_only, how):
     """Bit by bit."""
     found = []
@@ -170,7 +169,9 @@ def test_checkpointed_activations_give_the_same_loss_and_gradients(kind, draws, 
         found.append(one_step(model, draws, computes))
     plain, checkpointed = found
     assert torch.equal(plain.loss, checkpointed.loss)
-    assert [name for name, gradient in plain.gradients.items() if not torch.equal(gradient, checkpointed.gradients[name])] == []
+    ours, theirs = ({key: value for key, value in each.gradients.items() if value is not None} for each in (checkpointed, plain))
+    assert ours.keys() == theirs.keys()
+    assert [name for name, gradient in theirs.items() if not torch.equal(gradient, ours[name])] == []
 
 
 def test_selective_checkpointing_repeats_attention_and_activations_and_no_large_product(monkeypatch):
