@@ -12,10 +12,7 @@ from pi0fm.bench.card.inference import BEST, Inference
 from pi0fm.bench.card.results import Results
 from pi0fm.bench.cases import random_observations
 from pi0fm.bench.limits import host_seconds, percentile
-from pi0fm.models.pi0 import CachedVelocity
-from pi0fm.models.prefix_cache import KeyValue, PrefixCache
-from pi0fm.policy.cuda_graphs import Recorder
-from pi0fm.policy.noise import starting_noise
+from pi0fm.policy.best_of import BestOf
 
 CANDIDATES = 8
 
@@ -28,32 +25,16 @@ def measure(results: Results, device: torch.device, whole: bool) -> None:
 
 
 def _best_of(results: Results, shared: Inference) -> None:
-    word = "kernels" if shared.device.type == "cuda" else "off"
+    word, rounds = "graph" if shared.device.type == "cuda" else "off", 30 if shared.whole else 2
     policy = shared.policy("pi0", BEST.cameras, word)
-    shape, rounds = (policy.model.config.action_horizon, policy.model.config.action_dim), 30 if shared.whole else 2
-    seen = policy.chain.observe(random_observations(policy, 1, 0)).to(shared.device)
-    taken = {}
+    given, taken = random_observations(policy, 1, 0), {}
     for count in (1, CANDIDATES):
-        noise = starting_noise(range(count), shape).to(shared.device)
-        mask = policy.mask(count)
-
-        def chunks(count: int = count, noise: torch.Tensor = noise, mask: torch.Tensor = mask) -> torch.Tensor:
-            with torch.inference_mode(), policy.sampler.precision():
-                field = CachedVelocity(policy.model, repeated(policy.model.encode_prefix(seen), count), seen.state.expand(count, -1))
-                return policy.flow.sample(field, noise, mask=mask, check=False)
-
-        call: Callable[[], object] = Recorder(shared.device)(chunks) if shared.device.type == "cuda" else chunks
+        call = functools.partial(policy.infer_best, given, BestOf(count), [0])
         call()
         taken[count] = percentile(host_seconds(call, shared.device, rounds), 0.5)
     ratio = taken[CANDIDATES] / taken[1]
-    note = f"{1e3 * taken[CANDIDATES]:.1f} and {1e3 * taken[1]:.1f} ms on the device, {word}"
+    note = f"{1e3 * taken[CANDIDATES]:.1f} and {1e3 * taken[1]:.1f} ms a whole call, {word}, by medoid"
     results.add(f"best of {CANDIDATES} over one, one prefix", ratio, "x", target="<= 1.1", note=note)
-
-
-def repeated(cache: PrefixCache, times: int) -> PrefixCache:
-    """The same prefix for several rows of actions."""
-    layers = tuple(KeyValue(*(each.repeat_interleave(times, dim=0) for each in layer)) for layer in cache.layers)
-    return PrefixCache(layers, cache.mask.repeat_interleave(times, dim=0), cache.length.repeat_interleave(times))
 
 
 def _likelihood(results: Results, shared: Inference) -> None:
