@@ -146,14 +146,14 @@ class Executor:
     ) -> None:
         known, start = policy.metadata, np.array(initial_command, np.float64)
         self._extensions = frozenset(known.get(wire.EXTENSIONS, ()))
-        _refuse_misfits(known, control_hz, start, execution_horizon, hand_over, beyond_limits, self._extensions)
+        _refuse_misfits(known, control_hz, start, execution_horizon, hand_over, beyond_limits)
         self._realtime = hand_over == "realtime" or (hand_over == "auto" and wire.ACTION_PREFIX in self._extensions)
         self._ensemble, self._refuse = hand_over == "ensemble", beyond_limits == "refuse"
         self._action_horizon = known.get("action_horizon")
         self._horizon = execution_horizon or known.get("execution_horizon")
         self._dt, self._clock = 1.0 / control_hz, clock
         self._limiter = Limiter(Limits.read(limits, start.size).stricter(Limits.read(known.get("limits"), start.size)), start)
-        self._relative, self._state_key = list(relative_to_state), known.get("state_key", "observation/state")
+        self._relative = list(relative_to_state)
         self._check = ObservationCheck(known, cameras=cameras, mode=state_check)
         self._worker = None
         if submit is None and inspect.iscoroutinefunction(policy.infer):
@@ -194,10 +194,9 @@ class Executor:
             return
         step = self._step_at(self._clock())
         taken = observation() if callable(observation) else observation
-        self._check(taken)
+        state = self._check(taken)
         # copied, since a robot's driver may fill the same arrays again while they are sent
         message = {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in taken.items()}
-        state = np.asarray(message.get(self._state_key, ()), np.float64)
         self.report.requests += 1
         self._request = _Request(step, state, self._submit(message | self._extras(step)))
 
@@ -301,7 +300,7 @@ class Executor:
             raise ServingError(f"a chunk must be finite numbers [H, {width}], found {list(rows.shape)}: check the policy")
         if self._relative:
             if state.ndim != 1 or state.size <= max(self._relative):
-                raise ServingError(f"relative actions need {self._state_key} of the observation, found {list(state.shape)}: send it")
+                raise ServingError(f"relative actions need the observation's state, found {list(state.shape)}: send it")
             rows[:, self._relative] += state[self._relative]
         return rows
 
@@ -355,13 +354,7 @@ def _start_task(policy: Infers, message: Message) -> Reply:
 
 
 def _refuse_misfits(
-    known: Mapping[str, Any],
-    control_hz: float,
-    start: Vector,
-    execution_horizon: int | None,
-    hand_over: str,
-    beyond_limits: str,
-    extensions: frozenset[str],
+    known: Mapping[str, Any], control_hz: float, start: Vector, execution_horizon: int | None, hand_over: str, beyond_limits: str
 ) -> None:
     """Raise ConfigError for options that do not fit together, or the policy; log a control rate that is not its own."""
     if not (isinstance(control_hz, int | float) and 0 < control_hz < math.inf):
@@ -375,7 +368,7 @@ def _refuse_misfits(
         raise ConfigError(
             f"hand_over is one of {', '.join(HAND_OVERS)}, beyond_limits clamp or refuse, found {hand_over!r}, {beyond_limits!r}"
         )
-    if hand_over == "realtime" and wire.ACTION_PREFIX not in extensions:
+    if hand_over == "realtime" and wire.ACTION_PREFIX not in known.get(wire.EXTENSIONS, ()):
         raise ConfigError("this policy knows no real-time hand-over: type hand_over='ensemble' or 'switch', or serve it with one")
     fps = known.get("fps") or control_hz
     if not 0.95 < control_hz / fps < 1.05:

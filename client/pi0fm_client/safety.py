@@ -43,14 +43,14 @@ class Limits:
     increments: NDArray[np.bool_]
 
     @classmethod
-    def read(cls, source: Mapping[str, Any] | str | Path | None, action_dim: int) -> "Limits":
+    def read(cls, source: Mapping[str, Any] | str | Path | None, action_dim: int, where: str = "limits") -> "Limits":
         """Return the limits in a map, or in a JSON file of one: a number, or a list with null for none, for each field that it names.
 
             {"low": -3.1, "high": [3.1, 3.1, 0.04], "velocity": 0.05, "acceleration": [0.01, 0.01, null], "increments": []}
 
         increments is a list of dimensions. Raises ConfigError for anything else.
         """
-        where, tree = "limits", source or {}
+        tree = source or {}
         if isinstance(tree, str | Path):
             where = str(tree)
             try:
@@ -160,31 +160,34 @@ class ObservationCheck:
                 else f"a state check must be one of {', '.join(CHECKS)}, found {mode!r}"
             )
         self._keys = [_dotted(column) for name, column in known.items() if cameras is None or name in cameras]
-        self._state_key = _dotted(metadata.get("state_key", ""))
+        self._state_key = _dotted(metadata.get("state_key", "observation/state"))
         self._mode, self._warned = mode, set[str]()
         bounds = metadata.get("state_range")
         self._range = None if bounds is None or mode == "off" else [np.asarray(bounds[name], np.float64) for name in ("min", "max")]
         self._margin = margin
 
-    def __call__(self, observation: Mapping[str, Any]) -> None:
-        """Raise ObservationError for a missing camera, and for a state that is refused."""
+    def __call__(self, observation: Mapping[str, Any]) -> Vector:
+        """Return the state, [0] where there is none. Raises ObservationError for a missing camera, and for a state that is refused."""
         given = {_dotted(str(key)): value for key, value in observation.items()}
         missing = [key for key in self._keys if key not in given]
         if missing:
             raise ObservationError(f"the policy needs the cameras {', '.join(self._keys)}, found no {missing[0]}: send it, or say cameras=")
-        fault = self._state_fault(given.get(self._state_key))
-        if fault is None:
-            return
-        if self._mode == "refuse":
+        try:
+            state = np.array(given.get(self._state_key, ()), np.float64)
+        except (TypeError, ValueError):
+            raise ObservationError(f"{self._state_key} must be numbers, found {str(given[self._state_key])[:40]!r}") from None
+        fault = self._state_fault(state)
+        if fault is not None and self._mode == "refuse":
             raise ObservationError(f'{fault}; or say state_check="warn"')
-        if fault[:60] not in self._warned:
+        if fault is not None and fault[:60] not in self._warned:
             self._warned.add(fault[:60])
             logger.warning("%s", fault)
+        return state
 
-    def _state_fault(self, given: Any) -> str | None:
-        if self._range is None or given is None:
+    def _state_fault(self, state: Vector) -> str | None:
+        if self._range is None:
             return None
-        (low, high), state = self._range, np.asarray(given, np.float64)
+        low, high = self._range
         if state.shape != low.shape:
             return f"{self._state_key} must have {len(low)} numbers, found {list(state.shape)}"
         slack = self._margin * (high - low) + 0.01 * np.maximum(abs(low), abs(high)) + 1e-6

@@ -104,6 +104,7 @@ class PolicyConfig:
             "version": version("pi0fm"),
             "embodiment": self.embodiment.name,
             "cameras": dict(self.embodiment.cameras),
+            "limits": dict(self.embodiment.limits),
             "state_key": self.embodiment.state,
             "state_dim": state_dim,
             "robot_action_dim": action_dim,
@@ -184,7 +185,7 @@ def load(path: str | Path, options: LoadOptions | None = None, **words: Any) -> 
         torch.set_num_threads(options.threads)
     model = load_network(path, config.model, device, dtype)
     chain = config.chain(stats, None if config.tokenizer == BYTES else str(path / config.tokenizer))
-    known = config.metadata() | _facts(path, options.robot)
+    known = config.metadata() | _facts(path, options.robot, stats)
     return LocalPolicy(model, flow, chain, known, device, dtype, config.padded_noise, options.compile)
 
 
@@ -256,7 +257,8 @@ def robot_names(path: Path) -> tuple[str, ...]:
 
 def metadata(path: Path, robot: str | None = None) -> dict[str, Any]:
     """What the policy that `load` makes says of itself, without its weights."""
-    return read(path, robot)[0].metadata() | _facts(path, robot)
+    config, stats = read(path, robot)
+    return config.metadata() | _facts(path, robot, stats)
 
 
 def _robots(path: Path) -> Robots:
@@ -265,9 +267,12 @@ def _robots(path: Path) -> Robots:
     return robots.from_json(read_json(file), str(file)) if file.is_file() else {}
 
 
-def _facts(path: Path, robot: str | None) -> dict[str, Any]:
-    """The bundle's identity; of a mixture's which robot is served, which others could be, and the seeds that any of them demonstrated."""
-    own, known = _robots(path), {"identity": identity(path)}
+def _facts(path: Path, robot: str | None, stats: NormStats) -> dict[str, Any]:
+    """The bundle's identity and the training's range of states; of a mixture's which robot is served, which others could be, and the
+    seeds that any of them demonstrated.
+    """
+    known = {"identity": identity(path), "state_range": {"min": stats.state.min.tolist(), "max": stats.state.max.tolist()}}
+    own = _robots(path)
     if not own:
         return known
     return {**known, "robot": robot or next(iter(own)), "robots": list(own), "demonstration_seeds": robots.demonstrated(own)}

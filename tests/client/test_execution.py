@@ -232,7 +232,7 @@ def test_the_remainder_is_absolute_and_starts_at_the_observations_step() -> None
     executor = link.executor(2, relative_to_state=[1])
     for step in range(19):
         link.deliver()
-        executor.observe({"observation/state": np.array([7.0, float(step)])})
+        executor.observe({"observation.state": np.array([7.0, float(step)])})
         action = executor.next()
         if step >= 3:
             assert action.tolist() == [0.5, (0.5 if step < 11 else 8.5)]
@@ -249,7 +249,7 @@ def test_relative_actions_without_a_state_are_refused() -> None:
     executor.observe({"prompt": "press"})
     link.deliver()
     executor.next()
-    assert "relative actions need observation/state" in executor.report.last_fault
+    assert "relative actions need the observation's state" in executor.report.last_fault
 
 
 def test_overlapping_chunks_are_averaged_on_request() -> None:

@@ -131,6 +131,7 @@ def test_every_camera_must_be_there_unless_told() -> None:
         ((0.1, 5.0, 0.04), r"1 of 3 outside.*check its units and order"),
         ((np.nan, 0.0, 0.0), r"found nan"),
         ((0.0, 0.0), r"must have 3 numbers, found \[2\]"),
+        ((), r"must have 3 numbers, found \[0\]"),
     ],
 )
 def test_a_state_unlike_the_trainings_is_refused_or_warned_of(state: Any, line: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,6 +19,7 @@ from pi0fm import files
 from pi0fm.policy import bundle
 from pi0fm.policy.device import is_out_of_memory
 from pi0fm.policy.manifest import write_manifest
+from pi0fm_client import Executor
 from pi0fm_client.errors import BundleError, ConfigError, ObservationError, OutputError
 from pi0fm_client.types import Observation
 
@@ -50,11 +51,13 @@ def test_round_trip(small_policy, saved, observations):
     for seed, observation in enumerate(observations):
         before = small_policy.in_memory().infer_batch([observation], [seed])[0]
         assert np.array_equal(loaded.infer_batch([observation], [seed])[0].actions, before.actions)
-    assert loaded.metadata == {**small_policy.config.metadata(), "identity": bundle.identity(saved)}
+    own = {"identity", "state_range"}
+    assert {name: value for name, value in loaded.metadata.items() if name not in own} == small_policy.config.metadata()
+    assert loaded.metadata["identity"] == bundle.identity(saved)
     assert bundle.read(saved)[0] == small_policy.config
 
 
-def test_metadata_says_what_a_caller_must_know(saved):
+def test_metadata_says_what_a_caller_must_know(small_policy, saved):
     known = bundle.load(saved, device="cpu").metadata
     expected = {
         "action_horizon": 4,
@@ -66,7 +69,23 @@ def test_metadata_says_what_a_caller_must_know(saved):
     }
     assert {name: known[name] for name in expected} == expected
     assert known["cameras"] == {"base": "observation.images.base", "wrist": "observation.images.wrist"}
+    assert known["state_range"] == {"min": small_policy.stats.state.min.tolist(), "max": small_policy.stats.state.max.tolist()}
     assert json.loads(json.dumps(known)) == known
+
+
+def test_a_policy_of_this_process_drives_a_robot(saved):
+    """The executor knows sizes, cameras and the training's states from the bundle alone."""
+    policy = pi0fm.load(str(saved), device="cpu")
+    with Executor(policy, control_hz=10, initial_command=np.zeros(3), cameras=["base"]) as executor:
+        with pytest.raises(ObservationError, match=r"observation\.state\[0\] was .* in training, found 1000"):
+            executor.observe({**FLAT, "observation/state": np.full(4, 1000.0)})
+        for _ in range(60):
+            executor.observe(FLAT)
+            executor.next()
+            executor.pace()
+            if executor.report.chunks >= 2:
+                break
+        assert executor.report.chunks >= 2 and executor.report.failures == 0
 
 
 def test_three_lines_of_python(saved):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pi0fm.options import nearest, option
 from pi0fm_client.errors import ConfigError, ObservationError
+from pi0fm_client.safety import Limits
 from pi0fm_client.types import Observation
 
 PROMPT_KEYS = ("prompt", "task")
@@ -32,6 +33,10 @@ class Embodiment:
     state_dim: int | None = option(None, "width of the state; empty takes the data set's")
     robot_action_dim: int | None = option(None, "width of the action; empty takes the data set's")
     delta_actions: tuple[int, ...] = option((), "action dimensions trained as differences from the state's same dimension")
+    limits: dict[str, list[float | None]] = option(
+        dict,
+        "of a command, kept by the robot's client: low, high, and of one control step velocity, acceleration; increments; null for none",
+    )
 
     def __post_init__(self) -> None:
         if len(set(self.cameras.values())) != len(self.cameras):
@@ -41,6 +46,8 @@ class Embodiment:
         for dim in self.delta_actions:
             if dim < 0 or (limit is not None and dim >= limit):
                 raise ConfigError(f"embodiment.delta_actions must be dimensions of state and action, below {limit}, found {dim}")
+        if self.limits and self.robot_action_dim is not None:
+            Limits.read(self.limits, self.robot_action_dim, "embodiment.limits")
 
     def dims(self) -> tuple[int, int]:
         """(state_dim, robot_action_dim) of an embodiment that was resolved against a data set."""

@@ -103,7 +103,13 @@ def test_a_data_set_without_pictures_is_refused():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"cameras": {"a": "x", "b": "x"}}, {"delta_actions": (-1,)}, {"delta_actions": (2,), "robot_action_dim": 2}]
+    "wrong",
+    [
+        {"cameras": {"a": "x", "b": "x"}},
+        {"delta_actions": (-1,)},
+        {"delta_actions": (2,), "robot_action_dim": 2},
+        {"limits": {"velocity": [0.1]}, "robot_action_dim": 2},
+    ],
 )
 def test_impossible_embodiments(wrong):
     with pytest.raises(ConfigError):
