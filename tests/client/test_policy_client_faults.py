@@ -277,7 +277,7 @@ def test_an_observation_past_its_deadline_is_never_sent_again() -> None:
 def test_a_deadline_in_the_observation_shortens_the_time_out(start_server: Any, fake_policy: Any) -> None:
     server = start_server(fake_policy(seconds=0.5))
     with PolicyClient(server.url) as client:
-        with in_time(0.1), pytest.raises(ServingError, match=r"gave no answer in 0\.1 s"):
+        with in_time(0.1), pytest.raises(ServingError, match=r"gave no answer in 0\.1 s|the deadline cannot be kept"):
             client.infer({**message(1.0), wire.DEADLINE_MS: 100.0})
         for wrong in (0, -1.0, float("nan"), "100", True):
             with pytest.raises(ObservationError, match="deadline_ms must be a number above 0"):
