@@ -8,6 +8,7 @@ Owns: config.json, the two processors with their statistics, the tokenizer's pla
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,19 @@ def write_lerobot(aside: Path, config: PolicyConfig, stats: NormStats, options: 
     own = str((options.output_dir / "tokenizer").resolve())
     name = options.tokenizer_name or (PALIGEMMA if config.model.vocab_size == 257_152 else own)
     say(f"LeRobot will look for the tokenizer at {name}")
-    _print_differences(config.embodiment)
-    files.write_json(aside / "config.json", _config(config, dtype))
+    columns = columns_of(config.embodiment)
+    _print_differences(config.embodiment, columns)
     epsilon = config.norm_epsilon or EPSILON
+    tree, before, after = _configuration(config, columns, dtype, name, epsilon)
+    files.write_json(aside / "config.json", tree)
     written = written_stats(stats, config, epsilon if config.normalization == "z_score" else 0.0)
-    columns = {STATE: written["state"], ACTION: written["action"]}
-    before, after = _steps(config, name, epsilon)
-    _write_processor(aside, "policy_preprocessor", before, columns)
-    _write_processor(aside, "policy_postprocessor", after, columns)
+    tensors = {
+        f"{column}.{statistic}": array
+        for column, group in ((STATE, written["state"]), (ACTION, written["action"]))
+        for statistic, array in group.items()
+    }
+    _write_processor(aside, "policy_preprocessor", before, tensors)
+    _write_processor(aside, "policy_postprocessor", after, tensors)
 
 
 def refuse_other_tokens(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
@@ -82,9 +88,9 @@ def columns_of(embodiment: Embodiment) -> dict[str, str]:
     return {**found, embodiment.state: STATE}
 
 
-def _print_differences(embodiment: Embodiment) -> None:
+def _print_differences(embodiment: Embodiment, columns: Mapping[str, str]) -> None:
     """Print what the user must type, because no file makes LeRobot do it."""
-    renamed = {ours: theirs for ours, theirs in columns_of(embodiment).items() if ours != theirs}
+    renamed = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
     unseen = {ours: theirs for ours, theirs in renamed.items() if not ours.startswith(PREFIX)}
     if unseen:
         listed = ", ".join(f"{ours} as {theirs}" for ours, theirs in unseen.items())
@@ -99,18 +105,6 @@ def _print_differences(embodiment: Embodiment) -> None:
         )
 
 
-def _features(config: PolicyConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    state_dim, action_dim = config.embodiment.dims()
-    size = config.model.vision.image_size
-    columns = columns_of(config.embodiment)
-    pictures = {columns[ours]: {"type": "VISUAL", "shape": [3, size, size]} for ours in config.embodiment.cameras.values()}
-    return {**pictures, STATE: {"type": "STATE", "shape": [state_dim]}}, {ACTION: {"type": "ACTION", "shape": [action_dim]}}
-
-
-def _modes(config: PolicyConfig) -> dict[str, str]:
-    return {"VISUAL": "IDENTITY", "STATE": NORMALIZATION[config.normalization], "ACTION": NORMALIZATION[config.normalization]}
-
-
 def _relative(config: PolicyConfig) -> dict[str, Any]:
     """Return LeRobot's options of relative actions, which exclude dimensions by a word in their names."""
     delta = config.embodiment.delta_actions
@@ -120,11 +114,21 @@ def _relative(config: PolicyConfig) -> dict[str, Any]:
     return {"enabled": True, "exclude_joints": ["absolute"], "action_names": names}
 
 
-def _config(config: PolicyConfig, dtype: str) -> dict[str, Any]:
-    model, relative = config.model, _relative(config)
-    inputs, outputs = _features(config)
-    return {
-        "type": kind_of(model),
+def _configuration(
+    config: PolicyConfig, columns: Mapping[str, str], dtype: str, tokenizer_name: str, epsilon: float
+) -> tuple[dict[str, Any], list[Step], list[Step]]:
+    """Return config.json, and the steps before and after the policy."""
+    model, relative, kind = config.model, _relative(config), kind_of(config.model)
+    state_dim, action_dim = config.embodiment.dims()
+    size, mode, state = model.vision.image_size, NORMALIZATION[config.normalization], config.embodiment.state
+    inputs: dict[str, Any] = {
+        **{columns[ours]: {"type": "VISUAL", "shape": [3, size, size]} for ours in config.embodiment.cameras.values()},
+        STATE: {"type": "STATE", "shape": [state_dim]},
+    }
+    outputs = {ACTION: {"type": "ACTION", "shape": [action_dim]}}
+    modes = {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
+    tree = {
+        "type": kind,
         "n_obs_steps": 1,
         "input_features": inputs,
         "output_features": outputs,
@@ -140,48 +144,39 @@ def _config(config: PolicyConfig, dtype: str) -> dict[str, Any]:
         "use_relative_actions": relative["enabled"],
         "relative_exclude_joints": relative["exclude_joints"],
         "action_feature_names": relative["action_names"],
-        "image_resolution": [model.vision.image_size, model.vision.image_size],
+        "image_resolution": [size, size],
         "tokenizer_max_length": model.max_prompt_tokens,
-        "normalization_mapping": _modes(config),
+        "normalization_mapping": modes,
     }
-
-
-def _steps(config: PolicyConfig, tokenizer_name: str, epsilon: float) -> tuple[list[Step], list[Step]]:
-    inputs, outputs = _features(config)
-    state = config.embodiment.state
     renamed = {state: STATE} if state != STATE and state.startswith(PREFIX) else {}
-    rename: Step = ("rename_observations_processor", {"rename_map": renamed})
-    batch: Step = ("to_batch_processor", {})
-    device: Step = ("device_processor", {"device": "cpu", "float_dtype": None})
-    relative: Step = ("relative_actions_processor", _relative(config))
-    absolute: Step = ("absolute_actions_processor", {"enabled": _relative(config)["enabled"]})
-    normalize: Step = ("normalizer_processor", {"eps": epsilon, "features": {**inputs, **outputs}, "norm_map": _modes(config)})
-    unnormalize: Step = ("unnormalizer_processor", {"eps": epsilon, "features": outputs, "norm_map": _modes(config)})
-    tokenizer: Step = (
-        "tokenizer_processor",
-        {
-            "max_length": config.model.max_prompt_tokens,
-            "task_key": "task",
-            "padding_side": "right",
-            "padding": "max_length",
-            "truncation": True,
-            "tokenizer_name": tokenizer_name,
-        },
-    )
-    if kind_of(config.model) == "pi0":
-        before = [rename, batch, ("pi0_new_line_processor", {}), tokenizer, device, relative, normalize]
+    tokens = {"max_length": model.max_prompt_tokens, "task_key": "task", "padding_side": "right", "padding": "max_length"}
+    text: list[Step] = [
+        ("tokenizer_processor", tokens | {"truncation": True, "tokenizer_name": tokenizer_name}),
+        ("device_processor", {"device": "cpu", "float_dtype": None}),
+    ]
+    numbers: list[Step] = [
+        ("relative_actions_processor", relative),
+        ("normalizer_processor", {"eps": epsilon, "features": {**inputs, **outputs}, "norm_map": modes}),
+    ]
+    before: list[Step] = [("rename_observations_processor", {"rename_map": renamed}), ("to_batch_processor", {})]
+    if kind == "pi0":
+        before += [("pi0_new_line_processor", {}), *text, *numbers]
     else:
-        before = [rename, batch, relative, normalize, ("pi05_prepare_state_tokenizer_processor_step", {}), tokenizer, device]
-    return before, [unnormalize, absolute, device]
+        before += [*numbers, ("pi05_prepare_state_tokenizer_processor_step", {}), *text]
+    after: list[Step] = [
+        ("unnormalizer_processor", {"eps": epsilon, "features": outputs, "norm_map": modes}),
+        ("absolute_actions_processor", {"enabled": relative["enabled"]}),
+        text[1],
+    ]
+    return tree, before, after
 
 
-def _write_processor(aside: Path, name: str, steps: list[Step], columns: dict[str, dict[str, NDArray[np.float32]]]) -> None:
+def _write_processor(aside: Path, name: str, steps: list[Step], tensors: dict[str, NDArray[np.float32]]) -> None:
     entries: list[dict[str, Any]] = []
     for index, (registry, config) in enumerate(steps):
         entry: dict[str, Any] = {"registry_name": registry, "config": config}
         if registry in ("normalizer_processor", "unnormalizer_processor"):
             entry["state_file"] = f"{name}_step_{index}_{registry}.safetensors"
-            flat = {f"{column}.{statistic}": array for column, group in columns.items() for statistic, array in group.items()}
-            files.write_bytes(aside / entry["state_file"], save(flat))  # save_file would make it readable by the owner only
+            files.write_bytes(aside / entry["state_file"], save(tensors))  # save_file would make it readable by the owner only
         entries.append(entry)
     files.write_json(aside / f"{name}.json", {"name": name, "steps": entries})
