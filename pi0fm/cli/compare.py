@@ -11,7 +11,6 @@ from rich.table import Table
 from pi0fm import progress
 from pi0fm.eval.compare import CompareConfig, compare
 from pi0fm.eval.report.compare import write
-from pi0fm.eval.report.page import percent
 from pi0fm.eval.statistics import Interval
 
 HELP = "evaluations on the same tasks and seeds, side by side: intervals, exact paired tests, whether a difference is settled"
@@ -37,7 +36,7 @@ def run(options: CompareConfig) -> dict[str, Any]:
     for one in found.paired:
         counts = (str(number) for number in (one.pairs, one.only_this, one.only_baseline))
         paired.add_row(one.name, *counts, _text(one.difference), *(f"{p:.3g}" for p in (one.p, one.p_holm, one.p_any_time)))
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = Console(stderr=True, highlight=False, markup=False, width=max(120, Console(stderr=True).width))
     console.print(success)
     console.print(paired)
     for line in (*found.warnings, *(one.statement for one in found.paired), f"report: {page}"):
@@ -46,4 +45,5 @@ def run(options: CompareConfig) -> dict[str, Any]:
 
 
 def _text(interval: Interval | None) -> str:
-    return "unknown" if interval is None else f"{percent(interval.rate)} ({percent(interval.low)} to {percent(interval.high)})"
+    """Format `55 % (44 to 65)`."""
+    return "unknown" if interval is None else f"{100 * interval.rate:.0f} % ({100 * interval.low:.0f} to {100 * interval.high:.0f})"

@@ -1,4 +1,4 @@
-"""Options of a recording.
+"""Options of a recording of demonstrations.
 
 Owns: `DemosConfig` and its checks. Does not know: how anything is recorded.
 """
@@ -29,7 +29,7 @@ class DatasetName:
 
 @dataclass(frozen=True)
 class DemosConfig:
-    """Options of `pi0fm demos`. Raises ConfigError for a value out of range, and for tasks that no scripted expert can do."""
+    """Options of `pi0fm demos`. Raises ConfigError for a value out of range, and for tasks without a scripted expert."""
 
     tasks: str | tuple[str, ...] = option("button-press-topdown-v3", f"tasks with commas between them, each {catalog.TASK_FORM}")
     episodes: int = option(50, "successful episodes a task; asking for more later goes on from what is there")
@@ -61,7 +61,7 @@ class DemosConfig:
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """The tasks by their reports' names, whichever way they were typed."""
+        """The tasks by their names in reports."""
         words = self.tasks.split(",") if isinstance(self.tasks, str) else [word for text in self.tasks for word in text.split(",")]
         return tuple(catalog.report_name(word.strip()) for word in words if word.strip())
 

@@ -1,4 +1,4 @@
-"""One demonstration: a scripted expert with noise on what is executed.
+"""One demonstration: a scripted expert with noise on the executed actions.
 
 Owns: `Demonstration`, the noise, the clean-action rule. Does not know: which simulator, who stores the episode, Ray.
 Shape letters: T steps, A action dim, S state dim.

@@ -20,7 +20,7 @@ from pi0fm_client.errors import ConfigError
 
 LEVEL = 0.05
 MOST_PAIRS = 100_000
-POLICY_SETTINGS = ("flow steps", "solver", "execution horizon", "scores")  # of the policy: they may be what is compared
+POLICY_SETTINGS = ("flow steps", "solver", "execution horizon", "scores")  # a comparison may be about them
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ LEAST = {
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(PolicyChoice):
-    """The policy to judge, the tasks, and where the report goes.
+    """The policy, the tasks, the place of the report.
 
     After construction `tasks` and `cameras` are tuples, and tasks have their names in reports.
     """
