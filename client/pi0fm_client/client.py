@@ -123,10 +123,6 @@ class AsyncPolicyClient:
             if isinstance(noise_seed, bool) or not isinstance(noise_seed, numbers.Integral) or not 0 <= noise_seed < 2**63:
                 raise ObservationError(f"noise_seed must be a whole number in [0, 2**63), found {str(noise_seed)[:40]}: or leave it out")
             message["noise_seed"] = int(noise_seed)
-        asked = {key for key in message if isinstance(key, str) and key.startswith(wire.PREFIX)}
-        asked |= {wire.JPEG for value in message.values() if isinstance(value, Mapping) and wire.JPEG in value}
-        if not asked <= self._extensions:
-            raise ObservationError(f"{self._url} does not know {', '.join(sorted(asked - self._extensions))}: leave it out")
         return message, seconds
 
     async def _infer(self, message: Mapping[str, Any], began: float, seconds: float) -> ActionChunk:
@@ -183,7 +179,11 @@ class AsyncPolicyClient:
         self._greeting = greeting
 
     def _pack(self, message: Mapping[str, Any], deadline: float) -> tuple[int, bytes]:
-        """Return a new request's number and its frame."""
+        """Return a new request's number and its frame. Raises ObservationError for what this server does not take."""
+        asked = {key for key in message if isinstance(key, str) and key.startswith(wire.PREFIX)}
+        asked |= {wire.JPEG for value in message.values() if isinstance(value, Mapping) and wire.JPEG in value}
+        if not asked <= self._extensions:
+            raise ObservationError(f"{self._url} does not know {', '.join(sorted(asked - self._extensions))}: leave it out")
         self._requests += 1
         extra = {
             wire.REQUEST_ID: self._requests,

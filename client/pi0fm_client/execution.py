@@ -40,7 +40,7 @@ from pi0fm_client.types import ActionChunk
 HAND_OVERS = ("auto", "realtime", "ensemble", "switch")
 DELAYS_KEPT, DELAY_PERCENTILE = 100, 95
 ENSEMBLE_DECAY = 0.01  # of a chunk's weight with each newer one, as in ACT
-LONGEST_PAUSE_SECONDS = 2.0
+LONGEST_PAUSE_SECONDS = 0.5  # between requests that fail: a chunk or so
 ROUNDING = 1e-6  # of an action in float32, which is not beyond a limit in float64
 EARLIEST = 0.75  # steps by which a control loop may be ahead of its rate
 logger = logging.getLogger(__name__)
@@ -54,11 +54,9 @@ class Infers(Protocol):
     @property
     def metadata(self) -> Mapping[str, Any]:
         """Facts about the policy."""
-        ...
 
     def infer(self, observation: Mapping[str, Any]) -> Any:
         """Return the ActionChunk of a flat map of keys, or an awaitable of it."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -228,8 +226,11 @@ class Executor:
 
     def pace(self) -> None:
         """Sleep until the next control step begins."""
-        if self._origin is not None:
-            time.sleep(max(0.0, self._origin + (self.command.step + 1) * self._dt - self._clock()))
+        time.sleep(self.seconds_left())
+
+    def seconds_left(self) -> float:
+        """Return the seconds until the next control step begins, for a loop of asyncio to sleep."""
+        return 0.0 if self._origin is None else max(0.0, self._origin + (self.command.step + 1) * self._dt - self._clock())
 
     def close(self) -> None:
         """End the thread; a reply that comes later is never read. The policy stays open."""

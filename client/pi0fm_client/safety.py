@@ -65,7 +65,8 @@ class Limits:
             increments[[int(dim) for dim in tree.get("increments", ())]] = True
         except (TypeError, ValueError, IndexError):
             raise ConfigError(f"{where}: increments must be dimensions below {action_dim}, found {tree['increments']!r:.80}") from None
-        bounds = {name: _bound(tree.get(name), default, action_dim, f"{where}: {name}") for name, default in _UNBOUNDED.items()}
+        none = {name: -np.inf if name == "low" else np.inf for name in known if name != "increments"}
+        bounds = {name: _bound(tree.get(name), none[name], action_dim, f"{where}: {name}") for name in none}
         found = cls(increments=increments, **bounds)
         for name, wrong, rule in (
             ("low", found.low > found.high, "must not be above high"),
@@ -86,9 +87,6 @@ class Limits:
             raise ConfigError(f"the robot's limits and the policy's exclude each other in dimensions {np.flatnonzero(low > high).tolist()}")
         velocity, acceleration = np.minimum(self.velocity, other.velocity), np.minimum(self.acceleration, other.acceleration)
         return Limits(low, high, velocity, acceleration, self.increments | other.increments)
-
-
-_UNBOUNDED = {"low": -np.inf, "high": np.inf, "velocity": np.inf, "acceleration": np.inf}
 
 
 @final
@@ -168,6 +166,8 @@ class ObservationCheck:
 
     def __call__(self, observation: Mapping[str, Any]) -> Vector:
         """Return the state, [0] where there is none. Raises ObservationError for a missing camera, and for a state that is refused."""
+        if not isinstance(observation, Mapping):
+            raise ObservationError(f"an observation must be a flat map of keys, found {type(observation).__name__}: send {{'prompt': ...}}")
         given = {_dotted(str(key)): value for key, value in observation.items()}
         missing = [key for key in self._keys if key not in given]
         if missing:

@@ -50,11 +50,9 @@ class Policy(Protocol):
     @property
     def metadata(self) -> Mapping[str, Any]:
         """Facts that a caller needs: `action_horizon`, `robot_action_dim`, `state_dim`, `cameras` (name -> key), `embodiment`."""
-        ...
 
     def infer_batch(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> list[ActionChunk]:
         """One chunk for each observation, in order.
 
         noise_seeds: one for each observation; the same seed and observation give the same chunk. None draws fresh noise.
         """
-        ...

@@ -136,7 +136,7 @@ def test_a_dead_server_ends_in_a_standstill_within_one_step_of_expiry() -> None:
     commands = link.run(executor, 100)
     assert [command[0] for command in commands[5:]] == [min(step, 23) for step in range(5, 100)]
     assert executor.command.held and executor.report.failures > 2 and "lost" in executor.report.last_fault
-    assert len(link.sent) < 12  # asked again in growing pauses
+    assert len(link.sent) < 12  # asked again after pauses
 
 
 def test_it_goes_on_when_a_policy_raises_anything() -> None:
@@ -389,7 +389,7 @@ def test_a_policy_of_asyncio_runs_in_the_running_loop() -> None:
             for _ in range(3):
                 executor.observe({})
                 action = executor.next()
-                await asyncio.sleep(DT)
+                await asyncio.sleep(executor.seconds_left())
         return float(action[0])
 
     assert asyncio.run(loop()) == 1.0

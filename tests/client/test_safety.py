@@ -114,6 +114,8 @@ def test_a_file_that_holds_no_limits_is_refused(text: str | None, tmp_path: Path
 def test_every_camera_must_be_there_unless_told() -> None:
     with pytest.raises(ObservationError, match=r"found no observation\.images\.wrist: send it, or say cameras="):
         ObservationCheck(METADATA)(observation((0, 0, 0), "base"))
+    with pytest.raises(ObservationError, match="a flat map of keys, found list"):
+        ObservationCheck(METADATA)([])  # type: ignore[arg-type]
     ObservationCheck(METADATA)(observation())
     ObservationCheck(METADATA, cameras=["base"])(observation((0, 0, 0), "base"))
     with pytest.raises(ConfigError, match=r"has the cameras \['base', 'wrist'\], found \['top'\]"):
