@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi0fm_client import Executor, wire
+from pi0fm_client import Executor, PolicyClient, wire
 from pi0fm_client.errors import ConfigError, ObservationError, ServingError
 from pi0fm_client.types import ActionChunk
 
@@ -393,3 +394,32 @@ def test_a_policy_of_asyncio_runs_in_the_running_loop() -> None:
         return float(action[0])
 
     assert asyncio.run(loop()) == 1.0
+
+
+def test_over_a_real_network_a_server_that_dies_and_returns_executes_no_row_twice_or_late(start_server: Any, fake_policy: Any) -> None:
+    """The fake policy's row h is the state + h, and the state is the control step: so each action says when it is meant for."""
+    server = start_server(fake_policy(seconds=0.05, horizon=32))
+    pictures = {f"observation.images.{name}": np.zeros((8, 8, 3), np.uint8) for name in ("front", "wrist")}
+    step, options = -1, {"control_hz": 50, "initial_command": np.full(3, -1.0), "execution_horizon": 8}
+
+    with PolicyClient(server.url, timeout_seconds=0.5) as policy, Executor(policy, clock=lambda: step * DT, **options) as executor:
+
+        def run_until(held: bool, steps: int) -> None:
+            nonlocal step
+            for _ in range(1000):
+                step += 1
+                executor.observe({**pictures, "observation.state": np.full(3, step), "prompt": "press"})
+                action = executor.next()
+                assert executor.command.step == step and (executor.command.held or action[0] == step)
+                steps -= executor.command.held == held
+                if steps <= 0:
+                    return
+                time.sleep(DT)
+            raise AssertionError(executor.report)
+
+        run_until(False, 20)
+        server.stop()
+        run_until(True, 20)
+        start_server(server.policy, port=server.port)
+        run_until(False, 20)
+    assert executor.report.chunks >= 2 and executor.report.failures >= 1
