@@ -29,7 +29,9 @@ for name, value in {
 import jaxtyping
 import pytest
 import runtime_checks
+from small_disks import small_disk, unwritable
 
+__all__ = ["small_disk", "unwritable"]
 runtime_checks.install()
 
 ROOT = Path(__file__).resolve().parent.parent

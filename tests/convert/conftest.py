@@ -1,6 +1,5 @@
-"""The small policy that a bundle and a conversion are tried on, and disks that are too small for them."""
+"""The small policy whose bundle is converted."""
 
-from small_disks import small_disk, unwritable
 from small_policies import character_tokenizer, observations, saved, small_policy
 
-__all__ = ["character_tokenizer", "observations", "saved", "small_disk", "small_policy", "unwritable"]
+__all__ = ["character_tokenizer", "observations", "saved", "small_policy"]
