@@ -1,11 +1,13 @@
 """`pi0fm COMMAND [FILE.yaml ...] [--option value ...]`: find the command, decode its options, print its result.
 
 Owns: dispatch, help, exit codes, the last line of JSON. Does not know: what any command does.
-Each command is a module of pi0fm/cli with `HELP`, `Options`, `ALIASES` and `run(options) -> result`, imported when it is called; or with
-`SUBCOMMANDS`, name -> help line, each of which is a module COMMAND_NAME or what the command's `subcommand(name)` gives. `POSITIONAL`
-names an option that may stand first without its name, where other commands have files, `OTHERS` the one that the words behind it are
-of; `NAMED_BY_ROW` one that is outputs/NAME_NAME
-where several files stand in a row. A command of several forms has `form(words)`, which gives what has these names.
+Each command is a module of pi0fm/cli, imported when it is called, with `HELP`, `Options`, `ALIASES` and `run(options) -> result`, or with
+`SUBCOMMANDS`, name -> help line: modules COMMAND_NAME, or the results of its `subcommand(name)`. A command of several forms has
+`form(words)`, which returns an object with these names. Optional names:
+
+    POSITIONAL      the option that may stand first without its name, in the place of files
+    OTHERS          the option that takes the words after that
+    NAMED_BY_ROW    the folder that is outputs/NAME_NAME by default where several files stand in a row
 """
 
 import importlib

@@ -1,5 +1,6 @@
 """The one way to ask a question: wrong words, places that are taken, what is shown, kept and rounded. Nothing is measured here."""
 
+import importlib
 import json
 import math
 import sys
@@ -14,8 +15,6 @@ from pi0fm.cli import bench
 from pi0fm.cli.main import main
 from pi0fm.options import option
 from pi0fm.processes import in_fresh_process
-
-PEERS = ("inference", "training")
 
 
 @dataclass(frozen=True)
@@ -69,16 +68,14 @@ def test_a_folder_that_is_taken_is_left_alone(capsys, tmp_path, command, taken):
 
 
 WRONG = [
-    *((f"bench {command}", words, line) for command in PEERS for words, line in (
-        ("--cases tini", "unknown word in cases, 'tini': did you mean 'tiny'?"),
-        ("--cases tiny,tiny", "cases must name one or more, each once, found tiny, tiny; type --cases tiny"),
-        ("--cases pi0_proportions", "unknown word in cases, 'pi0_proportions'"),
-        ("--rounds 0", "rounds must be 1 or more, found 0; type --rounds 1 or leave it out"),
-        ("--threads 0", "threads must be 1 or more, found 0"),
-        ("--seed -1", "seed must be 0 or more, found -1"),
-        ("--device cudo", "unknown word in device, 'cudo': did you mean 'cuda'?"),
-        ("--round 3", "unknown option round: did you mean 'rounds'?"),
-    )),
+    ("bench inference", "--cases tini", "unknown word in cases, 'tini': did you mean 'tiny'?"),
+    ("bench inference", "--cases tiny,tiny", "cases must name one or more, each once, found tiny, tiny; type --cases tiny"),
+    ("bench inference", "--cases pi0_proportions", "unknown word in cases, 'pi0_proportions'"),
+    ("bench inference", "--rounds 0", "rounds must be 1 or more, found 0; type --rounds 1 or leave it out"),
+    ("bench inference", "--threads 0", "threads must be 1 or more, found 0"),
+    ("bench inference", "--seed -1", "seed must be 0 or more, found -1"),
+    ("bench inference", "--device cudo", "unknown word in device, 'cudo': did you mean 'cuda'?"),
+    ("bench inference", "--round 3", "unknown option round: did you mean 'rounds'?"),
     ("bench inference", "--compile graph", "compile graph records CUDA graphs, found device cpu"),
     ("bench training", "--flow_draws_cases tini", "unknown word in flow_draws_cases"),
     ("bench", "lerning", "unknown command 'bench lerning': did you mean 'learning'?"),
@@ -139,3 +136,13 @@ def loaded_by_options() -> list[str]:
 
 def test_options_are_read_without_lerobot():
     assert in_fresh_process(loaded_by_options) == []
+
+
+def loaded_by_training() -> list[str]:
+    """Large libraries that a process of `bench training` holds before it builds a network: they would be part of the measured memory."""
+    importlib.import_module("pi0fm.bench.training")
+    return [name for name in ("lerobot", "sympy", "pyarrow", "ray", "matplotlib") if name in sys.modules]
+
+
+def test_the_memory_of_training_is_measured_without_other_libraries():
+    assert in_fresh_process(loaded_by_training) == []
