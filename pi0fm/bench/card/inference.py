@@ -68,13 +68,16 @@ class Inference:
         self.p50: dict[tuple[str, str, CallSize], float] = {}
 
     def run(self) -> None:
-        """In order of worth; what does not fit into the time is named."""
+        """What was never measured first; what does not fit into the time is named."""
         self.results.add("copy rate", self.rates.bytes_per_second / 1e9, "GB/s", note="read and written")
         product = self.rates.flops_per_second[torch.bfloat16] / 1e12
         self.results.add("bfloat16 product rate", product, "TFLOP/s", note="8192 x 8192 x 8192, random")
         fast = self.modes[1]
-        for name, mode in itertools.product(MODELS, ("off", fast)):
-            self.call(name, mode, BEST)
+        for size, mode in itertools.product((BEST, CallSize(1, 2), CallSize(1, 1)), (fast, "off")):
+            self.call("pi0", mode, size)
+        self.attempt("LeRobot's PI0, 3 cameras, batch 1", self.lerobot, 30)
+        for mode in (fast, "off"):
+            self.call("pi0.5", mode, BEST)
         self.attempt_stages("pi0", "off")
         self.attempt_stages("pi0", fast)
         for mode in (fast, "off"):
@@ -83,15 +86,10 @@ class Inference:
         if one and eight:
             self.results.add(f"pi0, batch {EIGHT.batch} over batch 1, {fast}", EIGHT.batch * one / eight, "x", target=">= 1.3")
         self.attempt_stages("pi0.5", fast)
-        for size, mode in itertools.product((CallSize(1, 2), CallSize(1, 1)), ("off", fast)):
-            self.call("pi0", mode, size)
         for mode in (fast, "off"):
             self.call("pi0", mode, FOUR)
         for mode, size in itertools.product(self.modes[2:], (BEST, EIGHT)):
             self.call("pi0", mode, size)
-        self.policies.clear()
-        self.networks.clear()
-        self.attempt("LeRobot's PI0, 3 cameras, batch 1", self.lerobot, 30)
 
     def attempt(self, what: str, case: Callable[[], None], seconds: float) -> None:
         """Run `case` where the time allows. seconds: that it takes at full size."""
