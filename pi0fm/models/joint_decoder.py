@@ -32,6 +32,7 @@ from pi0fm.models.layers import (
     AdaptiveRMSNorm,
     GatedMLP,
     Gelu,
+    Linear,
     Modulation,
     RMSNorm,
     Rotation,
@@ -98,9 +99,9 @@ class Stream(nn.Module):
             return AdaptiveRMSNorm(stream.width, condition_width, for_products=True)
 
         self.attention_norm = norm()
-        self.qkv = nn.Linear(stream.width, (self.num_heads + 2 * config.num_kv_heads) * config.head_dim, bias=False)
+        self.qkv = Linear(stream.width, (self.num_heads + 2 * config.num_kv_heads) * config.head_dim, bias=False)
         if not keys_only:
-            self.out = nn.Linear(config.num_heads * config.head_dim, stream.width, bias=False)
+            self.out = Linear(config.num_heads * config.head_dim, stream.width, bias=False)
             self.mlp_norm = norm()
             self.mlp = GatedMLP(stream.width, stream.mlp_width, config.gelu)
 

@@ -38,6 +38,48 @@ class Modulation(NamedTuple):
     gate: Tensor
 
 
+class Linear(nn.Linear):
+    """`nn.Linear`, whose copy in autocast's type may be kept from one use to the next.
+
+    cast_once: in training make the copy anew only where the weight has changed, once an update, in place of once a forward pass and once
+    more where a layer is recomputed. The numbers are autocast's. Only for weights that are written in place, whose version then counts:
+    torch's fully_shard writes without.
+    """
+
+    cast_once = False
+    _copy: Tensor | None = None
+    _copied_version = -1
+
+    def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n F"]:
+        """x W' + b."""
+        dtype = product_dtype(x)
+        if not self.cast_once or not self.training or dtype == self.weight.dtype or torch.compiler.is_compiling():
+            return super().forward(x)
+        with torch.no_grad():
+            if self._copy is None:
+                self._copy = torch.empty_like(self.weight, dtype=dtype)
+            if self._copied_version != self.weight._version:
+                self._copy.copy_(self.weight)
+                self._copied_version = self.weight._version
+        return F.linear(x, _Cast.apply(self.weight, self._copy), self.bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the copy."""
+        return self.__dict__ | {"_copy": None, "_copied_version": -1}
+
+
+class _Cast(torch.autograd.Function):
+    """A copy of the weight that is there already; its gradient is the weight's."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.float(), None
+
+
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + 1e-6) * (1 + scale)`, computed in float32 and returned in the type of x.
 
@@ -99,8 +141,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, width: int, hidden_width: int, gelu: Gelu) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden_width, bias=False)
-        self.down = nn.Linear(hidden_width, width, bias=False)
+        self.gate_up = Linear(width, 2 * hidden_width, bias=False)
+        self.down = Linear(hidden_width, width, bias=False)
         self.gelu, self.recompute = gelu, False
 
     def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:

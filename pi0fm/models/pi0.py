@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pi0fm.models.initial import Initial, NormalInit, initialise_new, unit_variance
 from pi0fm.models.joint_decoder import DecoderConfig, JointDecoder, Stream
-from pi0fm.models.layers import CHECKPOINTING, GatedMLP, at_least_float32, time_embedding
+from pi0fm.models.layers import CHECKPOINTING, GatedMLP, Linear, at_least_float32, time_embedding
 from pi0fm.models.observation import ModelObservation, pixels
 from pi0fm.models.prefix_cache import ActionContext, Modulations, PrefixCache
 from pi0fm.models.vision import VisionConfig, VisionLayer, VisionMLP, VisionTower
@@ -143,6 +143,15 @@ class Pi0(nn.Module):
         for module in self.modules():
             if isinstance(module, Stream | GatedMLP | VisionLayer | VisionMLP):
                 module.recompute = how == "selective"
+
+    def cast_once(self, wanted: bool) -> None:
+        """In training under autocast, cast the towers' matrices once an update (`layers.Linear`) and keep the copies: the same numbers.
+
+        A matrix that is cut over workers is left out: it is gathered in the products' type, by writes that its version does not count.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.cast_once = wanted and type(module.weight) is nn.Parameter
 
     def compile_layers(self) -> None:
         """Compile every layer of both towers, for training: one set of kernels for all batches and prompt lengths."""

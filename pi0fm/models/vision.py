@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pi0fm.models.attention import attend_pictures
 from pi0fm.models.initial import ConstantInit, Initial, NormalInit, UniformInit
-from pi0fm.models.layers import Gelu, product_dtype, recomputed, recomputes, run_layer
+from pi0fm.models.layers import Gelu, Linear, product_dtype, recomputed, recomputes, run_layer
 from pi0fm_client.errors import ConfigError
 
 
@@ -78,7 +78,7 @@ class VisionMLP(nn.Module):
 
     def __init__(self, width: int, hidden_width: int, gelu: Gelu) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden_width), nn.Linear(hidden_width, width)
+        self.fc1, self.fc2 = Linear(width, hidden_width), Linear(hidden_width, width)
         self.gelu, self.recompute = gelu, False
 
     def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
@@ -100,8 +100,8 @@ class VisionLayer(nn.Module):
         super().__init__()
         self.recompute, self.num_heads = False, config.num_heads
         self.attention_norm = ProductNorm(config.width)
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.out = Linear(config.width, config.width)
         self.mlp_norm = ProductNorm(config.width)
         self.mlp = VisionMLP(config.width, config.mlp_width, config.gelu)
 
@@ -126,7 +126,7 @@ class VisionTower(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(config.tokens_per_image, config.width))
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.depth))
         self.final_norm = ProductNorm(config.width)
-        self.projector = nn.Linear(config.width, backbone_width)
+        self.projector = Linear(config.width, backbone_width)
 
     def forward(self, pictures: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B V E"]:
         """pictures in [-1, 1] to tokens; unlike word embeddings they are not scaled."""

@@ -60,6 +60,8 @@ class TrainState:
 
     def prepare(self, parallel: Parallel) -> None:
         """Wrap network and optimiser for training; again after `parallel` was opened for other workers."""
+        # autocast would cast every matrix once a micro batch; where one makes a step, it casts once and keeps no copy through the update
+        self.network.cast_once(parallel.accelerator.gradient_accumulation_steps > 1)
         self.trained, self.optimizer = parallel.prepare(self.network.train(), self._adamw)
 
     def schedule(self, steps: int) -> float:

@@ -1,8 +1,12 @@
 """The state of a run: its tensors by name before the first step, wherever it is built."""
 
+from types import SimpleNamespace
+
+import pytest
 import tiny_dataset
 import torch
 
+from pi0fm.models.layers import Linear
 from pi0fm.models.pi0 import Pi0
 from pi0fm.train.state import StateConfig, TrainState
 
@@ -27,3 +31,13 @@ def test_one_count_is_every_parameters_count():
     state = TrainState(Pi0(tiny_dataset.network()), StateConfig())
     state.tensors()["moments/step"].fill_(7.0)
     assert {float(held["step"]) for held in state.optimizer.state.values()} == {7.0}
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_matrices_are_cast_once_where_several_micro_batches_make_a_step(micro_steps):
+    """With one the cast is made once anyway, and its copy need not outlive the pass."""
+    state = TrainState(Pi0(tiny_dataset.network()), StateConfig())
+    accelerator = SimpleNamespace(gradient_accumulation_steps=micro_steps)
+    state.prepare(SimpleNamespace(accelerator=accelerator, prepare=lambda *given: given))  # the part of a worker that is asked
+    assert {module.cast_once for module in state.network.modules() if isinstance(module, Linear)} == {micro_steps > 1}

@@ -4,8 +4,8 @@ Owns: the bytes of a run's configuration, part by part. Does not know: the devic
 
     weights      4 a number; 2 for a frozen matrix under frozen_bfloat16
     moments      8 for each number that trains        average   4 for each, with ema_decay
-    gradients    4 for each                           casts     bfloat16: autocast's copies of float32 matrices, 2 a number,
-                                                                where a gradient passes
+    gradients    4 for each                           casts     bfloat16: the copies of float32 matrices, 2 a number, where a
+                                                                gradient passes; with several micro batches kept all along
     activations  what the backward pass needs, of one micro batch
 
 While the backward pass frees activations it makes gradients. Its highest of three moments counts; all at once where several micro
