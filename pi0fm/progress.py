@@ -6,7 +6,7 @@ so that standard output holds results only. Does not know: what is being done.
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -75,3 +75,18 @@ def step(name: str, total: int, start: int = 0) -> Iterator[Step]:
 def say(text: str) -> None:
     """A line for the person who watches, on standard error."""
     print(text, file=sys.stderr, flush=True)
+    for hear in list(_HEARERS):
+        hear(text)
+
+
+_HEARERS: list[Callable[[str], object]] = []
+
+
+@contextmanager
+def heard(hear: Callable[[str], object]) -> Iterator[None]:
+    """Pass every line that is said during the block on, from any thread of this process."""
+    _HEARERS.append(hear)
+    try:
+        yield
+    finally:
+        _HEARERS.remove(hear)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pi0fm import options, progress
+from pi0fm.cluster import said
 from pi0fm.cluster.caching import cache_everywhere
 from pi0fm.cluster.runtime import ray_session, refuse_ended, require_resources, started_here
 from pi0fm.data.columns.lerobot_source import DatasetConfig
@@ -101,9 +102,10 @@ def _on_ray(run: TrainingRun) -> TrainResult:
     if sum(node["Alive"] for node in ray.nodes()) > 1:  # on one machine the first worker builds, while the others wait for its lock
         found = _absolute(run).entries().values()
         cache_everywhere(list(found), run.network().vision.image_size, needs=each, resize=run.resize or ANTIALIAS)
+    lines = said.start()
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"run": options.encode(_absolute(run))},
+        train_loop_config={"run": options.encode(_absolute(run)), "said": lines},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=300),
         scaling_config=ScalingConfig(num_workers=run.num_workers, use_gpu=bool(gpus), resources_per_worker=each),
         run_config=RunConfig(
@@ -114,7 +116,7 @@ def _on_ray(run: TrainingRun) -> TrainResult:
         ),
     )
     began = time.perf_counter()
-    with _Watcher(run), NotedSignals(lambda: ask_to_stop(run.output_dir)) as noted:
+    with _Watcher(run, lines), NotedSignals(lambda: ask_to_stop(run.output_dir)) as noted:
         _fit(trainer)
     last = read_last(run.output_dir) or {}
     if noted.number and int(last.get("step", 0)) < run.steps:  # the workers saved and left
@@ -153,7 +155,8 @@ def _worker(config: dict[str, Any]) -> None:
 
     run = options.decode(TrainingRun, config["run"])
     place = ray_train.get_context()
-    with suppress(StoppedError):  # a fault would make Ray start the workers again
+    # a stop as a fault would make Ray start the workers again
+    with suppress(StoppedError), said.heard_by(config["said"] if place.get_world_rank() == 0 else None):
         train(Context(place.get_world_rank(), place.get_world_size(), shown=False), run)
 
 
@@ -184,10 +187,13 @@ def _found_anywhere(dataset: DatasetConfig) -> DatasetConfig:
 
 
 class _Watcher:
-    """Draws the workers' progress bar in the driver, from the metrics that the first worker writes to the shared output folder."""
+    """Draws the workers' progress bar in the driver, from the metrics that the first worker writes to the shared output folder.
 
-    def __init__(self, run: TrainingRun) -> None:
-        self._run, self._stop = run, threading.Event()
+    lines: what that worker says, see said.py.
+    """
+
+    def __init__(self, run: TrainingRun, lines: Any) -> None:
+        self._run, self._lines, self._stop = run, lines, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> None:
@@ -202,6 +208,7 @@ class _Watcher:
         before = int((read_last(directory) or {}).get("step", 0))
         progress.say(f"starting {self._run.num_workers} Ray training worker{'s' if self._run.num_workers > 1 else ''}")
         while not self._stop.wait(0.5):
+            said.repeat(self._lines)
             if int((read_last(directory) or {}).get("step", 0)) > before:
                 break
         with progress.step("train", self._run.steps, start=before) as bar:
@@ -212,6 +219,7 @@ class _Watcher:
                 if now != shown:
                     bar.advance(now - shown, note=f"loss {last['loss']:.4f}")
                     shown = now
+                said.repeat(self._lines)
                 if ended:
                     return
                 ended = self._stop.wait(1.0)  # the last lines may have been written since the look before it: one more look

@@ -43,3 +43,12 @@ def test_without_a_terminal_lines_go_to_standard_error(capsys: pytest.CaptureFix
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines()[-2:] == ["evaluating 2/2 (100%), 00:00 so far, 00:00 left, 2 of 2 succeeded", "done"]
+
+
+def test_what_is_said_is_passed_on_during_a_block(capsys: pytest.CaptureFixture[str]) -> None:
+    heard: list[str] = []
+    with progress.heard(heard.append):
+        progress.say("the disk is full")
+    progress.say("not any more")
+    assert heard == ["the disk is full"]
+    assert capsys.readouterr().err == "the disk is full\nnot any more\n"

@@ -100,3 +100,22 @@ def test_a_fault_that_no_restart_can_mend_is_said_once_and_leaves_nothing(tmp_pa
     assert last_line(run).startswith(f"pi0fm: no bundle at {tmp_path}/nowhere")
     assert log(run).count("starting 1 Ray training worker") == 1
     assert not run.exists()
+
+
+def test_what_a_worker_says_is_said_by_the_driver(tmp_path, started):
+    """Ray shows nothing of its workers: a checkpoint that found no room would be missed only at the resume."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a disk")
+    try:
+        run = tmp_path / "run"
+        process = started(run, "--checkpoint_every", "3", "--keep_checkpoints", "9", "--checkpoint_dir", str(disk / "checkpoints"))
+        deadline = time.monotonic() + SECONDS
+        while "could not be written" not in log(run):
+            assert process.poll() is None, log(run)
+            assert time.monotonic() < deadline, log(run)
+            time.sleep(0.5)
+    finally:
+        process.kill()
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
