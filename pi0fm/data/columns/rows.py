@@ -416,7 +416,8 @@ def _spans(
         ends = np.where(np.isnan(videos.end), videos.begin + np.nan_to_num(last) + period, videos.end)
         room = ends - videos.begin - last
         # a span ends a period behind its last row; those of some writers end with it, all of them
-        needed = period / 2 if np.nanmedian(room[chosen & (stops > starts)]) > period / 2 else -ROUNDING
+        used = room[chosen & (stops > starts)]
+        needed = period / 2 if len(used) and np.median(used) > period / 2 else -ROUNDING
         before: dict[Path | None, tuple[float, int]] = {}
         exists: dict[Path | None, bool] = {}
         places = np.flatnonzero(chosen)

@@ -12,7 +12,6 @@ A file appears whole or not at all (written aside, fsynced, renamed), so a torn 
 import io
 import struct
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -31,19 +30,9 @@ _BLOCK = 4096
 _BUFFERED = 16  # pictures that are summed and written together: few enough to be in the cache still when they are written
 
 
-class Shard(ABC):
-    """The pictures of one file; indices count from 0 inside it."""
+class JpegShard:
+    """The pictures uint8 [size, size, 3] of one file that holds them as JPEG; indices count from 0 inside it."""
 
-    @abstractmethod
-    def __len__(self) -> int:
-        """The number of pictures."""
-
-    @abstractmethod
-    def __getitem__(self, index: int) -> NDArray[np.uint8]:
-        """One picture, uint8 [size, size, 3]."""
-
-
-class _JpegShard(Shard):
     def __init__(self, payload: NDArray[np.uint8], count: int) -> None:
         self._payload = payload
         self._offsets = payload[len(payload) - 8 * (count + 1) :].view(np.int64)
@@ -98,12 +87,12 @@ def _write_jpegs(file: BinaryIO, pictures: Iterable[NDArray[np.uint8]], size: in
     return len(payload), checksum(payload), len(encoded)
 
 
-def open_shard(path: Path, size: int, form: CacheFormat) -> NDArray[np.uint8] | Shard:
-    """The pictures of a file that `is_whole` accepted: an array uint8 [n, size, size, 3] where they lie so, else a `Shard`."""
+def open_shard(path: Path, size: int, form: CacheFormat) -> NDArray[np.uint8] | JpegShard:
+    """The pictures of a file that `is_whole` accepted: an array uint8 [n, size, size, 3] where they lie so, else a `JpegShard`."""
     content = _map(path)
     count = _trailer(content)[3]
     payload = content[: -_TRAILER.size]
-    return payload.reshape(count, size, size, 3) if form == "uint8" else _JpegShard(payload, count)
+    return payload.reshape(count, size, size, 3) if form == "uint8" else JpegShard(payload, count)
 
 
 def is_whole(path: Path, count: int, size: int, form: CacheFormat, *, sums: bool) -> bool:
@@ -138,7 +127,7 @@ def checksum(payload: NDArray[np.uint8], before: int = 0) -> int:
 class ShardedFrames:
     """One camera's pictures over a whole data set, as if they lay in one array uint8 [N, size, size, 3]."""
 
-    def __init__(self, firsts: Sequence[int], shards: Sequence[NDArray[np.uint8] | Shard], size: int) -> None:
+    def __init__(self, firsts: Sequence[int], shards: Sequence[NDArray[np.uint8] | JpegShard], size: int) -> None:
         self._firsts, self._shards = np.asarray(firsts, dtype=np.int64), tuple(shards)
         self.shape = (int(self._firsts[-1]) + len(self._shards[-1]), size, size, 3)
 
