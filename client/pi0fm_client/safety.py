@@ -161,7 +161,7 @@ class ObservationCheck:
         self._state_key = _dotted(metadata.get("state_key", "observation/state"))
         self._mode, self._warned = mode, set[str]()
         bounds = metadata.get("state_range")
-        self._range = None if bounds is None or mode == "off" else [np.asarray(bounds[name], np.float64) for name in ("min", "max")]
+        self._range = None if not isinstance(bounds, Mapping) or mode == "off" else [np.asarray(bounds[name], np.float64) for name in ("min", "max")]
         self._margin = margin
 
     def __call__(self, observation: Mapping[str, Any]) -> Vector:

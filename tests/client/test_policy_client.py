@@ -139,17 +139,6 @@ def test_without_reconnection_a_lost_server_is_an_error(start_server: Any) -> No
                 client.infer(message())
 
 
-def test_another_policy_behind_the_same_address_is_not_taken_for_the_old_one(start_server: Any, fake_policy: Any) -> None:
-    first = start_server()
-    with PolicyClient(first.url) as client:
-        first.stop()
-        other = fake_policy()
-        other.metadata["embodiment"] = "another robot"
-        start_server(other, port=first.port)
-        with pytest.raises(ServingError, match="now serves another policy"):
-            client.infer(message())
-
-
 def test_a_connection_that_breaks_at_every_observation_is_tried_twice() -> None:
     requests: list[bytes | str] = []
 
