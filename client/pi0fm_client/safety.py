@@ -160,8 +160,8 @@ class ObservationCheck:
         self._keys = [_dotted(column) for name, column in known.items() if cameras is None or name in cameras]
         self._state_key = _dotted(metadata.get("state_key", "observation/state"))
         self._mode, self._warned = mode, set[str]()
-        bounds = metadata.get("state_range")
-        self._range = None if not isinstance(bounds, Mapping) or mode == "off" else [np.asarray(bounds[name], np.float64) for name in ("min", "max")]
+        bounds = None if mode == "off" else metadata.get("state_range")
+        self._range = [np.asarray(bounds[name], np.float64) for name in ("min", "max")] if isinstance(bounds, Mapping) else None
         self._margin = margin
 
     def __call__(self, observation: Mapping[str, Any]) -> Vector:
