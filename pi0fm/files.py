@@ -197,6 +197,25 @@ def _sweep(folder: Path, prefix: str) -> None:
                 os.close(descriptor)
 
 
+def lock_file(path: Path) -> int | None:
+    """Open `path` for reading and writing, with its folder, and lock it; None when another process holds it.
+
+    A process that ends may remove the file between the opening and the lock: then it is made again.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue  # the folder was removed since
+        if try_lock(descriptor) is False:
+            os.close(descriptor)
+            return None
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+        os.close(descriptor)
+
+
 def try_lock(descriptor: int) -> bool | None:
     """Lock an open file for this process; False when another holds it, None where the file system has no locks."""
     try:

@@ -59,7 +59,10 @@ class Recording:
             raise OutputError(f"{self.root} is a mount point, which nothing can replace; type --dataset.root {self.root / 'set'}")
         files.make_folder(self.root.parent)
         with files.write_faults(self.root):
-            self._acquire()
+            lock = files.lock_file(self._work / "lock")
+            if lock is None:
+                raise OutputError(f"{self.root} is being recorded by another process; wait for it, or choose another --dataset.root")
+            self._lock = lock
             try:
                 self._restore_previous()
                 refuse_foreign(self.root, self._settings)
@@ -118,23 +121,6 @@ class Recording:
                 files.write_json(folder / SETTINGS_FILE, self._settings | {"files": self._hashes})
             self._published, self._pending = published, []
             shutil.rmtree(previous, ignore_errors=True)
-
-    def _acquire(self) -> None:
-        """Lock the file in `_work`. A process that ends removes it, and another may have made a new one since it was opened."""
-        while self._lock < 0:
-            self._work.mkdir(exist_ok=True)
-            path = self._work / "lock"
-            try:
-                lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-            except FileNotFoundError:
-                continue  # the folder was removed in the meantime
-            if files.try_lock(lock) is False:
-                os.close(lock)
-                raise OutputError(f"{self.root} is being recorded by another process; wait for it, or choose another --dataset.root")
-            if path.exists() and path.stat().st_ino == os.fstat(lock).st_ino:
-                self._lock = lock
-            else:
-                os.close(lock)
 
     def _release(self) -> None:
         self._restore_previous()

@@ -20,7 +20,7 @@ from typing import Any, Self, final
 
 from pi0fm import files, progress
 from pi0fm.eval.episode import Episode, EpisodeResult
-from pi0fm.eval.report.page import JOURNAL, keep_video
+from pi0fm.eval.report.page import JOURNAL, keep_video, refuse_ended
 from pi0fm_client.errors import OutputError
 
 
@@ -38,10 +38,10 @@ class Journal:
         """Lock the file and read its rows. Raises OutputError when another process evaluates into the folder, or it cannot be written."""
         files.make_folder(self._folder)
         with files.write_faults(self._folder):
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-            if files.try_lock(self._file) is False:
-                os.close(self._file)
+            lock = files.lock_file(self._path)
+            if lock is None:
                 raise OutputError(f"another process evaluates into {self._folder}; wait for it, or type --output_dir ANOTHER")
+            self._file = lock
             self._read()
         return self
 
@@ -93,6 +93,7 @@ class Journal:
         os.ftruncate(self._file, len(whole))
         lines = [json.loads(line) for line in whole.splitlines()]
         if not lines:
+            self._refuse_ended()
             return
         if lines[0].get("settings") != self._settings:
             self._set_aside(lines[0].get("settings") or {})
@@ -100,6 +101,15 @@ class Journal:
         rows = [EpisodeResult(**{**row, "scores": tuple(row["scores"])}) for row in lines[1:]]
         self._rows = {(row.task, row.seed): row for row in rows}
         progress.say(f"{self._folder} holds {len(self._rows)} episodes of an interrupted evaluation: they are not run again")
+
+    def _refuse_ended(self) -> None:
+        """Raise OutputError where another process ended its evaluation here since the folder was checked."""
+        try:
+            refuse_ended(self._folder)
+        except OutputError:
+            self.remove()
+            os.close(self._file)
+            raise
 
     def _set_aside(self, settings: Mapping[str, str]) -> None:
         """Move rows and videos of an evaluation of other settings to a folder."""

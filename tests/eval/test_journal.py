@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from eval_fakes import PointEnvironment, PointPolicy
 
+from pi0fm import files
 from pi0fm.cli.main import main
 from pi0fm.eval import evaluate as module
 from pi0fm.eval.episode import Episode, EpisodeResult
@@ -139,6 +140,31 @@ def test_a_fault_before_the_first_episode_leaves_nothing(tmp_path, begun, monkey
         assert evaluate(tmp_path / "new/out") == 1
     assert not (tmp_path / "new/out").exists()
     assert evaluate(tmp_path / "new/out") == 0
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "stopped before its first episode"])
+def test_a_process_that_leaves_between_the_opening_and_the_lock_of_another(tmp_path, monkeypatch, ended):
+    """It removes the file: rows in it would be lost, and its report is not to be overwritten."""
+    try_lock, first = files.try_lock, Journal(tmp_path, {}).__enter__()
+
+    def leaves(descriptor):
+        monkeypatch.setattr(files, "try_lock", try_lock)
+        if ended:
+            first.add(EpisodeResult("a", 1, "success", 3, 0.1))
+            (tmp_path / "report.html").write_text("done")
+            first.remove()
+        first.__exit__(None, None, None)
+        return try_lock(descriptor)
+
+    monkeypatch.setattr(files, "try_lock", leaves)
+    if ended:
+        with pytest.raises(OutputError, match="never overwritten"), Journal(tmp_path, {}):
+            pass
+        assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+        return
+    with Journal(tmp_path, {}) as second:
+        second.add(EpisodeResult("a", 1, "success", 3, 0.1))
+        assert len((tmp_path / "episodes.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_second_process_is_kept_out(tmp_path):
