@@ -6,9 +6,7 @@ Owns: the options, and the line that says ready. Does not know: the protocol, th
 import asyncio
 import gc
 import json
-import logging
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +37,7 @@ class ServeConfig(LoadOptions, limits.ServingLimits):
     tls_certificate: Path | None = option(None, "PEM file with the server's certificate and those that vouch for it: clients say wss://")
     tls_key: Path | None = option(None, "PEM file with its key")
     tls_clients: Path | None = option(None, "PEM file of the authorities that a client's own certificate must come from")
+    log_format: str = option("text", "text, or json: one object a line with time, level, logger, message and, of a fault, its traceback")
     keys: Path | None = option(None, "YAML file: a robot's own observation key -> a column of the bundle (serve/keys.py says the rest)")
 
     def __post_init__(self) -> None:
@@ -46,6 +45,8 @@ class ServeConfig(LoadOptions, limits.ServingLimits):
         limits.ServingLimits.__post_init__(self)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must lie in 0..65535, found {self.port}: 8000 is the default, 0 takes a free one")
+        if self.log_format not in ("text", "json"):
+            raise ConfigError(f"--log_format must be text or json, found {self.log_format!r}")
         if (self.tls_certificate is None) != (self.tls_key is None) or (self.tls_clients is not None and self.tls_key is None):
             raise ConfigError("--tls_certificate and --tls_key go together, and --tls_clients with them: give both files")
 
@@ -59,13 +60,12 @@ def run(options: ServeConfig) -> None:
     The only line on standard output is the JSON that says ready; a parent process may wait for it.
     """
     tokens = known_tokens(options)
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(limits.RateLimit())
+    limits.log_to_standard_error(options.log_format)
     limits.fit_descriptors(options.max_connections)
     certificates = None
     if options.tls_certificate is not None and options.tls_key is not None:
         certificates = server.Certificates(options.tls_certificate, options.tls_key, options.tls_clients)
+        certificates.context()  # a wrong file is told before a policy is loaded
     with server.until_stopped(), server.bind(options.host, options.port) as bound:
         url = server.url_of(bound, encrypted=certificates is not None)
         if not tokens and options.host not in ("127.0.0.1", "localhost", "::1"):

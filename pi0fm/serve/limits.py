@@ -10,6 +10,7 @@ Does not know: what a request means, batches.
 """
 
 import asyncio
+import json
 import logging
 import resource
 import time
@@ -273,3 +274,18 @@ class RateLimit(logging.Filter):
         if written and left_out:
             record.msg, record.args = f"{record.getMessage()} (and {left_out} lines like it)", ()
         return written
+
+
+@final
+class _AsJson(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": self.formatTime(record), "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        return json.dumps(line | ({"traceback": self.formatException(record.exc_info)} if record.exc_info else {}))
+
+
+def log_to_standard_error(form: str) -> None:
+    """Write warnings and worse as `text` or `json`, each kind at a bounded rate."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_AsJson() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(RateLimit())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])

@@ -62,6 +62,18 @@ class Certificates:
     key: Path
     clients: Path | None = None
 
+    def context(self) -> ssl.SSLContext:
+        """Return what encrypts. Raises ConfigError for files that cannot be used."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(self.chain, self.key)
+            if self.clients is not None:
+                context.load_verify_locations(self.clients)
+                context.verify_mode = ssl.CERT_REQUIRED
+        except OSError as error:  # what ssl raises is one
+            raise ConfigError(f"TLS needs a certificate and its key as PEM files, found {self} ({error}): give others") from None
+        return context
+
 
 def url_of(bound: socket.socket, encrypted: bool = False) -> str:
     """Return the URL for a client on this machine, `ws://HOST:PORT` or `wss://HOST:PORT`."""
@@ -73,15 +85,7 @@ def url_of(bound: socket.socket, encrypted: bool = False) -> str:
 
 
 def make_server(app: Starlette, options: limits.ServingLimits, certificates: Certificates | None = None) -> uvicorn.Server:
-    """Configure uvicorn for `app`: frames and sockets bounded, no compression (images do not shrink, and it costs milliseconds).
-
-    Raises ConfigError for certificates that cannot be used.
-    """
-    encryption: dict[str, Any] = {}
-    if certificates is not None:
-        encryption = {"ssl_certfile": certificates.chain, "ssl_keyfile": certificates.key}
-        if certificates.clients is not None:
-            encryption |= {"ssl_ca_certs": certificates.clients, "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    """Configure uvicorn for `app`: frames and sockets bounded, no compression (images do not shrink, and it costs milliseconds)."""
     sockets, front, channel = limits.bounded_protocols(options.max_connections)
     config = uvicorn.Config(
         app,
@@ -100,14 +104,8 @@ def make_server(app: Starlette, options: limits.ServingLimits, certificates: Cer
         log_level="warning",
         server_header=False,
         timeout_graceful_shutdown=SECONDS_TO_LEAVE,
-        **encryption,
+        ssl_context_factory=None if certificates is None else lambda *_: certificates.context(),
     )
-    try:
-        config.load()
-    except OSError as error:  # what ssl raises is one
-        raise ConfigError(
-            f"TLS needs a certificate and its key as PEM files, found {certificates} ({error}); check --tls_certificate and --tls_key"
-        ) from None
     return _DrainingServer(config, app)
 
 

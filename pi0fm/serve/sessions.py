@@ -22,6 +22,7 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextlib import suppress
 from typing import Any, final
 
 import numpy as np
@@ -166,15 +167,14 @@ class Session:
         else:
             logger.error("internal error %s", identifier, exc_info=error)
             text = f"internal error {identifier}"
-        try:
+        with suppress(WebSocketDisconnect):
             await self._websocket.send_text(text)
-        except WebSocketDisconnect:
-            return
         await self._close(CLOSE_INTERNAL_ERROR)
 
     async def _close(self, code: int, reason: str = "") -> None:
         if self._websocket.application_state is WebSocketState.CONNECTED:
-            await self._websocket.close(code, reason)
+            with suppress(WebSocketDisconnect):  # it has gone meanwhile
+                await self._websocket.close(code, reason)
 
 
 def _raise_if_gone(incoming: "asyncio.Task[Any]") -> None:

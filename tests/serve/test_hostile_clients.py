@@ -1,18 +1,25 @@
 """One client that sends, or does not send, what it may not: everyone else is answered, and it costs nothing that grows."""
 
+import asyncio
+import json
 import logging
 import socket
 import struct
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import Mock
 
 import msgpack
 import numpy as np
 import pytest
+from starlette.websockets import WebSocket, WebSocketState
 from test_policy_server import actions_of, array_bytes, healthz, observation_bytes, talk, text_bytes
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from pi0fm.serve import app, limits, sessions
+from pi0fm.serve.metrics import Metrics
 from pi0fm_client import wire
 
 
@@ -288,6 +295,16 @@ def test_a_state_that_is_too_large_or_a_prompt_that_is_too_long_is_refused_at_th
         assert actions_of(robot.recv()).shape == (4, 3)
 
 
+def test_a_client_that_goes_while_the_server_ends_does_not_disturb_the_end() -> None:
+    async def lost(*_: Any) -> Any:
+        raise OSError("the connection is gone")
+
+    websocket = WebSocket({"type": "websocket"}, lost, lost)
+    websocket.application_state = WebSocketState.CONNECTED
+    session = sessions.Session(websocket, "127.0.0.1", Mock(), ThreadPoolExecutor(), 1.0, Metrics())
+    asyncio.run(session.leave(1001, "the server stops"))
+
+
 def test_a_burst_of_equal_log_lines_is_cut() -> None:
     limit = limits.RateLimit()
     records = [logging.LogRecord("server", logging.WARNING, "", 0, "client %d failed", (number,), None) for number in range(1000)]
@@ -297,6 +314,16 @@ def test_a_burst_of_equal_log_lines_is_cut() -> None:
     limit._kinds["server", "client %d failed"] = (1.0, time.monotonic(), 980)
     last = logging.LogRecord("server", logging.WARNING, "", 0, "client %d failed", (7,), None)
     assert limit.filter(last) and last.getMessage() == "client 7 failed (and 980 lines like it)"
+
+
+def test_a_log_of_objects_has_a_line_for_a_fault() -> None:
+    try:
+        raise ValueError("inner")
+    except ValueError:
+        record = logging.LogRecord("server", logging.ERROR, "", 0, "request %d\nfailed", (7,), sys.exc_info())
+    line = limits._AsJson().format(record)
+    found = json.loads(line)
+    assert "\n" not in line and found["message"] == "request 7\nfailed" and "ValueError: inner" in found["traceback"]
 
 
 def test_open_files_are_raised_or_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,11 +115,12 @@ def start_server(leaving: list[threading.Thread]) -> Iterator[StartServer]:
         if "token" in options:
             options["tokens"] = [options.pop("token")]
         own = {name: options.pop(name) for name in ("tokens", "renamed", "admin_token", "load") if name in options}
+        certificates = options.pop("certificates", None)
         limits = ServingLimits(**options)
         app = create_app(policy, limits, **own)
-        server = serving.make_server(app, limits)
+        server = serving.make_server(app, limits, certificates)
         bound = serving.bind("127.0.0.1", port)
-        url, ready = serving.url_of(bound), threading.Event()
+        url, ready = serving.url_of(bound, encrypted=certificates is not None), threading.Event()
 
         def work() -> None:
             asyncio.run(serving.serve(server, app, bound, lambda seconds: ready.set()))

@@ -1,0 +1,184 @@
+"""What the policy server adds to a policy, on loopback: its own time with one robot, and what batching gains with eight.
+
+Owns: the two servers, the robots that ask them, the figures. Does not know: how either server works.
+
+    overhead_ms          one robot at 20 Hz: from sending an observation to having its reply, without the policy's own `infer_ms`
+    throughput_ratio_8   eight robots that ask again at once: answers a second, by those of a server of openpi's design, which infers for
+                         one connection at a time in its event loop; the same bundle, frames, clients and threads, in turns
+    fairness_8           of the eight on our server, the answers of the one that got fewest by their mean
+
+Servers and robots are processes of their own. A frame holds three pictures of 224 pixels and is packed once, so that the robots' own work
+is small. The policy is random, of the tiny preset.
+"""
+
+import asyncio
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from websockets.asyncio.server import ServerConnection
+from websockets.asyncio.server import serve as websocket_server
+from websockets.sync.client import connect
+
+from pi0fm.bench.measure import Report, check_least
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.norm_stats import NormStats, column_stats
+from pi0fm.flow.matching import FlowConfig
+from pi0fm.models.pi0 import Pi0
+from pi0fm.models.presets import preset
+from pi0fm.options import option
+from pi0fm.policy import bundle
+from pi0fm.policy.bundle import PolicyConfig
+from pi0fm.processes import end_with_parent
+from pi0fm.serve import server
+from pi0fm.serve.app import create_app
+from pi0fm.serve.limits import ServingLimits
+from pi0fm_client import wire
+
+ALIASES: dict[str, str] = {}
+CAMERAS, SIDE, WIDTH = ("base", "left_wrist", "right_wrist"), 224, 7
+ROBOTS, HZ = 8, 20.0
+SETTLING = 10  # requests that do not count
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `pi0fm bench serving`. Raises ConfigError for a value out of range."""
+
+    seconds: int = option(10, "of each measurement")
+    rounds: int = option(3, "times that eight robots ask each server")
+    num_flow_steps: int = option(10, "steps of the policy's solver")
+
+    def __post_init__(self) -> None:
+        check_least(self, seconds=1, rounds=1, num_flow_steps=1)
+
+
+def measure(options: Options) -> Report:
+    """Ask both servers."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bundle"
+        _save_random_policy(path, options.num_flow_steps)
+        with _running(_serve_ours, path) as ours, _running(_serve_one_at_a_time, path) as theirs:
+            overhead, inside = _lone_robot(ours, options.seconds)
+            counts = [[_robots(url, options.seconds) for url in (ours, theirs)] for _ in range(options.rounds)]
+    answers = np.array(counts, dtype=np.float64)  # [rounds, servers, robots]
+    rates = answers.sum(axis=2) / options.seconds
+    mine = answers[:, 0].sum(axis=0)
+    return Report(
+        {
+            "overhead_ms": {name: float(np.quantile(overhead, share)) for name, share in (("p50", 0.5), ("p99", 0.99))},
+            "server_overhead_ms": {name: float(np.quantile(inside, share)) for name, share in (("p50", 0.5), ("p99", 0.99))},
+            "throughput_ratio_8": float(np.median(rates[:, 0] / rates[:, 1])),
+            "fairness_8": float(mine.min() / mine.mean()),
+            "answers_per_second": {"ours": float(np.median(rates[:, 0])), "one_at_a_time": float(np.median(rates[:, 1]))},
+            "requests_of_the_lone_robot": len(overhead),
+            "seconds": options.seconds,
+            "rounds": options.rounds,
+        }
+    )
+
+
+def _lone_robot(url: str, seconds: int) -> tuple[list[float], list[float]]:
+    """Milliseconds beyond the policy's own, as the robot sees them and within the server, of each request at HZ."""
+    frame, seen, inside = _frame(), [], []
+    with connect(url, compression=None, max_size=None, proxy=None) as robot:
+        robot.recv()
+        end = time.perf_counter() + seconds
+        while (sent := time.perf_counter()) < end or len(seen) <= SETTLING:
+            robot.send(frame)
+            reply = robot.recv()
+            taken = (time.perf_counter() - sent) * 1e3
+            assert isinstance(reply, bytes), reply
+            found = wire.unpack(reply)
+            infer = found["policy_timing"]["infer_ms"]
+            seen.append(taken - infer)
+            inside.append(found["server_timing"]["infer_ms"] - infer)
+            time.sleep(max(0.0, sent + 1 / HZ - time.perf_counter()))
+    return seen[SETTLING:], inside[SETTLING:]
+
+
+def _robots(url: str, seconds: int) -> list[int]:
+    """Answers that each of ROBOTS got in `seconds`."""
+    frame = _frame()
+
+    def ask(_: int) -> int:
+        with connect(url, compression=None, max_size=None, proxy=None) as robot:
+            robot.recv()
+            robot.send(frame)
+            assert isinstance(reply := robot.recv(), bytes), reply
+            count, end = 0, time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                robot.send(frame)
+                assert isinstance(reply := robot.recv(), bytes), reply
+                count += 1
+        return count
+
+    with ThreadPoolExecutor(ROBOTS) as threads:
+        return list(threads.map(ask, range(ROBOTS)))
+
+
+@contextmanager
+def _running(target: Any, path: Path) -> Iterator[str]:
+    """The address of a server in a process of its own."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=target, args=(os.getpid(), path, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield ours.recv()  # EOFError where it could not start, and it has said why
+    finally:
+        process.kill()
+        process.join()
+
+
+def _serve_ours(parent: int, path: Path, ready: Connection) -> None:
+    end_with_parent(parent)
+    policy, options, bound = bundle.load(path), ServingLimits(), server.bind("127.0.0.1", 0)
+    app = create_app(policy, options)
+    asyncio.run(server.serve(server.make_server(app, options), app, bound, lambda _: ready.send(server.url_of(bound))))
+
+
+def _serve_one_at_a_time(parent: int, path: Path, ready: Connection) -> None:
+    """openpi's WebsocketPolicyServer in its essentials."""
+    end_with_parent(parent)
+    policy = bundle.load(path)
+    policy.infer(wire.unpack(_frame()))
+
+    async def answer(robot: ServerConnection) -> None:
+        await robot.send(wire.pack(policy.metadata))
+        async for frame in robot:
+            assert isinstance(frame, bytes)
+            chunk = policy.infer(wire.unpack(frame))
+            await robot.send(wire.pack({"actions": chunk.actions, "policy_timing": dict(chunk.timings)}))
+
+    async def main() -> None:
+        async with websocket_server(answer, "127.0.0.1", 0, compression=None, max_size=None) as running:
+            ready.send(f"ws://127.0.0.1:{running.sockets[0].getsockname()[1]}")
+            await running.serve_forever()
+
+    asyncio.run(main())
+
+
+def _frame() -> bytes:
+    random = np.random.default_rng(0)
+    pictures = {f"observation.images.{name}": random.integers(0, 256, (SIDE, SIDE, 3), np.uint8) for name in CAMERAS}
+    return wire.pack({**pictures, "observation.state": np.zeros(WIDTH, np.float32), "prompt": "press the button"})
+
+
+def _save_random_policy(path: Path, num_flow_steps: int) -> None:
+    embodiment = Embodiment(cameras={name: f"observation.images.{name}" for name in CAMERAS}, state_dim=WIDTH, robot_action_dim=WIDTH)
+    random = np.random.default_rng(0)
+    columns = [column_stats(random.normal(size=(100, WIDTH)).astype(np.float32), name) for name in ("state", "action")]
+    config = PolicyConfig(model=preset("tiny"), flow=FlowConfig(num_flow_steps=num_flow_steps), embodiment=embodiment)
+    torch.manual_seed(0)
+    bundle.save(path, Pi0(config.model).state_dict(), config, NormStats(columns[0], columns[1], 100))
