@@ -90,8 +90,10 @@ def measure(options: Options) -> Report:
 
 def _lone_robot(url: str, seconds: int) -> tuple[list[float], list[float]]:
     """Milliseconds beyond the policy's own, as the robot sees them and within the server, of each request at HZ."""
-    frame, seen, inside = _frame(), [], []
-    with connect(url, compression=None, max_size=None, proxy=None) as robot:
+    frame = _frame()
+    seen: list[float] = []
+    inside: list[float] = []
+    with connect(url, compression=None, max_size=None, proxy=None, ping_interval=None) as robot:
         robot.recv()
         end = time.perf_counter() + seconds
         while (sent := time.perf_counter()) < end or len(seen) <= SETTLING:
@@ -112,7 +114,7 @@ def _robots(url: str, seconds: int) -> list[int]:
     frame = _frame()
 
     def ask(_: int) -> int:
-        with connect(url, compression=None, max_size=None, proxy=None) as robot:
+        with connect(url, compression=None, max_size=None, proxy=None, ping_interval=None) as robot:
             robot.recv()
             robot.send(frame)
             assert isinstance(reply := robot.recv(), bytes), reply

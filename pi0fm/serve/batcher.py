@@ -132,7 +132,8 @@ class Batcher:
             for _ in range(2):
                 began = time.perf_counter()
                 await self._infer([observation] * size, [None] * size)
-            self._pace.inferred(size, time.perf_counter() - began)
+            ended = time.perf_counter()
+            self._pace.inferred(size, ended - began, ended)
 
     async def drain(self) -> None:
         """Wait until every request that was accepted is answered."""
@@ -162,8 +163,14 @@ class Batcher:
         if request.latest is None:
             return
         now = time.perf_counter()
+        if self._is_probe(now):
+            return
         remaining = 0.0 if self._inferring is None else self._inferring[0] + self._pace.seconds(self._inferring[1]) - now
         _refuse_late(request, now, self._pace.estimate(len(self._waiting), remaining))
+
+    def _is_probe(self, now: float) -> bool:
+        """Tell whether the next request is inferred whatever the estimate: nobody waits, and the estimate may be of a slow time."""
+        return self._inferring is None and not self._waiting and self._pace.is_stale(now)
 
     async def _run(self) -> None:
         while self._waiting:
@@ -190,8 +197,9 @@ class Batcher:
 
     def _in_time(self, waiting: _Waiting) -> bool:
         """Refuse a request whose deadline passed in the queue."""
+        now = time.perf_counter()
         try:
-            _refuse_late(waiting.request, time.perf_counter(), self._pace.seconds(1))
+            _refuse_late(waiting.request, now, 0.0 if self._is_probe(now) else self._pace.seconds(1))
         except RefusedError as error:
             _fail(waiting, error)
         return not waiting.answer.done()
@@ -222,7 +230,7 @@ class Batcher:
         finally:
             self._inferring = None
         ended = time.perf_counter()
-        self._pace.inferred(len(batch), ended - began)
+        self._pace.inferred(len(batch), ended - began, ended)
         self._metrics.stage.labels("infer").observe(ended - began)
         for waiting, chunk in zip(batch, chunks, strict=True):
             if not waiting.answer.done():

@@ -11,12 +11,16 @@ so two robots in a closed loop share each batch of a GPU (T(2) is about T(1)), a
 has nobody to wait for, and two robots half a period apart are left alone.
 """
 
-from collections import OrderedDict
+import math
+from collections import OrderedDict, deque
 from collections.abc import Hashable
 from dataclasses import dataclass
+from statistics import median_low
 from typing import final
 
 KEPT_SESSIONS = 1024
+KEPT_INFERENCES = 7  # of a size, whose median, the lower one of two, is its time: one that was paused does not count
+TRUSTED_SECONDS = 1.0  # that the estimates hold without an inference: a device that was slow is asked again
 _WEIGHT = 0.2  # of a new measurement
 _MARGIN = 0.0005  # seconds, what the event loop adds
 
@@ -41,13 +45,20 @@ class Pace:
 
     def __init__(self, max_batch_size: int) -> None:
         self._max_batch_size = max_batch_size
+        self._recent: dict[int, deque[float]] = {}
         self._seconds: dict[int, float] = {}
+        self._measured = -math.inf
         self._rhythms: OrderedDict[Hashable, _Rhythm] = OrderedDict()
 
-    def inferred(self, size: int, seconds: float) -> None:
+    def inferred(self, size: int, seconds: float, now: float) -> None:
         """Count one inference."""
-        known = self._seconds.get(size, seconds)
-        self._seconds[size] = known + _WEIGHT * (seconds - known)
+        recent = self._recent.setdefault(size, deque(maxlen=KEPT_INFERENCES))
+        recent.append(seconds)
+        self._seconds[size], self._measured = median_low(recent), now
+
+    def is_stale(self, now: float) -> bool:
+        """Tell whether nothing was measured for TRUSTED_SECONDS."""
+        return now - self._measured > TRUSTED_SECONDS
 
     def asked(self, session: Hashable, now: float) -> None:
         """Count a request."""

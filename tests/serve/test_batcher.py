@@ -284,6 +284,30 @@ def test_a_stuck_policy_is_told_and_forgiven() -> None:
     run(policy, story, stall_seconds=0.1)
 
 
+def test_a_policy_that_was_slow_is_asked_again_although_its_estimate_says_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pi0fm.serve.pace.TRUSTED_SECONDS", 0.1)
+    policy = GatedPolicy(seconds=0.3)
+
+    async def story(batcher: Batcher) -> None:
+        await batcher.warm_up(Observation({}, np.zeros(1, np.float32), ""))
+        policy.seconds = 0.0
+        with pytest.raises(RefusedError, match="deadline"):
+            await ask(batcher, 1, latest=time.perf_counter() + 0.2)
+        for turn in range(5):
+            await asyncio.sleep(0.15)
+            assert (await ask(batcher, turn, latest=time.perf_counter() + 0.2)).actions[0, 0] == turn
+        await ask(batcher, 9, latest=time.perf_counter() + 0.2)
+
+    run(policy, story, max_batch_size=1)
+
+
+def test_one_inference_that_was_paused_changes_no_estimate() -> None:
+    pace = Pace(1)
+    for seconds in (0.02, 0.02, 30.0):
+        pace.inferred(1, seconds, 0.0)
+    assert pace.seconds(1) == 0.02
+
+
 async def closed_loop(batcher: Batcher, name: str, think: float, turns: int) -> list[float]:
     """A robot that asks `think` seconds after each answer; the seconds of each."""
     found = []
@@ -314,14 +338,14 @@ def test_two_robots_in_a_closed_loop_share_their_batches_and_a_lone_one_waits_fo
 def test_nobody_waits_where_a_batch_takes_as_long_as_its_members_in_turn() -> None:
     pace = Pace(8)
     for size in (1, 2, 8):
-        pace.inferred(size, 0.03 * size)
+        pace.inferred(size, 0.03 * size, 0.0)
     for moment in (0.0, 0.03, 0.06):  # b asks 1 ms after each answer
         pace.asked("b", moment)
         pace.answered("b", moment + 0.029)
     assert pace.wait_until(1, 0.09, 0.0895) == 0.0895
     for size in (1, 2, 8):
         for _ in range(50):
-            pace.inferred(size, 0.03)
+            pace.inferred(size, 0.03, 0.0)
     assert 0.0895 < pace.wait_until(1, 0.0895, 0.0895) < 0.095
     assert pace.wait_until(1, 0.07, 0.0895) == 0.0895, "it has waited for long enough already"
 
