@@ -127,23 +127,6 @@ class LearningOptions:
 Options = LearningOptions
 
 
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a training did. scheduled_steps: the length of the learning-rate schedule; later steps keep the last rate.
-
-    losses, spent: by step, `spent` being the CPU-seconds used when the step had ended.
-    """
-
-    scheduled_steps: int
-    losses: tuple[float, ...]
-    spent: tuple[float, ...]
-
-    def curve(self) -> dict[str, list[float | None]]:
-        """For the file; null stands for a loss that is not finite."""
-        losses = [round(loss, 6) if math.isfinite(loss) else None for loss in self.losses]
-        return {"cpu_seconds": [round(seconds, 3) for seconds in self.spent], "loss": losses}
-
-
 def measure(options: LearningOptions) -> Report:
     """Record missing demonstrations, train and judge both sides. Loss curves are in learning.json alone."""
     base = read_training(options.config or option_files.shipped()["quickstart"])
@@ -373,20 +356,23 @@ class LeRobotPolicy:
 SIDES: dict[str, type[OurTraining | LeRobotTraining]] = {"pi0fm": OurTraining, "lerobot": LeRobotTraining}
 
 
-def train(side: str, run: TrainConfig, data: SharedData, seed: int, cpu_seconds: float, steps: int | None) -> tuple[Policy, TrainingResult]:
+def train(
+    side: str, run: TrainConfig, data: SharedData, seed: int, cpu_seconds: float, steps: int | None
+) -> tuple[Policy, int, list[float], list[float]]:
     """Train from scratch until `cpu_seconds` of the process tree are spent or `steps` done; at most one step is over the budget.
 
-    The caller's random state is left as it was.
+    The policy, the length of the learning-rate schedule (later steps keep the last rate), and what `spend` returns. The caller's random
+    state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         make = SIDES[side]
         scheduled = steps or steps_in_budget(make(run, data, seed, CALIBRATION_STEPS + 1).update, cpu_seconds)
         training = make(run, data, seed, scheduled)
         losses, spent = spend(side, training.update, cpu_seconds, steps)
-    return training.policy(), TrainingResult(scheduled, losses, spent)
+    return training.policy(), scheduled, losses, spent
 
 
-def spend(name: str, update: Callable[[int], float], cpu_seconds: float, steps: int | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def spend(name: str, update: Callable[[int], float], cpu_seconds: float, steps: int | None) -> tuple[list[float], list[float]]:
     """Call `update` until `cpu_seconds` are spent or `steps` done: its losses, and the seconds used by the end of each."""
     losses: list[float] = []
     spent = [0.0]
@@ -399,7 +385,7 @@ def spend(name: str, update: Callable[[int], float], cpu_seconds: float, steps: 
             reached = min(int(spent[-1]), whole) if steps is None else len(losses)
             bar.advance(reached - shown, f"step {len(losses)}, loss {losses[-1]:.3f}")
             shown = reached
-    return tuple(losses), tuple(spent[1:])
+    return losses, spent[1:]
 
 
 def steps_in_budget(update: Callable[[int], float], cpu_seconds: float) -> int:
@@ -425,13 +411,14 @@ def compare(
         if side == "lerobot" and options.lerobot_cpu_seconds == 0:
             continue
         progress.say(f"\n{side}, seed {seed} of 0 to {options.seeds - 1}")
-        policy, result = train(side, run, data, seed, options.budget(side), options.steps)
+        policy, scheduled, losses, spent = train(side, run, data, seed, options.budget(side), options.steps)
         summary = judge(policy)
         success = None if summary.mean is None else round(summary.mean.rate, 4)
-        row = (success, round(result.spent[-1], 3), len(result.losses), result.scheduled_steps, summary.crashes)
+        row = (success, round(spent[-1], 3), len(losses), scheduled, summary.crashes)
         for name, value in zip(names, row, strict=True):
             figures[side][name].append(value)
-        curves[side].append(result.curve())
+        finite = [round(loss, 6) if math.isfinite(loss) else None for loss in losses]
+        curves[side].append({"cpu_seconds": [round(seconds, 3) for seconds in spent], "loss": finite})
         del policy
         gc.collect()  # not within the next budget
     return figures, curves

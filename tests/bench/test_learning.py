@@ -19,7 +19,6 @@ from pi0fm.bench import learning, peer
 from pi0fm.bench.learning import (
     LeRobotTraining,
     Options,
-    TrainingResult,
     comparable,
     compare,
     open_shared,
@@ -99,12 +98,12 @@ def test_data_that_both_cannot_learn_from_is_refused(learning_run):
 
 
 def test_our_side_is_the_run_of_pi0fm_train(run, data, tmp_path):
-    policy, result = train("pi0fm", run, data, 3, 600.0, STEPS)
+    policy, _, losses, _ = train("pi0fm", run, data, 3, 600.0, STEPS)
     whole = replace(run, output_dir=tmp_path / "run", seed=3)
     claim(whole)
     shipped = bundle.load(train_loop(Context(shown=False), whole).bundle, device="cpu", precision="float32", threads=1)
     lines = [json.loads(line) for line in (whole.output_dir / "metrics.jsonl").read_text().splitlines()]
-    assert result.losses == pytest.approx([line["loss"] for line in lines], rel=1e-6)
+    assert losses == pytest.approx([line["loss"] for line in lines], rel=1e-6)
     ours, theirs = (each.infer_batch([SEEN], [5])[0].actions for each in (policy, shipped))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     assert policy.metadata["num_flow_steps"] == 10
@@ -147,9 +146,9 @@ def lerobots_own_losses(run, data, seed: int, steps: int) -> list[float]:
 def test_lerobots_side_is_lerobots_own_update(run, data):
     """35 steps: LeRobot's scaled warm-up is one step long."""
     before = torch.get_rng_state()
-    _, result = train("lerobot", run, data, 3, 600.0, 35)
-    assert list(result.losses) == lerobots_own_losses(run, data, 3, 35)
-    assert result.scheduled_steps == 35
+    _, scheduled, losses, _ = train("lerobot", run, data, 3, 600.0, 35)
+    assert losses == lerobots_own_losses(run, data, 3, 35)
+    assert scheduled == 35
     assert torch.equal(torch.get_rng_state(), before), "the caller's randomness is left alone"
 
 
@@ -159,9 +158,9 @@ def test_calibration_leaves_no_trace(run, data, side, monkeypatch):
         return STEPS + 0 * len([update(step) for step in range(3)])
 
     monkeypatch.setattr(learning, "steps_in_budget", three_steps)
-    _, calibrated = train(side, run, data, 3, 1e-9, None)
-    _, counted = train(side, run, data, 3, 600.0, STEPS)
-    assert (calibrated.scheduled_steps, calibrated.losses) == (STEPS, counted.losses[:1])
+    _, scheduled, calibrated, _ = train(side, run, data, 3, 1e-9, None)
+    counted = train(side, run, data, 3, 600.0, STEPS)[2]
+    assert (scheduled, calibrated) == (STEPS, counted[:1])
 
 
 def test_lerobots_policy_is_its_prediction_in_robot_units(run, data):
@@ -221,7 +220,7 @@ def clock(monkeypatch):
 def test_what_ends_a_training(clock, capsys, cpu_seconds, steps, spent):
     clock.step = 0.5
     losses, found = spend("side", float, cpu_seconds, steps)
-    assert (found, losses) == (spent, tuple(map(float, range(len(spent)))))
+    assert (found, losses) == ([*spent], [*map(float, range(len(spent)))])
     assert ("side, steps 2/2" in capsys.readouterr().err) == (steps == 2)
 
 
@@ -244,7 +243,7 @@ def test_sides_take_turns_with_the_same_plan_and_lerobots_can_be_left_out(run, d
     def fake(side, given, shared, seed, cpu_seconds, steps):
         assert (given, shared) == (run, data)
         turns.append((side, seed, cpu_seconds, steps))
-        return f"{side} {seed}", TrainingResult(3, (1.0, math.inf, math.nan)[: 3 - seed], (2.0, 4.0, 6.0)[: 3 - seed])
+        return f"{side} {seed}", 3, [1.0, math.inf, math.nan][: 3 - seed], [2.0, 4.0, 6.0][: 3 - seed]
 
     monkeypatch.setattr(learning, "train", fake)
     verdicts = {"pi0fm 0": ("success", "failure"), "lerobot 0": ("crash",)}
