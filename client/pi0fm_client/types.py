@@ -1,6 +1,6 @@
 """The robot-side types that every layer shares: numpy arrays in robot units, no torch.
 
-Owns: `Observation`, `ActionChunk`, `Policy`. Does not know: tensors, normalisation, where an observation came from.
+Owns: `Observation`, `ActionChunk`, `ActionPrefix`, `Policy`. Does not know: tensors, normalisation, where an observation came from.
 Shape letters: H action horizon, A robot action dim, S state dim.
 """
 
@@ -38,6 +38,18 @@ class ActionChunk:
     actions: NDArray[np.float32]
     timings: Mapping[str, float] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ActionPrefix:
+    """What is left of a chunk while the next one is inferred.
+
+    actions: float32 [n, A], robot units, absolute; row i is for the control step of row i of the next chunk.
+    inference_delay: how many of them are executed before the next chunk arrives, 0 to n.
+    """
+
+    actions: NDArray[np.float32]
+    inference_delay: int
 
 
 @runtime_checkable

@@ -3,6 +3,7 @@
 Owns: one batched inference, and the score of given chunks. Does not know: files, sockets, simulators.
 
     observations -> chain -> encode_prefix once -> num_flow_steps velocities against the cache -> inverse chain -> chunks
+    the same, with what is left of the chunk before -> velocities that lead to it (realtime.py)
     the same, N noises for each observation -> N chunks from one prefix -> best_of -> the chosen chunks
     observations, chunks -> chain -> encode_prefix once -> the same velocities and their divergence, backwards -> Scores
 """
@@ -21,17 +22,20 @@ from torch import Tensor
 
 from pi0fm.data.chain import Chain, Sample
 from pi0fm.flow.density import push_backward
+from pi0fm.flow.guidance import GuidedVelocity, refuse_guidance
 from pi0fm.flow.matching import FlowMatching
-from pi0fm.flow.sampling import num_increments
+from pi0fm.flow.sampling import num_increments, sample
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
+from pi0fm.options import nearest
 from pi0fm.policy import noise
 from pi0fm.policy.best_of import LIKELIHOOD, BestOf, choose, medoid_distances
 from pi0fm.policy.buckets import Buckets
+from pi0fm.policy.realtime import GUIDANCE, GUIDED, WITHOUT_JACOBIAN, led_to
 from pi0fm.policy.sampler import Sampler
 from pi0fm.policy.scores import ScoreOptions, Scores, conditioned, make_scores, observe_given, sample_and_score
 from pi0fm_client.errors import ConfigError, ObservationError
-from pi0fm_client.types import ActionChunk, Observation
+from pi0fm_client.types import ActionChunk, ActionPrefix, Observation
 
 
 @final
@@ -48,7 +52,11 @@ class LocalPolicy:
         dtype: torch.dtype,
         padded_noise: bool = False,
         compile: str = "off",
+        guidance: str = GUIDED,
     ) -> None:
+        if guidance not in GUIDANCE:
+            raise ConfigError(f"guidance must be {' or '.join(GUIDANCE)}, found {guidance!r}: {nearest(guidance, GUIDANCE)}")
+        self.guidance = guidance
         self.sampler = Sampler(model, flow, device, dtype, compile)
         self.model, self.flow, self.chain, self.metadata = self.sampler.model, flow, chain, metadata
         self.device, self.dtype = device, dtype
@@ -73,15 +81,25 @@ class LocalPolicy:
         return self.infer_batch([self.observation(observation)], None if noise_seed is None else [noise_seed], scores)[0]
 
     def infer_batch(
-        self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None, scores: ScoreOptions | bool = False
+        self,
+        observations: Sequence[Observation],
+        noise_seeds: Sequence[int] | None = None,
+        scores: ScoreOptions | bool = False,
+        prefixes: Sequence[ActionPrefix | None] | None = None,
     ) -> list[ActionChunk]:
         """One chunk for each observation: actions float32 [H, robot_action_dim] in robot units, `infer_ms` of the whole batch.
 
         noise_seeds: all random numbers of a chunk are a function of its seed alone. scores: give each chunk its `scores` too,
-        True for the default options; its actions stay the same. Raises ObservationError for a wrong observation.
+        True for the default options; its actions stay the same. prefixes: what is left of the chunk before, or None, one for each
+        observation; the chunk is led to it (policy/realtime.py), as `guidance` says.
+        Raises ObservationError for a wrong observation or prefix, ConfigError for scores of chunks that are led.
         """
         if not observations:
             return []
+        if prefixes is not None and any(prefix is not None for prefix in prefixes):
+            if scores is not False:
+                raise ConfigError("scores are of chunks that are not led to an action prefix; leave one of the two out")
+            return self._led(observations, noise_seeds, prefixes)
         if scores is not False:
             self._refuse_scores()
         began = time.perf_counter()
@@ -96,6 +114,35 @@ class LocalPolicy:
         actions = self._to_robot(inputs.state.cpu().numpy(), sampled.float().cpu().numpy())
         timings = {"infer_ms": 1e3 * (time.perf_counter() - began)}
         return [ActionChunk(chunk, timings, row) for chunk, row in zip(actions, each, strict=True)]
+
+    def refuse_prefixes(self) -> None:
+        """Raise ConfigError or FlowError where a chunk cannot be led to a prefix."""
+        refuse_guidance(self.flow)
+        if self.guidance == GUIDED and self.sampler.compile != "off":
+            raise ConfigError(
+                f"guided needs the derivative of a velocity that is not compiled, found compile {self.sampler.compile}; "
+                f"take guidance {WITHOUT_JACOBIAN}, or compile off"
+            )
+
+    def _led(
+        self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None, prefixes: Sequence[ActionPrefix | None]
+    ) -> list[ActionChunk]:
+        """`infer_batch` with prefixes: the velocity with its guidance, operation by operation."""
+        if len(prefixes) != len(observations):
+            raise ObservationError(f"one action prefix or None for each observation: expected {len(observations)}, found {len(prefixes)}")
+        self.refuse_prefixes()
+        began = time.perf_counter()
+        inputs = self.chain.observe(observations)
+        target, weights = (tensor.to(self.device) for tensor in led_to(self.chain, observations, prefixes, self._shape[0]))
+        start, increments = self._noise(_seeds(observations, noise_seeds))
+        # not inference_mode: the guidance may be a derivative
+        with torch.no_grad(), self.sampler.precision():
+            velocity = self.model.cached_velocity(self.sampler.prepared(inputs))
+            guided = GuidedVelocity(velocity, target, weights, jacobian=self.guidance == GUIDED)
+            sampled = sample(self.flow, guided, start, self.mask(len(start)), increments=increments)
+        actions = self._to_robot(inputs.state.cpu().numpy(), sampled.float().cpu().numpy())
+        timings = {"infer_ms": 1e3 * (time.perf_counter() - began)}
+        return [ActionChunk(chunk, timings) for chunk in actions]
 
     def infer_best(
         self, observations: Sequence[Observation], options: BestOf | None = None, noise_seeds: Sequence[int] | None = None

@@ -1,0 +1,94 @@
+"""Real-time chunking: a chunk that goes on from what is left of the one before."""
+
+import numpy as np
+import pytest
+import torch
+
+from pi0fm.data.chain import Sample
+from pi0fm.flow.matching import FlowConfig
+from pi0fm.policy.realtime import WITHOUT_JACOBIAN, check_prefix, led_to
+from pi0fm_client.errors import ConfigError, ObservationError, Pi0fmError
+from pi0fm_client.types import ActionPrefix
+
+H, A = 4, 3
+
+
+@pytest.fixture(scope="module")
+def policy(small_policy):
+    return small_policy.in_memory()
+
+
+def stacked(chunks):
+    return np.stack([chunk.actions for chunk in chunks])
+
+
+def test_no_prefix_is_the_same_call(policy, observations):
+    plain = stacked(policy.infer_batch(observations, [1, 2, 3, 4]))
+    np.testing.assert_array_equal(stacked(policy.infer_batch(observations, [1, 2, 3, 4], prefixes=[None] * 4)), plain)
+
+
+def test_a_robot_without_a_prefix_is_not_touched_by_a_neighbour_with_one(policy, observations):
+    plain = stacked(policy.infer_batch(observations, [1, 2, 3, 4]))
+    prefix = ActionPrefix(plain[0] + 1, 2)
+    led = stacked(policy.infer_batch(observations, [1, 2, 3, 4], prefixes=[prefix, None, None, None]))
+    np.testing.assert_allclose(led[1:], plain[1:], atol=1e-4)
+    assert np.abs(led[0] - plain[0]).max() > 1e-2
+
+
+@pytest.mark.parametrize("guidance", ["guided", WITHOUT_JACOBIAN])
+def test_a_chunk_is_led_to_the_rows_that_are_executed_meanwhile(small_policy, observations, guidance):
+    policy = small_policy.in_memory()
+    policy.guidance = guidance
+    plain = policy.infer_batch(observations[:1], [1])[0].actions
+    deviation = np.asarray(small_policy.stats.action.std)
+    prefix = ActionPrefix((plain + deviation * [[0.5], [0.6], [0.7], [0.8]]).astype(np.float32)[:3], 2)
+    led = policy.infer_batch(observations[:1], [1], prefixes=[prefix])[0].actions
+    before, after = (np.abs(chunk[:2] - prefix.actions[:2]) / deviation for chunk in (plain, led))
+    assert after.mean() < 0.4 * before.mean()
+
+
+def test_the_target_is_the_absolute_rows_against_the_new_state(policy, observations):
+    """Dimension 0 is trained as a difference to the state: the same rows are other numbers against another state."""
+    prefix = ActionPrefix(np.arange(6, dtype=np.float32).reshape(2, A), 1)
+    target, weights = led_to(policy.chain, observations[:2], [prefix, prefix], H)
+    states = np.stack([observation.state for observation in observations[:2]])
+    padded = policy.chain.forward(Sample(states, None)).state
+    back = policy.chain.inverse(Sample(padded, target.numpy())).actions
+    np.testing.assert_allclose(back[:, :2], np.stack([prefix.actions] * 2), atol=1e-4)
+    assert not torch.allclose(target[0, :2, 0], target[1, :2, 0])
+    torch.testing.assert_close(target[0, :2, 1:A], target[1, :2, 1:A])
+    # row 0 firm, row 1 falling, the rest free; dimensions that the robot lacks are never held
+    assert weights[0, 0, :A].eq(1).all() and 0 < weights[0, 1, 0] < 1
+    assert not weights[:, 2:].any() and not weights[..., A:].any()
+
+
+@pytest.mark.parametrize(
+    ("actions", "delay", "line"),
+    [
+        (np.zeros((2, 4)), 1, r"found float64 \[2, 4\]"),
+        (np.zeros((0, 3)), 0, r"found float64 \[0, 3\]"),
+        (np.zeros((5, 3)), 1, r"found float64 \[5, 3\]"),
+        (np.zeros(3), 1, r"found float64 \[3\]"),
+        (np.array([["a", "b", "c"]]), 1, "must be numbers"),
+        (np.full((2, 3), np.nan), 1, "must be finite"),
+        (np.zeros((2, 3)), 3, "prefix of 2 rows, found 3"),
+        (np.zeros((2, 3)), -1, "found -1"),
+    ],
+)
+def test_a_prefix_that_cannot_be_is_refused(actions, delay, line):
+    with pytest.raises(ObservationError, match=line):
+        check_prefix(ActionPrefix(actions, delay), H, A)
+
+
+def test_what_cannot_be_led_is_refused(small_policy, policy, observations):
+    prefix = ActionPrefix(np.zeros((2, A), np.float32), 1)
+    with pytest.raises(ObservationError, match="expected 1, found 2"):
+        policy.infer_batch(observations[:1], prefixes=[prefix, None])
+    with pytest.raises(ConfigError, match="not led"):
+        policy.infer_batch(observations[:1], scores=True, prefixes=[prefix])
+    other = small_policy.in_memory()
+    other.flow = type(other.flow).from_config(FlowConfig(path="vp"))
+    with pytest.raises(Pi0fmError, match="cond_ot"):
+        other.refuse_prefixes()
+    with pytest.raises(ConfigError, match="guidance must be guided or guided_no_jacobian"):
+        type(policy)(policy.model, policy.flow, policy.chain, {}, policy.device, policy.dtype, guidance="guide")
