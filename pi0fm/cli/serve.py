@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pi0fm.options import option, required
-from pi0fm.policy.load_options import LoadOptions
+from pi0fm.policy.load_options import GUIDANCE, GUIDED, LoadOptions
 from pi0fm.progress import say
 from pi0fm.serve import app as application
 from pi0fm.serve import limits, server
@@ -38,6 +38,11 @@ class ServeConfig(LoadOptions, limits.ServingLimits):
     tls_key: Path | None = option(None, "PEM file with its key")
     tls_clients: Path | None = option(None, "PEM file of the authorities that a client's own certificate must come from")
     log_format: str = option("text", "text, or json: one object a line with time, level, logger, message and, of a fault, its traceback")
+    guidance: str = option(
+        GUIDED,
+        "real-time chunking: guided leads a chunk to what is left of the robot's last one by a backward pass a flow step, "
+        "guided_no_jacobian without it: cheaper, cruder, and with --compile too",
+    )
     keys: Path | None = option(None, "YAML file: a robot's own observation key -> a column of the bundle (serve/keys.py says the rest)")
 
     def __post_init__(self) -> None:
@@ -47,6 +52,8 @@ class ServeConfig(LoadOptions, limits.ServingLimits):
             raise ConfigError(f"--port must lie in 0..65535, found {self.port}: 8000 is the default, 0 takes a free one")
         if self.log_format not in ("text", "json"):
             raise ConfigError(f"--log_format must be text or json, found {self.log_format!r}")
+        if self.guidance not in GUIDANCE:
+            raise ConfigError(f"--guidance must be {' or '.join(GUIDANCE)}, found {self.guidance!r}")
         if (self.tls_certificate is None) != (self.tls_key is None) or (self.tls_clients is not None and self.tls_key is None):
             raise ConfigError("--tls_certificate and --tls_key go together, and --tls_clients with them: give both files")
 
@@ -73,14 +80,20 @@ def run(options: ServeConfig) -> None:
         say(f"loading {options.bundle}")
         # Imported here: torch takes seconds, and a port in use should be told at once.
         from pi0fm.policy.bundle import load
+        from pi0fm.policy.local import LocalPolicy
 
-        policy = load(options.bundle, options)
+        def opened(bundle: str | Path | None = None) -> LocalPolicy:
+            policy = load(options.bundle if bundle is None else bundle, options)
+            policy.guidance = options.guidance
+            return policy
+
+        policy = opened()
         app = application.create_app(
             policy,
             options,
             tokens=tokens,
             admin_token=os.environ.get(ADMIN_VARIABLE),
-            load=lambda bundle: load(options.bundle if bundle is None else Path(bundle), options),
+            load=opened,
             renamed=dict if options.keys is None else read_keys(options.keys, policy.metadata),
         )
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pi0fm.options import option
 from pi0fm_client.errors import ConfigError
 
+GUIDED, WITHOUT_JACOBIAN = "guided", "guided_no_jacobian"
+GUIDANCE = (GUIDED, WITHOUT_JACOBIAN)  # how a chunk is led to what is left of the one before: policy/realtime.py
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:

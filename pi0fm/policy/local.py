@@ -31,7 +31,8 @@ from pi0fm.options import nearest
 from pi0fm.policy import noise
 from pi0fm.policy.best_of import LIKELIHOOD, BestOf, choose, medoid_distances
 from pi0fm.policy.buckets import Buckets
-from pi0fm.policy.realtime import GUIDANCE, GUIDED, WITHOUT_JACOBIAN, led_to
+from pi0fm.policy.load_options import GUIDANCE, GUIDED, WITHOUT_JACOBIAN
+from pi0fm.policy.realtime import check_prefix, led_to
 from pi0fm.policy.sampler import Sampler
 from pi0fm.policy.scores import ScoreOptions, Scores, conditioned, make_scores, observe_given, sample_and_score
 from pi0fm_client.errors import ConfigError, ObservationError
@@ -123,6 +124,10 @@ class LocalPolicy:
                 f"guided needs the derivative of a velocity that is not compiled, found compile {self.sampler.compile}; "
                 f"take guidance {WITHOUT_JACOBIAN}, or compile off"
             )
+
+    def check_prefix(self, prefix: ActionPrefix) -> None:
+        """Raise ObservationError for a prefix that `infer_batch` would refuse."""
+        check_prefix(prefix, self._shape[0], self.chain.embodiment.dims()[1])
 
     def _led(
         self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None, prefixes: Sequence[ActionPrefix | None]

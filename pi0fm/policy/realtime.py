@@ -19,9 +19,6 @@ from pi0fm.flow.guidance import hold_weights
 from pi0fm_client.errors import ObservationError
 from pi0fm_client.types import ActionPrefix, Observation
 
-GUIDED, WITHOUT_JACOBIAN = "guided", "guided_no_jacobian"
-GUIDANCE = (GUIDED, WITHOUT_JACOBIAN)
-
 
 def check_prefix(prefix: ActionPrefix, horizon: int, robot_action_dim: int) -> None:
     """Raise ObservationError for a prefix of another shape, one that is not finite, or a delay that is longer than it."""

@@ -30,7 +30,7 @@ from pi0fm.serve.limits import ServingLimits
 from pi0fm.serve.metrics import Metrics
 from pi0fm.serve.pace import Pace
 from pi0fm_client.errors import ServingError
-from pi0fm_client.types import ActionChunk, Observation, Policy
+from pi0fm_client.types import ActionChunk, ActionPrefix, Observation, Policy
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +54,16 @@ _STOPPING = "the server is shutting down: connect again in a moment"
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One observation to infer. noise_seed: None draws fresh noise. session: whose it is. latest: `time.perf_counter()` of its deadline."""
+    """One observation to infer. noise_seed: None draws fresh noise. session: whose it is. latest: `time.perf_counter()` of its deadline.
+
+    prefix: what the chunk is led to, for a policy that can.
+    """
 
     observation: Observation
     noise_seed: int | None = None
     session: Hashable = field(default_factory=object)
     latest: float | None = None
+    prefix: ActionPrefix | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +135,7 @@ class Batcher:
         for size in sorted({1, self._max_batch_size}):
             for _ in range(2):
                 began = time.perf_counter()
-                await self._infer([observation] * size, [None] * size)
+                await self._infer([Request(observation)] * size)
             ended = time.perf_counter()
             self._pace.inferred(size, ended - began, ended)
 
@@ -216,9 +220,7 @@ class Batcher:
         for waiting in batch:
             self._metrics.stage.labels("wait").observe(began - waiting.since)
         try:
-            chunks = await self._infer(
-                [waiting.request.observation for waiting in batch], [waiting.request.noise_seed for waiting in batch]
-            )
+            chunks = await self._infer([waiting.request for waiting in batch])
         except Exception as error:  # noqa: BLE001 - any exception of a policy is its client's answer, and must not end this loop
             if len(batch) == 1:
                 _fail(batch[0], error)
@@ -236,12 +238,14 @@ class Batcher:
             if not waiting.answer.done():
                 waiting.answer.set_result(chunk)
 
-    async def _infer(self, observations: Sequence[Observation], noise_seeds: Sequence[int | None]) -> list[ActionChunk]:
-        seeds = None
-        if any(seed is not None for seed in noise_seeds):
+    async def _infer(self, requests: Sequence[Request]) -> list[ActionChunk]:
+        observations, seeds = [request.observation for request in requests], None
+        if any(request.noise_seed is not None for request in requests):
             # A neighbour that asked for no seed gets a fresh one, so that both can share the batch.
-            seeds = [secrets.randbelow(2**63) if seed is None else seed for seed in noise_seeds]
-        chunks: list[ActionChunk] = await self._worker.run(lambda: self._policy.infer_batch(observations, seeds))
+            seeds = [secrets.randbelow(2**63) if request.noise_seed is None else request.noise_seed for request in requests]
+        prefixes = [request.prefix for request in requests]
+        more = {} if all(prefix is None for prefix in prefixes) else {"prefixes": prefixes}
+        chunks: list[ActionChunk] = await self._worker.run(lambda: self._policy.infer_batch(observations, seeds, **more))
         if len(chunks) != len(observations):
             raise RuntimeError(f"a policy must answer each observation once: {len(observations)} given, {len(chunks)} chunks returned")
         return chunks

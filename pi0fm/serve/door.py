@@ -17,7 +17,7 @@ from PIL import Image
 from pi0fm.options import nearest
 from pi0fm_client import wire
 from pi0fm_client.errors import ObservationError
-from pi0fm_client.types import Observation
+from pi0fm_client.types import ActionPrefix, Observation
 
 EXTENSIONS = (wire.REQUEST_ID, wire.DEADLINE_MS, wire.SESSION, wire.JPEG)
 NOISE_SEED = "noise_seed"
@@ -30,13 +30,14 @@ MAX_DEADLINE_MS = 3_600_000.0
 
 @dataclass(frozen=True)
 class Asked:
-    """What one frame asks for. deadline_ms: from its arrival."""
+    """What one frame asks for. deadline_ms: from its arrival. prefix: what is left of the robot's chunk before."""
 
     observation: Observation
     noise_seed: int | None
     request_id: int | None
     deadline_ms: float | None
     session: str
+    prefix: ActionPrefix | None = None
 
 
 @final
@@ -44,6 +45,7 @@ class Door:
     """Read frames; safe in several threads.
 
     to_observation: raises ObservationError for keys and arrays that do not fit the policy. renamed: a message in the policy's keys.
+    check_prefix: raises ObservationError for an action prefix that does not fit; None knows no such extension.
     """
 
     def __init__(
@@ -51,8 +53,11 @@ class Door:
         to_observation: Callable[[Mapping[str, Any]], Observation],
         max_frame_bytes: int,
         renamed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+        check_prefix: Callable[[ActionPrefix], None] | None = None,
     ) -> None:
         self._to_observation, self._max_frame_bytes, self._renamed = to_observation, max_frame_bytes, renamed
+        self._check_prefix = check_prefix
+        self.extensions = EXTENSIONS if check_prefix is None else (*EXTENSIONS, wire.ACTION_PREFIX, wire.INFERENCE_DELAY)
 
     def read(self, frame: bytes) -> Asked:
         """Return the request in a frame. Raises ObservationError in one line that names the key."""
@@ -68,11 +73,23 @@ class Door:
         session = message.pop(wire.SESSION, "")
         if not isinstance(session, str) or len(session) > MAX_NAME:
             raise ObservationError(f"{wire.SESSION} must be a text of at most {MAX_NAME} characters, found {str(session)[:40]!r}")
+        prefix = self._prefix(message)
         for key in message:
             if key.startswith(wire.PREFIX):
-                raise ObservationError(f"unknown extension {key!r}: {nearest(key, EXTENSIONS)}")
+                raise ObservationError(f"unknown extension {key!r}: {nearest(key, self.extensions)}")
         plain = {key: self._bounded(key, value) for key, value in message.items()}
-        return Asked(self._to_observation(self._renamed(plain)), noise_seed, request_id, deadline_ms, session)
+        return Asked(self._to_observation(self._renamed(plain)), noise_seed, request_id, deadline_ms, session, prefix)
+
+    def _prefix(self, message: dict[str, Any]) -> ActionPrefix | None:
+        """Take the action prefix out of a message."""
+        if self._check_prefix is None or not {wire.ACTION_PREFIX, wire.INFERENCE_DELAY} & message.keys():
+            return None
+        actions, delay = message.pop(wire.ACTION_PREFIX, None), whole_number(message.pop(wire.INFERENCE_DELAY, None), wire.INFERENCE_DELAY)
+        if not isinstance(actions, np.ndarray):
+            raise ObservationError(f"{wire.ACTION_PREFIX} must be an array, found {type(actions).__name__}: send it, or no delay either")
+        prefix = ActionPrefix(actions, delay or 0)
+        self._check_prefix(prefix)
+        return prefix
 
     def _bounded(self, key: str, value: Any) -> Any:
         """Return a value that is cheap to judge: an array, a number, a short text; a flat list of numbers or a JPEG as an array."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from pi0fm.serve.limits import ServingLimits
 from pi0fm.serve.metrics import Metrics
 from pi0fm_client import wire
 from pi0fm_client.errors import Pi0fmError, ServingError
-from pi0fm_client.types import Observation, Policy
+from pi0fm_client.types import ActionPrefix, Observation, Policy
 
 WARM_UP_IMAGE_SIZE = (224, 224)
 SAME_AFTER_A_SWAP = ("cameras", "state_key", "state_dim", "robot_action_dim", "action_horizon", "robot")
@@ -35,6 +35,19 @@ class Servable(Policy, Protocol):
 
     def observation(self, flat: Mapping[str, Any]) -> Observation:
         """Return the observation in a map. Raises ObservationError in one line; it is called in threads."""
+        ...
+
+
+@runtime_checkable
+class Led(Protocol):
+    """A policy whose `infer_batch` takes `prefixes`, one ActionPrefix or None for each observation."""
+
+    def refuse_prefixes(self) -> None:
+        """Raise where no chunk can be led to a prefix, as the policy is loaded."""
+        ...
+
+    def check_prefix(self, prefix: ActionPrefix) -> None:
+        """Raise ObservationError for a prefix that does not fit; it is called in threads."""
         ...
 
 
@@ -61,9 +74,9 @@ class Serving:
 
     def _served(self, policy: Servable) -> Served:
         metadata, options = policy.metadata, self._options
-        extensions = [*door.EXTENSIONS, *([wire.REPLY_IDENTITY] if wire.IDENTITY in metadata else [])]
+        entrance = door.Door(policy.observation, options.max_frame_bytes, self._renamed, _prefix_check(policy))
+        extensions = [*entrance.extensions, *([wire.REPLY_IDENTITY] if wire.IDENTITY in metadata else [])]
         greeting = {**without_paths(metadata), "max_frame_bytes": options.max_frame_bytes, wire.EXTENSIONS: extensions}
-        entrance = door.Door(policy.observation, options.max_frame_bytes, self._renamed)
         return Served(policy, Batcher(policy, options, self._metrics), entrance, wire.pack(greeting), metadata.get(wire.IDENTITY))
 
     async def warm_up(self) -> float:
@@ -101,6 +114,18 @@ class Serving:
         logger.warning("serving %s in the place of %s", fresh.identity, before.identity)
         await before.batcher.drain()
         before.batcher.close()
+
+
+def _prefix_check(policy: Servable) -> Callable[[ActionPrefix], None] | None:
+    """Return what judges action prefixes, where the policy can be led to them."""
+    if not isinstance(policy, Led):
+        return None
+    try:
+        policy.refuse_prefixes()
+    except Pi0fmError as error:
+        logger.warning("no real-time chunking: %s", error)
+        return None
+    return policy.check_prefix
 
 
 async def _warm(served: Served) -> None:

@@ -6,7 +6,8 @@ import torch
 
 from pi0fm.data.chain import Sample
 from pi0fm.flow.matching import FlowConfig
-from pi0fm.policy.realtime import WITHOUT_JACOBIAN, check_prefix, led_to
+from pi0fm.policy.load_options import WITHOUT_JACOBIAN
+from pi0fm.policy.realtime import check_prefix, led_to
 from pi0fm_client.errors import ConfigError, ObservationError, Pi0fmError
 from pi0fm_client.types import ActionPrefix
 

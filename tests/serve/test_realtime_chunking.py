@@ -1,0 +1,67 @@
+"""What is left of a robot's chunk, sent with its next observation: the server's answer is the policy's own, led to it."""
+
+import numpy as np
+import pytest
+from small_policies import small_policy
+from test_policy_server import talk
+
+from pi0fm_client import wire
+from pi0fm_client.types import ActionPrefix
+
+__all__ = ["small_policy"]
+PREFIX = np.array([[1.0, 0.5, -2.0], [1.5, 0.25, -1.0]], np.float32)
+
+
+def request(policy, **extra):
+    state = np.linspace(-1, 1, 4, dtype=np.float32)
+    picture = np.full((20, 20, 3), 90, np.uint8)
+    return {"observation.images.base": picture, "observation.state": state, "prompt": "press", "noise_seed": 3, **extra}
+
+
+def ask(server, message):
+    with talk(server.url) as robot:
+        greeting = wire.unpack(robot.recv())
+        robot.send(wire.pack(message))
+        answer = robot.recv(timeout=20)
+    return greeting, answer if isinstance(answer, str) else wire.unpack(answer)["actions"]
+
+
+@pytest.fixture(scope="module")
+def policy(small_policy):
+    return small_policy.in_memory()
+
+
+def test_a_chunk_over_the_network_is_led_as_one_in_this_process(start_server, policy):
+    server = start_server(policy)
+    greeting, led = ask(server, request(policy, **{wire.ACTION_PREFIX: PREFIX, wire.INFERENCE_DELAY: 1}))
+    assert {wire.ACTION_PREFIX, wire.INFERENCE_DELAY} <= set(greeting[wire.EXTENSIONS])
+    flat = {key: value for key, value in request(policy).items() if key != "noise_seed"}
+    observation = policy.observation(flat)
+    expected = policy.infer_batch([observation], [3], prefixes=[ActionPrefix(PREFIX, 1)])[0].actions
+    np.testing.assert_allclose(led, expected, atol=1e-5)
+    free = ask(server, request(policy))[1]
+    np.testing.assert_allclose(free, policy.infer_batch([observation], [3])[0].actions, atol=1e-5)
+    assert np.abs(led - free).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("extra", "line"),
+    [
+        ({wire.INFERENCE_DELAY: 1}, "pi0fm/action_prefix must be an array, found NoneType"),
+        ({wire.ACTION_PREFIX: "all"}, "must be an array, found str"),
+        ({wire.ACTION_PREFIX: PREFIX[:, :2]}, "an action prefix must be numbers [1 to 4, 3], found float32 [2, 2]"),
+        ({wire.ACTION_PREFIX: PREFIX * np.inf}, "must be finite"),
+        ({wire.ACTION_PREFIX: PREFIX, wire.INFERENCE_DELAY: 3}, "within its action prefix of 2 rows, found 3"),
+        ({wire.ACTION_PREFIX: PREFIX, wire.INFERENCE_DELAY: -1}, "pi0fm/inference_delay must be a whole number"),
+    ],
+)
+def test_a_prefix_that_does_not_fit_is_refused_at_the_door(start_server, policy, extra, line):
+    assert line in ask(start_server(policy), request(policy, **extra))[1]
+
+
+def test_a_policy_that_cannot_be_led_knows_no_such_extension(start_server):
+    """Of another path; the fake one has no way to take a prefix at all."""
+    server = start_server()
+    message = {"observation.state": np.zeros(3, np.float32), "prompt": "x", wire.ACTION_PREFIX: PREFIX}
+    greeting, answer = ask(server, message)
+    assert wire.ACTION_PREFIX not in greeting[wire.EXTENSIONS] and "unknown extension 'pi0fm/action_prefix'" in answer
