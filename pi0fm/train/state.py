@@ -60,8 +60,10 @@ class TrainState:
 
     def prepare(self, parallel: Parallel) -> None:
         """Wrap network and optimiser for training; again after `parallel` was opened for other workers."""
-        # autocast would cast every matrix once a micro batch; where one makes a step, it casts once and keeps no copy through the update
-        self.network.cast_once(parallel.accelerator.gradient_accumulation_steps > 1)
+        # autocast would cast every matrix once a micro batch, 6 ms of a GPU for pi0; where one makes a step it casts once, and keeps no
+        # copy through the update; on a CPU small matrices cost less than what keeps their copies (docs/LOG.md)
+        accumulates = parallel.accelerator.gradient_accumulation_steps > 1
+        self.network.cast_once(accumulates and parallel.device.type == "cuda")
         self.trained, self.optimizer = parallel.prepare(self.network.train(), self._adamw)
 
     def schedule(self, steps: int) -> float:

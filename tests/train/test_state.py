@@ -34,10 +34,13 @@ def test_one_count_is_every_parameters_count():
 
 
 @pytest.mark.usefixtures("shapes_unchecked")
-@pytest.mark.parametrize("micro_steps", [1, 2])
-def test_matrices_are_cast_once_where_several_micro_batches_make_a_step(micro_steps):
+@pytest.mark.parametrize(("micro_steps", "device"), [(1, "cuda"), (2, "cuda"), (2, "cpu")])
+def test_matrices_are_cast_once_where_several_micro_batches_make_a_step_on_a_gpu(micro_steps, device):
     """With one the cast is made once anyway, and its copy need not outlive the pass."""
     state = TrainState(Pi0(tiny_dataset.network()), StateConfig())
     accelerator = SimpleNamespace(gradient_accumulation_steps=micro_steps)
-    state.prepare(SimpleNamespace(accelerator=accelerator, prepare=lambda *given: given))  # the part of a worker that is asked
-    assert {module.cast_once for module in state.network.modules() if isinstance(module, Linear)} == {micro_steps > 1}
+    there = torch.device(device)
+    state.prepare(
+        SimpleNamespace(accelerator=accelerator, device=there, prepare=lambda *given: given)
+    )  # the part of a worker that is asked
+    assert {module.cast_once for module in state.network.modules() if isinstance(module, Linear)} == {(micro_steps, device) == (2, "cuda")}
