@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, Protocol, cast, final
 
 from pi0fm.serve.limits import ServingLimits
 from pi0fm.serve.metrics import Metrics
@@ -56,7 +56,8 @@ _STOPPING = "the server is shutting down: connect again in a moment"
 class Request:
     """One observation to infer. noise_seed: None draws fresh noise. session: whose it is. latest: `time.perf_counter()` of its deadline.
 
-    prefix: what the chunk is led to, for a policy that can.
+    prefix: what the chunk is led to, for a policy that can. candidates: chunks that the policy chooses the answer from, and says how sure
+    it was; None is `infer_batch`.
     """
 
     observation: Observation
@@ -64,6 +65,15 @@ class Request:
     session: Hashable = field(default_factory=object)
     latest: float | None = None
     prefix: ActionPrefix | None = None
+    candidates: int | None = None
+
+
+class Chooses(Protocol):
+    """A policy that can sample several chunks for an observation (policy/best_of.py)."""
+
+    def infer_best(self, observations: Sequence[Observation], options: Any, noise_seeds: Sequence[int] | None = None) -> list[ActionChunk]:
+        """Return the best chunk for each observation."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +189,10 @@ class Batcher:
     async def _run(self) -> None:
         while self._waiting:
             await self._gather()
-            batch = [self._waiting.pop(session) for session in list(self._waiting)[: self._max_batch_size]]
+            candidates = next(iter(self._waiting.values())).request.candidates if self._waiting else None
+            alike = [session for session, one in self._waiting.items() if one.request.candidates == candidates]
+            most = max(1, self._max_batch_size // (candidates or 1))
+            batch = [self._waiting.pop(session) for session in alike[:most]]
             await self._answer([waiting for waiting in batch if self._in_time(waiting)])
 
     async def _gather(self) -> None:
@@ -245,7 +258,16 @@ class Batcher:
             seeds = [secrets.randbelow(2**63) if request.noise_seed is None else request.noise_seed for request in requests]
         prefixes = [request.prefix for request in requests]
         more = {} if all(prefix is None for prefix in prefixes) else {"prefixes": prefixes}
-        chunks: list[ActionChunk] = await self._worker.run(lambda: self._policy.infer_batch(observations, seeds, **more))
+        candidates = requests[0].candidates
+
+        def call() -> list[ActionChunk]:
+            if candidates is None:
+                return self._policy.infer_batch(observations, seeds, **more)
+            from pi0fm.policy.best_of import BestOf  # torch is there where a policy can choose
+
+            return cast(Chooses, self._policy).infer_best(observations, BestOf(candidates), seeds)
+
+        chunks: list[ActionChunk] = await self._worker.run(call)
         if len(chunks) != len(observations):
             raise RuntimeError(f"a policy must answer each observation once: {len(observations)} given, {len(chunks)} chunks returned")
         return chunks

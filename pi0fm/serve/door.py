@@ -26,11 +26,12 @@ MAX_NAME = 200  # characters of a key or a session
 MAX_TEXT = 65_536
 MAX_LIST = 4096
 MAX_DEADLINE_MS = 3_600_000.0
+MAX_CANDIDATES = 32
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What one frame asks for. deadline_ms: from its arrival. prefix: what is left of the robot's chunk before."""
+    """What one frame asks for. deadline_ms: from its arrival. prefix: what is left of the robot's chunk before. candidates: see Request."""
 
     observation: Observation
     noise_seed: int | None
@@ -38,6 +39,7 @@ class Asked:
     deadline_ms: float | None
     session: str
     prefix: ActionPrefix | None = None
+    candidates: int | None = None
 
 
 @final
@@ -45,7 +47,8 @@ class Door:
     """Read frames; safe in several threads.
 
     to_observation: raises ObservationError for keys and arrays that do not fit the policy. renamed: a message in the policy's keys.
-    check_prefix: raises ObservationError for an action prefix that does not fit; None knows no such extension.
+    check_prefix: raises ObservationError for an action prefix that does not fit; None knows no such extension. chooses: the policy can
+    sample several chunks.
     """
 
     def __init__(
@@ -54,10 +57,13 @@ class Door:
         max_frame_bytes: int,
         renamed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
         check_prefix: Callable[[ActionPrefix], None] | None = None,
+        chooses: bool = False,
     ) -> None:
         self._to_observation, self._max_frame_bytes, self._renamed = to_observation, max_frame_bytes, renamed
         self._check_prefix = check_prefix
-        self.extensions = EXTENSIONS if check_prefix is None else (*EXTENSIONS, wire.ACTION_PREFIX, wire.INFERENCE_DELAY)
+        led = () if check_prefix is None else (wire.ACTION_PREFIX, wire.INFERENCE_DELAY)
+        chosen = (wire.NUM_CANDIDATES, wire.UNCERTAINTY) if chooses else ()
+        self.extensions = (*EXTENSIONS, *led, *chosen)
 
     def read(self, frame: bytes) -> Asked:
         """Return the request in a frame. Raises ObservationError in one line that names the key."""
@@ -73,12 +79,17 @@ class Door:
         session = message.pop(wire.SESSION, "")
         if not isinstance(session, str) or len(session) > MAX_NAME:
             raise ObservationError(f"{wire.SESSION} must be a text of at most {MAX_NAME} characters, found {str(session)[:40]!r}")
-        prefix = self._prefix(message)
+        prefix, candidates = self._prefix(message), None
+        if wire.NUM_CANDIDATES in self.extensions:
+            candidates = whole_number(message.pop(wire.NUM_CANDIDATES, None), wire.NUM_CANDIDATES)
+        if candidates is not None and (not 1 <= candidates <= MAX_CANDIDATES or prefix is not None):
+            where = "" if prefix is None else f" beside {wire.ACTION_PREFIX}"
+            raise ObservationError(f"{wire.NUM_CANDIDATES} must lie in 1..{MAX_CANDIDATES} and alone, found {candidates}{where}")
         for key in message:
             if key.startswith(wire.PREFIX):
                 raise ObservationError(f"unknown extension {key!r}: {nearest(key, self.extensions)}")
         plain = {key: self._bounded(key, value) for key, value in message.items()}
-        return Asked(self._to_observation(self._renamed(plain)), noise_seed, request_id, deadline_ms, session, prefix)
+        return Asked(self._to_observation(self._renamed(plain)), noise_seed, request_id, deadline_ms, session, prefix, candidates)
 
     def _prefix(self, message: dict[str, Any]) -> ActionPrefix | None:
         """Take the action prefix out of a message."""

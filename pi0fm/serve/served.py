@@ -74,7 +74,8 @@ class Serving:
 
     def _served(self, policy: Servable) -> Served:
         metadata, options = policy.metadata, self._options
-        entrance = door.Door(policy.observation, options.max_frame_bytes, self._renamed, _prefix_check(policy))
+        chooses = hasattr(policy, "infer_best")
+        entrance = door.Door(policy.observation, options.max_frame_bytes, self._renamed, _prefix_check(policy), chooses)
         extensions = [*entrance.extensions, *([wire.REPLY_IDENTITY] if wire.IDENTITY in metadata else [])]
         greeting = {**without_paths(metadata), "max_frame_bytes": options.max_frame_bytes, wire.EXTENSIONS: extensions}
         return Served(policy, Batcher(policy, options, self._metrics), entrance, wire.pack(greeting), metadata.get(wire.IDENTITY))

@@ -138,7 +138,11 @@ class Session:
         if extra and served.identity is not None:
             extra[wire.REPLY_IDENTITY] = served.identity
         try:
-            chunk = await served.batcher.submit(Request(asked.observation, asked.noise_seed, (self, asked.session), latest, asked.prefix))
+            key = (self, asked.session)
+            request = Request(asked.observation, asked.noise_seed, key, latest, asked.prefix, asked.candidates)
+            chunk = await served.batcher.submit(request)
+            if asked.candidates is not None and "spread" in chunk.scores:
+                extra[wire.UNCERTAINTY] = float(chunk.scores["spread"])
             await self._websocket.send_bytes(_encode_reply(chunk, _milliseconds_since(began), self._previous_total_ms, extra))
             ended = time.perf_counter()
             self._previous_total_ms = (ended - began) * 1e3

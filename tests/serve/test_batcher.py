@@ -356,6 +356,39 @@ def test_warm_up_runs_alone_and_in_a_full_batch() -> None:
     assert policy.batches == [[5], [5], [5, 5, 5], [5, 5, 5]], "once to compile, once to be timed"
 
 
+def test_requests_for_one_number_of_candidates_share_a_batch_and_wait_for_no_other() -> None:
+    class Choosing(GatedPolicy):
+        def infer_best(self, observations: Sequence[Observation], options: Any, noise_seeds: Any = None) -> list[ActionChunk]:
+            chunks = self.infer_batch(observations, noise_seeds)
+            return [ActionChunk(chunk.actions + 100 * options.num_chunks, {}, {"spread": 0.5}) for chunk in chunks]
+
+    policy = Choosing(opened=False)
+
+    async def story(batcher: Batcher) -> None:
+        first = await busy(batcher, policy)
+        asked = [(1, 2), (2, None), (3, 2), (4, 2), (5, 8), (6, None)]
+        others = [asyncio.create_task(ask(batcher, state, candidates=number)) for state, number in asked]
+        await asyncio.sleep(0)
+        policy.gate.set()
+        await first
+        answers = await asyncio.gather(*others)
+        assert [answer.actions[0, 0] for answer in answers] == [201, 2, 203, 204, 805, 6]
+
+    run(policy, story, max_batch_size=4)
+    assert policy.batches == [[0], [1, 3], [2, 6], [4], [5]]
+
+
+def test_what_a_policy_makes_ready_itself_is_made_ready() -> None:
+    class Warming(GatedPolicy):
+        def warm_up(self, max_batch: int) -> int:
+            self.batches.append([float(max_batch)])
+            return 1
+
+    policy = Warming()
+    run(policy, lambda batcher: batcher.warm_up(Observation({}, np.array([5], np.float32), "")))
+    assert policy.batches[0] == [3.0]
+
+
 def test_a_policy_that_answers_too_few_is_an_error() -> None:
     class Forgetful(GatedPolicy):
         def infer_batch(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> list[ActionChunk]:

@@ -290,9 +290,14 @@ def test_a_state_that_is_too_large_or_a_prompt_that_is_too_long_is_refused_at_th
     assert "must fit into" in refusal(server, request("p" * 60_000, fine))
     assert "two spellings" in refusal(server, request("go", fine, ("observation.state", np.zeros(4, np.float32))))
     with talk(server.url) as robot:
-        robot.recv()
+        assert {wire.NUM_CANDIDATES, wire.UNCERTAINTY} <= set(msgpack.unpackb(robot.recv())["extensions"])
         robot.send(request("go", fine))
         assert actions_of(robot.recv()).shape == (4, 3)
+        robot.send(b"\x84" + request("go", fine)[1:] + text_bytes(wire.NUM_CANDIDATES) + b"\x03")
+        reply = robot.recv()
+        assert actions_of(reply).shape == (4, 3) and msgpack.unpackb(reply)[wire.UNCERTAINTY] > 0
+        robot.send(b"\x84" + request("go", fine)[1:] + text_bytes(wire.NUM_CANDIDATES) + b"\x7f")
+        assert "must lie in 1..32 and alone, found 127" in robot.recv()
 
 
 def test_a_client_that_goes_while_the_server_ends_does_not_disturb_the_end() -> None:
