@@ -116,11 +116,14 @@ def distributions(model: nn.Module) -> dict[str, Initial]:
 
 
 @torch.no_grad()
-def fill(parameter: Tensor, initial: Initial, seed: int, name: str) -> None:
-    """Give `parameter` its numbers; made in float32 on the CPU, then cast and copied."""
+def fill(parameter: Tensor, initial: Initial, seed: int, name: str, start: int = 0) -> None:
+    """Give `parameter` its numbers; made in float32 on the CPU, then cast and copied.
+
+    start: of rows of a parameter, the position of their first number in it.
+    """
     direct = parameter.device.type == "cpu" and parameter.dtype == torch.float32 and parameter.is_contiguous()
     flat = parameter.detach().reshape(-1) if direct else torch.empty(parameter.numel(), device="cpu")
-    _write(initial, seed, name, 0, flat.numpy())
+    _write(initial, seed, name, start, flat.numpy())
     if not direct:
         parameter.copy_(flat.reshape(parameter.shape))
 

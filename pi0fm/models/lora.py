@@ -7,7 +7,7 @@ Does not know: what else of the network trains.
     decoder.layers.3.backbone.qkv.base_layer.weight, .lora_A.default.weight [rank, in], .lora_B.default.weight [out, rank]      inside a run
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -109,21 +109,20 @@ def initial_adapter(name: str, parameter: Tensor) -> Initial:
     return UniformInit(parameter.shape[1] ** -0.5) if name.endswith(_A) else ConstantInit(0.0)
 
 
-def merged(weights: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
-    """Plain weights under plain names: W + scaling B A in float32 for every adapted layer, the rest as it is.
+def merged(weights: Mapping[str, Tensor], scaling: float) -> Iterator[tuple[str, Tensor]]:
+    """Plain weights under plain names, one by one: W + scaling B A in float32 for every adapted layer, the rest as it is.
 
-    weights: a state dict of an adapted network, or of a plain one, which comes back unchanged.
+    weights: a state dict of an adapted network, or of a plain one, which comes back unchanged; each is asked for once.
     """
-    plain: dict[str, Tensor] = {}
-    for name, value in weights.items():
+    for name in weights:
         if is_adapter(name):
             continue
         if _BASE not in name:
-            plain[name] = value
+            yield name, weights[name]
             continue
         layer, kind = name.split(_BASE)
-        plain[f"{layer}.{kind}"] = value if kind == "bias" else _with_adapter(value, weights[layer + _A], weights[layer + _B], scaling)
-    return plain
+        value = weights[name]
+        yield f"{layer}.{kind}", value if kind == "bias" else _with_adapter(value, weights[layer + _A], weights[layer + _B], scaling)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pi0fm.models.attention import attend_pictures
 from pi0fm.models.initial import ConstantInit, Initial, NormalInit, UniformInit
-from pi0fm.models.layers import Gelu, Linear, product_dtype, recomputed, recomputes, run_layer
+from pi0fm.models.layers import Gelu, Linear, at_least_float32, product_dtype, recomputed, recomputes, run_layer
 from pi0fm_client.errors import ConfigError
 
 
@@ -69,8 +69,9 @@ class ProductNorm(nn.LayerNorm):
         super().__init__(width, eps=1e-6)
 
     def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
-        """The normed input."""
-        return super().forward(x).to(product_dtype(x))
+        """The normed input. A sharded network may give the parameters in the type of the products."""
+        normed = F.layer_norm(x, self.normalized_shape, at_least_float32(self.weight), at_least_float32(self.bias), self.eps)
+        return normed.to(product_dtype(x))
 
 
 class VisionMLP(nn.Module):

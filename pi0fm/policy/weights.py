@@ -42,14 +42,23 @@ class Weights:
     """Tensors by name, described by their headers.
 
     read(name, index): entry `index` of the tensor's leading axes on the CPU, all of it for (); raises BundleError for a file that is cut
-    or damaged. fill(name, tensor): all of it into contiguous memory on the CPU, of one safetensors file.
+    or damaged. fill(name, tensor, first): as many numbers as the tensor takes, from number `first` on, into contiguous memory on the CPU,
+    of one safetensors file.
     """
 
     path: Path
     shapes: Mapping[str, Shape]
     dtypes: Mapping[str, torch.dtype]
     read: Callable[[str, Shape], Tensor]
-    fill: Callable[[str, Tensor], None] | None = None
+    fill: Callable[[str, Tensor, int], None] | None = None
+
+    def rows(self, name: str, which: slice) -> Tensor:
+        """Some rows of a tensor, a slice of its first axis with both ends; of one file these alone are read."""
+        if self.fill is None:
+            return self.read(name, ())[which]
+        tensor = torch.empty((which.stop - which.start, *self.shapes[name][1:]), dtype=self.dtypes[name])
+        self.fill(name, tensor, which.start * math.prod(self.shapes[name][1:]))
+        return tensor
 
 
 def open_file(file: Path) -> Weights:
@@ -77,14 +86,14 @@ def open_file(file: Path) -> Weights:
 
     def read(name: str, index: Shape) -> Tensor:
         tensor = torch.empty(told[name]["shape"], dtype=dtypes[name])
-        fill(name, tensor)
+        fill(name, tensor, 0)
         return tensor[index]
 
-    def fill(name: str, tensor: Tensor) -> None:
+    def fill(name: str, tensor: Tensor, first: int) -> None:
         left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
         try:
             with file.open("rb", buffering=0) as opened:
-                opened.seek(start + told[name]["data_offsets"][0])
+                opened.seek(start + told[name]["data_offsets"][0] + first * tensor.itemsize)
                 while left:
                     count = opened.readinto(left)
                     if not count:
@@ -184,14 +193,14 @@ def filled(weights: Weights, model: Pi0Config, device: torch.device, dtype: torc
         empty = torch.empty(shape[::-1] if name in columns else shape, dtype=wanted, device=device)
         tensors[name] = empty.t() if name in columns else empty
         if name not in columns and device.type == "cpu" and wanted == weights.dtypes[name]:
-            weights.fill(name, empty)
+            weights.fill(name, empty, 0)
         else:
             changed.append(name)
     sizes = [math.prod(weights.shapes[name]) * weights.dtypes[name].itemsize for name in changed]
     room = torch.empty(max(sizes, default=0), dtype=torch.uint8)
     for name, size in zip(changed, sizes, strict=True):
         read = room[:size].view(weights.dtypes[name]).view(weights.shapes[name])
-        weights.fill(name, read)
+        weights.fill(name, read, 0)
         tensors[name].copy_(read)
     network.load_state_dict(tensors, assign=True)
     return network

@@ -57,7 +57,7 @@ def test_three_steps_are_the_host_s(device, how):
     batches = [make_batch(PI0, size=4, seed=seed, draws=2) for seed in range(3)]
     (here, expected), (there, losses) = trained(CPU, HOW[how], batches), trained(device, HOW[how], batches)
     assert losses == pytest.approx(expected, rel=1e-4)
-    ours, theirs = plain_weights(there.state_dict(), HOW[how]), plain_weights(here.state_dict(), HOW[how])
+    ours, theirs = (dict(plain_weights(model.state_dict(), HOW[how])) for model in (there, here))
     # AdamW's first steps have the size of the learning rate even where a gradient is rounding alone
     assert {name: apart(ours[name], theirs[name]) for name in theirs if apart(ours[name], theirs[name]) > 2e-3} == {}
     start = network(PI0).state_dict()

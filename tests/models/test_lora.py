@@ -111,7 +111,7 @@ def test_merged_weights_answer_like_the_adapted_network_under_plain_names(kind):
     lora = LoraConfig(4, alpha=6.0, targets=EVERYWHERE)
     model = adapted(BOTH[kind], lora)
     plain = Pi0(BOTH[kind]).eval()
-    plain.load_state_dict(merged(model.state_dict(), lora.scaling), strict=True)
+    plain.load_state_dict(dict(merged(model.state_dict(), lora.scaling)), strict=True)
     difference = float((answer(plain) - answer(model)).abs().max() / answer(model).abs().max())
     assert difference < 1e-5
     assert float((answer(network(BOTH[kind])) - answer(model)).abs().max()) > 1e-2, "the adapters of this test do something"
@@ -122,7 +122,7 @@ def test_merging_is_pefts_own():
 
     lora = LoraConfig(4, alpha=6.0, targets=EVERYWHERE)
     model = adapted(LIKE_PI0, lora)
-    ours = merged(model.state_dict(), lora.scaling)
+    ours = dict(merged(model.state_dict(), lora.scaling))
     theirs = copy.deepcopy(model)
     for name, module in theirs.named_modules():
         if isinstance(module, LoraLayer):
@@ -132,7 +132,7 @@ def test_merging_is_pefts_own():
 
 def test_plain_weights_pass_through_merging():
     weights = network(LIKE_PI0).state_dict()
-    found = merged(weights, 1.0)
+    found = dict(merged(weights, 1.0))
     assert found.keys() == weights.keys()
     assert all(found[name] is weights[name] for name in weights)
 
@@ -144,7 +144,7 @@ def test_bfloat16_weights_are_merged_in_float32():
     half = weights | {f"{name}.base_layer.weight": weights[f"{name}.base_layer.weight"].bfloat16()}
     product = weights[f"{name}.lora_B.default.weight"] @ weights[f"{name}.lora_A.default.weight"]
     expected = half[f"{name}.base_layer.weight"].float() + lora.scaling * product
-    found = merged(half, lora.scaling)[f"{name}.weight"]
+    found = dict(merged(half, lora.scaling))[f"{name}.weight"]
     assert found.dtype == torch.float32
     assert torch.allclose(found, expected, rtol=1e-6, atol=1e-7)
 

@@ -11,7 +11,7 @@ Weights that train, their gradients, moments and average are float32 in every pr
 in it (autocast). What is frozen may be kept in bfloat16, since nothing small is ever added to it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import get_args
@@ -101,12 +101,9 @@ def adapt(model: Pi0, how: Adaptation, computes: torch.dtype) -> Pi0:
     return model
 
 
-def plain_weights(weights: Mapping[str, Tensor], how: Adaptation) -> dict[str, Tensor]:
-    """The weights of a network that `adapt` made, as those of a plain one: what a bundle holds."""
-    if not how.lora.rank:
-        return dict(weights)
-    # on the host: float32 copies of all that is adapted might not fit beside a training
-    return merged({name: value.cpu() for name, value in weights.items()}, how.lora.scaling)
+def plain_weights(weights: Mapping[str, Tensor], how: Adaptation) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a network that `adapt` made, as those of a plain one, one by one: what a bundle holds."""
+    return merged(weights, how.lora.scaling) if how.lora.rank else iter(weights.items())
 
 
 def _halve_frozen(model: Pi0) -> None:

@@ -258,7 +258,7 @@ def test_an_adapted_network_starts_from_the_plain_one(how):
     """Its weights are those of the run without the adaptation, cast where they are kept in bfloat16; adapters change nothing yet."""
 
     def weights(how: Adaptation, seed: int) -> dict[str, Tensor]:
-        return plain_weights(starting_network(LIKE_PI0, how, seed, None, torch.bfloat16).state_dict(), how)
+        return dict(plain_weights(starting_network(LIKE_PI0, how, seed, None, torch.bfloat16).state_dict(), how))
 
     plain, found = weights(Adaptation(), 3), weights(how, 3)
     assert found.keys() == plain.keys()
