@@ -29,7 +29,6 @@ from pi0fm.train.data import open_data
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.allocator import keep_freed_memory
 from pi0fm.train.parallel.context import Context
-from pi0fm.train.plan.memory import estimate_run
 from pi0fm.train.state import TrainState
 from pi0fm_client.errors import ConfigError
 
@@ -100,7 +99,7 @@ def measure(config: TrainConfig, shape: ProfileSteps, folder: Path) -> Report:
         "product_tflops_per_second": rates.flops_per_second[parallel.compute_dtype] / 1e12,
         "copy_gigabytes_per_second": rates.bytes_per_second / 1e9,
         "peak_gib": peak / 2**30,
-        "estimated_gib": estimate_run(config, data.num_cameras, 1, device).total / 2**30 if on_card else 0.0,
+        "estimated_gib": config.memory(data.num_cameras, 1, device).total / 2**30 if on_card else 0.0,
     }
     memory = torch.cuda.get_device_properties(device).total_memory if on_card else 0
     advice = advise(config, parts, parallel.compute_dtype, device, peak, memory)

@@ -56,6 +56,7 @@ class TrainingRun(TrainConfig):
             raise ConfigError(f"gpus_per_worker must be >= 0, found {self.gpus_per_worker}")
         if self.num_workers:
             self.micro_steps(self.num_workers)
+            self.parallel.refuse_for(self.num_workers)
 
 
 def run_training(run: TrainingRun) -> TrainResult:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pi0fm import options
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import DatasetConfig
@@ -23,8 +25,10 @@ from pi0fm.models.lora import LoraConfig
 from pi0fm.models.pi0 import Pi0Config
 from pi0fm.models.presets import preset
 from pi0fm.options import option
-from pi0fm.policy.device import PRECISIONS
+from pi0fm.policy.device import PRECISIONS, compute_dtype
 from pi0fm.train.optim import OptimizerConfig
+from pi0fm.train.parallel.sharding import ParallelConfig
+from pi0fm.train.plan.memory import MemoryEstimate, estimate
 from pi0fm.train.start.adaptation import Adaptation, refuse_for
 from pi0fm.train.state import StateConfig
 from pi0fm.train.watch.faults import FaultConfig
@@ -36,7 +40,7 @@ from pi0fm_client.errors import ConfigError
 
 FREE_AT_RESUME = (
     *("output_dir", "resume", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "micro_batch_size", "threads"),
-    *("resume_changed", "checkpoint_dir", "on_nonfinite", "activation_checkpointing", "loader"),
+    *("resume_changed", "checkpoint_dir", "on_nonfinite", "activation_checkpointing", "loader", "parallel"),
 )
 ON_NONFINITE = ("stop", "skip")
 FREE_IN_GROUPS = (
@@ -71,6 +75,7 @@ class TrainConfig:
         "none", "none, selective (attention and activations are computed twice) or full (each layer is): the same numbers, less memory"
     )
     compile: bool = option(False, "compile each layer: a minute at the start, fewer and larger kernels on a GPU; other rounding")
+    parallel: ParallelConfig = option(ParallelConfig, "")
     model: dict[str, Any] = option(lambda: {"preset": "tiny"}, "preset (tiny, pi0, pi05), and any field of it to change")
     flow: FlowConfig = option(FlowConfig, "")
     optimizer: OptimizerConfig = option(OptimizerConfig, "")
@@ -198,8 +203,25 @@ class TrainConfig:
         return max(count for part in parts for _, count in part)
 
     def state(self) -> StateConfig:
-        """What the state is built from."""
-        return StateConfig(self.seed, self.optimizer, self.adaptation(), self.ema_decay)
+        """What the state is built from; it is not cut while `auto` is undecided."""
+        return StateConfig(self.seed, self.optimizer, self.adaptation(), self.ema_decay, self.parallel)
+
+    def memory(self, cameras: int, world_size: int, device: torch.device) -> MemoryEstimate:
+        """What one of `world_size` workers takes of its device; `auto`, undecided, is counted as none."""
+        return estimate(
+            self.network(),
+            self.adaptation(),
+            cameras=cameras,
+            micro_batch=self.largest_micro_batch(world_size),
+            flow_draws=self.flow_draws_per_observation,
+            averaged=self.ema_decay is not None,
+            accumulates=self.micro_steps(world_size) > 1,
+            validated=self.validation.every > 0,
+            computes=compute_dtype(self.precision, device),
+            device=device.type,
+            parallel=self.parallel,
+            world_size=world_size,
+        )
 
     def log(self) -> LogConfig:
         """When a line of metrics is due."""

@@ -6,6 +6,8 @@ Owns: its tensors and its update. Does not know: the optimiser.
 import torch
 from torch import Tensor, nn
 
+from pi0fm.train.parallel.sharding import local
+
 
 class Ema:
     """`average <- d average + (1 - d) weights`, with d = min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not
@@ -22,7 +24,9 @@ class Ema:
         """Take in the weights after step `step` (counted from 0)."""
         if self.decay is not None:
             decay = min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(self.average.values()), list(self._live.values()), 1.0 - decay)
+            torch._foreach_lerp_(
+                [local(each) for each in self.average.values()], [local(each) for each in self._live.values()], 1.0 - decay
+            )
 
     def weights(self) -> dict[str, Tensor]:
         """The averaged parameters that train, by name; the live ones where no average is kept."""

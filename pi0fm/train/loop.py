@@ -12,7 +12,7 @@ it continues.
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from pi0fm import files, options, progress
 from pi0fm.data.loading.loader import micro_batches
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.policy import bundle
+from pi0fm.policy.weights import network_shapes
 from pi0fm.train.checkpoint.checkpoints import Checkpoints
 from pi0fm.train.checkpoint.facts import RunFacts
 from pi0fm.train.config import TrainConfig
@@ -28,7 +29,8 @@ from pi0fm.train.data import RunData, open_data
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.allocator import keep_freed_memory
 from pi0fm.train.parallel.context import Context
-from pi0fm.train.plan.memory import memory_line
+from pi0fm.train.parallel.sharding import ParallelConfig
+from pi0fm.train.plan.memory import decided
 from pi0fm.train.start.resume import restore
 from pi0fm.train.state import TrainState
 from pi0fm.train.step import train_step
@@ -61,7 +63,16 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
         torch.set_num_threads(config.threads)
     parallel = Parallel(context, config.precision, config.micro_steps(context.world_size))
     data = open_data(config)
-    with memory_faults(config, data.num_cameras, parallel):
+    cameras, workers = data.num_cameras, context.world_size
+
+    def needed(how: ParallelConfig) -> int:
+        return replace(config, parallel=how).memory(cameras, workers, parallel.device).total
+
+    sharding, why = decided(config.parallel, needed, workers, parallel.room())
+    if why is not None and context.shown:
+        progress.say(why)
+    config = replace(config, parallel=sharding)
+    with memory_faults(config, cameras, parallel):
         return _run(context, config, parallel, data)
 
 
@@ -83,7 +94,7 @@ def _run(context: Context, config: TrainConfig, parallel: Parallel, data: RunDat
     validation = ValidationSchedule(parallel, metrics, validators, config.steps, config.output_dir, log.paused)
     if context.shown:
         progress.say(f"train {state.size()} on {data.described()}, steps {first}..{config.steps}")
-        progress.say(memory_line(config, data.num_cameras, context.world_size, parallel.device))
+        progress.say(str(config.memory(data.num_cameras, context.world_size, parallel.device)))
     shown = progress.step("train", config.steps, start=first) if context.shown else nullcontext()
 
     began = time.perf_counter()
@@ -104,6 +115,17 @@ def _run(context: Context, config: TrainConfig, parallel: Parallel, data: RunDat
     if metrics is not None:
         with write_faults(config.output_dir):
             metrics.close()
-            bundle.save(path, state.bundle_weights(), data.policy, data.parts[0].stats, data.robots(), keep_older=True)
+            _write_bundle(path, state, data)
+    elif state.is_sharded:
+        for _ in state.bundle_weights():  # this worker's rows of each
+            pass
     parallel.barrier()
     return TrainResult(path, config.steps, log.loss, time.perf_counter() - began)
+
+
+def _write_bundle(path: Path, state: TrainState, data: RunData) -> None:
+    """Write the bundle tensor by tensor: of a state that is cut, each is whole on this worker for as long as it is written."""
+    entries = {name: (shape, torch.float32) for name, shape in network_shapes(data.policy.model).items()}
+    with bundle.new_bundle(path, entries, data.policy, data.parts[0].stats, data.robots(), keep_older=True) as put:
+        for name, tensor in state.bundle_weights():
+            put(name, 0, tensor)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pi0fm.options import option
+from pi0fm.train.parallel.sharding import cutting_group, local
 from pi0fm_client.errors import ConfigError
 
 
@@ -60,12 +61,18 @@ class ClippedAdamW(torch.optim.AdamW):
                 self.state[parameter] = {"step": count, **moments}
 
     def clip(self, largest_norm: float) -> Tensor:
-        """The norm of all gradients. The next `step` takes them no longer than `largest_norm`, and changes nothing if it is not finite.
+        """The norm of all gradients, all workers' rows of them.
 
+        The next `step` takes them no longer than `largest_norm`, and changes nothing if it is not finite.
         Nobody waits for the norm: the kernel reads it on the device, as for torch.amp.GradScaler.
         """
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([local(gradient) for gradient in gradients])
+        if gradients and (group := cutting_group(gradients[0])) is not None:  # a network is cut whole
+            square = norm.square()
+            torch.distributed.all_reduce(square, group=group)
+            norm = square.sqrt()
         self._divisor, self._refused = (norm / largest_norm).clamp_(min=1.0), (~norm.isfinite()).float()
         return norm
 
@@ -83,10 +90,10 @@ class ClippedAdamW(torch.optim.AdamW):
                 continue
             states = [self.state[parameter] for parameter in moved]
             torch._fused_adamw_(
-                moved,
-                [parameter.grad for parameter in moved],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
+                [local(parameter) for parameter in moved],
+                [local(parameter.grad) for parameter in moved],
+                [local(state["exp_avg"]) for state in states],
+                [local(state["exp_avg_sq"]) for state in states],
                 [],
                 [state["step"] for state in states],
                 lr=group["lr"],

@@ -2,18 +2,21 @@
 
 Owns: the order in which it is built, its tensors by name, the weights of the bundle. Does not know: files, data, when it is saved.
 
-    layout on meta -> adapt -> (shard) -> weights -> optimiser -> average -> restore -> prepare
+    layout on meta -> adapt -> cut -> weights -> optimiser -> average -> restore -> prepare
 
     model/NAME                  weights and buffers
     moments/NAME/exp_avg(_sq)   AdamW's, by the parameter's name, so that no order is relied on
     moments/step                its count, one for all parameters
     average/NAME                the moving average, where one is kept
+
+A state that is cut (parallel/sharding.py) has the same names; each worker holds its rows of every tensor but the count.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import final
+from typing import cast, final
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +25,21 @@ from pi0fm.models.pi0 import Pi0, Pi0Config, parameter_count
 from pi0fm.train.ema import Ema
 from pi0fm.train.optim import OptimizerConfig, learning_rate, make_optimizer, set_learning_rate
 from pi0fm.train.parallel.accelerate import Parallel
-from pi0fm.train.start.adaptation import Adaptation, plain_weights
+from pi0fm.train.parallel.sharding import NONE, Gathered, ParallelConfig, Sharded, is_sharded, shard
+from pi0fm.train.start.adaptation import Adaptation, adapt, plain_weights
 from pi0fm.train.start.network import starting_network
 from pi0fm.train.start.pretrained import Pretrained
 
 
 @dataclass(frozen=True)
 class StateConfig:
-    """What a state is built from, beside the network's sizes."""
+    """What a state is built from, beside the network's sizes. parallel: how it is cut, decided."""
 
     seed: int = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     adaptation: Adaptation = field(default_factory=Adaptation)
     ema_decay: float | None = None
+    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(NONE))
 
 
 @final
@@ -55,7 +60,12 @@ class TrainState:
     @classmethod
     def build(cls, network: Pi0Config, config: StateConfig, pretrained: Pretrained | None, parallel: Parallel) -> "TrainState":
         """The state before the first step, on the worker's device. Raises ConfigError and BundleError for what cannot be built."""
-        model = starting_network(network, config.adaptation, config.seed, pretrained, parallel.compute_dtype, parallel.device)
+
+        def cut(model: Pi0) -> None:
+            if config.parallel.cuts:
+                shard(model, parallel.mesh(config.parallel), config.parallel, parallel.compute_dtype)
+
+        model = starting_network(network, config.adaptation, config.seed, pretrained, parallel.compute_dtype, parallel.device, cut)
         return cls(model, config)
 
     def prepare(self, parallel: Parallel) -> None:
@@ -63,8 +73,11 @@ class TrainState:
         # autocast would cast every matrix once a micro batch, 6 ms of a GPU for pi0; where one makes a step it casts once, and keeps no
         # copy through the update; on a CPU small matrices cost less than what keeps their copies (docs/LOG.md)
         accumulates = parallel.accelerator.gradient_accumulation_steps > 1
-        self.network.cast_once(accumulates and parallel.device.type == "cuda")
-        self.trained, self.optimizer = parallel.prepare(self.network.train(), self._adamw)
+        self.network.cast_once(accumulates and not self.is_sharded and parallel.device.type == "cuda")
+        self.network.train()
+        wrapped = Sharded(self.network, self.config.parallel.accumulate_whole) if self.is_sharded else self.network
+        prepared, self.optimizer = parallel.prepare(wrapped, self._adamw)
+        self.trained = cast(Pi0, prepared)
 
     def schedule(self, steps: int) -> float:
         """Set the learning rate of the coming step of a run of `steps` steps, and return it."""
@@ -88,15 +101,25 @@ class TrainState:
             found["moments/step"] = held["step"]
         return found | {f"average/{name}": value for name, value in self.average.average.items()}
 
-    def bundle_weights(self) -> dict[str, Tensor]:
-        """The averaged weights of a plain network, adapters merged."""
-        return plain_weights(self.network.state_dict() | self.average.weights(), self.config.adaptation)
+    @property
+    def is_sharded(self) -> bool:
+        """Whether workers hold one state together, so that all must ask for its weights."""
+        return is_sharded(self.network)
+
+    def bundle_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The averaged weights of a plain network, adapters merged, one by one; of a state that is cut for every worker, gathered."""
+        return plain_weights(Gathered(self.network.state_dict() | self.average.weights()), self.config.adaptation)
 
     def averaged_network(self) -> Pi0:
         """The network in evaluation mode with the averaged weights, which it follows as they change; their memory is shared.
 
+        Of a state that is cut: a network on meta, which has its weights inside of `gathered`.
         Not by `.to(device)`, which would copy: several workers on CPUs are told cpu:0, and no tensor says so of itself.
         """
+        if self.is_sharded:
+            with torch.device("meta"):
+                how = self.config.adaptation
+                return adapt(Pi0(self.network.config), Adaptation(how.train_only, how.lora), torch.float32).requires_grad_(False).eval()
         weights = self.average.weights()
         shared = {
             id(parameter): nn.Parameter(weights.get(name, parameter.detach()), requires_grad=False)
@@ -104,6 +127,17 @@ class TrainState:
         }
         # the same modules, adapters and all, around parameters that are given instead of copied
         return copy.deepcopy(self.network, shared).eval()
+
+    @contextmanager
+    def gathered(self, averaged: Pi0) -> Iterator[None]:
+        """Give `averaged_network`'s network the whole of its weights for the block, where the state is cut; for every worker."""
+        if not self.is_sharded:
+            yield
+            return
+        averaged.load_state_dict(dict(Gathered(self.network.state_dict() | self.average.weights())), assign=True)
+        averaged.requires_grad_(False)
+        yield
+        averaged.to_empty(device="meta")
 
     def size(self) -> str:
         """How many parameters train, of how many."""

@@ -11,7 +11,7 @@ import torch
 from pi0fm import options
 from pi0fm.cli import train
 from pi0fm.cluster.training import TrainingRun
-from pi0fm.train.plan.memory import GIB, estimate_run
+from pi0fm.train.plan.memory import GIB
 from pi0fm_client.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -77,7 +77,7 @@ def test_a_row_is_what_its_names_say(row):
 def test_a_row_fits_the_card_that_its_file_names(row):
     """The stated figure is the estimate, which builds the network on the meta device; a tenth of the card stays free."""
     run = recipe(*row)
-    found = estimate_run(run, len(run.embodiment.cameras), run.num_workers, torch.device("cuda"))
+    found = run.memory(len(run.embodiment.cameras), run.num_workers, torch.device("cuda"))
     model, robot, way = row
     assert stated_memory(way)[model, robot] == pytest.approx(found.total / GIB, abs=0.1)
     assert found.total <= (1 - SPARE) * float(header(way, "Card").removesuffix(" GiB")) * GIB
@@ -102,7 +102,7 @@ def test_the_command_in_a_file_is_a_row_with_that_file_in_it(name, repository, m
 def test_the_networks_of_the_recipes_are_pi0_and_pi05():
     """3.1 and 3.2 thousand million numbers, counted from the estimate's float32 weights."""
     for model, expected in (("pi0", 3.129e9), ("pi05", 3.245e9)):
-        weights = estimate_run(recipe(model, "libero", "full"), 2, 1, torch.device("cuda")).weights
+        weights = recipe(model, "libero", "full").memory(2, 1, torch.device("cuda")).weights
         assert weights / 4 == pytest.approx(expected, rel=1e-3)
 
 

@@ -14,7 +14,7 @@ from pi0fm.data.columns.lerobot_source import DatasetConfig
 from pi0fm.data.loading.mixture import MixtureEntry
 from pi0fm.models.lora import LoraConfig
 from pi0fm.train.config import TrainConfig, changed_options
-from pi0fm.train.plan.memory import GIB, estimate_run
+from pi0fm.train.plan.memory import GIB
 from pi0fm_client.errors import ConfigError
 
 RECIPE = Path(__file__).parents[2] / "configs" / "mixture_example.yaml"
@@ -151,7 +151,7 @@ def test_the_recipe_is_read_strictly_and_fits_its_card():
     network = run.network()
     assert all(max(entry.embodiment.dims()) <= min(network.state_dim, network.action_dim) for entry in run.mixture.values())
     cameras = {camera for entry in run.mixture.values() for camera in entry.embodiment.cameras}
-    found = estimate_run(run, len(cameras), run.num_workers, torch.device("cuda"))
+    found = run.memory(len(cameras), run.num_workers, torch.device("cuda"))
     (said,) = [line for line in text.splitlines() if line.startswith("# Memory")]
     (card,) = [line for line in text.splitlines() if line.startswith("# Card")]
     assert float(said.split()[2]) == pytest.approx(found.total / GIB, abs=0.1)

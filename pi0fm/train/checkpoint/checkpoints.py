@@ -207,7 +207,8 @@ class Checkpoints:
             if name not in self._buffers:
                 self._buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             copied[name] = self._buffers[name]
-        torch._foreach_copy_([copied[name] for name in plain], list(plain.values()), non_blocking=True)
+        if plain:
+            torch._foreach_copy_([copied[name] for name in plain], list(plain.values()), non_blocking=True)
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.current_stream().synchronize()
         return copied

@@ -10,17 +10,20 @@ import os
 from collections.abc import Mapping
 from typing import final
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, is_initialized
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from pi0fm.policy.device import compute_dtype
 from pi0fm.train.parallel.context import Context, context_from_environment, restarts
+from pi0fm.train.parallel.sharding import ParallelConfig, Sharded
 from pi0fm_client.errors import ConfigError
 
 __all__ = ["Accelerator", "Parallel", "make_accelerator"]
@@ -72,8 +75,30 @@ class Parallel:
 
     def prepare[M: nn.Module](self, network: M, optimizer: torch.optim.Optimizer) -> tuple[M, torch.optim.Optimizer]:
         """Both in accelerate's wrapping: autocast, averaged gradients, accumulation. They may be prepared again after `open`."""
+        if isinstance(network, Sharded):  # it averages its gradients itself
+            wrapped = self.accelerator.prepare_model(network, device_placement=False, evaluation_mode=True)
+            return wrapped, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
         wrapped, wrapped_optimizer = self.accelerator.prepare(network, optimizer)
         return wrapped, wrapped_optimizer
+
+    def mesh(self, how: ParallelConfig) -> DeviceMesh:
+        """The workers as a line that a state is cut along, or as a row for each replica of it. Made by every worker."""
+        each = how.workers_of_a_state(self.context.world_size)
+        if how.replicas == 1:
+            return init_device_mesh(self.device.type, (each,))
+        return init_device_mesh(self.device.type, (how.replicas, each), mesh_dim_names=("replicas", "rows"))
+
+    def room(self) -> int:
+        """Bytes of the smallest worker's memory: its card's, or its share of its host's."""
+        if self.device.type == "cuda":
+            found = torch.cuda.get_device_properties(self.device).total_memory
+        else:
+            found = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", self.context.world_size))
+        if self.context.world_size == 1:
+            return found
+        smallest = torch.tensor(found, device=self.device)
+        torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
+        return int(smallest)
 
     def host_group(self, name: str) -> ProcessGroup | None:
         """The group `name` of HOST_GROUPS on the hosts' network; None for a single worker."""

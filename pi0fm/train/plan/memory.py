@@ -1,6 +1,6 @@
 r"""What a training step takes of a device's memory, before anything is trained.
 
-Owns: the bytes of a run's configuration, part by part. Does not know: the device's allocator, and what it keeps in reserve.
+Owns: the bytes of a run, part by part, and the sharding that they ask for. Does not know: the device's allocator, and its reserve.
 
     weights      4 a number; 2 for a frozen matrix under frozen_bfloat16
     moments      8 for each number that trains        average   4 for each, with ema_decay
@@ -9,10 +9,18 @@ Owns: the bytes of a run's configuration, part by part. Does not know: the devic
     activations  what the backward pass needs, of one micro batch
 
 While the backward pass frees activations it makes gradients. Its highest of three moments counts; all at once where several micro
-batches make a step, since gradients then wait through the next one's forward pass:
+batches make a step, since gradients then wait through the next one's forward pass, and under DDP, whose buckets always stand:
 
     forward ends                    decoder's backward ends            tower's backward ends
     activations of both + casts     tower's activations + gradients    all gradients             and in each one layer at work
+
+A state that is cut (parallel/sharding.py) is divided by the workers that hold it, the four of the table above alike. Beside it a worker has
+
+    gathered    weights as they are multiplied: under `gradients` all of them, under `full` the rest and the three largest units: at work,
+                on its way, just copied; autocast copies the rest alone
+    reduced     the largest unit's gradient whole, as it is made and in float32, and the next largest on its way; under
+                accumulate_whole all that trains, 4 bytes a number
+    validation  at its own time: all averaged weights in float32
 
 Kept for the backward pass, bytes for each token of one decoder layer (D width, M MLP width, N heads, k key heads, K head width, J keys
 that it sees; c bytes of a product's result, r of the residual stream, s of a score):
@@ -34,6 +42,8 @@ A frozen part through which no gradient passes keeps nothing: the tower under fr
 The test holds this between 1 and 1.35 times the allocations that torch counts. Shape letters: as above.
 """
 
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -41,16 +51,20 @@ import torch
 
 from pi0fm.models.parts import Part, part_of
 from pi0fm.models.pi0 import Pi0, Pi0Config
-from pi0fm.policy.device import compute_dtype
-from pi0fm.train.config import TrainConfig
+from pi0fm.train.parallel.sharding import AUTO, FULL, GRADIENTS, NONE, REST, ParallelConfig, unit_of
 from pi0fm.train.start.adaptation import Adaptation, adapt
 
 GIB, MIB = 2**30, 2**20
+SPARE = 0.1  # of a device's memory, left to its allocator
+DDP = ParallelConfig(NONE)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one worker. `pass_` is the highest moment of one forward and backward pass: activations, casts and gradients that meet."""
+    """Bytes of one worker. `pass_`: the highest moment of one forward and backward pass: activations, casts and gradients that meet.
+
+    gathered, reduced: of a state that is cut. validation: what a validation holds beside the state.
+    """
 
     weights: int
     moments: int
@@ -59,11 +73,21 @@ class MemoryEstimate:
     activations: int
     casts: int
     pass_: int
+    gathered: int = 0
+    reduced: int = 0
+    validation: int = 0
 
     @property
     def total(self) -> int:
-        """The highest moment of a step."""
-        return self.weights + self.moments + self.average + self.pass_
+        """The highest moment of a step, or of a validation."""
+        return self.weights + self.moments + self.average + max(self.pass_, self.validation)
+
+    def __str__(self) -> str:
+        """For the person who watches."""
+        names = ("weights", "moments", "average", "gradients", "activations", "casts", "gathered", "reduced")
+        unit, name = (GIB, "GiB") if self.total >= GIB else (MIB, "MiB")
+        each = ", ".join(f"{part} {getattr(self, part) / unit:.1f}" for part in names if getattr(self, part) or part in names[:6])
+        return f"memory of a worker: about {self.total / unit:.1f} {name} ({each}; not all at once)"
 
 
 def estimate(
@@ -75,45 +99,60 @@ def estimate(
     flow_draws: int = 1,
     averaged: bool = True,
     accumulates: bool = False,
+    validated: bool = False,
     computes: torch.dtype = torch.bfloat16,
     device: str = "cuda",
+    parallel: ParallelConfig = DDP,
+    world_size: int = 1,
 ) -> MemoryEstimate:
-    """The memory of a run. Builds the network, but none of its memory.
+    """The memory of one of `world_size` workers of a run. Builds the network, but none of its memory.
 
     accumulates: several micro batches make a step, so that gradients are there from its first to its last. computes: the type of the
-    products. device: cuda or cpu. Raises ConfigError where `how` cannot be honoured by this network.
+    products. device: cuda or cpu. parallel: `auto` is counted as none. Raises ConfigError where `how` cannot be honoured by this network.
     """
     count = _count(replace(config, action_horizon=1, max_prompt_tokens=1), how, computes)
     size = Bytes.of(computes == torch.bfloat16, device)
     tower, decoder, working = (micro_batch * each for each in _activations(config, how, count.flowing, cameras, flow_draws, size))
-    moments_of_the_pass = (tower + decoder + count.casts, tower + count.of_decoder, count.trained)
-    highest = tower + decoder + count.casts + count.trained if accumulates else max(moments_of_the_pass)
     kept = tower + decoder + working
-    return MemoryEstimate(count.weights, 2 * count.trained, count.trained * averaged, count.trained, kept, count.casts, highest + working)
+    if not parallel.cuts:
+        moments_of_the_pass = (tower + decoder + count.casts, tower + count.of_decoder, count.trained)
+        together = accumulates or world_size > 1
+        highest = tower + decoder + count.casts + count.trained if together else max(moments_of_the_pass)
+        state = (count.weights, 2 * count.trained, count.trained * averaged, count.trained)
+        return MemoryEstimate(*state, kept, count.casts, highest + working)
+    each = parallel.workers_of_a_state(world_size)
+    weights, trained = -(-count.weights // each), -(-count.trained // each)
+    units = sorted((unit.gathered for name, unit in count.units.items() if name), reverse=True)
+    reduced = sorted((unit.trained for unit in count.units.values()), reverse=True)
+    gathered = count.units[REST].gathered + sum(units if parallel.shard == GRADIENTS else units[:3])
+    leaving = (computes.itemsize + 4) * reduced[0] + 4 * reduced[1]
+    if accumulates and parallel.accumulate_whole:
+        leaving += count.trained
+    casts = count.units[REST].casts
+    highest = kept + casts + gathered + leaving + trained
+    validation = 4 * sum(unit.numbers for unit in count.units.values()) * validated
+    return MemoryEstimate(weights, 2 * trained, trained * averaged, trained, kept, casts, highest, gathered, leaving, validation)
 
 
-def estimate_run(config: TrainConfig, cameras: int, world_size: int, device: torch.device) -> MemoryEstimate:
-    """`estimate` of one of the `world_size` workers of a run."""
-    return estimate(
-        config.network(),
-        config.adaptation(),
-        cameras=cameras,
-        micro_batch=config.largest_micro_batch(world_size),
-        flow_draws=config.flow_draws_per_observation,
-        averaged=config.ema_decay is not None,
-        accumulates=config.micro_steps(world_size) > 1,
-        computes=compute_dtype(config.precision, device),
-        device=device.type,
-    )
+def decided(
+    parallel: ParallelConfig, needed: Callable[[ParallelConfig], int], world_size: int, room: int
+) -> tuple[ParallelConfig, str | None]:
+    """What `auto` becomes: the first sharding whose memory fits the device's `room`, else the last; and why, in one line.
 
-
-def memory_line(config: TrainConfig, cameras: int, world_size: int, device: torch.device) -> str:
-    """The estimate of a run, for the person who watches."""
-    found = estimate_run(config, cameras, world_size, device)
-    names = ("weights", "moments", "average", "gradients", "activations", "casts")
-    unit, name = (GIB, "GiB") if found.total >= GIB else (MIB, "MiB")
-    each = ", ".join(f"{part} {getattr(found, part) / unit:.1f}" for part in names)
-    return f"memory of a worker: about {found.total / unit:.1f} {name} ({each}; not all at once)"
+    needed: bytes of a worker. Without `auto`, or with one worker, there is nothing to decide and to say. Raises ConfigError where the
+    workers do not fit the replicas.
+    """
+    parallel.refuse_for(world_size)
+    if world_size == 1 or parallel.shard != AUTO:
+        return DDP if parallel.shard == AUTO else parallel, None
+    bytes_of: dict[str, int] = {}
+    for shard in (NONE, GRADIENTS, FULL):
+        chosen = DDP if shard == NONE else replace(parallel, shard=shard)
+        bytes_of[shard] = needed(chosen)
+        if bytes_of[shard] <= (1 - SPARE) * room:
+            break
+    each = ", ".join(f"{shard} needs {size / GIB:.1f}" for shard, size in bytes_of.items())
+    return chosen, f"parallel.shard {shard}: {each} of the {room / GIB:.1f} GiB that a worker has"
 
 
 @dataclass(frozen=True)
@@ -131,6 +170,16 @@ class Bytes:
         return cls(2, 6 if device == "cuda" else 2)
 
 
+@dataclass
+class _Unit:
+    """Of one unit of sharding: how many numbers, how many train; bytes of its weights as gathered, and of autocast's copies."""
+
+    numbers: int = 0
+    trained: int = 0
+    gathered: int = 0
+    casts: int = 0
+
+
 @dataclass(frozen=True)
 class _Count:
     """Bytes of a network: weights, gradients (all, and those without the tower's), autocast's copies; and where gradients pass."""
@@ -140,6 +189,7 @@ class _Count:
     of_decoder: int
     casts: int
     flowing: frozenset[Part]
+    units: Mapping[str, _Unit]
 
 
 @lru_cache(maxsize=16)
@@ -149,6 +199,7 @@ def _count(config: Pi0Config, how: Adaptation, computes: torch.dtype) -> _Count:
         adapt(model, how, computes)
     flowing = gradient_flows(model)
     weights = trained = of_decoder = casts = 0
+    units: dict[str, _Unit] = defaultdict(_Unit)
     for name, parameter in model.named_parameters():
         part = part_of(name)
         gradient = 4 * parameter.numel() * parameter.requires_grad
@@ -157,8 +208,14 @@ def _count(config: Pi0Config, how: Adaptation, computes: torch.dtype) -> _Count:
         of_decoder += gradient * (part != "vision")
         multiplied = parameter.ndim == 2 and "embedding" not in name and parameter.dtype == torch.float32
         kept = parameter.requires_grad or (part in flowing and how.activation_checkpointing != "full")
-        casts += 2 * parameter.numel() * (computes == torch.bfloat16 and multiplied and kept)
-    return _Count(weights, trained, of_decoder, casts, flowing)
+        cast = 2 * parameter.numel() * (computes == torch.bfloat16 and multiplied and kept)
+        casts += cast
+        unit = units[unit_of(name)]
+        unit.numbers += parameter.numel()
+        unit.trained += gradient // 4
+        unit.gathered += parameter.numel() * (parameter.element_size() if unit_of(name) == REST else computes.itemsize)
+        unit.casts += cast
+    return _Count(weights, trained, of_decoder, casts, flowing, units)
 
 
 def gradient_flows(model: Pi0) -> frozenset[Part]:

@@ -1,23 +1,25 @@
 """The network that a run starts from, adapted, with its first weights.
 
-Owns: the order: laid out on meta, adapted, filled parameter by parameter. Does not know: optimisers, checkpoints.
+Owns: the order: laid out on meta, adapted, cut, filled parameter by parameter. Does not know: optimisers, checkpoints.
 
     no bundle     each parameter a function of (seed, its name in a plain network): models/initial.py
     a bundle      its tensors, cast to the parameter's type; adapters, which no bundle holds, as without one
 
-No parameter is made twice, and one tensor at a time is copied. A sharded parameter will take its rows of the same numbers.
+No parameter is made twice, and one tensor at a time is copied. Of a parameter that is cut, a worker makes or reads its own rows alone.
 """
 
+import math
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
 
 from pi0fm.models.initial import distributions, fill
 from pi0fm.models.lora import initial_adapter, is_adapter, plain_name
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.policy import bundle
 from pi0fm.policy.weights import refuse_misfit
+from pi0fm.train.parallel.sharding import local, local_rows
 from pi0fm.train.start.adaptation import Adaptation, adapt
 from pi0fm.train.start.pretrained import Pretrained
 
@@ -29,8 +31,9 @@ def starting_network(
     pretrained: Pretrained | None,
     computes: torch.dtype = torch.float32,
     device: torch.device | None = None,
+    cut: Callable[[Pi0], None] = lambda network: None,
 ) -> Pi0:
-    """A network of `config` on `device` (the CPU by default), adapted. computes: the type of the products.
+    """A network of `config` on `device` (the CPU by default), adapted. computes: the type of the products; cut: shards it in place.
 
     Raises ConfigError for an adaptation that cannot be, BundleError for a file that does not hold what its configuration promises.
     """
@@ -38,21 +41,18 @@ def starting_network(
         model = Pi0(config)
         initial = distributions(model)
         adapt(model, how, computes)
+    cut(model)
     model.to_empty(device=device or torch.device("cpu"))
     with bundle.open_weights(pretrained.path) if pretrained is not None else nullcontext() as weights:
         if weights is not None:
             refuse_misfit(weights, config)
         for name, parameter in model.named_parameters():
-            plain = plain_name(name)
+            plain, held, rows = plain_name(name), local(parameter.detach()), local_rows(parameter)
+            start = rows.start * math.prod(parameter.shape[1:])
             if is_adapter(name):
-                fill(parameter, initial_adapter(name, parameter), seed, name)
+                fill(held, initial_adapter(name, parameter), seed, name, start)
             elif weights is None:
-                fill(parameter, initial[plain], seed, plain)
+                fill(held, initial[plain], seed, plain, start)
             else:
-                _copy(parameter, weights.read(plain, ()))
+                held.copy_(weights.rows(plain, rows).float())  # through float32: a bundle's type says nothing of the run's
     return model
-
-
-@torch.no_grad()
-def _copy(parameter: Tensor, stored: Tensor) -> None:
-    parameter.copy_(stored.float())  # through float32: a bundle's type says nothing of the run's

@@ -14,7 +14,8 @@ from pi0fm.models.lora import LoraConfig
 from pi0fm.policy.device import is_out_of_memory
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.parallel.accelerate import Parallel
-from pi0fm.train.plan.memory import GIB, estimate_run, memory_line
+from pi0fm.train.parallel.sharding import FULL
+from pi0fm.train.plan.memory import GIB
 from pi0fm_client.errors import ConfigError, Pi0fmError
 
 
@@ -32,7 +33,7 @@ def memory_faults(config: TrainConfig, cameras: int, parallel: Parallel) -> Iter
             raise
         world = parallel.context.world_size
         asked = " ".join(str(error).split()) or "no memory is left"
-        line = memory_line(config, cameras, world, parallel.device)
+        line = config.memory(cameras, world, parallel.device)
         raise OutOfMemoryError(
             f"{parallel.device} is full ({asked:.120}); {line}{_held(parallel.device)}; "
             f"{_remedies(config, cameras, world, parallel.device)}"
@@ -55,17 +56,19 @@ def _remedies(config: TrainConfig, cameras: int, world_size: int, device: torch.
         "--activation_checkpointing selective": {"activation_checkpointing": "selective"},
         "--activation_checkpointing full": {"activation_checkpointing": "full"},
     }
+    if world_size > 1:
+        same["--parallel.shard full"] = {"parallel": replace(config.parallel, shard=FULL)}
     new: dict[str, dict[str, Any]] = {
         "--lora.rank 16": {"lora": LoraConfig(16), "frozen_bfloat16": config.precision != "float32" and not config.validation.every},
         "--train_only expert_only": {"train_only": "expert_only"},
     }
-    now = estimate_run(config, cameras, world_size, device).total
+    now = config.memory(cameras, world_size, device).total
 
     def helpful(options: dict[str, dict[str, Any]]) -> list[str]:
         found = []
         for words, change in options.items():
             try:
-                total = estimate_run(replace(config, **change), cameras, world_size, device).total
+                total = replace(config, **change).memory(cameras, world_size, device).total
             except ConfigError:  # does not go with the rest of this run, or there is no half of one sample
                 continue
             if total < now:

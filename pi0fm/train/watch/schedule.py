@@ -56,8 +56,9 @@ class ValidationSchedule:
             return
         began = time.perf_counter()
         found: dict[str, float] = {}
-        for validator in self._validators:
-            found |= validator.validate(self._parallel, step, lambda text: bar.advance(0, note=text) if bar is not None else None)
+        with self._validators[0].gathered():
+            for validator in self._validators:
+                found |= validator.validate(self._parallel, step, lambda text: bar.advance(0, note=text) if bar is not None else None)
         if self._metrics is not None and found:
             self._metrics.write(step, found)
         seconds = time.perf_counter() - began

@@ -16,6 +16,7 @@ Shape letters: B chunks of a piece, H action horizon, A action dim, K draws of n
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,7 +32,6 @@ from pi0fm.flow.density import DensityOptions, push_backward
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.solver import SOLVERS, Velocity
 from pi0fm.models.observation import ModelObservation
-from pi0fm.models.pi0 import Pi0
 from pi0fm.options import nearest, option
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.state import TrainState
@@ -77,7 +77,10 @@ Encode = Callable[[ModelObservation], Velocity]
 
 @dataclass(frozen=True)
 class Validator:
-    """The fixed chunks of one data set and all that judges them. entry: its name in a mixture, "" without one."""
+    """The fixed chunks of one data set and all that judges them. entry: its name in a mixture, "" without one.
+
+    gathered: a block in which `encode` has its weights; entered by every worker.
+    """
 
     config: ValidationConfig
     encode: Encode
@@ -85,6 +88,7 @@ class Validator:
     collator: Collator
     device: torch.device
     entry: str = ""
+    gathered: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def named(self, metric: str) -> str:
         """A metric's name in metrics.jsonl, such as `validation_nll`, of a mixture `validation_nll/NAME`."""
@@ -130,16 +134,19 @@ def make_validators(
     """
     if not config.every:
         return ()
-    encode, draws = encoder(state.averaged_network()), LOSS_DRAWS + config.probes
+    averaged, draws = state.averaged_network(), LOSS_DRAWS + config.probes
     return tuple(
-        Validator(config, encode, flow, replace(collator, seed=collator.seed ^ OTHER_STREAM, flow_draws=draws), device, entry)
+        Validator(
+            config,
+            averaged.cached_velocity,  # outside accelerate's wrapping, hence in the float32 of its weights
+            flow,
+            replace(collator, seed=collator.seed ^ OTHER_STREAM, flow_draws=draws),
+            device,
+            entry,
+            lambda: state.gathered(averaged),
+        )
         for entry, collator in collators.items()
     )
-
-
-def encoder(model: Pi0) -> Encode:
-    """The network as `Encode`; outside accelerate's wrapping, hence in the float32 of its weights."""
-    return model.cached_velocity
 
 
 def measure(validator: Validator, rank: int, world_size: int, notice: Callable[[str], None] | None = None) -> Float64[Tensor, "pieces 5"]:

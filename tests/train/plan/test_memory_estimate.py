@@ -14,7 +14,8 @@ from pi0fm.models.pi0 import Pi0, Pi0Config, parameter_count
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.ema import Ema
 from pi0fm.train.optim import OptimizerConfig, make_optimizer
-from pi0fm.train.plan.memory import MemoryEstimate, estimate, estimate_run, memory_line
+from pi0fm.train.parallel.sharding import ParallelConfig
+from pi0fm.train.plan.memory import GIB, MemoryEstimate, decided, estimate
 from pi0fm.train.start.adaptation import TRAINED, Adaptation, adapt
 
 FACTOR = 1.35  # the estimate lies between the measured peak and this many times it; 1.03 to 1.34 were found
@@ -123,8 +124,34 @@ def test_more_of_anything_costs_more():
     assert all(estimate(LIKE_PI0, Adaptation(), **(run | change)).total > base for change in more)
 
 
+def test_a_state_that_is_cut_is_divided_by_its_workers():
+    """Under DDP gradients stand all the time; a cut state gathers what it multiplies, and reduces in float32."""
+    run = {"cameras": CAMERAS, "micro_batch": BATCH, "computes": torch.float32, "device": "cpu"}
+    alone, ddp = (estimate(LIKE_PI0, Adaptation(), **run, world_size=size) for size in (1, 4))
+    assert ddp.weights == alone.weights and ddp.pass_ == alone.activations + alone.gradients > alone.pass_
+    cut = {
+        how: estimate(LIKE_PI0, Adaptation(), **run, world_size=4, parallel=how)
+        for how in (ParallelConfig("gradients"), ParallelConfig("full"), ParallelConfig("full", replicas=2))
+    }
+    once, full, copies = cut.values()
+    for kind in ("weights", "moments", "average", "gradients"):
+        assert getattr(full, kind) == getattr(once, kind) == pytest.approx(getattr(ddp, kind) / 4, abs=4)
+        assert getattr(copies, kind) == pytest.approx(getattr(ddp, kind) / 2, abs=4)
+    assert full.gathered < once.gathered == ddp.weights
+    assert full.total < once.total and full.total < copies.total
+
+
+def test_auto_takes_the_first_that_fits_and_says_so():
+    needs = {"none": 64, "gradients": 40, "full": 20}
+    given = {room: decided(ParallelConfig(), lambda how: needs[how.shard] * GIB, 8, room * GIB) for room in (80, 48, 24, 16)}
+    assert [how.shard for how, _ in given.values()] == ["none", "gradients", "full", "full"]
+    assert given[48][1] == "parallel.shard gradients: none needs 64.0, gradients needs 40.0 of the 48.0 GiB that a worker has"
+    assert decided(ParallelConfig("full"), lambda how: 0, 8, 0) == (ParallelConfig("full"), None)
+    assert decided(ParallelConfig(), lambda how: 0, 1, 0) == (ParallelConfig("none"), None)
+
+
 def test_the_line_at_the_start_names_the_sum():
     config = TrainConfig(precision="float32", global_batch_size=8, micro_batch_size=4)
-    found = estimate_run(config, 1, 1, torch.device("cpu"))
+    found = config.memory(1, 1, torch.device("cpu"))
     said = f"memory of a worker: about {found.total / 2**20:.1f} MiB (weights {found.weights / 2**20:.1f}, "
-    assert memory_line(config, 1, 1, torch.device("cpu")).startswith(said)
+    assert str(found).startswith(said)
