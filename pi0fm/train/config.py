@@ -148,6 +148,11 @@ class TrainConfig:
             )
         if self.prompt_dialect != "pretrained":
             refuse_dialect(self.prompt_dialect, network.state_input == "prompt")
+        if self.compile and self.parallel.cuts:
+            raise ConfigError(
+                f"compile goes with a state that every worker holds whole, found parallel.shard {self.parallel.shard}; leave one out, or "
+                "type --parallel.shard none"
+            )
         self._refuse_fine_tuning(network)
         self._refuse_beside_mixture()
         refuse_entries(self.mixture)

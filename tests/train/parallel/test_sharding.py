@@ -306,6 +306,8 @@ def test_workers_that_do_not_fit_the_replicas_are_refused_before_any_starts(repl
         TrainingRun(num_workers=world_size, parallel=ParallelConfig(FULL, replicas))
     with pytest.raises(ConfigError, match=r"two or more workers, found one for parallel\.shard full"):
         TrainingRun(num_workers=1, parallel=ParallelConfig(FULL))
+    with pytest.raises(ConfigError, match=r"compile goes with a state that every worker holds whole, found parallel\.shard full"):
+        TrainingRun(num_workers=2, parallel=ParallelConfig(FULL), compile=True)
 
 
 def test_a_run_has_the_curve_the_validations_and_the_bundle_of_one_process(tmp_path, tiny_root):
