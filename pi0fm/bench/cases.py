@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pi0fm.bench.measure import PairedOptions, check_least, check_words
-from pi0fm.data.chain import Chain, Sample
+from pi0fm.data.chain import Sample
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats, column_stats
 from pi0fm.data.loading.batch import Batch
@@ -155,17 +155,17 @@ def random_policy(
     model: Pi0, cameras: int, device: torch.device, dtype: torch.dtype, compile: str = "off", flow: FlowConfig = EULER, joints: int = 7
 ) -> LocalPolicy:
     """Several policies may share one network: the first arranges its matrices, which the others find arranged."""
-    robot = random_chain(model.config, cameras, joints)
-    return LocalPolicy(model, FlowMatching.from_config(flow), robot, {}, device, dtype, compile=compile)
+    robot, stats = random_robot(model.config, cameras, joints)
+    return LocalPolicy(model, FlowMatching.from_config(flow), robot.chain(stats), {}, device, dtype, compile=compile)
 
 
-def random_chain(config: Pi0Config, cameras: int, joints: int = 7) -> Chain:
-    """For a robot whose statistics are those of N(0, 1), with `joints` joints or as many as the network's action width allows."""
+def random_robot(config: Pi0Config, cameras: int, joints: int = 7, flow: FlowConfig = EULER) -> tuple[PolicyConfig, NormStats]:
+    """A robot with `joints` joints, or as many as the network's action width allows, whose statistics are those of N(0, 1)."""
     width = min(joints, config.action_dim, config.state_dim)
     robot = Embodiment(cameras={name: f"observation.images.{name}" for name in CAMERAS[:cameras]}, state_dim=width, robot_action_dim=width)
     normal = np.random.default_rng(0).normal(size=(200, width)).astype(np.float32)
     stats = NormStats(column_stats(normal, "state"), column_stats(normal, "action"), len(normal))
-    return PolicyConfig(model=config, flow=EULER, embodiment=robot).chain(stats)
+    return PolicyConfig(model=config, flow=flow, embodiment=robot), stats
 
 
 def random_observations(policy: LocalPolicy, batch: int, seed: int, prompt: str | None = None) -> list[Observation]:

@@ -27,7 +27,7 @@ import torch
 from pi0fm import options as option_files
 from pi0fm import progress
 from pi0fm.bench.cases import CASES, make_batch
-from pi0fm.bench.measure import PairedOptions, Ratio, Report, check_least, check_words, paired_ratio, ratio_of, seconds_of
+from pi0fm.bench.measure import BenchReport, PairedOptions, PairedRatio, check_least, check_words, paired_ratio, ratio_of, seconds_of
 from pi0fm.bench.steps import Trainer
 from pi0fm.models.pi0 import Pi0, parameter_count
 from pi0fm.options import option
@@ -70,7 +70,7 @@ class Block:
     steps: int
 
 
-def measure(options: CheckpointOptions) -> Report:
+def measure(options: CheckpointOptions) -> BenchReport:
     """Measure in this process. Raises OutputError for a full disk."""
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as training does
@@ -93,10 +93,10 @@ def measure(options: CheckpointOptions) -> Report:
 
             wall = paired_ratio(lambda: run(True), lambda: run(False), options.rounds, warm_up=1)
         size = sum(path.stat().st_size for path in max(Path(folder).iterdir()).iterdir())
-    return Report(figures_of(options, wall, found[True][1:], found[False][1:]) | {"bytes": size, "parameters": parameter_count(model)})
+    return BenchReport(figures_of(options, wall, found[True][1:], found[False][1:]) | {"bytes": size, "parameters": parameter_count(model)})
 
 
-def figures_of(options: CheckpointOptions, wall: Ratio, with_one: Sequence[Block], without: Sequence[Block]) -> dict[str, Any]:
+def figures_of(options: CheckpointOptions, wall: PairedRatio, with_one: Sequence[Block], without: Sequence[Block]) -> dict[str, Any]:
     """The shares of a step that a checkpoint takes, by wall and by processor time."""
     cpu = ratio_of([(one.cpu, other.cpu) for one, other in zip(with_one, without, strict=True)])
     steps = median(block.steps for block in with_one)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from pi0fm.bench.cases import random_network, random_observations, random_policy
-from pi0fm.bench.measure import PairedOptions, Report, check_least, check_words, paired_ratio
+from pi0fm.bench.measure import BenchReport, PairedOptions, check_least, check_words, paired_ratio
 from pi0fm.flow.density import push_backward, push_forward
 from pi0fm.flow.matching import FlowConfig
 from pi0fm.flow.solver import FIXED_GRID_SOLVERS, num_evaluations
@@ -26,7 +26,7 @@ ALIASES = {"policy.path": "bundle"}
 
 
 @dataclass(frozen=True)
-class DensityOptions(PairedOptions):
+class LikelihoodOptions(PairedOptions):
     """Options of `pi0fm bench density`. Raises ConfigError for a value out of range."""
 
     bundle: Path | None = option(None, "folder of a policy; a random one of the tiny preset when not given")
@@ -42,10 +42,10 @@ class DensityOptions(PairedOptions):
         check_words("solver", (self.solver,), FIXED_GRID_SOLVERS)  # another takes other evaluations on each side
 
 
-Options = DensityOptions
+Options = LikelihoodOptions
 
 
-def measure(options: DensityOptions) -> Report:
+def measure(options: LikelihoodOptions) -> BenchReport:
     """Measure in this process; `ratio` is log-likelihood by sampling against one cached prefix."""
     torch.set_num_threads(options.threads)
     cpu, flow = torch.device("cpu"), FlowConfig(solver=options.solver, num_flow_steps=options.num_flow_steps)
@@ -73,7 +73,7 @@ def measure(options: DensityOptions) -> Report:
     call = paired_ratio(
         lambda: policy.log_prob(observations, chunks, seeds, scored), lambda: policy.infer_batch(observations, seeds), options.rounds
     )
-    return Report(
+    return BenchReport(
         {
             **cached.json(),
             "log_prob_seconds": cached.first_seconds,

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from pi0fm import files, progress
-from pi0fm.bench.measure import Report, check_least
+from pi0fm.bench.measure import BenchReport, check_least
 from pi0fm.data.chain import Chain, Sample
 from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
 from pi0fm.data.order.counter import draw
@@ -107,7 +107,7 @@ class SolverError:
         return asdict(self) | {"options": f"--solver {self.solver} --num_flow_steps {self.num_flow_steps}"}
 
 
-def measure(options: StepsOptions) -> Report:
+def measure(options: StepsOptions) -> BenchReport:
     """Load, observe, solve, draw; the figures hold `error` by solver and evaluations, and `cheapest`."""
     progress.say(f"loading {options.bundle}")
     # float32: in bfloat16 the rounding of the network would be most of what is measured
@@ -137,7 +137,7 @@ def measure(options: StepsOptions) -> Report:
         solver: {name: row.json()[name] for name in names} | {"robot_rms": float(np.mean(row.robot_rms_per_chunk))}
         for solver, row in found.items()
     }
-    return Report(figures, {**figures, "cheapest": {f"within {options.tolerance:g}": best}}, background)
+    return BenchReport(figures, {**figures, "cheapest": {f"within {options.tolerance:g}": best}}, background)
 
 
 def observe(options: StepsOptions, policy: LocalPolicy) -> tuple[list[Observation], str]:

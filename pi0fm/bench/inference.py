@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pi0fm import progress
 from pi0fm.bench.cases import CASES, EULER, PeerOptions, make_noise, make_observation
 from pi0fm.bench.limits import Rates, measure_rates, products_of, synchronized
-from pi0fm.bench.measure import Report, check_words, paired_ratio
+from pi0fm.bench.measure import BenchReport, check_words, paired_ratio
 from pi0fm.bench.steps import their_sampler
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.observation import ModelObservation
@@ -61,7 +61,7 @@ class InferenceOptions(PeerOptions):
 Options = InferenceOptions
 
 
-def measure(options: InferenceOptions) -> Report:
+def measure(options: InferenceOptions) -> BenchReport:
     """Measure both modes of every case. Raises Pi0fmError when the two sides differ, ConfigError for a device that is not there."""
     progress.say("loading LeRobot")
     from pi0fm.bench import peer  # LeRobot's import alone takes many seconds
@@ -137,7 +137,9 @@ def speed(
     }
 
 
-def speed_report(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], rates: Rates, figures: Mapping[str, Any] | None = None) -> Report:
+def speed_report(
+    rows: Mapping[str, Mapping[str, Mapping[str, Any]]], rates: Rates, figures: Mapping[str, Any] | None = None
+) -> BenchReport:
     """`rows`, by mode and case, and `figures` behind them."""
 
     def column(mode: str, name: str) -> dict[str, Any]:
@@ -147,4 +149,4 @@ def speed_report(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], rates: Rat
     rest = {"roofline": {"gflop_per_second": speeds, "gigabytes_per_second": rates.bytes_per_second / 1e9}, **(figures or {})}
     found = {mode: column(mode, "ratio") for mode in MODES} | {"intervals": {mode: column(mode, "interval") for mode in MODES}}
     found |= {name: column("like_for_like", name) for name in ("gemm_ratio", "max_abs_difference")}
-    return Report(found | {"figures": rows} | rest, shown={**rows, **rest})
+    return BenchReport(found | {"figures": rows} | rest, shown={**rows, **rest})

@@ -40,7 +40,7 @@ import torch
 from pi0fm import options as option_files
 from pi0fm import progress
 from pi0fm.bench.cases import FLOW_STEPS
-from pi0fm.bench.measure import Report, check_least, seconds_of
+from pi0fm.bench.measure import BenchReport, check_least, seconds_of
 from pi0fm.bench.steps import Trainer, their_step
 from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, open_source
 from pi0fm.data.columns.norm_stats import NormStats
@@ -127,7 +127,7 @@ class LearningOptions:
 Options = LearningOptions
 
 
-def measure(options: LearningOptions) -> Report:
+def measure(options: LearningOptions) -> BenchReport:
     """Record missing demonstrations, train and judge both sides. Loss curves are in learning.json alone."""
     base = read_training(options.config or option_files.shipped()["quickstart"])
     if options.dataset.root is None and not options.dataset.repo_id:
@@ -145,7 +145,7 @@ def measure(options: LearningOptions) -> Report:
     figures, curves = compare(options, run, data, judge)
     background = {"curves": curves, "training": option_files.encode(run)}
     found = {"task": options.task, **figures, "parameters": sizes}
-    return Report(found, {"by seed": figures, **{name: found[name] for name in ("task", "parameters")}}, background)
+    return BenchReport(found, {"by seed": figures, **{name: found[name] for name in ("task", "parameters")}}, background)
 
 
 def read_training(path: Path) -> TrainConfig:

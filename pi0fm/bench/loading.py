@@ -42,7 +42,7 @@ import numpy as np
 import torch
 
 from pi0fm import progress
-from pi0fm.bench.measure import PairedOptions, Ratio, Report, check_least, paired_ratio, ratio_of, seconds_of
+from pi0fm.bench.measure import BenchReport, PairedOptions, PairedRatio, check_least, paired_ratio, ratio_of, seconds_of
 from pi0fm.data.chain import make_chain
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, open_source
@@ -96,7 +96,7 @@ class LoadingOptions(PairedOptions):
 Options = LoadingOptions
 
 
-def measure(options: LoadingOptions) -> Report:
+def measure(options: LoadingOptions) -> BenchReport:
     """Measure in this process. Raises DatasetError for a data set that cannot be read."""
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as training does
@@ -123,7 +123,7 @@ def measure(options: LoadingOptions) -> Report:
         "build_of_decode_on_all_processors": build_all,
         "streamed_batch_of_decode": batches,
     }
-    return Report(
+    return BenchReport(
         {
             **{name: ratio.median for name, ratio in ratios.items()},
             "norm_stats_seconds_per_million_frames": stats_seconds,
@@ -157,7 +157,7 @@ def make_collator(source: LeRobotSource, pictures: Pictures, options: LoadingOpt
     return Collator(source, pictures, chain, options.action_horizon, action_dim, seed=0)
 
 
-def compare_lerobot(source: LeRobotSource, collator: Collator, options: LoadingOptions) -> Ratio:
+def compare_lerobot(source: LeRobotSource, collator: Collator, options: LoadingOptions) -> PairedRatio:
     """LeRobot's processor seconds for its batches by ours for as many samples.
 
     LeRobot's side as its training sets it up: pictures as uint8, workers that stay from round to round with their open files, four batches
@@ -191,7 +191,7 @@ def compare_lerobot(source: LeRobotSource, collator: Collator, options: LoadingO
     return found.per_piece(batches * size, OURS_A_ROUND * batches * size)
 
 
-def compare_copying(collator: Collator, options: LoadingOptions) -> tuple[Ratio, Ratio]:
+def compare_copying(collator: Collator, options: LoadingOptions) -> tuple[PairedRatio, PairedRatio]:
     """Seconds of copying a block of the cache by those of gathering as many pictures, and by those of making the whole batch."""
     cache = collator.cache
     assert isinstance(cache, FrameCache)
@@ -215,14 +215,14 @@ def compare_copying(collator: Collator, options: LoadingOptions) -> tuple[Ratio,
     return one, other
 
 
-def compare_building(source: LeRobotSource, dataset: DatasetConfig, options: LoadingOptions) -> tuple[Ratio, Ratio]:
+def compare_building(source: LeRobotSource, dataset: DatasetConfig, options: LoadingOptions) -> tuple[PairedRatio, PairedRatio]:
     """Seconds of decoding every video once by those of building the cache, of a frame: on one processor, and on all of them.
 
     The first counts processor seconds, the second wall time, in which either side decodes as many files at once as there are processors.
     """
     frames = len(source.state) * len(source.clips)
 
-    def compare(clock: Callable[[], float]) -> Ratio:
+    def compare(clock: Callable[[], float]) -> PairedRatio:
         with tempfile.TemporaryDirectory(prefix="pi0fm-bench-frames-") as folder:
             place = replace(dataset, cache_dir=Path(folder) / "cache")
             found = paired_ratio(
@@ -240,7 +240,7 @@ def compare_building(source: LeRobotSource, dataset: DatasetConfig, options: Loa
     return alone, compare(time.perf_counter)
 
 
-def compare_streaming(source: LeRobotSource, dataset: DatasetConfig, options: LoadingOptions) -> tuple[Ratio, Ratio, float]:
+def compare_streaming(source: LeRobotSource, dataset: DatasetConfig, options: LoadingOptions) -> tuple[PairedRatio, PairedRatio, float]:
     """Processor seconds of decoding in order what a sample shows, by those of a sample of the stream: its pictures, and whole batches.
 
     The last is how many frames the stream decoded for a sample's pictures; 1 is every frame once.

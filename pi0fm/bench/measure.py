@@ -1,7 +1,7 @@
 """The frame of every measurement: options, runs in turns, their ratio, the report.
 
-Owns: `Options` of every measurement and their checks, paired runs with the interval of their ratio, `Report`. Does not know: what runs,
-torch, how a report is shown (cli/bench).
+Owns: `Options` of every measurement and their checks, paired runs with the interval of their ratio, `BenchReport`. Does not know: torch,
+the work that runs, how a report is shown (cli/bench).
 
     round      0        1        2        3             the side that begins changes every round, so that neither always finds
     runs    first,   second,  first,   second,          a warm cache; a neighbour on the machine slows both of a round alike,
@@ -53,7 +53,7 @@ class PairedOptions:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     """The answer to a question. figures: the last line; shown: what the tables hold, all of it if None; background: in the file alone."""
 
     figures: Mapping[str, Any]
@@ -62,7 +62,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Ratio:
+class PairedRatio:
     """Time of the first by time of the second: the median over rounds with its bootstrap interval; seconds: the median of one run."""
 
     median: float
@@ -70,10 +70,10 @@ class Ratio:
     first_seconds: float
     second_seconds: float
 
-    def per_piece(self, first: float, second: float) -> "Ratio":
+    def per_piece(self, first: float, second: float) -> "PairedRatio":
         """The ratio of unequal work, `first` pieces on one side and `second` on the other; seconds become those of a piece."""
         times, (low, high) = second / first, self.interval
-        return Ratio(times * self.median, (times * low, times * high), self.first_seconds / first, self.second_seconds / second)
+        return PairedRatio(times * self.median, (times * low, times * high), self.first_seconds / first, self.second_seconds / second)
 
     def json(self) -> dict[str, Any]:
         """Median and interval."""
@@ -95,7 +95,7 @@ def paired_ratio(
     warm_up: int = 2,
     clock: Callable[[], float] = time.perf_counter,
     after: Callable[[], object] = lambda: None,
-) -> Ratio:
+) -> PairedRatio:
     """Run both `rounds` times in turns in this process, after `warm_up` rounds that do not count.
 
     after: called after each run, outside the clock, to remove what the run leaves. Raises ConfigError for less than one round.
@@ -112,10 +112,10 @@ def paired_ratio(
     return ratio_of(pairs[warm_up:])
 
 
-def ratio_of(pairs: Sequence[tuple[float, float]]) -> Ratio:
+def ratio_of(pairs: Sequence[tuple[float, float]]) -> PairedRatio:
     """The ratio of paired seconds; its 95 % interval by the percentiles of resampled medians, from a fixed seed."""
     seconds = np.array(pairs, dtype=np.float64)
     ratios = seconds[:, 0] / seconds[:, 1]
     chosen = np.random.default_rng(0).integers(0, len(ratios), (RESAMPLES, len(ratios)))
     low, high = np.quantile(np.median(ratios[chosen], axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Ratio(float(np.median(ratios)), (float(low), float(high)), *(float(each) for each in np.median(seconds, axis=0)))
+    return PairedRatio(float(np.median(ratios)), (float(low), float(high)), *(float(each) for each in np.median(seconds, axis=0)))

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pi0fm import progress
 from pi0fm.bench.limits import forget_peak, measure_rates, peak_bytes, synchronize
-from pi0fm.bench.measure import Report
+from pi0fm.bench.measure import BenchReport
 from pi0fm.bench.steps import PARTS, StepClock, Trainer
 from pi0fm.data.loading.loader import micro_batches
 from pi0fm.flow.matching import FlowMatching
@@ -49,7 +49,7 @@ class ProfileSteps:
                 raise ConfigError(f"profile.{name} must be 1 or more, found {getattr(self, name)}; leave it out for the default")
 
 
-def measure(config: TrainConfig, shape: ProfileSteps, folder: Path) -> Report:
+def measure(config: TrainConfig, shape: ProfileSteps, folder: Path) -> BenchReport:
     """Take some steps of the run in this process; TRACE goes to `folder`. Raises the errors of the data set and of the configuration."""
     keep_freed_memory()
     if config.threads is not None:
@@ -105,7 +105,7 @@ def measure(config: TrainConfig, shape: ProfileSteps, folder: Path) -> Report:
     advice = advise(config, parts, parallel.compute_dtype, device, peak, memory)
     for line in advice or ["nothing stands out"]:
         progress.say(line)
-    return Report({**found, "parts": parts, "advice": advice, "longest_operations_ms": longest}, shown={"parts": parts, **found})
+    return BenchReport({**found, "parts": parts, "advice": advice, "longest_operations_ms": longest}, shown={"parts": parts, **found})
 
 
 def advise(

@@ -30,29 +30,25 @@ from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as websocket_server
 from websockets.sync.client import connect
 
-from pi0fm.bench.measure import Report, check_least
-from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.norm_stats import NormStats, column_stats
+from pi0fm.bench.cases import CAMERAS, random_network, random_robot
+from pi0fm.bench.measure import BenchReport, check_least
 from pi0fm.flow.matching import FlowConfig
-from pi0fm.models.pi0 import Pi0
 from pi0fm.models.presets import preset
 from pi0fm.options import option
 from pi0fm.policy import bundle
-from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.processes import end_with_parent
 from pi0fm.serve import server
 from pi0fm.serve.app import create_app
 from pi0fm.serve.limits import ServingLimits
 from pi0fm_client import wire
 
-ALIASES: dict[str, str] = {}
-CAMERAS, SIDE, WIDTH = ("base", "left_wrist", "right_wrist"), 224, 7
+SIDE, WIDTH = 224, 7
 ROBOTS, HZ = 8, 20.0
 SETTLING = 10  # requests that do not count
 
 
 @dataclass(frozen=True)
-class Options:
+class ServingOptions:
     """Options of `pi0fm bench serving`. Raises ConfigError for a value out of range."""
 
     seconds: int = option(10, "of each measurement")
@@ -63,7 +59,10 @@ class Options:
         check_least(self, seconds=1, rounds=1, num_flow_steps=1)
 
 
-def measure(options: Options) -> Report:
+Options = ServingOptions
+
+
+def measure(options: ServingOptions) -> BenchReport:
     """Ask both servers."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bundle"
@@ -74,7 +73,7 @@ def measure(options: Options) -> Report:
     answers = np.array(counts, dtype=np.float64)  # [rounds, servers, robots]
     rates = answers.sum(axis=2) / options.seconds
     mine = answers[:, 0].sum(axis=0)
-    return Report(
+    return BenchReport(
         {
             "overhead_ms": {name: float(np.quantile(overhead, share)) for name, share in (("p50", 0.5), ("p99", 0.99))},
             "server_overhead_ms": {name: float(np.quantile(inside, share)) for name, share in (("p50", 0.5), ("p99", 0.99))},
@@ -178,9 +177,5 @@ def _frame() -> bytes:
 
 
 def _save_random_policy(path: Path, num_flow_steps: int) -> None:
-    embodiment = Embodiment(cameras={name: f"observation.images.{name}" for name in CAMERAS}, state_dim=WIDTH, robot_action_dim=WIDTH)
-    random = np.random.default_rng(0)
-    columns = [column_stats(random.normal(size=(100, WIDTH)).astype(np.float32), name) for name in ("state", "action")]
-    config = PolicyConfig(model=preset("tiny"), flow=FlowConfig(num_flow_steps=num_flow_steps), embodiment=embodiment)
-    torch.manual_seed(0)
-    bundle.save(path, Pi0(config.model).state_dict(), config, NormStats(columns[0], columns[1], 100))
+    config, stats = random_robot(preset("tiny"), len(CAMERAS), flow=FlowConfig(num_flow_steps=num_flow_steps))
+    bundle.save(path, random_network(config.model, torch.device("cpu")).state_dict(), config, stats)

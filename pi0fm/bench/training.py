@@ -31,7 +31,7 @@ from pi0fm import progress
 from pi0fm.bench.cases import CASES, PEER_CASES, PeerOptions, make_batch
 from pi0fm.bench.inference import MODES, speed, speed_report
 from pi0fm.bench.limits import Rates, measure_rates, products_of, synchronized
-from pi0fm.bench.measure import Report, check_words, paired_ratio
+from pi0fm.bench.measure import BenchReport, check_words, paired_ratio
 from pi0fm.bench.steps import Trainer, their_loss, their_step
 from pi0fm.data.loading.batch import Batch
 from pi0fm.models.pi0 import Pi0
@@ -65,7 +65,7 @@ class TrainingOptions(PeerOptions):
 Options = TrainingOptions
 
 
-def measure(options: TrainingOptions) -> Report:
+def measure(options: TrainingOptions) -> BenchReport:
     """Measure each part in its process. Raises Pi0fmError when the two sides differ, ConfigError for a device that is not there."""
     device = choose_device(options.device)
     torch.set_num_threads(options.threads)

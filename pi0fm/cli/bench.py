@@ -1,8 +1,8 @@
 """`pi0fm bench NAME`: run a measurement of pi0fm/bench, show its figures and keep them.
 
 Owns: the list, the result's file, tables, the lines about the machine, the rounding of figures. Does not know: what is measured.
-A question is a module of pi0fm/bench with `Options` and `measure(options) -> Report`; it may have `ALIASES` and `POSITIONAL`, and where its
-options have an `output_dir`, `RESULT` is the file in it: NAME.json when not given, None for no file.
+A question is a module of pi0fm/bench with `Options` and `measure(options) -> BenchReport`; it may have `ALIASES` and `POSITIONAL`, and
+where its options have an `output_dir`, `RESULT` is the file in it: NAME.json when not given, None for no file.
 """
 
 import functools
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pi0fm import files, machine, progress
-from pi0fm.bench.measure import Report
+from pi0fm.bench.measure import BenchReport
 from pi0fm_client.errors import OutputError
 
 HELP = "measure pi0fm and its peers on this machine"
@@ -54,7 +54,7 @@ def ask(module: ModuleType, options: Any) -> dict[str, Any]:
     return answer(module.measure(options), written, module.__doc__)
 
 
-def answer(report: Report, written: Path | None, notes: str | None) -> dict[str, Any]:
+def answer(report: BenchReport, written: Path | None, notes: str | None) -> dict[str, Any]:
     """Write the result's file, show the figures, and return them for the last line. notes: what the figures mean, for the file."""
     figures: dict[str, Any] = rounded(report.figures)
     figures |= {"machine": machine.describe_machine(), "versions": machine.describe_versions()}

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from pi0fm.bench.measure import Report
+from pi0fm.bench.measure import BenchReport
 from pi0fm.cli import bench
 from pi0fm.cli.main import main
 from pi0fm.options import option
@@ -22,7 +22,7 @@ class Options:
     output_dir: Path | None = option(None, "where")
 
 
-def asked(report: Report, output_dir: Path | None = None) -> dict:
+def asked(report: BenchReport, output_dir: Path | None = None) -> dict:
     module = ModuleType("pi0fm.bench.probe", doc="What is alike.")
     module.__dict__.update(Options=Options, ALIASES={}, RESULT="probe.json", measure=lambda options: report)
     return bench.question(module, "a probe").run(Options(output_dir))
@@ -30,7 +30,7 @@ def asked(report: Report, output_dir: Path | None = None) -> dict:
 
 def test_figures_are_rounded_shown_kept_and_returned(tmp_path, capsys):
     rows = {"float32": {"tiny": {"ratio": 1.23456789, "interval": (1.1, 1.3)}, "large": {"ratio": 2, "interval": None}}}
-    report = Report({"ratio": 0.123456789, "figures": rows, "place": "here"}, background={"curve": [1.0000001]})
+    report = BenchReport({"ratio": 0.123456789, "figures": rows, "place": "here"}, background={"curve": [1.0000001]})
     found = asked(report, tmp_path)
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -48,7 +48,7 @@ def test_figures_are_rounded_shown_kept_and_returned(tmp_path, capsys):
 
 def test_only_what_is_to_be_shown_is_and_nothing_is_written_without_a_folder(capsys):
     tables = {"loss": math.inf, "wide": {"tiny": {"seconds": 1, "bytes": 2}}}
-    assert asked(Report({"ratio": 1.0, "loss": math.inf}, shown=tables))["loss"] == math.inf
+    assert asked(BenchReport({"ratio": 1.0, "loss": math.inf}, shown=tables))["loss"] == math.inf
     shown = capsys.readouterr().err
     assert {("seconds", "1"), ("bytes", "2")} <= {tuple(line.split()) for line in shown.splitlines()}, "the longer side goes down"
     assert "loss" in shown and "ratio" not in shown and "written" not in shown

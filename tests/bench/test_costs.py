@@ -7,7 +7,7 @@ import tiny_dataset
 
 from pi0fm.bench import checkpoint, density
 from pi0fm.bench.checkpoint import Block
-from pi0fm.bench.measure import Ratio
+from pi0fm.bench.measure import PairedRatio
 from pi0fm.models.presets import preset
 
 
@@ -34,7 +34,7 @@ def test_blocks_are_alike_but_for_one_checkpoint(monkeypatch, tmp_path):
 
 def test_a_checkpoints_share_of_a_step():
     """Blocks of 50 steps, 2 % and 4 % slower; the checkpoint takes 4 of the 50, and would be one of 1000 steps in training."""
-    wall, with_one, without = Ratio(1.02, (1.01, 1.03), 5.1, 5.0), Block(5.2, 0.02, 4), Block(5.0, 0.0, 0)
+    wall, with_one, without = PairedRatio(1.02, (1.01, 1.03), 5.1, 5.0), Block(5.2, 0.02, 4), Block(5.0, 0.0, 0)
     found = checkpoint.figures_of(checkpoint.Options(every=50), wall, [with_one], [without])
     names = ("slowdown", "cpu_slowdown", "slowdown_every_1000", "slowdown_while_written", "step_seconds", "blocking_seconds")
     assert [found[name] for name in names] == pytest.approx([0.02, 0.04, 0.001, 0.25, 0.1, 0.02])
@@ -51,7 +51,7 @@ def test_both_sides_of_a_density_take_the_same_evaluations(monkeypatch):
             before = len(calls)
             work()
             counts.append(len(calls) - before)
-        return Ratio(1.0, (0.9, 1.1), 1.0, 1.0)
+        return PairedRatio(1.0, (0.9, 1.1), 1.0, 1.0)
 
     def spied(*given, **options):
         policy = make(*given, **options)

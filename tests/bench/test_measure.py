@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pi0fm.bench.limits import Products, Rates, measure_rates, products_of
-from pi0fm.bench.measure import Ratio, paired_ratio, ratio_of
+from pi0fm.bench.measure import PairedRatio, paired_ratio, ratio_of
 from pi0fm.policy.packed import PackedLinear, can_pack
 from pi0fm_client.errors import ConfigError
 
@@ -70,7 +70,7 @@ def test_what_is_left_behind_is_removed_outside_the_clock():
 
 def test_a_ratio_of_unequal_work_is_scaled():
     """Ten seconds for 4 samples against five seconds for 80."""
-    assert Ratio(2.0, (1.0, 3.0), 10.0, 5.0).per_piece(4, 80) == Ratio(40.0, (20.0, 60.0), 2.5, 0.0625)
+    assert PairedRatio(2.0, (1.0, 3.0), 10.0, 5.0).per_piece(4, 80) == PairedRatio(40.0, (20.0, 60.0), 2.5, 0.0625)
 
 
 def test_no_round_is_refused():

@@ -10,7 +10,7 @@ from fake_cuda import CUDA, Stepped, fake_cuda
 from torch import nn
 
 from pi0fm.bench.card.work import laid_out
-from pi0fm.bench.cases import random_chain, random_observations
+from pi0fm.bench.cases import random_observations, random_robot
 from pi0fm.data.loading.batch import Batch
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.solver import FIXED_GRID_SOLVERS
@@ -98,7 +98,8 @@ def test_a_served_batch_waits_for_its_answer_alone(cuda, name, precision):
     """The call that the batcher makes, from robots' observations to their actions."""
     config = SIZES[name]
     flow = FlowMatching.from_config(FlowConfig(num_flow_steps=3))
-    policy = LocalPolicy(on_cuda(config), flow, random_chain(config, 2), {}, CUDA, PRECISIONS[precision])
+    robot, stats = random_robot(config, cameras=2)
+    policy = LocalPolicy(on_cuda(config), flow, robot.chain(stats), {}, CUDA, PRECISIONS[precision])
     given = random_observations(policy, 3, seed=0)
     chunks = policy.infer_batch(given, [1, 2, 3])
     assert [chunk.actions.shape for chunk in chunks] == [(config.action_horizon, 7)] * 3

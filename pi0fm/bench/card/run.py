@@ -24,7 +24,7 @@ from typing import Any
 
 from pi0fm import files, progress
 from pi0fm.bench.card.results import Results
-from pi0fm.bench.measure import Report, check_words
+from pi0fm.bench.measure import BenchReport, check_words
 from pi0fm.options import option
 from pi0fm_client.errors import ConfigError
 
@@ -63,7 +63,7 @@ class CardOptions:
 Options = CardOptions
 
 
-def measure(options: CardOptions) -> Report:
+def measure(options: CardOptions) -> BenchReport:
     """Run the parts one after the other. Raises ConfigError where the tests are not at hand."""
     tests = Path("tests/gpu")
     if RIGHT in options.bounds() and not tests.is_dir():
@@ -88,7 +88,7 @@ def measure(options: CardOptions) -> Report:
         "results": str(options.output_dir),
     }
     tables = {name: {row["what"]: _shown(row) for row in part} for name, part in rows.items() if part}
-    return Report(figures, tables | {name: value for name, value in figures.items() if name != "figures"})
+    return BenchReport(figures, tables | {name: value for name, value in figures.items() if name != "figures"})
 
 
 def _shown(row: Mapping[str, Any]) -> dict[str, str]:
