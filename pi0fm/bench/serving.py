@@ -45,6 +45,8 @@ from pi0fm_client import wire
 SIDE, WIDTH = 224, 7
 ROBOTS, HZ = 8, 20.0
 SETTLING = 10  # requests that do not count
+# a server that infers for one connection at a time lets the last of eight wait for its handshake
+CONNECTION: dict[str, Any] = {"compression": None, "max_size": None, "proxy": None, "ping_interval": None, "open_timeout": 60}
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def _lone_robot(url: str, seconds: int) -> tuple[list[float], list[float]]:
     frame = _frame()
     seen: list[float] = []
     inside: list[float] = []
-    with connect(url, compression=None, max_size=None, proxy=None, ping_interval=None) as robot:
+    with connect(url, **CONNECTION) as robot:
         robot.recv()
         end = time.perf_counter() + seconds
         while (sent := time.perf_counter()) < end or len(seen) <= SETTLING:
@@ -113,7 +115,7 @@ def _robots(url: str, seconds: int) -> list[int]:
     frame = _frame()
 
     def ask(_: int) -> int:
-        with connect(url, compression=None, max_size=None, proxy=None, ping_interval=None) as robot:
+        with connect(url, **CONNECTION) as robot:
             robot.recv()
             robot.send(frame)
             assert isinstance(reply := robot.recv(), bytes), reply
