@@ -294,13 +294,12 @@ def _bounds(
         yield Fault("bounds", f"{where} is of episode {rows.episode[row]}, which {episodes.path} does not list")
     clean = not len(strange)
     healthy = (episodes.stop - episodes.first == episodes.length) & (stops - starts == episodes.length) & (episodes.length > 0)
-    place = np.searchsorted(episodes.number, rows.episode)
-    place = np.minimum(place, len(episodes.number) - 1)
-    off = rows.index != episodes.first[place] + np.arange(len(rows.index)) - starts[place]
-    healthy[place[off]] = False
-    for place_ in np.flatnonzero(chosen & ~healthy).tolist():
-        number, first, stop, length = (int(each[place_]) for each in (episodes.number, episodes.first, episodes.stop, episodes.length))
-        own = rows.index[starts[place_] : stops[place_]]
+    owner = np.minimum(np.searchsorted(episodes.number, rows.episode), len(episodes.number) - 1)
+    off = rows.index != episodes.first[owner] + np.arange(len(rows.index)) - starts[owner]
+    healthy[owner[off]] = False
+    for place in np.flatnonzero(chosen & ~healthy).tolist():
+        number, first, stop, length = (int(each[place]) for each in (episodes.number, episodes.first, episodes.stop, episodes.length))
+        own = rows.index[starts[place] : stops[place]]
         said = f"{episodes.path} says that episode {number} has {length} rows, {first} to {stop - 1}"
         text = ""
         if stop - first != length or length < 1:
@@ -386,7 +385,7 @@ def _explained(
         return all(bool(np.isnan(span)) or span * fps > time[-1] * fps + 0.5 for span in spans)
     by_time, by_frame = time[-1] + 1 / fps, (frame[-1] + 1) / fps
     begun = min(abs(ahead[0]), abs(time[0] * fps)) <= APART
-    return bool(begun) and all(np.isnan(span) or abs(span - by_time) <= abs(span - by_frame) for span in spans)
+    return bool(begun) and all(np.isnan(span) or abs(span - by_time) < abs(span - by_frame) - 0.1 / fps for span in spans)
 
 
 def _order(episodes: Episodes, chosen: NDArray[np.bool_]) -> Iterator[Fault]:
