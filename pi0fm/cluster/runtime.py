@@ -7,6 +7,7 @@ request for resources can be met. Does not know: what runs on Ray.
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from pi0fm_client.errors import ClusterError, ConfigError
 
 OBJECT_STORE_BYTES = 256 * 2**20
 SECONDS_BETWEEN_LOOKS = 2.0
+SECONDS_BETWEEN_HEAD_LOOKS, SECONDS_WITHOUT_HEAD = 5.0, 30.0  # Ray ends the driver after 60
 SMALLEST_OBJECT_STORE_BYTES = 80 * 2**20  # Ray refuses less than 75 MiB
 
 # For `.options(runtime_env=ONE_THREAD)`: a worker that simulates or loads must not start one thread a core, where others run too.
@@ -70,6 +72,36 @@ def refuse_ended(processes: Iterable[psutil.Process], advice: str = "type the sa
     for process in processes:
         if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
             raise ClusterError(f"Ray must live as long as the run, found its process {process.pid} ended; {advice}")
+
+
+class Head:
+    """The process of Ray that all others register with: of a cluster that was joined, on any machine.
+
+    Ray itself waits a minute for it and then ends the driver without a word of ours; a head that is restarted sooner goes on.
+    """
+
+    def __init__(self) -> None:
+        import ray
+
+        self._address = str(getattr(ray.get_runtime_context(), "gcs_address", ""))  # none for Ray's client
+        self._answered = self._looked = time.monotonic()
+
+    def refuse_gone(self) -> None:
+        """Raise ClusterError when it has not answered for SECONDS_WITHOUT_HEAD; looks every few seconds."""
+        now = time.monotonic()
+        if not self._address or now - self._looked < SECONDS_BETWEEN_HEAD_LOOKS:
+            return
+        self._looked = now
+        host, _, port = self._address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_BETWEEN_LOOKS).close()
+            self._answered = now
+        except OSError as error:
+            if now - self._answered > SECONDS_WITHOUT_HEAD:
+                raise ClusterError(
+                    f"Ray must live as long as the run, found no answer from its head at {self._address} ({error.strerror or error}); "
+                    "start it again, then type the same command with --resume true"
+                ) from None
 
 
 def require_resources(each: Mapping[str, float], count: int = 1) -> None:

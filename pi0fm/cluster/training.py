@@ -20,7 +20,7 @@ from typing import Any
 from pi0fm import options, progress
 from pi0fm.cluster import said
 from pi0fm.cluster.caching import cache_everywhere
-from pi0fm.cluster.runtime import ray_session, refuse_ended, require_resources, started_here
+from pi0fm.cluster.runtime import Head, ray_session, refuse_ended, require_resources, started_here
 from pi0fm.data.columns.lerobot_source import DatasetConfig
 from pi0fm.data.pictures.resizing import ANTIALIAS
 from pi0fm.options import option
@@ -31,7 +31,7 @@ from pi0fm.train.parallel.context import Context, context_from_environment, rest
 from pi0fm.train.start.output import RAY_FOLDER, claimed
 from pi0fm.train.watch.metrics import read_last
 from pi0fm.train.watch.signals import NotedSignals, StoppedError, ask_to_stop, stopped, terminated_outside_steps
-from pi0fm_client.errors import ConfigError
+from pi0fm_client.errors import ClusterError, ConfigError
 
 SECONDS_BETWEEN_LOOKS = 0.2  # at signals and at Ray's own processes
 
@@ -118,7 +118,7 @@ def _on_ray(run: TrainingRun) -> TrainResult:
     )
     began = time.perf_counter()
     with _Watcher(run, lines), NotedSignals(lambda: ask_to_stop(run.output_dir)) as noted:
-        _fit(trainer)
+        _fit(trainer, run.output_dir)
     last = read_last(run.output_dir) or {}
     if noted.number and int(last.get("step", 0)) < run.steps:  # the workers saved and left
         told = "Ctrl-C" if noted.number == signal.SIGINT else "SIGTERM"
@@ -126,7 +126,7 @@ def _on_ray(run: TrainingRun) -> TrainResult:
     return TrainResult(run.output_dir / "bundle", run.steps, float(last.get("loss", math.nan)), time.perf_counter() - began)
 
 
-def _fit(trainer: Any) -> None:
+def _fit(trainer: Any, output_dir: Path) -> None:
     """`trainer.fit()` in a thread: in the main one Ray would take the handler of SIGINT, and a signal could not be answered meanwhile.
 
     Raises the fault behind Ray's error, ClusterError where Ray itself ended.
@@ -141,11 +141,16 @@ def _fit(trainer: Any) -> None:
         except BaseException as error:  # noqa: BLE001  raised in the main thread
             raised.append(error)
 
-    thread, ray_processes = threading.Thread(target=fit, name="pi0fm-fit", daemon=True), started_here()
+    thread, ray_processes, head = threading.Thread(target=fit, name="pi0fm-fit", daemon=True), started_here(), Head()
     thread.start()
     while thread.is_alive():
         thread.join(SECONDS_BETWEEN_LOOKS)
         refuse_ended(ray_processes)
+        try:
+            head.refuse_gone()
+        except ClusterError:
+            ask_to_stop(output_dir)  # workers on other machines may live on: they save and leave
+            raise
     if raised:
         raise explained(raised[0]) from raised[0]
 

@@ -1,8 +1,11 @@
 import os
+import socket
+from types import SimpleNamespace
 
 import pytest
 import ray
 
+from pi0fm.cluster import runtime
 from pi0fm.cluster.runtime import ray_session
 from pi0fm_client.errors import ClusterError
 
@@ -46,3 +49,17 @@ def test_a_node_that_never_starts_is_one_line(slow: SlowRay) -> None:
     with pytest.raises(ClusterError, match="Ray must start on this machine") as caught, ray_session():
         pass
     assert slow.calls == 2 and "\n" not in str(caught.value)
+
+
+def test_a_head_that_no_longer_answers_is_one_line(monkeypatch):
+    listening = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{listening.getsockname()[1]}"
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
+    monkeypatch.setattr(runtime, "SECONDS_BETWEEN_HEAD_LOOKS", 0.0)
+    head = runtime.Head()
+    head.refuse_gone()
+    listening.close()
+    head.refuse_gone()  # it may come back
+    monkeypatch.setattr(runtime, "SECONDS_WITHOUT_HEAD", 0.0)
+    with pytest.raises(ClusterError, match=f"found no answer from its head at {address} .* with --resume true"):
+        head.refuse_gone()
