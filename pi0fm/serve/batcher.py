@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast, final
+from typing import Any, final
 
 from pi0fm.serve.limits import ServingLimits
 from pi0fm.serve.metrics import Metrics
@@ -66,14 +66,6 @@ class Request:
     latest: float | None = None
     prefix: ActionPrefix | None = None
     candidates: int | None = None
-
-
-class Chooses(Protocol):
-    """A policy that can sample several chunks for an observation (policy/best_of.py)."""
-
-    def infer_best(self, observations: Sequence[Observation], options: Any, noise_seeds: Sequence[int] | None = None) -> list[ActionChunk]:
-        """Return the best chunk for each observation."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,7 +257,9 @@ class Batcher:
                 return self._policy.infer_batch(observations, seeds, **more)
             from pi0fm.policy.best_of import BestOf  # torch is there where a policy can choose
 
-            return cast(Chooses, self._policy).infer_best(observations, BestOf(candidates), seeds)
+            chooses: Any = self._policy
+            best: list[ActionChunk] = chooses.infer_best(observations, BestOf(candidates), seeds)
+            return best
 
         chunks: list[ActionChunk] = await self._worker.run(call)
         if len(chunks) != len(observations):

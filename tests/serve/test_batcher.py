@@ -385,17 +385,6 @@ def test_requests_for_one_number_of_candidates_share_a_batch_and_wait_for_no_oth
     assert policy.batches == [[0], [1, 3], [2, 6], [4], [5]]
 
 
-def test_what_a_policy_makes_ready_itself_is_made_ready() -> None:
-    class Warming(GatedPolicy):
-        def warm_up(self, max_batch: int) -> int:
-            self.batches.append([float(max_batch)])
-            return 1
-
-    policy = Warming()
-    run(policy, lambda batcher: batcher.warm_up(Observation({}, np.array([5], np.float32), "")))
-    assert policy.batches[0] == [3.0]
-
-
 def test_a_policy_that_answers_too_few_is_an_error() -> None:
     class Forgetful(GatedPolicy):
         def infer_batch(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> list[ActionChunk]:
