@@ -77,14 +77,15 @@ def test_a_graph_sees_what_its_buffers_hold():
     graphs = Graphs(sampler._recorded, CPU, record)
     seen, noise = observation(), question()[0]
     mask = torch.ones_like(noise, dtype=torch.bool)
-    first = graphs(seen, noise, mask)
-    second = graphs(seen, 2 * noise, mask)
+    (first,), (second,) = (graphs(seen, factor * noise, mask, False, False) for factor in (1, 2))
     torch.testing.assert_close(first, sampler(seen, noise, mask), rtol=0, atol=1e-6)
     torch.testing.assert_close(second, sampler(seen, 2 * noise, mask), rtol=0, atol=1e-6)
     assert len(recorded) == 1 and not torch.equal(first, second)
     mask[..., -1] = False
-    assert (graphs(seen, noise, mask)[..., -1] == 0).all()
+    assert (graphs(seen, noise, mask, False, False)[0][..., -1] == 0).all()
     assert len(recorded) == 1
+    chunk, spread = graphs(seen, noise, mask, False, True)
+    assert len(recorded) == 2 and torch.equal(chunk, graphs(seen, noise, mask, False, False)[0]) and spread.shape == (3,)
 
 
 def test_few_graphs_are_kept():
@@ -94,11 +95,11 @@ def test_few_graphs_are_kept():
         recorded.append(call)
         return call
 
-    graphs = Graphs(lambda seen, noise, mask: noise + 1, CPU, record)
+    graphs = Graphs(lambda seen, noise, mask: (noise + 1,), CPU, record)
     seen = observation()
     shapes = [torch.zeros(1, number, 1) for number in range(1, KEPT + 2)]
     for noise in (*shapes, shapes[-1], shapes[0]):
-        assert torch.equal(graphs(seen, noise, noise.bool()), noise + 1)
+        assert torch.equal(graphs(seen, noise, noise.bool())[0], noise + 1)
     assert len(recorded) == KEPT + 2  # the first had left
 
 
