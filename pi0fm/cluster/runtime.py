@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from pi0fm_client.errors import ClusterError, ConfigError
 
 OBJECT_STORE_BYTES = 256 * 2**20
 SECONDS_BETWEEN_LOOKS = 2.0
+TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 SECONDS_BETWEEN_HEAD_LOOKS, SECONDS_WITHOUT_HEAD = 5.0, 30.0  # Ray ends the driver after 60
 SMALLEST_OBJECT_STORE_BYTES = 80 * 2**20  # Ray refuses less than 75 MiB
 
@@ -144,9 +146,14 @@ def first_ready(references: Sequence[Any]) -> Any:
 
 
 def _start(num_cpus: int | None, resources: dict[str, float] | None, object_store_bytes: int) -> None:
-    """Start Ray on this machine; try a second time when the first is too slow, as on a machine that is busy with something else."""
+    """Start Ray on this machine; try a second time when the first is too slow, as on a machine that is busy with something else.
+
+    Its token is of this process alone. Ray's own would stay in the home folder, and meet every cluster that is joined later.
+    """
     import ray
 
+    if not any(name in os.environ for name in TOKEN_VARIABLES):
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
     for last in (False, True):
         try:
             ray.init(
@@ -176,7 +183,13 @@ def _join(address: str) -> None:
     try:
         ray.init(address, **_QUIET)
     except ConnectionError as error:
-        raise ConfigError(f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); {advice}") from None
+        reason = str(error).splitlines()[0]
+        if address == "auto":
+            raise ConfigError(f"no Ray cluster answers at {address!r} ({reason}); {advice}") from None
+        raise ConfigError(
+            f"{address!r} answers, but lets nobody join from here ({reason}); where its token is another (Ray says InvalidAuthToken), copy "
+            "what `ray get-auth-token` prints there into RAY_AUTH_TOKEN here, with RAY_AUTH_MODE=token"
+        ) from None
 
 
 def _object_store_that_fits(wanted: int) -> int:

@@ -7,7 +7,7 @@ import ray
 
 from pi0fm.cluster import runtime
 from pi0fm.cluster.runtime import ray_session
-from pi0fm_client.errors import ClusterError
+from pi0fm_client.errors import ClusterError, ConfigError
 
 
 class SlowRay:
@@ -28,7 +28,9 @@ class SlowRay:
 @pytest.fixture
 def slow(monkeypatch, request):
     fake = SlowRay(request.param)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_ADDRESS", *runtime.TOKEN_VARIABLES):
+        monkeypatch.setenv(name, "")  # so that what is set meanwhile goes again
+        monkeypatch.delenv(name)
     monkeypatch.setattr(ray, "init", fake.init)
     monkeypatch.setattr(ray, "shutdown", fake.shutdown)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
@@ -42,6 +44,32 @@ def test_a_node_that_is_slow_once_is_started_again(slow: SlowRay, capsys: pytest
     assert slow.stops == 2  # what half stood, and what stood
     assert "trying once more" in capsys.readouterr().err
     assert os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0"
+
+
+@pytest.mark.parametrize("slow", [0], indirect=True)
+def test_a_ray_of_our_own_has_a_token_of_its_own_unless_one_is_given(slow: SlowRay, monkeypatch) -> None:
+    """Ray's own would be left in the home folder, and be shown to every cluster that is joined later."""
+    with ray_session():
+        assert os.environ["RAY_AUTH_MODE"] == "token" and len(os.environ["RAY_AUTH_TOKEN"]) == 32
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with ray_session():
+        assert os.environ["RAY_AUTH_MODE"] == "disabled" and "RAY_AUTH_TOKEN" not in os.environ
+
+
+@pytest.mark.parametrize("slow", [0], indirect=True)
+def test_a_cluster_that_lets_nobody_join_is_not_said_to_be_silent(slow: SlowRay, monkeypatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+
+    monkeypatch.setattr(ray, "init", refused)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        with (
+            pytest.raises(ConfigError, match=f"'{address}' answers, but lets nobody join from here .* RAY_AUTH_TOKEN here"),
+            ray_session(address),
+        ):
+            pass
 
 
 @pytest.mark.parametrize("slow", [2], indirect=True)
