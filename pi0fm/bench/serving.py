@@ -56,9 +56,10 @@ class ServingOptions:
     seconds: int = option(10, "of each measurement")
     rounds: int = option(3, "times that eight robots ask each server")
     num_flow_steps: int = option(10, "steps of the policy's solver")
+    threads: int = option(1, "CPU threads of one inference, of both servers")
 
     def __post_init__(self) -> None:
-        check_least(self, seconds=1, rounds=1, num_flow_steps=1)
+        check_least(self, seconds=1, rounds=1, num_flow_steps=1, threads=1)
 
 
 Options = ServingOptions
@@ -69,7 +70,7 @@ def measure(options: ServingOptions) -> BenchReport:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bundle"
         _save_random_policy(path, options.num_flow_steps)
-        with _running(_serve_ours, path) as ours, _running(_serve_one_at_a_time, path) as theirs:
+        with _running(_serve_ours, path, options.threads) as ours, _running(_serve_one_at_a_time, path, options.threads) as theirs:
             overhead, inside = _lone_robot(ours, options.seconds)
             counts = [[_robots(url, options.seconds) for url in (ours, theirs)] for _ in range(options.rounds)]
     answers = np.array(counts, dtype=np.float64)  # [rounds, servers, robots]
@@ -85,6 +86,7 @@ def measure(options: ServingOptions) -> BenchReport:
             "requests_of_the_lone_robot": len(overhead),
             "seconds": options.seconds,
             "rounds": options.rounds,
+            "threads": options.threads,
         }
     )
 
@@ -131,10 +133,10 @@ def _robots(url: str, seconds: int) -> list[int]:
 
 
 @contextmanager
-def _running(target: Any, path: Path) -> Iterator[str]:
+def _running(target: Any, path: Path, threads: int) -> Iterator[str]:
     """The address of a server in a process of its own."""
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=target, args=(os.getpid(), path, theirs), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=target, args=(os.getpid(), path, threads, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -144,17 +146,17 @@ def _running(target: Any, path: Path) -> Iterator[str]:
         process.join()
 
 
-def _serve_ours(parent: int, path: Path, ready: Connection) -> None:
+def _serve_ours(parent: int, path: Path, threads: int, ready: Connection) -> None:
     end_with_parent(parent)
-    policy, options, bound = bundle.load(path), ServingLimits(), server.bind("127.0.0.1", 0)
+    policy, options, bound = bundle.load(path, threads=threads), ServingLimits(), server.bind("127.0.0.1", 0)
     app = create_app(policy, options)
     asyncio.run(server.serve(server.make_server(app, options), app, bound, lambda _: ready.send(server.url_of(bound))))
 
 
-def _serve_one_at_a_time(parent: int, path: Path, ready: Connection) -> None:
+def _serve_one_at_a_time(parent: int, path: Path, threads: int, ready: Connection) -> None:
     """openpi's WebsocketPolicyServer in its essentials."""
     end_with_parent(parent)
-    policy = bundle.load(path)
+    policy = bundle.load(path, threads=threads)
     policy.infer(wire.unpack(_frame()))
 
     async def answer(robot: ServerConnection) -> None:
