@@ -113,8 +113,6 @@ class Batcher:
         finally:
             if self._waiting.get(request.session) is waiting:  # the client has gone
                 del self._waiting[request.session]
-            if request.session not in self._waiting:
-                self._pace.answered(request.session, time.perf_counter())
 
     def forget(self, session: Hashable) -> None:
         """Expect no further request of a session."""
@@ -240,6 +238,8 @@ class Batcher:
         self._pace.inferred(len(batch), ended - began, ended)
         self._metrics.stage.labels("infer").observe(ended - began)
         for waiting, chunk in zip(batch, chunks, strict=True):
+            if waiting.request.session not in self._waiting:  # here, since the next batch is chosen before any client hears of this one
+                self._pace.answered(waiting.request.session, ended)
             if not waiting.answer.done():
                 waiting.answer.set_result(chunk)
 

@@ -36,7 +36,7 @@ class _Rhythm:
     def expected(self) -> float | None:
         if self.answered is None or self.think is None:
             return None
-        return self.answered + self.think + 3 * self.deviation + _MARGIN
+        return self.answered + self.think + self.deviation + _MARGIN
 
 
 @final

@@ -328,6 +328,19 @@ def test_two_robots_in_a_closed_loop_share_their_batches() -> None:
     run(policy, story)
 
 
+def test_robots_that_were_answered_together_are_waited_for_together() -> None:
+    """Four in a closed loop never fall into batches of one and three in turns, where a batch of four takes as long as one alone."""
+    policy = GatedPolicy(seconds=0.03)
+
+    async def story(batcher: Batcher) -> None:
+        await batcher.warm_up(Observation({}, np.zeros(1, np.float32), ""))
+        policy.batches.clear()
+        await asyncio.gather(*(closed_loop(batcher, name, 0.002, 15) for name in "abcd"))
+        assert sum(len(batch) == 4 for batch in policy.batches) >= 8, policy.batches
+
+    run(policy, story, max_batch_size=4)
+
+
 def test_a_lone_robot_waits_for_nobody_and_nor_does_one_whose_neighbour_has_left() -> None:
     pace = Pace(8)
     for size in (1, 8):
