@@ -148,12 +148,13 @@ def first_ready(references: Sequence[Any]) -> Any:
 def _start(num_cpus: int | None, resources: dict[str, float] | None, object_store_bytes: int) -> None:
     """Start Ray on this machine; try a second time when the first is too slow, as on a machine that is busy with something else.
 
-    Its token is of this process alone. Ray's own would stay in the home folder, and meet every cluster that is joined later.
+    Its token is of this process alone. Ray's own would stay in the home folder, and meet every cluster that is joined later. The mode is
+    left to Ray: it reads that variable when it is imported, and would send no token if it were set afterwards.
     """
     import ray
 
     if not any(name in os.environ for name in TOKEN_VARIABLES):
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
+        os.environ["RAY_AUTH_TOKEN"] = uuid.uuid4().hex
     for last in (False, True):
         try:
             ray.init(
