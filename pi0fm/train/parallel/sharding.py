@@ -14,18 +14,20 @@ Units: every layer of the vision tower, every dual-stream layer, the words, and 
 the type of the products, its gradient reduced in float32. The rest is gathered in float32, since its head computes in it.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, TypeGuard, final
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+if TYPE_CHECKING:  # torch's sharding takes 92 MB with what it imports: only a run that cuts its state pays for it
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 from pi0fm.models.pi0 import Pi0
 from pi0fm.options import option
@@ -90,8 +92,10 @@ def unit_of(name: str) -> str:
     return ".".join(words[:3]) if words[1] == "layers" else REST
 
 
-def shard(network: Pi0, mesh: DeviceMesh, how: ParallelConfig, computes: torch.dtype) -> None:
+def shard(network: Pi0, mesh: "DeviceMesh", how: ParallelConfig, computes: torch.dtype) -> None:
     """Cut a network, best one on meta, over the workers of `mesh`, in place. computes: the type of the products."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     kept = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)  # positions stay float32
     products = MixedPrecisionPolicy(computes, torch.float32, cast_forward_inputs=False)
     for unit in (*network.vision.layers, *network.decoder.layers, network.prompt_embedding):
@@ -99,9 +103,16 @@ def shard(network: Pi0, mesh: DeviceMesh, how: ParallelConfig, computes: torch.d
     fully_shard(network, mesh=mesh, reshard_after_forward=False, mp_policy=kept)
 
 
-def is_sharded(network: nn.Module) -> bool:
+def is_sharded(network: nn.Module) -> "TypeGuard[FSDPModule]":
     """Whether `shard` cut it."""
-    return isinstance(network, FSDPModule)
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(network, fsdp.FSDPModule)
+
+
+def is_cut(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether this worker holds rows of it alone."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 @final
@@ -119,7 +130,7 @@ class Sharded(nn.Module):
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Leave gradients whole, or scatter them without averaging replicas: what is left is done at the last micro batch."""
-        assert isinstance(self.network, FSDPModule)
+        assert is_sharded(self.network)
         set_sync = self.network.set_requires_gradient_sync if self._whole else self.network.set_requires_all_reduce
         set_sync(False)
         try:
@@ -130,20 +141,22 @@ class Sharded(nn.Module):
 
 def local(tensor: Tensor) -> Tensor:
     """This worker's rows, whose memory is the tensor's; a tensor that is not cut is its own."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_cut(tensor) else tensor
 
 
 def local_rows(tensor: Tensor) -> slice:
     """Which rows of the whole tensor `local` holds; its first axis is cut."""
-    if not isinstance(tensor, DTensor):
+    if not is_cut(tensor):
         return slice(0, tensor.shape[0])
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     (count, *_), (first, *_) = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return slice(first, first + count)
 
 
-def cutting_group(tensor: Tensor) -> ProcessGroup | None:
+def cutting_group(tensor: Tensor) -> "ProcessGroup | None":
     """The workers whose rows make the whole tensor; None for one that is not cut."""
-    if not isinstance(tensor, DTensor):
+    if not is_cut(tensor):
         return None
     (axis,) = (axis for axis, placement in enumerate(tensor.placements) if placement.is_shard())
     return tensor.device_mesh.get_group(axis)
@@ -151,7 +164,7 @@ def cutting_group(tensor: Tensor) -> ProcessGroup | None:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor's numbers; called by every worker."""
-    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.full_tensor().detach() if is_cut(tensor) else tensor.detach()
 
 
 @final
