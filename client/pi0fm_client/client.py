@@ -129,7 +129,10 @@ class AsyncPolicyClient:
         deadline = began + seconds
         async with self._lock:
             for last in (False, True):
-                connection = await self._connected(deadline - time.monotonic())
+                left = deadline - time.monotonic()
+                if left <= 0:  # spent waiting for another caller
+                    raise asyncio.TimeoutError
+                connection = await self._connected(left)
                 number, frame = self._pack(message, deadline)
                 try:
                     await connection.send(frame)
