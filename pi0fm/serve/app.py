@@ -158,7 +158,7 @@ class _Service:
 
     async def handle_swap(self, request: Request) -> Response:
         if self._admin_token is None or not _knows(request.headers, [self._admin_token]):
-            return self._denied("key", 401, "send the header Authorization: Api-Key <the key of --admin_token>")
+            return self._denied("key", 401, "send the header Authorization: Api-Key <the key in $PI0FM_ADMIN_TOKEN>")
         body = b""
         async for piece in request.stream():
             body += piece
@@ -166,10 +166,9 @@ class _Service:
                 return self._denied("observation", 413, f"a request to swap may have {MAX_SWAP_BYTES} bytes")
         try:
             asked = json.loads(body or b"{}")
-            bundle = asked.get("bundle") if isinstance(asked, dict) else b""
-            if not isinstance(bundle, str | None):
+            if body and not (isinstance(asked, dict) and asked.keys() == {"bundle"} and isinstance(asked["bundle"], str)):
                 raise ConfigError('a request to swap must be JSON {"bundle": PATH}, or empty for the bundle of the start')
-            await self.swap(bundle)
+            await self.swap(asked.get("bundle"))
         except (Pi0fmError, ValueError) as error:
             return PlainTextResponse(f"{' '.join(str(error).split())[:1000]}\n", 400)
         except Exception:

@@ -73,7 +73,8 @@ def test_only_the_administrators_key_swaps(start_server: Any) -> None:
     for key in (None, "robot", "wrong"):
         assert ask(server.url, "/swap", key, b"")[0] == 401
     assert ask(server.url, "/swap", "adm1n", b"x" * 5000)[0] == 413
-    assert ask(server.url, "/swap", "adm1n", b"[1]")[0] == 400
+    for body in (b"[1]", b"{}", b'{"bundel": "/new"}', b'{"bundle": "/new", "x": 1}', b'{"bundle": null}'):
+        assert ask(server.url, "/swap", "adm1n", body)[0] == 400, "an administrator believes that the new one is served"
     assert ask(start_server().url, "/swap", "adm1n", b"")[0] == 401, "without a key of its own nobody swaps"
 
 
