@@ -11,8 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from pi0fm.eval.episode import Outcome
 from pi0fm.eval.report.page import JOURNAL
 from pi0fm.eval.statistics import Interval, holm, log_evidence, mcnemar, mean_over_tasks, paired_difference, wilson
 from pi0fm.options import option, required
@@ -21,6 +22,8 @@ from pi0fm_client.errors import ConfigError
 LEVEL = 0.05
 MOST_PAIRS = 100_000
 POLICY_SETTINGS = ("flow steps", "solver", "execution horizon", "scores")  # a comparison may be about them
+
+OUTCOMES = get_args(Outcome)
 
 
 @dataclass(frozen=True)
@@ -139,11 +142,17 @@ def read(folder: Path, name: str) -> Evaluated:
         raise ConfigError(f"an evaluation holds episodes.json, found none in {folder}; {remedy}")
     try:
         rows = json.loads((folder / "episodes.json").read_text())
-        outcomes = {(str(row["task"]), int(row["seed"])): str(row["outcome"]) for row in rows}
+        outcomes: dict[tuple[str, int], str] = {}
+        for row in rows:
+            key = str(row["task"]), int(row["seed"])
+            if row["outcome"] not in OUTCOMES or key in outcomes:
+                also = ", a second time" if key in outcomes else ""
+                raise ValueError(f"{key[0]}, seed {key[1]}: {row['outcome']!r:.40}{also}; each seed has one of {', '.join(OUTCOMES)}")
+            outcomes[key] = row["outcome"]
         settings = json.loads((folder / "summary.json").read_text())["facts"]["settings"]
         return Evaluated(name, outcomes, {str(key): str(value) for key, value in settings.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        found = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        found = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise ConfigError(
             f"{folder} must hold an evaluation in simulation, found another or a damaged one ({found}); type another"
         ) from None

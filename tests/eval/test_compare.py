@@ -96,6 +96,10 @@ def test_folders_that_cannot_be_compared(tmp_path, capsys):
     for content in ("[", "{}", "3", "[3]", '[{"episode": 1}]'):
         files.write_text(tmp_path / "odd/episodes.json", content)
         assert "must hold an evaluation in simulation" in refused(capsys, old, str(tmp_path / "odd"))
+    row = {"task": "push", "seed": 7, "outcome": "success"}
+    for rows in ([row | {"outcome": "banana"}], [row, row | {"outcome": "failure"}]):
+        files.write_json(tmp_path / "odd/episodes.json", rows)
+        assert "push, seed 7" in refused(capsys, old, str(tmp_path / "odd"))
 
 
 def test_only_a_comparison_is_replaced(tmp_path, capsys):
