@@ -161,7 +161,7 @@ def _fault_of_handshake(url: str, error: InvalidHandshake) -> Exception:
         if status in _STATUS_TRY_AGAIN:
             return _TryAgainError(f"HTTP {status}")
         if status in (401, 403):
-            return ServingError(f"{url} refused the token (HTTP {status}): give the server's key as token=")
+            return ServingError(f"{url} refused the token (HTTP {status}): give the server's key as token=, to a command in $PI0FM_TOKEN")
         return ServingError(f"{url} is no policy server: it answers a WebSocket handshake with HTTP {status}; check host, port and path")
     if isinstance(error.__cause__, (EOFError, OSError)):
         return _TryAgainError("it closed the connection during the handshake")

@@ -15,7 +15,7 @@ Shape letters: M moments, H action horizon, A robot action dim, C cameras.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class OpenLoopConfig(PolicyChoice):
     """The policy to judge, the recorded episodes, and where the report goes. Raises ConfigError for a number out of range."""
 
     dataset: DatasetConfig = option(DatasetConfig, "")
-    action: str | None = option(None, "column of the recorded actions; the policy's own when not given")
+    embodiment: Embodiment = option(Embodiment, "")
     stride: int | None = option(None, "rows from one judged moment to the next; the policy's execution horizon when not given")
     moments: int = option(1000, "about the most moments that are judged; where there are more, some episodes are left out")
     batch_size: int = option(8, "observations of one inference")
@@ -62,11 +62,20 @@ class OpenLoopConfig(PolicyChoice):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be {least} or more, found {value}; type --{name} {least} or leave it out")
+        foreign = sorted(self.renamed().keys() - {"cameras", "state", "action"})
+        if foreign:
+            raise ConfigError(
+                f"the robot is the policy's: embodiment.{foreign[0]} cannot be given; columns can: cameras.NAME, state, action"
+            )
         if self.likelihood and (self.remote or self.compile != "off"):
             found = self.policy if self.remote else f"compile {self.compile}"
             raise ConfigError(
                 f"a likelihood needs the derivatives of a bundle's network, not compiled; found {found}; leave one of them out"
             )
+
+    def renamed(self) -> dict[str, Any]:
+        """The columns of the data set that were given in place of the policy's own."""
+        return {name: value for name, value in vars(self.embodiment).items() if value != getattr(Embodiment(), name)}
 
 
 @dataclass(frozen=True)
@@ -165,14 +174,15 @@ def evaluate_open_loop(config: OpenLoopConfig) -> tuple[dict[str, Any], OpenLoop
     began, output = time.monotonic(), Path(config.output_dir)
     _refuse_used(output)
     judged = read_policy(config)
-    source, seen = open_episodes(config, judged)
+    source, trained = open_episodes(config, judged)
     stride, place = choose_moments(config, judged, source)
+    seen = told(trained, source.episode[place])
     files.make_folder(output)
     moments = read_moments(config.dataset, judged, source, place)
     found = judge(config, judged, source, open_policy(config), moments)
-    told = [judged.metadata, judged.training]
+    said = [judged.metadata, judged.training]
     facts = {
-        "policy": {name: str(value) for each in told for name, value in each.items() if isinstance(value, str | int | float)},
+        "policy": {name: str(value) for each in said for name, value in each.items() if isinstance(value, str | int | float)},
         "episodes": {
             "data set": str(source.root),
             "episodes": f"{', '.join(map(str, np.unique(moments.episode).tolist())):.200}",
@@ -214,8 +224,12 @@ def read_policy(config: OpenLoopConfig) -> Judged:
 
         policy = bundle.read(Path(config.policy), config.robot)[0]
         embodiment, resize = policy.embodiment, policy.resize
-    if config.action is not None:
-        embodiment = Embodiment(**{**vars(embodiment), "action": config.action})
+    given = config.renamed()
+    unknown = sorted(set(given.get("cameras", ())) - set(embodiment.cameras))
+    if unknown:
+        raise ConfigError(f"the policy has the cameras {', '.join(embodiment.cameras)}, found --embodiment.cameras.{unknown[0]}")
+    cameras = {**embodiment.cameras, **given.pop("cameras", {})}
+    embodiment = replace(embodiment, cameras=cameras, **given)
     return Judged(
         embodiment=embodiment,
         horizon=int(metadata["action_horizon"]),
@@ -228,8 +242,8 @@ def read_policy(config: OpenLoopConfig) -> Judged:
     )
 
 
-def open_episodes(config: OpenLoopConfig, judged: Judged) -> tuple[LeRobotSource, str]:
-    """The recorded episodes, and whether the policy was trained on them, in words.
+def open_episodes(config: OpenLoopConfig, judged: Judged) -> tuple[LeRobotSource, set[int] | None]:
+    """The recorded episodes, and which of the data set the policy was trained on; None where that is not known.
 
     Those of `dataset.episodes`; else, of the data set that the policy was trained on, those that its run held out, if any; else all.
     """
@@ -237,15 +251,21 @@ def open_episodes(config: OpenLoopConfig, judged: Judged) -> tuple[LeRobotSource
     if judged.fps and abs(judged.fps - source.fps) > 1e-3 * source.fps:
         progress.say(f"the policy was trained at {judged.fps:g} Hz, this data set is at {source.fps:g} Hz: its chunks are of other times")
     if source.fingerprint != judged.training.get("dataset_fingerprint"):
-        return source, "not known: this is not the data set that the policy was trained on, or was changed since"
+        return source, None
     held = {int(word) for word in judged.training.get("held_out_episodes", "").split(",") if word}
-    present = set(np.unique(source.episode).tolist())
-    if held and not config.dataset.episodes:
-        return source.without(sorted(present - held)), "no: these are the episodes that its run held out"
-    if not present - held:
-        return source, "no: its run held them out"
+    trained = set(np.unique(source.episode).tolist()) - held
+    return (source.without(sorted(trained)) if held and not config.dataset.episodes else source), trained
+
+
+def told(trained: set[int] | None, episodes: NDArray[np.int64]) -> str:
+    """Whether the policy was trained on these episodes, in words; said aloud where it was."""
+    if trained is None:
+        return "not known: this is not the data set that the policy was trained on, or was changed since"
+    judged = set(episodes.tolist())
+    if not judged & trained:
+        return "no: its run held these episodes out"
     progress.say("the policy was trained on these episodes: errors on new ones will be larger; hold some out with --validation.episodes")
-    return source, f"yes, on {len(present - held)} of them"
+    return f"yes, on {len(judged & trained)} of {len(judged)} episodes"
 
 
 def choose_moments(config: OpenLoopConfig, judged: Judged, source: LeRobotSource) -> tuple[int, NDArray[np.int64]]:

@@ -3,6 +3,7 @@
 Owns: `PolicyChoice`, opening it, what it says of itself. Does not know: what it is judged on.
 """
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from pi0fm.policy.load_options import LoadOptions
 from pi0fm_client.errors import ConfigError
 from pi0fm_client.types import Policy
 
+TOKEN_VARIABLE = "PI0FM_TOKEN"  # noqa: S105 - the name, not the key
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyChoice(LoadOptions):
     """Which policy, and how it is loaded. Raises ConfigError for an option that belongs to a server."""
 
-    policy: str = required("a bundle's directory, or the ws:// address of a server")
+    policy: str = required(f"a bundle's directory, or the ws:// address of a server, whose key is in ${TOKEN_VARIABLE}")
     threads: int | None = option(1, "CPU threads of one inference; with another number sums are in another order, and results differ")
 
     def __post_init__(self) -> None:
@@ -40,7 +43,7 @@ def open_policy(choice: PolicyChoice, connections: int = 1) -> Policy:
     if choice.remote:
         from pi0fm_client.client import RemotePolicy
 
-        return RemotePolicy(choice.policy, connections=connections)
+        return RemotePolicy(choice.policy, connections=connections, token=os.environ.get(TOKEN_VARIABLE))
     from pi0fm.policy import bundle
 
     return bundle.load(choice.policy, choice)
@@ -51,7 +54,7 @@ def read_metadata(choice: PolicyChoice) -> dict[str, Any]:
     if choice.remote:
         from pi0fm_client.client import RemotePolicy
 
-        remote = RemotePolicy(choice.policy, connections=1)
+        remote = RemotePolicy(choice.policy, connections=1, token=os.environ.get(TOKEN_VARIABLE))
         try:
             return dict(remote.metadata)
         finally:

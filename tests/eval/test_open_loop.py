@@ -11,6 +11,7 @@ import tiny_dataset
 from small_policies import observations, saved, small_policy
 
 from pi0fm.cli import main as cli
+from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
 from pi0fm.data.pictures.streaming import open_pictures
 from pi0fm.eval import open_loop
@@ -117,22 +118,35 @@ def trained_on(saved, small_policy, tmp_path, dataset, **facts):
 @pytest.mark.parametrize(
     ("facts", "asked", "judged", "told"),
     [
-        ({"held_out_episodes": "1,2"}, (), [1, 2], "no: these are"),
+        ({"held_out_episodes": "1,2"}, (), [1, 2], "no: its run"),
         ({"held_out_episodes": "1,2"}, (1,), [1], "no: its run"),
-        ({"held_out_episodes": "1,2"}, (0, 1), [0, 1], "yes, on 1"),
-        ({}, (), [0, 1, 2], "yes, on 3"),
+        ({"held_out_episodes": "1,2"}, (0, 1), [0, 1], "yes, on 1 of 2 episodes"),
+        ({}, (), [0, 1, 2], "yes, on 3 of 3 episodes"),
     ],
 )
 def test_held_out_episodes_come_first(saved, small_policy, tmp_path, dataset, facts, asked, judged, told):
     path = trained_on(saved, small_policy, tmp_path, dataset, **facts)
     config = OpenLoopConfig(policy=path, dataset=DatasetConfig(root=dataset, episodes=asked))
-    source, seen = open_episodes(config, read_policy(config))
-    assert np.unique(source.episode).tolist() == judged and seen.startswith(told)
+    source, trained = open_episodes(config, read_policy(config))
+    assert np.unique(source.episode).tolist() == judged and open_loop.told(trained, source.episode).startswith(told)
 
 
 def test_another_data_set_says_that_nothing_is_known(saved, dataset):
     config = OpenLoopConfig(policy=str(saved), dataset=DatasetConfig(root=dataset))
-    assert open_episodes(config, read_policy(config))[1].startswith("not known")
+    assert open_loop.told(open_episodes(config, read_policy(config))[1], np.arange(3)).startswith("not known")
+
+
+def test_a_column_of_another_name_is_given_as_to_a_training(small_policy, dataset, tmp_path):
+    """And the line of what is missing says an option that there is."""
+    other = replace(small_policy.config.embodiment, cameras={"base": "observation.images.head", "wrist": "observation.images.wrist"})
+    bundle.save(tmp_path / "other", small_policy.weights, replace(small_policy.config, embodiment=other), small_policy.stats)
+    words = {"policy": str(tmp_path / "other"), "dataset": DatasetConfig(root=dataset)}
+    config = OpenLoopConfig(**words, embodiment=Embodiment(cameras={"base": "observation.images.base"}))
+    assert open_episodes(config, read_policy(config))[0].embodiment.cameras == small_policy.config.embodiment.cameras
+    with pytest.raises(ConfigError, match=r"has the cameras base, wrist, found --embodiment\.cameras\.head"):
+        read_policy(OpenLoopConfig(**words, embodiment=Embodiment(cameras={"head": "observation.images.base"})))
+    with pytest.raises(ConfigError, match=r"embodiment\.state_dim cannot be given"):
+        OpenLoopConfig(**words, embodiment=Embodiment(state_dim=4))
 
 
 def test_the_command_writes_a_page_figures_and_every_chunk(saved, dataset, tmp_path, capsys):
