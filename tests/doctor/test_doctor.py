@@ -36,6 +36,18 @@ def doctor(capsys, *words) -> tuple[int, dict, str]:
     return code, json.loads(said.out.splitlines()[-1]), said.err
 
 
+def training(network, root, tmp_path) -> list[str]:
+    """The words of a run on the data set at `root`, with a cache of its own."""
+    places = {"root": root, "cache_dir": tmp_path / "cache"}
+    return [
+        "train",
+        str(network),
+        *(word for name, place in places.items() for word in (f"--dataset.{name}", str(place))),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+
+
 @pytest.fixture
 def network(tmp_path):
     path = tmp_path / "network.yaml"
@@ -112,16 +124,7 @@ def test_the_tolerance_that_is_told_is_enough_for_all_rows(tmp_path, capsys, net
     root = write_set(tmp_path / "set", (8, 8), kind="video", files="episode")
     times = [0, 0.2, 0.6, 0.65, 0.7]
     write_video(video_file(root, 1), [shade(1, 10 * time) for time in times], 10, times)
-    words = [
-        "train",
-        str(network),
-        "--dataset.root",
-        str(root),
-        "--dataset.cache_dir",
-        str(tmp_path / "cache"),
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
+    words = training(network, root, tmp_path)
     assert main([*words, "--dataset.tolerance_s", "0.05"]) == 1
     said = capsys.readouterr().err
     assert "row 9 of episode 1" in said and "type --dataset.tolerance_s 0.201" in said
@@ -133,17 +136,7 @@ def test_the_tolerance_that_is_told_is_enough_for_all_rows(tmp_path, capsys, net
 def test_a_run_that_looks_at_all_pictures_leaves_out_what_is_bad_in_the_middle(tmp_path, capsys, network):
     root = write_set(tmp_path / "set", (8, 8, 8), kind="video", files="episode")
     write_video(video_file(root, 1), [shade(1, 0), shade(1, 6), shade(1, 7)], 10, [0, 0.6, 0.7])
-    words = [
-        "train",
-        str(network),
-        "--dataset.root",
-        str(root),
-        "--dataset.cache_dir",
-        str(tmp_path / "cache"),
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
-    words += ["--dataset.tolerance_s", "0.01"]
+    words = [*training(network, root, tmp_path), "--dataset.tolerance_s", "0.01"]
     assert main([*words, "--dataset.skip_bad", "true"]) == 1
     assert "or type --dataset.skip_bad all to leave out every such episode" in capsys.readouterr().err
     assert main([*words, "--dataset.skip_bad", "all"]) == 0
@@ -207,16 +200,7 @@ def test_a_run_leaves_out_what_is_named_and_keeps_the_list(tmp_path, capsys, net
     )
     set_column(data_file(root, 1), "action", pa.array([[0.0, 1.0, float("nan")]] * 6, pa.list_(pa.float32())))
     video_file(root, 4).write_bytes(b"no video")
-    words = [
-        "train",
-        str(network),
-        "--dataset.root",
-        str(root),
-        "--dataset.cache_dir",
-        str(tmp_path / "cache"),
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
+    words = training(network, root, tmp_path)
     assert main(words) == 1
     said = capsys.readouterr().err
     assert "must have finite numbers in 'action'" in said and "--dataset.skip_bad true" in said
