@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pi0fm.options import option, required
-from pi0fm.policy.load_options import GUIDANCE, GUIDED, LoadOptions
+from pi0fm.policy.load_options import GUIDANCE, GUIDED, TOKEN_VARIABLE, LoadOptions
 from pi0fm.progress import say
 from pi0fm.serve import app as application
 from pi0fm.serve import limits, server
@@ -20,7 +20,7 @@ from pi0fm_client.errors import ConfigError
 
 HELP = "answer robots over the openpi WebSocket protocol"
 ALIASES = {"policy.path": "bundle"}
-TOKEN_VARIABLE, ADMIN_VARIABLE = "PI0FM_TOKEN", "PI0FM_ADMIN_TOKEN"  # the names, not the keys
+ADMIN_VARIABLE = "PI0FM_ADMIN_TOKEN"  # the name, not the key
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,13 @@ from pi0fm.data.pictures.images import resize_with_padding
 from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
 from pi0fm.eval.episode import noise_seed
 from pi0fm.eval.policy import PolicyChoice, open_policy, read_metadata
+from pi0fm.eval.report.page import OWN_FILES, refuse_ended
 from pi0fm.options import option
-from pi0fm_client.errors import ConfigError, OutputError
+from pi0fm_client.errors import ConfigError
 from pi0fm_client.types import Observation, Policy
 
 RESAMPLES = 2000  # of the bootstrap
+MOMENTS = "moments.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +174,7 @@ def evaluate_open_loop(config: OpenLoopConfig) -> tuple[dict[str, Any], OpenLoop
     from pi0fm.eval.report import open_loop as report
 
     began, output = time.monotonic(), Path(config.output_dir)
-    _refuse_used(output)
+    refuse_ended(output, (*OWN_FILES, MOMENTS))
     judged = read_policy(config)
     source, trained = open_episodes(config, judged)
     stride, place = choose_moments(config, judged, source)
@@ -397,14 +399,6 @@ def _pictures(dataset: DatasetConfig, judged: Judged, source: LeRobotSource, pla
                         found[number[here], c] = resize_with_padding(whole[None], size, judged.resize)[0]
                 bar.advance()
     return found
-
-
-def _refuse_used(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"output_dir must be a folder, found a file at {output}; type --output_dir ANOTHER")
-    held = [name for name in ("report.html", "summary.json", "episodes.json", "moments.parquet") if (output / name).exists()]
-    if held:
-        raise OutputError(f"an evaluation is never overwritten, and {output} holds {held[0]}; type --output_dir ANOTHER")
 
 
 def _round(value: float) -> float:

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pi0fm.options import option, required
-from pi0fm.policy.load_options import LoadOptions
+from pi0fm.policy.load_options import TOKEN_VARIABLE, LoadOptions
 from pi0fm_client.errors import ConfigError
 from pi0fm_client.types import Policy
-
-TOKEN_VARIABLE = "PI0FM_TOKEN"  # noqa: S105 - the name, not the key
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,17 +97,18 @@ class LocalPolicy:
         """
         if not observations:
             return []
-        if prefixes is not None and any(prefix is not None for prefix in prefixes):
-            if scores is not False:
-                raise ConfigError("scores are of chunks that are not led to an action prefix; leave one of the two out")
-            return self._led(observations, noise_seeds, prefixes)
+        led = prefixes if prefixes is not None and any(prefix is not None for prefix in prefixes) else None
+        if led is not None and scores is not False:
+            raise ConfigError("scores are of chunks that are not led to an action prefix; leave one of the two out")
         if scores is not False:
             self._refuse_scores()
         began = time.perf_counter()
         seeds = _seeds(observations, noise_seeds)
         inputs = self.chain.observe(observations)
         each: list[dict[str, float]] = [{} for _ in observations]
-        if scores is False:
+        if led is not None:
+            sampled = self._led(inputs, observations, seeds, led)
+        elif scores is False:
             sampled, _ = self._sampled(inputs, seeds, spread=False)
         else:
             sampled, found = self._sample_and_score(inputs, seeds, ScoreOptions() if scores is True else scores)
@@ -130,24 +131,19 @@ class LocalPolicy:
         check_prefix(prefix, self._shape[0], self.chain.embodiment.dims()[1])
 
     def _led(
-        self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None, prefixes: Sequence[ActionPrefix | None]
-    ) -> list[ActionChunk]:
-        """`infer_batch` with prefixes: the velocity with its guidance, operation by operation."""
+        self, inputs: ModelObservation, observations: Sequence[Observation], seeds: Sequence[int], prefixes: Sequence[ActionPrefix | None]
+    ) -> Tensor:
+        """Chunks by the velocity with its guidance, operation by operation."""
         if len(prefixes) != len(observations):
             raise ObservationError(f"one action prefix or None for each observation: expected {len(observations)}, found {len(prefixes)}")
         self.refuse_prefixes()
-        began = time.perf_counter()
-        inputs = self.chain.observe(observations)
         target, weights = (tensor.to(self.device) for tensor in led_to(self.chain, observations, prefixes, self._shape[0]))
-        start, increments = self._noise(_seeds(observations, noise_seeds))
+        start, increments = self._noise(seeds)
         # not inference_mode: the guidance may be a derivative
         with torch.no_grad(), self.sampler.precision():
             velocity = self.model.cached_velocity(self.sampler.prepared(inputs))
             guided = GuidedVelocity(velocity, target, weights, jacobian=self.guidance == GUIDED)
-            sampled = sample(self.flow, guided, start, self.mask(len(start)), increments=increments)
-        actions = self._to_robot(inputs.state.cpu().numpy(), sampled.float().cpu().numpy())
-        timings = {"infer_ms": 1e3 * (time.perf_counter() - began)}
-        return [ActionChunk(chunk, timings) for chunk in actions]
+            return sample(self.flow, guided, start, self.mask(len(start)), increments=increments)
 
     def infer_best(
         self, observations: Sequence[Observation], options: BestOf | None = None, noise_seeds: Sequence[int] | None = None

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pi0fm import files, machine, pages
 from pi0fm.data.columns.lerobot_source import LeRobotSource
-from pi0fm.eval.open_loop import OpenLoop, OpenLoopConfig
+from pi0fm.eval.open_loop import MOMENTS, OpenLoop, OpenLoopConfig
 from pi0fm.eval.report.page import ReportContext
 
 POLICY, RECORDED, STILL, MEAN = "#0f766e", pages.INK, "#c8862b", "#5b5fc7"
@@ -30,7 +30,7 @@ def write(
     output: Path, config: OpenLoopConfig, found: OpenLoop, source: LeRobotSource, facts: Mapping[str, Mapping[str, str]], seconds: float
 ) -> Path:
     """Write the three files; the page's path."""
-    with files.new_file(output / "moments.parquet") as file:
+    with files.new_file(output / MOMENTS) as file:
         pq.write_table(table(found, source), file, write_page_checksum=True)
     traced = traced_episodes(found, config.traces)
     worst = np.argsort(-found.each, kind="stable")[: config.worst].tolist()

@@ -45,15 +45,15 @@ class ReportContext:
 
 def refuse_other_evaluation(output_dir: Path) -> None:
     """Raise OutputError when `output_dir` is not a folder, or holds an evaluation that has ended."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise OutputError(f"output_dir must be a folder, found a file at {output_dir}; type --output_dir ANOTHER")
     if not (output_dir / JOURNAL).exists():
         refuse_ended(output_dir)
 
 
-def refuse_ended(output_dir: Path) -> None:
-    """Raise OutputError when `output_dir` holds the files of an evaluation that has ended."""
-    held = [name for name in OWN_FILES if (output_dir / name).exists()]
+def refuse_ended(output_dir: Path, own_files: Sequence[str] = OWN_FILES) -> None:
+    """Raise OutputError when `output_dir` is not a folder, or holds the files of an evaluation that has ended."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise OutputError(f"output_dir must be a folder, found a file at {output_dir}; type --output_dir ANOTHER")
+    held = [name for name in own_files if (output_dir / name).exists()]
     if held:
         raise OutputError(f"an evaluation is never overwritten, and {output_dir} holds {held[0]}; type --output_dir ANOTHER")
 
