@@ -72,10 +72,27 @@ def read_files(names: Sequence[str]) -> Tree:
     return tree
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that a mapping holds twice: the last would win, and the first look as if it did."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node."""
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = None if key_node.tag == "tag:yaml.org,2002:merge" else self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float):
+                continue
+            line = key_node.start_mark.line + 1
+            if key in lines:
+                raise yaml.YAMLError(f"lines {lines[key]} and {line} both set {key!r}; remove one of them")
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> Tree:
-    """Return the mapping in a YAML file. Raises ConfigError that names the file, and the line of a syntax error."""
+    """Return the mapping in a YAML file. Raises ConfigError that names the file, and the line of a syntax error or of a repeated key."""
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(encoding="utf-8-sig"), _OnceLoader)  # noqa: S506 - a safe loader
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

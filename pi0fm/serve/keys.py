@@ -15,26 +15,40 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pi0fm.data.columns.embodiment import PROMPT_KEYS, dotted
 from pi0fm.options import nearest, read_yaml
 from pi0fm_client.errors import ConfigError, ObservationError
 
 Renamed = Callable[[Mapping[str, Any]], dict[str, Any]]
+PROMPT = PROMPT_KEYS[0]
 
 
 def read_keys(path: Path, metadata: Mapping[str, Any]) -> Renamed:
-    """Return what renames a message by the file at `path`; keys that it does not hold stay. Raises ConfigError for an unknown column."""
+    """Return what renames a message by the file at `path`; keys that it does not hold stay.
+
+    Raises ConfigError for an unknown column, and for a file after which no message could be inferred.
+    """
     cameras, state = set(metadata["cameras"].values()), metadata["state_key"]
     columns: dict[str, str | None] = {}
     for key, column in read_yaml(path).items():
         if not isinstance(key, str) or not (column is None or isinstance(column, str)):
             raise ConfigError(f"{path} must map a key to a column, or to nothing, found {key!r}: {column!r}; write KEY: COLUMN")
-        if column is not None and column not in {*cameras, state, "prompt"}:
+        if column is not None and column not in {*cameras, state, PROMPT}:
             raise ConfigError(f"{path} maps {key!r} to {column!r}, no column of the bundle: {nearest(column, [*sorted(cameras), state])}")
         columns[key] = column
-    for camera in cameras:
-        theirs = [key for key, column in columns.items() if column == camera]
+    for single, what in ((PROMPT, "text"), *((camera, "picture") for camera in sorted(cameras))):
+        theirs = [key for key, column in columns.items() if column == single]
         if len(theirs) > 1:
-            raise ConfigError(f"{path} maps {' and '.join(theirs)} to one picture {camera}; leave one of them out")
+            raise ConfigError(f"{path} maps {' and '.join(theirs)} to one {what} {single}; leave one of them out")
+    kinds = {**dict.fromkeys(map(dotted, cameras), "a picture"), dotted(state): "the state", **dict.fromkeys(PROMPT_KEYS, "a text")}
+    for key, column in columns.items():
+        if column is not None and kinds.get(dotted(key), kinds[dotted(column)]) != kinds[dotted(column)]:
+            raise ConfigError(
+                f"{path} maps {key!r}, {kinds[dotted(key)]}, to {column!r}, {kinds[dotted(column)]}: no message would be inferred"
+            )
+    for column in (PROMPT, state):
+        if columns.get(column, column) is None and column not in columns.values():
+            raise ConfigError(f"{path} leaves {column!r} out, and maps no other key to it: no message would be inferred; remove that line")
 
     def renamed(message: Mapping[str, Any]) -> dict[str, Any]:
         found = {key: value for key, value in message.items() if key not in columns}

@@ -258,3 +258,16 @@ def test_nearest(word: str, guess: str | None) -> None:
     line = options.nearest(word, ["train", "eval", "serve"])
     assert line.endswith("known: eval, serve, train")
     assert line.startswith(f"did you mean {guess!r}?") if guess else "did you mean" not in line
+
+
+def test_a_key_that_a_file_holds_twice_is_refused_at_any_depth(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    for text, line in (
+        ("steps: 1\nsteps: 2\n", "lines 1 and 2 both set 'steps'"),
+        ("a:\n  b: 1\n  c: 2\n  b: 1\n", "lines 2 and 4 both set 'b'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=line):
+            options.read_yaml(path)
+    path.write_text("\ufeffbase: &all {a: 1}\nown: {<<: *all, a: 2}\n")  # a merged key may be overridden; a byte order mark is no key
+    assert options.read_yaml(path) == {"base": {"a": 1}, "own": {"a": 2}}

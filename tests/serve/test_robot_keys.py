@@ -59,11 +59,27 @@ def test_pictures_in_each_form_are_one_picture() -> None:
         ("image: observation.images.frnt", "did you mean 'observation.images.front'"),
         ("a: observation.images.front\nb: observation.images.front", "maps a and b to one picture"),
         ("a: [observation.state]", "must map a key to a column"),
+        ("a: observation.state\nb: prompt\na: observation.images.front", "lines 1 and 3 both set 'a'"),
+        ("a: prompt\nb: prompt", "maps a and b to one text prompt"),
+        ("prompt: observation.state", "maps 'prompt', a text, to 'observation.state', the state"),
+        ("task: observation.images.front", "maps 'task', a text, to 'observation.images.front', a picture"),
+        ("observation/state: prompt", "maps 'observation/state', the state, to 'prompt', a text"),
+        ("observation.images.wrist: observation.state", "a picture, to 'observation.state', the state"),
+        ("prompt:", "leaves 'prompt' out, and maps no other key to it"),
+        ("observation.state:", "leaves 'observation.state' out"),
     ],
 )
 def test_a_file_that_names_no_column_is_refused(tmp_path: Path, text: str, line: str) -> None:
     with pytest.raises(ConfigError, match=line):
         read_keys(written(tmp_path, text), METADATA)
+
+
+def test_a_text_may_have_another_name_and_cameras_may_be_exchanged(tmp_path: Path) -> None:
+    front, wrist = "observation.images.front", "observation.images.wrist"
+    swap = f"{front}: {wrist}\n{wrist}: {front}\nlanguage: prompt\nprompt:\n"
+    pictures = {f"observation.images.{name}": np.full((2, 2, 3), value, np.uint8) for name, value in (("front", 1), ("wrist", 2))}
+    found = read_keys(written(tmp_path, swap), METADATA)({**pictures, "language": "pick", "prompt": "ignored"})
+    assert found["prompt"] == "pick" and found["observation.images.front"].max() == 2 and found["observation.images.wrist"].max() == 1
 
 
 def test_a_key_and_its_column_in_one_message_are_refused(tmp_path: Path) -> None:
