@@ -4,6 +4,7 @@ Owns: the options, and the line that says ready. Does not know: the protocol, th
 """
 
 import asyncio
+import codecs
 import gc
 import json
 import os
@@ -66,7 +67,9 @@ def run(options: ServeConfig) -> None:
 
     The only line on standard output is the JSON that says ready; a parent process may wait for it.
     """
-    tokens = known_tokens(options)
+    tokens, admin = known_tokens(options), os.environ.get(ADMIN_VARIABLE)
+    if admin is not None:
+        application.check_token(admin, f"${ADMIN_VARIABLE}")
     limits.log_to_standard_error(options.log_format)
     limits.fit_descriptors(options.max_connections)
     certificates = None
@@ -92,7 +95,7 @@ def run(options: ServeConfig) -> None:
             policy,
             options,
             tokens=tokens,
-            admin_token=os.environ.get(ADMIN_VARIABLE),
+            admin_token=admin,
             load=opened,
             renamed=dict if options.keys is None else read_keys(options.keys, policy.metadata),
         )
@@ -114,16 +117,30 @@ def run(options: ServeConfig) -> None:
 
 def known_tokens(options: ServeConfig) -> list[str]:
     """Return the keys of the option or else the environment, and of the file. Raises ConfigError for one that protects nothing."""
-    token = options.token if options.token is not None else os.environ.get(TOKEN_VARIABLE)
-    tokens = [] if token is None else [token]
+    token, where = options.token, "--token"
+    if token is None:
+        token, where = os.environ.get(TOKEN_VARIABLE), f"${TOKEN_VARIABLE}"
+    tokens = {} if token is None else {where: token}
     if options.tokens is not None:
-        try:
-            lines = [line.strip() for line in options.tokens.read_text().splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--tokens must name a text file, found {options.tokens}: {error}") from None
-        tokens += [line for line in lines if line and not line.startswith("#")]
-        if not tokens:
+        file = {f"{options.tokens}, line {number}:": line for number, line in _lines(options.tokens) if line and not line.startswith("#")}
+        if not file:
             raise ConfigError(f"--tokens must name a file with one key or more, found none in {options.tokens}: write one a line")
-    for each in tokens:
-        application.check_token(each)
-    return tokens
+        tokens |= file
+    for where, each in tokens.items():
+        application.check_token(each, f"{where} a token" if where.endswith(":") else where)
+    return list(tokens.values())
+
+
+def _lines(file: Path) -> list[tuple[int, str]]:
+    """The lines of a file of keys by number, without blanks around them. A byte order mark, as editors on Windows write it, is no key."""
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--tokens must name a text file, found {file}: {error.strerror}") from None
+    found = []
+    for number, line in enumerate(raw.removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+        try:
+            found.append((number, line.decode().strip()))
+        except UnicodeDecodeError:
+            raise ConfigError(f"{file}, line {number}: keys are printable ASCII, found other bytes; save the file as UTF-8") from None
+    return found

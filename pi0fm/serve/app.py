@@ -55,7 +55,7 @@ def create_app(
     load: makes the policy in another bundle, or anew that in the first. renamed: a message in the policy's own keys, see keys.py.
     Raises ConfigError for a token that cannot be used, ObservationError for metadata that cannot be sent.
     """
-    for token in (*tokens, admin_token):
+    for token in (*tokens, *([] if admin_token is None else [admin_token])):
         check_token(token)
     service = _Service(policy, options, tokens, admin_token, load, renamed)
 
@@ -98,11 +98,14 @@ async def reload(app: Starlette) -> None:
         logger.error("the bundle was not loaded anew: %s", error, exc_info=None if isinstance(error, Pi0fmError) else error)
 
 
-def check_token(token: str | None) -> None:
-    """Raise ConfigError for a token that a header cannot carry, or an empty one, which would protect nothing."""
-    if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
+def check_token(token: str, where: str = "a token") -> None:
+    """Raise ConfigError for a token that a header cannot carry, or an empty one, which would protect nothing. The token is not told."""
+    odd = next((at for at, letter in enumerate(token) if not (letter.isascii() and letter.isprintable()) or letter == " "), None)
+    if odd is not None or not token:
+        found = "nothing" if not token else f"U+{ord(token[odd or 0]):04X} as character {(odd or 0) + 1} of {len(token)}"
         raise ConfigError(
-            "a token must be printable ASCII without blanks and not empty: give another one, or leave it out to serve everyone"
+            f"{where} must be printable ASCII without blanks and not empty, found {found}: "
+            "give another one, or leave it out to serve everyone"
         )
 
 

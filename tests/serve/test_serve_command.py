@@ -95,9 +95,38 @@ def test_a_key_that_protects_nothing_is_refused(
 ) -> None:
     if variable is not None:
         monkeypatch.setenv(command.TOKEN_VARIABLE, variable)
-    with pytest.raises(ConfigError, match="token"):
+    with pytest.raises(ConfigError, match="must be printable ASCII without blanks and not empty"):
         command.run(parse(command.Options, ["--bundle", "b", "--port", "0", *words]))
     assert loads == []
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (
+            b"good\ntwo words\n",
+            "keys.txt, line 2: a token must be printable ASCII without blanks and not empty, found U+0020 as character 4",
+        ),
+        (b"# mine\n\nk\xc3\xa4se\n", "keys.txt, line 3: a token must be printable ASCII without blanks and not empty, found U+00E4"),
+        (b"good\nb\xe4d\n", "keys.txt, line 2: keys are printable ASCII, found other bytes; save the file as UTF-8"),
+        ("good\n".encode("utf-16"), "keys.txt, line 1: keys are printable ASCII, found other bytes"),
+        (b"# none\n", "found none in"),
+        (None, "keys.txt: No such file or directory"),
+    ],
+)
+def test_a_file_of_keys_with_a_fault_is_told_with_its_line_and_no_key(tmp_path: Path, content: bytes | None, line: str) -> None:
+    file = tmp_path / "keys.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError) as told:
+        command.known_tokens(parse(command.Options, ["--bundle", "b", "--tokens", str(file)]))
+    assert line in str(told.value) and "good" not in str(told.value) and "words" not in str(told.value)
+
+
+def test_a_file_of_keys_from_windows_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(command.TOKEN_VARIABLE, raising=False)
+    (tmp_path / "keys.txt").write_bytes(b"\xef\xbb\xbffirst\r\n  second \r\n# third\r\n")
+    assert command.known_tokens(parse(command.Options, ["--bundle", "b", "--tokens", str(tmp_path / "keys.txt")])) == ["first", "second"]
 
 
 def test_a_port_for_everyone_without_a_key_is_told(loads: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
