@@ -12,6 +12,7 @@ Shape letters: B batch, H horizon, S state dim, A action dim (robot's before pad
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from pi0fm_client.errors import ConfigError, ObservationError
 from pi0fm_client.types import Observation
 
 MAX_NORMALIZED = 1e9
-"""Of a state, in spreads of the data set: far beyond what a robot sends, far below where float32 overflows in a square."""
+"""Of a state or an action, in spreads of the data set: far beyond what a robot sends, far below where float32 overflows in a square."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,18 @@ class Chain:
                 f"{key} must be near the data set's values, found {found:g}; send it in the units that it was recorded in"
             )
         self.tokenizer([observation.prompt], state[:, : self.embodiment.dims()[0]])
+
+    def check_actions(self, actions: NDArray[Any], what: str) -> None:
+        """Raise ObservationError for actions [n, robot_action_dim] so far from the data set's that they would overflow in the network."""
+        state = np.zeros((1, self.embodiment.dims()[0]), np.float32)
+        with np.errstate(over="ignore"):
+            normal = self.forward(Sample(state, np.asarray(actions, np.float32)[None])).actions
+        assert normal is not None
+        if not (np.abs(normal) <= MAX_NORMALIZED).all():
+            row, dim = np.unravel_index(int(np.abs(normal[0]).argmax()), normal[0].shape)
+            raise ObservationError(
+                f"{what} must be near the data set's actions, found {actions[row][dim]:g} in row {row}; send robot units"
+            )
 
     def to_model(
         self, images: NDArray[np.uint8], image_mask: NDArray[np.bool_], state: NDArray[np.float32], prompts: list[str]

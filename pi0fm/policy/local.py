@@ -128,7 +128,7 @@ class LocalPolicy:
 
     def check_prefix(self, prefix: ActionPrefix) -> None:
         """Raise ObservationError for a prefix that `infer_batch` would refuse."""
-        check_prefix(prefix, self._shape[0], self.chain.embodiment.dims()[1])
+        check_prefix(prefix, self._shape[0], self.chain)
 
     def _led(
         self, inputs: ModelObservation, observations: Sequence[Observation], seeds: Sequence[int], prefixes: Sequence[ActionPrefix | None]

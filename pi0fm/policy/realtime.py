@@ -20,9 +20,9 @@ from pi0fm_client.errors import ObservationError
 from pi0fm_client.types import ActionPrefix, Observation
 
 
-def check_prefix(prefix: ActionPrefix, horizon: int, robot_action_dim: int) -> None:
-    """Raise ObservationError for a prefix of another shape, one that is not finite, or a delay that is longer than it."""
-    actions = np.asarray(prefix.actions)
+def check_prefix(prefix: ActionPrefix, horizon: int, chain: Chain) -> None:
+    """Raise ObservationError for a prefix of another shape, one that is not finite or out of range, or a delay that is longer than it."""
+    actions, robot_action_dim = np.asarray(prefix.actions), chain.embodiment.dims()[1]
     if actions.ndim != 2 or actions.shape[1] != robot_action_dim or not 1 <= len(actions) <= horizon or actions.dtype.kind not in "fiu":
         raise ObservationError(
             f"an action prefix must be numbers [1 to {horizon}, {robot_action_dim}], found {actions.dtype} {list(actions.shape)}; "
@@ -30,6 +30,7 @@ def check_prefix(prefix: ActionPrefix, horizon: int, robot_action_dim: int) -> N
         )
     if not np.isfinite(actions).all():
         raise ObservationError("an action prefix must be finite, found NaN or infinity in it; leave it out")
+    chain.check_actions(actions, "an action prefix")
     if not 0 <= prefix.inference_delay <= len(actions):
         raise ObservationError(
             f"an inference delay must lie within its action prefix of {len(actions)} rows, found {prefix.inference_delay}; "
@@ -50,7 +51,7 @@ def led_to(
     for number, prefix in enumerate(prefixes):
         if prefix is None:
             continue
-        check_prefix(prefix, horizon, robot_dim)
+        check_prefix(prefix, horizon, chain)
         count = len(prefix.actions)
         rows[number] = prefix.actions[np.minimum(np.arange(horizon), count - 1)]
         held[number] = hold_weights(horizon, prefix.inference_delay, horizon - count)

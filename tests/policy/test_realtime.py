@@ -74,11 +74,13 @@ def test_the_target_is_the_absolute_rows_against_the_new_state(policy, observati
         (np.full((2, 3), np.nan), 1, "must be finite"),
         (np.zeros((2, 3)), 3, "prefix of 2 rows, found 3"),
         (np.zeros((2, 3)), -1, "found -1"),
+        (np.full((2, 3), 1e30), 1, r"near the data set's actions, found 1e\+30 in row 0"),
+        (np.full((2, 3), 1e300), 1, "near the data set's actions, found 1e.300"),
     ],
 )
-def test_a_prefix_that_cannot_be_is_refused(actions, delay, line):
+def test_a_prefix_that_cannot_be_is_refused(policy, actions, delay, line):
     with pytest.raises(ObservationError, match=line):
-        check_prefix(ActionPrefix(actions, delay), H, A)
+        check_prefix(ActionPrefix(actions, delay), H, policy.chain)
 
 
 def test_what_cannot_be_led_is_refused(small_policy, policy, observations):
