@@ -19,6 +19,7 @@ import concurrent.futures
 import math
 import numbers
 import secrets
+import ssl
 import threading
 import time
 import weakref
@@ -44,7 +45,8 @@ class AsyncPolicyClient:
     timeout_seconds: for one `infer`, all it does included: waiting its turn, connecting again, sending, receiving.
     connect_timeout_seconds: for `connect`, during which a server may still be starting.
     reconnect: connect again, and send once more, when the connection is lost; an inference changes nothing on a server, so that is safe.
-    Raises ConfigError for a time-out or a token that cannot be used.
+    tls: of a wss:// address, whom to trust and which certificate to show (`--tls_clients`), None: the system's authorities.
+    Raises ConfigError for a time-out, a token or a context that cannot be used.
     """
 
     def __init__(
@@ -55,13 +57,16 @@ class AsyncPolicyClient:
         timeout_seconds: float = 10.0,
         connect_timeout_seconds: float = 60.0,
         reconnect: bool = True,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._timeout_seconds = _checked_seconds("timeout_seconds", timeout_seconds)
         self._connect_seconds = _checked_seconds("connect_timeout_seconds", connect_timeout_seconds)
         if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable()):
             raise ConfigError("token must be printable ASCII, as the server's is: copy it again, or leave it out")
         self._url, self._reconnect = url, reconnect
-        self._address = Address(url, token, self._timeout_seconds)
+        if tls is not None and not str(url).startswith("wss://"):
+            raise ConfigError(f"tls= is for a wss:// address, found {str(url)[:80]!r}: write wss://, or leave it out")
+        self._address = Address(url, token, self._timeout_seconds, tls)
         self._session, self._requests = secrets.token_hex(8), 0
         self._lock = asyncio.Lock()
         self._connection: Connection | None = None
@@ -271,9 +276,15 @@ class PolicyClient:
         timeout_seconds: float = 10.0,
         connect_timeout_seconds: float = 60.0,
         reconnect: bool = True,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._client = AsyncPolicyClient(
-            url, token=token, timeout_seconds=timeout_seconds, connect_timeout_seconds=connect_timeout_seconds, reconnect=reconnect
+            url,
+            token=token,
+            timeout_seconds=timeout_seconds,
+            connect_timeout_seconds=connect_timeout_seconds,
+            reconnect=reconnect,
+            tls=tls,
         )
         self._url, self._seconds = url, timeout_seconds
         self._loop = _LoopThread(self)
@@ -307,7 +318,7 @@ class PolicyClient:
 class RemotePolicy:
     """A `pi0fm_client.types.Policy` on a server: a batch is sent over up to `connections` sockets, so the server infers it together.
 
-    url, token, timeout_seconds, connect_timeout_seconds: as for PolicyClient. Raises what PolicyClient raises, and ServingError when
+    url, token, timeout_seconds, connect_timeout_seconds, tls: as for PolicyClient. Raises what PolicyClient raises, and ServingError when
     the metadata does not say which keys an observation has (an openpi server's does not: use PolicyClient there).
     """
 
@@ -319,8 +330,10 @@ class RemotePolicy:
         token: str | None = None,
         timeout_seconds: float = 10.0,
         connect_timeout_seconds: float = 60.0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._options: dict[str, Any] = {
+            "tls": tls,
             "token": token,
             "timeout_seconds": timeout_seconds,
             "connect_timeout_seconds": connect_timeout_seconds,

@@ -8,7 +8,8 @@ import asyncio
 import ssl
 import time
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
+from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI, WebSocketException
@@ -25,11 +26,12 @@ _CLOSE_TOO_BIG = 1009
 
 @dataclass(frozen=True)
 class Address:
-    """URL and key of a server, and the longest wait for its first frame."""
+    """URL and key of a server, the longest wait for its first frame; tls: whom to trust at wss://, None for the system's authorities."""
 
     url: str
     token: str | None = field(repr=False)
     greeting_seconds: float
+    tls: ssl.SSLContext | None = None
 
 
 class LostError(Exception):
@@ -111,6 +113,7 @@ async def connect_to(address: Address, seconds: float) -> Connection:
 
 
 async def _handshake(address: Address) -> ClientConnection:
+    encryption: dict[str, Any] = {} if address.tls is None else {"ssl": address.tls}
     try:
         return await connect(
             str(address.url),
@@ -122,14 +125,15 @@ async def _handshake(address: Address) -> ClientConnection:
             ping_interval=None,  # openpi's server answers no ping while it infers; every request has its own time-out
             close_timeout=CLOSE_SECONDS,
             proxy=None,
+            **encryption,
         )
-    except ssl.SSLCertVerificationError as error:
-        raise ServingError(
-            f"{address.url} has a certificate that is not trusted here ({error.verify_message}): check SSL_CERT_FILE"
-        ) from None
+    except ssl.SSLError as error:
+        raise _fault_of_tls(address.url, error) from None
     except OSError as error:  # refused, unreachable, unknown host, timed out
         raise _TryAgainError(error.strerror or str(error) or type(error).__name__) from None
     except InvalidHandshake as error:
+        if isinstance(error.__cause__, (EOFError, OSError)):
+            raise await _fault_of_silence(address) from None
         raise _fault_of_handshake(address.url, error) from None
     except (InvalidURI, ValueError):  # ValueError: a port or a host name that no address can have
         raise ServingError(f"{address.url!r} is no WebSocket address: write ws://HOST:PORT") from None
@@ -163,9 +167,44 @@ def _fault_of_handshake(url: str, error: InvalidHandshake) -> Exception:
         if status in (401, 403):
             return ServingError(f"{url} refused the token (HTTP {status}): give the server's key as token=, to a command in $PI0FM_TOKEN")
         return ServingError(f"{url} is no policy server: it answers a WebSocket handshake with HTTP {status}; check host, port and path")
-    if isinstance(error.__cause__, (EOFError, OSError)):
-        return _TryAgainError("it closed the connection during the handshake")
     return ServingError(f"{url} is no policy server: {_one_line(error)}; check host and port")
+
+
+def _fault_of_tls(url: str, error: ssl.SSLError) -> ServingError:
+    """Return the line for a TLS handshake that failed; none of its causes passes with time."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return ServingError(f"{url} has a certificate that is not trusted here ({error.verify_message}): check SSL_CERT_FILE, or give tls=")
+    if error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+        return ServingError(f"{url} speaks no TLS: write ws://, or start the server with a certificate")
+    reason = (error.reason or _one_line(error)).replace("_", " ").lower()
+    return ServingError(f"{url} and this client found no common TLS ({reason}): check the certificates of both, and tls=")
+
+
+async def _fault_of_silence(address: Address) -> Exception:
+    """Return the exception for a server that closed instead of answering a handshake: TLS that does not fit, or a server that starts."""
+    try:
+        parts = urlsplit(address.url)
+        context = address.tls or ssl.create_default_context()
+        if parts.scheme == "ws":
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # only asked whether it speaks TLS; nothing is sent
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        port = parts.port or (80 if parts.scheme == "ws" else 443)
+        reader, writer = await asyncio.wait_for(asyncio.open_connection(parts.hostname, port, ssl=context), CLOSE_SECONDS)
+        try:
+            if parts.scheme == "ws":
+                return ServingError(f"{address.url} speaks TLS: write wss://")
+            if not await asyncio.wait_for(reader.read(1), CLOSE_SECONDS):  # asked nothing yet, a server waits; asyncio's tells no alert
+                return ServingError(
+                    f"{address.url} ends TLS at once: it asks for a client's certificate that it trusts; give tls= with one"
+                )
+        finally:
+            writer.transport.abort()
+    except ssl.SSLError as error:
+        if parts.scheme == "wss":
+            return _fault_of_tls(address.url, error)
+    except (OSError, asyncio.TimeoutError):
+        pass
+    return _TryAgainError("it closed the connection during the handshake")
 
 
 def _lost(error: ConnectionClosed) -> LostError:

@@ -65,14 +65,42 @@ class Certificates:
     def context(self) -> ssl.SSLContext:
         """Return what encrypts. Raises ConfigError for files that cannot be used."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        _check_pem(self.chain, "--tls_certificate", "CERTIFICATE-----")
+        _check_pem(self.key, "--tls_key", "PRIVATE KEY-----")
+        if self.clients is not None:
+            _check_pem(self.clients, "--tls_clients", "CERTIFICATE-----")
+        asked: list[bytes] = []
+
+        def password() -> bytes:  # without it openssl asks at the terminal
+            asked.append(b"")
+            return b""
+
         try:
-            context.load_cert_chain(self.chain, self.key)
+            context.load_cert_chain(self.chain, self.key, password)
             if self.clients is not None:
                 context.load_verify_locations(self.clients)
                 context.verify_mode = ssl.CERT_REQUIRED
-        except OSError as error:  # what ssl raises is one
-            raise ConfigError(f"TLS needs a certificate and its key as PEM files, found {self} ({error}): give others") from None
+        except (ssl.SSLError, ValueError) as error:
+            what = f"{self.chain}, {self.key}" + (f" and {self.clients}" if self.clients else "")
+            if asked:
+                raise ConfigError(
+                    f"--tls_key must be without a password, found {self.key} with one: type openssl pkey -in it -out another"
+                ) from None
+            if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+                raise ConfigError(f"--tls_key must belong to the first certificate of {self.chain}, found another in {self.key}") from None
+            raise ConfigError(f"TLS needs whole PEM files, found damage in one of {what}: copy them again") from None
         return context
+
+
+def _check_pem(file: Path, option: str, word: str) -> None:
+    """Raise ConfigError for a file that cannot be read, or holds no such block of PEM."""
+    try:
+        text = file.read_text("latin-1")
+    except OSError as error:
+        raise ConfigError(f"{option} must name a PEM file that can be read, found {file}: {error.strerror}") from None
+    if word not in text:
+        what = "certificate" if word.startswith("CERT") else "private key"
+        raise ConfigError(f"{option} must name a PEM file with a {what} (a block -----BEGIN ... {word}), found none in {file}")
 
 
 def url_of(bound: socket.socket, encrypted: bool = False) -> str:
