@@ -32,6 +32,7 @@ COMMANDS = {
     "compare": "evaluations on the same tasks and seeds, side by side",
     "convert": "openpi's and LeRobot's weights to a bundle, and back",
     "serve": "answer robots over the openpi WebSocket protocol",
+    "replay": "infer a server's log of requests again, and compare two bundles on it",
     "flow": "see and measure the flows that policies are made of",
     "profile": "where the steps of a run go, and what to change",
     "bench": "measure pi0fm and its peers on this machine",

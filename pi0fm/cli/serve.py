@@ -8,8 +8,9 @@ import codecs
 import gc
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from pi0fm.options import option, required
 from pi0fm.policy.load_options import GUIDANCE, GUIDED, TOKEN_VARIABLE, LoadOptions
@@ -17,6 +18,7 @@ from pi0fm.progress import say
 from pi0fm.serve import app as application
 from pi0fm.serve import limits, server
 from pi0fm.serve.keys import read_keys
+from pi0fm.serve.records.request_log import RequestLog
 from pi0fm_client.errors import ConfigError
 
 HELP = "answer robots over the openpi WebSocket protocol"
@@ -46,11 +48,16 @@ class ServeConfig(LoadOptions, limits.ServingLimits):
     )
     keys: Path | None = option(None, "YAML file: a robot's own observation key -> a column of the bundle (serve/keys.py says the rest)")
 
+    log_requests: Path | None = option(None, "folder for a log of what is inferred, pictures too: pi0fm replay infers it again")
+    log_mb: int = option(1024, "most megabytes of that log; the oldest requests go first")
+
     def __post_init__(self) -> None:
         LoadOptions.__post_init__(self)
         limits.ServingLimits.__post_init__(self)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must lie in 0..65535, found {self.port}: 8000 is the default, 0 takes a free one")
+        if self.log_mb < 8:
+            raise ConfigError(f"--log_mb must be >= 8, found {self.log_mb}: 1024 keeps two minutes of a robot with three cameras at 20 Hz")
         if self.log_format not in ("text", "json"):
             raise ConfigError(f"--log_format must be text or json, found {self.log_format!r}")
         if self.guidance not in GUIDANCE:
@@ -85,11 +92,22 @@ def run(options: ServeConfig) -> None:
         from pi0fm.policy.bundle import load
         from pi0fm.policy.local import LocalPolicy
 
+        descriptions: dict[str | None, dict[str, Any]] = {}
+
         def opened(bundle: str | Path | None = None) -> LocalPolicy:
-            policy = load(options.bundle if bundle is None else bundle, options)
+            path = options.bundle if bundle is None else Path(bundle)
+            policy = load(path, options)
             policy.guidance = options.guidance
+            if options.log_requests is not None:
+                from pi0fm.serve.records.replay import describe
+
+                how = {field.name: getattr(options, field.name) for field in fields(LoadOptions)}
+                descriptions[policy.metadata.get("identity")] = describe(policy, path, LoadOptions(**how))
             return policy
 
+        log = None
+        if options.log_requests is not None:
+            log = RequestLog(options.log_requests, options.log_mb * 1_000_000, descriptions.__getitem__)
         policy = opened()
         app = application.create_app(
             policy,
@@ -97,6 +115,7 @@ def run(options: ServeConfig) -> None:
             tokens=tokens,
             admin_token=admin,
             load=opened,
+            log=log,
             renamed=dict if options.keys is None else read_keys(options.keys, policy.metadata),
         )
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import cast, final
 
 from starlette.applications import Starlette
@@ -27,10 +28,13 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from pi0fm.serve import sessions
+from pi0fm.serve.batcher import Tap
 from pi0fm.serve.limits import ServingLimits
 from pi0fm.serve.metrics import Metrics
+from pi0fm.serve.records.request_log import RequestLog
 from pi0fm.serve.served import Renamed, Servable, Serving
 from pi0fm.serve.sessions import Session
+from pi0fm_client import wire
 from pi0fm_client.errors import ConfigError, Pi0fmError, ServingError
 
 SECONDS_BEFORE_EVICTION = 5.0  # a robot that connected asks within milliseconds
@@ -48,16 +52,18 @@ def create_app(
     admin_token: str | None = None,
     load: Load | None = None,
     renamed: Renamed = dict,
+    log: RequestLog | None = None,
 ) -> Starlette:
     """Build the application that serves `policy`; it warms up in its lifespan unless `warm_up` was awaited before.
 
     tokens: a client must send one of them, none serves everyone. admin_token: the key of /swap, None leaves that out.
     load: makes the policy in another bundle, or anew that in the first. renamed: a message in the policy's own keys, see keys.py.
+    log: of what is inferred; closed at the end.
     Raises ConfigError for a token that cannot be used, ObservationError for metadata that cannot be sent.
     """
     for token in (*tokens, *([] if admin_token is None else [admin_token])):
         check_token(token)
-    service = _Service(policy, options, tokens, admin_token, load, renamed)
+    service = _Service(policy, options, tokens, admin_token, load, renamed, log)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -121,10 +127,11 @@ class _Service:
         admin_token: str | None,
         load: Load | None,
         renamed: Renamed,
+        log: RequestLog | None,
     ) -> None:
         self._options, self._tokens, self._admin_token, self._load = options, tokens, admin_token, load
-        self._metrics = Metrics()
-        self.serving = Serving(policy, options, self._metrics, renamed)
+        self._metrics, self._log = Metrics(), log
+        self.serving = Serving(policy, options, self._metrics, renamed, self._taps)
         self._draining = False
         self._sessions: set[Session] = set()
         self._leaving: set[asyncio.Task[None]] = set()
@@ -138,6 +145,12 @@ class _Service:
         self.serving.is_warm = False
         self.serving.now.batcher.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._log is not None:
+            self._log.close()
+
+    def _taps(self, policy: Servable) -> list[Tap]:
+        """Return what listens to the batches of a policy."""
+        return [] if self._log is None else [partial(self._log.inferred, policy.metadata.get(wire.IDENTITY))]
 
     async def swap(self, bundle: str | None) -> None:
         load = self._load
@@ -157,6 +170,7 @@ class _Service:
         if not _knows(request.headers, self._tokens):
             return self._denied("key", 401, "send the header Authorization: Api-Key <key>")
         self._metrics.connections.set(len(self._sessions))
+        self._metrics.unlogged.set(0 if self._log is None else self._log.dropped)
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def handle_swap(self, request: Request) -> Response:

@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, cast, final
 
 from pi0fm.serve.limits import ServingLimits
 from pi0fm.serve.metrics import Metrics
@@ -75,12 +75,18 @@ class _Waiting:
     since: float
 
 
+Tap = Callable[[Sequence[Request], Sequence[int], Sequence[ActionChunk]], None]
+
+
 @final
 class Batcher:
-    """Run `policy.infer_batch` in one thread. All methods belong to one event loop."""
+    """Run `policy.infer_batch` in one thread. All methods belong to one event loop.
 
-    def __init__(self, policy: Policy, options: ServingLimits, metrics: Metrics) -> None:
-        self._policy, self._stall_seconds, self._metrics = policy, options.stall_seconds, metrics
+    taps: told each batch that was inferred, with its seeds and its answers; they must not wait.
+    """
+
+    def __init__(self, policy: Policy, options: ServingLimits, metrics: Metrics, taps: Sequence[Tap] = ()) -> None:
+        self._policy, self._stall_seconds, self._metrics, self._taps = policy, options.stall_seconds, metrics, taps
         self._max_batch_size, self._max_queue = options.max_batch_size, options.max_queue
         self._pace = Pace(options.max_batch_size)
         self._waiting: dict[Hashable, _Waiting] = {}
@@ -222,8 +228,10 @@ class Batcher:
         self._metrics.batch_size.observe(len(batch))
         for waiting in batch:
             self._metrics.stage.labels("wait").observe(began - waiting.since)
+        requests = [waiting.request for waiting in batch]
+        seeds = self._seeds(requests)
         try:
-            chunks = await self._infer([waiting.request for waiting in batch])
+            chunks = await self._infer(requests, seeds)
         except Exception as error:  # noqa: BLE001 - any exception of a policy is its client's answer, and must not end this loop
             if len(batch) == 1:
                 _fail(batch[0], error)
@@ -236,6 +244,8 @@ class Batcher:
             self._inferring = None
         ended = time.perf_counter()
         self._pace.inferred(len(batch), ended - began, ended)
+        for tap in self._taps:
+            tap(requests, seeds or [], chunks)
         self._metrics.stage.labels("infer").observe(ended - began)
         for waiting, chunk in zip(batch, chunks, strict=True):
             if waiting.request.session not in self._waiting:  # here, since the next batch is chosen before any client hears of this one
@@ -243,28 +253,31 @@ class Batcher:
             if not waiting.answer.done():
                 waiting.answer.set_result(chunk)
 
-    async def _infer(self, requests: Sequence[Request]) -> list[ActionChunk]:
-        observations, seeds = [request.observation for request in requests], None
-        if any(request.noise_seed is not None for request in requests):
-            # A neighbour that asked for no seed gets a fresh one, so that both can share the batch.
-            seeds = [secrets.randbelow(2**63) if request.noise_seed is None else request.noise_seed for request in requests]
-        prefixes = [request.prefix for request in requests]
-        more = {} if all(prefix is None for prefix in prefixes) else {"prefixes": prefixes}
-        candidates = requests[0].candidates
+    def _seeds(self, requests: Sequence[Request]) -> list[int] | None:
+        if not self._taps and all(request.noise_seed is None for request in requests):
+            return None
+        # A neighbour that asked for no seed gets a fresh one, so that both can share the batch.
+        return [secrets.randbelow(2**63) if request.noise_seed is None else request.noise_seed for request in requests]
 
-        def call() -> list[ActionChunk]:
-            if candidates is None:
-                return self._policy.infer_batch(observations, seeds, **more)
-            from pi0fm.policy.best_of import BestOf  # torch is there where a policy can choose
-
-            chooses: Any = self._policy
-            best: list[ActionChunk] = chooses.infer_best(observations, BestOf(candidates), seeds)
-            return best
-
-        chunks: list[ActionChunk] = await self._worker.run(call)
-        if len(chunks) != len(observations):
-            raise RuntimeError(f"a policy must answer each observation once: {len(observations)} given, {len(chunks)} chunks returned")
+    async def _infer(self, requests: Sequence[Request], seeds: Sequence[int] | None = None) -> list[ActionChunk]:
+        chunks: list[ActionChunk] = await self._worker.run(lambda: infer(self._policy, requests, seeds))
+        if len(chunks) != len(requests):
+            raise RuntimeError(f"a policy must answer each observation once: {len(requests)} given, {len(chunks)} chunks returned")
         return chunks
+
+
+def infer(policy: Policy, requests: Sequence[Request], seeds: Sequence[int] | None) -> list[ActionChunk]:
+    """Return the policy's chunks for requests of one number of candidates."""
+    observations, prefixes = [request.observation for request in requests], [request.prefix for request in requests]
+    candidates, called = requests[0].candidates, cast(Any, policy)
+    more = {} if all(prefix is None for prefix in prefixes) else {"prefixes": prefixes}
+    if candidates is None:
+        chunks: list[ActionChunk] = called.infer_batch(observations, seeds, **more)
+    else:
+        from pi0fm.policy.best_of import BestOf  # torch is there where a policy can choose
+
+        chunks = called.infer_best(observations, BestOf(candidates), seeds)
+    return chunks
 
 
 @final

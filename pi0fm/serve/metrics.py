@@ -28,6 +28,8 @@ class Metrics:
         self.connections = Gauge("pi0fm_connections", "Robots that are connected", registry=registry)
         self.waiting = Gauge("pi0fm_waiting", "Requests in the queue", registry=registry)
 
+        self.unlogged = Gauge("pi0fm_unlogged_batches", "Batches that the log of requests had no time for", registry=registry)
+
     def text(self) -> bytes:
         """Return all of them as Prometheus reads them."""
         return generate_latest(self._registry)

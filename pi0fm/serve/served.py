@@ -9,7 +9,7 @@ Owns: `Served`, what must be equal for a swap. Does not know: connections, HTTP,
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, final, runtime_checkable
@@ -17,7 +17,7 @@ from typing import Any, Protocol, final, runtime_checkable
 import numpy as np
 
 from pi0fm.serve import door
-from pi0fm.serve.batcher import Batcher, Worker
+from pi0fm.serve.batcher import Batcher, Tap, Worker
 from pi0fm.serve.limits import ServingLimits
 from pi0fm.serve.metrics import Metrics
 from pi0fm_client import wire
@@ -66,8 +66,10 @@ class Served:
 class Serving:
     """The policy that is served now. Raises ObservationError for metadata that cannot be sent."""
 
-    def __init__(self, policy: Servable, options: ServingLimits, metrics: Metrics, renamed: Renamed) -> None:
-        self._options, self._metrics, self._renamed = options, metrics, renamed
+    def __init__(
+        self, policy: Servable, options: ServingLimits, metrics: Metrics, renamed: Renamed, tap: Callable[[Servable], Sequence[Tap]]
+    ) -> None:
+        self._options, self._metrics, self._renamed, self._tap = options, metrics, renamed, tap
         self._swapping = False
         self.now = self._served(policy)
         self.is_warm = False
@@ -78,7 +80,9 @@ class Serving:
         entrance = door.Door(policy.observation, options.max_frame_bytes, self._renamed, _prefix_check(policy), chooses)
         extensions = [*entrance.extensions, *([wire.REPLY_IDENTITY] if wire.IDENTITY in metadata else [])]
         greeting = {**without_paths(metadata), "max_frame_bytes": options.max_frame_bytes, wire.EXTENSIONS: extensions}
-        return Served(policy, Batcher(policy, options, self._metrics), entrance, wire.pack(greeting), metadata.get(wire.IDENTITY))
+        return Served(
+            policy, Batcher(policy, options, self._metrics, self._tap(policy)), entrance, wire.pack(greeting), metadata.get(wire.IDENTITY)
+        )
 
     async def warm_up(self) -> float:
         """Make the policy ready; return the seconds it took, 0 when it was ready. Raises ServingError for one that cannot infer."""
@@ -99,14 +103,12 @@ class Serving:
         loader = Worker("pi0fm-swap")
         try:
             fresh, before = self._served(await loader.run(load)), self.now
-            known = before.policy.metadata
-            differing = [name for name in SAME_AFTER_A_SWAP if fresh.policy.metadata.get(name) != known.get(name)]
-            if differing:
+            try:
+                refuse_another_robot(fresh.policy.metadata, before.policy.metadata)
+                await _warm(fresh)
+            except ServingError:
                 fresh.batcher.close()
-                raise ServingError(
-                    f"a bundle for the same robot can be swapped in, found another {', '.join(differing)}: start a server for it"
-                )
-            await _warm(fresh)
+                raise
             self.now = fresh
         finally:
             self._swapping = False
@@ -115,6 +117,13 @@ class Serving:
         logger.warning("serving %s in the place of %s", fresh.identity, before.identity)
         await before.batcher.drain()
         before.batcher.close()
+
+
+def refuse_another_robot(metadata: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Raise ServingError for a policy that cannot take the place of a known one."""
+    differing = [name for name in SAME_AFTER_A_SWAP if metadata.get(name) != known.get(name)]
+    if differing:
+        raise ServingError(f"a bundle takes the place of one for the same robot, found another {', '.join(differing)}: give one for it")
 
 
 def _prefix_check(policy: Servable) -> Callable[[ActionPrefix], None] | None:

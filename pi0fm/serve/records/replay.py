@@ -1,0 +1,145 @@
+"""`pi0fm replay`: infer a log of requests again, in its batches and by its seeds, and compare a second bundle on the same requests.
+
+Owns: the options, the order of passes, the figures. Does not know: how a log is written (request_log.py), the network.
+
+    identical            answers that are the log's, bit for bit: the same bundle, machine, versions and number of threads give all of them
+    largest_difference   to the log's answers, robot units
+    other                the second bundle against the first: root mean square of each action dimension, robot units
+    another_seed         the first bundle against itself with other noise: what a difference that means nothing looks like
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi0fm import machine, progress
+from pi0fm.options import option, required
+from pi0fm.policy import bundle
+from pi0fm.policy.load_options import LoadOptions
+from pi0fm.policy.local import LocalPolicy
+from pi0fm.serve.batcher import infer
+from pi0fm.serve.records.request_log import LoggedBatch, read
+from pi0fm.serve.served import refuse_another_robot
+from pi0fm_client.errors import BundleError, ConfigError, ServingError
+
+WORST = 5  # requests that are named
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """Options of `pi0fm replay`; what is not given is as the log says. Raises ConfigError for a value out of range."""
+
+    log: Path = required("folder that pi0fm serve --log_requests wrote")
+    bundle: Path | None = option(None, "bundle that answers; the log's own when not given")
+    other: Path | None = option(None, "a second bundle, compared with the first on the same requests")
+    most: int | None = option(None, "batches to infer, the oldest first; all when not given")
+    device: str | None = option(None, "cpu, cuda or cuda:N; the log's when not given")
+    threads: int | None = option(None, "CPU threads of one inference; the log's when not given")
+
+    def __post_init__(self) -> None:
+        for name in ("most", "threads"):
+            if (getattr(self, name) or 1) < 1:
+                raise ConfigError(f"--{name} must be >= 1, found {getattr(self, name)}; leave it out for the usual")
+
+
+def replay(options: ReplayConfig) -> dict[str, Any]:
+    """Return the figures. Raises ServingError for a log without requests or of another robot, BundleError for a bundle that is gone."""
+    description = next(read(options.log), None)
+    if description is None:
+        raise ServingError(f"{options.log} holds no whole batch: ask the server that writes it, or let it end")
+    known, left_out = description.description, 0
+    for batch in read(options.log):
+        left_out += batch.description["identity"] != known["identity"]
+
+    def batches() -> Iterator[LoggedBatch]:
+        alike = (batch for batch in read(options.log) if batch.description["identity"] == known["identity"])
+        return islice(alike, options.most)
+
+    policy = _opened(options.bundle or Path(known["bundle"]), options, known)
+    total = sum(1 for _ in batches())
+    logged = _stacked("log", total, batches(), lambda batch: batch.actions)
+    first = _stacked("first bundle", total, batches(), _answers(policy))
+    differing = np.abs(first - logged).reshape(len(logged), -1).max(axis=1)
+    figures: dict[str, Any] = {
+        "requests": len(logged),
+        "batches": total,
+        "batches_of_other_bundles": left_out,
+        "identical": int((first.view(np.uint32) == logged.view(np.uint32)).reshape(len(logged), -1).all(axis=1).sum()),
+        "largest_difference": float(differing.max()),
+        "identity": {"log": known["identity"], "first": policy.metadata.get("identity")},
+        "differs": [name for name, now in _here(policy).items() if known.get(name) != now],
+    }
+    if options.other is not None:
+        another_seed = _stacked("first bundle, another seed", total, batches(), _answers(policy, 1))
+        metadata = policy.metadata
+        del policy  # two bundles of billions of weights need not fit together
+        second_policy = _opened(options.other, options, known)
+        refuse_another_robot(second_policy.metadata, metadata)
+        figures["identity"]["other"] = second_policy.metadata.get("identity")
+        second = _stacked("other bundle", total, batches(), _answers(second_policy))
+        figures |= _compared(first, second, another_seed, [batch.at for batch in batches() for _ in batch.requests])
+    return figures
+
+
+def describe(policy: LocalPolicy, path: Path, load: LoadOptions) -> dict[str, Any]:
+    """What a log notes of a policy, so that it can be opened again as it was."""
+    return {"bundle": str(path.resolve()), "guidance": policy.guidance, "load": vars(load) | _threads(), **_here(policy)}
+
+
+def _here(policy: LocalPolicy) -> dict[str, Any]:
+    """What the rounding of an answer depends on."""
+    facts = machine.describe_machine()
+    return {"device": str(policy.device), "processor": facts["processor"], "versions": machine.describe_versions(), **_threads()}
+
+
+def _threads() -> dict[str, int]:
+    import torch
+
+    return {"threads": torch.get_num_threads()}
+
+
+def _opened(path: Path, options: ReplayConfig, known: Mapping[str, Any]) -> LocalPolicy:
+    own = {name: value for name, value in (("device", options.device), ("threads", options.threads)) if value is not None}
+    if not path.exists():
+        raise BundleError(f"the log's bundle is gone from {path}: give --bundle")
+    policy = bundle.load(path, LoadOptions(**{**known["load"], **own}))
+    policy.guidance = known["guidance"]
+    return policy
+
+
+def _answers(policy: LocalPolicy, shift: int = 0) -> Callable[[LoggedBatch], list[NDArray[np.float32]]]:
+    def answers(batch: LoggedBatch) -> list[NDArray[np.float32]]:
+        seeds = [(seed + shift) % 2**63 for seed in batch.seeds]
+        return [chunk.actions for chunk in infer(policy, batch.requests, seeds)]
+
+    return answers
+
+
+def _stacked(
+    name: str, total: int, batches: Iterator[LoggedBatch], answers: Callable[[LoggedBatch], list[NDArray[np.float32]]]
+) -> NDArray[np.float32]:
+    """[requests, H, A]."""
+    found: list[NDArray[np.float32]] = []
+    with progress.step(name, total) as step:
+        for batch in batches:
+            found += answers(batch)
+            step.advance()
+    if len({chunk.shape for chunk in found}) > 1:
+        raise ServingError(f"the answers of one bundle have one shape, found {sorted({chunk.shape for chunk in found})}: give --bundle")
+    return np.stack(found)
+
+
+def _compared(
+    first: NDArray[np.float32], second: NDArray[np.float32], another_seed: NDArray[np.float32], at: list[float]
+) -> dict[str, Any]:
+    def per_dimension(difference: NDArray[np.float32]) -> list[float]:
+        return [float(value) for value in np.sqrt((difference.astype(np.float64) ** 2).mean(axis=(0, 1)))]
+
+    largest = np.abs(second - first).reshape(len(first), -1).max(axis=1)
+    worst = [{"request": int(row), "at": at[row], "largest_difference": float(largest[row])} for row in np.argsort(-largest)[:WORST]]
+    return {"other": per_dimension(second - first), "another_seed": per_dimension(another_seed - first), "worst": worst}
