@@ -202,7 +202,7 @@ def add_norm(
     normed = torch.empty(x.shape, dtype=dtype, device=x.device)
     given, strides, flags = _norm_operands(x, parts, gate, norm, by)
     kernels.add_norm[(batch * tokens,)](
-        *given, total, normed, batch * tokens, tokens, *strides, BLOCK=triton.next_power_of_2(width), **flags
+        *given, total, normed, batch * tokens, _sharing(tokens, by), *strides, BLOCK=triton.next_power_of_2(width), **flags
     )
     return total, normed
 
@@ -285,8 +285,9 @@ def head(
     batch, tokens, _ = x.shape
     out = torch.empty(batch, tokens - first, linear.out_features, dtype=torch.float32, device=x.device)
     given, strides, flags = _norm_operands(x, parts, gate, norm, by)
+    shape = (batch * tokens, _sharing(tokens, by), first)
     kernels.head[(batch * (tokens - first),)](
-        *given, linear.weight, linear.bias, out, batch * tokens, tokens, first, *strides, A=linear.out_features, num_warps=8, **flags
+        *given, linear.weight, linear.bias, out, *shape, *strides, A=linear.out_features, num_warps=8, **flags
     )
     return out
 
@@ -380,8 +381,15 @@ def _norm_operands(
 
 
 def _stride(x: Tensor | None) -> int:
-    """From a row of the batch to the next; 0 where one serves all."""
-    return 0 if x is None or len(x) == 1 else x.stride(0)
+    """From a row of the batch, or a token with a time of its own, to the next; 0 where one serves all."""
+    if x is None or x.shape[:2] == (1, 1):
+        return 0
+    return x.stride(0) if x.shape[1] == 1 else x.stride(1)
+
+
+def _sharing(tokens: int, by: Modulation | None) -> int:
+    """How many tokens, one behind the other, share a flow time. Where it is one, no token stands before the actions (`first` is 0)."""
+    return tokens if by is None or by.factor.shape[1] == 1 else 1
 
 
 def _rows_from(rotary: Rotation, first: int) -> Rotation:

@@ -67,7 +67,7 @@ class DecoderConfig:
 
 
 LayerCondition = Tensor | tuple[Modulation, Modulation] | None
-"""For adaptive norms: the flow time's condition [B, D], or what a layer's two norms make of it; None for plain norms."""
+"""For adaptive norms: the flow time's condition [B, D], or [B, T, D], or what a layer's two norms make of it; None for plain norms."""
 
 
 class StreamInput(NamedTuple):
@@ -162,7 +162,7 @@ class JointDecoderLayer(nn.Module):
         assert isinstance(cached, KeyValue)
         return after_prefix, after_suffix, cached
 
-    def modulations(self, condition: Float[Tensor, "B D"]) -> tuple[Modulation, Modulation]:
+    def modulations(self, condition: Float[Tensor, "*n D"]) -> tuple[Modulation, Modulation]:
         """What the two adaptive norms of the action stream make of one flow time."""
         before_attention, before_mlp = self.action_expert.attention_norm, self.action_expert.mlp_norm
         assert isinstance(before_attention, AdaptiveRMSNorm) and isinstance(before_mlp, AdaptiveRMSNorm)
@@ -219,7 +219,7 @@ class JointDecoder(nn.Module):
         seen = torch.cat((mask[:, None].expand(-1, len(own), -1), own.expand(len(mask), -1, -1)), dim=2)[:, None]
         return ActionContext(buffers, rotary, additive(seen), chunks)
 
-    def modulations(self, condition: Float[Tensor, "B D"]) -> Modulations:
+    def modulations(self, condition: Float[Tensor, "*n D"]) -> Modulations:
         """What every adaptive norm of the action stream makes of one flow time; a third of what a step of pi0.5 reads from memory."""
         layers = tuple(layer.modulations(condition) for layer in self.layers if isinstance(layer, JointDecoderLayer))
         assert isinstance(self.final_norm, AdaptiveRMSNorm)

@@ -31,7 +31,10 @@ class Rotation(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """What an adaptive norm makes of one flow time: 1 + scale, shift and the residual's gate, float32 [B or 1, 1, D]."""
+    """What an adaptive norm makes of one flow time: 1 + scale, shift and the residual's gate, float32 [B or 1, 1, D].
+
+    [B, T, D] where tokens have times of their own.
+    """
 
     factor: Tensor
     shift: Tensor
@@ -115,15 +118,18 @@ class AdaptiveRMSNorm(nn.Module):
         """Zero, whatever the rest of the network starts with."""
         return {"modulation.weight": ConstantInit(0.0), "modulation.bias": ConstantInit(0.0)}
 
-    def modulate(self, condition: Float[Tensor, "B D"]) -> Modulation:
-        """All of it that does not depend on x: a sampler makes it once a flow time instead of once an evaluation."""
-        scale, shift, gate = at_least_float32(self.modulation(condition)[:, None]).chunk(3, dim=-1)
+    def modulate(self, condition: Float[Tensor, "*n D"]) -> Modulation:
+        """All of it that does not depend on x: a sampler makes it once a flow time instead of once an evaluation.
+
+        condition: [B, D], or [B, T, D] where tokens have times of their own.
+        """
+        scale, shift, gate = at_least_float32(each_token(self.modulation(condition))).chunk(3, dim=-1)
         return Modulation(1.0 + scale, shift, gate)
 
     def forward(
         self, x: Float[Tensor, "B T D"], condition: Tensor | Modulation | None
-    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "b 1 D"]]:
-        """`normed(x) * (1 + scale) + shift` and the residual's gate [b, 1, D]; condition: [B, D'], or what `modulate` made of it."""
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "b t D"]]:
+        """`normed(x) * (1 + scale) + shift` and the residual's gate; condition: as `modulate` takes it, or what it made of it."""
         if condition is None:
             raise ValueError("an adaptive norm needs the condition made from the flow time")
         by = condition if isinstance(condition, Modulation) else self.modulate(condition)
@@ -333,9 +339,14 @@ def _writable(x: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
-def time_embedding(time: Float[Tensor, " B"], width: int, shortest: float = 4e-3, longest: float = 4.0) -> Float[Tensor, "B D"]:
+def each_token(x: Float[Tensor, "*n D"]) -> Float[Tensor, "B T D"]:
+    """What belongs to one flow time a chunk, [B, D], with an axis for the tokens; what belongs to one a token as it is."""
+    return x if x.ndim == 3 else x[:, None]
+
+
+def time_embedding(time: Float[Tensor, "*n"], width: int, shortest: float = 4e-3, longest: float = 4.0) -> Float[Tensor, "*n D"]:
     """`[sin, cos]` of 2 pi time / period for width/2 log-spaced periods; float64 inside, float32 out."""
     fractions = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=time.device)
     periods = shortest * (longest / shortest) ** fractions
-    angles = 2.0 * math.pi * time.double()[:, None] / periods
+    angles = 2.0 * math.pi * time.double()[..., None] / periods
     return torch.cat((angles.sin(), angles.cos()), dim=-1).float()

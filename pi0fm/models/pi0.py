@@ -11,6 +11,8 @@ Sources: Black et al. 2024 (arXiv 2410.24164), pi0.5 (arXiv 2504.16054), RT-size
                            suffix -> action stream  ---/  -> linear -> velocity
     x_t, t   -> MLP    -> /
 
+A flow time is a chunk's, t [B], or a row's, t [B, H], where rows are held at t = 1 (flow/committed.py).
+
 Shape letters: B batch, C cameras, V tokens of a picture, L prompt tokens, P = C V + L, H horizon, A action dim, Q suffix tokens.
 """
 
@@ -21,12 +23,12 @@ from typing import Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from pi0fm.models.initial import Initial, NormalInit, initialise_new, unit_variance
 from pi0fm.models.joint_decoder import DecoderConfig, JointDecoder, Stream
-from pi0fm.models.layers import CHECKPOINTING, GatedMLP, Linear, at_least_float32, time_embedding
+from pi0fm.models.layers import CHECKPOINTING, GatedMLP, Linear, Modulation, at_least_float32, each_token, time_embedding
 from pi0fm.models.observation import ModelObservation, pixels
 from pi0fm.models.prefix_cache import ActionContext, Modulations, PrefixCache
 from pi0fm.models.vision import VisionConfig, VisionLayer, VisionMLP, VisionTower
@@ -64,11 +66,27 @@ class Pi0Config:
 class FlowTime(NamedTuple):
     """All that is made of one flow time alone.
 
-    embedded: [B or 1, D], what `_time` gives; modulations: what the adaptive norms make of it, None for plain norms.
+    embedded: [B or 1, D], or [B, H, D], what `_time` gives; modulations: what the adaptive norms make of it, None for plain norms.
     """
 
     embedded: Tensor
     modulations: Modulations | None = None
+
+    def where(self, held: Bool[Tensor, "B H"], clean: "FlowTime") -> "FlowTime":
+        """The times of rows: those of `clean` where `held`, else these; both of one time for all."""
+
+        def rows(of_held: Tensor, of_free: Tensor) -> Tensor:
+            return torch.where(held[..., None], each_token(of_held), each_token(of_free))
+
+        def modulation(of_held: Modulation, of_free: Modulation) -> Modulation:
+            return Modulation(*(rows(*pair) for pair in zip(of_held, of_free, strict=True)))
+
+        embedded = rows(clean.embedded, self.embedded)
+        if self.modulations is None or clean.modulations is None:
+            return FlowTime(embedded)
+        layers = zip(clean.modulations.layers, self.modulations.layers, strict=True)
+        made = tuple((modulation(theirs[0], ours[0]), modulation(theirs[1], ours[1])) for theirs, ours in layers)
+        return FlowTime(embedded, Modulations(made, modulation(clean.modulations.final, self.modulations.final)))
 
 
 class Pi0(nn.Module):
@@ -99,7 +117,7 @@ class Pi0(nn.Module):
         return self.decoder.encode(*self._prefix(observation), whole)
 
     def velocity(
-        self, cache: PrefixCache, state: Float[Tensor, "BK S"], x_t: Float[Tensor, "BK H A"], t: Float[Tensor, " BK"]
+        self, cache: PrefixCache, state: Float[Tensor, "BK S"], x_t: Float[Tensor, "BK H A"], t: Float[Tensor, "*times"]
     ) -> Float[Tensor, "BK H A"]:
         """dx/dt at (x_t, t) for the cached observations, K rows each; t in [0, 1] from noise to data; float32."""
         suffix, num_state_tokens, condition = self._suffix(state, x_t, t)
@@ -121,7 +139,7 @@ class Pi0(nn.Module):
         actions, condition = self._actions(x_t, time.embedded)
         return self._head(self.decoder.decode_actions(actions, context, condition if time.modulations is None else time.modulations))
 
-    def forward(self, observation: ModelObservation, x_t: Float[Tensor, "BK H A"], t: Float[Tensor, " BK"]) -> Float[Tensor, "BK H A"]:
+    def forward(self, observation: ModelObservation, x_t: Float[Tensor, "BK H A"], t: Float[Tensor, "*times"]) -> Float[Tensor, "BK H A"]:
         """Training: `velocity` of `encode_prefix` in one pass.
 
         K rows of x_t and t for each observation, in its order: one prefix serves all.
@@ -173,10 +191,12 @@ class Pi0(nn.Module):
         actions, condition = self._actions(x_t, self._time(t))
         if self.config.state_input == "prompt":
             return actions, 0, condition
+        if condition is not None and condition.ndim == 3:  # the last row is never held: its time is the chunk's, and the state's
+            condition = torch.cat((condition[:, -1:], condition), dim=1)
         return torch.cat((self.state_in(state)[:, None], actions), dim=1), 1, condition
 
     def _time(self, t: Tensor) -> Tensor:
-        """All that is made of the flow time alone: pi0.5's condition, or the time's half of the first product of pi0's MLP; [B, D]."""
+        """All that is made of flow times alone: pi0.5's condition, or the time's half of the first product of pi0's MLP; t's axes and D."""
         width = self.action_in.out_features
         # released weights count time from data to noise: their clock is 1 - t
         time = time_embedding(1.0 - t, width).to(self.action_in.weight.dtype)
@@ -190,7 +210,7 @@ class Pi0(nn.Module):
         if self.config.time_conditioning == "adaptive_norm":
             return actions, time
         # MLP(concatenated action and time), the two halves of the product apart: the time's is the same for all H actions
-        joined = F.linear(actions, self.time_mlp_in.weight[:, : actions.shape[-1]]) + time[:, None]
+        joined = F.linear(actions, self.time_mlp_in.weight[:, : actions.shape[-1]]) + each_token(time)
         return self.time_mlp_out(F.silu(joined)), None
 
     def _head(self, suffix: Tensor) -> Tensor:
@@ -241,8 +261,8 @@ class CachedVelocity:
             self._context = model.decoder.context(cache, tokens, config.action_horizon, chunks)
         self._times = {} if times is None else times
 
-    def __call__(self, x_t: Float[Tensor, "BN H A"], t: Float[Tensor, " BN"]) -> Float[Tensor, "BN H A"]:
-        """dx/dt at (x_t, t), float32."""
+    def __call__(self, x_t: Float[Tensor, "BN H A"], t: Float[Tensor, "*times"]) -> Float[Tensor, "BN H A"]:
+        """dx/dt at (x_t, t), float32; t: a chunk's own time [BN], or a row's [BN, H]."""
         # adaptive norms take one time for all rows of an observation
         if self._context is None or (self._chunks > 1 and self._model.config.time_conditioning == "adaptive_norm"):
             return self._model.velocity(self._cache, self._state.repeat_interleave(self._chunks, dim=0), x_t, t)
@@ -252,9 +272,18 @@ class CachedVelocity:
         """The same at one time for the whole batch, of which all that does not depend on x_t is made at the first call and kept."""
         if self._context is None:
             return self(x_t, torch.full((len(x_t),), t, dtype=x_t.dtype, device=x_t.device))
+        return self._action_velocity(x_t, self._time(t), self._context)
+
+    def at_rows(self, x_t: Float[Tensor, "B H A"], t: float, held: Bool[Tensor, "B H"]) -> Float[Tensor, "B H A"]:
+        """As `at`, where the rows that are `held` have time 1: every row takes what was made of one of two times."""
+        if self._context is None or self._chunks > 1:
+            return self(x_t, torch.where(held, 1.0, torch.full_like(held, t, dtype=x_t.dtype)))
+        return self._action_velocity(x_t, self._time(t).where(held, self._time(1.0)), self._context)
+
+    def _time(self, t: float) -> FlowTime:
         if t not in self._times:
             self._times[t] = self._model.flow_time(t)
-        return self._action_velocity(x_t, self._times[t], self._context)
+        return self._times[t]
 
 
 def parameter_count(model: nn.Module) -> int:

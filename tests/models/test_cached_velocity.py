@@ -39,6 +39,22 @@ def test_one_time_for_all_is_each_rows_own(name):
 
 @variants
 @torch.no_grad()
+def test_rows_with_times_of_their_own_are_those_of_the_joint_pass(name):
+    """Held rows stand at t = 1; where all rows share a time, it is the chunk's."""
+    model, (x_t, t) = network(ALL[name]), question()
+    seen = dataclasses.replace(observation(), image_mask=MISSING)
+    field, held = model.cached_velocity(seen), torch.arange(4) < torch.tensor([0, 1, 3])[:, None]
+    torch.testing.assert_close(field(x_t, t[:, None].expand(-1, 4)), field(x_t, t), rtol=0, atol=3e-6)
+    by_row = torch.where(held, 1.0, 0.3)
+    expected = model(seen, x_t, by_row)
+    for found in (field.at_rows(x_t, 0.3, held), field(x_t, by_row)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=3e-6)
+    torch.testing.assert_close(expected[0], field.at(x_t, 0.3)[0], rtol=0, atol=3e-6)
+    assert (expected[1:] - field.at(x_t, 0.3)[1:]).abs().amax(dim=(1, 2)).min() > 1e-3
+
+
+@variants
+@torch.no_grad()
 def test_several_chunks_of_an_observation_share_its_prefix_and_do_not_see_each_other(name):
     """Whatever one of them is, the others stay; padding and missing cameras differ between the observations."""
     model, seen, chunks = network(ALL[name]), dataclasses.replace(observation(), image_mask=MISSING), 4

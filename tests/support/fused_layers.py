@@ -42,6 +42,10 @@ def rows_of(name: str, device: torch.device, batch: int, horizon: int, dtype: to
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         plain, ours = model.cached_velocity(seen), fused.cached_velocity(seen)
         pairs = [(plain.at(x_t, t), ours.at(x_t, t)) for t in (0.1, 0.7)] + [(plain(x_t, each), ours(x_t, each))]
+        held = torch.arange(horizon, device=device) < torch.arange(2, batch + 2, device=device)[:, None]
+        pairs += [(plain.at_rows(x_t, 0.4, held), ours.at_rows(x_t, 0.4, held))]
+        by_row = torch.rand(batch, horizon, device=device)
+        pairs += [(plain(x_t, by_row), ours(x_t, by_row))]
         several = torch.cat((x_t, -x_t), dim=1).view(-1, *x_t.shape[1:])  # two chunks of each observation, which share its prefix
         plain, ours = (network.cached_velocity(seen, 2) for network in (model, fused))
         pairs += [(plain.at(several, t), ours.at(several, t)) for t in (0.1, 0.7)]  # the state rides along with the first
