@@ -257,7 +257,7 @@ class OurTraining:
         """The loss of one step on the batch of that number, which is made within, as in `train.loop`."""
         run = self._run
         first, count = step * run.global_batch_size, run.global_batch_size
-        valid = self._collator.valid_elements(first, count) * run.flow_draws_per_observation
+        valid = self._collator.valid_elements(first, count)
         batches = (self._collator(first + begin, size) for begin, size in split(count, 0, 1, run.micro_batch_size))
         self._trainer.state.schedule(self._scheduled_steps)
         return float(self._trainer.step(batches, valid))

@@ -50,6 +50,13 @@ FREE_IN_GROUPS = (
 
 
 @dataclass(frozen=True)
+class RtcConfig:
+    """Training for real-time chunking (flow/committed.py)."""
+
+    max_delay: int = option(0, "rows of a chunk that a policy for real-time chunking learns to go on from, 0 to this many; 0 trains none")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run. The global batch is fixed; how it is split over workers and micro batches changes nothing but speed and memory."""
 
@@ -78,6 +85,7 @@ class TrainConfig:
     parallel: ParallelConfig = option(ParallelConfig, "")
     model: dict[str, Any] = option(lambda: {"preset": "tiny"}, "preset (tiny, pi0, pi05), and any field of it to change")
     flow: FlowConfig = option(FlowConfig, "")
+    rtc: RtcConfig = option(RtcConfig, "")
     optimizer: OptimizerConfig = option(OptimizerConfig, "")
     ema_decay: float | None = option(0.999, "decay of the moving average of the weights that goes into the bundle; null for none")
     precision: str = option("auto", "auto (bfloat16 where the hardware has it), float32 or bfloat16; weights and moments are float32")
@@ -145,6 +153,11 @@ class TrainConfig:
         if self.execution_horizon > network.action_horizon:
             raise ConfigError(
                 f"execution_horizon must be <= the model's action_horizon {network.action_horizon}, found {self.execution_horizon}"
+            )
+        if not 0 <= self.rtc.max_delay < network.action_horizon:
+            raise ConfigError(
+                f"rtc.max_delay must lie in 0..{network.action_horizon - 1}, since one row of a chunk or more is predicted, "
+                f"found {self.rtc.max_delay}; type the most control steps that pass while a chunk is inferred"
             )
         if self.prompt_dialect != "pretrained":
             refuse_dialect(self.prompt_dialect, network.state_input == "prompt")

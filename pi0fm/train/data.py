@@ -144,6 +144,7 @@ def policy_config(config: TrainConfig, source: LeRobotSource, held: tuple[int, .
         tokenizer=config.tokenizer,
         prompt_dialect=config.prompt_dialect,
         execution_horizon=config.execution_horizon,
+        rtc_max_delay=config.rtc.max_delay,
         fps=source.fps,
         demonstration_seeds=source.demonstration_seeds,
         camera_sources=config.camera_sources or source.camera_sources,
@@ -270,8 +271,9 @@ def _with_pictures(config: TrainConfig, number: int, found: _Checked) -> RunData
             augmentation=config.augmentation if config.augment else None,
             order=found.order,
             padded_noise=found.policy.padded_noise,
+            max_delay=config.rtc.max_delay,
         )
-    unseen = replace(collator, source=found.unseen, augmentation=None, order=None)
+    unseen = replace(collator, source=found.unseen, augmentation=None, order=None, max_delay=0)
     return RunDataset(found.name, found.policy, found.stats, collator, unseen, found.order)
 
 

@@ -103,7 +103,6 @@ def _run(context: Context, config: TrainConfig, parallel: Parallel, data: RunDat
         for step in range(first, config.steps):
             rate = state.schedule(config.steps)
             valid = data.training.valid_elements(step * config.global_batch_size, config.global_batch_size)
-            valid *= config.flow_draws_per_observation
             part, norm = train_step(state.trained, flow, state.optimizer, parallel.accelerator, batches, valid, config.optimizer.clip_norm)
             state.advance()
             log.after_step(state.step, part, norm, rate)

@@ -51,7 +51,8 @@ def cut(whole: Batch, start: int, count: int) -> Batch:
         return value[start : start + count]
 
     seen = ModelObservation(**{name: part(value) for name, value in vars(whole.observation).items()})
-    return Batch(seen, *(part(getattr(whole, name)) for name in ("actions", "action_mask", "noise", "uniform")))
+    arrays = {name: part(getattr(whole, name)) for name in ("actions", "action_mask", "noise", "uniform")}
+    return Batch(seen, **arrays, delays=None if whole.delays is None else part(whole.delays))
 
 
 def parts(whole: Batch, size: int) -> Iterator[Batch]:
@@ -74,26 +75,37 @@ def step(whole: Batch, micro: int) -> tuple[float, float, dict[str, torch.Tensor
 
 
 def valid_elements(whole: Batch) -> int:
-    return int(whole.action_mask.sum()) * whole.uniform.shape[1]
+    return int(counted(whole).sum())
+
+
+def counted(whole: Batch) -> torch.Tensor:
+    """[B, K, H, A], the entries that the loss counts."""
+    delays = torch.zeros_like(whole.uniform) if whole.delays is None else whole.delays
+    return whole.action_mask[:, None] & (torch.arange(4) >= delays[..., None])[..., None]
 
 
 def by_hand(whole: Batch) -> tuple[torch.Tensor, Pi0]:
-    """The mean over the valid elements and the draws of the whole batch; a pass of its own for each draw."""
+    """The mean over the valid elements and the draws of the whole batch; a pass of its own for each draw, held rows at t = 1."""
     network = model()
-    losses = []
-    for noise, uniform in zip(whole.noise.unbind(1), whole.uniform.unbind(1), strict=True):
-        t = FLOW.times(uniform)
-        x_t = (1 - t)[:, None, None] * noise + t[:, None, None] * whole.actions
-        errors = (network(whole.observation, x_t, t) - (whole.actions - noise)) ** 2
-        losses.append(errors[whole.action_mask].mean())
-    return torch.stack(losses).mean(), network
+    delays = torch.zeros_like(whole.uniform) if whole.delays is None else whole.delays
+    errors = []
+    for noise, uniform, delay, real in zip(*(each.unbind(1) for each in (whole.noise, whole.uniform, delays, counted(whole))), strict=True):
+        t = torch.where(torch.arange(4) < delay[:, None], 1.0, FLOW.times(uniform)[:, None])
+        x_t = (1 - t)[..., None] * noise + t[..., None] * whole.actions
+        times = FLOW.times(uniform) if whole.delays is None else t
+        errors.append(((network(whole.observation, x_t, times) - (whole.actions - noise)) ** 2)[real])
+    return torch.cat(errors).mean(), network
 
 
-@pytest.mark.parametrize(("micro", "draws"), [(8, 1), (4, 1), (1, 1), (8, 3), (2, 3)])
-def test_loss_and_gradient_are_those_of_the_whole_batch(micro, draws):
-    """However it is cut, and with K draws on one encoding as with K separate passes."""
-    loss, norm, gradients = step(batch(draws), micro)
-    expected, network = by_hand(batch(draws))
+DELAYS = torch.tensor([[0, 1, 2, 3, 1, 0, 2, 1], [3, 0, 0, 1, 0, 2, 1, 0], [0, 0, 1, 2, 0, 1, 0, 3]]).T
+
+
+@pytest.mark.parametrize(("micro", "draws", "held"), [(8, 1, 0), (4, 1, 0), (1, 1, 0), (8, 3, 0), (2, 3, 0), (8, 1, 1), (2, 3, 1)])
+def test_loss_and_gradient_are_those_of_the_whole_batch(micro, draws, held):
+    """However it is cut, and with K draws on one encoding as with K separate passes; of a policy for real-time chunking too."""
+    whole = replace(batch(draws), delays=DELAYS[:, :draws]) if held else batch(draws)
+    loss, norm, gradients = step(whole, micro)
+    expected, network = by_hand(whole)
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     total = torch.sqrt(sum(parameter.grad.square().sum() for parameter in network.parameters()))

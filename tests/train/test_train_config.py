@@ -3,7 +3,7 @@
 import pytest
 
 from pi0fm.models.presets import TINY
-from pi0fm.train.config import TrainConfig
+from pi0fm.train.config import RtcConfig, TrainConfig
 from pi0fm_client.errors import ConfigError
 
 
@@ -25,6 +25,8 @@ from pi0fm_client.errors import ConfigError
         {"keep_checkpoints": 0},
         {"execution_horizon": 17},
         {"execution_horizon": 0},
+        {"rtc": RtcConfig(-1)},
+        {"rtc": RtcConfig(16)},
     ],
 )
 def test_options_out_of_range(wrong):

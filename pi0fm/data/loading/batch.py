@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from pi0fm.data.pictures.augmentation import Augmentation, augment
@@ -21,6 +21,7 @@ class Batch:
 
     actions: [B, H, A] normalised and padded; action_mask: [B, H, A], False past the episode's end and on padded dimensions;
     noise: [B, K, H, A], K flow draws of each observation; uniform: [B, K] in [0, 1), from which the time density makes t;
+    delays: [B, K], how many first rows of a chunk are held clean (flow/committed.py), None where none ever is;
     augmentation: what is to be done to the pictures on the device, None for nothing.
     """
 
@@ -30,6 +31,7 @@ class Batch:
     noise: Float[Tensor, "B K H A"]
     uniform: Float[Tensor, "B K"]
     augmentation: Augmentation | None = None
+    delays: Int64[Tensor, "B K"] | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; from page-locked memory the copies do not block."""

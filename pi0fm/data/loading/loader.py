@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pi0fm.data.chain import Chain, Sample
 from pi0fm.data.columns.lerobot_source import LeRobotSource
 from pi0fm.data.loading.batch import Batch
-from pi0fm.data.order.counter import Slots, draws
+from pi0fm.data.order.counter import Slots, draws, uniforms
 from pi0fm.data.order.orders import Order, Places
 from pi0fm.data.order.split import split
 from pi0fm.data.pictures.augmentation import AugmentConfig, numbers
@@ -36,6 +36,7 @@ from pi0fm_client.errors import ConfigError
 __all__ = ["Batch", "BatchMaker", "Collator", "LoaderConfig", "action_chunks", "keep_count", "micro_batches"]
 
 _COUNTS_KEPT = 64
+DELAYS = 4  # the stream of random numbers that is the delays' own
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,10 @@ class BatchMaker(ABC):
 
     @abstractmethod
     def valid_elements(self, first: int, count: int) -> int:
-        """How many True entries `action_mask` has over stream positions first .. first + count - 1, whoever trains on them."""
+        """How many entries the loss counts over stream positions first .. first + count - 1, whoever trains on them.
+
+        The True ones of `action_mask`, for each flow draw, without the rows that it holds.
+        """
 
     @abstractmethod
     def count_ahead(self, first: int, count: int) -> None:
@@ -76,6 +80,7 @@ class Collator(BatchMaker):
     """Makes the batch of any stretch of the stream of one data set. order: other than the one that suits the pictures best.
 
     padded_noise: keep noise in the dimensions that the robot lacks, for weights that know it there (PolicyConfig.padded_noise).
+    max_delay: the most rows that a flow draw holds clean; how many it holds is uniform in 0..max_delay.
     """
 
     source: LeRobotSource
@@ -88,6 +93,7 @@ class Collator(BatchMaker):
     augmentation: AugmentConfig | None = None
     order: Order | None = None
     padded_noise: bool = False
+    max_delay: int = 0
     _counts: dict[tuple[int, int], int] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -120,7 +126,8 @@ class Collator(BatchMaker):
         augmentation = None
         if self.augmentation is not None:
             augmentation = numbers(self.augmentation, self.seed, keys, tuple(self.source.embodiment.cameras))
-        return Batch(observation, **tensors, augmentation=augmentation)
+        delays = torch.from_numpy(self._delays(keys)) if self.max_delay else None
+        return Batch(observation, **tensors, augmentation=augmentation, delays=delays)
 
     def places(self, positions: NDArray[np.int64]) -> Places:
         """What stands at these positions."""
@@ -146,9 +153,17 @@ class Collator(BatchMaker):
 
     def count_valid(self, positions: NDArray[np.int64]) -> int:
         """`valid_elements` of any positions."""
-        frames = self.source.frames[self.places(positions).index]
+        at = self.places(positions)
+        frames = self.source.frames[at.index]
         steps = np.minimum(self.source.end[frames] - frames, self.action_horizon)
-        return int(steps.sum()) * self.chain.embodiment.dims()[1]
+        rows = int(steps.sum()) * self.flow_draws
+        if self.max_delay:
+            rows = int((steps[:, None] - self._delays(Slots(at.epoch, at.number))).clip(min=0).sum())
+        return rows * self.chain.embodiment.dims()[1]
+
+    def _delays(self, keys: Slots) -> NDArray[np.int64]:
+        """[B, K], a function of seed, epoch, sample and draw."""
+        return (uniforms(self.seed, keys, DELAYS, self.flow_draws) * (self.max_delay + 1)).astype(np.int64)
 
 
 def _side_by_side(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:

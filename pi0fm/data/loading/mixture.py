@@ -121,7 +121,7 @@ class MixtureCollator(BatchMaker):
     def __post_init__(self) -> None:
         if not self.parts or len(self.parts) != len(self.weights):
             raise ConfigError(f"a mixture needs one weight a data set, found {len(self.weights)} for {len(self.parts)}; correct the list")
-        seeds, sizes = {part.seed for part in self.parts}, {(part.action_horizon, part.action_dim) for part in self.parts}
+        seeds, sizes = {part.seed for part in self.parts}, {(part.action_horizon, part.action_dim, part.max_delay) for part in self.parts}
         if len(seeds) != len(self.parts) or len(sizes) != 1:
             raise ConfigError("the data sets of a mixture need seeds of their own (part_seed) and one network; build the parts again")
 
@@ -194,7 +194,8 @@ def _joined(made: Sequence[tuple[Collator, NDArray[np.int64], Batch]], cameras: 
         prompt_mask=torch.zeros(count, longest, dtype=torch.bool),
         state=sample.observation.state.new_zeros(count, sample.observation.state.shape[1]),
     )
-    arrays = {name: getattr(sample, name) for name in ("actions", "action_mask", "noise", "uniform")}
+    names = ("actions", "action_mask", "noise", "uniform", *(() if sample.delays is None else ("delays",)))
+    arrays = {name: getattr(sample, name) for name in names}
     whole = Batch(seen, **{name: array.new_zeros(count, *array.shape[1:]) for name, array in arrays.items()})
     augmentation = _neutral(count, len(cameras)) if any(batch.augmentation is not None for _, _, batch in made) else None
     for part, rows, batch in made:

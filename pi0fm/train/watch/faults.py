@@ -13,7 +13,7 @@ Does not know: the network. The step itself was refused on the device (train/opt
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -24,7 +24,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pi0fm import files, progress
-from pi0fm.data.loading.batch import Batch
 from pi0fm.data.loading.loader import BatchMaker, Collator
 from pi0fm.data.loading.mixture import MixtureCollator, deal
 from pi0fm.data.order.split import split
@@ -109,7 +108,7 @@ class NonfiniteWatch:
         culprits: set[str] = set()
         parts = split(self._config.global_batch_size, self._context.rank, self._context.world_size, self._config.micro_batch_size)
         for part, (offset, count) in enumerate(parts):
-            tensors = _tensors(self._collator(first + offset, count))
+            tensors = self._collator(first + offset, count).named()
             culprits |= {name for name, tensor in tensors.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())}
             name = f"worker-{self._context.rank:05d}-part-{part:03d}.safetensors"
             files.write_bytes(place / name, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
@@ -157,11 +156,3 @@ def _located(collator: Collator, positions: NDArray[np.int64]) -> dict[str, Any]
     frames = source.frames[at.index]
     episodes = source.episode[frames].tolist()
     return {"root": str(source.root), "epochs": at.epoch.tolist(), "frames": frames.tolist(), "episodes": episodes}
-
-
-def _tensors(batch: Batch) -> dict[str, Tensor]:
-    found = {name: getattr(batch, name) for name in ("actions", "action_mask", "noise", "uniform")}
-    for group in ("observation", "augmentation"):
-        inner = getattr(batch, group)
-        found |= {} if inner is None else {f"{group}.{item.name}": getattr(inner, item.name) for item in fields(inner)}
-    return found

@@ -19,7 +19,7 @@ GLOBAL_BATCH, STEPS = 8, 5
 
 def joined(batches: list[Batch]) -> dict[str, torch.Tensor]:
     """All rows; prompts are padded to a common length first, since each batch trims its own."""
-    names = [field.name for field in dataclasses.fields(Batch) if field.name != "augmentation"]
+    names = [field.name for field in dataclasses.fields(Batch) if getattr(batches[0], field.name) is not None]
     columns = {name: [getattr(batch, name) for batch in batches] for name in names}
     seen = columns.pop("observation")
     for field in dataclasses.fields(seen[0]):
@@ -119,6 +119,23 @@ def test_flow_draws_are_the_same_for_any_ranks_and_micro_batches(collator):
 @pytest.mark.parametrize(("first", "count"), [(0, 8), (5, 20), (13, 40)])
 def test_valid_elements_counts_the_mask(collator, first, count):
     assert collator.valid_elements(first, count) == int(collator(first, count).action_mask.sum())
+
+
+def test_delays_are_a_function_of_the_sample_and_spread_evenly(collator):
+    """The same for any split; the count of valid entries is without the rows that they hold; without them there are none."""
+    held = dataclasses.replace(collator, flow_draws=2, max_delay=3)
+    expected, found = stream(held, 1, GLOBAL_BATCH), stream(held, 2, 2)
+    for name, rows in expected.items():
+        assert torch.equal(found[name], rows), name
+    batch = held(0, 400)
+    assert batch.delays.shape == (400, 2) and collator(0, 2).delays is None
+    shares = torch.bincount(batch.delays.flatten()) / 800
+    assert len(shares) == 4 and (shares - 0.25).abs().max() < 0.06
+    free = torch.arange(batch.actions.shape[1]) >= batch.delays[:, :, None]
+    counted = int((batch.action_mask[:, None] & free[..., None]).sum())
+    assert held.valid_elements(0, 400) == counted < 2 * int(batch.action_mask.sum())
+    # noise and flow times are what they are without
+    assert torch.equal(batch.noise, dataclasses.replace(collator, flow_draws=2)(0, 400).noise)
 
 
 def test_chunks_by_hand():

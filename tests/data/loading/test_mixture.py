@@ -95,6 +95,18 @@ def test_the_union_over_workers_and_the_count_of_valid_entries(mixture):
         assert mixture.valid_elements(step * 8, 8) == int(batch.action_mask.sum())
 
 
+def test_delays_of_every_part_are_its_own(collator, other):
+    parts = tuple(replace(part, max_delay=2) for part in (collator, other))
+    batch, counted = MixtureCollator(parts, (1.0, 1.0))(0, 8), MixtureCollator(parts, (1.0, 1.0)).valid_elements(0, 8)
+    which, numbers = deal((1.0, 1.0), np.arange(8))
+    for row, (part, number) in enumerate(zip(which.tolist(), numbers.tolist(), strict=True)):
+        assert torch.equal(batch.delays[row], parts[part](number, 1).delays[0])
+    free = torch.arange(batch.actions.shape[1]) >= batch.delays
+    assert counted == int((batch.action_mask & free[..., None]).sum())
+    with pytest.raises(ConfigError, match="one network"):
+        MixtureCollator((parts[0], other), (1.0, 1.0))
+
+
 def test_augmentation_of_one_part_leaves_the_other_as_it_is(collator, other):
     half = MixtureCollator((collator, replace(other, augmentation=AugmentConfig())), (1.0, 1.0))
     batch = half(0, 8)
