@@ -18,11 +18,10 @@ __all__ = ["__version__", "load"]
 
 
 def load(path: "str | Path", **options: Any) -> "LocalPolicy":
-    """Load the policy in the bundle at `path`; the options are the fields of `pi0fm.policy.load_options.LoadOptions`."""
+    """Load the policy in the bundle at `path`; the options are the fields of `LoadOptions` and `guidance` (policy/load_options.py)."""
     from pi0fm.policy import bundle
-    from pi0fm.policy.load_options import LoadOptions
 
-    return bundle.load(path, LoadOptions(**options))
+    return bundle.load(path, **options)
 
 
 def __getattr__(name: str) -> str:

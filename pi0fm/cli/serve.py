@@ -44,7 +44,8 @@ class ServeConfig(LoadOptions, limits.ServingLimits):
     guidance: str = option(
         GUIDED,
         "real-time chunking: guided leads a chunk to what is left of the robot's last one by a backward pass a flow step, "
-        "guided_no_jacobian without it: cheaper, cruder, and with --compile too",
+        "guided_no_jacobian without it: cheaper, cruder, and with --compile too; hard_prefix keeps the rows that are executed meanwhile, "
+        "at no cost, of a policy that was trained with --rtc.max_delay",
     )
     keys: Path | None = option(None, "YAML file: a robot's own observation key -> a column of the bundle (serve/keys.py says the rest)")
 
@@ -61,7 +62,7 @@ class ServeConfig(LoadOptions, limits.ServingLimits):
         if self.log_format not in ("text", "json"):
             raise ConfigError(f"--log_format must be text or json, found {self.log_format!r}")
         if self.guidance not in GUIDANCE:
-            raise ConfigError(f"--guidance must be {' or '.join(GUIDANCE)}, found {self.guidance!r}")
+            raise ConfigError(f"--guidance must be one of {', '.join(GUIDANCE)}, found {self.guidance!r}")
         if (self.tls_certificate is None) != (self.tls_key is None) or (self.tls_clients is not None and self.tls_key is None):
             raise ConfigError("--tls_certificate and --tls_key go together, and --tls_clients with them: give both files")
 
@@ -96,8 +97,7 @@ def run(options: ServeConfig) -> None:
 
         def opened(bundle: str | Path | None = None) -> LocalPolicy:
             path = options.bundle if bundle is None else Path(bundle)
-            policy = load(path, options)
-            policy.guidance = options.guidance
+            policy = load(path, options, guidance=options.guidance)
             if options.log_requests is not None:
                 from pi0fm.serve.records.replay import describe
 

@@ -35,9 +35,10 @@ from pi0fm.flow.sampling import overridden
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.policy import robots
 from pi0fm.policy.device import choose_device, inference_dtype, is_out_of_memory
-from pi0fm.policy.load_options import LoadOptions
+from pi0fm.policy.load_options import GUIDED, LoadOptions
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.manifest import CONFIG, FORMAT, STATS, WEIGHTS, check_files, identity, listed_files, read_json, sha256, write_manifest
+from pi0fm.policy.realtime import refuse_word
 from pi0fm.policy.robots import Robots
 from pi0fm.policy.sampler import refuse_compile
 from pi0fm.policy.weights import Entries, Put, Weights, filled, open_file, tensor_file
@@ -58,6 +59,7 @@ class PolicyConfig:
     norm_rule: how statistics become scales (data/normalization.py); norm_floor: a share of the range, or robot units, as the rule says;
     resize: how pictures of another size were resized in training (data/pictures/resizing.py);
     norm_epsilon: what is added to every deviation or range of quantiles, where the weights were trained so (openpi's 1e-6).
+    rtc_max_delay: rows that the policy was trained to go on from (flow/committed.py); 0 for none.
     padded_noise: the weights know noise in the dimensions that the robot lacks (released ones do); else these are held at 0.
     """
 
@@ -72,6 +74,7 @@ class PolicyConfig:
     tokenizer: str = BYTES
     prompt_dialect: str = OPENPI
     execution_horizon: int = 8
+    rtc_max_delay: int = 0
     fps: float = 0.0
     demonstration_seeds: dict[str, list[int]] = options.option(dict, "")
     camera_sources: dict[str, str] = options.option(dict, "")
@@ -110,6 +113,7 @@ class PolicyConfig:
             "robot_action_dim": action_dim,
             "action_horizon": self.model.action_horizon,
             "execution_horizon": self.execution_horizon,
+            "rtc_max_delay": self.rtc_max_delay,
             "num_flow_steps": self.flow.num_flow_steps,
             "solver": self.flow.solver,
             "noise_level": self.flow.noise_level,
@@ -169,8 +173,8 @@ def _older_name(path: Path) -> Path:
     return aside
 
 
-def load(path: str | Path, options: LoadOptions | None = None, **words: Any) -> LocalPolicy:
-    """The policy in a bundle, opened as `options` say, or as LoadOptions(**words).
+def load(path: str | Path, options: LoadOptions | None = None, *, guidance: str = GUIDED, **words: Any) -> LocalPolicy:
+    """The policy in a bundle, opened as `options` say, or as LoadOptions(**words). guidance: a word of GUIDANCE, of real-time chunking.
 
     Its weights go straight to the device in the numbers they are multiplied in, and are hashed meanwhile.
     Raises BundleError for a missing, cut, changed or mismatched file, ConfigError for an option that cannot be honoured.
@@ -181,12 +185,13 @@ def load(path: str | Path, options: LoadOptions | None = None, **words: Any) -> 
     flow, device = FlowMatching.from_config(config.flow), choose_device(options.device)
     dtype = inference_dtype(options.precision, device, config.model.decoder.backbone.width)
     refuse_compile(options.compile, device, flow)
+    refuse_word(guidance, config.rtc_max_delay)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model = load_network(path, config.model, device, dtype)
     chain = config.chain(stats, None if config.tokenizer == BYTES else str(path / config.tokenizer))
     known = config.metadata() | _facts(path, options.robot, stats)
-    return LocalPolicy(model, flow, chain, known, device, dtype, config.padded_noise, options.compile)
+    return LocalPolicy(model, flow, chain, known, device, dtype, config.padded_noise, options.compile, guidance, config.rtc_max_delay)
 
 
 def load_network(path: Path, model: Pi0Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Pi0:

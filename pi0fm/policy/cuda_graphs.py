@@ -24,7 +24,7 @@ _WARM_UP = 3
 
 Answer = tuple[Tensor, ...]
 Call = Callable[..., Answer]
-"""(observation, noise, mask, *words) -> tensors."""
+"""(observation, *words, *tensors) -> tensors."""
 Record = Callable[[Callable[[], Answer]], Callable[[], Answer]]
 """From a call on fixed buffers to one that repeats it."""
 
@@ -37,17 +37,18 @@ class Graphs:
         self._call, self._device, self._record = call, device, record or Recorder(device)
         self._kept: OrderedDict[tuple[Hashable, ...], tuple[list[Tensor], list[Tensor], Callable[[], Answer]]] = OrderedDict()
 
-    def __call__(self, observation: ModelObservation, noise: Tensor, mask: Tensor, *words: Hashable) -> Answer:
+    def __call__(self, observation: ModelObservation, words: tuple[Hashable, ...], *tensors: Tensor) -> Answer:
         """The call's answer, on the host, tensors of its own."""
-        given = [*(getattr(observation, item.name) for item in fields(observation)), noise, mask]
+        names = [item.name for item in fields(observation)]
+        given = [*(getattr(observation, name) for name in names), *tensors]
         shape = (*(tensor.shape for tensor in given), *words)
         if shape not in self._kept:
             while len(self._kept) >= KEPT:
                 self._kept.popitem(last=False)
             buffers = [tensor.to(self._device, copy=True) for tensor in given]
             locked = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._device.type == "cuda") for tensor in given]
-            seen = ModelObservation(*buffers[:-2])
-            self._kept[shape] = buffers, locked, self._record(lambda: self._call(seen, *buffers[-2:], *words))
+            seen = ModelObservation(*buffers[: len(names)])
+            self._kept[shape] = buffers, locked, self._record(lambda: self._call(seen, *words, *buffers[len(names) :]))
         self._kept.move_to_end(shape)
         buffers, locked, replay = self._kept[shape]
         for buffer, held, tensor in zip(buffers, locked, given, strict=True):

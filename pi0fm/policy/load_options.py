@@ -9,8 +9,8 @@ from pi0fm.options import option
 from pi0fm_client.errors import ConfigError
 
 TOKEN_VARIABLE = "PI0FM_TOKEN"  # noqa: S105 - the name, not the key: of a server, and of a command that asks one
-GUIDED, WITHOUT_JACOBIAN = "guided", "guided_no_jacobian"
-GUIDANCE = (GUIDED, WITHOUT_JACOBIAN)  # how a chunk is led to what is left of the one before: policy/realtime.py
+GUIDED, WITHOUT_JACOBIAN, HARD_PREFIX = "guided", "guided_no_jacobian", "hard_prefix"
+GUIDANCE = (GUIDED, WITHOUT_JACOBIAN, HARD_PREFIX)  # how a chunk is led to what is left of the one before: policy/realtime.py
 
 
 @dataclass(frozen=True, kw_only=True)

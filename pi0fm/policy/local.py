@@ -3,7 +3,7 @@
 Owns: one batched inference, and the score of given chunks. Does not know: files, sockets, simulators.
 
     observations -> chain -> encode_prefix once -> num_flow_steps velocities against the cache -> inverse chain -> chunks
-    the same, with what is left of the chunk before -> velocities that lead to it (realtime.py)
+    the same, with what is left of the chunk before -> velocities that lead to it, or its first rows held (realtime.py)
     the same, N noises for each observation -> N chunks from one prefix -> best_of -> the chosen chunks
     observations, chunks -> chain -> encode_prefix once -> the same velocities and their divergence, backwards -> Scores
 """
@@ -27,13 +27,12 @@ from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import num_increments, sample
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
-from pi0fm.options import nearest
 from pi0fm.policy import noise
 from pi0fm.policy.best_of import LIKELIHOOD, BestOf, choose, medoid_distances
 from pi0fm.policy.buckets import Buckets
-from pi0fm.policy.load_options import GUIDANCE, GUIDED, WITHOUT_JACOBIAN
-from pi0fm.policy.realtime import check_prefix, led_to
-from pi0fm.policy.sampler import Sampler
+from pi0fm.policy.load_options import GUIDED, HARD_PREFIX, WITHOUT_JACOBIAN
+from pi0fm.policy.realtime import check_prefix, committed_to, led_to, refuse_word
+from pi0fm.policy.sampler import Committed, Sampler
 from pi0fm.policy.scores import ScoreOptions, Scores, conditioned, make_scores, observe_given, sample_and_score
 from pi0fm_client.errors import ConfigError, ObservationError
 from pi0fm_client.types import ActionChunk, ActionPrefix, Observation
@@ -54,10 +53,10 @@ class LocalPolicy:
         padded_noise: bool = False,
         compile: str = "off",
         guidance: str = GUIDED,
+        max_delay: int = 0,
     ) -> None:
-        if guidance not in GUIDANCE:
-            raise ConfigError(f"guidance must be {' or '.join(GUIDANCE)}, found {guidance!r}: {nearest(guidance, GUIDANCE)}")
-        self.guidance = guidance
+        refuse_word(guidance, max_delay)
+        self.guidance, self._max_delay = guidance, max_delay
         self.sampler = Sampler(model, flow, device, dtype, compile)
         self.model, self.flow, self.chain, self.metadata = self.sampler.model, flow, chain, metadata
         self.device, self.dtype = device, dtype
@@ -92,7 +91,7 @@ class LocalPolicy:
 
         noise_seeds: all random numbers of a chunk are a function of its seed alone. scores: give each chunk its `scores` too,
         True for the default options; its actions stay the same. prefixes: what is left of the chunk before, or None, one for each
-        observation; the chunk is led to it (policy/realtime.py), as `guidance` says.
+        observation; the chunk is led to it (policy/realtime.py), as `guidance` says; under hard_prefix its held rows are the prefix's own.
         Raises ObservationError for a wrong observation or prefix, ConfigError for scores of chunks that are led.
         """
         if not observations:
@@ -107,6 +106,7 @@ class LocalPolicy:
         inputs = self.chain.observe(observations)
         each: list[dict[str, float]] = [{} for _ in observations]
         if led is not None:
+            self._refuse_led(led, observations)
             sampled = self._led(inputs, observations, seeds, led)
         elif scores is False:
             sampled, _ = self._sampled(inputs, seeds, spread=False)
@@ -114,11 +114,17 @@ class LocalPolicy:
             sampled, found = self._sample_and_score(inputs, seeds, ScoreOptions() if scores is True else scores)
             each = found.each()
         actions = self._to_robot(inputs.state.cpu().numpy(), sampled.float().cpu().numpy())
+        for chunk, prefix in zip(actions, led or (), strict=False):
+            if prefix is not None and self.guidance == HARD_PREFIX:  # without the rounding of two normalisations
+                chunk[: prefix.inference_delay] = prefix.actions[: prefix.inference_delay]
         timings = {"infer_ms": 1e3 * (time.perf_counter() - began)}
         return [ActionChunk(chunk, timings, row) for chunk, row in zip(actions, each, strict=True)]
 
     def refuse_prefixes(self) -> None:
         """Raise ConfigError or FlowError where a chunk cannot be led to a prefix."""
+        refuse_word(self.guidance, self._max_delay)
+        if self.guidance == HARD_PREFIX:
+            return
         refuse_guidance(self.flow)
         if self.guidance == GUIDED and self.sampler.compile != "off":
             raise ConfigError(
@@ -128,15 +134,23 @@ class LocalPolicy:
 
     def check_prefix(self, prefix: ActionPrefix) -> None:
         """Raise ObservationError for a prefix that `infer_batch` would refuse."""
-        check_prefix(prefix, self._shape[0], self.chain)
+        longest = self._max_delay if self.guidance == HARD_PREFIX else None
+        check_prefix(prefix, self._shape[0], self.chain, longest)
+
+    def _refuse_led(self, prefixes: Sequence[ActionPrefix | None], observations: Sequence[Observation]) -> None:
+        if len(prefixes) != len(observations):
+            raise ObservationError(f"one action prefix or None for each observation: expected {len(observations)}, found {len(prefixes)}")
+        self.refuse_prefixes()
+        for prefix in prefixes:
+            if prefix is not None:
+                self.check_prefix(prefix)
 
     def _led(
         self, inputs: ModelObservation, observations: Sequence[Observation], seeds: Sequence[int], prefixes: Sequence[ActionPrefix | None]
     ) -> Tensor:
-        """Chunks by the velocity with its guidance, operation by operation."""
-        if len(prefixes) != len(observations):
-            raise ObservationError(f"one action prefix or None for each observation: expected {len(observations)}, found {len(prefixes)}")
-        self.refuse_prefixes()
+        """Chunks that go on from prefixes: with held rows as any others, by a velocity with guidance operation by operation."""
+        if self.guidance == HARD_PREFIX:
+            return self._sampled(inputs, seeds, False, committed_to(self.chain, observations, prefixes, self._shape[0]))[0]
         target, weights = (tensor.to(self.device) for tensor in led_to(self.chain, observations, prefixes, self._shape[0]))
         start, increments = self._noise(seeds)
         # not inference_mode: the guidance may be a derivative
@@ -214,14 +228,22 @@ class LocalPolicy:
             return None
         return Buckets(self.model.config, len(self.chain.embodiment.cameras), self.sampler.static)
 
-    def _sampled(self, inputs: ModelObservation, seeds: Sequence[int], spread: bool) -> tuple[Tensor, Tensor | None]:
+    def _sampled(
+        self, inputs: ModelObservation, seeds: Sequence[int], spread: bool, committed: Committed | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """A chunk for each seed, one or more of them for each observation, and their spread."""
         asked, chunks = len(seeds), len(seeds) // len(inputs)
         if self._buckets is not None:
+            if committed is None and self.guidance == HARD_PREFIX and chunks == 1:
+                # one set of shapes, with prefixes and without: nothing held is the same chunk
+                committed = torch.zeros(asked, *self._shape), torch.zeros(asked, self._shape[0], dtype=torch.bool)
             inputs = self._buckets.padded(inputs)
             seeds = [*seeds, *[seeds[-1]] * (len(inputs) * chunks - asked)]
+            if committed is not None:
+                repeated = torch.arange(len(inputs)).clamp(max=asked - 1)
+                committed = committed[0][repeated], committed[1][repeated]
         start, increments = self._noise(seeds)
-        given = (inputs, start, self.mask(len(seeds)), increments)
+        given = (inputs, start, self.mask(len(seeds)), increments, committed)
         if spread:
             sampled, found = self.sampler.with_spread(*given)
             return sampled[:asked], found[:asked]

@@ -4,6 +4,7 @@ Owns: what a remainder must be, and what of it the flow is led to. Does not know
 
     action prefix [n, A], absolute, robot units -> chain, against the new observation's state -> target [H, A], normalised
     n, inference_delay                          -> weights [H, A]: firm while the old chunk is executed, then falling, 0 from row n on
+    of a policy that was trained for it         -> held rows [H], those before inference_delay: they are kept, the rest is free
 
 The remainder is normalised anew: the numbers of the old chunk were relative to another state.
 """
@@ -15,13 +16,30 @@ import torch
 from torch import Tensor
 
 from pi0fm.data.chain import Chain, Sample
+from pi0fm.flow.committed import held_rows
 from pi0fm.flow.guidance import hold_weights
-from pi0fm_client.errors import ObservationError
+from pi0fm.options import nearest
+from pi0fm.policy.load_options import GUIDANCE, GUIDED, HARD_PREFIX
+from pi0fm_client.errors import ConfigError, ObservationError
 from pi0fm_client.types import ActionPrefix, Observation
 
 
-def check_prefix(prefix: ActionPrefix, horizon: int, chain: Chain) -> None:
-    """Raise ObservationError for a prefix of another shape, one that is not finite or out of range, or a delay that is longer than it."""
+def refuse_word(guidance: str, max_delay: int) -> None:
+    """Raise ConfigError for a word that is not known, or that asks for what a policy with this rtc_max_delay was not trained for."""
+    if guidance not in GUIDANCE:
+        raise ConfigError(f"guidance must be {', '.join(GUIDANCE)}, found {guidance!r}: {nearest(guidance, GUIDANCE)}")
+    if guidance == HARD_PREFIX and not max_delay:
+        raise ConfigError(
+            f"guidance {HARD_PREFIX} needs a policy that was trained to go on from given rows, found one without; train it with "
+            f"--rtc.max_delay N, or take guidance {GUIDED}"
+        )
+
+
+def check_prefix(prefix: ActionPrefix, horizon: int, chain: Chain, max_delay: int | None = None) -> None:
+    """Raise ObservationError for a prefix of another shape, one that is not finite or out of range, or a delay that is longer than it.
+
+    max_delay: the longest that the policy was trained for, where it holds rows by training.
+    """
     actions, robot_action_dim = np.asarray(prefix.actions), chain.embodiment.dims()[1]
     if actions.ndim != 2 or actions.shape[1] != robot_action_dim or not 1 <= len(actions) <= horizon or actions.dtype.kind not in "fiu":
         raise ObservationError(
@@ -36,29 +54,41 @@ def check_prefix(prefix: ActionPrefix, horizon: int, chain: Chain) -> None:
             f"an inference delay must lie within its action prefix of {len(actions)} rows, found {prefix.inference_delay}; "
             "leave the prefix out where the old chunk ends before"
         )
+    if max_delay is not None and prefix.inference_delay > max_delay:
+        raise ObservationError(
+            f"this policy was trained to go on from up to {max_delay} rows, found an inference delay of {prefix.inference_delay}; train "
+            "with a larger --rtc.max_delay, serve with --guidance guided, or bring the delay down"
+        )
 
 
 def led_to(
     chain: Chain, observations: Sequence[Observation], prefixes: Sequence[ActionPrefix | None], horizon: int
 ) -> tuple[Tensor, Tensor]:
-    """(target, weights), [B, H, network's action dim], of `GuidedVelocity`; an observation without a prefix has no weight.
+    """(target, weights), [B, H, network's action dim], of `GuidedVelocity`; an observation without a prefix has no weight."""
+    target, robot_dim = _targets(chain, observations, prefixes, horizon), chain.embodiment.dims()[1]
+    weights = torch.zeros_like(target)
+    for number, prefix in enumerate(prefixes):
+        if prefix is not None:
+            weights[number, :, :robot_dim] = hold_weights(horizon, prefix.inference_delay, horizon - len(prefix.actions))[:, None]
+    return target, weights
 
-    Raises ObservationError as `check_prefix` does.
-    """
+
+def committed_to(
+    chain: Chain, observations: Sequence[Observation], prefixes: Sequence[ActionPrefix | None], horizon: int
+) -> tuple[Tensor, Tensor]:
+    """(actions [B, H, network's action dim], held rows [B, H]) of `CommittedVelocity`; of an observation without a prefix none is held."""
+    delays = torch.tensor([0 if prefix is None else prefix.inference_delay for prefix in prefixes])
+    return _targets(chain, observations, prefixes, horizon), held_rows(delays, horizon)
+
+
+def _targets(chain: Chain, observations: Sequence[Observation], prefixes: Sequence[ActionPrefix | None], horizon: int) -> Tensor:
+    """The remainders, normalised anew, made whole chunks by their last row; zeros where there is none. `check_prefix` judged them."""
     robot_dim = chain.embodiment.dims()[1]
     rows = np.zeros((len(prefixes), horizon, robot_dim), np.float32)
-    held = torch.zeros(len(prefixes), horizon)
     for number, prefix in enumerate(prefixes):
-        if prefix is None:
-            continue
-        check_prefix(prefix, horizon, chain)
-        count = len(prefix.actions)
-        rows[number] = prefix.actions[np.minimum(np.arange(horizon), count - 1)]
-        held[number] = hold_weights(horizon, prefix.inference_delay, horizon - count)
+        if prefix is not None:
+            rows[number] = prefix.actions[np.minimum(np.arange(horizon), len(prefix.actions) - 1)]
     state = np.stack([np.asarray(observation.state, np.float32) for observation in observations])
     normal = chain.forward(Sample(state, rows)).actions
     assert normal is not None
-    target = torch.from_numpy(np.ascontiguousarray(normal, dtype=np.float32))
-    weights = held[..., None].repeat(1, 1, target.shape[-1])
-    weights[..., robot_dim:] = 0
-    return target, weights
+    return torch.from_numpy(np.ascontiguousarray(normal, dtype=np.float32))

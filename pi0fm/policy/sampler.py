@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from pi0fm.flow.checks import check_finite
+from pi0fm.flow.committed import CommittedVelocity
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import sample
 from pi0fm.flow.solver import FIXED_GRID_SOLVERS, Spread, Velocity
@@ -28,6 +29,7 @@ from pi0fm.policy.packed import can_pack, pack
 from pi0fm_client.errors import ConfigError
 
 COMPILE = ("off", "kernels", "graph")
+Committed = tuple[Float[Tensor, "B H A"], Bool[Tensor, "B H"]]
 
 
 @final
@@ -71,13 +73,15 @@ class Sampler:
         noise: Float[Tensor, "BN H A"],
         mask: Bool[Tensor, "BN H A"],
         increments: Float[Tensor, "K BN H A"] | None = None,
+        committed: Committed | None = None,
     ) -> Float[Tensor, "BN H A"]:
         """The chunks that `noise` flows to, float32, on the device, from a graph on the host. mask: False where they are held at 0.
 
         noise: N rows for each observation, in its order; their chunks share one prefix. increments: see flow/sampling.
+        committed: actions [B, H, A], and the rows [B, H] of them that each chunk keeps (flow/committed.py); N is then 1.
         All of it may lie on the host. An observation that is `trimmed` costs nothing for what is not there.
         """
-        return self._sampled(observation, noise, mask, increments, False)[0]
+        return self._sampled(observation, noise, mask, increments, False, committed)[0]
 
     def with_spread(
         self,
@@ -85,27 +89,33 @@ class Sampler:
         noise: Float[Tensor, "BN H A"],
         mask: Bool[Tensor, "BN H A"],
         increments: Float[Tensor, "K BN H A"] | None = None,
+        committed: Committed | None = None,
     ) -> tuple[Float[Tensor, "BN H A"], Float[Tensor, " BN"]]:
-        """The chunks, and the `Spread` of the network's answers on the way to each."""
-        chunk, spread = self._sampled(observation, noise, mask, increments, True)
+        """The chunks, and the `Spread` of the network's answers on the way to each, over the rows that it chose."""
+        chunk, spread = self._sampled(observation, noise, mask, increments, True, committed)
         return chunk, spread
 
     def _sampled(
-        self, observation: ModelObservation, noise: Tensor, mask: Tensor, increments: Tensor | None, spread: bool
+        self,
+        observation: ModelObservation,
+        noise: Tensor,
+        mask: Tensor,
+        increments: Tensor | None,
+        spread: bool,
+        committed: Committed | None,
     ) -> tuple[Tensor, ...]:
         # what is known on the host needs no look at the device; on a CPU the network looks for itself
         whole = self.device.type == "cuda" and observation.image_mask.device.type == "cpu" and observation.is_whole()
         if self._graphs is not None:
-            found = self._graphs(observation, noise, mask, whole, spread)  # on the host: a robot waits for it, and the check is free there
+            # on the host: a robot waits for it, and the check is free there
+            found = self._graphs(observation, (whole, spread), noise, mask, *(committed or ()))
             check_finite("the sample (or its noise, or the network's answer)", found[0])
             return found
-        noise, mask = noise.to(self.device), mask.to(self.device)
+        noise, mask, *held = (tensor.to(self.device) for tensor in (noise, mask, *(committed or ())))
         increments = None if increments is None else increments.to(self.device)
         with torch.inference_mode(), self.precision():
-            velocity: Velocity = self.cached_velocity(self.prepared(observation), len(noise) // len(observation), whole)
-            watched = Spread(velocity) if spread else None
-            chunk = sample(self.flow, watched or velocity, noise, mask, increments=increments)
-            return (chunk,) if watched is None else (chunk, watched.of(mask))
+            velocity = self.cached_velocity(self.prepared(observation), len(noise) // len(observation), whole)
+            return _solved(lambda field: sample(self.flow, field, noise, mask, increments=increments), velocity, mask, spread, *held)
 
     @property
     def static(self) -> bool:
@@ -127,13 +137,26 @@ class Sampler:
         """The context in which the network is called. No cast of a matrix is kept: they lie in their type already."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=self.compile != "graph")
 
-    def _recorded(self, observation: ModelObservation, noise: Tensor, mask: Tensor, whole: bool, spread: bool) -> tuple[Tensor, ...]:
+    def _recorded(
+        self, observation: ModelObservation, whole: bool, spread: bool, noise: Tensor, mask: Tensor, *committed: Tensor
+    ) -> tuple[Tensor, ...]:
         """What a graph holds: nothing in it may wait for the device."""
         with torch.inference_mode(), self.precision():
             velocity = self.cached_velocity(observation, len(noise) // len(observation), whole)
-            watched = Spread(velocity) if spread else None
-            chunk = self.flow.sample(watched or velocity, noise, mask=mask, check=False)
-            return (chunk,) if watched is None else (chunk, watched.of(mask))
+            return _solved(lambda field: self.flow.sample(field, noise, mask=mask, check=False), velocity, mask, spread, *committed)
+
+
+def _solved(
+    solve: Callable[[Velocity], Tensor], velocity: CachedVelocity, mask: Tensor, spread: bool, *committed: Tensor
+) -> tuple[Tensor, ...]:
+    """The chunks that `solve` makes of the velocity, beside committed rows where there are any, and their spread where it is asked for."""
+    beside = CommittedVelocity(velocity, *committed) if committed else None
+    field: Velocity = beside or velocity
+    watched = Spread(field) if spread else None
+    chunk = solve(watched or field)
+    if beside is not None:
+        chunk, mask = beside.placed(chunk), mask & ~beside.held[..., None]
+    return (chunk,) if watched is None else (chunk, watched.of(mask))
 
 
 def _with_fused_layers(model: Pi0) -> Pi0 | None:

@@ -5,6 +5,7 @@ import torch
 from small_pi0 import BOTH, LIKE_PI0, LIKE_PI05, network, observation, question
 
 from pi0fm.flow.checks import FlowError
+from pi0fm.flow.committed import held_rows
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.policy.cuda_graphs import KEPT, Graphs
 from pi0fm.policy.sampler import Sampler, refuse_compile
@@ -77,15 +78,40 @@ def test_a_graph_sees_what_its_buffers_hold():
     graphs = Graphs(sampler._recorded, CPU, record)
     seen, noise = observation(), question()[0]
     mask = torch.ones_like(noise, dtype=torch.bool)
-    (first,), (second,) = (graphs(seen, factor * noise, mask, False, False) for factor in (1, 2))
+    (first,), (second,) = (graphs(seen, (False, False), factor * noise, mask) for factor in (1, 2))
     torch.testing.assert_close(first, sampler(seen, noise, mask), rtol=0, atol=1e-6)
     torch.testing.assert_close(second, sampler(seen, 2 * noise, mask), rtol=0, atol=1e-6)
     assert len(recorded) == 1 and not torch.equal(first, second)
     mask[..., -1] = False
-    assert (graphs(seen, noise, mask, False, False)[0][..., -1] == 0).all()
+    assert (graphs(seen, (False, False), noise, mask)[0][..., -1] == 0).all()
     assert len(recorded) == 1
-    chunk, spread = graphs(seen, noise, mask, False, True)
-    assert len(recorded) == 2 and torch.equal(chunk, graphs(seen, noise, mask, False, False)[0]) and spread.shape == (3,)
+    chunk, spread = graphs(seen, (False, True), noise, mask)
+    assert len(recorded) == 2 and torch.equal(chunk, graphs(seen, (False, False), noise, mask)[0]) and spread.shape == (3,)
+
+
+@pytest.mark.parametrize("config", BOTH.values(), ids=BOTH)
+def test_a_graph_holds_the_rows_that_its_buffers_say(config):
+    """One recording serves every delay, none too, and gives the chunk and the spread of the plain way."""
+    recorded = []
+
+    def record(call):
+        recorded.append(call)
+        return call
+
+    sampler, seen, noise = made(config), observation(), question()[0]
+    graphs, mask = Graphs(sampler._recorded, CPU, record), torch.ones_like(noise, dtype=torch.bool)
+    actions = torch.randn(noise.shape, generator=torch.Generator().manual_seed(3))
+    for delays in ([0, 1, 3], [2, 2, 2], [0, 0, 0]):
+        held = held_rows(torch.tensor(delays), 4)
+        found, expected = (
+            graphs(seen, (False, True), noise, mask, actions, held),
+            sampler.with_spread(seen, noise, mask, None, (actions, held)),
+        )
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+        assert torch.equal(found[0][held], actions[held])
+    torch.testing.assert_close(found[0], sampler(seen, noise, mask), rtol=0, atol=2e-6)
+    assert len(recorded) == 1
 
 
 def test_few_graphs_are_kept():
@@ -99,7 +125,7 @@ def test_few_graphs_are_kept():
     seen = observation()
     shapes = [torch.zeros(1, number, 1) for number in range(1, KEPT + 2)]
     for noise in (*shapes, shapes[-1], shapes[0]):
-        assert torch.equal(graphs(seen, noise, noise.bool())[0], noise + 1)
+        assert torch.equal(graphs(seen, (), noise, noise.bool())[0], noise + 1)
     assert len(recorded) == KEPT + 2  # the first had left
 
 

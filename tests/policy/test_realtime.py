@@ -1,12 +1,15 @@
 """Real-time chunking: a chunk that goes on from what is left of the one before."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from pi0fm.data.chain import Sample
 from pi0fm.flow.matching import FlowConfig
-from pi0fm.policy.load_options import WITHOUT_JACOBIAN
+from pi0fm.policy import bundle
+from pi0fm.policy.load_options import HARD_PREFIX, WITHOUT_JACOBIAN
 from pi0fm.policy.realtime import check_prefix, led_to
 from pi0fm_client.errors import ConfigError, ObservationError, Pi0fmError
 from pi0fm_client.types import ActionPrefix
@@ -93,5 +96,53 @@ def test_what_cannot_be_led_is_refused(small_policy, policy, observations):
     other.flow = type(other.flow).from_config(FlowConfig(path="vp"))
     with pytest.raises(Pi0fmError, match="cond_ot"):
         other.refuse_prefixes()
-    with pytest.raises(ConfigError, match="guidance must be guided or guided_no_jacobian"):
+    with pytest.raises(ConfigError, match="guidance must be guided, guided_no_jacobian, hard_prefix"):
         type(policy)(policy.model, policy.flow, policy.chain, {}, policy.device, policy.dtype, guidance="guide")
+
+
+@pytest.fixture(scope="module", params=["off", "kernels"])
+def trained(small_policy, request):
+    """As if it were trained to go on from up to two rows. kernels: without the compiler, whose shapes and paddings it has."""
+    policy = small_policy.in_memory()
+    network = (policy.model, policy.flow, policy.chain, {}, policy.device, policy.dtype)
+    made = type(policy)(*network, guidance=HARD_PREFIX, max_delay=2)
+    if request.param == "kernels":
+        made.sampler.compile = "kernels"
+    return made
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_held_rows_come_back_exactly_and_the_others_depend_on_them(trained, policy, observations):
+    seeds, plain = [1, 2, 3, 4], stacked(policy.infer_batch(observations, [1, 2, 3, 4]))
+    rows = np.random.default_rng(0).normal(-1, 3, (3, A)).astype(np.float32)
+    prefixes = [ActionPrefix(rows, 2), None, ActionPrefix(rows, 1), ActionPrefix(rows, 0)]
+    found = stacked(trained.infer_batch(observations, seeds, prefixes=prefixes))
+    assert np.array_equal(found[0, :2], rows[:2]) and np.array_equal(found[2, :1], rows[:1])
+    # where no row is held, a prefix changes nothing; behind held rows the chunk is another one
+    np.testing.assert_allclose(found[[1, 3]], plain[[1, 3]], atol=1e-4)
+    assert min(np.abs(found[number, 2:] - plain[number, 2:]).max() for number in (0, 2)) > 1e-3
+    np.testing.assert_allclose(stacked(trained.infer_batch(observations, seeds)), plain, atol=1e-4)
+    # a held row is of the new observation's own numbers: what it is normalised to, the network was shown
+    other = stacked(trained.infer_batch(observations[:1], [1], prefixes=[ActionPrefix(rows[:2], 2)]))
+    np.testing.assert_allclose(other[0], found[0], atol=1e-4)
+
+
+def test_a_delay_beyond_training_and_a_policy_without_are_refused(small_policy, saved, trained, observations):
+    prefix = ActionPrefix(np.zeros((3, A), np.float32), 3)
+    with pytest.raises(ObservationError, match="trained to go on from up to 2 rows, found an inference delay of 3; train"):
+        trained.infer_batch(observations[:1], prefixes=[prefix])
+    with pytest.raises(ConfigError, match=r"hard_prefix needs a policy that was trained .* --rtc.max_delay N, or take guidance guided"):
+        bundle.load(saved, guidance=HARD_PREFIX)
+    late = small_policy.in_memory()
+    late.guidance = HARD_PREFIX
+    with pytest.raises(ConfigError, match="hard_prefix needs a policy"):
+        late.infer_batch(observations[:1], prefixes=[prefix])
+
+
+def test_a_bundle_says_for_how_long_a_delay_it_was_trained(small_policy, tmp_path, observations):
+    config = replace(small_policy.config, rtc_max_delay=3)
+    bundle.save(tmp_path / "bundle", small_policy.weights, config, small_policy.stats)
+    policy = bundle.load(tmp_path / "bundle", device="cpu", guidance=HARD_PREFIX)
+    assert policy.metadata["rtc_max_delay"] == 3
+    rows = np.ones((3, A), np.float32)
+    assert np.array_equal(policy.infer_batch(observations[:1], [1], prefixes=[ActionPrefix(rows, 3)])[0].actions[:3], rows)

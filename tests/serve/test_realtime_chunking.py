@@ -5,6 +5,7 @@ import pytest
 from small_policies import small_policy
 from test_policy_server import talk
 
+from pi0fm.policy.load_options import HARD_PREFIX
 from pi0fm_client import wire
 from pi0fm_client.types import ActionPrefix
 
@@ -42,6 +43,16 @@ def test_a_chunk_over_the_network_is_led_as_one_in_this_process(start_server, po
     free = ask(server, request(policy))[1]
     np.testing.assert_allclose(free, policy.infer_batch([observation], [3])[0].actions, atol=1e-5)
     assert np.abs(led - free).max() > 1e-2
+
+
+def test_a_policy_that_was_trained_for_it_keeps_the_rows_that_are_executed_meanwhile(start_server, small_policy):
+    plain = small_policy.in_memory()
+    network = (plain.model, plain.flow, plain.chain, plain.metadata, plain.device, plain.dtype)
+    server = start_server(type(plain)(*network, guidance=HARD_PREFIX, max_delay=1))
+    greeting, held = ask(server, request(plain, **{wire.ACTION_PREFIX: PREFIX, wire.INFERENCE_DELAY: 1}))
+    assert wire.ACTION_PREFIX in greeting[wire.EXTENSIONS] and np.array_equal(held[:1], PREFIX[:1])
+    refusal = ask(server, request(plain, **{wire.ACTION_PREFIX: PREFIX, wire.INFERENCE_DELAY: 2}))[1]
+    assert "trained to go on from up to 1 rows, found an inference delay of 2" in refusal
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Every call of the bundle's `load`, which finds no bundle."""
     calls: list[dict[str, Any]] = []
 
-    def load(path: Path, options: LoadOptions) -> None:
-        calls.append({"path": path, **{field.name: getattr(options, field.name) for field in fields(LoadOptions)}})
+    def load(path: Path, options: LoadOptions, guidance: str) -> None:
+        calls.append({"path": path, "guidance": guidance, **{field.name: getattr(options, field.name) for field in fields(LoadOptions)}})
         raise BundleError(f"no bundle at {path}")
 
     stand_in = types.ModuleType("pi0fm.policy.bundle")
@@ -47,9 +47,10 @@ def test_a_port_in_use_is_one_line_before_anything_is_loaded(loads: list[Any], c
 
 def test_options_reach_the_bundle_and_its_fault_the_user(loads: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--policy.path", "b", "--port", "0", "--num_flow_steps", "5", "--robot", "arm", "--solver", "heun"]
-    words += ["--device", "cpu", "--threads", "1"]
+    words += ["--device", "cpu", "--threads", "1", "--guidance", "hard_prefix"]
     assert main(["serve", *words]) == 1
     wanted = {
+        "guidance": "hard_prefix",
         "robot": "arm",
         "num_flow_steps": 5,
         "solver": "heun",

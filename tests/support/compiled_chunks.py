@@ -29,7 +29,9 @@ def main(name: str) -> None:
         mask = torch.ones_like(noise, dtype=torch.bool)
         difference = (compiled(seen, noise, mask) - plain(seen, noise, mask)).abs().max()
         rows.append({"difference": float(difference), "graphs": int(counters["stats"]["unique_graphs"])})
-    sys.stdout.write(json.dumps(rows) + "\n")
+    held = noise.flip(1), torch.tensor([[True, False, False, False]])
+    found, expected = (each(seen, noise, mask, committed=held) for each in (compiled, plain))
+    sys.stdout.write(json.dumps({"shapes": rows, "held": float((found - expected).abs().max())}) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ CASES = {
     "batch 8": {"batch": 8},
     "missing camera": {"batch": 3, "missing": True},
     "short prompt": {"batch": 3, "prompt": 3},
+    "held rows": {"batch": 3},
 }
 
 
@@ -38,8 +39,10 @@ def main(name: str, size: str, kind: str, precision: str, words: list[str]) -> N
                 seen = observe(config, cameras=2, seed=seed, **given)
                 noise = torch.randn(len(seen), config.action_horizon, config.action_dim, generator=torch.Generator().manual_seed(seed))
                 mask = torch.ones_like(noise, dtype=torch.bool)
-                expected = plain(seen, noise, mask).cpu()
-                difference = (sampler(seen, noise, mask).cpu() - expected).abs().max() / (expected - noise).abs().max()
+                held = torch.arange(config.action_horizon) < torch.tensor([seed, 1, 2])[:, None]
+                given_rows = {"committed": (noise.flip(1), held)} if case == "held rows" else {}
+                expected = plain(seen, noise, mask, **given_rows).cpu()
+                difference = (sampler(seen, noise, mask, **given_rows).cpu() - expected).abs().max() / (expected - noise).abs().max()
                 rows.append({"word": word, "case": case, "difference": float(difference)})
     sys.stdout.write(json.dumps(rows) + "\n")
 

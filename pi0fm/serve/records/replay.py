@@ -107,9 +107,7 @@ def _opened(path: Path, options: ReplayConfig, known: Mapping[str, Any]) -> Loca
     own = {name: value for name, value in (("device", options.device), ("threads", options.threads)) if value is not None}
     if not path.exists():
         raise BundleError(f"the log's bundle is gone from {path}: give --bundle")
-    policy = bundle.load(path, LoadOptions(**{**known["load"], **own}))
-    policy.guidance = known["guidance"]
-    return policy
+    return bundle.load(path, LoadOptions(**{**known["load"], **own}), guidance=known["guidance"])
 
 
 def _answers(policy: LocalPolicy, shift: int = 0) -> Callable[[LoggedBatch], list[NDArray[np.float32]]]:
