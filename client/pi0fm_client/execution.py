@@ -39,6 +39,7 @@ from pi0fm_client.types import ActionChunk
 
 HAND_OVERS = ("auto", "realtime", "ensemble", "switch")
 DELAYS_KEPT, DELAY_PERCENTILE = 100, 95
+COMMANDS_KEPT = 256  # to report
 ENSEMBLE_DECAY = 0.01  # of a chunk's weight with each newer one, as in ACT
 LONGEST_PAUSE_SECONDS = 0.5  # between requests that fail: a chunk or so
 ROUNDING = 1e-6  # of an action in float32, which is not beyond a limit in float64
@@ -164,6 +165,8 @@ class Executor:
         self._plans: list[_Plan] = []
         self._request: _Request | None = None
         self._delays: deque[int] = deque(maxlen=DELAYS_KEPT)
+        self._answered_step: int | None = None
+        self._commands: deque[tuple[int, Vector]] = deque(maxlen=COMMANDS_KEPT)
         self._not_before, self._pause = -math.inf, self._dt
         self.command = Command(start, -1, -math.inf, held=True)
         self.report = Report(np.zeros(start.size, np.int64))
@@ -220,6 +223,7 @@ class Executor:
         self._limiter.commit(allowed)
         assert self._origin is not None
         self.command = Command(allowed, step, self._origin + (step + 1) * self._dt, held=wanted is None)
+        self._commands.append((step, allowed))
         self.report.steps += 1
         self.report.holds += wanted is None
         return allowed.copy()
@@ -266,7 +270,19 @@ class Executor:
             extras[wire.DEADLINE_MS] = self._action_horizon * self._dt * 1e3
         if self._realtime and len(rows):
             extras |= {wire.ACTION_PREFIX: rows.astype(np.float32), wire.INFERENCE_DELAY: min(self.report.inference_delay, len(rows))}
+        if wire.REPORT in self._extensions:
+            counts = {name: int(np.sum(getattr(self.report, name))) for name in wire.COUNTS}
+            extras[wire.REPORT] = {wire.EXECUTED: self._executed(step), **counts}
         return extras
+
+    def _executed(self, step: int) -> NDArray[np.float32]:
+        """Return the commands of the control steps from the last answered observation up to `step`, [n, A]; a missed step's is the last."""
+        since = self._answered_step
+        if since is None or not self._commands or self._commands[0][0] > since:
+            return np.zeros((0, self.command.action.size), np.float32)
+        steps, commands = zip(*self._commands, strict=True)
+        rows = np.searchsorted(steps, np.arange(since, step), side="right") - 1
+        return np.stack(commands)[rows].astype(np.float32)
 
     def _collect(self) -> None:
         """Take the reply, when it is there."""
@@ -284,6 +300,7 @@ class Executor:
             self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
             return
         self._pause = self._dt
+        self._answered_step = request.step
         self.report.chunks += 1
         late = step - request.step
         self._note_delay(late, len(rows))

@@ -1,6 +1,6 @@
 """The robot-side types that every layer shares: numpy arrays in robot units, no torch.
 
-Owns: `Observation`, `ActionChunk`, `ActionPrefix`, `Policy`. Does not know: tensors, normalisation, where an observation came from.
+Owns: `Observation`, `ActionChunk`, `ActionPrefix`, `RobotReport`, `Policy`. Does not know: tensors, normalisation, the network.
 Shape letters: H action horizon, A robot action dim, S state dim.
 """
 
@@ -50,6 +50,17 @@ class ActionPrefix:
 
     actions: NDArray[np.float32]
     inference_delay: int
+
+
+@dataclass(frozen=True)
+class RobotReport:
+    """What a robot says it did.
+
+    executed: float32 [n, A], commands; row i is for the control step of row i of the answer before. counts: since its start, by name.
+    """
+
+    executed: NDArray[np.float32]
+    counts: Mapping[str, int]
 
 
 @runtime_checkable

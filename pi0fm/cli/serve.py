@@ -49,6 +49,9 @@ class ServeConfig(LoadOptions, limits.ServingLimits):
     )
     keys: Path | None = option(None, "YAML file: a robot's own observation key -> a column of the bundle (serve/keys.py says the rest)")
 
+    live: bool = option(
+        False, "show /live: pictures, actions, latency of each robot, in a browser; with the key as password where one is asked for"
+    )
     log_requests: Path | None = option(None, "folder for a log of what is inferred, pictures too: pi0fm replay infers it again")
     log_mb: int = option(1024, "most megabytes of that log; the oldest requests go first")
 
@@ -116,6 +119,7 @@ def run(options: ServeConfig) -> None:
             admin_token=admin,
             load=opened,
             log=log,
+            live=options.live,
             renamed=dict if options.keys is None else read_keys(options.keys, policy.metadata),
         )
 
@@ -128,6 +132,8 @@ def run(options: ServeConfig) -> None:
             print(json.dumps(ready), flush=True)
             named = "".join(f", {name} {value}" for name, value in known.items())
             say(f"serving {options.bundle}{named} on {url}; ^C stops it")
+            if options.live:
+                say(f"live page: {url.replace('ws', 'http', 1)}/live")
 
         made = server.make_server(app, options, certificates)
         asyncio.run(server.serve(made, app, bound, announce))

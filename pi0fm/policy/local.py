@@ -70,6 +70,12 @@ class LocalPolicy:
         self.chain.check(observation)
         return observation
 
+    def seen(self, observation: Observation) -> dict[str, NDArray[np.uint8]]:
+        """The pictures of an observation as the network takes them: [size, size, 3], by camera."""
+        inputs = self.chain.observe([observation])
+        pictures = zip(self.chain.embodiment.cameras, inputs.images[0].numpy(), strict=True)
+        return {name: picture for name, picture in pictures if name in observation.images}
+
     def mask(self, batch: int) -> Tensor:
         """[batch, H, A], True where the policy samples; elsewhere a chunk is held at 0."""
         return self._real.expand(batch, -1, -1)

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import cast, final
+from typing import Any, cast, final
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -31,6 +31,7 @@ from pi0fm.serve import sessions
 from pi0fm.serve.batcher import Tap
 from pi0fm.serve.limits import ServingLimits
 from pi0fm.serve.metrics import Metrics
+from pi0fm.serve.page.live import Live, basic_key
 from pi0fm.serve.records.request_log import RequestLog
 from pi0fm.serve.served import Renamed, Servable, Serving
 from pi0fm.serve.sessions import Session
@@ -53,17 +54,18 @@ def create_app(
     load: Load | None = None,
     renamed: Renamed = dict,
     log: RequestLog | None = None,
+    live: bool = False,
 ) -> Starlette:
     """Build the application that serves `policy`; it warms up in its lifespan unless `warm_up` was awaited before.
 
     tokens: a client must send one of them, none serves everyone. admin_token: the key of /swap, None leaves that out.
     load: makes the policy in another bundle, or anew that in the first. renamed: a message in the policy's own keys, see keys.py.
-    log: of what is inferred; closed at the end.
+    log: of what is inferred; closed at the end. live: show the page of page/live.py.
     Raises ConfigError for a token that cannot be used, ObservationError for metadata that cannot be sent.
     """
     for token in (*tokens, *([] if admin_token is None else [admin_token])):
         check_token(token)
-    service = _Service(policy, options, tokens, admin_token, load, renamed, log)
+    service = _Service(policy, options, tokens, admin_token, load, renamed, log, live)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -77,6 +79,7 @@ def create_app(
         Route("/metrics", service.show_metrics),
         Route("/swap", service.handle_swap, methods=["POST"]),
         Route("/", service.index),
+        *([] if service.live is None else service.live.routes()),
     ]
     app = Starlette(routes=routes, lifespan=lifespan)
     app.state.service = service
@@ -128,14 +131,16 @@ class _Service:
         load: Load | None,
         renamed: Renamed,
         log: RequestLog | None,
+        live: bool,
     ) -> None:
         self._options, self._tokens, self._admin_token, self._load = options, tokens, admin_token, load
         self._metrics, self._log = Metrics(), log
+        self._threads = ThreadPoolExecutor(DOOR_THREADS, "pi0fm-door")
+        self.live = Live(self._about, self._live_refusal, self._threads) if live else None
         self.serving = Serving(policy, options, self._metrics, renamed, self._taps)
         self._draining = False
         self._sessions: set[Session] = set()
         self._leaving: set[asyncio.Task[None]] = set()
-        self._threads = ThreadPoolExecutor(DOOR_THREADS, "pi0fm-door")
 
     async def drain(self) -> None:
         self._draining = True
@@ -150,7 +155,41 @@ class _Service:
 
     def _taps(self, policy: Servable) -> list[Tap]:
         """Return what listens to the batches of a policy."""
-        return [] if self._log is None else [partial(self._log.inferred, policy.metadata.get(wire.IDENTITY))]
+        taps: list[Tap] = [] if self._log is None else [partial(self._log.inferred, policy.metadata.get(wire.IDENTITY))]
+        return taps if self.live is None else [*taps, partial(self.live.inferred, getattr(policy, "seen", None))]
+
+    def _about(self) -> dict[str, Any]:
+        """Return the head of the live page."""
+        metadata, options = self.serving.now.policy.metadata, self._options
+        found = {
+            (sample.name, *sample.labels.values()): sample.value for metric in self._metrics.registry.collect() for sample in metric.samples
+        }
+        batches = found.get(("pi0fm_batch_size_count",), 0)
+        return {
+            "policy": {
+                "name": metadata.get("embodiment", "policy"),
+                "identity": metadata.get(wire.IDENTITY),
+                "limits": metadata.get("limits") or {},
+            },
+            "server": {
+                "fault": self._unavailable(),
+                "connections": len(self._sessions),
+                "waiting": found.get(("pi0fm_waiting",), 0),
+                "answers": found.get(("pi0fm_stage_seconds_count", "total"), 0),
+                "mean_batch": found.get(("pi0fm_batch_size_sum",), 0) / batches if batches else 0,
+                "late": found.get(("pi0fm_late_answers_total",), 0),
+                "refused": {key[1]: value for key, value in found.items() if key[0] == "pi0fm_refused_total" and len(key) > 1},
+                **{name: getattr(options, name) for name in ("max_connections", "max_queue", "max_batch_size")},
+            },
+        }
+
+    def _live_refusal(self, headers: Mapping[str, str]) -> Response | None:
+        key = basic_key(headers)
+        if _knows(headers if key is None else {"authorization": f"Api-Key {key}"}, self._tokens):
+            return None
+        refused = self._denied("key", 401, "give the server's key as the password")
+        refused.headers["WWW-Authenticate"] = 'Basic realm="pi0fm", charset="UTF-8"'
+        return refused
 
     async def swap(self, bundle: str | None) -> None:
         load = self._load

@@ -30,7 +30,7 @@ from pi0fm.serve.limits import ServingLimits
 from pi0fm.serve.metrics import Metrics
 from pi0fm.serve.pace import Pace
 from pi0fm_client.errors import ServingError
-from pi0fm_client.types import ActionChunk, ActionPrefix, Observation, Policy
+from pi0fm_client.types import ActionChunk, ActionPrefix, Observation, Policy, RobotReport
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Request:
     """One observation to infer. noise_seed: None draws fresh noise. session: whose it is. latest: `time.perf_counter()` of its deadline.
 
     prefix: what the chunk is led to, for a policy that can. candidates: chunks that the policy chooses the answer from, and says how sure
-    it was; None is `infer_batch`.
+    it was; None is `infer_batch`. report, name, arrived: for those who look on: what the robot did, what it is called, when it asked.
     """
 
     observation: Observation
@@ -66,6 +66,9 @@ class Request:
     latest: float | None = None
     prefix: ActionPrefix | None = None
     candidates: int | None = None
+    report: RobotReport | None = None
+    name: str = ""
+    arrived: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

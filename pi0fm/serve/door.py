@@ -17,9 +17,9 @@ from PIL import Image
 from pi0fm.options import nearest
 from pi0fm_client import wire
 from pi0fm_client.errors import ObservationError
-from pi0fm_client.types import ActionPrefix, Observation
+from pi0fm_client.types import ActionPrefix, Observation, RobotReport
 
-EXTENSIONS = (wire.REQUEST_ID, wire.DEADLINE_MS, wire.SESSION, wire.JPEG)
+EXTENSIONS = (wire.REQUEST_ID, wire.DEADLINE_MS, wire.SESSION, wire.JPEG, wire.REPORT)
 NOISE_SEED = "noise_seed"
 MAX_KEYS = 64
 MAX_NAME = 200  # characters of a key or a session
@@ -27,6 +27,8 @@ MAX_TEXT = 65_536
 MAX_LIST = 4096
 MAX_DEADLINE_MS = 3_600_000.0
 MAX_CANDIDATES = 32
+MAX_EXECUTED = 16_384  # numbers
+MAX_COMMAND = 1e9
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Asked:
     session: str
     prefix: ActionPrefix | None = None
     candidates: int | None = None
+    report: RobotReport | None = None
 
 
 @final
@@ -79,7 +82,7 @@ class Door:
         session = message.pop(wire.SESSION, "")
         if not isinstance(session, str) or len(session) > MAX_NAME:
             raise ObservationError(f"{wire.SESSION} must be a text of at most {MAX_NAME} characters, found {str(session)[:40]!r}")
-        prefix, candidates = self._prefix(message), None
+        prefix, candidates, report = self._prefix(message), None, _report(message.pop(wire.REPORT, None))
         if wire.NUM_CANDIDATES in self.extensions:
             candidates = whole_number(message.pop(wire.NUM_CANDIDATES, None), wire.NUM_CANDIDATES)
         if candidates is not None and (not 1 <= candidates <= MAX_CANDIDATES or prefix is not None):
@@ -89,7 +92,7 @@ class Door:
             if key.startswith(wire.PREFIX):
                 raise ObservationError(f"unknown extension {key!r}: {nearest(key, self.extensions)}")
         plain = {key: self._bounded(key, value) for key, value in message.items()}
-        return Asked(self._to_observation(self._renamed(plain)), noise_seed, request_id, deadline_ms, session, prefix, candidates)
+        return Asked(self._to_observation(self._renamed(plain)), noise_seed, request_id, deadline_ms, session, prefix, candidates, report)
 
     def _prefix(self, message: dict[str, Any]) -> ActionPrefix | None:
         """Take the action prefix out of a message."""
@@ -138,6 +141,20 @@ def whole_number(value: Any, key: str) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 2**63:
         raise ObservationError(f"{key} must be a whole number in [0, 2**63), found {str(value)[:40]}: send one, or leave it out")
     return int(value)
+
+
+def _report(value: Any) -> RobotReport | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not value.keys() <= {wire.EXECUTED, *wire.COUNTS}:
+        raise ObservationError(f"{wire.REPORT} must be a map of {', '.join((wire.EXECUTED, *wire.COUNTS))}, found {str(value)[:60]}")
+    executed = value.pop(wire.EXECUTED, np.zeros((0, 0), np.float32))
+    fits = isinstance(executed, np.ndarray) and executed.ndim == 2 and executed.dtype.kind == "f" and executed.size <= MAX_EXECUTED
+    if not fits or not (np.abs(executed) < MAX_COMMAND).all():  # nan is not below it
+        raise ObservationError(
+            f"{wire.REPORT}: {wire.EXECUTED} must be floats [n, actions], at most {MAX_EXECUTED}, finite: or leave it out"
+        )
+    return RobotReport(executed, {name: whole_number(count, f"{wire.REPORT}: {name}") or 0 for name, count in value.items()})
 
 
 def _deadline(value: Any) -> float | None:

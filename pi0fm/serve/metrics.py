@@ -15,15 +15,17 @@ class Metrics:
     """The numbers of one server.
 
     stage: `read` in the door, `wait` in the queue, `infer` of a batch, `total` from a frame's arrival to its reply.
+    robots: by the names of pi0fm_client.wire.COUNTS, as the executors report them.
     refused: by why: key, origin, full, unavailable, observation, deadline, newer, busy, stuck, stopping, internal.
     """
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self.stage = Histogram("pi0fm_stage_seconds", "Seconds of a request by stage", ["stage"], buckets=SECONDS, registry=registry)
         self.batch_size = Histogram("pi0fm_batch_size", "Requests in an inference", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry)
         self.refused = Counter("pi0fm_refused", "Requests and connections that were refused", ["why"], registry=registry)
         self.late = Counter("pi0fm_late_answers", "Answers after their deadline", registry=registry)
+        self.robots = Counter("pi0fm_robot_events", "What robots counted: steps, standstills, clamps, ...", ["what"], registry=registry)
         self.swaps = Counter("pi0fm_swaps", "Bundles that took another one's place", registry=registry)
         self.connections = Gauge("pi0fm_connections", "Robots that are connected", registry=registry)
         self.waiting = Gauge("pi0fm_waiting", "Requests in the queue", registry=registry)
@@ -32,4 +34,4 @@ class Metrics:
 
     def text(self) -> bytes:
         """Return all of them as Prometheus reads them."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)

@@ -20,7 +20,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from contextlib import suppress
 from typing import Any, final
@@ -58,6 +58,7 @@ class Session:
         self._reading = self._leaving = False
         self._answers: set[asyncio.Task[None]] = set()
         self._names: set[str] = set()
+        self._counts: dict[str, Mapping[str, int]] = {}
         self._previous_total_ms: float | None = None
 
     async def run(self) -> None:
@@ -139,7 +140,10 @@ class Session:
             extra[wire.REPLY_IDENTITY] = served.identity
         try:
             key = (self, asked.session)
-            request = Request(asked.observation, asked.noise_seed, key, latest, asked.prefix, asked.candidates)
+            name = " ".join(filter(None, (self.address, asked.session[:40])))
+            extras = (asked.prefix, asked.candidates, asked.report, name, began)
+            request = Request(asked.observation, asked.noise_seed, key, latest, *extras)
+            self._count(asked)
             chunk = await served.batcher.submit(request)
             if asked.candidates is not None and "spread" in chunk.scores:
                 extra[wire.UNCERTAINTY] = float(chunk.scores["spread"])
@@ -159,6 +163,14 @@ class Session:
                 await self._websocket.send_bytes(wire.pack({**extra, wire.REFUSED: _line(error)}))
         except Exception as error:  # noqa: BLE001 - a policy may raise anything, and none of it is a client's business
             await self._tell(error)
+
+    def _count(self, asked: Asked) -> None:
+        """Add what the robot counted since its last report."""
+        if asked.report is not None:
+            known = self._counts.get(asked.session, {})
+            for name, count in asked.report.counts.items():
+                self._metrics.robots.labels(name).inc(max(0, count - known.get(name, 0)))
+            self._counts[asked.session] = asked.report.counts
 
     async def _tell(self, error: Exception) -> None:
         """Send an error as openpi does, and close; only an error in the client's own request says more than an id."""

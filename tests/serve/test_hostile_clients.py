@@ -227,7 +227,7 @@ def test_extensions_are_announced_and_old_clients_see_none(start_server: Any, fa
     with talk(start_server(policy).url) as robot:
         greeting = msgpack.unpackb(robot.recv())
         assert greeting["identity"] == "abc"
-        assert greeting["extensions"] == [wire.REQUEST_ID, wire.DEADLINE_MS, wire.SESSION, wire.JPEG, wire.REPLY_IDENTITY]
+        assert greeting["extensions"] == [wire.REQUEST_ID, wire.DEADLINE_MS, wire.SESSION, wire.JPEG, wire.REPORT, wire.REPLY_IDENTITY]
         robot.send(observation_bytes())
         assert not [key for key in msgpack.unpackb(robot.recv()) if key.startswith("pi0fm/")]
         robot.send(observation_bytes(**{wire.REQUEST_ID: b"\x07", wire.SESSION: text_bytes("arm"), wire.DEADLINE_MS: b"\xcd\x10\x00"}))
