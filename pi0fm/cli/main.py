@@ -26,7 +26,7 @@ from pi0fm_client.errors import ConfigError, Pi0fmError
 COMMANDS = {
     "quickstart": "record, train, evaluate, serve and evaluate over the network, with one command",
     "demos": "record scripted experts into a LeRobot data set",
-    "doctor": "judge a data set before anything is trained on it",
+    "doctor": "judge a data set, configuration, bundle or server before hours are spent on it",
     "train": "train a policy on a LeRobot data set",
     "eval": "judge a policy in simulation, or on recorded episodes",
     "compare": "evaluations on the same tasks and seeds, side by side",

@@ -56,7 +56,7 @@ class Findings:
         if len(self.bad) == self.episodes:
             return self.faults[0].remedy
         wanted = "all" if self.extent == "all" else "true"
-        others = f"the other {self.episodes - len(self.bad)} episodes, or: {self.faults[0].remedy}"
+        others = f"the other {counted(self.episodes - len(self.bad), 'episode')}, or: {self.faults[0].remedy}"
         if str(self.skipped).lower() in (wanted, "all"):
             return f"a run with this --dataset.skip_bad trains on {others}"
         return f"type --dataset.skip_bad {wanted} to train on {others}"
@@ -73,6 +73,11 @@ class Findings:
             "bad_episodes": self.bad,
             "advice": as_typed(self.name, self.advice()),
         }
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 fault`, `2 faults`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def judge(

@@ -26,11 +26,8 @@ from numpy.typing import NDArray
 from pi0fm import files, machine, progress
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, open_source
-from pi0fm.data.columns.metadata import read_json
 from pi0fm.data.loading.loader import action_chunks
-from pi0fm.data.pictures.decoding import decoded
-from pi0fm.data.pictures.frame_cache import make_job, read_stored
-from pi0fm.data.pictures.images import resize_with_padding
+from pi0fm.data.pictures.chosen import pictures_at
 from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
 from pi0fm.eval.episode import noise_seed
 from pi0fm.eval.policy import PolicyChoice, open_policy, read_metadata
@@ -293,7 +290,9 @@ def read_moments(dataset: DatasetConfig, judged: Judged, source: LeRobotSource, 
     still = source.action[np.where(begins, place, place - 1)]  # before an episode's first row nothing was recorded: its own action
     relative = list(judged.embodiment.delta_actions)
     still[:, relative] = source.state[place][:, relative]
-    return Moments(place, source.episode[place], recorded, real, still, _pictures(dataset, judged, source, place))
+    return Moments(
+        place, source.episode[place], recorded, real, still, pictures_at(source, dataset, place, judged.image_size, judged.resize)
+    )
 
 
 def judge(config: OpenLoopConfig, judged: Judged, source: LeRobotSource, policy: Policy, moments: Moments) -> OpenLoop:
@@ -309,7 +308,7 @@ def judge(config: OpenLoopConfig, judged: Judged, source: LeRobotSource, policy:
             if config.likelihood and whole[batch].any():
                 nats[batch[whole[batch]]] = _nats(policy, observations, seeds, moments.recorded[batch], whole[batch])
             bar.advance(len(batch))
-    return compare(moments, predicted, nats, action_names(source))
+    return compare(moments, predicted, nats, source.names(source.embodiment.action, source.action.shape[1]))
 
 
 def compare(
@@ -337,16 +336,6 @@ def compare(
     return OpenLoop(names, moments, predicted, table["error"], table["still"], table["mean"], scale, ours, of_still, of_mean, nats)
 
 
-def action_names(source: LeRobotSource) -> tuple[str, ...]:
-    """What the data set calls its action dimensions; their numbers where it does not."""
-    width = source.action.shape[1]
-    found = read_json(source.root / "meta" / "info.json")["features"].get(source.embodiment.action, {}).get("names")
-    if isinstance(found, Mapping) and len(found) == 1:
-        found = next(iter(found.values()))
-    known = isinstance(found, list) and len(found) == width and len({str(name) for name in found}) == width
-    return tuple(str(name) for name in found) if known else tuple(f"action {number}" for number in range(width))
-
-
 def _ratio(ours: NDArray[np.float64], baseline: NDArray[np.float64], episode: NDArray[np.int64]) -> Ratio:
     """Mean over moments of one error over that of another; percentiles of the bootstrap over episodes."""
     numbers, own = np.unique(episode, return_inverse=True)
@@ -372,33 +361,6 @@ def _nats(
     chosen = np.flatnonzero(whole).tolist()
     scores = policy.log_prob([observations[k] for k in chosen], recorded[chosen], [seeds[k] for k in chosen])
     return np.asarray(-scores.log_prob / recorded[0].size)
-
-
-def _pictures(dataset: DatasetConfig, judged: Judged, source: LeRobotSource, place: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """[M, C, size, size, 3]; of a video every picture up to the last moment of an episode is decoded, and those of moments are kept."""
-    size, cameras = judged.image_size, list(source.embodiment.cameras)
-    found = np.empty((len(place), len(cameras), size, size, 3), np.uint8)
-    number = {int(each): k for k, each in enumerate(place)}
-    work = sum(len(clips) for clips in source.clips.values()) + len(source.stored_pictures)
-    with progress.step("reading pictures", work) as bar:
-        for c, camera in enumerate(cameras):
-            for clip in source.clips.get(camera, ()):
-                wanted = place[(place >= clip.first) & (place < clip.first + clip.count)]
-                if len(wanted):
-                    last = int(wanted[-1]) + 1
-                    for here, picture in enumerate(
-                        decoded(make_job(source, dataset, camera, clip.first, last, size, judged.resize)), clip.first
-                    ):
-                        if here in number:
-                            found[number[here], c] = picture
-                bar.advance()
-            if camera in source.stored_pictures:
-                for here, value in source.stored(camera):
-                    if here in number:
-                        whole = read_stored(source, camera, here, value)
-                        found[number[here], c] = resize_with_padding(whole[None], size, judged.resize)[0]
-                bar.advance()
-    return found
 
 
 def _round(value: float) -> float:

@@ -93,7 +93,7 @@ class Environment(ABC):
 
     @abstractmethod
     def step(self, action: NDArray[np.float32]) -> StepResult:
-        """Execute one action, float32 [A]; values outside [-1, 1] are clipped. Raises SimulationError when the episode is over."""
+        """Execute one action, float32 [A]; values beyond the suite's limits are cut off. Raises SimulationError after `done`."""
 
     @abstractmethod
     def observe(self) -> Observation:
@@ -105,7 +105,7 @@ class Environment(ABC):
 
     @abstractmethod
     def expert_action(self) -> NDArray[np.float32]:
-        """Return the scripted expert's action in this state, float32 [A] in [-1, 1]. Raises SimulationError where there is no expert."""
+        """Return the scripted expert's action in this state, float32 [A] within the limits. Raises SimulationError without an expert."""
 
     @abstractmethod
     def close(self) -> None:

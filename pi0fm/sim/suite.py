@@ -27,6 +27,7 @@ class Suite:
     name: as in `NAME/TASK`. title: for messages. cameras: the sources of pictures. default_cameras: where none are given.
     fps: control steps in a simulated second. state_names, action_names: of the robot's numbers. longest_episode: steps.
     has_expert: whether `Environment.expert_action` works. packages: distributions that `build` imports; install: the command for them.
+    action_limits: least and most of an action's numbers; beyond them it is cut off.
     build: (name of the task, cameras, max_steps) -> Environment, whose `task` is the name that reports use.
     """
 
@@ -44,6 +45,7 @@ class Suite:
     packages: tuple[str, ...]
     install: str
     build: Callable[[str, tuple[CameraSpec, ...], int], Environment]
+    action_limits: tuple[float, float] = (-1.0, 1.0)
 
     def open(self, task: str, cameras: tuple[CameraSpec, ...] = (), max_steps: int | None = None) -> Environment:
         """Open the environment of `task`; rendering starts with the first picture.

@@ -111,7 +111,7 @@ def test_a_fault_in_the_middle_of_a_video_needs_a_look_at_all(tmp_path, capsys):
     assert doctor(capsys, root)[0] == 0 or doctor(capsys, root, "--dataset.tolerance_s", "0.01")[0] == 0
     code, found, said = doctor(capsys, root, "--pictures", "all", "--dataset.tolerance_s", "0.01")
     assert code == 1 and found["bad_episodes"] == [1] and "row 9 of episode 1" in said
-    assert "type --dataset.skip_bad all to train on the other 1 episodes" in found["advice"]
+    assert "type --dataset.skip_bad all to train on the other 1 episode" in found["advice"]
     typed = "--dataset.skip_bad", "all"
     assert (
         "a run with this --dataset.skip_bad trains on"
@@ -180,7 +180,7 @@ def test_every_entry_of_a_mixture(tmp_path, capsys):
     recipe.write_text(yaml.safe_dump(NETWORK | {"mixture": entries}))
     code, found, said = doctor(capsys, recipe)
     assert code == 1 and [each["entry"] for each in found["entries"]] == ["a", "b"] and found["faults"] == 1
-    assert "mixture.b: " in said and "type --mixture.b.dataset.skip_bad true to train on the other 1 episodes" in said.splitlines()[-1]
+    assert "mixture.b: " in said and "type --mixture.b.dataset.skip_bad true to train on the other 1 episode" in said.splitlines()[-1]
     assert doctor(capsys, recipe, "--mixture.b.exclude_episodes", "1")[0] == 0
     assert main(["doctor", str(good), str(recipe)]) == 2
     assert f"leave {good} out" in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""What a policy says: weights that fit, an inference that is finite, near the data and fast enough, and a server that is this policy.
+
+Owns: these checks. Does not know: what the policy is asked about (doctor/batch.py), environments.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from pi0fm import machine
+from pi0fm.doctor.batch import Seen
+from pi0fm.doctor.finding import Finding
+from pi0fm.policy.bundle import open_weights
+from pi0fm.policy.manifest import CONFIG, WEIGHTS, read_json
+from pi0fm.policy.weights import refuse_misfit
+from pi0fm_client.errors import Pi0fmError
+from pi0fm_client.types import ActionChunk, Observation
+
+CALLS = 5
+ROOM = 1.3  # times the weights' bytes that an inference takes
+COMPARED = ("state_dim", "robot_action_dim", "action_horizon", "fps", "state_key")
+
+
+def judge_weights(path: Path, model: Any) -> list[Finding]:
+    """Names, shapes and numbers of the weights. The file's bytes are checked against the manifest meanwhile."""
+    try:
+        with open_weights(path) as weights:
+            refuse_misfit(weights, model)
+            bad = [name for name in weights.shapes if not bool(weights.read(name, ()).isfinite().all())]
+    except Pi0fmError as error:
+        return [Finding.of("weights", error)]
+    if not bad:
+        return []
+    text = f"weights must be finite, found NaN or infinity in {len(bad)} tensors, the first {bad[0]}"
+    return [Finding("error", "weights", text, "take a checkpoint from before the loss broke")]
+
+
+def fits(path: Path) -> bool:
+    """Whether this machine has memory for an inference of the bundle on its processor."""
+    return ROOM * (path / WEIGHTS).stat().st_size < psutil.virtual_memory().available
+
+
+def observation(seen: Seen, number: int) -> Observation:
+    """One of the moments that have pictures."""
+    place, source = int(seen.place[number]), seen.source
+    images = dict(zip(source.embodiment.cameras, seen.pictures[number], strict=True))
+    return Observation(images, source.state[place], source.tasks[source.task[place]])
+
+
+def judge_answers(
+    infer: Callable[[Observation], ActionChunk],
+    asked: Sequence[Observation],
+    facts: Mapping[str, Any],
+    actions: NDArray[np.float32],
+    who: str,
+) -> tuple[list[Finding], float]:
+    """Ask CALLS times; what is wrong with the answers, and the median seconds of a call. actions [n, A]: recorded ones."""
+    seconds, answers = [], []
+    try:
+        infer(asked[0])  # the first pays for warming up
+        for each in asked[:CALLS]:
+            began = time.perf_counter()
+            answers.append(np.asarray(infer(each).actions))
+            seconds.append(time.perf_counter() - began)
+    except Pi0fmError as error:
+        return [Finding.of(who, error)], float("nan")
+    median, found = float(np.median(seconds)), []
+    rows = np.concatenate(answers)
+    if not np.isfinite(rows).all():
+        return [Finding("error", who, f"{who} must answer finite actions, found NaN or infinity", "look at the training's loss")], median
+    if rows.shape[1] == actions.shape[1]:
+        low, high = actions.min(0), actions.max(0)
+        span = np.maximum(high - low, 1e-6)
+        beyond = np.maximum(low - rows.min(0), rows.max(0) - high) / span
+        if (beyond > 1).any():
+            dim = int(beyond.argmax())
+            answered = f"{rows[:, dim].min():.3g} to {rows[:, dim].max():.3g}"
+            text = f"{who} answers action {dim} from {answered}, recorded were {low[dim]:.3g} to {high[dim]:.3g}"
+            found.append(Finding("warning", "answers", text, "train longer, or check whose statistics the policy has"))
+    fps, horizon = float(facts.get("fps") or 0), int(facts.get("action_horizon") or len(answers[0]))
+    if fps and median * fps > horizon:
+        text = f"{who} takes {1e3 * median:.0f} ms for a chunk of {1e3 * horizon / fps:.0f} ms: a robot would stand still in between"
+        found.append(Finding("warning", "speed", text, "type fewer --num_flow_steps, or take a faster device"))
+    return found, median
+
+
+def judge_server(url: str, facts: Mapping[str, Any], served: Mapping[str, Any]) -> Iterator[Finding]:
+    """A server's greeting beside the facts of the policy that it should serve."""
+    if facts.get("identity") and served.get("identity") and facts["identity"] != served["identity"]:
+        text = f"{url} serves the bundle {str(served['identity'])[:12]}, this one is {str(facts['identity'])[:12]}"
+        yield Finding("error", "server", text, "start pi0fm serve with this bundle, or swap it in")
+    for name in COMPARED:
+        if name in facts and name in served and facts[name] != served[name]:
+            yield Finding("error", "server", f"{name} of {url} is {served[name]}, of this policy {facts[name]}", "serve this policy")
+    if "cameras" in served and set(served["cameras"]) != set(facts.get("cameras") or served["cameras"]):
+        text = f"{url} wants the cameras {', '.join(served['cameras'])}, this policy {', '.join(facts['cameras'])}"
+        yield Finding("error", "server", text, "serve this policy")
+
+
+def judge_versions(path: Path) -> Iterator[Finding]:
+    """Versions that a bundle was written with, where those here differ."""
+    written = read_json(path / CONFIG).get("versions") or {}
+    here = machine.describe_versions()
+    other = [f"{name} {version}, here {here[name]}" for name, version in written.items() if here.get(name, version) != version]
+    if other:
+        yield Finding("note", "versions", f"the bundle was written with {'; '.join(other)}")

@@ -1,0 +1,41 @@
+"""One thing that a doctor found, and its remedy.
+
+Owns: `Finding`, its severities. Does not know: how it was found.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from pi0fm_client.errors import Pi0fmError
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """kind: a word that findings are counted by. text: the rule and what was found. remedy: what to type; a note needs none."""
+
+    severity: Severity
+    kind: str
+    text: str
+    remedy: str = ""
+
+    @classmethod
+    def of(cls, kind: str, error: Pi0fmError) -> "Finding":
+        """An error that was raised."""
+        text, _, remedy = str(error).partition("; ")
+        return cls("error", kind, text, remedy or "see the text")
+
+    def __str__(self) -> str:
+        return f"{self.text}; {self.remedy}" if self.remedy else self.text
+
+    def json(self) -> dict[str, str]:
+        """For the command's last line."""
+        return asdict(self)
+
+
+def worst_first(findings: Sequence[Finding]) -> list[Finding]:
+    """Errors, then warnings, then notes, each in the order found."""
+    return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
