@@ -1,6 +1,6 @@
-"""`pi0fm eval`: judge a policy in simulation, or with `--dataset.root` on recorded episodes.
+"""`pi0fm eval`: judge a policy in simulation, with `--realtime.*` in real time, or with `--dataset.root` on recorded episodes.
 
-Owns: which of the two, the printed tables. Does not know: how either runs.
+Owns: which of the three, the printed tables. Does not know: how either runs.
 """
 
 import sys
@@ -14,20 +14,29 @@ from rich.table import Table
 from pi0fm import progress
 from pi0fm.cluster.evaluation import evaluate_on_cluster
 from pi0fm.eval.config import EvalConfig
+from pi0fm.eval.delays import RealtimeConfig, evaluate_in_real_time
 from pi0fm.eval.evaluate import Evaluation
 from pi0fm.eval.open_loop import OpenLoopConfig, evaluate_open_loop
 from pi0fm.eval.report.page import percent
 from pi0fm.eval.statistics import Interval
+from pi0fm_client.errors import ConfigError
 
-HELP = "judge a policy in simulation; with --dataset.root DIR, on the episodes of a data set (see pi0fm eval --dataset.root DIR --help)"
+HELP = (
+    "judge a policy in simulation; on recorded episodes with --dataset.root DIR, in real time with --realtime.delays_ms (each with --help)"
+)
 OPEN_LOOP = "compare a policy's action chunks with those of recorded episodes"
+REAL_TIME = "judge a policy in a simulator that does not wait for it: success, jumps and reaction time against delay"
 Options = EvalConfig
 ALIASES: dict[str, str] = {"policy.path": "policy", "eval.n_episodes": "episodes", "env.task": "tasks"}
 
 
 def form(words: Sequence[str]) -> Any:
-    """The command as it is asked for: on recorded episodes where an option of a data set is among the words."""
-    return ON_EPISODES if any(word.startswith("--dataset.") for word in words) else sys.modules[__name__]
+    """The command as it is asked for: on recorded episodes, or in real time, where an option of these is among the words."""
+    forms = {"--dataset.": ON_EPISODES, "--realtime.": IN_REAL_TIME}
+    found = [each for start, each in forms.items() if any(word.startswith(start) for word in words)]
+    if len(found) > 1:
+        raise ConfigError("recorded episodes have no clock that could run on: leave --dataset.* or --realtime.* out")
+    return found[0] if found else sys.modules[__name__]
 
 
 def run(options: EvalConfig) -> dict[str, Any]:
@@ -49,6 +58,22 @@ def run_open_loop(options: OpenLoopConfig) -> dict[str, Any]:
     Console(stderr=True, highlight=False, markup=False).print(table)
     low_high = " ({:.2f} to {:.2f})".format(*found.of_still.interval) if found.of_still.interval else ""
     progress.say(f"of the error of standing still: {found.of_still.value:.2f}{low_high}; of the mean chunk's: {found.of_mean.value:.2f}")
+    progress.say(f"report: {figures['report']}")
+    return figures
+
+
+def run_in_real_time(options: RealtimeConfig) -> dict[str, Any]:
+    """Drive, print a table, return the figures."""
+    figures, cells = evaluate_in_real_time(options)
+    table = Table(box=None, padding=(0, 2), header_style="")
+    table.add_column("mode")
+    for heading in ("delay", "success", "95 % interval", "reaction", "jump", "at a standstill"):
+        table.add_column(heading, justify="right")
+    for cell in cells:
+        rate, interval = _texts(cell.success)
+        delay = f"{cell.delay_ms:.0f} ms measured" if cell.asked_ms is None else f"{cell.asked_ms:.0f} ms"
+        table.add_row(cell.mode, delay, rate, interval, f"{cell.reaction_ms:.0f} ms", f"{cell.jump:.3f}", percent(cell.held))
+    Console(stderr=True, highlight=False, markup=False, width=max(110, Console(stderr=True).width)).print(table)
     progress.say(f"report: {figures['report']}")
     return figures
 
@@ -83,3 +108,9 @@ def _texts(interval: Interval | None) -> tuple[str, str]:
 
 
 ON_EPISODES = SimpleNamespace(HELP=OPEN_LOOP, Options=OpenLoopConfig, ALIASES={"policy.path": "policy"}, run=run_open_loop)
+IN_REAL_TIME = SimpleNamespace(
+    HELP=REAL_TIME,
+    Options=RealtimeConfig,
+    ALIASES={"policy.path": "policy", "eval.n_episodes": "episodes", "env.task": "tasks"},
+    run=run_in_real_time,
+)

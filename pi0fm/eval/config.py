@@ -1,6 +1,7 @@
 """Options of an evaluation.
 
-Owns: `EvalConfig`, its ranges, the list of its episodes, the refusal of demonstrated seeds. Does not know: how episodes run.
+Owns: `StartsConfig`, `EvalConfig`, their ranges, the list of episodes, the refusal of demonstrated seeds.
+Does not know: how episodes run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,8 +33,8 @@ LEAST = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(PolicyChoice):
-    """The policy, the tasks, the place of the report.
+class StartsConfig(PolicyChoice):
+    """The policy, the tasks and their start positions: what every evaluation in a simulator is told.
 
     After construction `tasks` and `cameras` are tuples, and tasks have their names in reports.
     """
@@ -45,18 +46,8 @@ class EvalConfig(PolicyChoice):
     cameras: str | tuple[str, ...] = option((), "NAME=SOURCE:WIDTHxHEIGHT,...; the policy's own when not given, else the simulator's")
     max_steps: int | None = option(None, "an episode that has not succeeded by then is a failure; the task's own limit when not given")
     execution_horizon: int | None = option(None, "actions executed of each chunk; the policy's own when not given, else 8")
-    num_workers: int | None = option(None, "Ray actors; every core of the cluster when not given, 0 runs in this process")
-    gpus_per_worker: float = option(0.0, "of a GPU for each actor's policy, such as 0.25; 0 infers on the CPU")
-    environments_per_worker: int = option(10, "environments that step together, and the policy's batch")
-    videos_per_task: int = option(1, "episodes of each task that are filmed, from the first on")
     output_dir: str = option("outputs/eval", "folder for report.html, summary.json, episodes.json and videos/")
-    scores: bool = option(
-        False, "log-likelihood and noise-space norm of every chunk, in the report and episodes.json; outcomes stay the same"
-    )
-    score_probes: int = option(1, "random probes of each log-likelihood; 0 computes it exactly, at the price of one product an entry")
     seed: int = option(0, "seed of the policy's noise")
-    metrics: str | None = option(None, "a run's metrics.jsonl, whose loss curve goes into the report")
-    observation_change: str = option("none", "ablation: none, frozen_image (of another seed) or swapped_prompt (of the next task)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,9 +59,28 @@ class EvalConfig(PolicyChoice):
         if doubled:
             raise ConfigError(f"each task can be named once, found {doubled[0]} more than once; use --episodes for more episodes")
         for name, bound in LEAST.items():
-            value = getattr(self, name)
+            value = getattr(self, name, None)
             if value is not None and value < bound:
                 raise ConfigError(f"{name} must be {bound} or more, found {value}; type --{name} {bound} or leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(StartsConfig):
+    """An evaluation whose simulator waits for the policy."""
+
+    num_workers: int | None = option(None, "Ray actors; every core of the cluster when not given, 0 runs in this process")
+    gpus_per_worker: float = option(0.0, "of a GPU for each actor's policy, such as 0.25; 0 infers on the CPU")
+    environments_per_worker: int = option(10, "environments that step together, and the policy's batch")
+    videos_per_task: int = option(1, "episodes of each task that are filmed, from the first on")
+    scores: bool = option(
+        False, "log-likelihood and noise-space norm of every chunk, in the report and episodes.json; outcomes stay the same"
+    )
+    score_probes: int = option(1, "random probes of each log-likelihood; 0 computes it exactly, at the price of one product an entry")
+    metrics: str | None = option(None, "a run's metrics.jsonl, whose loss curve goes into the report")
+    observation_change: str = option("none", "ablation: none, frozen_image (of another seed) or swapped_prompt (of the next task)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_workers == 0 and self.gpus_per_worker:
             raise ConfigError(
                 f"gpus_per_worker is for Ray actors, found {self.gpus_per_worker:g} with --num_workers 0, which takes what it finds"
@@ -91,7 +101,7 @@ def plan(config: EvalConfig) -> list[Episode]:
     return [Episode(task, config.first_seed + k, record=k < config.videos_per_task) for task in config.tasks for k in numbers]
 
 
-def camera_specs(config: EvalConfig, metadata: Mapping[str, Any], suite: Suite) -> tuple[CameraSpec, ...]:
+def camera_specs(config: StartsConfig, metadata: Mapping[str, Any], suite: Suite) -> tuple[CameraSpec, ...]:
     """Parse the cameras: those given, else the policy's `camera_sources` (name -> SOURCE:WIDTHxHEIGHT), else the simulator's default.
 
     Raises ConfigError for a text of another form.
@@ -101,7 +111,13 @@ def camera_specs(config: EvalConfig, metadata: Mapping[str, Any], suite: Suite) 
     return parse_cameras(texts) if texts else suite.default_cameras
 
 
-def refuse_seen_seeds(config: EvalConfig, metadata: Mapping[str, Any]) -> None:
+def executed_of_a_chunk(config: StartsConfig, metadata: Mapping[str, Any]) -> int:
+    """Return the execution horizon: the one given, else the policy's, else DEFAULT_EXECUTION_HORIZON within its chunk."""
+    longest: int = metadata.get("action_horizon", DEFAULT_EXECUTION_HORIZON)
+    return config.execution_horizon or metadata.get("execution_horizon") or min(DEFAULT_EXECUTION_HORIZON, longest)
+
+
+def refuse_seen_seeds(config: StartsConfig, metadata: Mapping[str, Any]) -> None:
     """Raise ConfigError when an episode's seed is in the policy's `demonstration_seeds` (task -> [lowest, highest])."""
     if config.allow_seen_seeds:
         return

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pi0fm import files, machine, progress
-from pi0fm.eval.config import DEFAULT_EXECUTION_HORIZON, EvalConfig, camera_specs, plan, refuse_seen_seeds
+from pi0fm.eval.config import EvalConfig, camera_specs, executed_of_a_chunk, plan, refuse_seen_seeds
 from pi0fm.eval.episode import Episode, EpisodeResult, RolloutSettings
 from pi0fm.eval.journal import Journal
 from pi0fm.eval.policy import open_policy, read_metadata
@@ -136,9 +136,7 @@ def in_this_process(episodes: Sequence[Episode], setup: WorkerSetup) -> Iterator
 
 def settings_for(config: EvalConfig, metadata: Mapping[str, Any]) -> RolloutSettings:
     """Return the settings of the episodes; the policy's where an option is not given."""
-    longest = metadata.get("action_horizon", DEFAULT_EXECUTION_HORIZON)
-    horizon = config.execution_horizon or metadata.get("execution_horizon") or min(DEFAULT_EXECUTION_HORIZON, longest)
-    return RolloutSettings(horizon, config.seed, config.observation_change, tuple(config.tasks))
+    return RolloutSettings(executed_of_a_chunk(config, metadata), config.seed, config.observation_change, tuple(config.tasks))
 
 
 def _open_policy(config: EvalConfig) -> Policy:

@@ -7,6 +7,7 @@ Owns: the list of suites, the written form of a task, its name in reports. Does 
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 from pi0fm.options import nearest
 from pi0fm.sim.environment import CameraSpec, Environment
@@ -14,15 +15,16 @@ from pi0fm.sim.metaworld.suite import METAWORLD
 from pi0fm.sim.suite import Suite
 from pi0fm_client.errors import ConfigError
 
+SUITES: Final = {suite.name: suite for suite in (METAWORLD,)}
 DEFAULT_SUITE = METAWORLD.name
 TASK_FORM = "SUITE/TASK, such as metaworld/drawer-open-v3; a name alone is of metaworld"
 
 
 def suite_named(name: str) -> Suite:
     """Return the suite of that name. Raises ConfigError that names the nearest."""
-    if name == METAWORLD.name:
-        return METAWORLD
-    raise ConfigError(f"unknown simulator {name!r}: {nearest(name, [METAWORLD.name])}; a task is written {TASK_FORM}")
+    if name not in SUITES:
+        raise ConfigError(f"unknown simulator {name!r}: {nearest(name, list(SUITES))}; a task is written {TASK_FORM}")
+    return SUITES[name]
 
 
 def find(task: str) -> tuple[Suite, str]:

@@ -107,6 +107,10 @@ class Environment(ABC):
     def expert_action(self) -> NDArray[np.float32]:
         """Return the scripted expert's action in this state, float32 [A] within the limits. Raises SimulationError without an expert."""
 
+    def still_action(self) -> NDArray[np.float32]:
+        """Return the action that keeps the robot where it is, float32 [A]; zeros where actions are displacements."""
+        return np.zeros(self.action_dim, np.float32)
+
     @abstractmethod
     def close(self) -> None:
         """Free the simulator's memory; no other call but a second `close` may follow."""

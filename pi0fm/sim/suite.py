@@ -27,7 +27,8 @@ class Suite:
     name: as in `NAME/TASK`. title: for messages. cameras: the sources of pictures. default_cameras: where none are given.
     fps: control steps in a simulated second. state_names, action_names: of the robot's numbers. longest_episode: steps.
     has_expert: whether `Environment.expert_action` works. packages: distributions that `build` imports; install: the command for them.
-    action_limits: least and most of an action's numbers; beyond them it is cut off.
+    action_limits: least and most of an action's numbers; beyond them it is cut off. increments: dimensions that are displacements,
+    0 at a standstill; the others are targets, which a standstill keeps.
     build: (name of the task, cameras, max_steps) -> Environment, whose `task` is the name that reports use.
     """
 
@@ -46,6 +47,7 @@ class Suite:
     install: str
     build: Callable[[str, tuple[CameraSpec, ...], int], Environment]
     action_limits: tuple[float, float] = (-1.0, 1.0)
+    increments: tuple[int, ...] = ()
 
     def open(self, task: str, cameras: tuple[CameraSpec, ...] = (), max_steps: int | None = None) -> Environment:
         """Open the environment of `task`; rendering starts with the first picture.

@@ -25,4 +25,5 @@ METAWORLD: Final = Suite(
     packages=("metaworld", "mujoco"),
     install="pip install 'metaworld==3.1.1' 'mujoco>=3.3,<4'",
     build=MetaWorld,
+    increments=(0, 1, 2),
 )

@@ -1,0 +1,59 @@
+"""The files of an evaluation in real time: report.html, summary.json, episodes.parquet.
+
+Owns: their content, the figure. Does not know: how episodes ran.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pi0fm import files, machine, pages
+from pi0fm.eval.delays import ROWS, Cell, by_mode
+from pi0fm.eval.realtime import DrivenEpisode
+from pi0fm.eval.report.compare import COLOURS
+from pi0fm.eval.report.page import ReportContext, percent
+
+
+def write(
+    output: Path,
+    title: str,
+    cells: Sequence[Cell],
+    rows: Sequence[DrivenEpisode],
+    facts: Mapping[str, Mapping[str, str]],
+    seconds: float,
+) -> Path:
+    """Write the three files; the page's path."""
+    with files.new_file(output / ROWS) as file:
+        pq.write_table(pa.Table.from_pylist([row.row() for row in rows]), file, write_page_checksum=True)
+    context = ReportContext(title, machine.command_line(), seconds, facts=facts)
+    page = pages.render("eval/report/realtime.html.j2", {"delays": draw(cells)}, cells=cells, background=context, percent=percent)
+    told = {"cells": [cell.json() for cell in cells], "seconds": round(seconds, 1), "command": context.command, "facts": facts}
+    files.write_json(output / "summary.json", told)
+    files.write_text(output / "report.html", page)
+    return output / "report.html"
+
+
+def draw(cells: Sequence[Cell]) -> bytes:
+    """Draw success with its interval, jump and reaction time against the delay, a line a mode, as PNG."""
+    figure, axes = pages.panels(3, width=12, height=3.6)
+    for number, (mode, own) in enumerate(by_mode(list(cells))):
+        colour, delays = COLOURS[number % len(COLOURS)], [cell.delay_ms if cell.asked_ms is None else cell.asked_ms for cell in own]
+        known = [(delay, cell.success) for delay, cell in zip(delays, own, strict=True) if cell.success is not None]
+        low, high = ([100 * getattr(interval, end) for _, interval in known] for end in ("low", "high"))
+        axes[0].plot([delay for delay, _ in known], [100 * interval.rate for _, interval in known], color=colour, marker=".", label=mode)
+        axes[0].fill_between([delay for delay, _ in known], low, high, color=colour, alpha=0.12, linewidth=0)
+        axes[1].plot(delays, [cell.jump for cell in own], color=colour, marker=".", label=mode)
+        axes[1].plot(delays, [cell.change for cell in own], color=colour, linewidth=0.8, linestyle=":")
+        axes[2].plot(delays, [cell.reaction_ms for cell in own], color=colour, marker=".", label=mode)
+    for axis, title, label in (
+        (axes[0], "Success, 95 % interval", "%"),
+        (axes[1], "Jump between chunks (dotted: elsewhere)", "half ranges"),
+        (axes[2], "Reaction time", "ms"),
+    ):
+        pages.chart(axis, title, "delay, ms", label)
+        axis.set_ylim(bottom=0)
+    axes[0].set_ylim(0, 102)
+    pages.legend(axes[0])
+    return pages.png(figure)
