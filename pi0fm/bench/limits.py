@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
 
 from pi0fm.bench.measure import seconds_of
 
@@ -196,10 +196,3 @@ def products_of(call: Callable[[], object], weights: Iterable[nn.Parameter] = ()
     with Products(weights) as products:
         call()
     return products
-
-
-def flops_of(call: Callable[[], object]) -> int:
-    """Operations of a call's matrix products, as torch counts them."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return int(counter.get_total_flops())

@@ -28,6 +28,7 @@ SUBCOMMANDS = {
     "training": "one optimiser step on the same batch: LeRobot's own PI0 against ours",
     "checkpoint": "steps with an asynchronous checkpoint against steps without",
     "card": "one GPU in eight minutes: whether it computes right, inference and training at full size",
+    "planning": "steps of one, two and four processes, beside what pi0fm plan makes of their rates",
     "serving": "the server's own time with one robot, and eight robots against a server that answers one at a time",
     "density": "a chunk's log-likelihood against its sampling, with the same evaluations",
 }

@@ -11,12 +11,10 @@ import torch
 
 from pi0fm.bench.card.results import OUT_OF_MEMORY, Results
 from pi0fm.bench.card.run import PARTS, CardOptions
-from pi0fm.bench.card.work import inference_work, least_seconds, training_flops
+from pi0fm.bench.card.work import inference_work, least_seconds
 from pi0fm.bench.cases import random_network, random_observations, random_policy
 from pi0fm.bench.limits import Rates, percentile
-from pi0fm.models.lora import LoraConfig
 from pi0fm.models.presets import PI0, TINY
-from pi0fm.train.start.adaptation import Adaptation
 from pi0fm_client.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -71,17 +69,6 @@ def test_operations_of_pi0_by_hand():
     eight = inference_work(PI0, batch=8, cameras=3, prompt_tokens=48, num_flow_steps=10)
     assert eight["prefix"] == (8 * work["prefix"][0], work["prefix"][1])
     assert 6e-3 < sum(least_seconds(work, CARD).values()) < 8e-3
-
-
-def test_operations_of_training_follow_what_trains():
-    full, expert, lora = (
-        training_flops(TINY, how, 1) for how in (Adaptation(), Adaptation("expert_only"), Adaptation(lora=LoraConfig(rank=2)))
-    )
-    forward = inference_work(TINY, 1, 1, TINY.max_prompt_tokens, 1)
-    once = [flops for flops, _ in forward.values()]
-    assert full == 3 * sum(once)
-    assert expert == once[0] + once[1] + 3 * once[2]
-    assert lora == 3 * once[0] + 2 * once[1] + 2 * once[2]
 
 
 def test_percentiles():

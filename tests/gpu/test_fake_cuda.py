@@ -9,7 +9,6 @@ import torch
 from fake_cuda import CUDA, Stepped, fake_cuda
 from torch import nn
 
-from pi0fm.bench.card.work import laid_out
 from pi0fm.bench.cases import random_observations, random_robot
 from pi0fm.data.loading.batch import Batch
 from pi0fm.flow.matching import FlowConfig, FlowMatching
@@ -21,6 +20,7 @@ from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.sampler import Sampler
 from pi0fm.train.ema import Ema
 from pi0fm.train.optim import OptimizerConfig, make_optimizer
+from pi0fm.train.plan.flops import laid_out
 from pi0fm.train.start.adaptation import Adaptation, adapt
 from pi0fm.train.step import train_step
 from pi0fm.train.watch.validation import LOSS_DRAWS, _loss

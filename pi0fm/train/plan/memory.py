@@ -110,7 +110,7 @@ def estimate(
     accumulates: several micro batches make a step, so that gradients are there from its first to its last. computes: the type of the
     products. device: cuda or cpu. parallel: `auto` is counted as none. Raises ConfigError where `how` cannot be honoured by this network.
     """
-    count = _count(replace(config, action_horizon=1, max_prompt_tokens=1), how, computes)
+    count = count_of(replace(config, action_horizon=1, max_prompt_tokens=1), how, computes)
     size = Bytes.of(computes == torch.bfloat16, device)
     tower, decoder, working = (micro_batch * each for each in _activations(config, how, count.flowing, cameras, flow_draws, size))
     kept = tower + decoder + working
@@ -171,7 +171,7 @@ class Bytes:
 
 
 @dataclass
-class _Unit:
+class ShardUnit:
     """Of one unit of sharding: how many numbers, how many train; bytes of its weights as gathered, and of autocast's copies."""
 
     numbers: int = 0
@@ -181,7 +181,7 @@ class _Unit:
 
 
 @dataclass(frozen=True)
-class _Count:
+class NetworkCount:
     """Bytes of a network: weights, gradients (all, and those without the tower's), autocast's copies; and where gradients pass."""
 
     weights: int
@@ -189,17 +189,18 @@ class _Count:
     of_decoder: int
     casts: int
     flowing: frozenset[Part]
-    units: Mapping[str, _Unit]
+    units: Mapping[str, ShardUnit]
 
 
 @lru_cache(maxsize=16)
-def _count(config: Pi0Config, how: Adaptation, computes: torch.dtype) -> _Count:
+def count_of(config: Pi0Config, how: Adaptation, computes: torch.dtype) -> NetworkCount:
+    """Count the numbers of a network on meta. computes: the type of the products."""
     with torch.device("meta"):
         model = Pi0(config)
         adapt(model, how, computes)
     flowing = gradient_flows(model)
     weights = trained = of_decoder = casts = 0
-    units: dict[str, _Unit] = defaultdict(_Unit)
+    units: dict[str, ShardUnit] = defaultdict(ShardUnit)
     for name, parameter in model.named_parameters():
         part = part_of(name)
         gradient = 4 * parameter.numel() * parameter.requires_grad
@@ -215,7 +216,7 @@ def _count(config: Pi0Config, how: Adaptation, computes: torch.dtype) -> _Count:
         unit.trained += gradient // 4
         unit.gathered += parameter.numel() * (parameter.element_size() if unit_of(name) == REST else computes.itemsize)
         unit.casts += cast
-    return _Count(weights, trained, of_decoder, casts, flowing, units)
+    return NetworkCount(weights, trained, of_decoder, casts, flowing, units)
 
 
 def gradient_flows(model: Pi0) -> frozenset[Part]:

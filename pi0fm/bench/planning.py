@@ -1,0 +1,197 @@
+"""The plan of a step against steps that run: one, two and four processes of this machine, and every sharding.
+
+Owns: the rates of N processes at once, the steps that are timed. Does not know: the plan's model (train/plan/planner.py).
+
+    alone       every process trains by itself, all at once, on a small and on a large batch: seconds a sample, seconds a pass, seconds
+                of the optimiser, as N processes share the cores
+    collective  gather, scatter and sum of few and of many bytes: latency, bytes a second
+    together    a batch between both, by DDP and by each sharding: what the plan makes of the rates above, and what is measured
+
+A figure is the mean over the steps of a turn, of the slowest process; of all turns the fastest, since a neighbour on the machine can only
+slow one down.
+"""
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from itertools import repeat
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]
+
+from pi0fm import progress
+from pi0fm.bench.cases import Case, make_batch
+from pi0fm.bench.measure import BenchReport, check_least
+from pi0fm.bench.steps import StepClock, Trainer
+from pi0fm.models.presets import TINY
+from pi0fm.options import option
+from pi0fm.processes import end_with_parent
+from pi0fm.train.config import TrainConfig
+from pi0fm.train.parallel.accelerate import Parallel
+from pi0fm.train.parallel.allocator import keep_freed_memory
+from pi0fm.train.parallel.context import Context
+from pi0fm.train.parallel.sharding import FULL, GRADIENTS, NONE, ParallelConfig
+from pi0fm.train.plan.flops import training_work
+from pi0fm.train.plan.memory import count_of
+from pi0fm.train.plan.network import Network
+from pi0fm.train.plan.planner import UPDATE_BYTES, Card, plan
+from pi0fm.train.start.adaptation import Adaptation
+from pi0fm.train.state import StateConfig, TrainState
+from pi0fm_client.errors import ConfigError
+
+SMALL, BETWEEN, LARGE = 2, 6, 10  # samples of a process
+WARM_UP = 2  # steps
+FEW, MANY = 2**8, 2**24  # bytes of a collective
+CPU = torch.device("cpu")
+PATIENCE = timedelta(seconds=120)  # with a process that has died
+WHO = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+Seconds = dict[str, float]  # by what was timed
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `pi0fm bench planning`. Raises ConfigError for a value out of range."""
+
+    processes: tuple[int, ...] = option((1, 2, 4), "how many processes train together")
+    turns: int = option(6, "times that everything is measured in turn")
+    steps: int = option(4, "steps of each figure and turn, after one that does not count")
+    output_dir: Path | None = option(None, "folder of the result's JSON; nothing is written when not given")
+
+    def __post_init__(self) -> None:
+        check_least(self, turns=1, steps=1)
+        if not self.processes or min(self.processes) < 1:
+            raise ConfigError(f"processes must name counts of 1 or more, found {list(self.processes)}; type --processes [1,2,4]")
+
+
+def measure(config: Options) -> BenchReport:
+    """Measure each number of processes, plan it, and compare."""
+    rows: dict[str, dict[str, Any]] = {}
+    with progress.step("processes", len(config.processes)) as bar, tempfile.TemporaryDirectory() as place:
+        for count in config.processes:
+            with ProcessPoolExecutor(count, get_context("spawn"), end_with_parent, (os.getpid(),)) as pool:
+                store = str(Path(place) / f"store-{count}")
+                answers = pool.map(_worker, range(count), repeat(count), repeat(store), repeat(config))
+                turns = [_slowest(each) for each in zip(*answers, strict=True)]
+            rows |= compared({key: min(turn[key] for turn in turns) for key in turns[0]}, count)
+            bar.advance()
+    errors = {name: row["planned_over_measured"] for name, row in rows.items()}
+    worst = max(errors, key=lambda name: abs(errors[name] - 1))
+    return BenchReport({"steps": rows, "worst": {"step": worst, "planned_over_measured": errors[worst]}})
+
+
+def compared(found: Seconds, count: int) -> dict[str, dict[str, Any]]:
+    """Rows of `count` processes: planned and measured milliseconds of a step, and their ratio."""
+    card, network = rates(found, count)
+    rows = {}
+    for shard in _shards(count):
+        run = TrainConfig(
+            global_batch_size=BETWEEN * count, precision="float32", ema_decay=None, parallel=ParallelConfig(shard), model={"preset": "tiny"}
+        )
+        expected, measured = plan(run, card, network, count, cameras=1, device="cpu"), found[f"together {shard}"]
+        parts = {f"{part}_ms": 1e3 * seconds for part, seconds in expected.parts.items()}
+        whole = {"planned_ms": 1e3 * expected.seconds, "measured_ms": 1e3 * measured, "planned_over_measured": expected.seconds / measured}
+        rows[f"{count} x {shard}"] = whole | parts
+    return rows
+
+
+def rates(found: Seconds, count: int) -> tuple[Card, Network]:
+    """What a process of `count` at once reaches of products, memory and network."""
+    work = training_work(TINY, Adaptation(), cameras=1)
+    trained = count_of(TINY, Adaptation(), torch.float32).trained // 4
+    a_sample = (found[f"pass {LARGE}"] - found[f"pass {SMALL}"]) / (LARGE - SMALL)
+    a_pass = max(1e-9, found[f"pass {SMALL}"] - SMALL * a_sample)
+    bandwidth = trained / a_pass  # with one byte a number
+    update = UPDATE_BYTES * trained / (bandwidth * found["optimizer"])
+    card = Card(1.0, (work.forward + work.backward) / a_sample, bandwidth, 1.0, 1.0, update, 1.0, 0.0, overlap=0.0, price=0.0)
+    if count == 1:
+        return card, Network(1.0, 1.0, 0.0, 1)
+    gather, share = found[f"gather {MANY}"] - found[f"gather {FEW}"], (count - 1) / count
+    latency = found[f"gather {FEW}"] / math.log2(count)
+    times = {name: (found[f"{name} {MANY}"] - found[f"{name} {FEW}"]) / gather for name in ("scatter", "reduce")}
+    inside = share * MANY / gather
+    return replace(card, inside=inside), Network(inside, inside, latency, count, times["scatter"], times["reduce"])
+
+
+def _shards(count: int) -> tuple[str, ...]:
+    return (NONE,) if count == 1 else (NONE, GRADIENTS, FULL)
+
+
+def _worker(rank: int, count: int, store: str, config: Options) -> list[Seconds]:
+    """Each turn's figures of one process. Called in `count` processes at once."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    where = FileStore(store, count)
+    return [_turn(rank, count, where, f"{turn}", config.steps) for turn in range(config.turns)]
+
+
+def _turn(rank: int, count: int, store: FileStore, turn: str, steps: int) -> Seconds:
+    for name in WHO:
+        os.environ.pop(name, None)  # accelerate asks them whether it is alone
+    found: Seconds = {}
+    for samples in (SMALL, LARGE):
+        parallel = Parallel(Context(), "float32", allow_cuda=False)
+        trainer = Trainer(TrainState.build(TINY, StateConfig(), None, parallel), parallel)
+        _stepped(trainer, samples, 1, WARM_UP)
+        _meet(store, f"{turn} alone {samples}", count)
+        parts = _stepped(trainer, samples, 1, steps)
+        found |= {f"pass {samples}": parts["forward"] + parts["backward"], "optimizer": parts["optimizer"]}
+        parallel.close()
+    if count > 1:
+        os.environ |= dict(zip(WHO, (str(rank), str(count), str(rank), "127.0.0.1", "1"), strict=True))
+        distributed.init_process_group("gloo", store=PrefixStore(turn, store), rank=rank, world_size=count, timeout=PATIENCE)
+        found |= _collectives(count, steps)
+    for shard in _shards(count):
+        parallel = Parallel(Context(rank, count, shown=False), "float32", allow_cuda=False)
+        trainer = Trainer(TrainState.build(TINY, StateConfig(parallel=ParallelConfig(shard)), None, parallel), parallel)
+        _stepped(trainer, BETWEEN, count, WARM_UP)
+        parallel.barrier()
+        found[f"together {shard}"] = sum(_stepped(trainer, BETWEEN, count, steps).values())
+    parallel.close()
+    return found
+
+
+def _stepped(trainer: Trainer, samples: int, count: int, steps: int) -> Seconds:
+    """Seconds of a step by part, the mean over `steps` of them."""
+    batch, clock = make_batch(Case(TINY, (True,), TINY.max_prompt_tokens, samples), seed=0), StepClock(CPU)
+    for _ in range(steps):
+        trainer.step(repeat(batch), batch.action_mask.numel() * count, clock.mark)
+    return {part: seconds / steps for part, seconds in clock.seconds().items()}
+
+
+def _collectives(count: int, steps: int) -> Seconds:
+    found: Seconds = {}
+    for size, repeats in ((FEW, 10 * steps), (MANY, steps)):
+        whole, part = torch.zeros(size // 4), torch.zeros(size // 4 // count)
+        calls: dict[str, Callable[[], object]] = {
+            "gather": partial(distributed.all_gather_into_tensor, whole, part),
+            "scatter": partial(distributed.reduce_scatter_tensor, part, whole),
+            "reduce": partial(distributed.all_reduce, whole),
+        }
+        for name, call in calls.items():
+            call()
+            distributed.barrier()
+            began = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            found[f"{name} {size}"] = (time.perf_counter() - began) / repeats
+    return found
+
+
+def _slowest(processes: Sequence[Seconds]) -> Seconds:
+    return {key: max(each[key] for each in processes) for key in processes[0]}
+
+
+def _meet(store: FileStore, name: str, count: int) -> None:
+    if store.add(name, 1) == count:
+        store.set(f"{name} all", "")
+    store.wait([f"{name} all"], PATIENCE)
