@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import pi0fm
 from pi0fm import files, options
 from pi0fm.data.chain import Chain, make_chain
 from pi0fm.data.columns.embodiment import Embodiment
@@ -104,7 +105,7 @@ class PolicyConfig:
         size = self.model.vision.image_size
         return {
             "name": "pi0fm",
-            "version": version("pi0fm"),
+            "version": pi0fm.__version__,
             "embodiment": self.embodiment.name,
             "cameras": dict(self.embodiment.cameras),
             "limits": dict(self.embodiment.limits),
@@ -151,7 +152,7 @@ def new_bundle(
         if config.tokenizer != BYTES:
             load_tokenizer(config.tokenizer, config.model.vocab_size).save_pretrained(aside / "tokenizer")
             config = replace(config, tokenizer="tokenizer")
-        versions = {name: version(name) for name in ("pi0fm", "torch", "transformers")}
+        versions = {"pi0fm": pi0fm.__version__} | {name: version(name) for name in ("torch", "transformers")}
         files.write_json(aside / CONFIG, {"format": FORMAT, "policy": options.encode(config), "versions": versions})
         files.write_json(aside / STATS, stats.to_json())
         if own:

@@ -156,9 +156,16 @@ def test_the_installed_program_and_the_module_agree_and_start_without_torch() ->
     assert (module.returncode, module.stdout, module.stderr) == (2, "", done.stderr)
 
 
-def test_the_package_says_its_version() -> None:
+def test_the_package_says_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     import pi0fm
 
     assert pi0fm.__version__ == importlib.metadata.version("pi0fm")
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", missing)
+        assert pi0fm.__version__ == "0+checkout", "a bundle is written from a checkout on PYTHONPATH too"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         pi0fm.nothing  # noqa: B018

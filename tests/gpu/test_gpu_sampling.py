@@ -1,10 +1,8 @@
 """Chunks and scores on the device against the host's, and compiled, recorded and plain chunks beside each other."""
 
 import copy
-import json
 
 import numpy as np
-import programs
 import pytest
 import torch
 from device_cases import apart, configuration, observe
@@ -40,24 +38,6 @@ def test_every_solver_gives_the_host_s_chunk(device, name, solver):
     here, there = (Sampler(copy.deepcopy(model), flow, where, torch.float32)(seen, start, mask, increments) for where in (CPU, device))
     assert apart(there, here) < (5e-4 if solver == "dopri5" else 2e-5)
     assert (there[..., -1] == 0).all()
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "dtype"),
-    [("pi0", "small", "float32"), ("pi05", "small", "bfloat16"), ("pi0", "wide", "bfloat16"), ("pi05", "wide", "bfloat16")],
-)
-def test_compiled_and_recorded_chunks_are_the_plain_ones(device, name, size, dtype):
-    """Batches of 1, 3 and 8, missing cameras, short and long prompts; apart, since compilers cannot look through shape checks.
-
-    small: widths that the kernels of models/fused.py do not take, which torch.compile then makes; wide: those of released weights.
-    """
-    if size == "wide" and device.type == "cpu":
-        pytest.skip("the widths of released weights take a minute on a CPU")
-    words = ("kernels", "graph") if device.type == "cuda" else ("off",)
-    rows = json.loads(programs.last_line("device_chunks", name, size, device.type, dtype, *words))
-    assert {row["case"] for row in rows} >= {"batch 1", "batch 3", "batch 8", "missing camera", "short prompt"}
-    bound = 1e-4 if dtype == "float32" else 5e-2
-    assert [row for row in rows if not row["difference"] < bound] == []
 
 
 def made(small_policy, device: torch.device) -> LocalPolicy:

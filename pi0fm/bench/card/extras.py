@@ -1,20 +1,34 @@
-"""The cost of scores and of several candidates relative to one chunk, at full size.
+"""The cost of scores and of several candidates relative to one chunk, and of an asynchronous checkpoint relative to a step.
 
-Owns: best of eight from one prefix, the log-likelihood of a chunk. Does not know: which candidate is best.
+Owns: best of eight from one prefix, the log-likelihood of a chunk; a checkpoint of a third of the layers, whose bytes and step are each a
+third of the whole. Does not know: which candidate is best, how a checkpoint is written.
 """
 
 import functools
+import itertools
+import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from pi0fm.bench.card.inference import BEST, Inference
 from pi0fm.bench.card.results import Results
+from pi0fm.bench.card.training import TrainingCase, clear, full_batch, prepared
 from pi0fm.bench.cases import random_observations
 from pi0fm.bench.limits import host_seconds, percentile
+from pi0fm.bench.measure import seconds_of
+from pi0fm.models.presets import PI0, TINY
 from pi0fm.policy.best_of import BestOf
+from pi0fm.train.checkpoint.checkpoints import Checkpoints
+from pi0fm.train.start.adaptation import Adaptation
 
 CANDIDATES = 8
+LAYERS_OF = 3  # the checkpoint's network has one layer of so many
+EVERY = 100  # steps from one checkpoint to the next, of the target
+LONGEST = 20.0  # seconds of steps beside one checkpoint
 
 
 def measure(results: Results, device: torch.device, whole: bool) -> None:
@@ -22,6 +36,10 @@ def measure(results: Results, device: torch.device, whole: bool) -> None:
     shared = Inference(results, device, whole)
     shared.attempt(f"best of {CANDIDATES} from one prefix", functools.partial(_best_of, results, shared), 20)
     shared.attempt("log-likelihood", functools.partial(_likelihood, results, shared), 20)
+    shared.networks.clear()
+    shared.policies.clear()
+    clear()
+    shared.attempt("asynchronous checkpoint", functools.partial(_checkpoint, results, device, whole), 50)
 
 
 def _best_of(results: Results, shared: Inference) -> None:
@@ -51,3 +69,45 @@ def _likelihood(results: Results, shared: Inference) -> None:
         call()
         taken[name] = percentile(host_seconds(call, shared.device, rounds), 0.5)
         results.add(f"{name}, eager", 1e3 * taken[name], "ms", note=f"{taken[name] / taken['a chunk']:.2f} x a chunk")
+
+
+def _checkpoint(results: Results, device: torch.device, whole: bool) -> None:
+    """Full fine-tuning at the batch of the training part; the second checkpoint, whose page-locked buffers are there."""
+    full = PI0 if whole else TINY
+    config = replace(
+        full,
+        vision=replace(full.vision, depth=full.vision.depth // LAYERS_OF),
+        decoder=replace(full.decoder, depth=full.decoder.depth // LAYERS_OF),
+    )
+    case = TrainingCase("full", Adaptation(activation_checkpointing="full"), False, False, ())
+    trainer, batch = prepared(config, case, device), full_batch(config, 32 if whole else 2, device)
+    given = itertools.repeat(batch), batch.action_mask.numel()
+
+    def step() -> None:
+        trainer.step(*given)
+
+    host_seconds(step, device, 2)
+    quiet = percentile(host_seconds(step, device, 5), 0.5)
+    place = next((name for name in ("/dev/shm",) if Path(name).is_dir()), None)  # the copy and its sums are measured, not a disk
+    with tempfile.TemporaryDirectory(prefix="pi0fm-card-", dir=place) as folder:
+        checkpoints, waited = Checkpoints(folder, trainer.parallel, 1), []
+        for number in (1, 2):
+            state, beside, began = trainer.state, list[float](), time.monotonic()
+            state.step = number
+            tensors = state.tensors()
+            waited.append(seconds_of(functools.partial(checkpoints.save, number, tensors, {"step": number})))
+            while checkpoints.saved != number and time.monotonic() - began < LONGEST:
+                beside += host_seconds(step, device, 1)
+                checkpoints.settle(wait=False)
+            written = time.monotonic() - began
+            checkpoints.settle()
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        checkpoints.close()
+    cost = waited[1] + sum(beside) - quiet * len(beside)
+    note = (
+        f"{size / 1e9:.1f} GB to {'memory' if place else 'disk'}, waited for {waited[1]:.2f} s ({waited[0]:.1f} the first time), "
+        f"{written:.1f} s until written, "
+        f"{len(beside)} steps beside it of {1e3 * percentile(beside, 0.5):.0f} ms, {1e3 * quiet:.0f} without"
+    )
+    share = cost / (EVERY * quiet)
+    results.add(f"asynchronous checkpoint every {EVERY} steps", 100 * share, "% of a step", target="<= 3", note=note, bytes=size)

@@ -7,6 +7,7 @@ ones over the same folders, so that `modeling_pi0` and what it computes with are
 
     lerobot.policies, .pi0, .rtc     empty packages: nothing but what is asked for is imported
     .pretrained, lerobot.transforms  stand-ins for two names that the network never calls
+    create_causal_mask               without `cache_position`, which LeRobot gives and newer transformers neither take nor need
 
 Only in a process that uses LeRobot for nothing else.
 """
@@ -14,6 +15,7 @@ Only in a process that uses LeRobot for nothing else.
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -43,8 +45,15 @@ def imported() -> tuple[Any, Any]:
         if importlib.util.find_spec("torchvision") is None:
             _add("lerobot.transforms", ImageTransformsConfig=dataclasses.make_dataclass("ImageTransformsConfig", []))
         importlib.import_module("lerobot.policies.pi0.modeling_pi0")
+        _drop_cache_position(sys.modules["lerobot.policies.pi_gemma"])
     modeling, configuration = (sys.modules[f"lerobot.policies.pi0.{name}_pi0"] for name in ("modeling", "configuration"))
     return modeling, configuration
+
+
+def _drop_cache_position(gemma: Any) -> None:
+    make = gemma.create_causal_mask
+    if "cache_position" not in inspect.signature(make).parameters:
+        gemma.create_causal_mask = lambda cache_position=None, **given: make(**given)
 
 
 def _add(name: str, **contents: object) -> None:

@@ -28,7 +28,7 @@ from pi0fm.bench.measure import BenchReport, check_words
 from pi0fm.options import option
 from pi0fm_client.errors import ConfigError
 
-PARTS = {"right": 150, "extras": 40, "training": 150, "inference": 140}
+PARTS = {"right": 170, "training": 130, "extras": 90, "inference": 90}
 """What no card has measured yet comes early; with the seconds that each may take: eight minutes in all."""
 RIGHT, LOG = "right", "card.log"
 RESULT = None  # a later run replaces the files of an earlier one
