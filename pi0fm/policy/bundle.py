@@ -8,6 +8,7 @@ Owns: what is in a bundle's files, loading and saving. Does not know: their hash
       norm_stats.json
       robots.json          only of a mixture: what each of its robots has of its own (policy/robots.py)
       model.safetensors    float32 (the moving average of training, when there is one); converted weights as their source has them
+      reference.safetensors   of a trained policy: a recorded observation and the chunk for it (policy/reference.py)
       tokenizer/           only for a tokenizer that is not byt5
 """
 
@@ -34,7 +35,7 @@ from pi0fm.data.prompt import BYTES, OPENPI, PromptTokenizer, load_tokenizer
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.sampling import overridden
 from pi0fm.models.pi0 import Pi0, Pi0Config
-from pi0fm.policy import robots
+from pi0fm.policy import reference, robots
 from pi0fm.policy.device import choose_device, inference_dtype, is_out_of_memory
 from pi0fm.policy.load_options import GUIDED, LoadOptions
 from pi0fm.policy.local import LocalPolicy
@@ -45,6 +46,7 @@ from pi0fm.policy.sampler import refuse_compile
 from pi0fm.policy.weights import Entries, Put, Weights, filled, open_file, tensor_file
 from pi0fm.progress import say
 from pi0fm_client.errors import BundleError, ConfigError
+from pi0fm_client.types import Observation
 
 # by format, what a bundle means by the fields of its policy that it does not name: each keeps the rules that its weights were trained under
 UNNAMED: Mapping[int, Mapping[str, Any]] = {2: {"norm_rule": "centred", "resize": "rounded"}, FORMAT: {}}
@@ -127,24 +129,36 @@ class PolicyConfig:
 
 
 def save(
-    path: Path, weights: Mapping[str, Tensor], config: PolicyConfig, stats: NormStats, own: Robots | None = None, keep_older: bool = False
+    path: Path,
+    weights: Mapping[str, Tensor],
+    config: PolicyConfig,
+    stats: NormStats,
+    own: Robots | None = None,
+    keep_older: bool = False,
+    recorded: Observation | None = None,
 ) -> None:
     """Write a bundle to `path` in float32, tensor by tensor from wherever they are; otherwise as `new_bundle`."""
     entries = {name: (tuple(tensor.shape), torch.float32) for name, tensor in weights.items()}
-    with new_bundle(path, entries, config, stats, own, keep_older) as put:
+    with new_bundle(path, entries, config, stats, own, keep_older, recorded) as put:
         for name, tensor in weights.items():
             put(name, 0, tensor)
 
 
 @contextmanager
 def new_bundle(
-    path: Path, entries: Entries, config: PolicyConfig, stats: NormStats, own: Robots | None = None, keep_older: bool = False
+    path: Path,
+    entries: Entries,
+    config: PolicyConfig,
+    stats: NormStats,
+    own: Robots | None = None,
+    keep_older: bool = False,
+    recorded: Observation | None = None,
 ) -> Iterator[Put]:
     """Write a bundle to `path`; the block puts its weights, as `tensor_file` says. A reader sees all of it or nothing.
 
     own: of a mixture, its robots by name; `config` and `stats` are then those of the first. keep_older: a bundle that is at `path` keeps
-    its name until this one is whole, and then is `path-STEPS`. Raises BundleError where one exists otherwise, OutputError for a place
-    that cannot be written.
+    its name until this one is whole, and then is `path-STEPS`. recorded: of the first robot, for the reference.
+    Raises BundleError where one exists otherwise, OutputError for a place that cannot be written.
     """
     if path.exists() and not keep_older:
         raise BundleError(f"a bundle is written to a new directory, but {path} exists; remove it or choose another")
@@ -159,6 +173,11 @@ def new_bundle(
             files.write_json(aside / robots.FILE, robots.to_json(own))
         with tensor_file(aside / WEIGHTS, entries) as put:
             yield put
+        if recorded is not None and reference.has_room(aside / WEIGHTS):
+            cpu, flow = torch.device("cpu"), FlowMatching.from_config(config.flow)
+            model = filled(open_file(aside / WEIGHTS), config.model, cpu, torch.float32)
+            chain = config.chain(stats, None if config.tokenizer == BYTES else str(aside / config.tokenizer))
+            reference.make(aside, LocalPolicy(model, flow, chain, {}, cpu, torch.float32, config.padded_noise), recorded)
         write_manifest(aside)
 
 

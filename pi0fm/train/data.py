@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from pi0fm import progress
 from pi0fm.data.chain import Chain
 from pi0fm.data.columns import held_out
@@ -33,6 +35,7 @@ from pi0fm.train.checkpoint.facts import data_facts
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.start.pretrained import Pretrained, chosen_dialect, chosen_tokenizer, kept_stats, open_pretrained, refuse_other_policy
 from pi0fm_client.errors import ConfigError
+from pi0fm_client.types import Observation
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,16 @@ class RunData:
         if not isinstance(self.training, MixtureCollator):
             return {}
         return {part.name: (_robot(part.policy), part.stats) for part in self.parts}
+
+    def recorded(self) -> Observation:
+        """One observation of the first data set, as the network sees it, of a held-out episode where there is one."""
+        unseen = self.parts[0].held_out
+        made = unseen if len(unseen.source.frames) else self.parts[0].training
+        source, place = made.source, made.source.frames[len(made.source.frames) // 2]
+        pictures = made.cache.gather(np.array([place]))[0]
+        return Observation(
+            dict(zip(source.embodiment.cameras, pictures, strict=True)), source.state[place], source.tasks[source.task[place]]
+        )
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint says of the data: of an entry under `mixture.NAME.`."""

@@ -41,6 +41,7 @@ from pi0fm.train.watch.metrics import Metrics, read_last
 from pi0fm.train.watch.out_of_memory import memory_faults
 from pi0fm.train.watch.schedule import ValidationSchedule
 from pi0fm.train.watch.validation import make_validators
+from pi0fm_client.types import Observation
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def _run(context: Context, config: TrainConfig, parallel: Parallel, data: RunDat
     if context.is_first and data.left_out():
         files.write_json(config.output_dir / "left_out.json", data.left_out())
     metrics = Metrics(config.output_dir, first) if context.is_first else None
+    recorded = data.recorded() if context.is_first else None  # now, while a stream of pictures still begins
     log = TrainLog(config.log(), parallel, metrics, first, (read_last(config.output_dir) or {}).get("loss", math.nan))
     split = (config.global_batch_size, context.rank, context.world_size, config.micro_batch_size)
     batches = log.timed(micro_batches(data.training, first, config.steps, *split, config.loader, parallel.device))
@@ -114,7 +116,7 @@ def _run(context: Context, config: TrainConfig, parallel: Parallel, data: RunDat
     if metrics is not None:
         with write_faults(config.output_dir):
             metrics.close()
-            _write_bundle(path, state, data)
+            _write_bundle(path, state, data, recorded)
     elif state.is_sharded:
         for _ in state.bundle_weights():  # this worker's rows of each
             pass
@@ -122,9 +124,9 @@ def _run(context: Context, config: TrainConfig, parallel: Parallel, data: RunDat
     return TrainResult(path, config.steps, log.loss, time.perf_counter() - began)
 
 
-def _write_bundle(path: Path, state: TrainState, data: RunData) -> None:
+def _write_bundle(path: Path, state: TrainState, data: RunData, recorded: Observation | None) -> None:
     """Write the bundle tensor by tensor: of a state that is cut, each is whole on this worker for as long as it is written."""
     entries = {name: (shape, torch.float32) for name, shape in network_shapes(data.policy.model).items()}
-    with bundle.new_bundle(path, entries, data.policy, data.parts[0].stats, data.robots(), keep_older=True) as put:
+    with bundle.new_bundle(path, entries, data.policy, data.parts[0].stats, data.robots(), True, recorded) as put:
         for name, tensor in state.bundle_weights():
             put(name, 0, tensor)

@@ -74,6 +74,7 @@ def test_a_run_prints_its_bundle(file, tmp_path, capsys):
         "manifest.json",
         "model.safetensors",
         "norm_stats.json",
+        "reference.safetensors",
     ]
     assert json.loads((tmp_path / "run/run.json").read_text())["global_batch_size"] == 2
 
