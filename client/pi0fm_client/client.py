@@ -244,7 +244,7 @@ class AsyncPolicyClient:
         timings = {"infer_ms": server_ms, "server_ms": server_ms, **timing["policy_timing"]}
         if "prev_total_ms" in timing["server_timing"]:
             timings["previous_total_ms"] = timing["server_timing"]["prev_total_ms"]
-        scores = _numbers({"uncertainty": reply.get(wire.UNCERTAINTY)})
+        scores = _numbers({"uncertainty": reply.get(wire.UNCERTAINTY), "alarm": reply.get(wire.ALARM)})
         if isinstance(candidates := reply.get(wire.SCORES), np.ndarray):
             scores |= {f"candidate_{index}": float(score) for index, score in enumerate(candidates.ravel())}
         return ActionChunk(actions, timings | {"round_trip_ms": (time.monotonic() - began) * 1e3}, scores)

@@ -72,7 +72,10 @@ class Command:
 
 @dataclass
 class Report:
-    """Counts since the start. inference_delay: the estimate, control steps. clamped: int [A], commands that a limit changed."""
+    """Counts since the start. inference_delay: the estimate, control steps. clamped: int [A], commands that a limit changed.
+
+    alarm: of the newest chunk, by a policy that is calibrated; alarms: how many chunks raised one.
+    """
 
     clamped: NDArray[np.int64]
     steps: int = 0
@@ -85,6 +88,8 @@ class Report:
     refused: int = 0
     inference_delay: int = 0
     last_fault: str = ""
+    alarm: bool = False
+    alarms: int = 0
 
 
 @dataclass(frozen=True)
@@ -292,7 +297,8 @@ class Executor:
         now = self._clock()
         step = self._step_at(now)
         try:
-            rows = self._rows(request.reply.result(), request.state)
+            chunk = request.reply.result()
+            rows = self._rows(chunk, request.state)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - whatever a policy raises, the robot must be told to stand still
             self.report.failures += 1
             self.report.last_fault = f"{type(error).__name__}: {error}"
@@ -302,6 +308,8 @@ class Executor:
         self._pause = self._dt
         self._answered_step = request.step
         self.report.chunks += 1
+        self.report.alarm = bool(chunk.scores.get("alarm", 0.0))
+        self.report.alarms += self.report.alarm
         late = step - request.step
         self._note_delay(late, len(rows))
         if late >= len(rows):

@@ -32,7 +32,8 @@ class ActionChunk:
 
     actions: float32 [H, A], robot units; row k is meant for k control steps after the observation.
     timings: milliseconds by stage, at least `infer_ms`; over the network `server_ms` and `round_trip_ms` too.
-    scores: `log_prob` (nats, of the normalised chunk) and `noise_norm`, where they were asked for; else empty.
+    scores: `spread` of the velocity over the flow steps, over the network `uncertainty`, and of a calibrated policy whether it is an
+    `alarm`, 1 or 0; where they were asked for `log_prob` (nats, of the normalised chunk) and `noise_norm` in their place.
     """
 
     actions: NDArray[np.float32]

@@ -37,6 +37,7 @@ REPORT = "pi0fm/report"  # request: map of what the robot did: EXECUTED, and cou
 JPEG = "pi0fm/jpeg"  # request: a picture may be the map {JPEG: bytes}
 REPLY_IDENTITY = "pi0fm/identity"  # reply: the identity of the policy that answered
 UNCERTAINTY = "pi0fm/uncertainty"  # reply: float, spread of the velocities over the flow steps
+ALARM = "pi0fm/alarm"  # reply: 1 where that is above the calibrated threshold, else 0
 REFUSED = "pi0fm/refused"  # reply: text in the place of the actions, with the request's id; the connection goes on
 SCORES = "pi0fm/scores"  # reply: float32 [num_candidates]
 

@@ -98,6 +98,8 @@ def show(evaluation: Evaluation) -> None:
         for scores in task.scores:
             means = f"mean log-likelihood {scores.log_prob:.2f} nats, noise norm {scores.noise_norm:.3f}"
             console.print(f"{task.task}, {scores.outcome}, {scores.episodes} episodes: {means}")
+        for outcome, (alarmed, episodes) in task.alarmed.items():
+            console.print(f"{task.task}, {outcome}: the policy raised an alarm in {alarmed} of {episodes} episodes")
     progress.say(f"report: {evaluation.report}")
 
 

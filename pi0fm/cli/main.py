@@ -32,6 +32,7 @@ COMMANDS = {
     "eval": "judge a policy in simulation, or on recorded episodes",
     "compare": "evaluations on the same tasks and seeds, side by side",
     "convert": "openpi's and LeRobot's weights to a bundle, and back",
+    "calibrate": "an alarm of a bundle, with a rate of false ones, from held-out episodes",
     "verify": "whether a bundle computes here what it computed where it was trained",
     "serve": "answer robots over the openpi WebSocket protocol",
     "replay": "infer a server's log of requests again, and compare two bundles on it",

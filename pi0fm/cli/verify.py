@@ -34,7 +34,7 @@ class Options:
     threads: int | None = option(None, "CPU threads of one inference; torch's choice when not given")
     compile: str = option("off", "off, kernels or graph, as in pi0fm serve")
     tolerance: float | None = option(
-        None, "largest difference that agrees, in deviations of the recorded actions; 0.001 in float32 and 0.1 in bfloat16 when not given"
+        None, "largest difference that agrees, in deviations of the recorded actions; 0.001 in float32 and 0.05 in bfloat16 when not given"
     )
 
     def __post_init__(self) -> None:

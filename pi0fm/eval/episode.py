@@ -32,6 +32,7 @@ class EpisodeResult:
     steps: executed actions. seconds: wall time of the episode's reset, steps and pictures, without the policy.
     error: one line, for a crash only. video: mp4 bytes, for a recorded episode that did not crash; video_path: their file.
     scores: `ActionChunk.scores` of each policy call, in order; empty without --scores.
+    alarms: policy calls that raised one (policy/calibration.py); None of a policy that is not calibrated.
     """
 
     task: str
@@ -43,6 +44,7 @@ class EpisodeResult:
     video: bytes | None = None
     scores: tuple[Mapping[str, float], ...] = ()
     video_path: str | None = None
+    alarms: int | None = None
 
     def mean_score(self, name: str) -> float:
         """Average one of SCORES over the policy calls, one or more."""
@@ -59,6 +61,7 @@ class EpisodeResult:
             "error": self.error,
             "video": self.video_path,
             "scores": {name: self._described(name) for name in SCORES} if self.scores else None,
+            "alarms": self.alarms,
         }
 
     def _described(self, name: str) -> dict[str, Any]:

@@ -301,7 +301,7 @@ def judge(config: OpenLoopConfig, judged: Judged, source: LeRobotSource, policy:
     whole: NDArray[np.bool_] = np.asarray(moments.real.all(1))
     with progress.step("predicting", len(predicted)) as bar:
         for batch in np.array_split(np.arange(len(predicted)), -(-len(predicted) // config.batch_size)):
-            observations = [_observation(source, moments, int(number)) for number in batch]
+            observations = [observation(source, moments, int(number)) for number in batch]
             named = zip(moments.episode[batch].tolist(), source.rows[moments.place[batch]].tolist(), strict=True)
             seeds = [noise_seed(config.seed, "open loop", episode, row) for episode, row in named]
             predicted[batch] = [chunk.actions for chunk in policy.infer_batch(observations, seeds)]
@@ -349,7 +349,8 @@ def _ratio(ours: NDArray[np.float64], baseline: NDArray[np.float64], episode: ND
     return Ratio(value, (float(low), float(high)))
 
 
-def _observation(source: LeRobotSource, moments: Moments, number: int) -> Observation:
+def observation(source: LeRobotSource, moments: Moments, number: int) -> Observation:
+    """What the robot saw at a moment."""
     place = int(moments.place[number])
     images = dict(zip(source.embodiment.cameras, moments.pictures[number], strict=True))
     return Observation(images, source.state[place], source.tasks[source.task[place]])

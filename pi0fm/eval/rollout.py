@@ -51,6 +51,7 @@ class _RunningEpisode:
     error: str | None = None
     frames: list[NDArray[np.uint8]] = field(default_factory=list)
     scores: list[Mapping[str, float]] = field(default_factory=list)
+    alarms: int | None = None
 
     @contextmanager
     def guard(self, *pass_on: type[Exception]) -> Iterator[None]:
@@ -186,8 +187,10 @@ class BatchedRollout:
                 f"the policy must answer finite actions, found {actions[row, column]} in row {row}, column {column} at {where}; "
                 "look at its training loss and its norm stats"
             )
-        if chunk.scores:
+        if "log_prob" in chunk.scores:
             run.scores.append(chunk.scores)
+        if "alarm" in chunk.scores:
+            run.alarms = (run.alarms or 0) + int(chunk.scores["alarm"])
         return np.ascontiguousarray(actions[:horizon], dtype=np.float32)
 
     def _step(self, run: _RunningEpisode, action: NDArray[np.float32]) -> None:
@@ -222,7 +225,8 @@ class BatchedRollout:
         else:
             self._discard(run)
         scores = tuple(run.scores)
-        return EpisodeResult(run.episode.task, run.episode.seed, run.outcome, run.steps, run.seconds, run.error, movie, scores)
+        episode = run.episode
+        return EpisodeResult(episode.task, episode.seed, run.outcome, run.steps, run.seconds, run.error, movie, scores, alarms=run.alarms)
 
     @staticmethod
     def _discard(run: _RunningEpisode) -> None:

@@ -4,8 +4,8 @@ Owns: `Summary`. Does not know: how it is shown.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pi0fm.eval.episode import SCORES, EpisodeResult
@@ -30,7 +30,10 @@ class MeanScores:
 
 @dataclass(frozen=True)
 class TaskSummary:
-    """One task. interval: None when every episode crashed. scores: of successes and of failures, where there are any."""
+    """One task. interval: None when every episode crashed. scores: of successes and of failures, where there are any.
+
+    alarmed: by outcome, (episodes with an alarm, episodes), of a policy that is calibrated.
+    """
 
     task: str
     successes: int
@@ -39,6 +42,7 @@ class TaskSummary:
     interval: Interval | None
     mean_steps: float | None
     scores: tuple[MeanScores, ...] = ()
+    alarmed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def trials(self) -> int:
@@ -61,7 +65,7 @@ class Summary:
         return any(task.scores for task in self.tasks)
 
     def json(self) -> dict[str, Any]:
-        """Return the figures of summary.json and of the command's last line, with `scores` where there are any."""
+        """Return the figures of summary.json and of the command's last line, with `scores` and `alarmed` where there are any."""
         scores = {task.task: {each.outcome: each.json() for each in task.scores} for task in self.tasks if task.scores}
         figures = {
             "mean_success": self.mean and round(self.mean.rate, 6),
@@ -71,7 +75,8 @@ class Summary:
             "crashes": self.crashes,
             "episodes": self.episodes,
         }
-        return figures | {"scores": scores} if scores else figures
+        alarmed = {task.task: {outcome: list(counts) for outcome, counts in task.alarmed.items()} for task in self.tasks if task.alarmed}
+        return figures | ({"scores": scores} if scores else {}) | ({"alarmed": alarmed} if alarmed else {})
 
     def warnings(self) -> list[str]:
         """Return a warning for each task with crashes."""
@@ -108,7 +113,13 @@ def _task(task: str, results: Sequence[EpisodeResult]) -> TaskSummary:
         wilson(count["success"], trials) if trials else None,
         sum(steps) / len(steps) if steps else None,
         tuple(each for outcome in ("success", "failure") for each in _scores(outcome, results)),
+        {outcome: counts for outcome in ("success", "failure") if (counts := _alarmed(outcome, results))[1]},
     )
+
+
+def _alarmed(outcome: str, results: Sequence[EpisodeResult]) -> tuple[int, int]:
+    watched = [result.alarms for result in results if result.outcome == outcome and result.alarms is not None]
+    return sum(alarms > 0 for alarms in watched), len(watched)
 
 
 def _scores(outcome: str, results: Sequence[EpisodeResult]) -> list[MeanScores]:

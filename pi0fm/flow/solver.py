@@ -165,10 +165,11 @@ class Spread:
         return (real / mask.flatten(1).sum(1)).sqrt()
 
     def _summed(self, value: Tensor) -> Tensor:
+        found = value.detach()  # a guided flow takes a derivative of what is evaluated here
         if not self._count:  # counted from the first answer, so that no digit is lost to the answers' size
-            self._first, self._sum, self._squares = value, torch.zeros_like(value), torch.zeros_like(value)
+            self._first, self._sum, self._squares = found, torch.zeros_like(found), torch.zeros_like(found)
         self._count += 1
-        away = value - self._first
+        away = found - self._first
         self._sum += away
         self._squares.addcmul_(away, away)
         return value

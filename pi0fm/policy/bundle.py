@@ -35,7 +35,8 @@ from pi0fm.data.prompt import BYTES, OPENPI, PromptTokenizer, load_tokenizer
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.sampling import overridden
 from pi0fm.models.pi0 import Pi0, Pi0Config
-from pi0fm.policy import reference, robots
+from pi0fm.policy import calibration, reference, robots
+from pi0fm.policy.calibration import Calibration
 from pi0fm.policy.device import choose_device, inference_dtype, is_out_of_memory
 from pi0fm.policy.load_options import GUIDED, LoadOptions
 from pi0fm.policy.local import LocalPolicy
@@ -210,8 +211,21 @@ def load(path: str | Path, options: LoadOptions | None = None, *, guidance: str 
         torch.set_num_threads(options.threads)
     model = load_network(path, config.model, device, dtype)
     chain = config.chain(stats, None if config.tokenizer == BYTES else str(path / config.tokenizer))
-    known = config.metadata() | _facts(path, options.robot, stats)
-    return LocalPolicy(model, flow, chain, known, device, dtype, config.padded_noise, options.compile, guidance, config.rtc_max_delay)
+    known, alarm = config.metadata() | _facts(path, options.robot, stats), _alarm(path, options.robot or robot_names(path)[0], flow)
+    if alarm is not None:
+        known["alarm"] = alarm.metadata()
+    rtc = (guidance, config.rtc_max_delay)
+    return LocalPolicy(model, flow, chain, known, device, dtype, config.padded_noise, options.compile, *rtc, alarm)
+
+
+def _alarm(path: Path, robot: str, flow: FlowMatching) -> Calibration | None:
+    """The bundle's calibration, where it is of the robot and the sampling that were asked for; that it is not is said."""
+    found = calibration.read(path)
+    asked = (robot, calibration.sampling(flow))
+    if found is not None and (found.robot, found.sampling) != asked:
+        say(f"no alarm: {path} was calibrated for {found.robot}, {found.sampling}, loaded for {', '.join(asked)}; pi0fm calibrate does so")
+        return None
+    return found
 
 
 def load_network(path: Path, model: Pi0Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Pi0:

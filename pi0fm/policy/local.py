@@ -25,11 +25,13 @@ from pi0fm.flow.density import push_backward
 from pi0fm.flow.guidance import GuidedVelocity, refuse_guidance
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import num_increments, sample
+from pi0fm.flow.solver import Spread
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy import noise
 from pi0fm.policy.best_of import LIKELIHOOD, BestOf, choose, medoid_distances
 from pi0fm.policy.buckets import Buckets
+from pi0fm.policy.calibration import Calibration
 from pi0fm.policy.load_options import GUIDED, HARD_PREFIX, WITHOUT_JACOBIAN
 from pi0fm.policy.realtime import check_prefix, committed_to, led_to, refuse_word
 from pi0fm.policy.sampler import Committed, Sampler
@@ -54,9 +56,10 @@ class LocalPolicy:
         compile: str = "off",
         guidance: str = GUIDED,
         max_delay: int = 0,
+        alarm: Calibration | None = None,
     ) -> None:
         refuse_word(guidance, max_delay)
-        self.guidance, self._max_delay = guidance, max_delay
+        self.guidance, self._max_delay, self._alarm = guidance, max_delay, alarm
         self.sampler = Sampler(model, flow, device, dtype, compile)
         self.model, self.flow, self.chain, self.metadata = self.sampler.model, flow, chain, metadata
         self.device, self.dtype = device, dtype
@@ -95,9 +98,11 @@ class LocalPolicy:
     ) -> list[ActionChunk]:
         """One chunk for each observation: actions float32 [H, robot_action_dim] in robot units, `infer_ms` of the whole batch.
 
-        noise_seeds: all random numbers of a chunk are a function of its seed alone. scores: give each chunk its `scores` too,
-        True for the default options; its actions stay the same. prefixes: what is left of the chunk before, or None, one for each
-        observation; the chunk is led to it (policy/realtime.py), as `guidance` says; under hard_prefix its held rows are the prefix's own.
+        Its `scores` say the `spread` of the network's answers on the way (best_of.py), of a bundle that is calibrated whether that is an
+        `alarm`, 1 or 0 (calibration.py). noise_seeds: all random numbers of a chunk are a function of its seed alone.
+        scores: give each chunk a likelihood in their place, True for the default options; its actions stay the same.
+        prefixes: what is left of the chunk before, or None, one for each observation; the chunk is led to it (policy/realtime.py), as
+        `guidance` says; under hard_prefix its held rows are the prefix's own.
         Raises ObservationError for a wrong observation or prefix, ConfigError for scores of chunks that are led.
         """
         if not observations:
@@ -110,12 +115,13 @@ class LocalPolicy:
         began = time.perf_counter()
         seeds = _seeds(observations, noise_seeds)
         inputs = self.chain.observe(observations)
-        each: list[dict[str, float]] = [{} for _ in observations]
         if led is not None:
             self._refuse_led(led, observations)
-            sampled = self._led(inputs, observations, seeds, led)
+            sampled, spread = self._led(inputs, observations, seeds, led)
+            each = self._judged({"spread": spread.double().cpu().numpy()})
         elif scores is False:
-            sampled, _ = self._sampled(inputs, seeds, spread=False)
+            sampled, spread = self._sampled(inputs, seeds)
+            each = self._judged({"spread": spread.double().cpu().numpy()})
         else:
             sampled, found = self._sample_and_score(inputs, seeds, ScoreOptions() if scores is True else scores)
             each = found.each()
@@ -153,17 +159,24 @@ class LocalPolicy:
 
     def _led(
         self, inputs: ModelObservation, observations: Sequence[Observation], seeds: Sequence[int], prefixes: Sequence[ActionPrefix | None]
-    ) -> Tensor:
-        """Chunks that go on from prefixes: with held rows as any others, by a velocity with guidance operation by operation."""
+    ) -> tuple[Tensor, Tensor]:
+        """Chunks that go on from prefixes, and their spread: with held rows as any others, with guidance operation by operation."""
         if self.guidance == HARD_PREFIX:
-            return self._sampled(inputs, seeds, False, committed_to(self.chain, observations, prefixes, self._shape[0]))[0]
+            return self._sampled(inputs, seeds, committed_to(self.chain, observations, prefixes, self._shape[0]))
         target, weights = (tensor.to(self.device) for tensor in led_to(self.chain, observations, prefixes, self._shape[0]))
         start, increments = self._noise(seeds)
         # not inference_mode: the guidance may be a derivative
         with torch.no_grad(), self.sampler.precision():
-            velocity = self.model.cached_velocity(self.sampler.prepared(inputs))
-            guided = GuidedVelocity(velocity, target, weights, jacobian=self.guidance == GUIDED)
-            return sample(self.flow, guided, start, self.mask(len(start)), increments=increments)
+            watched, mask = Spread(self.model.cached_velocity(self.sampler.prepared(inputs))), self.mask(len(start))
+            guided = GuidedVelocity(watched, target, weights, jacobian=self.guidance == GUIDED)
+            return sample(self.flow, guided, start, mask, increments=increments), watched.of(mask)
+
+    def _judged(self, measures: Mapping[str, NDArray[np.float64]]) -> list[dict[str, float]]:
+        """The scores of each row, with the alarm where the policy is calibrated."""
+        if self._alarm is not None and "spread" in measures:
+            measures = {**measures, "alarm": np.array(self._alarm.alarms(measures["spread"].tolist()), np.float64)}
+        rows = zip(*(values.tolist() for values in measures.values()), strict=True)
+        return [dict(zip(measures, map(float, row), strict=True)) for row in rows]
 
     def infer_best(
         self, observations: Sequence[Observation], options: BestOf | None = None, noise_seeds: Sequence[int] | None = None
@@ -185,8 +198,7 @@ class LocalPolicy:
             sampled, found = self._sample_and_score(inputs, seeds, options.likelihood)
             measures = {"log_prob": found.log_prob, "noise_norm": found.noise_norm}
         else:
-            sampled, spread = self._sampled(inputs, seeds, spread=True)
-            assert spread is not None
+            sampled, spread = self._sampled(inputs, seeds)
             measures = {"spread": spread.double().cpu().numpy()}
         normal = sampled.float().cpu().numpy()
         groups = normal[..., : self.chain.embodiment.dims()[1]].reshape(len(given), options.num_chunks, -1)
@@ -195,14 +207,14 @@ class LocalPolicy:
         chosen = choose(measures, options)
         actions = self._to_robot(inputs.state.cpu().numpy(), normal[chosen])
         timings = {"infer_ms": 1e3 * (time.perf_counter() - began)}
-        scores = [{name: float(values[row]) for name, values in measures.items()} for row in chosen]
+        scores = self._judged({name: values[chosen] for name, values in measures.items()})
         return [ActionChunk(chunk, timings, each) for chunk, each in zip(actions, scores, strict=True)]
 
     def warm_up(self, max_batch: int) -> int:
         """Make everything that `infer_batch` of up to `max_batch` observations compiles or records; how many shapes that were."""
         examples = [] if self._buckets is None else list(self._buckets.examples(max_batch))
         for inputs in examples:
-            self._sampled(inputs, [0] * len(inputs), spread=False)
+            self._sampled(inputs, [0] * len(inputs))
         return len(examples)
 
     def log_prob(
@@ -234,9 +246,7 @@ class LocalPolicy:
             return None
         return Buckets(self.model.config, len(self.chain.embodiment.cameras), self.sampler.static)
 
-    def _sampled(
-        self, inputs: ModelObservation, seeds: Sequence[int], spread: bool, committed: Committed | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _sampled(self, inputs: ModelObservation, seeds: Sequence[int], committed: Committed | None = None) -> tuple[Tensor, Tensor]:
         """A chunk for each seed, one or more of them for each observation, and their spread."""
         asked, chunks = len(seeds), len(seeds) // len(inputs)
         if self._buckets is not None:
@@ -249,11 +259,8 @@ class LocalPolicy:
                 repeated = torch.arange(len(inputs)).clamp(max=asked - 1)
                 committed = committed[0][repeated], committed[1][repeated]
         start, increments = self._noise(seeds)
-        given = (inputs, start, self.mask(len(seeds)), increments, committed)
-        if spread:
-            sampled, found = self.sampler.with_spread(*given)
-            return sampled[:asked], found[:asked]
-        return self.sampler(*given)[:asked], None
+        sampled, spread = self.sampler.with_spread(inputs, start, self.mask(len(seeds)), increments, committed)
+        return sampled[:asked], spread[:asked]
 
     def _sample_and_score(self, inputs: ModelObservation, seeds: Sequence[int], options: ScoreOptions) -> tuple[Tensor, Scores]:
         chunks, inputs = len(seeds) // len(inputs), self.sampler.prepared(inputs)

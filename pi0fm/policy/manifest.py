@@ -13,11 +13,12 @@ from pi0fm_client.errors import BundleError
 
 FORMAT = 3
 MANIFEST, CONFIG, STATS, WEIGHTS = "manifest.json", "config.json", "norm_stats.json", "model.safetensors"
+CALIBRATION = "calibration.json"  # beside the files of the identity, which it names: it changes no action
 
 
 def write_manifest(path: Path) -> None:
     """List every file below `path`; the last one that is written."""
-    found = [file for file in sorted(path.rglob("*")) if file.is_file() and file != path / MANIFEST]
+    found = [file for file in sorted(path.rglob("*")) if file.is_file() and file not in (path / MANIFEST, path / CALIBRATION)]
     listed = {str(file.relative_to(path)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in found}
     files.write_json(path / MANIFEST, {"format": FORMAT, "files": listed})
 
@@ -54,7 +55,9 @@ def check_files(path: Path) -> None:
     # A tokenizer reads whatever lies in its folder. Hidden files are those of file managers and downloads.
     found = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
     extra = sorted(
-        str(name) for name in found if str(name) not in (*listed, MANIFEST) and not any(part.startswith(".") for part in name.parts)
+        str(name)
+        for name in found
+        if str(name) not in (*listed, MANIFEST, CALIBRATION) and not any(part.startswith(".") for part in name.parts)
     )
     if extra:
         raise BundleError(f"the bundle {path} holds {', '.join(extra[:5])}, which its manifest does not list; move it elsewhere")

@@ -78,7 +78,8 @@ class Serving:
         metadata, options = policy.metadata, self._options
         chooses = hasattr(policy, "infer_best")
         entrance = door.Door(policy.observation, options.max_frame_bytes, self._renamed, _prefix_check(policy), chooses)
-        extensions = [*entrance.extensions, *([wire.REPLY_IDENTITY] if wire.IDENTITY in metadata else [])]
+        told = {wire.IDENTITY: wire.REPLY_IDENTITY, "alarm": wire.ALARM}
+        extensions = [*entrance.extensions, *(key for name, key in told.items() if name in metadata)]
         greeting = {**without_paths(metadata), "max_frame_bytes": options.max_frame_bytes, wire.EXTENSIONS: extensions}
         return Served(
             policy, Batcher(policy, options, self._metrics, self._tap(policy)), entrance, wire.pack(greeting), metadata.get(wire.IDENTITY)

@@ -40,6 +40,7 @@ HELLO_SECONDS = 60.0
 MAX_IN_FLIGHT = 4
 MAX_SESSIONS = 64
 MAX_LINE = 1000
+JUDGED = {wire.UNCERTAINTY: "spread", wire.ALARM: "alarm"}  # key of a reply: name among a chunk's scores
 CLOSE_IDLE, CLOSE_GOING_AWAY, CLOSE_INTERNAL_ERROR, CLOSE_TRY_AGAIN = 1000, 1001, 1011, 1013
 logger = logging.getLogger(__name__)
 
@@ -145,8 +146,8 @@ class Session:
             request = Request(asked.observation, asked.noise_seed, key, latest, *extras)
             self._count(asked)
             chunk = await served.batcher.submit(request)
-            if asked.candidates is not None and "spread" in chunk.scores:
-                extra[wire.UNCERTAINTY] = float(chunk.scores["spread"])
+            if extra or asked.candidates is not None:  # a client that knows extensions
+                extra |= {key: float(chunk.scores[name]) for key, name in JUDGED.items() if name in chunk.scores}
             await self._websocket.send_bytes(_encode_reply(chunk, _milliseconds_since(began), self._previous_total_ms, extra))
             ended = time.perf_counter()
             self._previous_total_ms = (ended - began) * 1e3

@@ -67,7 +67,7 @@ class Link:
             if isinstance(answer, Exception):
                 future.set_exception(answer)
             else:
-                future.set_result(ActionChunk(np.asarray(answer, np.float32)))
+                future.set_result(answer if isinstance(answer, ActionChunk) else ActionChunk(np.asarray(answer, np.float32)))
 
     def executor(self, width: int = 1, **options: Any) -> Executor:
         options = {"control_hz": 1 / DT, "initial_command": np.zeros(width)} | options
@@ -87,6 +87,15 @@ class Link:
 def stamped(message: Mapping[str, Any], step: int) -> np.ndarray:
     """Each row says which control step it is meant for."""
     return (step + np.arange(HORIZON))[:, None]
+
+
+def test_an_alarm_of_the_policy_is_reported_until_the_next_chunk() -> None:
+    link = Link(lambda message, step: ActionChunk(stamped(message, step), {}, {"alarm": float(step == 8)}), [1])
+    executor, seen = link.executor(), []
+    for _ in range(24):
+        link.run(executor, 1)
+        seen.append((executor.report.alarm, executor.report.alarms))
+    assert seen[8] == (False, 0) and seen[10] == (True, 1) and seen[15] == (True, 1) and seen[-1] == (False, 1)
 
 
 @pytest.mark.parametrize("delay", range(9))

@@ -385,18 +385,18 @@ def test_another_bundle_behind_the_same_address_is_noticed(start_server: Any, fa
 
 def test_extensions_are_sent_when_the_greeting_names_them() -> None:
     seen: list[dict[str, Any]] = []
-    names = [wire.REQUEST_ID, wire.SESSION, wire.DEADLINE_MS, wire.JPEG, wire.UNCERTAINTY, wire.SCORES, wire.NUM_CANDIDATES]
+    names = [wire.REQUEST_ID, wire.SESSION, wire.DEADLINE_MS, wire.JPEG, wire.UNCERTAINTY, wire.ALARM, wire.SCORES, wire.NUM_CANDIDATES]
 
     def handler(connection: ServerConnection) -> None:
         connection.send(wire.pack({"extensions": names}))
         for request in connection:
             seen.append(wire.unpack(request))  # type: ignore[arg-type]
-            connection.send(answer(request, **{wire.UNCERTAINTY: 0.5, wire.SCORES: np.float32([1, 2])}))
+            connection.send(answer(request, **{wire.UNCERTAINTY: 0.5, wire.ALARM: 1.0, wire.SCORES: np.float32([1, 2])}))
 
     with websocket_server(handler) as url, PolicyClient(url, timeout_seconds=2.0) as client:
         for _ in range(2):
             chunk = client.infer(state(1.0, image={wire.JPEG: b"\xff\xd8"}, **{wire.NUM_CANDIDATES: 2}))
-        assert chunk.scores == {"uncertainty": 0.5, "candidate_0": 1.0, "candidate_1": 2.0}
+        assert chunk.scores == {"uncertainty": 0.5, "alarm": 1.0, "candidate_0": 1.0, "candidate_1": 2.0}
         with pytest.raises(ObservationError, match="does not know pi0fm/action_prefix"):
             client.infer(state(1.0, **{wire.ACTION_PREFIX: np.zeros((1, 1), np.float32)}))
     assert [request[wire.REQUEST_ID] for request in seen] == [1, 2]

@@ -19,9 +19,7 @@ SEEDS, N = [11, 12], 3
 
 def sampled(policy, observations, seeds):
     """Normalised chunks of one call each."""
-    return torch.cat(
-        [policy._sampled(policy.chain.observe([one]), [seed], spread=False)[0] for one, seed in zip(observations, seeds, strict=True)]
-    )
+    return torch.cat([policy._sampled(policy.chain.observe([one]), [seed])[0] for one, seed in zip(observations, seeds, strict=True)])
 
 
 def changed(policy, **flow):
@@ -35,7 +33,7 @@ def test_chunks_that_share_a_prefix_are_those_of_separate_calls(small_policy, ob
     """Observations with a missing camera and prompts of two lengths: masks differ between the rows."""
     policy = changed(small_policy.in_memory(dtype), solver=solver)
     seeds = [each for seed in SEEDS for each in candidate_seeds(seed, N)]
-    together, _ = policy._sampled(policy.chain.observe(observations[:2]), seeds, spread=True)
+    together, _ = policy._sampled(policy.chain.observe(observations[:2]), seeds)
     alone = sampled(policy, [one for one in observations[:2] for _ in range(N)], seeds)
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
 

@@ -129,6 +129,7 @@ def test_the_bundle_serves_both_robots(whole, crane_root):
         "manifest.json",
         "model.safetensors",
         "norm_stats.json",
+        "reference.safetensors",
         "robots.json",
     ]
     random = np.random.default_rng(0)

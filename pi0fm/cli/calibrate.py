@@ -1,0 +1,23 @@
+"""`pi0fm calibrate BUNDLE`: the threshold of its alarm, from held-out episodes.
+
+Owns: the printed line. Does not know: how it is found (eval/calibrate).
+"""
+
+from typing import Any
+
+from pi0fm.cli.bench import rounded
+from pi0fm.eval.calibrate import CalibrateConfig, calibrate
+from pi0fm.progress import say
+
+HELP = "from held-out episodes, the spread of a chunk above which replies raise an alarm, at a rate of false ones"
+POSITIONAL = "bundle"
+Options = CalibrateConfig
+ALIASES: dict[str, str] = {"policy.path": "bundle"}
+
+
+def run(options: CalibrateConfig) -> dict[str, Any]:
+    """Calibrate, say the threshold, return the figures."""
+    found: dict[str, Any] = rounded(calibrate(options))
+    of_episodes = f"{100 * found['false_alarm_rate']:g} % of episodes like these {found['episodes']}"
+    say(f"{options.bundle}: a chunk with a spread above {found['threshold']:g} raises an alarm, at most in {of_episodes}")
+    return found
