@@ -92,7 +92,7 @@ def _facts(suite: Suite, judged: Judged) -> Iterator[Finding]:
 
 def _range(suite: Suite, low: NDArray[np.float32], high: NDArray[np.float32]) -> Iterator[Finding]:
     """q01 and q99 of recorded actions beside what the environment takes."""
-    least, most = suite.action_limits
+    least, most = suite.range_of_actions()
     span = most - least
     outside = (low < least - 0.05 * span) | (high > most + 0.05 * span)
     half = ((low > (least + most) / 2 - 0.01 * span) | (high < (least + most) / 2 + 0.01 * span)) & (high > low)
@@ -101,7 +101,8 @@ def _range(suite: Suite, low: NDArray[np.float32], high: NDArray[np.float32]) ->
         if which.any():
             dims = ", ".join(suite.action_names[dim] for dim in np.flatnonzero(which).tolist())
             dim = int(np.flatnonzero(which)[0])
-            text = f"action {dims} {what}: recorded from {low[dim]:.3g} to {high[dim]:.3g}, {suite.title} takes {least:g} to {most:g}"
+            text = f"action {dims} {what}: recorded from {low[dim]:.3g} to {high[dim]:.3g}, "
+            text += f"{suite.title} takes {least[dim]:g} to {most[dim]:g}"
             severity: Severity = "error" if which is outside else "warning"
             yield Finding(
                 severity, "action range", text, "check its sign and its range (a gripper from 0 to 1?), absolute against relative actions"
@@ -125,11 +126,7 @@ def _environment(environment: Environment, suite: Suite, judged: Judged, start_p
         environment.reset(seed)
         starts.append(environment.observe())
         for step in range(STEPS):
-            action = (
-                environment.expert_action()
-                if suite.has_expert
-                else np.full(environment.action_dim, sum(suite.action_limits) / 2, np.float32)
-            )
+            action = environment.expert_action() if suite.has_expert else environment.still_action()
             if environment.step(action).done:
                 break
             if step % 10 == 9:

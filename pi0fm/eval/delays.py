@@ -120,7 +120,7 @@ def evaluate_in_real_time(config: RealtimeConfig) -> tuple[dict[str, Any], list[
     files.make_folder(output)
     logging.getLogger(execution.__name__).addFilter(_not_a_robot)
     limits = {"increments": list(suite.increments)}
-    half_range = (suite.action_limits[1] - suite.action_limits[0]) / 2
+    half_range = np.subtract(*reversed(suite.range_of_actions())) / 2
     rows: list[DrivenEpisode] = []
     timings = config.realtime.timings()
     with progress.step("real time", len(timings) * len(config.tasks) * config.episodes) as bar:

@@ -178,9 +178,9 @@ def drive(
     timing: Timing,
     horizon: int,
     limits: Mapping[str, Any],
-    half_range: float,
+    half_range: NDArray[np.float64],
 ) -> DrivenEpisode:
-    """Run one episode. flat: an observation by its keys; limits: of `pi0fm_client.safety`; half_range: of an action's numbers.
+    """Run one episode. flat: an observation by its keys; limits: of `pi0fm_client.safety`; half_range [A]: of an action's numbers.
 
     A fault of the environment is this episode's crash; a Pi0fmError of the policy is an answer that does not come.
     """
@@ -262,11 +262,13 @@ def reaction(arrived: list[tuple[int, int]]) -> float:
     return float((between * (answered[1:] - (observed[1:] + observed[:-1]) / 2)).sum() / between.sum())
 
 
-def _changes(commands: list[NDArray[np.float64]], held: list[bool], arrivals: list[int], half_range: float) -> tuple[float, float]:
+def _changes(
+    commands: list[NDArray[np.float64]], held: list[bool], arrivals: list[int], half_range: NDArray[np.float64]
+) -> tuple[float, float]:
     """(jump, change): where a chunk takes over from another one, and at all other steps without a standstill."""
     if len(commands) < 2:
         return float("nan"), float("nan")
-    sizes = np.sqrt((np.diff(np.stack(commands), axis=0) ** 2).mean(1)) / half_range  # of step k + 1
+    sizes = np.sqrt(((np.diff(np.stack(commands), axis=0) / half_range) ** 2).mean(1))  # of step k + 1
     moving = ~np.array(held)[1:]
     new = np.isin(np.arange(1, len(commands)), arrivals[1:])
     means = [float(sizes[which & moving].mean()) if (which & moving).any() else float("nan") for which in (new, ~new)]

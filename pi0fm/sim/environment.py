@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm_client.errors import ConfigError
+from pi0fm_client.errors import ConfigError, SimulationError
 from pi0fm_client.types import Observation
 
 _CAMERA_TEXT = re.compile(r"(?P<name>[A-Za-z0-9_]+)=(?P<source>[^=:,]+):(?P<width>\d{1,4})x(?P<height>\d{1,4})")
@@ -70,6 +70,15 @@ def parse_cameras(texts: str | Iterable[str]) -> tuple[CameraSpec, ...]:
     if len(set(names)) != len(names):
         raise ConfigError(f"every camera needs a name of its own, found {', '.join(names)}")
     return cameras
+
+
+def checked_action(environment: "Environment", action: NDArray[np.float32], over: bool) -> NDArray[np.float32]:
+    """Return an action [A]. Raises SimulationError for another shape, a number that is not finite, and after the episode's end."""
+    if over:
+        raise SimulationError(f"{environment.task}: the episode is over; call reset(seed) before the next step")
+    if np.shape(action) != (environment.action_dim,) or not np.isfinite(action).all():
+        raise SimulationError(f"{environment.task}: an action is {environment.action_dim} finite numbers, found {np.array(action)!r}")
+    return np.asarray(action, np.float32)
 
 
 class Environment(ABC):

