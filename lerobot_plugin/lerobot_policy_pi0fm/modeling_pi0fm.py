@@ -32,8 +32,7 @@ class Pi0fmPolicy(PreTrainedPolicy):
     def __init__(self, config: Pi0fmConfig, **_: Any) -> None:
         super().__init__(config)
         words = {name: getattr(config, name) for name in ("robot", "num_flow_steps", "solver", "precision", "compile")}
-        self.policy = load(Path(config.bundle), device=config.device, **words)
-        self.policy.guidance = config.guidance
+        self.policy = load(Path(config.bundle), guidance=config.guidance, device=config.device, **words)
         self.model = self.policy.model
         self._queue: deque[Tensor] = deque()
 

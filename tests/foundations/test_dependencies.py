@@ -30,7 +30,13 @@ def imported(*folders: Path) -> dict[str, Path]:
                 names = [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
             for name in names:
                 found.setdefault(name.split(".")[0], path)
-    ours = {"pi0fm", "pi0fm_client", *sys.stdlib_module_names, *(path.stem for path in (folders[0].parent / "tests").rglob("*.py"))}
+    ours = {
+        "pi0fm",
+        "pi0fm_client",
+        "lerobot_policy_pi0fm",
+        *sys.stdlib_module_names,
+        *(path.stem for path in (folders[0].parent / "tests").rglob("*.py")),
+    }
     return {name: path for name, path in found.items() if name not in ours}
 
 
