@@ -5,6 +5,10 @@ Owns: the two servers, the robots that ask them, the figures. Does not know: how
     overhead_ms          one robot at 20 Hz: from sending an observation to having its reply, without the policy's own `infer_ms`
     throughput_ratio_8   eight robots that ask again at once: answers a second, by those of a server of openpi's design, which infers for
                          one connection at a time in its event loop; the same bundle, frames, clients and threads, in turns
+    loop_rate_ratio      a control loop of 50 Hz by the executor, 100 ms of delay added to each answer: its commands a second by 50
+    bare_loop_rate_ratio the same of a loop that only sleeps: what this machine leaves of 50 Hz at that moment
+    expired_applied      of its commands, those applied further than EXPIRED control steps from the moment that they were meant for
+    hold_after_steps     after the server was killed: control steps from the moment of the last action to the standstill
     fairness_8           of the eight on our server, the answers of the one that got fewest by their mean
 
 Servers and robots are processes of their own. A frame holds three pictures of 224 pixels and is packed once, so that the robots' own work
@@ -16,7 +20,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +34,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as websocket_server
 from websockets.sync.client import connect
 
+from pi0fm.bench import soak
 from pi0fm.bench.cases import CAMERAS, random_network, random_robot
 from pi0fm.bench.measure import BenchReport, check_least
 from pi0fm.flow.matching import FlowConfig
@@ -40,10 +45,13 @@ from pi0fm.processes import end_with_parent
 from pi0fm.serve import server
 from pi0fm.serve.app import create_app
 from pi0fm.serve.limits import ServingLimits
-from pi0fm_client import wire
+from pi0fm_client import Executor, PolicyClient, wire
+from pi0fm_client.types import ActionChunk
 
 SIDE, WIDTH = 224, 7
 ROBOTS, HZ = 8, 20.0
+LOOP_HZ, LOOP_DELAY = 50.0, 0.1
+EXPIRED = 1.5  # control steps: an observation may be taken 0.75 before or 0.5 after its step begins, and so may a command
 SETTLING = 10  # requests that do not count
 # a server that infers for one connection at a time lets the last of eight wait for its handshake
 CONNECTION: dict[str, Any] = {"compression": None, "max_size": None, "proxy": None, "ping_interval": None, "open_timeout": 60}
@@ -73,6 +81,7 @@ def measure(options: ServingOptions) -> BenchReport:
         with _running(_serve_ours, path, options.threads) as ours, _running(_serve_one_at_a_time, path, options.threads) as theirs:
             overhead, inside = _lone_robot(ours, options.seconds)
             counts = [[_robots(url, options.seconds) for url in (ours, theirs)] for _ in range(options.rounds)]
+    loop = _control_loop(options.seconds)
     answers = np.array(counts, dtype=np.float64)  # [rounds, servers, robots]
     rates = answers.sum(axis=2) / options.seconds
     mine = answers[:, 0].sum(axis=0)
@@ -82,6 +91,7 @@ def measure(options: ServingOptions) -> BenchReport:
             "server_overhead_ms": {name: float(np.quantile(inside, share)) for name, share in (("p50", 0.5), ("p99", 0.99))},
             "throughput_ratio_8": float(np.median(rates[:, 0] / rates[:, 1])),
             "fairness_8": float(mine.min() / mine.mean()),
+            **loop,
             "answers_per_second": {"ours": float(np.median(rates[:, 0])), "one_at_a_time": float(np.median(rates[:, 1]))},
             "requests_of_the_lone_robot": len(overhead),
             "seconds": options.seconds,
@@ -110,6 +120,60 @@ def _lone_robot(url: str, seconds: int) -> tuple[list[float], list[float]]:
             inside.append(found["server_timing"]["infer_ms"] - infer)
             time.sleep(max(0.0, sent + 1 / HZ - time.perf_counter()))
     return seen[SETTLING:], inside[SETTLING:]
+
+
+@dataclass
+class _Delayed:
+    """A policy whose answers take LOOP_DELAY longer."""
+
+    policy: PolicyClient
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return {**self.policy.metadata, "fps": LOOP_HZ}
+
+    def infer(self, observation: Mapping[str, Any]) -> ActionChunk:
+        time.sleep(LOOP_DELAY)
+        return self.policy.infer(observation)
+
+
+def _control_loop(seconds: int) -> dict[str, Any]:
+    """Drive a robot whose actions are the moments that they are meant for, in control steps, and kill the server at the end."""
+    bare = _loop_rate(seconds, lambda: None, lambda: time.sleep(1 / LOOP_HZ - time.monotonic() % (1 / LOOP_HZ)))
+    with (
+        soak.step_server(0.002) as (url, process),
+        PolicyClient(url, timeout_seconds=1.0) as policy,
+        Executor(_Delayed(policy), control_hz=LOOP_HZ, initial_command=[0.0, 0.0], execution_horizon=8) as executor,
+    ):
+        began, expired, last = time.monotonic(), 0, 0.0
+
+        def step() -> float:
+            """Apply one command; returns the moment, in control steps."""
+            nonlocal expired, last
+            executor.observe(lambda: soak.message((time.monotonic() - began) * LOOP_HZ, 0.0))
+            action, now = executor.next(), (time.monotonic() - began) * LOOP_HZ
+            if not executor.command.held:
+                expired += abs(now - action[0]) > EXPIRED
+                last = float(action[0])
+            return now
+
+        rate, holds = _loop_rate(seconds, step, executor.pace), executor.report.holds
+        process.kill()
+        until = time.monotonic() + 5
+        while (now := step()) and not executor.command.held and time.monotonic() < until:
+            executor.pace()
+    figures = {"loop_rate_ratio": rate, "bare_loop_rate_ratio": bare, "expired_applied": int(expired)}
+    return figures | {"hold_after_steps": now - last, "loop_holds": holds}
+
+
+def _loop_rate(seconds: int, step: Callable[[], object], pace: Callable[[], object]) -> float:
+    """Steps that a loop took by those that LOOP_HZ has in the same time."""
+    began, steps = time.monotonic(), 0
+    while (passed := time.monotonic() - began) < seconds:
+        step()
+        steps += 1
+        pace()
+    return steps / passed / LOOP_HZ
 
 
 def _robots(url: str, seconds: int) -> list[int]:

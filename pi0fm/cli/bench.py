@@ -29,7 +29,8 @@ SUBCOMMANDS = {
     "checkpoint": "steps with an asynchronous checkpoint against steps without",
     "card": "one GPU in eight minutes: whether it computes right, inference and training at full size",
     "planning": "steps of one, two and four processes, beside what pi0fm plan makes of their rates",
-    "serving": "the server's own time with one robot, and eight robots against a server that answers one at a time",
+    "serving": "the server's own time with one robot, eight robots against a server that answers one at a time, a 50-Hz loop",
+    "soak": "a policy server for ten minutes among storms, damaged frames, killed clients and a model that pauses",
     "density": "a chunk's log-likelihood against its sampling, with the same evaluations",
 }
 DIGITS = 6

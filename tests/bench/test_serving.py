@@ -12,3 +12,11 @@ def test_eight_robots_are_answered_faster_together_than_one_at_a_time() -> None:
     found = serving.measure(serving.Options(seconds=5, rounds=2)).figures
     assert found["throughput_ratio_8"] > 1.2 and found["fairness_8"] > 0.8
     assert 0 < found["server_overhead_ms"]["p50"] < found["overhead_ms"]["p50"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(120)
+def test_a_loop_of_50_hz_applies_nothing_expired_and_stands_still_when_the_server_dies() -> None:
+    found = serving._control_loop(5)
+    assert found["expired_applied"] == 0 and 0.5 < found["hold_after_steps"] < 2.5
+    assert found["loop_rate_ratio"] > 0.9 * found["bare_loop_rate_ratio"]
