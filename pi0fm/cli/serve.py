@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from starlette.applications import Starlette
+
 from pi0fm.options import option, required
 from pi0fm.policy.load_options import GUIDANCE, GUIDED, TOKEN_VARIABLE, LoadOptions
 from pi0fm.progress import say
@@ -55,6 +57,10 @@ class ServeConfig(LoadOptions, limits.ServingLimits):
     log_requests: Path | None = option(None, "folder for a log of what is inferred, pictures too: pi0fm replay infers it again")
     log_mb: int = option(1024, "most megabytes of that log; the oldest requests go first")
 
+    replicas: int = option(0, "copies of the policy behind Ray Serve, each on a device of its own; 0 serves in this process")
+    most_replicas: int | None = option(None, "replicas that Ray Serve may add while more robots are connected; --replicas when not given")
+    robots_per_replica: int = option(8, "robots connected to each replica beyond which one is added")
+
     def __post_init__(self) -> None:
         LoadOptions.__post_init__(self)
         limits.ServingLimits.__post_init__(self)
@@ -62,6 +68,12 @@ class ServeConfig(LoadOptions, limits.ServingLimits):
             raise ConfigError(f"--port must lie in 0..65535, found {self.port}: 8000 is the default, 0 takes a free one")
         if self.log_mb < 8:
             raise ConfigError(f"--log_mb must be >= 8, found {self.log_mb}: 1024 keeps two minutes of a robot with three cameras at 20 Hz")
+        most = self.replicas if self.most_replicas is None else self.most_replicas
+        if not 0 <= self.replicas <= most or self.robots_per_replica < 1:
+            raise ConfigError(
+                f"--replicas must lie in 0..--most_replicas and --robots_per_replica be >= 1, found {self.replicas}, {self.most_replicas} "
+                f"and {self.robots_per_replica}"
+            )
         if self.log_format not in ("text", "json"):
             raise ConfigError(f"--log_format must be text or json, found {self.log_format!r}")
         if self.guidance not in GUIDANCE:
@@ -81,6 +93,9 @@ def run(options: ServeConfig) -> None:
     tokens, admin = known_tokens(options), os.environ.get(ADMIN_VARIABLE)
     if admin is not None:
         application.check_token(admin, f"${ADMIN_VARIABLE}")
+    if options.replicas:
+        _serve_replicas(options, tokens)
+        return
     limits.log_to_standard_error(options.log_format)
     limits.fit_descriptors(options.max_connections)
     certificates = None
@@ -137,6 +152,33 @@ def run(options: ServeConfig) -> None:
 
         made = server.make_server(app, options, certificates)
         asyncio.run(server.serve(made, app, bound, announce))
+    say("stopped serving")
+
+
+def _serve_replicas(options: ServeConfig, tokens: list[str]) -> None:
+    """Serve behind Ray Serve until SIGINT or SIGTERM."""
+    from pi0fm.cluster import serving
+    from pi0fm.policy.bundle import metadata
+    from pi0fm.policy.device import choose_device
+
+    serving.free_of_what_one_server_has(options)
+    known = metadata(options.bundle, options.robot)  # a fault is told before Ray starts
+    renamed = dict if options.keys is None else read_keys(options.keys, known)
+
+    def build() -> Starlette:
+        from pi0fm.policy.bundle import load
+
+        policy = load(options.bundle.resolve(), options, guidance=options.guidance)
+        return application.create_app(policy, options, tokens=tokens, renamed=renamed)
+
+    def announce() -> None:
+        url = f"ws://{'127.0.0.1' if options.host == '0.0.0.0' else options.host}:{options.port}"  # noqa: S104 - compared, not bound
+        print(json.dumps({"ready": True, "url": url, "bundle": str(options.bundle), "replicas": options.replicas}), flush=True)
+        say(f"serving {options.bundle} in {options.replicas} replicas on {url}; ^C stops it")
+
+    each = {"GPU": 1.0} if choose_device(options.device).type == "cuda" else {}
+    replicas = serving.Replicas(options.replicas, options.most_replicas or options.replicas, options.robots_per_replica, each)
+    serving.serve_replicas(build, application.fault_of, replicas, options.host, options.port, announce)
     say("stopped serving")
 
 

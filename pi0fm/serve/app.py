@@ -94,6 +94,11 @@ async def warm_up(app: Starlette) -> float:
     return await cast(_Service, app.state.service).serving.warm_up()
 
 
+def fault_of(app: Starlette) -> str | None:
+    """Return why the application cannot serve now, in a few words, or None."""
+    return cast(_Service, app.state.service).fault()
+
+
 async def drain(app: Starlette) -> None:
     """Take no new connection, answer every request that arrived, then close each connection with 1001."""
     await cast(_Service, app.state.service).drain()
@@ -172,7 +177,7 @@ class _Service:
                 "limits": metadata.get("limits") or {},
             },
             "server": {
-                "fault": self._unavailable(),
+                "fault": self.fault(),
                 "connections": len(self._sessions),
                 "waiting": found.get(("pi0fm_waiting",), 0),
                 "answers": found.get(("pi0fm_stage_seconds_count", "total"), 0),
@@ -198,7 +203,7 @@ class _Service:
         await self.serving.swap(lambda: load(bundle))
 
     async def healthz(self, request: Request) -> Response:
-        fault = self._unavailable()
+        fault = self.fault()
         return PlainTextResponse(f"{fault}\n", 503) if fault else PlainTextResponse("OK\n")
 
     async def index(self, request: Request) -> Response:
@@ -237,7 +242,10 @@ class _Service:
         address = websocket.client.host if websocket.client else ""
         refused = self._refusal(websocket) or self._make_room(address)
         if refused is not None:
-            await websocket.send_denial_response(refused)
+            if "websocket.http.response" in websocket.scope.get("extensions", {}):
+                await websocket.send_denial_response(refused)
+            else:  # behind a proxy that knows no such answer, Ray Serve's
+                await websocket.close(sessions.CLOSE_TRY_AGAIN if refused.status_code == 503 else sessions.CLOSE_REFUSED)
             return
         session = Session(websocket, address, lambda: self.serving.now, self._threads, self._options.idle_seconds, self._metrics)
         self._sessions.add(session)
@@ -249,7 +257,8 @@ class _Service:
         finally:
             self._sessions.discard(session)
 
-    def _unavailable(self) -> str | None:
+    def fault(self) -> str | None:
+        """Return why no robot can be served."""
         if not self.serving.is_warm:
             return "warming up"
         if self._draining:
@@ -263,7 +272,7 @@ class _Service:
             return self._denied("origin", 403, "a web page may not speak to a policy server")
         if not _knows(websocket.headers, self._tokens):
             return self._denied("key", 401, "send the header Authorization: Api-Key <key>")
-        fault = self._unavailable()
+        fault = self.fault()
         return self._denied("unavailable", 503, fault) if fault else None
 
     def _make_room(self, address: str) -> Response | None:

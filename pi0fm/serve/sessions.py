@@ -37,6 +37,7 @@ from pi0fm_client.errors import ObservationError
 from pi0fm_client.types import ActionChunk
 
 HELLO_SECONDS = 60.0
+CLOSE_REFUSED = 1008
 MAX_IN_FLIGHT = 4
 MAX_SESSIONS = 64
 MAX_LINE = 1000
