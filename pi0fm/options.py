@@ -8,6 +8,7 @@ of any option; each component owns its dataclass and checks ranges in `__post_in
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -274,6 +275,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return {str(key): _value(arguments[1], each, f"{where}.{key}") for key, each in value.items()}
     if origin in (tuple, list):
         words = value if isinstance(value, list | tuple) else _words(value)
+        spans = [str(word) for word in words if int in arguments and re.fullmatch(r"\d+-\d+", str(word))]
+        if spans:
+            first, last = map(int, spans[0].split("-"))
+            shown = ",".join(map(str, range(first, min(last, first + 3) + 1))) + (",..." if last > first + 3 else "")
+            raise ConfigError(f"option {where} must be whole numbers with commas between them, found {spans[0]}; type {shown}")
         hints = [arguments[0]] * len(words) if origin is list or arguments[1:] == (...,) else list(arguments)
         if value is None or isinstance(value, Mapping) or len(words) != len(hints):
             many = "a list" if len(words) == len(hints) else f"{len(hints)} values"

@@ -137,8 +137,11 @@ def compare(config: CompareConfig) -> Compared:
 def read(folder: Path, name: str) -> Evaluated:
     """Read the evaluation in `folder`. Raises ConfigError where there is none, one that has not ended, or one of recorded episodes."""
     if not (folder / "episodes.json").is_file():
-        unfinished = (folder / JOURNAL).is_file()
-        remedy = "it has not ended: type its command again" if unfinished else "name the --output_dir of pi0fm eval"
+        remedy = "name the --output_dir of pi0fm eval"
+        if (folder / JOURNAL).is_file():
+            remedy = "it has not ended: type its command again"
+        elif (folder / "summary.json").is_file():
+            remedy = "that is an evaluation on recorded episodes or in real time, which have other figures: name one in simulation"
         raise ConfigError(f"an evaluation holds episodes.json, found none in {folder}; {remedy}")
     try:
         rows = json.loads((folder / "episodes.json").read_text())

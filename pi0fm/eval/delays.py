@@ -18,7 +18,7 @@ from pi0fm.eval.config import StartsConfig, camera_specs, executed_of_a_chunk, r
 from pi0fm.eval.episode import noise_seed
 from pi0fm.eval.policy import open_policy, read_metadata
 from pi0fm.eval.realtime import ASYNCHRONOUS, MODES, SYNCHRONOUS, DrivenEpisode, Infer, Timing, drive
-from pi0fm.eval.report.page import OWN_FILES, refuse_ended
+from pi0fm.eval.report.page import OWN_FILES, ROWS, refuse_ended
 from pi0fm.eval.rollout import check_fit
 from pi0fm.eval.statistics import Interval, wilson
 from pi0fm.options import nearest, option
@@ -31,7 +31,6 @@ from pi0fm_client.execution import Message
 from pi0fm_client.types import ActionChunk, ActionPrefix
 
 MEASURED = "measured"
-ROWS = "episodes.parquet"
 
 
 @dataclass(frozen=True)

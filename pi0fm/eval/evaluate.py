@@ -60,10 +60,17 @@ class Evaluation:
     seconds: float
     report: Path
     output_dir: Path
+    suite: str
 
     def json(self) -> dict[str, Any]:
         """Return the last line of the command."""
-        return self.summary.json() | {"seconds": round(self.seconds, 1), "report": str(self.report), "output_dir": str(self.output_dir)}
+        figures = self.summary.json()
+        of_suite = {name: figures[name] for name in ("mean_success", "mean_interval", "episodes", "crashes")}
+        return (
+            figures
+            | {"by_suite": {self.suite: of_suite}}
+            | {"seconds": round(self.seconds, 1), "report": str(self.report), "output_dir": str(self.output_dir)}
+        )
 
 
 def evaluate(config: EvalConfig, execute: Executor) -> Evaluation:
@@ -108,7 +115,7 @@ def evaluate(config: EvalConfig, execute: Executor) -> Evaluation:
         with files.write_faults(output_dir):
             path = report.write(output_dir, summary, rows, context)
             journal.remove()
-    return Evaluation(summary, tuple(rows), seconds, path, output_dir)
+    return Evaluation(summary, tuple(rows), seconds, path, output_dir, suite.name)
 
 
 def run_episodes(episodes: Sequence[Episode], setup: WorkerSetup, execute: Executor, journal: Journal | None = None) -> list[EpisodeResult]:

@@ -13,8 +13,10 @@ An action that differs from the recorded one may be as good, so this is no succe
 Shape letters: M moments, H action horizon, A robot action dim, C cameras.
 """
 
+import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from pi0fm_client.types import Observation, Policy
 
 RESAMPLES = 2000  # of the bootstrap
 MOMENTS = "moments.parquet"
+UNFINISHED = ".unfinished.npz"  # answers of an evaluation that failed on the way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,10 @@ class OpenLoopConfig(PolicyChoice):
             raise ConfigError(
                 f"a likelihood needs the derivatives of a bundle's network, not compiled; found {found}; leave one of them out"
             )
+
+    def asked(self) -> tuple[Any, ...]:
+        """What the answers depend on, besides policy, data set and moments."""
+        return self.num_flow_steps, self.solver, self.noise_level, self.robot, self.likelihood, self.seed, self.batch_size, self.renamed()
 
     def renamed(self) -> dict[str, Any]:
         """The columns of the data set that were given in place of the policy's own."""
@@ -178,7 +185,7 @@ def evaluate_open_loop(config: OpenLoopConfig) -> tuple[dict[str, Any], OpenLoop
     seen = told(trained, source.episode[place])
     files.make_folder(output)
     moments = read_moments(config.dataset, judged, source, place)
-    found = judge(config, judged, source, open_policy(config), moments)
+    found = judge(config, judged, source, open_policy(config), moments, output / UNFINISHED)
     said = [judged.metadata, judged.training]
     facts = {
         "policy": {name: str(value) for each in said for name, value in each.items() if isinstance(value, str | int | float)},
@@ -295,12 +302,19 @@ def read_moments(dataset: DatasetConfig, judged: Judged, source: LeRobotSource, 
     )
 
 
-def judge(config: OpenLoopConfig, judged: Judged, source: LeRobotSource, policy: Policy, moments: Moments) -> OpenLoop:
-    """Ask the policy at every moment, and compare."""
+def judge(
+    config: OpenLoopConfig, judged: Judged, source: LeRobotSource, policy: Policy, moments: Moments, unfinished: Path | None = None
+) -> OpenLoop:
+    """Ask the policy at every moment, and compare. unfinished: where answers are kept when it fails on the way, and taken from."""
     predicted, nats = np.empty_like(moments.recorded), np.full(len(moments.place), np.nan)
     whole: NDArray[np.bool_] = np.asarray(moments.real.all(1))
-    with progress.step("predicting", len(predicted)) as bar:
+    asked = hashlib.sha256(repr((config.asked(), source.fingerprint, moments.place.tolist(), _of_policy(judged))).encode()).hexdigest()
+    done = _kept(unfinished, asked, predicted, nats)
+    with progress.step("predicting", len(predicted), start=done) as bar, _keeping(unfinished, asked, predicted, nats) as count:
         for batch in np.array_split(np.arange(len(predicted)), -(-len(predicted) // config.batch_size)):
+            if batch[-1] < done:
+                count[0] = int(batch[-1]) + 1
+                continue
             observations = [observation(source, moments, int(number)) for number in batch]
             named = zip(moments.episode[batch].tolist(), source.rows[moments.place[batch]].tolist(), strict=True)
             seeds = [noise_seed(config.seed, "open loop", episode, row) for episode, row in named]
@@ -308,7 +322,42 @@ def judge(config: OpenLoopConfig, judged: Judged, source: LeRobotSource, policy:
             if config.likelihood and whole[batch].any():
                 nats[batch[whole[batch]]] = _nats(policy, observations, seeds, moments.recorded[batch], whole[batch])
             bar.advance(len(batch))
+            count[0] = int(batch[-1]) + 1
     return compare(moments, predicted, nats, source.names(source.embodiment.action, source.action.shape[1]))
+
+
+def _of_policy(judged: Judged) -> str:
+    """What identifies it: a bundle's hash, else all that a server says of itself."""
+    return str(judged.metadata.get("identity") or sorted(map(str, judged.metadata.items())))
+
+
+def _kept(unfinished: Path | None, asked: str, predicted: NDArray[np.float32], nats: NDArray[np.float64]) -> int:
+    """Fill in the answers that an earlier command of the same question left; how many moments those are."""
+    if unfinished is None or not unfinished.is_file():
+        return 0
+    with np.load(unfinished) as held:
+        if str(held["asked"]) != asked:
+            return 0
+        done = len(held["nats"])
+        predicted[:done], nats[:done] = held["predicted"], held["nats"]
+    progress.say(f"{unfinished.parent} holds the answers at {done} moments of an interrupted evaluation: they are not asked again")
+    return done
+
+
+@contextmanager
+def _keeping(unfinished: Path | None, asked: str, predicted: NDArray[np.float32], nats: NDArray[np.float64]) -> Iterator[list[int]]:
+    """Keep the answers so far where the block fails; it counts them in the list that it is given."""
+    count = [0]
+    try:
+        yield count
+    except BaseException:
+        if unfinished is not None and count[0]:
+            with files.new_file(unfinished) as file:
+                np.savez(file, asked=asked, predicted=predicted[: count[0]], nats=nats[: count[0]])
+            progress.say(f"the answers at {count[0]} of {len(nats)} moments are kept: the same command goes on from there")
+        raise
+    if unfinished is not None:
+        unfinished.unlink(missing_ok=True)
 
 
 def compare(

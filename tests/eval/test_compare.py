@@ -90,6 +90,8 @@ def test_folders_that_cannot_be_compared(tmp_path, capsys):
     assert "name the --output_dir of pi0fm eval" in refused(capsys, old, str(tmp_path / "nowhere"))
     files.write_text(tmp_path / "begun/episodes.jsonl", "{}")
     assert "it has not ended: type its command again" in refused(capsys, old, str(tmp_path / "begun"))
+    files.write_text(tmp_path / "recorded/summary.json", "{}")
+    assert "an evaluation on recorded episodes or in real time" in refused(capsys, old, str(tmp_path / "recorded"))
     assert "share none that did not crash; evaluate both with the same --tasks" in refused(
         capsys, old, evaluated(tmp_path / "c", pull="cc")
     )

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tiny_dataset
 import torch
@@ -77,6 +78,7 @@ def test_the_page_and_the_files_show_them(tmp_path):
     assert '<td class="n">2</td><td class="n">2.00</td><td class="n">1.00</td><td class="n">5.000</td>' in page
     assert json.loads((tmp_path / "summary.json").read_text())["scores"]["push"]["failure"]["episodes"] == 1
     assert json.loads((tmp_path / "episodes.json").read_text())[0]["scores"]["log_prob"]["calls"] == [1.0, 3.0]
+    assert pq.read_table(tmp_path / "episodes.parquet")["mean_log_prob"].to_pylist()[0] == 2.0
     plain = report.render(tmp_path, summarize([EpisodeResult("a", 1, "success", 1, 0.1)], ("a",)), [], ReportContext("policy"))
     assert "log-likelihood" not in plain
 

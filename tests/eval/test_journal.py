@@ -70,7 +70,13 @@ def test_the_same_command_goes_on_after_an_interruption(tmp_path, begun, monkeyp
     assert outcomes(tmp_path / "out") == outcomes(tmp_path / "whole")
     figures = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("out", "whole")]
     assert figures[0]["interval"] == figures[1]["interval"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["episodes.json", "report.html", "summary.json", "videos"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "episodes.json",
+        "episodes.parquet",
+        "report.html",
+        "summary.json",
+        "videos",
+    ]
     assert evaluate(tmp_path / "out") == 1, "an evaluation that ended is never overwritten"
 
 

@@ -18,7 +18,7 @@ from pi0fm.eval import open_loop
 from pi0fm.eval.open_loop import Moments, OpenLoopConfig, choose_moments, compare, judge, open_episodes, read_moments, read_policy
 from pi0fm.eval.report import open_loop as report
 from pi0fm.policy import bundle
-from pi0fm_client.errors import ConfigError, OutputError
+from pi0fm_client.errors import ConfigError, OutputError, ServingError
 from pi0fm_client.types import ActionChunk
 
 __all__ = ["observations", "saved", "small_policy"]
@@ -88,6 +88,32 @@ def test_the_recorded_chunks_have_no_error_and_standing_still_has_its_own(datase
     np.testing.assert_array_equal(given.still[:, 0], source.state[place, 0])
     inside = ~np.isin(place, [0, 12, 21])
     np.testing.assert_array_equal(given.still[inside, 1:], source.action[place[inside] - 1, 1:])
+
+
+class Leaving(Scripted):
+    """A server that is killed after some answers."""
+
+    def infer_batch(self, observations, noise_seeds=None):
+        try:
+            return super().infer_batch(observations, noise_seeds)
+        except StopIteration:
+            raise ServingError("gone") from None
+
+
+def test_answers_outlive_a_server_that_is_killed_on_the_way(dataset, saved, tmp_path, capsys):
+    config = OpenLoopConfig(policy=str(saved), dataset=DatasetConfig(root=dataset), batch_size=3)
+    judged = read_policy(config)
+    source, _ = open_episodes(config, judged)
+    given = read_moments(config.dataset, judged, source, choose_moments(config, judged, source)[1])
+    kept = tmp_path / open_loop.UNFINISHED
+    with pytest.raises(ServingError):
+        judge(config, judged, source, Leaving(given.recorded[:7]), given, kept)
+    assert "answers at 6 of 15 moments are kept" in capsys.readouterr().err
+    other = replace(config, seed=1)
+    with pytest.raises(ServingError):
+        judge(other, judged, source, Leaving(given.recorded[:2]), given, kept)  # another question takes none of them, and keeps none
+    found = judge(config, judged, source, Scripted(given.recorded[6:]), given, kept)
+    assert found.of_still.value == 0 and not kept.exists()
 
 
 def test_a_moment_has_the_pictures_that_training_has(dataset, saved, tmp_path):

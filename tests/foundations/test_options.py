@@ -26,6 +26,7 @@ class Run:
     output: str = required("folder of the run")
     steps: int = option(100, "optimiser steps")
     tasks: tuple[str, ...] = option((), "task names")
+    numbers: tuple[int, ...] = option((), "of episodes")
     resume: bool = option(False, "go on where a run stopped")
     seed: int | None = option(None, "of everything")
     shape: Literal["round", "flat"] = option("round", "of nothing")
@@ -151,7 +152,7 @@ def test_merge_changes_neither_side() -> None:
     [
         (["--stesp", "7"], r"unknown option stesp: did you mean 'steps'\?"),
         (["--optimizer.learning_rat", "1"], r"unknown option optimizer\.learning_rat: did you mean 'learning_rate'\?"),
-        (["--zzz", "7"], "unknown option zzz: known: optimizer, output, resume, seed, shape, steps, tasks"),
+        (["--zzz", "7"], "unknown option zzz: known: numbers, optimizer, output, resume, seed, shape, steps, tasks"),
         (["--steps", "many"], "^option steps must be a whole number, found 'many'$"),
         (["--steps", "1.5"], "^option steps must be a whole number, found 1.5$"),
         (["--steps", "true"], "^option steps must be a whole number, found True$"),
@@ -161,6 +162,9 @@ def test_merge_changes_neither_side() -> None:
         (["--optimizer.learning_rate", "fast"], "^option optimizer.learning_rate must be a number, found 'fast'$"),
         (["--optimizer.betas", "0.5"], r"^option optimizer.betas must be 2 values, written \[a, b\] or a,b, found 0.5$"),
         (["--optimizer.betas", "0.5,x"], "^option optimizer.betas must be a number, found 'x'$"),
+        (["--optimizer.betas", "0-1"], r"^option optimizer.betas must be 2 values, written \[a, b\] or a,b, found '0-1'$"),
+        (["--numbers", "0-3,7"], "^option numbers must be whole numbers with commas between them, found 0-3; type 0,1,2,3$"),
+        (["--numbers", "2-90"], "found 2-90; type 2,3,4,5,...$"),
         (["--tasks", "{a: 1}"], r"^option tasks must be a list, written \[a, b\] or a,b, found \{'a': 1\}$"),
         (["--shape", "square"], "^option shape must be one of round, flat, found 'square'$"),
         (["--optimizer", "adam"], r"option optimizer is a group: expected options in it, found 'adam'; options here: learning_rate, betas"),
@@ -218,6 +222,7 @@ def test_describe_lists_every_leaf_with_its_default() -> None:
         ("--output", "required", "folder of the run"),
         ("--steps", "100", "optimiser steps"),
         ("--tasks", "()", "task names"),
+        ("--numbers", "()", "of episodes"),
         ("--resume", "False", "go on where a run stopped"),
         ("--seed", "None", "of everything"),
         ("--shape", "round", "of nothing"),

@@ -12,6 +12,7 @@ Shape letters: N rows, S state dim, A action dim.
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -43,7 +44,7 @@ class DatasetConfig:
 
     repo_id: str = option("", "name of the data set, such as lerobot/pusht; found under $HF_LEROBOT_HOME, else downloaded")
     root: Path | None = option(None, "directory of the data set, when it lies elsewhere")
-    episodes: tuple[int, ...] = option((), "train on these episodes only; empty takes all")
+    episodes: tuple[int, ...] = option((), "of these episodes only, by number with commas between them; empty takes all")
     skip_bad: Literal["all"] | bool = option(
         False,
         "leave out the episodes that pi0fm doctor names; all: that doctor --pictures all does; the list goes into run and bundle",
@@ -349,8 +350,13 @@ def locate(config: DatasetConfig) -> Path:
 
 
 def _download(repo_id: str) -> Path:
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
+    said = logging.getLogger("lerobot.utils.import_utils")  # of a torchcodec that does not load, every traceback
+    level = said.level
+    said.setLevel(logging.ERROR)
+    try:
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    finally:
+        said.setLevel(level)
     try:
         return Path(LeRobotDataset(repo_id).root)
     except Exception as error:  # the hub's client raises a dozen unrelated classes for one meaning

@@ -3,7 +3,7 @@
     output_dir/
       report.html     one self-contained file: no link, no script, videos embedded up to EMBEDDED_VIDEO_BYTES
       summary.json    rates, intervals, crashes
-      episodes.json   a row for each episode
+      episodes.json   a row for each episode; episodes.parquet the same for tables, without the scores of each call
       videos/         TASK-seed-N.mp4
       episodes.jsonl  the journal (eval/journal) of an evaluation that has not ended
 
@@ -17,6 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pi0fm import files, pages
 from pi0fm.eval.episode import EpisodeResult
 from pi0fm.eval.report import curve
@@ -24,7 +27,7 @@ from pi0fm.eval.summary import Summary
 from pi0fm_client.errors import OutputError
 
 OWN_FILES = ("report.html", "summary.json", "episodes.json")
-JOURNAL = "episodes.jsonl"
+JOURNAL, ROWS = "episodes.jsonl", "episodes.parquet"
 EMBEDDED_VIDEO_BYTES = 24 * 2**20
 
 
@@ -72,6 +75,8 @@ def write(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]],
     """Write the two JSON files and the page; return the page's path. rows: of `EpisodeResult.row`, with their videos written."""
     page = render(output_dir, summary, rows, background)
     files.write_json(output_dir / "episodes.json", list(rows))
+    with files.new_file(output_dir / ROWS) as file:
+        pq.write_table(pa.Table.from_pylist([_plain(row) for row in rows]), file, write_page_checksum=True)
     about = {"seconds": round(background.seconds, 1), "observation_change": background.observation_change, "command": background.command}
     files.write_json(output_dir / "summary.json", summary.json() | about | {"facts": background.facts})
     path = output_dir / "report.html"
@@ -90,6 +95,12 @@ def render(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]]
         videos=_embedded(output_dir, rows),
         percent=percent,
     )
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without groups: of the scores their means."""
+    means = {f"mean_{name}": each["mean"] for name, each in (row.get("scores") or {}).items()}
+    return {name: value for name, value in row.items() if name != "scores"} | means
 
 
 def percent(rate: float) -> str:
