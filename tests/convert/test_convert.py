@@ -27,8 +27,8 @@ KINDS = {"pi0": ("token", "concatenate", "z_score"), "pi05": ("prompt", "adaptiv
 HEADS = {"num_heads": 2, "vision_heads": 2}
 
 
-def make(path: Path, kind: str, small_policy, tokenizer: Path | str, **changes) -> Path:
-    """A bundle of a small pi0 or pi0.5, all weights random, as if converted."""
+def make(path: Path, kind: str, small_policy, tokenizer: Path | str, recorded=None, **changes) -> Path:
+    """A bundle of a small pi0 or pi0.5, all weights random, as if converted; with an observation, as if trained."""
     state_input, time_conditioning, normalization = KINDS[kind]
     inputs = {"state_input": state_input, "time_conditioning": time_conditioning, "max_prompt_tokens": 64}
     model = resized(tiny_dataset.network(), vision={"gelu": "tanh"}, decoder={"gelu": "tanh"}, **inputs)
@@ -36,7 +36,7 @@ def make(path: Path, kind: str, small_policy, tokenizer: Path | str, **changes) 
     config = dataclasses.replace(small_policy.config, model=model, tokenizer=str(tokenizer), **fields)
     random = torch.Generator().manual_seed(5)
     weights = {name: torch.randn(tensor.shape, generator=random) for name, tensor in Pi0(model).state_dict().items()}
-    bundle.save(path, weights, config, small_policy.stats)
+    bundle.save(path, weights, config, small_policy.stats, recorded=recorded)
     return path
 
 
@@ -151,6 +151,20 @@ def test_a_converted_bundle_opens_and_acts_as_its_source(small_policy, character
     enter(tmp_path / "lerobot")
     found, expected = (bundle.load(path, device="cpu", precision="float32") for path in (tmp_path / "bundle", source))
     assert np.array_equal(*(policy.infer_batch([observations[0]], [3])[0].actions for policy in (found, expected)))
+
+
+def test_a_conversion_is_held_against_the_chunk_that_its_source_recorded(
+    small_policy, character_tokenizer, enter, tmp_path, observations, capsys
+):
+    """There and back it agrees; where the way back was told another number of heads, which no shape tells, it does not."""
+    source = make(tmp_path / "source", "pi05", small_policy, character_tokenizer, observations[1], resize="plain")
+    convert(ConvertConfig(source=source, output_dir=tmp_path / "lerobot", to="lerobot", any_size=True))
+    enter(tmp_path / "lerobot")
+    enter(tmp_path / "lerobot", output_dir=tmp_path / "wrong", vision_heads=4)
+    words = ("--against", str(source), "--device", "cpu", "--precision", "float32")
+    assert main(["verify", str(tmp_path / "bundle"), *words]) == 0
+    assert main(["verify", str(tmp_path / "wrong"), *words]) == 1
+    assert "it is the conversion" in capsys.readouterr().err
 
 
 def test_every_key_that_does_not_fit_is_listed_and_nothing_is_written(openpi, enter, tmp_path):
