@@ -13,13 +13,23 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import yaml
 
 from pi0fm_client.errors import ConfigError
 
 Tree = dict[str, Any]
+
+
+@runtime_checkable
+class Foreign(Protocol):
+    """An option of another program that is more than another name."""
+
+    def options(self, name: str, value: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return our options by dotted name. given: everything that was given, by dotted name. Raises ConfigError."""
+
+
 WITH = "with"  # key of a file: NAME -> options that apply only where the file NAME is in the same row
 
 
@@ -104,7 +114,7 @@ def read_yaml(path: Path) -> Tree:
 def parse[T](
     cls: type[T],
     arguments: Sequence[str],
-    aliases: Mapping[str, str] | None = None,
+    aliases: Mapping[str, str | Foreign] | None = None,
     base: Tree | None = None,
     positional: str | None = None,
     named_by_row: str | None = None,
@@ -112,8 +122,9 @@ def parse[T](
 ) -> T:
     """Decode `[FILE.yaml ...] --dotted.option value ...` into `cls`; later options override earlier ones, and files `base`.
 
-    aliases: dotted names of options in other words (LeRobot's). positional: the option whose value may come first, instead of files;
-    others: the option of the words after it. named_by_row: the folder that is outputs/NAME_NAME for a row of files that do not set it.
+    aliases: dotted names in other words (LeRobot's), in files too -> ours, or what their value stands for. positional: the option whose
+    value may come first, instead of files; others: the option of the words after it. named_by_row: the folder that is outputs/NAME_NAME
+    for a row of files that do not set it.
     Raises ConfigError for an unknown option, a value of another type, or a missing required option.
     """
     count = next((index for index, word in enumerate(arguments) if word.startswith("--")), len(arguments))
@@ -128,13 +139,41 @@ def parse[T](
         if others and rest:
             tree, rest = merge(tree, {others: list(rest)}), []
         remaining = [*rest, *remaining]
-    for name, text in _pairs(remaining, "configuration files stand first" if positional is None else f"one {positional} may stand first"):
-        path = (aliases or {}).get(name, name).split(".")
-        value: Any = text if _is_text(cls, path) else _typed(text)
-        for word in reversed(path):
-            value = {word: value}
-        tree = merge(tree, value)
+    where = "configuration files stand first" if positional is None else f"one {positional} may stand first"
+    words = aliases or {}
+    ours = {name: word if isinstance(word, str) else "" for name, word in words.items()}
+    pairs = [(name, text if _is_text(cls, ours.get(name, name).split(".")) else _typed(text)) for name, text in _pairs(remaining, where)]
+    given = flat(tree) | dict(pairs)
+    tree = _translated(tree, words, given)
+    for name, value in pairs:
+        tree = merge(tree, _in_our_words(name, value, words, given))
     return decode(cls, tree)
+
+
+def _translated(tree: Tree, aliases: Mapping[str, str | Foreign], given: Tree, prefix: str = "") -> Tree:
+    """Return a file's options with those of `aliases` in our words."""
+    found: Tree = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if name not in aliases and isinstance(value, dict) and value:
+            found = merge(found, _translated(value, aliases, given, f"{name}."))
+        else:
+            found = merge(found, _in_our_words(name, value, aliases, given))
+    return found
+
+
+def _in_our_words(name: str, value: Any, aliases: Mapping[str, str | Foreign], given: Tree) -> Tree:
+    """Return the tree of one option. Raises ConfigError for one that has no counterpart."""
+    parts = name.split(".")
+    groups = (aliases.get(".".join(parts[:end])) for end in range(len(parts), 0, -1))
+    word = aliases.get(name) or next((group for group in groups if group is not None and not isinstance(group, str)), name)
+    pairs = {word: value} if isinstance(word, str) else word.options(name, value, given)
+    tree: Tree = {}
+    for dotted, each in pairs.items():
+        for part in reversed(dotted.split(".")):
+            each = {part: each}
+        tree = merge(tree, each)
+    return tree
 
 
 def decode[T](cls: type[T], tree: Mapping[str, Any]) -> T:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pi0fm import progress
+from pi0fm.cli import lerobot
 from pi0fm.cluster.evaluation import evaluate_on_cluster
 from pi0fm.eval.config import EvalConfig
 from pi0fm.eval.delays import RealtimeConfig, evaluate_in_real_time
@@ -27,7 +28,7 @@ HELP = (
 OPEN_LOOP = "compare a policy's action chunks with those of recorded episodes"
 REAL_TIME = "judge a policy in a simulator that does not wait for it: success, jumps and reaction time against delay"
 Options = EvalConfig
-ALIASES: dict[str, str] = {"policy.path": "policy", "eval.n_episodes": "episodes", "env.task": "tasks"}
+ALIASES = lerobot.EVAL
 
 
 def form(words: Sequence[str]) -> Any:
@@ -113,6 +114,6 @@ ON_EPISODES = SimpleNamespace(HELP=OPEN_LOOP, Options=OpenLoopConfig, ALIASES={"
 IN_REAL_TIME = SimpleNamespace(
     HELP=REAL_TIME,
     Options=RealtimeConfig,
-    ALIASES={"policy.path": "policy", "eval.n_episodes": "episodes", "env.task": "tasks"},
+    ALIASES=lerobot.EVAL,
     run=run_in_real_time,
 )

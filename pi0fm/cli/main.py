@@ -116,8 +116,11 @@ def _print_options(name: str, command: Any) -> None:
     first = _constant(command, "POSITIONAL")
     console.print(f"pi0fm {name} {first.upper() if first else '[FILE.yaml ...]'} [--option value ...]: {command.HELP}\n", highlight=False)
     console.print(table)
-    for other, meaning in command.ALIASES.items():
+    same = {other: meaning for other, meaning in command.ALIASES.items() if isinstance(meaning, str)}
+    for other, meaning in same.items():
         console.print(f"  --{other} is another word for --{meaning}", highlight=False)
+    if len(same) < len(command.ALIASES):
+        console.print("  LeRobot's other options: docs/from_lerobot.md", highlight=False)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pi0fm import files, progress
+from pi0fm.cli import lerobot
 from pi0fm.cluster.training import TrainingRun
 from pi0fm.options import option
 from pi0fm.train.config import TrainConfig
@@ -21,7 +22,7 @@ from pi0fm.train.plan.planner import Card, Plan, best, card_named, counts, known
 from pi0fm_client.errors import ConfigError
 
 HELP = "seconds of a step, memory, cost and what stops scaling, for any number of cards; options of pi0fm train are taken too"
-ALIASES: dict[str, str] = {}
+ALIASES = lerobot.TRAIN
 GBITS = (10.0, 25.0, 100.0, 400.0)  # of the picture
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 from pi0fm import progress
 from pi0fm.bench import profile as profiling
+from pi0fm.cli import lerobot
 from pi0fm.cli.bench import answer
 from pi0fm.cluster.training import TrainingRun
 from pi0fm.options import option
 
 HELP = "where the steps of a run go: data, forward, backward, optimiser, average; their share of the limit, and what to change"
 NAMED_BY_ROW = "output_dir"
-ALIASES = {"batch_size": "global_batch_size", "policy.type": "model.preset", "policy.path": "pretrained"}
+ALIASES = lerobot.TRAIN
 
 
 @dataclass(frozen=True)

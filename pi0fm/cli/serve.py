@@ -14,6 +14,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 
+from pi0fm.cli import lerobot
 from pi0fm.options import option, required
 from pi0fm.policy.load_options import GUIDANCE, GUIDED, TOKEN_VARIABLE, LoadOptions
 from pi0fm.progress import say
@@ -24,7 +25,7 @@ from pi0fm.serve.records.request_log import RequestLog
 from pi0fm_client.errors import ConfigError
 
 HELP = "answer robots over the openpi WebSocket protocol"
-ALIASES = {"policy.path": "bundle"}
+ALIASES = lerobot.SERVE
 ADMIN_VARIABLE = "PI0FM_ADMIN_TOKEN"  # the name, not the key
 
 

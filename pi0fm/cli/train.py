@@ -5,13 +5,14 @@ Owns: the command's result. Does not know: how training runs.
 
 from typing import Any
 
+from pi0fm.cli import lerobot
 from pi0fm.cluster import training
 from pi0fm.train.parallel.context import context_from_environment
 
 HELP = "train a policy on a LeRobot data set, or on a mixture of them"
 Options = training.TrainingRun
 NAMED_BY_ROW = "output_dir"
-ALIASES = {"batch_size": "global_batch_size", "policy.type": "model.preset", "policy.path": "pretrained"}
+ALIASES = lerobot.TRAIN
 
 
 def run(options: training.TrainingRun) -> dict[str, Any] | None:

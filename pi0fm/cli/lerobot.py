@@ -1,0 +1,289 @@
+"""LeRobot's options in pi0fm's words: each is taken, ignored with a line that says why, or refused with what to type instead.
+
+Owns: the tables of `pi0fm train`, `eval` and `serve`. Does not know: how options are parsed. docs/from_lerobot.md is printed from these
+tables by `python -m pi0fm.cli.lerobot`; tests/docs/test_from_lerobot.py holds every field of LeRobot's own configurations to them.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from pi0fm import progress
+from pi0fm_client.errors import ConfigError
+
+Given = Mapping[str, Any]
+SAME = ("steps", "seed", "output_dir", "resume", "dataset.repo_id", "dataset.root", "dataset.episodes")
+"""What has one name and one meaning in both."""
+OTHERS = {"num_workers": "LeRobot's are processes that load data; pi0fm's are Ray workers that train, and threads load data"}
+"""What has one name and two meanings: pi0fm's is taken."""
+
+
+@final
+@dataclass(frozen=True)
+class Taken:
+    """An option of LeRobot's that stands for `to`. value: from its value, and all that was given, to ours; a mapping for words."""
+
+    to: str
+    value: Callable[[Any, Given], Any] | Mapping[Any, Any] | None = None
+    note: str = ""
+
+    def options(self, name: str, value: Any, given: Given) -> dict[str, Any]:
+        """Our options by dotted name. Raises ConfigError for a value without a counterpart."""
+        if self.value is None:
+            return {self.to: value}
+        if callable(self.value):
+            found = self.value(value, given)
+        elif value in self.value:
+            found = self.value[value]
+        else:
+            raise ConfigError(f"LeRobot's --{name} has a counterpart for {', '.join(map(_yaml, self.value))}, found {_yaml(value)}")
+        return {} if found is None else {self.to: found}
+
+
+@final
+@dataclass(frozen=True)
+class Ignored:
+    """An option that would change nothing here. only: the values for which that holds; `instead` says what to type for others."""
+
+    why: str
+    only: tuple[Any, ...] = ()
+    instead: str = ""
+
+    def options(self, name: str, value: Any, given: Given) -> dict[str, Any]:
+        """Nothing, after a line. Raises ConfigError for a value that would change something."""
+        del given
+        if self.only and value not in self.only:
+            raise ConfigError(f"LeRobot's --{name} {_yaml(value)} has no counterpart: {self.instead}")
+        progress.say(f"--{name} is ignored: {self.why}")
+        return {}
+
+
+@final
+@dataclass(frozen=True)
+class Refused:
+    """An option without a counterpart that would change something."""
+
+    instead: str
+
+    def options(self, name: str, value: Any, given: Given) -> dict[str, Any]:
+        """Raise ConfigError, always."""
+        del value, given
+        raise ConfigError(f"LeRobot's --{name} has no counterpart: {self.instead}")
+
+
+def _yaml(value: Any) -> str:
+    return {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _flag(word: str) -> dict[Any, Any]:
+    """`word` where LeRobot's option is true; where it is false, nothing."""
+    return {True: word, False: None}
+
+
+def _final_ratio(value: Any, given: Given) -> float:
+    """LeRobot gives the learning rate at the end, pi0fm its ratio to the peak."""
+    peak = next((given[name] for name in PEAKS if name in given), 2.5e-5)
+    return float(value) / float(peak)
+
+
+def _cameras(value: Any, given: Given) -> dict[str, str]:
+    """{column of the data set: column that the policy wants} as {camera of the policy: column of the data set}."""
+    del given
+    pictures = "observation.images."
+    if not isinstance(value, Mapping) or not all(str(new).startswith(pictures) for new in value.values()):
+        raise ConfigError(
+            f"rename_map renames pictures, {{observation.images.front: observation.images.base_0_rgb}}, found {value!r}; "
+            "for other columns type --embodiment.state COLUMN, --embodiment.action COLUMN"
+        )
+    return {str(new).removeprefix(pictures): str(old) for old, new in value.items()}
+
+
+PEAKS = ("optimizer.learning_rate", "policy.optimizer_lr", "optimizer.lr", "scheduler.peak_lr")
+HUB = Ignored("nothing is uploaded", (False, None), "type `hf upload REPO OUTPUT_DIR/bundle`")
+LOADER = Ignored("decoded pictures are kept on the disk, and threads of the one process read them")
+NO_HUB_NAME = Ignored("it names an upload, and nothing is uploaded")
+SIMULATOR = Refused("evaluate the bundle with `pi0fm eval --policy BUNDLE --tasks ...`")
+CUDA = Ignored("the GPU is taken where there is one", ("cuda", None), "set CUDA_VISIBLE_DEVICES=")
+DTYPE = Taken("precision", {"float32": "float32", "bfloat16": "bfloat16"}, "weights and moments are float32 in both")
+ADAMW_EPSILON = Ignored("it is 1e-8 here too", (1e-8, "1e-8", "1e-08"), "leave it out")
+COMPILE = Taken("compile", note="each layer; pi0fm serve takes off, kernels and graph")
+
+TRAIN: dict[str, str | Taken | Ignored | Refused] = {
+    "batch_size": Taken("global_batch_size", note="over all workers together; LeRobot's is of each process"),
+    "log_freq": "log_every",
+    "save_freq": "checkpoint_every",
+    "save_checkpoint": Ignored("a run can always be resumed", (True,), "--checkpoint_every N with a large N writes few"),
+    "save_checkpoint_to_hub": HUB,
+    "eval_steps": Taken("validation.every", note="beside --validation.episodes N"),
+    "max_eval_samples": Taken("validation.samples", lambda value, _: value or None),
+    "dataset.eval_split": Ignored("nothing is held out", (0, 0.0, None), "hold out episodes by number, --validation.episodes N"),
+    "env_eval_freq": Ignored("nothing is evaluated in a simulator while training"),
+    "tolerance_s": "dataset.tolerance_s",
+    "rename_map": Taken("embodiment.cameras", _cameras, "camera of the policy -> column of the data set"),
+    "job_name": Ignored("output_dir names a run"),
+    "cudnn_deterministic": Ignored("no convolution of the network has a choice that matters"),
+    "prefetch_factor": LOADER,
+    "persistent_workers": LOADER,
+    "dataloader_multiprocessing_context": LOADER,
+    "use_policy_training_preset": Ignored("every option of the optimiser can be set"),
+    "checkpoint_path": Refused("--resume true goes on from the newest checkpoint in --output_dir"),
+    "dataset.repo_type": Ignored("data sets are read from files", ("dataset", None), "leave it out"),
+    "dataset.revision": Refused("fetch it with `hf download REPO --repo-type dataset --revision R`, then type --dataset.root DIR"),
+    "dataset.image_transforms.enable": "augment",
+    "dataset.image_transforms": Refused("how far pictures are changed is said by --augmentation.crop, .rotation, .brightness, ..."),
+    "dataset.use_imagenet_stats": Ignored("pictures are scaled to [-1, 1], as released weights expect"),
+    "dataset.video_backend": Taken("dataset.video_decoder", {"pyav": "pyav", "torchcodec": "torchcodec", None: None}),
+    "dataset.return_uint8": Ignored("pictures are bytes until they are on the device"),
+    "dataset.depth_output_unit": Ignored("depth is not read"),
+    "dataset.streaming": Taken("dataset.cache_limit_gib", _flag("0"), "read from the videos, never kept decoded"),
+    "policy.type": Taken("model.preset", {"pi0": "pi0", "pi05": "pi05", "tiny": "tiny"}),
+    "policy.path": "pretrained",
+    "policy.pretrained_path": "pretrained",
+    "policy.pretrained_revision": Refused("fetch that revision with `hf download`, then `pi0fm convert FOLDER`"),
+    "policy.device": CUDA,
+    "policy.dtype": DTYPE,
+    "policy.use_amp": Taken("precision", {True: "bfloat16", False: None}),
+    "policy.use_peft": Taken("lora.rank", {True: 16, False: None}, "LeRobot's default rank; --peft.r sets another"),
+    "policy.chunk_size": "model.action_horizon",
+    "policy.n_action_steps": "execution_horizon",
+    "policy.n_obs_steps": Ignored("a policy sees one observation", (1,), "pi0 has no history"),
+    "policy.max_state_dim": "model.state_dim",
+    "policy.max_action_dim": "model.action_dim",
+    "policy.tokenizer_max_length": "model.max_prompt_tokens",
+    "policy.num_inference_steps": "flow.num_flow_steps",
+    "policy.image_resolution": Taken("model.vision.image_size", lambda value, _: _side(value), "square pictures"),
+    "policy.empty_cameras": Ignored("a camera that is missing is masked, whatever its place"),
+    "policy.input_features": Refused("--embodiment.cameras.NAME COLUMN and --embodiment.state COLUMN choose columns"),
+    "policy.output_features": Refused("--embodiment.action COLUMN chooses the column"),
+    "policy.normalization_mapping": Refused("type --normalization z_score, or quantile"),
+    "policy.use_relative_actions": Refused("type the dimensions, --embodiment.delta_actions 0,1,2,3,4,5"),
+    "policy.relative_exclude_joints": Refused("--embodiment.delta_actions names the dimensions that are relative"),
+    "policy.action_feature_names": Ignored("names are read from the data set"),
+    "policy.rtc_config": Refused("train with --rtc.max_delay N, or serve with --guidance guided"),
+    "policy.paligemma_variant": Ignored("it is the preset's", ("gemma_2b",), "change sizes with --model.decoder.*"),
+    "policy.action_expert_variant": Ignored("it is the preset's", ("gemma_300m",), "change sizes with --model.decoder.*"),
+    "policy.time_sampling_beta_alpha": Ignored("time_density pi0 has it", (1.5,), "--flow.time_density names other densities"),
+    "policy.time_sampling_beta_beta": Ignored("time_density pi0 has it", (1, 1.0), "--flow.time_density names other densities"),
+    "policy.time_sampling_scale": Ignored("time_density pi0 has it", (0.999,), "--flow.time_density names other densities"),
+    "policy.time_sampling_offset": Ignored("time_density pi0 has it", (0.001,), "--flow.time_density names other densities"),
+    "policy.min_period": Ignored("it is the network's", (0.004, 4e-3, "4e-3"), "it is fixed, as in released weights"),
+    "policy.max_period": Ignored("it is the network's", (4, 4.0), "it is fixed, as in released weights"),
+    "policy.gradient_checkpointing": Taken("activation_checkpointing", {True: "full", False: "none"}, "`selective` is between the two"),
+    "policy.compile_model": COMPILE,
+    "policy.compile_mode": Ignored("layers are compiled in one way"),
+    "policy.freeze_vision_encoder": Taken(
+        "train_only", lambda value, given: "frozen_vision" if value and not given.get("policy.train_expert_only") else None
+    ),
+    "policy.train_expert_only": Taken("train_only", _flag("expert_only")),
+    "policy.optimizer_lr": "optimizer.learning_rate",
+    "policy.optimizer_betas": Taken("optimizer", lambda value, _: _betas(value), "both as one list"),
+    "policy.optimizer_eps": ADAMW_EPSILON,
+    "policy.optimizer_weight_decay": "optimizer.weight_decay",
+    "policy.optimizer_grad_clip_norm": "optimizer.clip_norm",
+    "policy.scheduler_warmup_steps": "optimizer.warmup_steps",
+    "policy.scheduler_decay_steps": Ignored("the cosine ends with the run, at --steps"),
+    "policy.scheduler_decay_lr": Taken("optimizer.final_learning_rate_ratio", _final_ratio, "over the peak"),
+    "optimizer.type": Ignored("it is AdamW", ("adamw",), "leave it out"),
+    "optimizer.lr": "optimizer.learning_rate",
+    "optimizer.betas": Taken("optimizer", lambda value, _: _betas(value), "both as one list"),
+    "optimizer.eps": ADAMW_EPSILON,
+    "optimizer.grad_clip_norm": "optimizer.clip_norm",
+    "scheduler.type": Ignored("it is the cosine", ("cosine_decay_with_warmup",), "leave it out"),
+    "scheduler.num_warmup_steps": "optimizer.warmup_steps",
+    "scheduler.num_decay_steps": Ignored("the cosine ends with the run, at --steps"),
+    "scheduler.peak_lr": "optimizer.learning_rate",
+    "scheduler.decay_lr": Taken("optimizer.final_learning_rate_ratio", _final_ratio, "over the peak"),
+    "policy.push_to_hub": HUB,
+    "policy.repo_id": NO_HUB_NAME,
+    "policy.private": NO_HUB_NAME,
+    "policy.tags": NO_HUB_NAME,
+    "policy.license": NO_HUB_NAME,
+    "peft.r": "lora.rank",
+    "peft.lora_alpha": "lora.alpha",
+    "peft.method_type": Ignored("it is LoRA", ("LORA", "lora"), "leave it out"),
+    "peft.init_type": Ignored("adapters begin at 0", (None,), "leave it out"),
+    "peft.target_modules": Refused("type --lora.targets backbone,action_expert, or names of this network's layers"),
+    "peft.full_training_modules": Refused("what is not in --lora.targets and small trains whole"),
+    "wandb.enable": Ignored("nothing is sent", (False,), "losses are in output_dir: metrics.jsonl, and tensorboard/"),
+    "wandb": Ignored("nothing is sent; losses are in output_dir: metrics.jsonl, and tensorboard/"),
+    "env": SIMULATOR,
+    "eval": SIMULATOR,
+    "job": Refused("docs/scaling.md and deploy/ say how a run gets to other machines"),
+    "reward_model": Refused("pi0fm trains no reward model"),
+    "sample_weighting": Refused("a mixture's entries have weights: --mixture.NAME.weight"),
+}
+"""`lerobot-train`'s options, without those of SAME. A policy's path is a bundle's; `pi0fm convert` makes one of LeRobot's weights."""
+
+EVAL: dict[str, str | Taken | Ignored | Refused] = {
+    "policy.path": "policy",
+    "policy.device": Taken("device", note="of an evaluation in this process; on Ray --gpus_per_worker"),
+    "policy.n_action_steps": "execution_horizon",
+    "policy.num_inference_steps": "num_flow_steps",
+    "policy.dtype": DTYPE,
+    "policy.use_amp": Taken("precision", {True: "bfloat16", False: None}),
+    "env.type": Ignored("a task's name says its suite"),
+    "env.task": "tasks",
+    "eval.n_episodes": Taken("episodes", note="of each task"),
+    "eval.batch_size": Taken("environments_per_worker", lambda value, _: value or None),
+    "eval.use_async_envs": Ignored("environments of one worker step together, workers beside each other"),
+    "env.max_parallel_tasks": Ignored("--num_workers says how many run beside each other"),
+    "job_name": Ignored("output_dir names an evaluation"),
+    "trust_remote_code": Ignored("no code of others is run", (False,), "a bundle holds none"),
+    "rename_map": Refused("type --cameras NAME=SOURCE:WIDTHxHEIGHT"),
+}
+"""`lerobot-eval`'s options."""
+
+SERVE: dict[str, str | Taken | Ignored | Refused] = {
+    "policy.path": "bundle",
+    "policy.device": "device",
+    "policy.dtype": DTYPE,
+    "policy.num_inference_steps": "num_flow_steps",
+    "policy.compile_model": Taken("compile", {True: "kernels", False: "off"}, "or graph, on a GPU"),
+}
+"""The policy's options of `lerobot-record` and of LeRobot's policy server."""
+
+
+def _betas(value: Any) -> dict[str, float]:
+    words = [word.strip("()[] ") for word in str(value).split(",")] if not isinstance(value, list | tuple) else value
+    if len(words) != 2:
+        raise ConfigError(f"betas are two numbers, [0.9, 0.95], found {value!r}")
+    return {"beta1": float(words[0]), "beta2": float(words[1])}
+
+
+def _side(value: Any) -> int:
+    sides = {int(side) for side in (value if isinstance(value, list | tuple) else str(value).strip("()[] ").split(","))}
+    if len(sides) != 1:
+        raise ConfigError(f"image_resolution must be square here, [224, 224], found {value!r}")
+    return sides.pop()
+
+
+def page() -> str:
+    """docs/from_lerobot.md's tables."""
+    found = [
+        "## The same in both\n\n" + ", ".join(f"`--{name}`" for name in SAME) + ".\n",
+        *(f"`--{name}` has two meanings: {text}.\n" for name, text in OTHERS.items()),
+    ]
+    for command, table in (("train", TRAIN), ("eval", EVAL), ("serve", SERVE)):
+        found.append(f"## pi0fm {command}\n\n| LeRobot | pi0fm | |\n|---|---|---|")
+        for name, word in table.items():
+            to, note = _row(word)
+            found.append(f"| `--{name}` | {to} | {note} |")
+        found.append("")
+    return "\n".join(found)
+
+
+def _row(word: str | Taken | Ignored | Refused) -> tuple[str, str]:
+    if isinstance(word, str):
+        return f"`--{word}`", ""
+    if isinstance(word, Taken):
+        values = [f"{_yaml(key)}: {_yaml(value)}" for key, value in word.value.items()] if isinstance(word.value, Mapping) else []
+        return f"`--{word.to}`", "; ".join([*filter(None, [word.note]), *([", ".join(values)] if values else [])])
+    if isinstance(word, Ignored):
+        only = f"; only {', '.join(map(_yaml, word.only))}, else {word.instead}" if word.only else ""
+        return "ignored", word.why + only
+    return "refused", word.instead
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())
