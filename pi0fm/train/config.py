@@ -40,7 +40,7 @@ from pi0fm_client.errors import ConfigError
 
 FREE_AT_RESUME = (
     *("output_dir", "resume", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "micro_batch_size", "threads"),
-    *("resume_changed", "checkpoint_dir", "on_nonfinite", "activation_checkpointing", "loader", "parallel"),
+    *("resume_changed", "checkpoint_dir", "on_nonfinite", "activation_checkpointing", "loader", "parallel", "hang_seconds"),
 )
 ON_NONFINITE = ("stop", "skip")
 FREE_IN_GROUPS = (
@@ -110,6 +110,7 @@ class TrainConfig:
     checkpoint_dir: str = option("", "folder or s3://BUCKET/PREFIX that all workers see; empty takes output_dir/checkpoints")
     keep_checkpoints: int = option(2, "newest checkpoints that are kept")
     on_nonfinite: str = option("stop", "a loss or gradient that is not finite: stop, or skip the step; its batch goes to output_dir/faults")
+    hang_seconds: float = option(900.0, "a run without a step for so long is ended, with the stacks of every worker in output_dir/hangs")
     threads: int | None = option(None, "CPU threads of each worker; empty takes its share of the machine")
 
     def __post_init__(self) -> None:
@@ -137,6 +138,8 @@ class TrainConfig:
             raise ConfigError(f"on_nonfinite must be {' or '.join(ON_NONFINITE)}, found {self.on_nonfinite!r}")
         if self.augmentation != AugmentConfig() and not self.augment:
             raise ConfigError("augmentation.* says how pictures are changed, but augment is false; type --augment true, or leave them out")
+        if self.hang_seconds <= 0:
+            raise ConfigError(f"hang_seconds must be above 0, found {self.hang_seconds:g}; leave it out for 900")
         if self.seed < 0:
             raise ConfigError(f"seed must be >= 0, found {self.seed}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

@@ -36,10 +36,12 @@ from pi0fm.train.state import TrainState
 from pi0fm.train.step import train_step
 from pi0fm.train.watch.faults import write_faults
 from pi0fm.train.watch.guard import guarded
+from pi0fm.train.watch.hangs import HangWatch
 from pi0fm.train.watch.log import TrainLog
 from pi0fm.train.watch.metrics import Metrics, read_last
-from pi0fm.train.watch.out_of_memory import memory_faults
+from pi0fm.train.watch.out_of_memory import judge_memory, memory_faults
 from pi0fm.train.watch.schedule import ValidationSchedule
+from pi0fm.train.watch.stragglers import OwnTime
 from pi0fm.train.watch.validation import make_validators
 from pi0fm_client.types import Observation
 
@@ -70,9 +72,10 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
         return replace(config, parallel=how).memory(cameras, workers, parallel.device).total
 
     sharding, why = decided(config.parallel, needed, workers, parallel.room())
-    if why is not None and context.shown:
+    if why is not None and context.is_first:
         progress.say(why)
     config = replace(config, parallel=sharding)
+    judge_memory(config, cameras, parallel)
     with memory_faults(config, cameras, parallel):
         return _run(context, config, parallel, data)
 
@@ -89,18 +92,19 @@ def _run(context: Context, config: TrainConfig, parallel: Parallel, data: RunDat
         files.write_json(config.output_dir / "left_out.json", data.left_out())
     metrics = Metrics(config.output_dir, first) if context.is_first else None
     recorded = data.recorded() if context.is_first else None  # now, while a stream of pictures still begins
-    log = TrainLog(config.log(), parallel, metrics, first, (read_last(config.output_dir) or {}).get("loss", math.nan))
+    own, nodes = OwnTime(state.network, parallel.device, whole=not state.is_sharded), parallel.nodes()
+    log = TrainLog(config.log(), parallel, metrics, own, nodes, first, (read_last(config.output_dir) or {}).get("loss", math.nan))
     split = (config.global_batch_size, context.rank, context.world_size, config.micro_batch_size)
     batches = log.timed(micro_batches(data.training, first, config.steps, *split, config.loader, parallel.device))
     validators = make_validators(config.validation, data.held_out(), state, flow, parallel.device)
-    validation = ValidationSchedule(parallel, metrics, validators, config.steps, config.output_dir, log.paused)
-    if context.shown:
+    watch = HangWatch(config.output_dir, context, nodes, config.hang_seconds)
+    validation = ValidationSchedule(parallel, metrics, validators, config.steps, config.output_dir, log.paused, watch.beat)
+    if context.is_first:
         progress.say(f"train {state.size()} on {data.described()}, steps {first}..{config.steps}")
-        progress.say(str(config.memory(data.num_cameras, context.world_size, parallel.device)))
     shown = progress.step("train", config.steps, start=first) if context.shown else nullcontext()
 
     began = time.perf_counter()
-    with guarded(config.guard(), parallel, checkpoints, state, run, data.training) as guard, shown as bar:
+    with watch, guarded(config.guard(), parallel, checkpoints, state, run, data.training) as guard, shown as bar:
         validation.catch_up(first, bar)
         for step in range(first, config.steps):
             rate = state.schedule(config.steps)
@@ -111,6 +115,7 @@ def _run(context: Context, config: TrainConfig, parallel: Parallel, data: RunDat
             if bar is not None:
                 bar.advance(note=f"loss {log.loss:.4f}")
             guard.after_step(norm)
+            watch.beat(state.step)
             validation.after(state.step, bar)
     path = config.output_dir / "bundle"
     if metrics is not None:

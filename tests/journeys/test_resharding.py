@@ -18,6 +18,7 @@ from pi0fm.train.checkpoint.checkpoints import Checkpoints, whole
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.context import Context
 from pi0fm.train.watch import signals
+from pi0fm.train.watch.requests import Request, ask
 from pi0fm.train.watch.signals import StopSignals
 
 pytestmark = [pytest.mark.journey, pytest.mark.long]
@@ -126,6 +127,25 @@ def test_a_full_disk_of_one_worker_is_known_to_all(tmp_path):
     assert not (place / "step-000000002").exists()
 
 
+def test_a_checkpoint_is_asked_for_and_all_make_it_once_after_the_same_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "SECONDS_BETWEEN_LOOKS", 0.0)
+
+    def body(context: Context) -> list[int]:
+        saved = []
+        with StopSignals(Parallel(context), tmp_path / "run") as stop:
+            for step in range(1, 12):
+                if step == 5 and context.rank == 0:
+                    ask(tmp_path / "run", Request.SAVE)
+                if (asked := stop.after_step()) is Request.SAVE:
+                    saved.append(step)
+                    stop.saved(asked)
+                assert asked <= Request.SAVE
+        return saved
+
+    assert workers(3, tmp_path, body) == [[6]] * 3
+    assert not (tmp_path / "run" / "SAVE").exists()
+
+
 @pytest.mark.parametrize("by", ["signal", "file"])
 def test_one_worker_is_asked_and_all_leave_after_the_same_step(tmp_path, by, monkeypatch):
     monkeypatch.setattr(signals, "SECONDS_BETWEEN_LOOKS", 0.0)
@@ -134,7 +154,7 @@ def test_one_worker_is_asked_and_all_leave_after_the_same_step(tmp_path, by, mon
         with StopSignals(Parallel(context), tmp_path / "run") as stop:
             for step in range(1, 30):
                 if step == 5 and context.rank == (1 if by == "signal" else 0):
-                    os.kill(os.getpid(), signals.signal.SIGTERM) if by == "signal" else signals.ask_to_stop(tmp_path / "run")
+                    os.kill(os.getpid(), signals.signal.SIGTERM) if by == "signal" else ask(tmp_path / "run", Request.STOP)
                 if stop.after_step():
                     return step
         return 0

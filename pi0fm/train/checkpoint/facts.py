@@ -48,19 +48,24 @@ def data_facts(source: LeRobotSource, stats: NormStats, order: Weighted | None =
 
     order: that of its samples, where they have weights.
     """
-    columns = hashlib.blake2b(digest_size=16)
-    for column in (source.state, source.action, source.episode, source.task, source.end, source.frames):
-        columns.update(np.ascontiguousarray(column))
     files = {path.relative_to(source.root).as_posix(): path.stat().st_size for path in data_files(source.root)}
     return {
         "frames": len(source.frames),
         "episodes": len(np.unique(source.episode[source.frames])),
-        "columns": columns.hexdigest(),
+        "columns": columns_digest(source),
         "tasks": _digest(source.tasks),
         "files": _digest(sorted(files.items())),
         "norm_stats": _digest(stats.to_json()),
         **({} if order is None else {"sample_weights": _digest(order.cumulative.tolist())}),
     }
+
+
+def columns_digest(source: LeRobotSource) -> str:
+    """What its columns hold; the same for a copy."""
+    columns = hashlib.blake2b(digest_size=16)
+    for column in (source.state, source.action, source.episode, source.task, source.end, source.frames):
+        columns.update(np.ascontiguousarray(column))
+    return columns.hexdigest()
 
 
 @cache

@@ -29,6 +29,7 @@ from pi0fm_client.errors import ConfigError
 __all__ = ["Accelerator", "Parallel", "make_accelerator"]
 
 HOST_GROUPS = ("checkpoint", "stop")
+_LETTERS = 96  # of a node's name
 
 
 @final
@@ -103,6 +104,16 @@ class Parallel:
     def host_group(self, name: str) -> ProcessGroup | None:
         """The group `name` of HOST_GROUPS on the hosts' network; None for a single worker."""
         return self._host[name]
+
+    def nodes(self) -> tuple[str, ...]:
+        """The node of every worker, by rank."""
+        mine = self.context.node.encode()[:_LETTERS].ljust(_LETTERS)
+        group = self.host_group("stop")
+        if group is None:
+            return (self.context.node,)
+        names = torch.empty(self.context.world_size * _LETTERS, dtype=torch.uint8)
+        torch.distributed.all_gather_into_tensor(names, torch.frombuffer(bytearray(mine), dtype=torch.uint8), group=group)
+        return tuple(bytes(name.tolist()).decode(errors="replace").rstrip() for name in names.split(_LETTERS))
 
     def barrier(self) -> None:
         """Wait for all workers."""

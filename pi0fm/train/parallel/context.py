@@ -4,16 +4,21 @@ Owns: `Context`, the variables of torchrun and Ray Train. Does not know: torch, 
 """
 
 import os
-from dataclasses import dataclass
+import socket
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Context:
-    """Rank and world size. `shown`: this process draws the progress bar (a Ray worker's terminal belongs to the driver)."""
+    """Rank and world size. `shown`: this process draws the progress bar (a Ray worker's terminal belongs to the driver).
+
+    node: for lines about this worker; a machine may hold several.
+    """
 
     rank: int = 0
     world_size: int = 1
     shown: bool = True
+    node: str = field(default_factory=socket.gethostname, compare=False)
 
     @property
     def is_first(self) -> bool:

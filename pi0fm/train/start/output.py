@@ -18,7 +18,7 @@ from pi0fm.train.checkpoint.checkpoints import whole
 from pi0fm.train.config import TrainConfig, refuse_other_run
 from pi0fm.train.start import lease
 from pi0fm.train.watch.metrics import read_last
-from pi0fm.train.watch.signals import withdraw
+from pi0fm.train.watch.requests import withdraw
 from pi0fm_client.errors import OutputError
 
 RAY_FOLDER = "ray"  # where Ray Train keeps its own notes of the run

@@ -53,7 +53,7 @@ def _say_resumed(old: Mapping[str, Any], run: RunFacts, context: Context) -> Non
         progress.say(f"the checkpoint is of other versions, so the run may differ in the last bits: {'; '.join(other)}")
     if data + settings:
         progress.say(f"the run goes on with changes: {'; '.join(data + settings)}")
-    if context.shown:
+    if context.is_first:
         workers = f", which {old['world_size']} workers wrote" if old["world_size"] != context.world_size else ""
         progress.say(f"resumed from step {old['step']}{workers}")
 

@@ -2,9 +2,9 @@
 
 Owns: the order of these. Does not know: how a step is taken, how each is done.
 
-    step -> norm finite? -> asked to stop? -> checkpoint due? -> next step
-               |                 |                  `-- written behind training's back
-               |                 `-- written at once, then StoppedError
+    step -> norm finite? -> asked to save or stop? -> checkpoint due? -> next step
+               |                 |                          `-- written behind training's back
+               |                 `-- written at once; then StoppedError, unless only a checkpoint was asked for
                `-- skipped, or NonfiniteError: no checkpoint beyond it
 """
 
@@ -22,6 +22,7 @@ from pi0fm.train.checkpoint.facts import RunFacts
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.state import TrainState
 from pi0fm.train.watch.faults import FaultConfig, NonfiniteWatch, write_faults
+from pi0fm.train.watch.requests import Request
 from pi0fm.train.watch.signals import StopSignals
 from pi0fm_client.errors import DatasetError, OutputError
 
@@ -76,9 +77,15 @@ class Guard:
         self._nonfinite.after_step(done, norm)
         self._checkpoints.settle(wait=False)
         asked = self._stop.after_step()
-        if asked or done == steps:
+        if asked is Request.SAVE and done < steps:
+            self._nonfinite.settle()
+            self._checkpoints.save(done, self._state.tensors(), self._run.at(done))
+            self._checkpoints.settle()
+            self._stop.saved(asked)
+        elif asked or done == steps:
             self._nonfinite.settle()
             self._save_now()
+            self._stop.saved(asked)
             if done < steps:
                 raise self._stop.error(asked, done, steps)
         elif done % self._config.checkpoint_every == 0:

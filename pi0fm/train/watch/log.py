@@ -5,7 +5,7 @@ Owns: what a line of metrics holds. Does not know: the files (metrics.py), the s
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -16,6 +16,7 @@ from pi0fm import progress
 from pi0fm.data.loading.batch import Batch
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.watch.metrics import Metrics
+from pi0fm.train.watch.stragglers import OwnTime, Stragglers
 
 WAITING_IS_SAID_ABOVE = 0.2  # of the time
 
@@ -33,11 +34,22 @@ class LogConfig:
 class TrainLog:
     """Losses stay on the device until a line is due: reading each one would stall it.
 
-    metrics: None on all workers but the first; first_step: from which the run starts; loss: of the last line, NaN before the first.
+    metrics: None on all workers but the first; own: of this worker; nodes: of all; first_step: from which the run starts; loss: of the
+    last line, NaN before the first.
     """
 
-    def __init__(self, config: LogConfig, parallel: Parallel, metrics: Metrics | None, first_step: int, loss: float = math.nan) -> None:
+    def __init__(
+        self,
+        config: LogConfig,
+        parallel: Parallel,
+        metrics: Metrics | None,
+        own: OwnTime,
+        nodes: Sequence[str],
+        first_step: int,
+        loss: float = math.nan,
+    ) -> None:
         self._config, self._parallel, self._metrics, self._first_step, self.loss = config, parallel, metrics, first_step, loss
+        self._own, self._stragglers = own, Stragglers(nodes, progress.say)
         self._losses: list[Tensor] = []
         self._since, self._waited = time.perf_counter(), 0.0
 
@@ -60,13 +72,20 @@ class TrainLog:
         self._losses.append(part)
         if step % self._config.every and step != self._config.steps:
             return
-        total = self._parallel.sum(torch.stack(self._losses))
+        workers = self._parallel.context.world_size
+        own = torch.zeros(workers)
+        own[self._parallel.context.rank] = self._own.take() + self._waited
+        gathered = self._parallel.sum(torch.cat([torch.stack(self._losses), own.to(part)]))
+        total, own = gathered.split([len(self._losses), workers])
         finite = total[total.isfinite()]
         if len(finite):  # skipped steps count for nothing
             self.loss = float(finite.mean())
         now = time.perf_counter()
         if self._metrics is not None:
-            self._write(self._metrics, step, {"loss": self.loss, "grad_norm": float(norm), "learning_rate": rate}, now - self._since)
+            values = {"loss": self.loss, "grad_norm": float(norm), "learning_rate": rate}
+            if workers > 1:
+                values["slowest_of_median"] = self._stragglers.after_line(step, own.tolist(), now - self._since)
+            self._write(self._metrics, step, values, now - self._since)
         self._losses, self._since, self._waited = [], now, 0.0
 
     def _write(self, metrics: Metrics, step: int, values: dict[str, float], elapsed: float) -> None:

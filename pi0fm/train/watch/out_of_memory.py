@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pi0fm import progress
 from pi0fm.models.lora import LoraConfig
 from pi0fm.policy.device import is_out_of_memory
 from pi0fm.train.config import TrainConfig
@@ -18,9 +19,24 @@ from pi0fm.train.parallel.sharding import FULL
 from pi0fm.train.plan.memory import GIB
 from pi0fm_client.errors import ConfigError, Pi0fmError
 
+MOST_TOO_HIGH = 1.35  # the estimate, by the test of plan/memory.py
+
 
 class OutOfMemoryError(Pi0fmError):
     """A device, or the host, that has no memory left for what a run needs."""
+
+
+def judge_memory(config: TrainConfig, cameras: int, parallel: Parallel) -> None:
+    """Say what a worker takes by the estimate, before anything is allocated. Raises ConfigError where it can never fit."""
+    needed, room, context = config.memory(cameras, parallel.context.world_size, parallel.device), parallel.room(), parallel.context
+    if context.is_first:
+        fits = "" if needed.total <= room else f"; that is more than the {room / GIB:.1f} GiB that a worker has"
+        progress.say(f"{needed}{fits}")
+    if needed.total > MOST_TOO_HIGH * room:
+        raise ConfigError(
+            f"a worker needs about {needed.total / GIB:.1f} GiB, found {room / GIB:.1f} GiB for each; "
+            f"{_remedies(config, cameras, context.world_size, parallel.device)}"
+        )
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from pi0fm.train.watch.validation import LOSS, NLL, Validator
 class ValidationSchedule:
     """Runs validations when they are due; does nothing in a run without. paused: is told the seconds that they took.
 
-    steps: of the whole run, whose last is validated too; output_dir: where metrics.jsonl is.
+    steps: of the whole run, whose last is validated too; output_dir: where metrics.jsonl is; beat: called as a validation gets on.
     """
 
     def __init__(
@@ -31,8 +31,9 @@ class ValidationSchedule:
         steps: int,
         output_dir: Path,
         paused: Callable[[float], None],
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
-        self._parallel, self._metrics, self._validators = parallel, metrics, validators
+        self._parallel, self._metrics, self._validators, self._beat = parallel, metrics, validators, beat
         self._steps, self._output_dir, self._paused = steps, output_dir, paused
         for each in validators if parallel.context.shown else ():
             if each.num_whole < each.num_chunks:
@@ -56,9 +57,15 @@ class ValidationSchedule:
             return
         began = time.perf_counter()
         found: dict[str, float] = {}
+
+        def tell(text: str) -> None:
+            self._beat()
+            if bar is not None:
+                bar.advance(0, note=text)
+
         with self._validators[0].gathered():
             for validator in self._validators:
-                found |= validator.validate(self._parallel, step, lambda text: bar.advance(0, note=text) if bar is not None else None)
+                found |= validator.validate(self._parallel, step, tell)
         if self._metrics is not None and found:
             self._metrics.write(step, found)
         seconds = time.perf_counter() - began

@@ -1,7 +1,7 @@
-r"""Being asked to stop, and all workers agreeing on the step after which they do.
+r"""Being asked to save or to stop, and all workers agreeing on the step after which they do.
 
-Owns: the handlers of SIGTERM and SIGINT for the time of a block, the file that asks where no signal arrives, the agreement.
-Does not know: what is saved before the run leaves.
+Owns: the handlers of SIGTERM and SIGINT for the time of a block, the look at requests.py's files, the agreement.
+Does not know: what is saved, and what happens to a run that leaves.
 
     step        |    k    |   k+1   |   k+2   |
     worker 0    | SIGTERM |                        flags of step k are summed while step k+1 computes, and looked at after it:
@@ -9,7 +9,6 @@ Does not know: what is saved before the run leaves.
     flags          \__sum of k__/\ -> leave after k+1
 """
 
-import os
 import signal
 import threading
 import time
@@ -21,14 +20,16 @@ from typing import Any, Self, final
 
 import torch
 
-from pi0fm import files
 from pi0fm.processes import Terminated, sigterm_interrupts
 from pi0fm.train.parallel.accelerate import Parallel
+from pi0fm.train.watch.requests import FILES, Request, withdraw
 from pi0fm_client.errors import OutputError, Pi0fmError
 
-STOP_FILE = "STOP"
 SECONDS_BETWEEN_LOOKS = 1.0  # at the file; a look may cost a round trip to a file server
 HANDLED = (signal.SIGTERM, signal.SIGINT)
+
+
+_REQUESTED = {int(signal.SIGINT): Request.INTERRUPT, int(signal.SIGTERM): Request.STOP}
 
 
 class StoppedError(Pi0fmError):
@@ -43,15 +44,8 @@ class TerminatedError(StoppedError):
     exit_code = 128 + signal.SIGTERM
 
 
-def ask_to_stop(output_dir: Path) -> None:
-    """Ask a run for a checkpoint and its end from another process: a driver on behalf of its workers, a person on a shared disk."""
-    with files.write_faults(output_dir):
-        files.write_text(output_dir / STOP_FILE, f"{os.getpid()}\n")
-
-
-def withdraw(output_dir: Path) -> None:
-    """Take back `ask_to_stop`, before a run goes on."""
-    (output_dir / STOP_FILE).unlink(missing_ok=True)
+class MovedError(TerminatedError):
+    """A run that left a checkpoint and a node that goes away."""
 
 
 def stopped(number: int, line: str) -> StoppedError:
@@ -77,7 +71,7 @@ class NotedSignals:
     impatient person interrupts at once.
     """
 
-    def __init__(self, heard: Callable[[], None] | None = None) -> None:
+    def __init__(self, heard: Callable[[], object] | None = None) -> None:
         self.number, self._heard = 0, heard
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
@@ -103,13 +97,13 @@ class NotedSignals:
 class StopSignals:
     """`with StopSignals(parallel, output_dir) as stop: ... number = stop.after_step()`; made by every worker.
 
-    A Ray worker, whose loop does not run in the main thread, listens to the file.
+    A Ray worker, whose loop does not run in the main thread, listens to the files.
     """
 
     def __init__(self, parallel: Parallel, output_dir: Path) -> None:
-        self._parallel, self._file = parallel, output_dir / STOP_FILE
+        self._parallel, self._folder = parallel, output_dir
         self._noted = NotedSignals()
-        self._looked = 0.0
+        self._found, self._looked = Request.NONE, 0.0
         self._flag, self._sum = torch.zeros(1, dtype=torch.int32), None
 
     def __enter__(self) -> Self:
@@ -119,32 +113,45 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._noted.__exit__(kind, error, trace)
 
-    def after_step(self) -> int:
-        """0 to go on, else the signal's number, the same for all workers after the same step. Alone: without delay."""
-        self._look_at_file()
+    def after_step(self) -> Request:
+        """What to do after this step, the same for all workers. Alone: without delay."""
+        self._look_at_files()
+        asked = max(_REQUESTED.get(self._noted.number, Request.NONE), self._found)
         group = self._parallel.host_group("stop")
         if group is None:
-            return self._noted.number
+            return asked
         agreed = 0
         if self._sum is not None:
             self._sum.wait()
             agreed = int(self._flag)
-        self._flag.fill_(self._noted.number)
+        self._flag.fill_(asked)
         self._sum = torch.distributed.all_reduce(self._flag, torch.distributed.ReduceOp.MAX, group=group, async_op=True)
-        return agreed
+        return Request(agreed)
 
-    def error(self, number: int, step: int, steps: int) -> StoppedError:
+    def saved(self, request: Request) -> None:
+        """The checkpoint that was asked for is there, or cannot be: whoever waits for it sees its file gone."""
+        if self._parallel.context.is_first and request in (Request.SAVE, Request.MOVE):
+            withdraw(self._folder, (request,))
+        self._found = Request.NONE
+        if self._sum is not None:  # the flags of the step in between ask for the same
+            self._sum.wait()
+            self._sum = None
+
+    def error(self, request: Request, step: int, steps: int) -> StoppedError:
         """The line for a run that leaves after `step`, its checkpoint written."""
-        told = "Ctrl-C" if number == signal.SIGINT else "SIGTERM or its STOP file"
-        return stopped(number, f"stopped by {told} after step {step} of {steps}, with a checkpoint; add --resume true to go on")
+        if request is Request.MOVE:
+            return MovedError(f"left after step {step} of {steps} for a node that goes away, with a checkpoint; add --resume true to go on")
+        interrupted = request is Request.INTERRUPT
+        told = "Ctrl-C" if interrupted else "SIGTERM or its STOP file"
+        line = f"stopped by {told} after step {step} of {steps}, with a checkpoint; add --resume true to go on"
+        return stopped(signal.SIGINT if interrupted else signal.SIGTERM, line)
 
-    def _look_at_file(self) -> None:
+    def _look_at_files(self) -> None:
         now = time.monotonic()
-        if self._noted.number or not self._parallel.context.is_first or now - self._looked < SECONDS_BETWEEN_LOOKS:
+        if not self._parallel.context.is_first or now - self._looked < SECONDS_BETWEEN_LOOKS:
             return
         self._looked = now
         try:
-            if self._file.exists():
-                self._noted.number = int(signal.SIGTERM)
+            self._found = next((request for request in FILES if (self._folder / request.name).exists()), Request.NONE)
         except OSError as error:
-            raise OutputError(f"{self._file.parent} cannot be read ({error.strerror}); mount it again and add --resume true") from error
+            raise OutputError(f"{self._folder} cannot be read ({error.strerror}); mount it again and add --resume true") from error

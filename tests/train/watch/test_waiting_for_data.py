@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.context import Context
 from pi0fm.train.watch import log as train_log
 from pi0fm.train.watch.metrics import Metrics, read_last
+from pi0fm.train.watch.stragglers import OwnTime
 
 
 class Clock:
@@ -38,7 +40,8 @@ def take_steps(clock, config, loading: float, steps: int = 6, training: float = 
             clock.now += loading
             yield SimpleNamespace()
 
-    log = train_log.TrainLog(config.log(), Parallel(Context(shown=False)), metrics, 0)
+    own = OwnTime(nn.Identity(), torch.device("cpu"), whole=True)
+    log = train_log.TrainLog(config.log(), Parallel(Context(shown=False)), metrics, own, ["here"], 0)
     given = log.timed(batches())
     for step in range(1, steps + 1):
         next(given)

@@ -1,0 +1,100 @@
+"""A worker that is slower than the others, named with its node: all of them wait for it at every step.
+
+Owns: what of a step is a worker's own time, whether it is too much. Does not know: the step, why a node is slow.
+
+    worker 0   | data | forward | backward, gradients averaged ........ |      own time: until the first gradient leaves; behind that a
+    worker 1   | data  | forward ....... | backward, gradients averaged |      worker's time is as much the others'
+
+The forward pass of a state that is cut gathers weights, so there the data alone is a worker's own.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any, final
+
+import torch
+from torch import nn
+
+TIMES_THE_MEDIAN = 1.5  # of the other workers' own time
+SHARE_OF_A_STEP = 0.1  # that the excess must be
+SECONDS_JUDGED = 10.0  # together: a single step may meet anything
+TIMES_IN_A_ROW, TIMES_BETWEEN = 2, 60  # such stretches, before it is said, and said again
+
+
+@final
+class OwnTime:
+    """Seconds of the forward passes of `network` since the last call of `take`; on CUDA by events, so that nobody waits.
+
+    whole: its forward pass communicates with nobody.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device, *, whole: bool) -> None:
+        self._cuda, self._marks = device.type == "cuda", list[tuple[Any, Any]]()
+        self._begun: Any = None
+        if whole:
+            network.register_forward_pre_hook(self._begin)
+            network.register_forward_hook(self._finish)
+
+    def take(self) -> float:
+        """Waits for the last of them, so best called where the device is waited for anyway."""
+        marks, self._marks = self._marks, []
+        if not self._cuda:
+            return float(sum(end - begin for begin, end in marks))
+        for _, end in marks[-1:]:
+            end.synchronize()
+        return float(sum(begin.elapsed_time(end) for begin, end in marks)) / 1e3
+
+    def _begin(self, network: nn.Module, *_: object) -> None:
+        self._begun = self._now() if network.training else None
+
+    def _finish(self, *_: object) -> None:
+        if self._begun is not None:  # a copy that validates has these hooks too
+            self._marks.append((self._begun, self._now()))
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+@final
+class Stragglers:
+    """Judges the own times of all workers, some seconds of steps at a time. nodes: by rank; say: a line for the person who watches."""
+
+    def __init__(self, nodes: Sequence[str], say: Callable[[str], object]) -> None:
+        self._nodes, self._say = nodes, say
+        self._own, self._elapsed = [0.0] * len(nodes), 0.0
+        self._slow, self._times = -1, 0
+
+    def after_line(self, step: int, own: Sequence[float], elapsed: float) -> float:
+        """The slowest worker's own time by the median of the others. own: seconds by rank, of `elapsed` that the steps took."""
+        self._own, self._elapsed = [sum(pair) for pair in zip(self._own, own, strict=True)], self._elapsed + elapsed
+        if self._elapsed >= SECONDS_JUDGED:
+            self._judge(step)
+            self._own, self._elapsed = [0.0] * len(self._nodes), 0.0
+        slow, usual = _slowest(own)
+        return own[slow] / usual if usual > 0 else 1.0
+
+    def _judge(self, step: int) -> None:
+        slow, usual = _slowest(self._own)
+        excess = self._own[slow] - usual
+        if self._own[slow] < TIMES_THE_MEDIAN * usual or excess < SHARE_OF_A_STEP * self._elapsed:
+            self._slow = -1
+            return
+        self._times = self._times + 1 if slow == self._slow else 1
+        self._slow = slow
+        if self._times % TIMES_BETWEEN == TIMES_IN_A_ROW:
+            times, share = self._own[slow] / usual, 100 * excess / self._elapsed
+            self._say(
+                f"step {step}: worker {slow} on {self._nodes[slow]} is slow: data and forward passes take it {times:.1f} times the median "
+                f"of the others, who wait for it {share:.0f} % of the time; look at that node"
+            )
+
+
+def _slowest(own: Sequence[float]) -> tuple[int, float]:
+    """Its rank, and the median of the others."""
+    slow = max(range(len(own)), key=lambda rank: own[rank])
+    return slow, median([seconds for rank, seconds in enumerate(own) if rank != slow])

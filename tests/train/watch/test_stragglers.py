@@ -1,0 +1,61 @@
+"""A worker that all wait for: judged by its own time alone, said with its node, and not at each line."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from pi0fm.train.watch.stragglers import SECONDS_JUDGED, TIMES_BETWEEN, OwnTime, Stragglers
+
+
+class Slow(nn.Module):
+    def forward(self, seconds: float) -> float:
+        time.sleep(seconds)
+        return seconds
+
+
+def test_own_time_is_that_of_forward_passes_in_training():
+    network = Slow()
+    own = OwnTime(network, torch.device("cpu"), whole=True)
+    network(0.02)
+    network(0.02)
+    network.eval()
+    network(0.05)
+    assert 0.04 <= own.take() < 0.085
+    assert own.take() == 0
+    cut = OwnTime(other := Slow(), torch.device("cpu"), whole=False)
+    other(0.01)
+    assert cut.take() == 0
+
+
+def judged(lines: list[list[float]], elapsed: float = SECONDS_JUDGED) -> list[str]:
+    said: list[str] = []
+    judge = Stragglers(["a", "b", "c"], said.append)
+    for step, own in enumerate(lines):
+        judge.after_line(step, own, elapsed)
+    return said
+
+
+def test_a_worker_that_is_slow_twice_in_a_row_is_named_with_its_node_once():
+    slow = [2.0, 6.0, 2.2]
+    assert judged([slow]) == []
+    [line] = judged([slow] * TIMES_BETWEEN)
+    assert line == (
+        "step 1: worker 1 on b is slow: data and forward passes take it 2.9 times the median of the others, who wait for it 39 % of the "
+        "time; look at that node"
+    )
+    assert len(judged([slow] * (TIMES_BETWEEN + 2))) == 2
+    assert judged([slow, [6.0, 2.0, 2.0], slow, [2.0, 2.0, 2.0], slow]) == []  # by turns
+
+
+def test_what_costs_nobody_time_is_not_said():
+    assert judged([[2.0, 2.9, 2.0]] * 9) == []  # less than half as much again
+    assert judged([[0.1, 0.9, 0.1]] * 9) == []  # of ten seconds
+    assert judged([[0.2, 0.6, 0.2]] * 9, elapsed=1.0) == []  # nine lines are one stretch of ten seconds
+
+
+def test_the_figure_of_each_line_is_the_slowest_by_the_median_of_the_others():
+    judge = Stragglers(["a", "b", "c"], print)
+    assert judge.after_line(1, [1.0, 3.0, 2.0], 1.0) == pytest.approx(2.0)
+    assert judge.after_line(1, [0.0, 0.0, 0.0], 1.0) == 1.0
