@@ -73,7 +73,7 @@ ALIASES = {"tasks": "task", "repo_id": "dataset.repo_id", "root": "dataset.root"
 CALIBRATION_STEPS = 10
 # Options of a training configuration: of its workers, which a comparison ignores; and those that training both sides from scratch, on all
 # demonstrations of one task, could not honour.
-PLACEMENT = ("num_workers", "gpus_per_worker", "cpus_per_worker", "max_failures", "ray_address")
+PLACEMENT = ("num_workers", "gpus_per_worker", "cpus_per_worker", "max_failures", "ray_address", "ship_code", "resize_seconds")
 PASSED_OVER = (
     *("validation", "mixture", "pretrained", "pretrained_norm_stats", "train_only", "lora", "frozen_bfloat16"),
     *("activation_checkpointing", "augment", "augmentation", "resume"),

@@ -186,7 +186,7 @@ def _judged(given: Options) -> list[tuple[Findings, Examined | None]]:
                 source, _ = examine_source(entry.dataset, entry.embodiment, entry.selection())
                 source = source.without(faults.bad)
                 seen = examine(subject(name, source), entry.dataset, source, _beside(given, name))
-                told = {"training": str(run_.memory(len(source.embodiment.cameras), max(1, run_.num_workers or 1), choose_device(None)))}
+                told = {"training": str(run_.memory(len(source.embodiment.cameras), max(1, run_.workers[1]), choose_device(None)))}
                 seen = replace(seen, measured={**seen.measured, **told})
             found.append((faults, seen))
     return found

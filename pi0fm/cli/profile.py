@@ -30,8 +30,8 @@ Options = ProfiledRun
 
 def run(options: ProfiledRun) -> dict[str, Any]:
     """Measure, print the table and the advice, return the figures."""
-    share, folder = options.global_batch_size // max(1, options.num_workers), options.output_dir / "profile"
-    if options.num_workers > 1:
+    share, folder = options.global_batch_size // max(1, options.workers[1]), options.output_dir / "profile"
+    if options.workers[1] > 1:
         progress.say(f"one process takes the {share} samples of one of {options.num_workers} workers, without communication")
     found = profiling.measure(replace(options, global_batch_size=share, num_workers=1), options.profile, folder)
     return answer(found, folder / profiling.RESULT, profiling.__doc__)

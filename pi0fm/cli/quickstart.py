@@ -134,7 +134,7 @@ def _train(config: QuickstartConfig, root: Path) -> Path:
     if config.steps is not None:
         over["steps"] = config.steps
     run = options.decode(TrainingRun, options.merge(tree, over))
-    run = replace(run, num_workers=min(run.num_workers, os.cpu_count() or 1))
+    run = replace(run, num_workers=min(run.workers[1], os.cpu_count() or 1))
     if int((read_last(folder) or {}).get("step", 0)) >= run.steps and (folder / "bundle").exists():
         progress.say(f"the run in {folder} is complete")
         return folder / "bundle"

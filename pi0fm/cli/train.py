@@ -18,6 +18,6 @@ ALIASES = lerobot.TRAIN
 def run(options: training.TrainingRun) -> dict[str, Any] | None:
     """Train; the result names the bundle. Under torchrun it is one line, the first process's."""
     result = training.run_training(options)
-    if options.num_workers == 0 and not context_from_environment().is_first:
+    if options.workers == (0, 0) and not context_from_environment().is_first:
         return None
     return {"bundle": str(result.bundle), "steps": result.steps, "loss": result.loss, "seconds": round(result.seconds, 3)}

@@ -1,18 +1,27 @@
-"""Faults inside Ray's wrapping: which are the user's to mend, which are Ray's, and that no restart is tried for the first kind.
+"""Faults inside Ray's wrapping: which are the user's to mend, which are Ray's, and which end a run instead of a restart.
 
 Owns: `EndAtFaults`, the fault behind one of Ray's errors. Does not know: training.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.train import TrainingFailedError, UserCallback
 
 from pi0fm_client.errors import ClusterError, Pi0fmError
 
 
 class EndAtFaults(UserCallback):  # type: ignore[misc]
-    """In Ray Train's controller: raise a worker's Pi0fmError there, which ends the run instead of starting its workers again."""
+    """In Ray Train's controller: raise there what no restart mends, which ends the run instead of starting its workers again.
+
+    That is a worker's Pi0fmError, and more than `most` failures with no step between them: a node that is lost once an hour ends no run.
+    """
+
+    def __init__(self, output_dir: Path, most: int) -> None:
+        self._output_dir, self._most = output_dir, most
+        self._failures, self._reached = 0, -1
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called with the errors of one look at the workers."""
@@ -20,6 +29,19 @@ class EndAtFaults(UserCallback):  # type: ignore[misc]
         for error in worker_exceptions.values():
             if (fault := _fault_in(error)) is not None:
                 raise fault
+        if any(isinstance(error, RayActorError) and error.preempted for error in worker_exceptions.values()):
+            return
+        reached = _last_step(self._output_dir / "metrics.jsonl")
+        self._failures = self._failures + 1 if reached <= self._reached else 1
+        self._reached = max(reached, self._reached)
+        if self._failures > self._most:
+            rank, error = min(worker_exceptions.items())
+            if not isinstance(error, RayError):
+                raise error  # a bug's, with its traceback
+            raise ClusterError(
+                f"workers must get a step further between failures, found {self._failures} after step {self._reached} (worker {rank}: "
+                f"{_short(error)}); mend that, then type the same command with --resume true, or raise --max_failures"
+            )
 
 
 def explained(error: BaseException) -> BaseException:
@@ -28,11 +50,26 @@ def explained(error: BaseException) -> BaseException:
     for candidate in (getattr(error, "controller_failure", None), *failures, error):
         if candidate is not None and (fault := _fault_in(candidate)) is not None:
             return fault
+    if (bug := getattr(error, "controller_failure", None)) is not None and getattr(bug, "__notes__", None):
+        return bug  # type: ignore[no-any-return]
     ray_failed = [each for each in (*failures, error) if isinstance(each, RayError | ConnectionError)]
     if ray_failed and (not isinstance(error, TrainingFailedError) or len(ray_failed) == len(failures)):
-        why = f"{type(ray_failed[0]).__name__}: {' '.join(str(ray_failed[0]).split()):.160}"
+        why = f"{type(ray_failed[0]).__name__}: {_short(ray_failed[0])}"
         return ClusterError(f"Ray must live as long as the run, found it failing ({why}); type the same command with --resume true")
     return error
+
+
+def _last_step(metrics: Path) -> int:
+    """Of the last whole line; read here, since metrics.py imports TensorBoard, and Ray's controller does without."""
+    try:
+        whole = metrics.read_bytes()[-4096:].rpartition(b"\n")[0].rpartition(b"\n")[2]
+        return int(json.loads(whole)["step"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def _short(error: BaseException) -> str:
+    return f"{' '.join(str(error).split()) or type(error).__name__:.160}"
 
 
 def _fault_in(error: BaseException | None) -> Pi0fmError | None:

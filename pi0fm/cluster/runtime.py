@@ -37,6 +37,7 @@ def ray_session(
     num_cpus: int | None = None,
     resources: Mapping[str, float] | None = None,
     object_store_bytes: int = OBJECT_STORE_BYTES,
+    ship_code: bool = False,
 ) -> Iterator[None]:
     """Start or join Ray for the time of the block; stop it afterwards only if this call started it.
 
@@ -44,6 +45,7 @@ def ray_session(
     address: of a running cluster (`auto`, `HOST:PORT`, `ray://HOST:PORT`); None takes RAY_ADDRESS, and without that starts Ray here.
     num_cpus, resources: what the Ray that is started here claims to have; None means the machine's cores. Ignored when joining.
     object_store_bytes: upper bound of its shared memory, lowered to half of what /dev/shm has left. Ignored when joining.
+    ship_code: send this pi0fm to the nodes of a cluster that is joined, in front of what is installed there.
     Raises ConfigError when the address does not answer, ClusterError when a Ray of its own does not start.
     """
     # Ray reads this when it is imported: without it `uv run` as driver zips the working directory and starts every worker through uv.
@@ -54,14 +56,16 @@ def ray_session(
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    given = {name: os.environ.get(name) for name in TOKEN_VARIABLES}
     if address == "local":
         _start(num_cpus, dict(resources) if resources else None, _object_store_that_fits(object_store_bytes))
     else:
-        _join(address)
+        _join(address, ship_code)
     try:
         yield
     finally:
         ray.shutdown()
+        _forget_token(given)
 
 
 def started_here() -> tuple[psutil.Process, ...]:
@@ -110,25 +114,33 @@ def require_resources(each: Mapping[str, float], count: int = 1) -> None:
     """Refuse what the running Ray can never give, before Ray waits for it without end.
 
     each: what one worker asks for, such as `{"CPU": 1, "GPU": 1}`; it must fit on one node. count: workers at the same time.
-    Nodes that an autoscaler would add later are not counted. Raises ConfigError that names the resource, the need and what is there.
+    Nodes that an autoscaler would add later are not counted. Raises ConfigError that names the resource, the need and what each node has.
     """
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node in ray.nodes() if node["Alive"]]
     for name, amount in each.items():
-        largest = max((node.get(name, 0.0) for node in nodes), default=0.0)
+        largest = max((node["Resources"].get(name, 0.0) for node in nodes), default=0.0)
         if amount > largest:
             raise ConfigError(
                 f"each worker needs {amount:g} {name}, but the largest Ray node has {largest:g}; ask for less, or join a larger cluster"
             )
-    room = sum(
-        min((int(node.get(name, 0.0) / amount + 1e-9) for name, amount in each.items() if amount > 0), default=count) for node in nodes
-    )
-    if count > room:
+    room = [room_on(node["Resources"], each, most=count) for node in nodes]
+    if count > sum(room):
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in each.items())
+        there = [
+            f"{node['NodeManagerHostname']} has {', '.join(f'{node["Resources"].get(name, 0):g} {name}' for name in each)}: {number}"
+            for node, number in zip(nodes, room, strict=True)
+        ]
         raise ConfigError(
-            f"{count} workers with {wanted} each are asked for, but Ray has room for {room}; lower the number of workers, or add nodes"
+            f"{count} workers with {wanted} each are asked for, but Ray has room for {sum(room)} ({'; '.join(there)}), {count - sum(room)} "
+            "too few; lower the number of workers, or add nodes"
         )
+
+
+def room_on(node: Mapping[str, float], each: Mapping[str, float], most: int) -> int:
+    """How many workers fit on a node of such resources, at most `most`."""
+    return min((int(node.get(name, 0.0) / amount + 1e-9) for name, amount in each.items() if amount > 0), default=most)
 
 
 def first_ready(references: Sequence[Any]) -> Any:
@@ -171,18 +183,35 @@ def _start(num_cpus: int | None, resources: dict[str, float] | None, object_stor
             progress.say(f"Ray did not start ({why}); trying once more")
 
 
-def _join(address: str) -> None:
+def _forget_token(given: Mapping[str, str | None]) -> None:
+    """Leave the variables as they were: the token of a Ray that ended would meet every cluster that this process joins later."""
+    if all(os.environ.get(name) == value for name, value in given.items()):
+        return
+    for name, value in given.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    from ray._raylet import AuthenticationTokenLoader
+
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _join(address: str, ship_code: bool) -> None:
     import ray
 
     advice = "start one with `ray start --head`, or leave the address out"
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address != "auto":
-        try:  # Ray itself waits ten minutes for a host that is not there
-            socket.create_connection((host, int(port)), timeout=5).close()
+        # Ray itself waits ten minutes for a host that is not there, and asks this machine's own address instead of the loopback
+        asked = ray.util.get_node_ip_address() if host in ("localhost", "127.0.0.1") and not address.startswith("ray:") else host
+        try:
+            socket.create_connection((asked, int(port)), timeout=5).close()
         except (OSError, ValueError, OverflowError) as error:
-            raise ConfigError(f"no Ray cluster answers at {address!r} ({error}); {advice}") from None
+            why = f"{asked}: {error}" if asked != host else error
+            raise ConfigError(f"no Ray cluster answers at {address!r} ({why}); {advice}") from None
     try:
-        ray.init(address, **_QUIET)
+        ray.init(address, **_QUIET, **({"runtime_env": {"py_modules": _own_code()}} if ship_code else {}))
     except ConnectionError as error:
         reason = str(error).splitlines()[0]
         if address == "auto":
@@ -191,6 +220,14 @@ def _join(address: str) -> None:
             f"{address!r} answers, but lets nobody join from here ({reason}); where its token is another (Ray says InvalidAuthToken), copy "
             "what `ray get-auth-token` prints there into RAY_AUTH_TOKEN here, with RAY_AUTH_MODE=token"
         ) from None
+
+
+def _own_code() -> list[str]:
+    """The folders of the packages that a node needs."""
+    import pi0fm
+    import pi0fm_client
+
+    return [str(Path(package.__file__).parent) for package in (pi0fm, pi0fm_client) if package.__file__]
 
 
 def _object_store_that_fits(wanted: int) -> int:

@@ -3,23 +3,26 @@
 Owns: who starts the workers and what they are given; drawing their progress from metrics.jsonl. Does not know: what training is.
 
     num_workers 0              train() here                     (torchrun sets RANK and WORLD_SIZE: then each of its processes does)
-    num_workers N    driver -> TorchTrainer -> N x train()      gloo on CPUs, nccl on GPUs
+    num_workers N    driver -> TorchTrainer -> N x train()      gloo on CPUs, nccl on GPUs; N..M: as many as there is room for
                        `---- reads metrics.jsonl, draws the bar
 """
 
 import math
 import os
 import signal
+import socket
 import threading
 import time
-from contextlib import suppress
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pi0fm import options, progress
+from pi0fm import files, options, progress
 from pi0fm.cluster import said
 from pi0fm.cluster.caching import cache_everywhere
+from pi0fm.cluster.preflight import nodes_with, refuse_nodes
 from pi0fm.cluster.runtime import Head, ray_session, refuse_ended, require_resources, started_here
 from pi0fm.data.columns.lerobot_source import DatasetConfig
 from pi0fm.data.pictures.resizing import ANTIALIAS
@@ -30,33 +33,54 @@ from pi0fm.train.loop import TrainResult, train
 from pi0fm.train.parallel.context import Context, context_from_environment, restarts
 from pi0fm.train.start.output import RAY_FOLDER, claimed
 from pi0fm.train.watch.metrics import read_last
-from pi0fm.train.watch.signals import NotedSignals, StoppedError, ask_to_stop, stopped, terminated_outside_steps
+from pi0fm.train.watch.requests import Request, ask, withdraw
+from pi0fm.train.watch.signals import MovedError, NotedSignals, StoppedError, stopped, terminated_outside_steps
 from pi0fm_client.errors import ClusterError, ConfigError
 
-SECONDS_BETWEEN_LOOKS = 0.2  # at signals and at Ray's own processes
+SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_LOOKS_FOR_ROOM = 0.2, 5.0  # at signals and Ray's own processes; at the nodes that there are
 
 
 @dataclass(frozen=True)
 class TrainingRun(TrainConfig):
     """A run and where it runs."""
 
-    num_workers: int = option(1, "Ray workers; 0 trains in the calling process, and under torchrun in each of its processes")
+    num_workers: int | str = option(
+        1, "Ray workers, or as many as the cluster has room for, 2..8; 0 trains in the calling process, and under torchrun in each of its"
+    )
     gpus_per_worker: float | None = option(None, "GPUs of each Ray worker; empty takes 1 where the cluster has GPUs")
     cpus_per_worker: int | None = option(None, "CPUs of each Ray worker; empty shares out the machine, or takes 1 on a larger cluster")
-    max_failures: int = option(3, "how often Ray restarts the workers from the newest checkpoint")
+    max_failures: int = option(3, "how often Ray restarts the workers from the newest checkpoint without a step in between")
     ray_address: str | None = option(None, "address of a running Ray cluster; without it one is started here")
+    ship_code: bool = option(False, "send this pi0fm to the nodes of that cluster, instead of asking for the same one there")
+    resize_seconds: float = option(60.0, "with num_workers 2..8, seconds between two looks for room for more workers")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_workers < 0 or self.max_failures < 0:
+        fewest, most = self.workers
+        if fewest < 0 or self.max_failures < 0:
             raise ConfigError(f"num_workers and max_failures must be >= 0, found {self.num_workers} and {self.max_failures}")
+        if fewest > most or (fewest < most and not fewest):
+            raise ConfigError(f"num_workers must be a number, or FEWEST..MOST with 1 or more, found {self.num_workers!r}; type 2..8")
+        if self.resize_seconds <= 0:
+            raise ConfigError(f"resize_seconds must be above 0, found {self.resize_seconds:g}; leave it out for 60")
+        if self.ship_code and self.ray_address is None:
+            raise ConfigError("ship_code is for the nodes of a running cluster, found no ray_address; add it, or leave ship_code out")
         if self.cpus_per_worker is not None and self.cpus_per_worker < 1:
             raise ConfigError(f"cpus_per_worker must be >= 1, found {self.cpus_per_worker}")
         if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
             raise ConfigError(f"gpus_per_worker must be >= 0, found {self.gpus_per_worker}")
-        if self.num_workers:
-            self.micro_steps(self.num_workers)
-            self.parallel.refuse_for(self.num_workers)
+        for count in range(fewest, most + 1) if most else ():
+            self.micro_steps(count)
+            self.parallel.refuse_for(count)
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """The fewest and the most; two equal numbers where the cluster does not decide. Raises ConfigError for what is neither."""
+        fewest, dots, most = str(self.num_workers).partition("..")
+        try:
+            return int(fewest), int(most if dots else fewest)
+        except ValueError:
+            raise ConfigError(f"num_workers must be a number, or FEWEST..MOST, found {self.num_workers!r}; type 2 or 2..8") from None
 
 
 def run_training(run: TrainingRun) -> TrainResult:
@@ -66,10 +90,10 @@ def run_training(run: TrainingRun) -> TrainResult:
         return _unfinished(run)
 
     with terminated_outside_steps(ended):
-        if run.num_workers == 0:
+        if run.workers == (0, 0):
             return _in_this_process(run)
         # again inside: Ray takes the signal for itself when it starts
-        with claimed(run), ray_session(run.ray_address), terminated_outside_steps(ended):
+        with claimed(run), ray_session(run.ray_address, ship_code=run.ship_code), terminated_outside_steps(ended):
             return _on_ray(run)
 
 
@@ -94,31 +118,43 @@ def _on_ray(run: TrainingRun) -> TrainResult:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from pi0fm.cluster.elastic import Foresight, look_quickly
     from pi0fm.cluster.ray_faults import EndAtFaults
 
-    cluster = ray.cluster_resources()
+    (fewest, most), cluster = run.workers, ray.cluster_resources()
     gpus = (1.0 if cluster.get("GPU", 0) else 0.0) if run.gpus_per_worker is None else run.gpus_per_worker
-    each = {"CPU": float(run.cpus_per_worker or _share_of_cpus(run.num_workers, gpus)), **({"GPU": gpus} if gpus else {})}
-    require_resources(each, run.num_workers)
+    each = {"CPU": float(run.cpus_per_worker or _share_of_cpus(most, gpus)), **({"GPU": gpus} if gpus else {})}
+    require_resources(each, fewest)
+    _say_what_is_taken(each, fewest)
+    placed = _absolute(run)
+    if not started_here():
+        refuse_nodes(nodes_with(each), placed.output_dir, placed.checkpoint_place)
     if sum(node["Alive"] for node in ray.nodes()) > 1:  # on one machine the first worker builds, while the others wait for its lock
-        found = _absolute(run).entries().values()
-        cache_everywhere(list(found), run.network().vision.image_size, needs=each, resize=run.resize or ANTIALIAS)
+        entries = list(placed.entries().values())
+        cache_everywhere(entries, run.network().vision.image_size, needs=each, resize=run.resize or ANTIALIAS)
+    look_quickly()
     lines = said.start()
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"run": options.encode(_absolute(run)), "said": lines},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=300),
-        scaling_config=ScalingConfig(num_workers=run.num_workers, use_gpu=bool(gpus), resources_per_worker=each),
+        train_loop_config={"run": options.encode(placed), "said": lines},
+        # a hang is ended by its watch, with stacks; this ends what even that cannot
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(2 * run.hang_seconds) + 60),
+        scaling_config=ScalingConfig(
+            num_workers=fewest if fewest == most else (fewest, most),
+            use_gpu=bool(gpus),
+            resources_per_worker=each,
+            elastic_resize_monitor_interval_s=run.resize_seconds,
+        ),
         run_config=RunConfig(
             name=RAY_FOLDER,
-            storage_path=str(run.output_dir.absolute()),
-            failure_config=FailureConfig(max_failures=run.max_failures),
-            callbacks=[EndAtFaults()],
+            storage_path=str(placed.output_dir),
+            failure_config=FailureConfig(max_failures=-1),  # counted by EndAtFaults
+            callbacks=[EndAtFaults(placed.output_dir, run.max_failures), Foresight(placed.output_dir)],
         ),
     )
     began = time.perf_counter()
-    with _Watcher(run, lines), NotedSignals(lambda: ask_to_stop(run.output_dir)) as noted:
-        _fit(trainer, run.output_dir)
+    with _Watcher(run, lines), NotedSignals(lambda: ask(run.output_dir, Request.STOP)) as noted:
+        _fit(trainer, run.output_dir, lambda: _no_room(each, fewest), noted)
     last = read_last(run.output_dir) or {}
     if noted.number and int(last.get("step", 0)) < run.steps:  # the workers saved and left
         told = "Ctrl-C" if noted.number == signal.SIGINT else "SIGTERM"
@@ -126,10 +162,11 @@ def _on_ray(run: TrainingRun) -> TrainResult:
     return TrainResult(run.output_dir / "bundle", run.steps, float(last.get("loss", math.nan)), time.perf_counter() - began)
 
 
-def _fit(trainer: Any, output_dir: Path) -> None:
+def _fit(trainer: Any, output_dir: Path, no_room: Callable[[], str | None], noted: NotedSignals) -> None:
     """`trainer.fit()` in a thread: in the main one Ray would take the handler of SIGINT, and a signal could not be answered meanwhile.
 
-    Raises the fault behind Ray's error, ClusterError where Ray itself ended.
+    Returns early when a signal was noted while the cluster has `no_room` for the workers, so that nobody else can answer it. Raises the
+    fault behind Ray's error, ClusterError where Ray itself ended.
     """
     from pi0fm.cluster.ray_faults import explained
 
@@ -143,27 +180,77 @@ def _fit(trainer: Any, output_dir: Path) -> None:
 
     thread, ray_processes, head = threading.Thread(target=fit, name="pi0fm-fit", daemon=True), started_here(), Head()
     thread.start()
+    told, looked = False, time.monotonic()
     while thread.is_alive():
         thread.join(SECONDS_BETWEEN_LOOKS)
         refuse_ended(ray_processes)
         try:
             head.refuse_gone()
         except ClusterError:
-            ask_to_stop(output_dir)  # workers on other machines may live on: they save and leave
+            ask(output_dir, Request.STOP)  # workers on other machines may live on: they save and leave
             raise
+        if time.monotonic() - looked < SECONDS_BETWEEN_LOOKS_FOR_ROOM:
+            continue
+        looked, missing = time.monotonic(), no_room()
+        if missing is not None and not told:
+            progress.say(f"the run waits for room: {missing}")
+        if missing is not None and noted.number:
+            return
+        told = missing is not None
     if raised:
         raise explained(raised[0]) from raised[0]
 
 
+def _no_room(each: Mapping[str, float], fewest: int) -> str | None:
+    """What the cluster lacks for the fewest workers, None where it lacks nothing or does not say."""
+    try:
+        require_resources(each, fewest)
+    except ConfigError as error:
+        return str(error)
+    except Exception:  # noqa: BLE001  a head that is gone is told of elsewhere, by a line of its own
+        return None
+    return None
+
+
+def _say_what_is_taken(each: Mapping[str, float], fewest: int) -> None:
+    """Say what others hold of what the workers need: Ray waits for it."""
+    import ray
+
+    free = ray.available_resources()
+    lacking = {name: amount * fewest - free.get(name, 0.0) for name, amount in each.items()}
+    taken = ", ".join(f"{amount:g} {name}" for name, amount in lacking.items() if amount > 0)
+    if taken:
+        progress.say(f"other work on the cluster holds {taken} too many of what {fewest} workers need: the run waits until it ends")
+
+
 def _worker(config: dict[str, Any]) -> None:
     """What Ray runs in every worker; its process group exists already."""
+    import ray
     from ray import train as ray_train
 
-    run = options.decode(TrainingRun, config["run"])
-    place = ray_train.get_context()
-    # a stop as a fault would make Ray start the workers again
-    with suppress(StoppedError), said.heard_by(config["said"] if place.get_world_rank() == 0 else None):
-        train(Context(place.get_world_rank(), place.get_world_size(), shown=False), run)
+    from pi0fm.cluster.elastic import preempted
+
+    end_with_parent(os.getppid())  # the raylet: its sudden death is a node's, and Ray's workers outlive it for seconds
+    run, place = options.decode(TrainingRun, config["run"]), ray_train.get_context()
+    rank, node = place.get_world_rank(), f"{socket.gethostname()} ({ray.get_runtime_context().get_node_id()[:6]})"
+    if rank == 0:
+        withdraw(run.output_dir, (Request.SAVE, Request.MOVE))  # what was asked of workers that are gone
+    files.write_json(worker_file(run.output_dir, rank), {"process": os.getpid(), "node": ray.get_runtime_context().get_node_id()})
+    with said.heard_by(config["said"] if rank == 0 else None):
+        try:
+            train(Context(rank, place.get_world_size(), shown=False, node=node), run)
+        except MovedError as error:
+            raise preempted(str(error)) from None
+        except StoppedError:
+            return  # as a fault it would make Ray start the workers again
+        except Exception as error:
+            error.add_note(traceback.format_exc())  # which pickling loses
+            raise
+
+
+def worker_file(output_dir: Path, rank: int) -> Path:
+    """Where a worker says which process it is, and on which node."""
+    return output_dir / RAY_FOLDER / f"worker-{rank}.json"
 
 
 def _share_of_cpus(num_workers: int, gpus: float) -> int:
@@ -212,7 +299,7 @@ class _Watcher:
     def _watch(self) -> None:
         directory: Path = self._run.output_dir
         before = int((read_last(directory) or {}).get("step", 0))
-        progress.say(f"starting {self._run.num_workers} Ray training worker{'s' if self._run.num_workers > 1 else ''}")
+        progress.say(f"starting {self._run.num_workers} Ray training worker{'' if self._run.workers == (1, 1) else 's'}")
         while not self._stop.wait(0.5):
             said.repeat(self._lines)
             if int((read_last(directory) or {}).get("step", 0)) > before:

@@ -50,7 +50,8 @@ def test_a_node_that_is_slow_once_is_started_again(slow: SlowRay, capsys: pytest
 def test_a_ray_of_our_own_has_a_token_of_its_own_unless_one_is_given(slow: SlowRay, monkeypatch) -> None:
     """Ray's own would be left in the home folder, and be shown to every cluster that is joined later."""
     with ray_session():
-        assert len(os.environ.pop("RAY_AUTH_TOKEN")) == 32 and "RAY_AUTH_MODE" not in os.environ
+        assert len(os.environ["RAY_AUTH_TOKEN"]) == 32 and "RAY_AUTH_MODE" not in os.environ
+    assert "RAY_AUTH_TOKEN" not in os.environ
     os.environ["RAY_AUTH_MODE"] = "disabled"
     with ray_session():
         assert "RAY_AUTH_TOKEN" not in os.environ
@@ -62,13 +63,34 @@ def test_a_cluster_that_lets_nobody_join_is_not_said_to_be_silent(slow: SlowRay,
         raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
 
     monkeypatch.setattr(ray, "init", refused)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with socket.create_server(("", 0)) as listening:
         address = f"127.0.0.1:{listening.getsockname()[1]}"
         with (
             pytest.raises(ConfigError, match=f"'{address}' answers, but lets nobody join from here .* RAY_AUTH_TOKEN here"),
             ray_session(address),
         ):
             pass
+
+
+@pytest.mark.parametrize("slow", [0], indirect=True)
+def test_a_head_on_the_loopback_alone_is_refused_at_once(slow: SlowRay, monkeypatch) -> None:
+    """Ray would ask the machine's own address instead, and wait for minutes."""
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.3")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=rf"no Ray cluster answers at '{address}' \(127\.0\.0\.3: "), ray_session(address):
+            pass
+
+
+@pytest.mark.parametrize("slow", [0], indirect=True)
+def test_the_token_of_a_ray_that_ended_meets_no_cluster_joined_later(slow: SlowRay, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(ray, "init", lambda *_, **__: seen.append(os.environ.get("RAY_AUTH_TOKEN")))
+    with ray_session():
+        pass
+    with socket.create_server(("", 0)) as listening, ray_session(f"127.0.0.1:{listening.getsockname()[1]}"):
+        pass
+    assert len(seen[0]) == 32 and seen[1] is None
 
 
 @pytest.mark.parametrize("slow", [2], indirect=True)

@@ -42,7 +42,7 @@ def test_sigterm_while_ray_starts_is_the_same_line(file, tmp_path, monkeypatch, 
     """Ray replaces the handler in its own start."""
 
     @contextmanager
-    def session(address):
+    def session(address, ship_code):
         before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
         yield
         signal.signal(signal.SIGTERM, before)
