@@ -27,6 +27,7 @@ MAX_TEXT = 65_536
 MAX_LIST = 4096
 MAX_DEADLINE_MS = 3_600_000.0
 MAX_CANDIDATES = 32
+QUICK_BYTES, QUICK_TEXT = 2**20, 1000  # of a frame and of a text that are judged in the event loop, in less than a millisecond
 MAX_EXECUTED = 16_384  # numbers
 MAX_COMMAND = 1e9
 
@@ -70,7 +71,14 @@ class Door:
 
     def read(self, frame: bytes) -> Asked:
         """Return the request in a frame. Raises ObservationError in one line that names the key."""
-        message = wire.unpack(frame, max_bytes=self._max_frame_bytes)
+        return self.judge(self.unpacked(frame))
+
+    def unpacked(self, frame: bytes) -> dict[str, Any]:
+        """Return the map in a frame. Raises ObservationError."""
+        return wire.unpack(frame, max_bytes=self._max_frame_bytes)
+
+    def judge(self, message: dict[str, Any]) -> Asked:
+        """Return the request in a map. Raises ObservationError in one line that names the key."""
         if len(message) > MAX_KEYS:
             raise ObservationError(f"a request may hold {MAX_KEYS} keys, found {len(message)}: send only those of the greeting")
         for key in message:
@@ -120,6 +128,16 @@ class Door:
         if isinstance(value, np.ndarray | np.generic | int | float):
             return value
         raise ObservationError(f"{key} must be an array, a number or a text, found {type(value).__name__}")
+
+
+def is_quick(message: Mapping[str, Any]) -> bool:
+    """Tell whether a map costs so little to judge that handing it to another thread would cost more: pictures as arrays, short texts."""
+    if len(message) > MAX_KEYS or any(len(key) > MAX_NAME for key in message):
+        return False
+    plain = (value for key, value in message.items() if key != wire.REPORT)
+    return all(
+        len(value) <= QUICK_TEXT if isinstance(value, str) else isinstance(value, np.ndarray | np.generic | int | float) for value in plain
+    )
 
 
 def decode_jpeg(encoded: bytes, key: str, max_bytes: int) -> NDArray[np.uint8]:

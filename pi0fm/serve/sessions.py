@@ -4,7 +4,7 @@ Owns: the order of frames, time-outs, what a client learns of a fault. Does not 
 
     client                                server
       |<- metadata ----------------------------|   the first request within HELLO_SECONDS, a later one within `idle_seconds`
-      |-- observation ------------------------>|   checked in a thread, queued, inferred with the neighbours
+      |-- observation ------------------------>|   checked (in a thread where that takes time), queued, inferred with the neighbours
       |<- actions, server_timing, policy_timing|
       |-- observation ------------------------>|
       |<- "error 3f9a1c2e: ..." (text) --------|   then close 1011; every other client goes on
@@ -28,6 +28,7 @@ from typing import Any, final
 import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
+from pi0fm.serve import door
 from pi0fm.serve.batcher import RefusedError, Request
 from pi0fm.serve.door import Asked
 from pi0fm.serve.metrics import Metrics
@@ -127,7 +128,13 @@ class Session:
     async def _read(self, frame: bytes | None) -> Asked:
         if frame is None:
             raise ObservationError("a request must be a binary frame, found text: send the msgpack bytes")
-        asked = await asyncio.get_running_loop().run_in_executor(self._threads, self._served().door.read, frame)
+        entrance, loop = self._served().door, asyncio.get_running_loop()
+        if len(frame) > door.QUICK_BYTES:
+            asked = await loop.run_in_executor(self._threads, entrance.read, frame)
+        elif door.is_quick(message := entrance.unpacked(frame)):
+            asked = entrance.judge(message)  # two changes of thread take longer than this
+        else:
+            asked = await loop.run_in_executor(self._threads, entrance.judge, message)
         self._names.add(asked.session)
         if len(self._names) > MAX_SESSIONS:
             raise ObservationError(f"a connection may have {MAX_SESSIONS} sessions, found more: give each robot one name, and keep it")

@@ -323,3 +323,21 @@ def test_half_a_handshake_and_a_reset_harm_nobody(start_server: Any) -> None:
         robot.send(observation_bytes())
         assert actions_of(robot.recv()).shape == (4, 3)
     idle.close()
+
+
+def test_a_short_request_is_judged_at_once_and_what_takes_time_in_a_thread(start_server: Any, fake_policy: Any) -> None:
+    policy, judged = fake_policy(), []
+    to_observation = policy.observation
+    policy.observation = lambda message: (judged.append(threading.current_thread().name), to_observation(message))[1]
+    server = start_server(policy)
+    judged.clear()
+    long = b"\xda" + struct.pack(">H", 2000) + b"x" * 2000
+    report = msgpack.packb({"pi0fm/report": {"steps": 3}})[1:]
+    with talk(server.url) as robot:
+        robot.recv()
+        for frame in (observation_bytes(), observation_bytes(prompt=long), observation_bytes(front=7)):
+            robot.send(frame)
+            assert actions_of(robot.recv()).shape == (4, 3)
+        robot.send(b"\x84" + observation_bytes()[1:] + report)
+        assert actions_of(robot.recv()).shape == (4, 3)
+    assert [name.startswith("pi0fm-door") for name in judged] == [False, True, False, False]
