@@ -48,7 +48,7 @@ class ServeConfig(LoadOptions, limits.ServingLimits):
         GUIDED,
         "real-time chunking: guided leads a chunk to what is left of the robot's last one by a backward pass a flow step, "
         "guided_no_jacobian without it: cheaper, cruder, and with --compile too; hard_prefix keeps the rows that are executed meanwhile, "
-        "at no cost, of a policy that was trained with --rtc.max_delay",
+        "at hardly a cost, of a policy that was trained with --rtc.max_delay",
     )
     keys: Path | None = option(None, "YAML file: a robot's own observation key -> a column of the bundle (serve/keys.py says the rest)")
 
