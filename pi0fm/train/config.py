@@ -235,6 +235,7 @@ class TrainConfig:
             cameras=cameras,
             micro_batch=self.largest_micro_batch(world_size),
             flow_draws=self.flow_draws_per_observation,
+            by_row=self.rtc.max_delay > 0,
             averaged=self.ema_decay is not None,
             accumulates=self.micro_steps(world_size) > 1,
             validated=self.validation.every > 0,

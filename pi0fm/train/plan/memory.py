@@ -26,7 +26,8 @@ Kept for the backward pass, bytes for each token of one decoder layer (D width, 
 that it sees; c bytes of a product's result, r of the residual stream, s of a score):
 
     norms 2 D r, their results 2 D c | heads (2N + 3k) K c | scores N J s | attended N K c | MLP 3 M c
-    adaptive norms: 2 D (4 + r) more in float32, and the 2 D c that their gates multiply
+    adaptive norms: 2 D (4 + r) more in float32, and the 2 D c that their gates multiply; where rows have times of their own,
+    2 D (4 + c) of modulations
     each row of the suffix holds the joined keys and values too: 2 k J K c
     the last backbone layer: D (r + c) + 3 k K c
 
@@ -97,6 +98,7 @@ def estimate(
     cameras: int,
     micro_batch: int,
     flow_draws: int = 1,
+    by_row: bool = False,
     averaged: bool = True,
     accumulates: bool = False,
     validated: bool = False,
@@ -108,11 +110,12 @@ def estimate(
     """The memory of one of `world_size` workers of a run. Builds the network, but none of its memory.
 
     accumulates: several micro batches make a step, so that gradients are there from its first to its last. computes: the type of the
-    products. device: cuda or cpu. parallel: `auto` is counted as none. Raises ConfigError where `how` cannot be honoured by this network.
+    products. by_row: rows have flow times of their own (rtc.max_delay). device: cuda or cpu. parallel: `auto` is counted as none.
+    Raises ConfigError where `how` cannot be honoured by this network.
     """
     count = count_of(replace(config, action_horizon=1, max_prompt_tokens=1), how, computes)
     size = Bytes.of(computes == torch.bfloat16, device)
-    tower, decoder, working = (micro_batch * each for each in _activations(config, how, count.flowing, cameras, flow_draws, size))
+    tower, decoder, working = (micro_batch * each for each in _activations(config, how, count.flowing, cameras, flow_draws, size, by_row))
     kept = tower + decoder + working
     if not parallel.cuts:
         moments_of_the_pass = (tower + decoder + count.casts, tower + count.of_decoder, count.trained)
@@ -229,7 +232,7 @@ def gradient_flows(model: Pi0) -> frozenset[Part]:
 
 
 def _activations(
-    config: Pi0Config, how: Adaptation, flowing: frozenset[Part], cameras: int, draws: int, size: Bytes
+    config: Pi0Config, how: Adaptation, flowing: frozenset[Part], cameras: int, draws: int, size: Bytes, by_row: bool
 ) -> tuple[int, int, int]:
     """Bytes of one sample: kept of the tower, kept of the decoder, at work in the largest layer."""
     streams, vision = config.decoder, config.vision
@@ -238,7 +241,8 @@ def _activations(
     suffix = config.action_horizon + (config.state_input == "token")
     tower = pictures * _vision_token(config, size)
     backbone = prefix * _decoder_token(config, "backbone", prefix, size)
-    expert = draws * (suffix * _decoder_token(config, "action_expert", prefix + suffix, size) + _joined(config, prefix + suffix, size))
+    token = _decoder_token(config, "action_expert", prefix + suffix, size, by_row=by_row)
+    expert = draws * (suffix * token + _joined(config, prefix + suffix, size))
     sees_tower, sees_prefix = "vision" in flowing, "backbone" in flowing
     images = 12 * cameras * vision.image_size**2
     if how.activation_checkpointing == "full":
@@ -249,18 +253,18 @@ def _activations(
     if how.activation_checkpointing == "selective":
         tower = pictures * _vision_token(config, size, products_only=True)
         backbone = prefix * _decoder_token(config, "backbone", prefix, size, products_only=True)
-        expert = draws * suffix * _decoder_token(config, "action_expert", prefix + suffix, size, products_only=True)
+        expert = draws * suffix * _decoder_token(config, "action_expert", prefix + suffix, size, products_only=True, by_row=by_row)
     kept_decoder = ((streams.depth - 1) * backbone + last) * sees_prefix + streams.depth * expert
     return images + vision.depth * tower * sees_tower, kept_decoder, working
 
 
-def _decoder_token(config: Pi0Config, stream: str, keys: int, size: Bytes, products_only: bool = False) -> int:
+def _decoder_token(config: Pi0Config, stream: str, keys: int, size: Bytes, *, products_only: bool = False, by_row: bool = False) -> int:
     sizes, decoder, c = getattr(config.decoder, stream), config.decoder, size.product
     width, heads, kv = sizes.width, decoder.num_heads, decoder.num_kv_heads
     r = 4 if stream == "backbone" else c
     norms = 2 * width * (r + c)
     if stream == "action_expert" and config.time_conditioning == "adaptive_norm":
-        norms += 2 * width * (4 + r + c)
+        norms += 2 * width * (4 + r + c) + by_row * 2 * width * (4 + c)
     if products_only:
         return norms + (heads + 4 * kv) * decoder.head_dim * c + 2 * sizes.mlp_width * c
     heads_bytes = (2 * heads + 3 * kv) * decoder.head_dim * c

@@ -37,14 +37,14 @@ def observation() -> ModelObservation:
     return small_pi0.observation(BATCH, CAMERAS, (LIKE_PI0.max_prompt_tokens,) * BATCH, LIKE_PI0)
 
 
-def measured(config: Pi0Config, how: Adaptation, draws: int, averaged: bool, computes: torch.dtype, where: Path) -> int:
+def measured(config: Pi0Config, how: Adaptation, draws: int, averaged: bool, computes: torch.dtype, by_row: bool, where: Path) -> int:
     """Bytes at the highest moment of the second step: what is held before it, and the profiler's running sum within it."""
     torch.manual_seed(0)
     model = Pi0(config)
     adapt(model, how, computes)
     model.train()
     optimizer, ema = make_optimizer(OptimizerConfig(), model), Ema(model, 0.9 if averaged else None)
-    seen, t = observation(), torch.rand(BATCH * draws)
+    seen, t = observation(), torch.rand(BATCH * draws, *([config.action_horizon] if by_row else []))
     x_t = torch.randn(BATCH * draws, config.action_horizon, config.action_dim)
 
     def step() -> None:
@@ -71,18 +71,20 @@ def measured(config: Pi0Config, how: Adaptation, draws: int, averaged: bool, com
 
 
 CASES = {
-    "pi0 full": (LIKE_PI0, Adaptation(), 1, True, torch.float32),
-    "pi0 full, checkpointed": (LIKE_PI0, Adaptation(activation_checkpointing="full"), 1, True, torch.float32),
-    "pi0 full, selective": (LIKE_PI0, Adaptation(activation_checkpointing="selective"), 1, True, torch.float32),
-    "pi05 full, bfloat16, selective": (LIKE_PI05, Adaptation(activation_checkpointing="selective"), 4, False, torch.bfloat16),
-    "pi0 expert": (LIKE_PI0, Adaptation("expert_only"), 1, True, torch.float32),
-    "pi05 full, bfloat16": (LIKE_PI05, Adaptation(), 4, False, torch.bfloat16),
-    "pi05 lora, bfloat16, checkpointed": (LIKE_PI05, Adaptation("frozen_vision", LORA, True, "full"), 1, False, torch.bfloat16),
+    "pi0 full": (LIKE_PI0, Adaptation(), 1, True, torch.float32, False),
+    "pi0 full, checkpointed": (LIKE_PI0, Adaptation(activation_checkpointing="full"), 1, True, torch.float32, False),
+    "pi0 full, selective": (LIKE_PI0, Adaptation(activation_checkpointing="selective"), 1, True, torch.float32, False),
+    "pi05 full, bfloat16, selective": (LIKE_PI05, Adaptation(activation_checkpointing="selective"), 4, False, torch.bfloat16, False),
+    "pi0 expert": (LIKE_PI0, Adaptation("expert_only"), 1, True, torch.float32, False),
+    "pi05 full, bfloat16": (LIKE_PI05, Adaptation(), 4, False, torch.bfloat16, False),
+    "pi05 lora, bfloat16, checkpointed": (LIKE_PI05, Adaptation("frozen_vision", LORA, True, "full"), 1, False, torch.bfloat16, False),
+    "pi05 held rows, bfloat16": (LIKE_PI05, Adaptation(), 4, False, torch.bfloat16, True),
+    "pi05 held rows, bfloat16, selective": (LIKE_PI05, Adaptation(activation_checkpointing="selective"), 4, False, torch.bfloat16, True),
 }
 
 
-def estimated(config: Pi0Config, how: Adaptation, draws: int, averaged: bool, computes: torch.dtype) -> MemoryEstimate:
-    run = {"cameras": CAMERAS, "micro_batch": BATCH, "flow_draws": draws, "averaged": averaged}
+def estimated(config: Pi0Config, how: Adaptation, draws: int, averaged: bool, computes: torch.dtype, by_row: bool) -> MemoryEstimate:
+    run = {"cameras": CAMERAS, "micro_batch": BATCH, "flow_draws": draws, "averaged": averaged, "by_row": by_row}
     return estimate(config, how, **run, computes=computes, device="cpu")
 
 
@@ -110,10 +112,10 @@ def test_checkpointing_and_freezing_lower_the_measured_peak(peaks):
 def test_parts_by_hand():
     """Every number: 4 bytes of weight, 4 of gradient, 8 of moments, 4 of average; nothing but weights where it is frozen."""
     numbers = parameter_count(Pi0(LIKE_PI0))
-    full = estimated(LIKE_PI0, Adaptation(), 1, True, torch.float32)
+    full = estimated(LIKE_PI0, Adaptation(), 1, True, torch.float32, False)
     assert (full.weights, full.gradients, full.moments, full.average, full.casts) == (*(each * numbers for each in (4, 4, 8, 4)), 0)
     trained = sum(parameter.numel() for name, parameter in Pi0(LIKE_PI0).named_parameters() if part_of(name) in TRAINED["expert_only"])
-    expert = estimated(LIKE_PI0, Adaptation("expert_only"), 1, False, torch.float32)
+    expert = estimated(LIKE_PI0, Adaptation("expert_only"), 1, False, torch.float32, False)
     assert (expert.weights, expert.gradients, expert.moments, expert.average) == (4 * numbers, 4 * trained, 8 * trained, 0)
 
 
