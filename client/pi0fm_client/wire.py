@@ -42,7 +42,7 @@ REFUSED = "pi0fm/refused"  # reply: text in the place of the actions, with the r
 SCORES = "pi0fm/scores"  # reply: float32 [num_candidates]
 
 EXECUTED = "executed"  # float32 [n, A], commands of the control steps since the last answered observation: row i is for its answer's row i
-COUNTS = ("steps", "holds", "clamped", "late_chunks", "skipped_rows", "failures", "refused")
+COUNTS = ("steps", "holds", "clamped", "late_chunks", "skipped_rows", "failures", "refused", "alarms")
 
 MAX_FRAME_BYTES = 32 * 1024 * 1024
 MAX_DIMENSIONS = 8

@@ -73,6 +73,10 @@ class LocalPolicy:
         self.chain.check(observation)
         return observation
 
+    def memory_bytes(self) -> int:
+        """Bytes that this process holds on the policy's GPU, 0 without one."""
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+
     def seen(self, observation: Observation) -> dict[str, NDArray[np.uint8]]:
         """The pictures of an observation as the network takes them: [size, size, 3], by camera."""
         inputs = self.chain.observe([observation])

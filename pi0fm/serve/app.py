@@ -214,6 +214,8 @@ class _Service:
         if not _knows(request.headers, self._tokens):
             return self._denied("key", 401, "send the header Authorization: Api-Key <key>")
         self._metrics.connections.set(len(self._sessions))
+        memory = getattr(self.serving.now.policy, "memory_bytes", None)
+        self._metrics.gpu_memory.set(0 if memory is None else memory())
         self._metrics.unlogged.set(0 if self._log is None else self._log.dropped)
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 

@@ -3,11 +3,14 @@
 Owns: the names of the numbers. Does not know: when they change. Nothing of a request's content is in them.
 """
 
+from collections.abc import Mapping
 from typing import final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+SPREADS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 5.0)
 
 
 @final
@@ -26,11 +29,20 @@ class Metrics:
         self.refused = Counter("pi0fm_refused", "Requests and connections that were refused", ["why"], registry=registry)
         self.late = Counter("pi0fm_late_answers", "Answers after their deadline", registry=registry)
         self.robots = Counter("pi0fm_robot_events", "What robots counted: steps, standstills, clamps, ...", ["what"], registry=registry)
+        self.uncertainty = Histogram("pi0fm_uncertainty", "Spread of an answer's velocities", buckets=SPREADS, registry=registry)
+        self.alarms = Counter("pi0fm_alarms", "Answers whose uncertainty is an alarm of the calibrated bundle", registry=registry)
+        self.gpu_memory = Gauge("pi0fm_gpu_memory_bytes", "Memory that the process holds on the policy's GPU", registry=registry)
         self.swaps = Counter("pi0fm_swaps", "Bundles that took another one's place", registry=registry)
         self.connections = Gauge("pi0fm_connections", "Robots that are connected", registry=registry)
         self.waiting = Gauge("pi0fm_waiting", "Requests in the queue", registry=registry)
-
         self.unlogged = Gauge("pi0fm_unlogged_batches", "Batches that the log of requests had no time for", registry=registry)
+
+    def judged(self, scores: Mapping[str, float]) -> None:
+        """Count how sure an answer was, where its policy says so."""
+        if "spread" in scores:
+            self.uncertainty.observe(scores["spread"])
+        if scores.get("alarm"):
+            self.alarms.inc()
 
     def text(self) -> bytes:
         """Return all of them as Prometheus reads them."""

@@ -157,6 +157,7 @@ class Session:
             if extra or asked.candidates is not None:  # a client that knows extensions
                 extra |= {key: float(chunk.scores[name]) for key, name in JUDGED.items() if name in chunk.scores}
             await self._websocket.send_bytes(_encode_reply(chunk, _milliseconds_since(began), self._previous_total_ms, extra))
+            self._metrics.judged(chunk.scores)
             ended = time.perf_counter()
             self._previous_total_ms = (ended - began) * 1e3
             self._metrics.stage.labels("total").observe(ended - began)
