@@ -12,6 +12,11 @@ from pathlib import Path
 
 import psutil
 
+CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_MEMORY = (  # limit, usage, what of that is cached files; of the second version and of the first
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
 PACKAGES = ("pi0fm", "torch", "transformers", "ray", "lerobot", "numpy", "av")
 
 
@@ -34,6 +39,20 @@ def describe_versions(*more: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def free_memory() -> int:
+    """Bytes that this process can still take: of the machine, and of its container where that has a limit."""
+    free = psutil.virtual_memory().available
+    for limit, used, told in CGROUP_MEMORY:
+        try:
+            bounds = [int((CGROUPS / name).read_text()) for name in (limit, used)]
+            lines = (CGROUPS / told).read_text().splitlines()
+        except (OSError, ValueError):  # there is none, or it says max
+            continue
+        cached = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+        free = min(free, bounds[0] - bounds[1] + cached)
+    return max(0, free)
 
 
 def command_line() -> str:

@@ -175,6 +175,8 @@ def new_bundle(
         with tensor_file(aside / WEIGHTS, entries) as put:
             yield put
         if recorded is not None and reference.has_room(aside / WEIGHTS):
+            if (aside / WEIGHTS).stat().st_size >= SAID_FROM:
+                say(f"{path}: sampling the reference chunk in float32 on the CPU")
             cpu, flow = torch.device("cpu"), FlowMatching.from_config(config.flow)
             model = filled(open_file(aside / WEIGHTS), config.model, cpu, torch.float32)
             chain = config.chain(stats, None if config.tokenizer == BYTES else str(aside / config.tokenizer))

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -83,7 +82,7 @@ def make(folder: Path, policy: LocalPolicy, observation: Observation) -> None:
 
 def has_room(weights: Path) -> bool:
     """Whether memory holds a copy of the weights to make a reference with; where it does not, that is said."""
-    needed, free = SPACE * weights.stat().st_size, psutil.virtual_memory().available
+    needed, free = SPACE * weights.stat().st_size, machine.free_memory()
     if needed > free:
         say(f"no reference for pi0fm verify: it takes {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free")
     return needed <= free

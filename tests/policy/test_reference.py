@@ -3,13 +3,12 @@
 import json
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
+from pi0fm import machine
 from pi0fm.cli.main import main
 from pi0fm.policy import bundle, reference
 from pi0fm.policy.manifest import identity, write_manifest
@@ -98,7 +97,7 @@ def test_a_bundle_without_one_a_damaged_one_and_another_robot_are_refused(made, 
 
 
 def test_without_memory_the_bundle_is_written_without_one(small_policy, observations, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(machine, "free_memory", lambda: 1000)
     bundle.save(tmp_path / "bundle", small_policy.weights, small_policy.config, small_policy.stats, recorded=observations[0])
     assert not (tmp_path / "bundle" / reference.FILE).exists() and "no reference for pi0fm verify" in capsys.readouterr().err
     bundle.load(tmp_path / "bundle", device="cpu")
