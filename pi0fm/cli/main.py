@@ -29,6 +29,7 @@ COMMANDS = {
     "doctor": "judge a data set, configuration, bundle or server before hours are spent on it",
     "train": "train a policy on a LeRobot data set",
     "plan": "seconds, memory and cost of a run on any number of cards, before any is rented",
+    "runs": "training runs with state, step and loss curve, and several on one page",
     "eval": "judge a policy in simulation, or on recorded episodes",
     "compare": "evaluations on the same tasks and seeds, side by side",
     "convert": "openpi's and LeRobot's weights to a bundle, and back",

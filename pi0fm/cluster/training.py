@@ -32,6 +32,7 @@ from pi0fm.train.config import TrainConfig
 from pi0fm.train.loop import TrainResult, train
 from pi0fm.train.parallel.context import Context, context_from_environment, restarts
 from pi0fm.train.start.output import RAY_FOLDER, claimed
+from pi0fm.train.watch.log import described
 from pi0fm.train.watch.metrics import read_last
 from pi0fm.train.watch.requests import Request, ask, withdraw
 from pi0fm.train.watch.signals import MovedError, NotedSignals, StoppedError, stopped, terminated_outside_steps
@@ -310,7 +311,7 @@ class _Watcher:
                 last = read_last(directory) or {}
                 now = int(last.get("step", 0))
                 if now != shown:
-                    bar.advance(now - shown, note=f"loss {last['loss']:.4f}")
+                    bar.advance(now - shown, note=described(last))
                     shown = now
                 said.repeat(self._lines)
                 if ended:

@@ -34,13 +34,14 @@ from pi0fm.train.state import StateConfig
 from pi0fm.train.watch.faults import FaultConfig
 from pi0fm.train.watch.guard import GuardConfig
 from pi0fm.train.watch.log import LogConfig
+from pi0fm.train.watch.trackers import refuse_unknown
 from pi0fm.train.watch.validation import FREE_AT_RESUME as FREE_IN_VALIDATION
 from pi0fm.train.watch.validation import ValidationConfig
 from pi0fm_client.errors import ConfigError
 
 FREE_AT_RESUME = (
     *("output_dir", "resume", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "micro_batch_size", "threads"),
-    *("resume_changed", "checkpoint_dir", "on_nonfinite", "activation_checkpointing", "loader", "parallel", "hang_seconds"),
+    *("resume_changed", "checkpoint_dir", "on_nonfinite", "activation_checkpointing", "loader", "parallel", "hang_seconds", "tracker"),
 )
 ON_NONFINITE = ("stop", "skip")
 FREE_IN_GROUPS = (
@@ -106,6 +107,7 @@ class TrainConfig:
     execution_horizon: int = option(8, "actions executed of each chunk before planning again, kept in the bundle")
     camera_sources: dict[str, str] = option(dict, "camera -> SOURCE:WIDTHxHEIGHT in a simulator, kept in the bundle")
     log_every: int = option(20, "steps between lines of metrics.jsonl")
+    tracker: tuple[str, ...] = option(("tensorboard",), "what draws the run, one or more of tensorboard, trackio, wandb, mlflow, or []")
     checkpoint_every: int = option(1000, "steps between checkpoints")
     checkpoint_dir: str = option("", "folder or s3://BUCKET/PREFIX that all workers see; empty takes output_dir/checkpoints")
     keep_checkpoints: int = option(2, "newest checkpoints that are kept")
@@ -140,6 +142,7 @@ class TrainConfig:
             raise ConfigError("augmentation.* says how pictures are changed, but augment is false; type --augment true, or leave them out")
         if self.hang_seconds <= 0:
             raise ConfigError(f"hang_seconds must be above 0, found {self.hang_seconds:g}; leave it out for 900")
+        refuse_unknown(self.tracker)
         if self.seed < 0:
             raise ConfigError(f"seed must be >= 0, found {self.seed}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -245,9 +248,9 @@ class TrainConfig:
             world_size=world_size,
         )
 
-    def log(self) -> LogConfig:
-        """When a line of metrics is due."""
-        return LogConfig(self.log_every, self.steps, self.global_batch_size)
+    def log(self, full_speed: float | None = None) -> LogConfig:
+        """When a line of metrics is due. full_speed: as LogConfig takes it."""
+        return LogConfig(self.log_every, self.steps, self.global_batch_size, full_speed)
 
     def guard(self) -> GuardConfig:
         """When a checkpoint is due, and what follows a loss that is not finite."""

@@ -31,6 +31,7 @@ from pi0fm.train.parallel.allocator import keep_freed_memory
 from pi0fm.train.parallel.context import Context
 from pi0fm.train.parallel.sharding import ParallelConfig
 from pi0fm.train.plan.memory import decided
+from pi0fm.train.plan.planner import full_speed
 from pi0fm.train.start.resume import restore
 from pi0fm.train.state import TrainState
 from pi0fm.train.step import train_step
@@ -42,6 +43,7 @@ from pi0fm.train.watch.metrics import Metrics, read_last
 from pi0fm.train.watch.out_of_memory import judge_memory, memory_faults
 from pi0fm.train.watch.schedule import ValidationSchedule
 from pi0fm.train.watch.stragglers import OwnTime
+from pi0fm.train.watch.trackers import refuse_missing
 from pi0fm.train.watch.validation import make_validators
 from pi0fm_client.types import Observation
 
@@ -62,6 +64,7 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
     Called by every worker. Raises the errors of the data set, of the configuration, and OutputError for an unreadable checkpoint.
     """
     keep_freed_memory()
+    refuse_missing(config.tracker)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     parallel = Parallel(context, config.precision, config.micro_steps(context.world_size))
@@ -90,10 +93,11 @@ def _run(context: Context, config: TrainConfig, parallel: Parallel, data: RunDat
 
     if context.is_first and data.left_out():
         files.write_json(config.output_dir / "left_out.json", data.left_out())
-    metrics = Metrics(config.output_dir, first) if context.is_first else None
+    metrics = Metrics(config.output_dir, first, config.tracker, options.encode(config)) if context.is_first else None
     recorded = data.recorded() if context.is_first else None  # now, while a stream of pictures still begins
+    speed = full_speed(config, data.num_cameras, context.world_size, parallel.device) if context.is_first else None
     own, nodes = OwnTime(state.network, parallel.device, whole=not state.is_sharded), parallel.nodes()
-    log = TrainLog(config.log(), parallel, metrics, own, nodes, first, (read_last(config.output_dir) or {}).get("loss", math.nan))
+    log = TrainLog(config.log(speed), parallel, metrics, own, nodes, first, (read_last(config.output_dir) or {}).get("loss", math.nan))
     split = (config.global_batch_size, context.rank, context.world_size, config.micro_batch_size)
     batches = log.timed(micro_batches(data.training, first, config.steps, *split, config.loader, parallel.device))
     validators = make_validators(config.validation, data.held_out(), state, flow, parallel.device)
@@ -113,7 +117,7 @@ def _run(context: Context, config: TrainConfig, parallel: Parallel, data: RunDat
             state.advance()
             log.after_step(state.step, part, norm, rate)
             if bar is not None:
-                bar.advance(note=f"loss {log.loss:.4f}")
+                bar.advance(note=log.note)
             guard.after_step(norm)
             watch.beat(state.step)
             validation.after(state.step, bar)

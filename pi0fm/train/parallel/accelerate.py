@@ -8,7 +8,7 @@ Owns: `Parallel`: accelerate, the groups of workers, sums over them. Does not kn
 
 import os
 from collections.abc import Mapping
-from typing import final
+from typing import Any, final
 
 import psutil
 import torch
@@ -101,6 +101,12 @@ class Parallel:
         torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
         return int(smallest)
 
+    def used(self) -> int:
+        """Bytes that this worker has held of its card at most; on a CPU those that its process holds."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return psutil.Process().memory_info().rss
+
     def host_group(self, name: str) -> ProcessGroup | None:
         """The group `name` of HOST_GROUPS on the hosts' network; None for a single worker."""
         return self._host[name]
@@ -174,3 +180,12 @@ def _check_same(earlier: AcceleratorState, mixed: str, device: str) -> None:
     if before != now:
         first, second = (f"{'bfloat16' if precision == 'bf16' else 'float32'} on {place}" for precision, place in (before, now))
         raise ConfigError(f"all runs of a process share precision and device: the first had {first}, found {second}; start another process")
+
+
+def open_tracker(name: str, project: str, arguments: Mapping[str, Any]) -> Any:
+    """accelerate's tracker of that name, started: `log(values, step=)`, `finish()`. Raises what its library raises."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    tracker = LOGGER_TYPE_TO_CLASS[name](project, **arguments)
+    tracker.start()
+    return tracker

@@ -182,6 +182,16 @@ def plans_of(config: TrainConfig, card: Card, network: Network, workers: int, ca
     return [plan(each, card, network, workers, cameras) for each in ways(config, workers, network.per_machine)]
 
 
+def full_speed(config: TrainConfig, cameras: int, workers: int, device: torch.device) -> float | None:
+    """Samples a second at which `workers` cards like this one would multiply at their highest rate; None for one that is not known."""
+    if device.type != "cuda" or config.precision == "float32":
+        return None
+    found = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    card = next((card for name, card in known_cards().items() if name in found), None)
+    work = training_work(config.network(), config.adaptation(), cameras, config.flow_draws_per_observation)
+    return None if card is None else workers * card.flops_per_second / (work.forward + work.backward)
+
+
 def counts(most: int) -> list[int]:
     """1, 2, 4 and so on up to `most`, and `most`."""
     return sorted({2**power for power in range(most.bit_length())} | {most})

@@ -54,6 +54,19 @@ def only_run_in(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a run seems to live in `folder`, without touching it: by its process on this machine, by its last beat on another one."""
+    path = folder / NAME
+    try:
+        held = json.loads(path.read_text())
+        beaten = time.time() - path.stat().st_mtime < BEATS_UNTIL_DEAD * SECONDS_BETWEEN_BEATS
+    except (OSError, ValueError):
+        return False
+    if not isinstance(held, dict):
+        return False
+    return _lives(held) if held.get("host") == socket.gethostname() else beaten
+
+
 def _taken(path: Path) -> int:
     """The descriptor of the lease, ours. Raises OutputError where it is another's."""
     while True:

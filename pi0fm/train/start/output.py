@@ -19,6 +19,7 @@ from pi0fm.train.config import TrainConfig, refuse_other_run
 from pi0fm.train.start import lease
 from pi0fm.train.watch.metrics import read_last
 from pi0fm.train.watch.requests import withdraw
+from pi0fm.train.watch.trackers import FOLDERS
 from pi0fm_client.errors import OutputError
 
 RAY_FOLDER = "ray"  # where Ray Train keeps its own notes of the run
@@ -73,7 +74,7 @@ def release(config: TrainConfig) -> None:
             (directory / "run.json").unlink()
             (directory / "metrics.jsonl").unlink(missing_ok=True)
             withdraw(directory)
-            for name in ("tensorboard", RAY_FOLDER):
+            for name in (*FOLDERS, RAY_FOLDER):
                 shutil.rmtree(directory / name, ignore_errors=True)
             if not any(directory.iterdir()):
                 directory.rmdir()

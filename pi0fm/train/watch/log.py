@@ -5,7 +5,7 @@ Owns: what a line of metrics holds. Does not know: the files (metrics.py), the s
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -19,15 +19,24 @@ from pi0fm.train.watch.metrics import Metrics
 from pi0fm.train.watch.stragglers import OwnTime, Stragglers
 
 WAITING_IS_SAID_ABOVE = 0.2  # of the time
+NOTED: Mapping[str, Callable[[float], str]] = {
+    "samples_per_second": "{:.1f} samples/s".format,
+    "share_of_peak": "{:.0%} of the peak".format,
+    "memory_gib": "{:.1f} GiB".format,
+}
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """every: steps between lines; steps: of the whole run, whose last one has a line too."""
+    """every: steps between lines; steps: of the whole run, whose last one has a line too.
+
+    full_speed: samples a second at which all cards would multiply at their highest rate, None where it is not known.
+    """
 
     every: int
     steps: int
     global_batch_size: int
+    full_speed: float | None = None
 
 
 @final
@@ -52,6 +61,7 @@ class TrainLog:
         self._own, self._stragglers = own, Stragglers(nodes, progress.say)
         self._losses: list[Tensor] = []
         self._since, self._waited = time.perf_counter(), 0.0
+        self.note = f"loss {loss:.4f}"  # of the last line
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; the time that each is waited for is counted."""
@@ -89,10 +99,24 @@ class TrainLog:
         self._losses, self._since, self._waited = [], now, 0.0
 
     def _write(self, metrics: Metrics, step: int, values: dict[str, float], elapsed: float) -> None:
+        steps = len(self._losses)
         speed = {
-            "samples_per_second": len(self._losses) * self._config.global_batch_size / elapsed,
+            "samples_per_second": steps * self._config.global_batch_size / elapsed,
             "waiting_for_data": self._waited / elapsed,
+            "seconds_left": (self._config.steps - step) * elapsed / steps,
+            "memory_gib": self._parallel.used() / 2**30,
         }
+        if self._config.full_speed is not None:
+            speed["share_of_peak"] = speed["samples_per_second"] / self._config.full_speed
+        self.note = described(values | speed)
         metrics.write(step, {name: value for name, value in values.items() if math.isfinite(value)} | speed)
         if self._waited > WAITING_IS_SAID_ABOVE * elapsed and step > self._first_step + self._config.every:
             progress.say(f"step {step}: {100 * self._waited / elapsed:.0f} % of the time went on waiting for data")
+
+
+def described(line: Mapping[str, float]) -> str:
+    """A line of metrics for the person who watches: `loss 0.1234, 53.1 samples/s, 38 % of the peak, 47.0 GiB`."""
+    found = [f"loss {line.get('loss', math.nan):.4f}"]
+    for name, text in NOTED.items():
+        found += [text(line[name])] if name in line else []
+    return ", ".join(found)

@@ -1,6 +1,6 @@
-"""What a run says about itself: JSON lines for programs, TensorBoard for people.
+"""What a run says about itself: JSON lines for programs, TensorBoard and other trackers for people.
 
-Owns: the two files. Does not know: what the numbers mean.
+Owns: both files. Does not know: what the numbers mean; other trackers (trackers.py).
 """
 
 import io
@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -16,34 +17,44 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pi0fm import files
+from pi0fm.train.watch.trackers import TENSORBOARD, Tracker
 
 CUT = 2**62  # the step of a line that was cut by a kill: later than any
 
 
 @final
 class Metrics:
-    """Appends to `<output_dir>/metrics.jsonl`, one object a line with `step`, and to TensorBoard files beside it.
+    """Appends to `<output_dir>/metrics.jsonl`, one object a line with `step`, and to trackers: TensorBoard files beside it, and others.
 
-    first_step: lines of later steps belong to a run that was killed before its next checkpoint; they are dropped.
+    first_step: lines of later steps belong to a run that was killed before its next checkpoint; they are dropped. config: what trackers
+    are told of the run. Raises what `Tracker` raises.
     """
 
-    def __init__(self, output_dir: Path, first_step: int) -> None:
+    def __init__(
+        self, output_dir: Path, first_step: int, trackers: Sequence[str] = (TENSORBOARD,), config: Mapping[str, Any] | None = None
+    ) -> None:
         path = output_dir / "metrics.jsonl"
         with files.write_faults(output_dir):
             if path.exists():
                 files.write_text(path, "".join(f"{line}\n" for line in _lines(path) if _step_of(line) <= first_step))
             self._file = path.open("a", buffering=1)
-            self._board = _Board(output_dir / "tensorboard", first_step)
+            boards = [_Board(output_dir / TENSORBOARD, first_step) for name in trackers if name == TENSORBOARD]
+        self._sinks: tuple[_Board | Tracker, ...] = (
+            *boards,
+            *(Tracker(name, output_dir, config or {}) for name in trackers if name != TENSORBOARD),
+        )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line, flushed at once: a driver on another machine draws its progress bar from it."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._board.write(step, values)
+        for sink in self._sinks:
+            sink.write(step, values)
 
     def close(self) -> None:
-        """Flush both."""
+        """Flush all."""
         self._file.close()
-        self._board.close()
+        for sink in self._sinks:
+            sink.close()
 
 
 @final
@@ -56,7 +67,7 @@ class _Board:
         self._add(file_version="brain.Event:2")
         self._add(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # hides later steps of a run that was killed
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         self._add(step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()]))
 
     def close(self) -> None:
@@ -77,6 +88,12 @@ def read_last(output_dir: Path, metric: str = "loss") -> dict[str, float] | None
         if 0 <= _step_of(line) < CUT and metric in (values := json.loads(line)):
             return dict(values)
     return None
+
+
+def read_lines(output_dir: Path) -> list[dict[str, float]]:
+    """Every whole line of metrics.jsonl in order; none where there is no file."""
+    path = output_dir / "metrics.jsonl"
+    return [dict(json.loads(line)) for line in _lines(path) if 0 <= _step_of(line) < CUT] if path.exists() else []
 
 
 def _lines(path: Path) -> list[str]:

@@ -66,3 +66,17 @@ def test_a_loader_that_keeps_up_is_not_mentioned(run, clock, capsys):
     take_steps(clock, config, 0.5)
     assert capsys.readouterr().err == ""
     assert read_last(config.output_dir)["waiting_for_data"] == pytest.approx(0.5 / 3.5)
+
+
+def test_a_line_says_speed_time_left_memory_and_share_of_the_peak(run, clock, monkeypatch):
+    config = run("shared", log_every=2, steps=6)
+    monkeypatch.setattr(
+        type(config), "log", lambda config: train_log.LogConfig(config.log_every, config.steps, config.global_batch_size, 8.0)
+    )
+    take_steps(clock, config, loading=1.0, steps=4)
+    line = read_last(config.output_dir)
+    assert (line["step"], line["samples_per_second"], line["share_of_peak"], line["seconds_left"]) == (4, 2.0, 0.25, 8.0)
+    assert line["memory_gib"] > 0.1
+    told = train_log.described(line | {"loss": 0.5, "memory_gib": 1.0})
+    assert told == "loss 0.5000, 2.0 samples/s, 25% of the peak, 1.0 GiB"
+    assert train_log.described({"loss": 0.5}) == "loss 0.5000"
