@@ -94,7 +94,11 @@ def run(options: ServeConfig) -> None:
     tokens, admin = known_tokens(options), os.environ.get(ADMIN_VARIABLE)
     if admin is not None:
         application.check_token(admin, f"${ADMIN_VARIABLE}")
+    if not tokens and options.host not in ("127.0.0.1", "localhost", "::1"):
+        say(f"anyone who reaches {options.host} can use this policy: set {TOKEN_VARIABLE} to ask for a key")
     if options.replicas:
+        if admin is not None:
+            raise ConfigError(f"${ADMIN_VARIABLE} is for POST /swap of a single server, found it with --replicas: unset it")
         _serve_replicas(options, tokens)
         return
     limits.log_to_standard_error(options.log_format)
@@ -105,8 +109,6 @@ def run(options: ServeConfig) -> None:
         certificates.context()  # a wrong file is told before a policy is loaded
     with server.until_stopped(), server.bind(options.host, options.port) as bound:
         url = server.url_of(bound, encrypted=certificates is not None)
-        if not tokens and options.host not in ("127.0.0.1", "localhost", "::1"):
-            say(f"anyone who reaches {options.host} can use this policy: set {TOKEN_VARIABLE} to ask for a key")
         say(f"loading {options.bundle}")
         # Imported here: torch takes seconds, and a port in use should be told at once.
         from pi0fm.policy.bundle import load

@@ -81,7 +81,7 @@ def test_two_bundles_are_compared_beside_what_another_seed_changes(logged: Path,
     assert all(0 < near < 0.1 * noise for near, noise in zip(found["other"], found["another_seed"], strict=True))
     assert len(found["worst"]) == 5 and found["worst"][0]["largest_difference"] >= found["worst"][1]["largest_difference"] > 0
     again = replay(ReplayConfig(logged, bundle=tmp_path / "near", other=saved, most=2))
-    assert again["identical"] == 0 and again["batches"] == 2 and again["largest_difference"] > 0
+    assert again["differs"] == ["identity"] and again["identical"] == 0 and again["batches"] == 2 and again["largest_difference"] > 0
     other_robot = replace(
         small_policy.config, embodiment=replace(small_policy.config.embodiment, cameras={"base": "observation.images.base"})
     )

@@ -3,12 +3,13 @@
 Owns: the options, the order of passes, the figures. Does not know: how a log is written (request_log.py), the network.
 
     identical            answers that are the log's, bit for bit: the same bundle, machine, versions and number of threads give all of them
-    largest_difference   to the log's answers, robot units
+    largest_difference   to the log's answers, robot units; differs: what is not as it was when the log was written
     other                the second bundle against the first: root mean square of each action dimension, robot units
     another_seed         the first bundle against itself with other noise: what a difference that means nothing looks like
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from pi0fm.policy import bundle
 from pi0fm.policy.load_options import LoadOptions
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.serve.batcher import infer
-from pi0fm.serve.records.request_log import LoggedBatch, read
+from pi0fm.serve.records.request_log import read
 from pi0fm.serve.served import refuse_another_robot
 from pi0fm_client.errors import BundleError, ConfigError, ServingError
 
@@ -49,40 +50,56 @@ class ReplayConfig:
 
 def replay(options: ReplayConfig) -> dict[str, Any]:
     """Return the figures. Raises ServingError for a log without requests or of another robot, BundleError for a bundle that is gone."""
-    description = next(read(options.log), None)
-    if description is None:
-        raise ServingError(f"{options.log} holds no whole batch: ask the server that writes it, or let it end")
-    known, left_out = description.description, 0
+    known: Mapping[str, Any] | None = None
+    logged: list[NDArray[np.float32]] = []
+    at: list[float] = []
+    total, left_out = 0, 0
     for batch in read(options.log):
-        left_out += batch.description["identity"] != known["identity"]
+        known = batch.description if known is None else known
+        if batch.description["identity"] != known["identity"]:
+            left_out += 1
+        elif total < (options.most or math.inf):
+            total += 1
+            logged += batch.actions
+            at += [batch.at] * len(batch.actions)
+    if known is None:
+        raise ServingError(f"{options.log} holds no whole batch: ask the server that writes it, or let it end")
+    identity = known["identity"]
 
-    def batches() -> Iterator[LoggedBatch]:
-        alike = (batch for batch in read(options.log) if batch.description["identity"] == known["identity"])
-        return islice(alike, options.most)
+    def again(name: str, policy: LocalPolicy, shift: int = 0) -> NDArray[np.float32]:
+        """Return [requests, H, A], inferred in the log's batches by its seeds + `shift`."""
+        found: list[NDArray[np.float32]] = []
+        with progress.step(name, total) as step:
+            alike = (batch for batch in read(options.log) if batch.description["identity"] == identity)
+            for batch in islice(alike, total):
+                seeds = [(seed + shift) % 2**63 for seed in batch.seeds]
+                found += [chunk.actions for chunk in infer(policy, batch.requests, seeds)]
+                step.advance()
+        return np.stack(found)
 
     policy = _opened(options.bundle or Path(known["bundle"]), options, known)
-    total = sum(1 for _ in batches())
-    logged = _stacked("log", total, batches(), lambda batch: batch.actions)
-    first = _stacked("first bundle", total, batches(), _answers(policy))
-    differing = np.abs(first - logged).reshape(len(logged), -1).max(axis=1)
+    first, recorded = again("first bundle", policy), np.stack(logged)
+    if first.shape != recorded.shape:
+        raise ServingError(
+            f"the log's answers are {list(recorded.shape[1:])}, the bundle's {list(first.shape[1:])}: give the log's --bundle"
+        )
+    here = {"identity": policy.metadata.get("identity"), **_here(policy)}
     figures: dict[str, Any] = {
-        "requests": len(logged),
+        "requests": len(recorded),
         "batches": total,
         "batches_of_other_bundles": left_out,
-        "identical": int((first.view(np.uint32) == logged.view(np.uint32)).reshape(len(logged), -1).all(axis=1).sum()),
-        "largest_difference": float(differing.max()),
-        "identity": {"log": known["identity"], "first": policy.metadata.get("identity")},
-        "differs": [name for name, now in _here(policy).items() if known.get(name) != now],
+        "identical": int((first.view(np.uint32) == recorded.view(np.uint32)).reshape(len(recorded), -1).all(axis=1).sum()),
+        "largest_difference": float(np.abs(first - recorded).max()),
+        "identity": {"log": identity, "first": here["identity"]},
+        "differs": [name for name, now in here.items() if known.get(name) != now],
     }
     if options.other is not None:
-        another_seed = _stacked("first bundle, another seed", total, batches(), _answers(policy, 1))
-        metadata = policy.metadata
+        another_seed, metadata = again("first bundle, another seed", policy, 1), policy.metadata
         del policy  # two bundles of billions of weights need not fit together
         second_policy = _opened(options.other, options, known)
         refuse_another_robot(second_policy.metadata, metadata)
         figures["identity"]["other"] = second_policy.metadata.get("identity")
-        second = _stacked("other bundle", total, batches(), _answers(second_policy))
-        figures |= _compared(first, second, another_seed, [batch.at for batch in batches() for _ in batch.requests])
+        figures |= _compared(first, again("other bundle", second_policy), another_seed, at)
     return figures
 
 
@@ -108,28 +125,6 @@ def _opened(path: Path, options: ReplayConfig, known: Mapping[str, Any]) -> Loca
     if not path.exists():
         raise BundleError(f"the log's bundle is gone from {path}: give --bundle")
     return bundle.load(path, LoadOptions(**{**known["load"], **own}), guidance=known["guidance"])
-
-
-def _answers(policy: LocalPolicy, shift: int = 0) -> Callable[[LoggedBatch], list[NDArray[np.float32]]]:
-    def answers(batch: LoggedBatch) -> list[NDArray[np.float32]]:
-        seeds = [(seed + shift) % 2**63 for seed in batch.seeds]
-        return [chunk.actions for chunk in infer(policy, batch.requests, seeds)]
-
-    return answers
-
-
-def _stacked(
-    name: str, total: int, batches: Iterator[LoggedBatch], answers: Callable[[LoggedBatch], list[NDArray[np.float32]]]
-) -> NDArray[np.float32]:
-    """[requests, H, A]."""
-    found: list[NDArray[np.float32]] = []
-    with progress.step(name, total) as step:
-        for batch in batches:
-            found += answers(batch)
-            step.advance()
-    if len({chunk.shape for chunk in found}) > 1:
-        raise ServingError(f"the answers of one bundle have one shape, found {sorted({chunk.shape for chunk in found})}: give --bundle")
-    return np.stack(found)
 
 
 def _compared(
