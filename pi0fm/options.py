@@ -11,7 +11,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -119,12 +119,13 @@ def parse[T](
     positional: str | None = None,
     named_by_row: str | None = None,
     others: str | None = None,
+    defaults: Callable[[Tree], Tree] | None = None,
 ) -> T:
     """Decode `[FILE.yaml ...] --dotted.option value ...` into `cls`; later options override earlier ones, and files `base`.
 
     aliases: dotted names in other words (LeRobot's), in files too -> ours, or what their value stands for. positional: the option whose
     value may come first, instead of files; others: the option of the words after it. named_by_row: the folder that is outputs/NAME_NAME
-    for a row of files that do not set it.
+    for a row of files that do not set it. defaults: from all that was given to the options under it.
     Raises ConfigError for an unknown option, a value of another type, or a missing required option.
     """
     count = next((index for index, word in enumerate(arguments) if word.startswith("--")), len(arguments))
@@ -147,7 +148,7 @@ def parse[T](
     tree = _translated(tree, words, given)
     for name, value in pairs:
         tree = merge(tree, _in_our_words(name, value, words, given))
-    return decode(cls, tree)
+    return decode(cls, tree if defaults is None else merge(defaults(tree), tree))
 
 
 def _translated(tree: Tree, aliases: Mapping[str, str | Foreign], given: Tree, prefix: str = "") -> Tree:
@@ -285,13 +286,19 @@ def _group(cls: type, tree: Any, where: str) -> Any:
     hints, fields = typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
     if not isinstance(tree, Mapping):
         raise ConfigError(f"option {where[:-1]} is a group: expected options in it, found {tree!r}; options here: {', '.join(fields)}")
-    for key in tree:
-        if key not in fields:
-            raise ConfigError(f"unknown option {where}{key}: {nearest(str(key), list(fields))}")
-    decoded = {key: _value(hints[key], value, f"{where}{key}") for key, value in tree.items()}
+    decoded, faults = {}, list[str]()
+    for key, value in tree.items():
+        try:
+            if key not in fields:
+                raise ConfigError(f"unknown option {where}{key}: {nearest(str(key), list(fields))}")
+            decoded[key] = _value(hints[key], value, f"{where}{key}")
+        except ConfigError as error:
+            faults.append(str(error))
     for name, field in fields.items():
         if name not in tree and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"option {where}{name} is required: {field.metadata.get('help', 'no default')}")
+            faults.append(f"option {where}{name} is required: {field.metadata.get('help', 'no default')}")
+    if faults:
+        raise ConfigError("; ".join(faults))
     return cls(**decoded)
 
 

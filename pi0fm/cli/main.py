@@ -8,6 +8,7 @@ Each command is a module of pi0fm/cli, imported when it is called, with `HELP`, 
     POSITIONAL      the option that may stand first without its name, in the place of files
     OTHERS          the option that takes the words after that
     NAMED_BY_ROW    the folder that is outputs/NAME_NAME by default where several files stand in a row
+    DEFAULTS        from all options that were given to those under them
 """
 
 import importlib
@@ -62,6 +63,8 @@ def _dispatch(path: tuple[str, ...], commands: Mapping[str, str], words: Sequenc
         _print_commands(path, commands)
         return 0 if words else 2
     name, rest = " ".join((*path, words[0])), words[1:]
+    if words[0] == "help" and rest:
+        return _dispatch(path, commands, [*rest, "--help"])
     if words[0] not in commands:
         raise ConfigError(f"unknown command {name!r}: {options.nearest(words[0], list(commands))}")
     path = (*path, words[0])
@@ -73,7 +76,7 @@ def _dispatch(path: tuple[str, ...], commands: Mapping[str, str], words: Sequenc
     if "-h" in rest or "--help" in rest:
         _print_options(name, command)
         return 0
-    words_first: dict[str, Any] = {name.lower(): _constant(command, name) for name in ("POSITIONAL", "OTHERS", "NAMED_BY_ROW")}
+    words_first: dict[str, Any] = {name.lower(): _constant(command, name) for name in ("POSITIONAL", "OTHERS", "NAMED_BY_ROW", "DEFAULTS")}
     result = command.run(options.parse(command.Options, rest, command.ALIASES, **words_first))
     if result is not None:
         # one write: torchrun's workers share an unbuffered pipe, where print's newline may follow another worker's text
@@ -90,9 +93,8 @@ def find(path: Sequence[str]) -> Any:
     return importlib.import_module(f"pi0fm.cli.{'_'.join(path)}")
 
 
-def _constant(command: Any, name: str) -> str | None:
-    value: str | None = getattr(command, name, None)
-    return value
+def _constant(command: Any, name: str) -> Any:
+    return getattr(command, name, None)
 
 
 def _print_commands(path: tuple[str, ...], commands: Mapping[str, str]) -> None:

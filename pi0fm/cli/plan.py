@@ -19,10 +19,12 @@ from pi0fm.train.config import TrainConfig
 from pi0fm.train.plan import pictures
 from pi0fm.train.plan.network import Network
 from pi0fm.train.plan.planner import Card, Plan, best, card_named, counts, known_cards, plans_of
+from pi0fm.train.start.defaults import defaults
 from pi0fm_client.errors import ConfigError
 
 HELP = "seconds of a step, memory, cost and what stops scaling, for any number of cards; options of pi0fm train are taken too"
 ALIASES = lerobot.TRAIN
+DEFAULTS = defaults
 GBITS = (10.0, 25.0, 100.0, 400.0)  # of the picture
 
 

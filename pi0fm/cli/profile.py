@@ -12,10 +12,12 @@ from pi0fm.cli import lerobot
 from pi0fm.cli.bench import answer
 from pi0fm.cluster.training import TrainingRun
 from pi0fm.options import option
+from pi0fm.train.start.defaults import defaults
 
 HELP = "where the steps of a run go: data, forward, backward, optimiser, average; their share of the limit, and what to change"
 NAMED_BY_ROW = "output_dir"
 ALIASES = lerobot.TRAIN
+DEFAULTS = defaults
 
 
 @dataclass(frozen=True)

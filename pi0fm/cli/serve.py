@@ -26,6 +26,7 @@ from pi0fm_client.errors import ConfigError
 
 HELP = "answer robots over the openpi WebSocket protocol"
 ALIASES = lerobot.SERVE
+POSITIONAL = "bundle"
 ADMIN_VARIABLE = "PI0FM_ADMIN_TOKEN"  # the name, not the key
 
 

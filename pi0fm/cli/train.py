@@ -8,11 +8,13 @@ from typing import Any
 from pi0fm.cli import lerobot
 from pi0fm.cluster import training
 from pi0fm.train.parallel.context import context_from_environment
+from pi0fm.train.start.defaults import defaults
 
 HELP = "train a policy on a LeRobot data set, or on a mixture of them"
 Options = training.TrainingRun
 NAMED_BY_ROW = "output_dir"
 ALIASES = lerobot.TRAIN
+DEFAULTS = defaults
 
 
 def run(options: training.TrainingRun) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from pi0fm.cluster import said
 from pi0fm.cluster.caching import cache_everywhere
 from pi0fm.cluster.preflight import nodes_with, refuse_nodes
 from pi0fm.cluster.runtime import Head, ray_session, refuse_ended, require_resources, started_here
-from pi0fm.data.columns.lerobot_source import DatasetConfig
+from pi0fm.data.columns.lerobot_source import DatasetConfig, refuse_missing
 from pi0fm.data.pictures.resizing import ANTIALIAS
 from pi0fm.options import option
 from pi0fm.processes import end_with_parent
@@ -86,6 +86,8 @@ class TrainingRun(TrainConfig):
 
 def run_training(run: TrainingRun) -> TrainResult:
     """Claim the output folder, train where `run` says, and return what was reached."""
+    for entry in run.entries().values():
+        refuse_missing(entry.dataset)  # before Ray takes its seconds to start
 
     def ended() -> str:
         return _unfinished(run)

@@ -45,7 +45,8 @@ FREE_AT_RESUME = (
 )
 ON_NONFINITE = ("stop", "skip")
 FREE_IN_GROUPS = (
-    *(f"dataset.{name}" for name in ("cache_dir", "video_decoder")),
+    *(f"dataset.{name}" for name in ("repo_id", "root", "cache_dir", "video_decoder")),  # what it holds is compared (checkpoint/facts)
+    "optimizer.decay_steps",
     *(f"validation.{name}" for name in FREE_IN_VALIDATION),
 )
 

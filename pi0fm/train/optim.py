@@ -22,6 +22,7 @@ class OptimizerConfig:
     learning_rate: float = option(2.5e-5, "peak learning rate")
     final_learning_rate_ratio: float = option(0.1, "learning rate at the last step over the peak")
     warmup_steps: int = option(1000, "steps from 0 to the peak")
+    decay_steps: int | None = option(None, "steps until the last rate, which then stays; empty takes the run's")
     beta1: float = option(0.9, "decay of the mean gradient")
     beta2: float = option(0.95, "decay of the mean squared gradient")
     weight_decay: float = option(1e-10, "pull of the matrices towards 0; norms and biases have none")
@@ -32,6 +33,8 @@ class OptimizerConfig:
             raise ConfigError(f"learning_rate and clip_norm must be > 0, found {self.learning_rate} and {self.clip_norm}")
         if not 0 <= self.final_learning_rate_ratio <= 1:
             raise ConfigError(f"final_learning_rate_ratio must lie in [0, 1], found {self.final_learning_rate_ratio}")
+        if self.decay_steps is not None and self.decay_steps < 1:
+            raise ConfigError(f"decay_steps must be >= 1, found {self.decay_steps}; leave it out for the run's steps")
         if self.warmup_steps < 0 or self.weight_decay < 0:
             raise ConfigError(f"warmup_steps and weight_decay must be >= 0, found {self.warmup_steps} and {self.weight_decay}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
@@ -128,8 +131,9 @@ def make_optimizer(config: OptimizerConfig, model: nn.Module) -> ClippedAdamW:
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The rate of step 0..steps-1: linear warm-up to the peak, then a half cosine to `final_learning_rate_ratio` of it.
 
-    Warm-up takes at most a tenth of the run, so that a short run reaches its peak.
+    The cosine ends after `decay_steps`, else with the run. Warm-up takes at most a tenth of that, so that a short run reaches its peak.
     """
+    steps = config.decay_steps or steps
     warmup = min(config.warmup_steps, steps // 10)
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)

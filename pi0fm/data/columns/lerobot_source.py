@@ -333,16 +333,19 @@ def _nothing(root: Path, selection: Selection, count: int) -> DatasetError | Con
     return ConfigError(f"the filters of {root} leave no episode; loosen episodes, exclude_episodes, tasks or min_frames")
 
 
+def refuse_missing(config: DatasetConfig) -> None:
+    """Raise ConfigError where no data set is named, DatasetError for a directory that holds none: all that costs no time to know."""
+    if config.root is None and not config.repo_id:
+        raise ConfigError("which data set? give --dataset.repo_id NAME, or --dataset.root DIRECTORY")
+    if config.root is not None and not (config.root / "meta" / "info.json").is_file():
+        raise DatasetError(f"dataset.root must be a LeRobot data set, but {config.root} has no meta/info.json; record one with pi0fm demos")
+
+
 def locate(config: DatasetConfig) -> Path:
     """The data set's directory: `root`, else `$HF_LEROBOT_HOME/repo_id`, else a download by lerobot."""
+    refuse_missing(config)
     if config.root is not None:
-        if not (config.root / "meta" / "info.json").is_file():
-            raise DatasetError(
-                f"dataset.root must be a LeRobot data set, but {config.root} has no meta/info.json; record one with pi0fm demos"
-            )
         return config.root
-    if not config.repo_id:
-        raise ConfigError("which data set? give --dataset.repo_id NAME, or --dataset.root DIRECTORY")
     home = Path(os.environ.get("HF_LEROBOT_HOME", Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "lerobot")).expanduser()
     if (home / config.repo_id / "meta" / "info.json").is_file():
         return home / config.repo_id

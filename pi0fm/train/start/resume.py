@@ -3,6 +3,7 @@
 Owns: what must agree between the run and the checkpoint, the lines that are said. Does not know: the files, the tensors.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from pi0fm import progress
 from pi0fm.train.checkpoint.checkpoints import Checkpoints
 from pi0fm.train.checkpoint.facts import RunFacts, versions
 from pi0fm.train.config import changed_options
+from pi0fm.train.optim import learning_rate
 from pi0fm.train.parallel.context import Context
 from pi0fm.train.state import TrainState
 from pi0fm_client.errors import ConfigError, DatasetError, OutputError
@@ -56,6 +58,14 @@ def _say_resumed(old: Mapping[str, Any], run: RunFacts, context: Context) -> Non
     if context.is_first:
         workers = f", which {old['world_size']} workers wrote" if old["world_size"] != context.world_size else ""
         progress.say(f"resumed from step {old['step']}{workers}")
+    step, before = int(old["step"]), old["schedule"]
+    rate = learning_rate(run.optimizer, step, run.steps)
+    if context.shown and before["steps"] != run.steps and not math.isclose(rate, before["next_learning_rate"], rel_tol=1e-6):
+        progress.say(
+            f"the learning rate now falls until step {run.optimizer.decay_steps or run.steps}, before until {before['steps']}: "
+            f"{rate:.3g} now, {before['next_learning_rate']:.3g} then; --optimizer.decay_steps {before['steps']} keeps the old schedule, "
+            "and its last rate from there on"
+        )
 
 
 def _changes(old: Mapping[str, Any], run: RunFacts) -> tuple[list[str], list[str]]:

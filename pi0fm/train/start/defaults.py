@@ -1,0 +1,46 @@
+"""What a run that says little takes: from its own record, from the bundle that it starts from, or from its preset's file.
+
+Owns: which of them, before options are decoded. Does not know: what any option means.
+
+    --resume true in a folder with a run.json    that run's options
+    --pretrained BUNDLE                          its network, tokenizer, prompt dialect, normalisation, path and prediction of the flow
+    model.preset tiny, which is the default      configs/tiny.yaml
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pi0fm import options
+from pi0fm.policy import bundle
+from pi0fm.train.config import TrainConfig
+from pi0fm.train.start.pretrained import FIXED_IN_FLOW, OWN
+from pi0fm_client.errors import OutputError
+
+SAID_AGAIN = ("resume", "resume_changed")  # of each command
+
+
+def defaults(given: options.Tree) -> options.Tree:
+    """Return the options under those that were given. Raises BundleError for a damaged bundle, OutputError for an unreadable record."""
+    record = Path(given.get("output_dir", TrainConfig.output_dir)) / "run.json"
+    if str(given.get("resume")).lower() in ("true", "auto") and record.is_file():
+        return _recorded(record)
+    if given.get("pretrained"):  # one that is missing is named when it is opened; a run can be planned without it
+        return _of_bundle(Path(given["pretrained"]), given) if Path(given["pretrained"]).is_dir() else {}
+    network = given.get("model", {})
+    return options.read_files(["tiny"]) if isinstance(network, dict) and network.get("preset", "tiny") == "tiny" else {}
+
+
+def _recorded(record: Path) -> options.Tree:
+    try:
+        found: Any = json.loads(record.read_text())
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{record} is not readable ({error}); choose another --output_dir") from None
+    return {name: value for name, value in found.items() if name not in SAID_AGAIN} if isinstance(found, dict) else {}
+
+
+def _of_bundle(path: Path, given: options.Tree) -> options.Tree:
+    policy = bundle.read(path)[0]
+    flow = {name: getattr(policy.flow, name) for name in FIXED_IN_FLOW}
+    fixed = {"tokenizer": OWN, "prompt_dialect": OWN, "normalization": policy.normalization, "flow": flow}
+    return fixed | ({} if "preset" in given.get("model", {}) else {"model": options.encode(policy.model)})
