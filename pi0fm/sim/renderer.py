@@ -17,6 +17,7 @@ import functools
 import importlib
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -78,25 +79,32 @@ def gl_context() -> Any:
 
 
 class Renderer:
-    """Draws one MuJoCo model from its fixed cameras; shadows, reflections and multisampling are off."""
+    """Draws one MuJoCo model from its fixed cameras."""
 
-    def __init__(self, model: Any, height: int, width: int) -> None:
-        """model: mujoco.MjModel; its quality settings and geom groups change. height, width: the largest picture expected."""
+    def __init__(self, model: Any, height: int, width: int, *, official: bool = False, hidden_groups: Sequence[int] = ()) -> None:
+        """model: mujoco.MjModel; its quality settings and geom groups change. height, width: the largest picture expected.
+
+        official: with shadows, reflections and multisampling, as MuJoCo draws by itself. hidden_groups: of geoms that are not drawn.
+        """
         gl_context().make_current()
         mujoco = load_mujoco()
         self._mujoco, self._model = mujoco, model
-        model.vis.quality.offsamples = 0
-        model.vis.quality.shadowsize = 0
+        self._official = official
+        if not official:
+            model.vis.quality.offsamples = 0
+            model.vis.quality.shadowsize = 0
         model.vis.global_.offheight, model.vis.global_.offwidth = height, width
         self._size = (height, width)
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50.value)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._scene = mujoco.MjvScene(model, maxgeom=model.ngeom + model.nsite + 100)
-        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+        for flag in () if official else (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self._scene.flags[flag] = 0
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._option, self._perturb = mujoco.MjvOption(), mujoco.MjvPerturb()
+        for group in hidden_groups:
+            self._option.geomgroup[group] = 0
         self._groups = model.geom_group.copy()
 
     def render(self, data: Any, camera: int, height: int, width: int) -> NDArray[np.uint8]:
@@ -109,10 +117,11 @@ class Renderer:
         # another renderer of this process may have bound its buffer
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._camera.fixedcamid = camera
-        unseen = outside_view(
-            data.geom_xpos, model.geom_rbound, data.cam_xpos[camera], data.cam_xmat[camera], model.cam_fovy[camera], width / height
-        )
-        model.geom_group[:] = np.where(unseen, _HIDDEN_GROUP, self._groups)
+        if not self._official:  # what is out of sight may throw a shadow into it
+            unseen = outside_view(
+                data.geom_xpos, model.geom_rbound, data.cam_xpos[camera], data.cam_xmat[camera], model.cam_fovy[camera], width / height
+            )
+            model.geom_group[:] = np.where(unseen, _HIDDEN_GROUP, self._groups)
         mujoco.mjv_updateScene(model, data, self._option, self._perturb, self._camera, mujoco.mjtCatBit.mjCAT_ALL.value, self._scene)
         model.geom_group[:] = self._groups
         pixels = np.empty((height, width, 3), np.uint8)
