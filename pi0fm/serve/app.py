@@ -258,6 +258,8 @@ class _Service:
             return
         finally:
             self._sessions.discard(session)
+            if self.live is not None:
+                self.live.left(session)
 
     def fault(self) -> str | None:
         """Return why no robot can be served."""

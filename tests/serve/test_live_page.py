@@ -11,6 +11,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -119,15 +120,19 @@ def test_the_page_is_off_unless_asked_for_and_asks_for_the_key(start_server: Any
 def test_robots_that_sent_no_report_are_shown_and_old_ones_forgotten(start_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "KEPT_ROBOTS", 2)
     server = start_server(live=True)
-    for front in (1, 2, 3):
-        with talk(server.url) as robot:
+    with ExitStack() as stack:
+        for front in (1, 2, 3):
+            robot = stack.enter_context(talk(server.url))
             robot.recv()
             robot.send(observation_bytes(front=front))
             robot.recv()
+        assert np.array(Image.open(BytesIO(get(server.url, "/live/picture?robot=2&camera=front")[1]))).max() == 2
     shown = data(server.url)
     assert [line["robot"] for line in shown["robots"]] == [2, 3] and shown["chosen"]["robot"] == 3 and shown["chosen"]["executed"] == []
     assert data(server.url, "/live/data?robot=2")["chosen"]["robot"] == 2
-    assert np.array(Image.open(BytesIO(get(server.url, "/live/picture?robot=2&camera=front")[1]))).max() == 2
+    end = time.monotonic() + 5
+    while data(server.url, "/live/data?robot=2")["chosen"]["cameras"]:
+        assert time.monotonic() < end, "pictures of a robot that left are kept"
 
 
 @pytest.mark.parametrize(

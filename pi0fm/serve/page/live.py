@@ -18,7 +18,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -128,6 +128,12 @@ class Live:
             self._robots.move_to_end(request.session)
         while self._robots and (len(self._robots) > KEPT_ROBOTS or now - next(iter(self._robots.values())).at > GONE_SECONDS):
             self._robots.popitem(last=False)
+
+    def left(self, connection: object) -> None:
+        """Let go of the pictures of the robots of a connection that ended; a robot's key is (connection, name)."""
+        for key, robot in self._robots.items():
+            if isinstance(key, tuple) and key[0] is connection:
+                robot.observation = replace(robot.observation, images={})
 
     def _answered(self, answer: Callable[[HttpRequest], Any]) -> Callable[[HttpRequest], Any]:
         async def guarded(request: HttpRequest) -> Response:
