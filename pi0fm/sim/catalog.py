@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from pi0fm.options import nearest
+from pi0fm.sim.aloha import ALOHA
 from pi0fm.sim.environment import CameraSpec, Environment
 from pi0fm.sim.libero.suite import LIBERO
 from pi0fm.sim.metaworld.suite import METAWORLD
@@ -18,7 +19,7 @@ from pi0fm.sim.so101 import SO101
 from pi0fm.sim.suite import Suite
 from pi0fm_client.errors import ConfigError
 
-SUITES: Final = {suite.name: suite for suite in (METAWORLD, *LIBERO, PUSHT, SO101)}
+SUITES: Final = {suite.name: suite for suite in (METAWORLD, *LIBERO, ALOHA, PUSHT, SO101)}
 DEFAULT_SUITE = METAWORLD.name
 TASK_FORM = "SUITE/TASK, such as metaworld/drawer-open-v3; a name alone is of metaworld"
 

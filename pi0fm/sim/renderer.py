@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from pi0fm_client.errors import SimulationError
 
 BACKENDS = ("egl", "osmesa")
+FAST = "-fast"  # behind a camera's source, where a simulator offers official pictures too
 _HIDDEN_GROUP = 5  # the last of MuJoCo's six geom groups; nothing of it is drawn
 _INSTALL = "install one with `apt-get install libegl1 libgl1-mesa-dri` or `apt-get install libosmesa6`"
 

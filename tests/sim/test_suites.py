@@ -1,4 +1,4 @@
-"""PushT and SO-101 behind `Suite`: starts from seeds, success counted, pictures, what is missing said with the command."""
+"""ALOHA, PushT and SO-101 behind `Suite`: starts from seeds, success counted, pictures, what is missing said with the command."""
 
 import numpy as np
 import pytest
@@ -12,10 +12,16 @@ from pi0fm.sim.suite import metadata
 from pi0fm_client.errors import SimulationError
 from pi0fm_client.types import ActionChunk
 
-TASKS = {"pusht/push-t": "gym_pusht", "so101/pick-place": "lerobot_env_so101"}
+TASKS = {
+    "aloha/transfer-cube": "gym_aloha",
+    "aloha/insertion": "gym_aloha",
+    "pusht/push-t": "gym_pusht",
+    "so101/pick-place": "lerobot_env_so101",
+}
 PUSHED = [((381, 271), 5), ((193, 190), 7), ((175, 245), 4)]  # found by search: solves PushT from seed 70890 at the 14th step
 SOLVED_SEED, SOLVED_STEPS = 70890, 14
 EXECUTED = 10
+SMALL = dict.fromkeys(("aloha/transfer-cube", "aloha/insertion"), parse_cameras("top=top-fast:96x96"))
 
 
 @pytest.fixture(params=TASKS)
@@ -46,7 +52,7 @@ def outcome(task, rows, seed, max_steps=None):
 
 
 def test_a_start_is_a_function_of_its_seed(task):
-    environment = catalog.open_environment(task)
+    environment = catalog.open_environment(task, SMALL.get(task, ()))
     pictures = []
     for seed in (1, 2, 1):
         environment.reset(seed)
@@ -61,7 +67,7 @@ def test_a_start_is_a_function_of_its_seed(task):
 
 
 def test_standing_still_moves_nothing_and_ends_at_the_limit(task):
-    environment = catalog.open_environment(task, max_steps=6)
+    environment = catalog.open_environment(task, SMALL.get(task, ()), max_steps=6)
     environment.reset(3)
     before = environment.observe().state
     results = [environment.step(environment.still_action()) for _ in range(6)]
@@ -82,6 +88,20 @@ def test_pusht_success_is_counted():
     rows = [place for place, count in PUSHED for _ in range(count)]
     assert outcome("pusht/push-t", rows, SOLVED_SEED) == ("success", SOLVED_STEPS)
     assert outcome("pusht/push-t", rows, SOLVED_SEED + 1, max_steps=20) == ("failure", 20)
+
+
+def test_aloha_success_is_a_cube_that_the_left_hand_holds_above_the_table():
+    pytest.importorskip("gym_aloha")
+    environment = catalog.open_environment("aloha/transfer-cube", SMALL["aloha/transfer-cube"])
+    environment.reset(1)
+    assert not environment.step(environment.still_action()).success
+    physics = environment._env.physics
+    finger = physics.named.data.xpos["vx300s_left/left_finger_link"]
+    physics.named.data.qpos[-7:-4] = (finger + physics.named.data.xpos["vx300s_left/right_finger_link"]) / 2
+    closed = environment.still_action()
+    closed[6] = 0
+    assert any(environment.step(closed).success for _ in range(25))
+    environment.close()
 
 
 def test_so101_success_is_the_experts_and_a_cube_that_is_left_alone_is_none():

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0fm.sim.environment import CameraSpec, Environment, StepResult, checked_action
-from pi0fm.sim.renderer import Renderer, load_mujoco
+from pi0fm.sim.renderer import FAST, Renderer, load_mujoco
 from pi0fm_client.errors import SimulationError
 from pi0fm_client.types import Observation
 
@@ -31,7 +31,6 @@ FPS: Final = 20
 SETTLING: Final = 10
 OPEN: Final = -1.0  # of the gripper
 LONGEST: Final = 1000
-FAST: Final = "-fast"
 CAMERAS: Final = tuple(name + how for name in ("agentview", "robot0_eye_in_hand") for how in ("", FAST))
 COLLISION_GROUP: Final = 0  # of geoms, which robosuite's pictures leave out
 
