@@ -46,7 +46,7 @@ class TrainingRun(TrainConfig):
     """A run and where it runs."""
 
     num_workers: int | str = option(
-        1, "Ray workers, or as many as the cluster has room for, 2..8; 0 trains in the calling process, and under torchrun in each of its"
+        0, "0 trains in the calling process, and under torchrun in each of its; else Ray workers, or 2..8: as many as there is room for"
     )
     gpus_per_worker: float | None = option(None, "GPUs of each Ray worker; empty takes 1 where the cluster has GPUs")
     cpus_per_worker: int | None = option(None, "CPUs of each Ray worker; empty shares out the machine, or takes 1 on a larger cluster")
@@ -66,6 +66,8 @@ class TrainingRun(TrainConfig):
             raise ConfigError(f"resize_seconds must be above 0, found {self.resize_seconds:g}; leave it out for 60")
         if self.ship_code and self.ray_address is None:
             raise ConfigError("ship_code is for the nodes of a running cluster, found no ray_address; add it, or leave ship_code out")
+        if self.ray_address is not None and not most:
+            raise ConfigError(f"ray_address is for Ray workers, found num_workers 0; type --num_workers 2 --ray_address {self.ray_address}")
         if self.cpus_per_worker is not None and self.cpus_per_worker < 1:
             raise ConfigError(f"cpus_per_worker must be >= 1, found {self.cpus_per_worker}")
         if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
@@ -88,6 +90,12 @@ def run_training(run: TrainingRun) -> TrainResult:
     """Claim the output folder, train where `run` says, and return what was reached."""
     for entry in run.entries().values():
         refuse_missing(entry.dataset)  # before Ray takes its seconds to start
+    each, cores = run.cpus_per_worker or 1, os.cpu_count() or 1
+    if run.ray_address is None and run.workers[0] * each > cores:
+        raise ConfigError(
+            f"num_workers are Ray workers that train, here with {each} of {cores} cores each, found {run.num_workers}; type --num_workers "
+            f"{cores // each}, or leave it out: one process trains, and its threads load data (LeRobot's num_workers has no counterpart)"
+        )
 
     def ended() -> str:
         return _unfinished(run)

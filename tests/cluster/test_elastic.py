@@ -123,6 +123,7 @@ def test_workers_are_a_number_or_two(given, found):
         ({"num_workers": -1}, "num_workers and max_failures must be >= 0"),
         ({"num_workers": "2..64", "global_batch_size": 32}, "global_batch_size must be at least the number of workers, found 32 for 33"),
         ({"num_workers": "2..4", "parallel": ParallelConfig(FULL, replicas=2)}, "found 2 for parallel.replicas 2"),
+        ({"ray_address": "auto"}, "ray_address is for Ray workers, found num_workers 0; type --num_workers 2 --ray_address auto"),
         ({"num_workers": "1..2", "resize_seconds": 0.0}, "resize_seconds must be above 0"),
         ({"ship_code": True}, "ship_code is for the nodes of a running cluster, found no ray_address"),
         ({"hang_seconds": 0.0}, "hang_seconds must be above 0, found 0; leave it out for 900"),

@@ -77,7 +77,7 @@ def test_a_row_is_what_its_names_say(row):
 def test_a_row_fits_the_card_that_its_file_names(row):
     """The stated figure is the estimate, which builds the network on the meta device; a tenth of the card stays free."""
     run = recipe(*row)
-    found = run.memory(len(run.embodiment.cameras), run.num_workers, torch.device("cuda"))
+    found = run.memory(len(run.embodiment.cameras), 1, torch.device("cuda"))
     model, robot, way = row
     assert stated_memory(way)[model, robot] == pytest.approx(found.total / GIB, abs=0.1)
     assert found.total <= (1 - SPARE) * float(header(way, "Card").removesuffix(" GiB")) * GIB

@@ -128,6 +128,17 @@ def test_lerobots_word_for_the_weights_to_start_from(refused):
     assert "no bundle at /nowhere/bundle" in line
 
 
+def test_more_ray_workers_than_cores_are_refused_before_ray_starts(refused):
+    code, line = refused("--num_workers", "4000", "--batch_size", "4000")
+    assert code == 2 and "num_workers are Ray workers that train" in line and "LeRobot's num_workers has no counterpart" in line
+
+
+def test_a_missing_data_set_is_named_before_ray_starts(refused, monkeypatch):
+    monkeypatch.setattr("pi0fm.cluster.training.ray_session", lambda address: pytest.fail("Ray was started"))
+    code, line = refused("--num_workers", "1", "--dataset.root", "/nowhere/at/all")
+    assert code == 1 and "/nowhere/at/all has no meta/info.json" in line
+
+
 def test_a_missing_configuration_file(capsys):
     assert main(["train", "nowhere.yaml"]) == 2
     assert "no configuration file at nowhere.yaml" in capsys.readouterr().err
