@@ -8,12 +8,14 @@ Owns: the reading of their folders, the pairs, the statements. Does not know: ho
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from pi0fm.eval.episode import Outcome
+from pi0fm.eval.recipes import Recipe, TrainedPolicy, recipes
 from pi0fm.eval.report.page import JOURNAL
 from pi0fm.eval.statistics import Interval, holm, log_evidence, mcnemar, mean_over_tasks, paired_difference, wilson
 from pi0fm.options import option, required
@@ -45,11 +47,13 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation that has ended. outcomes: by (task, seed). settings: of summary.json."""
+    """An evaluation that has ended. outcomes: by (task, seed). settings, policy: of summary.json. videos: files by (task, seed)."""
 
     name: str
     outcomes: Mapping[tuple[str, int], str]
     settings: Mapping[str, str]
+    policy: Mapping[str, str] = field(default_factory=dict)
+    videos: Mapping[tuple[str, int], Path] = field(default_factory=dict)
 
     def interval(self, task: str) -> Interval | None:
         """Return the success of one task; None without an episode that did not crash."""
@@ -107,6 +111,13 @@ class Compared:
     tasks: tuple[str, ...]
     paired: tuple[Paired, ...]
     warnings: tuple[str, ...]
+    recipes: tuple[Recipe, ...] = ()
+
+    def filmed(self) -> list[tuple[str, int]]:
+        """Episodes that two evaluations or more filmed, those first whose outcomes differ."""
+        counts = Counter(key for each in self.evaluations for key in each.videos)
+        shared = [key for key, count in counts.items() if count > 1]
+        return sorted(shared, key=lambda key: (len({each.outcomes.get(key) for each in self.evaluations}) == 1, key))
 
     def json(self) -> dict[str, Any]:
         """Return the figures of compare.json and of the command's last line."""
@@ -118,7 +129,8 @@ class Compared:
             for each in self.evaluations
         }
         paired = [asdict(each) | {"statement": each.statement} for each in self.paired]
-        return {"baseline": self.evaluations[0].name, "evaluations": evaluations, "paired": paired, "warnings": list(self.warnings)}
+        told = {"baseline": self.evaluations[0].name, "evaluations": evaluations, "paired": paired, "warnings": list(self.warnings)}
+        return told | {"recipes": {each.name: [point.json() for point in each.points] for each in self.recipes}}
 
 
 def compare(config: CompareConfig) -> Compared:
@@ -131,7 +143,8 @@ def compare(config: CompareConfig) -> Compared:
     adjusted = holm([mcnemar(len(b), len(c)) for _, b, c in found])
     warnings = [line for each, (pairs, _, _) in zip(others, found, strict=True) for line in _warnings(first, each, len(pairs))]
     paired = [_paired(each, *parts, p_holm) for each, parts, p_holm in zip(others, found, adjusted, strict=True)]
-    return Compared(tuple(evaluations), tasks, tuple(paired), tuple(warnings))
+    trained = [TrainedPolicy(each.name, each.policy, each.mean(tasks)) for each in evaluations]
+    return Compared(tuple(evaluations), tasks, tuple(paired), tuple(warnings), tuple(recipes(trained)))
 
 
 def read(folder: Path, name: str) -> Evaluated:
@@ -146,14 +159,19 @@ def read(folder: Path, name: str) -> Evaluated:
     try:
         rows = json.loads((folder / "episodes.json").read_text())
         outcomes: dict[tuple[str, int], str] = {}
+        videos: dict[tuple[str, int], Path] = {}
         for row in rows:
             key = str(row["task"]), int(row["seed"])
             if row["outcome"] not in OUTCOMES or key in outcomes:
                 also = ", a second time" if key in outcomes else ""
                 raise ValueError(f"{key[0]}, seed {key[1]}: {row['outcome']!r:.40}{also}; each seed has one of {', '.join(OUTCOMES)}")
             outcomes[key] = row["outcome"]
-        settings = json.loads((folder / "summary.json").read_text())["facts"]["settings"]
-        return Evaluated(name, outcomes, {str(key): str(value) for key, value in settings.items()})
+            film = folder / str(row.get("video"))
+            if row.get("video") and film.resolve().is_relative_to(folder.resolve()) and film.is_file():
+                videos[key] = film
+        facts = json.loads((folder / "summary.json").read_text())["facts"]
+        settings, policy = ({str(key): str(value) for key, value in tree.items()} for tree in (facts["settings"], facts.get("policy", {})))
+        return Evaluated(name, outcomes, settings, policy, videos)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         found = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise ConfigError(

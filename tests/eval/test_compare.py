@@ -16,11 +16,12 @@ from pi0fm.eval.summary import summarize
 OUTCOMES = {"s": "success", "f": "failure", "c": "crash"}
 
 
-def evaluated(folder: Path, settings: dict[str, str] | None = None, **letters: str) -> str:
-    """The folder of an evaluation; letters: the outcomes of the seeds of each task, from 1 on."""
+def evaluated(folder: Path, settings: dict[str, str] | None = None, policy: dict[str, str] | None = None, **letters: str) -> str:
+    """The folder of an evaluation; letters: the outcomes of the seeds of each task, from 1 on; policy: what its bundle says."""
     results = [EpisodeResult(task, seed, OUTCOMES[letter], 9, 0.1) for task, word in letters.items() for seed, letter in enumerate(word, 1)]
     rows = [result.row() for result in results]
-    report.write(folder, summarize(results, tuple(letters)), rows, ReportContext("p", facts={"settings": settings or {"max steps": "400"}}))
+    facts = {"settings": settings or {"max steps": "400"}, "policy": policy or {}}
+    report.write(folder, summarize(results, tuple(letters)), rows, ReportContext("p", facts=facts))
     return str(folder)
 
 
@@ -70,6 +71,41 @@ def test_other_settings_are_said_and_those_of_the_policy_are_not(tmp_path, capsy
     old = evaluated(tmp_path / "old", {"max steps": "400", "solver": "euler"}, push="sf")
     new = evaluated(tmp_path / "new", {"max steps": "200", "solver": "heun"}, push="sf")
     assert compared(capsys, old, new)["warnings"] == ["old and new differ in max steps: 400 and 200"]
+
+
+def test_steps_make_a_curve_and_training_seeds_an_interval(tmp_path, capsys):
+    """Seeds of 50, 75 and 100 %: mean 75, deviation 25, Student's t at two degrees of freedom 4.303."""
+    words = {("100", "0"): "ffsf", ("200", "0"): "ssff", ("200", "1"): "sssf", ("200", "2"): "ssss"}
+    folders = [
+        evaluated(
+            tmp_path / f"at-{steps}-{seed}", policy={"dataset": "d", "steps": steps, "seed": seed, "identity": steps + seed}, push=word
+        )
+        for (steps, seed), word in words.items()
+    ]
+    other = evaluated(tmp_path / "other", policy={"dataset": "e", "steps": "200", "seed": "0"}, push="ssff")
+    found = compared(capsys, *folders, other)
+    (points,) = found["recipes"].values()
+    assert [point["steps"] for point in points] == [100, 200]
+    assert points[0]["interval"] == [pytest.approx(end, abs=1e-6) for end in (wilson(1, 4).low, wilson(1, 4).high)]
+    assert points[1]["rates"] == [0.5, 0.75, 1.0] and points[1]["mean"] == 0.75
+    assert points[1]["interval"][0] == pytest.approx(0.75 - 4.303 * 0.25 / 3**0.5, abs=1e-5) and points[1]["interval"][1] == 1
+    page = Path(found["report"]).read_text()
+    assert page.count("data:image/png") == 2 and "Over steps and training seeds" in page
+
+
+def test_videos_of_one_episode_stand_side_by_side(tmp_path, capsys):
+    folders = [Path(evaluated(tmp_path / name, push=word)) for name, word in (("old", "ssf"), ("new", "sff"))]
+    for folder in folders:
+        rows = json.loads((folder / "episodes.json").read_text())
+        for row in rows[:2]:
+            row["video"] = f"videos/push-seed-{row['seed']}.mp4"
+            files.write_bytes(folder / row["video"], folder.name.encode())
+        rows[2]["video"] = "../outside.mp4"
+        files.write_json(folder / "episodes.json", rows)
+    files.write_bytes(tmp_path / "outside.mp4", b"secret")
+    page = Path(compared(capsys, *map(str, folders))["report"]).read_text()
+    assert page.count("<video") == 4 and page.index("push, seed 2") < page.index("push, seed 1")  # those that differ first
+    assert "seed 3" not in page
 
 
 def test_folders_of_one_name_keep_their_paths(tmp_path, capsys):

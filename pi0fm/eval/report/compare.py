@@ -1,18 +1,20 @@
 """The files of a comparison of evaluations.
 
     output_dir/
-      compare.html    one self-contained file: bars with intervals, tables, statements
+      compare.html    one self-contained file: statements, bars and learning curves with intervals, tables, videos side by side
       compare.json    every figure of it
 
 Owns: the folder, the page, the picture. Does not know: how the figures were found.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pi0fm import files, machine, pages
 from pi0fm.eval.compare import Compared
-from pi0fm.eval.report.page import percent
+from pi0fm.eval.recipes import Recipe
+from pi0fm.eval.report.page import EMBEDDED_VIDEO_BYTES, embedded, percent
 from pi0fm_client.errors import OutputError
 
 PAGE, RESULT = "compare.html", "compare.json"
@@ -28,11 +30,42 @@ def write(output_dir: Path, found: Compared) -> Path:
     if others:
         raise OutputError(f"only an earlier comparison is ever replaced, and {output_dir} holds {others[0]}; type --output_dir ANOTHER")
     background: Mapping[str, object] = {"command": machine.command_line(), "facts": {}}
-    page = pages.render("eval/report/compare.html.j2", {"bars": bars(found)}, found=found, background=background, percent=percent)
+    curves = [each for each in found.recipes if len(each.points) > 1]
+    pictures = {"bars": bars(found)} | ({"curves": draw_curves(curves)} if curves else {})
+    values = {"found": found, "films": side_by_side(found), "background": background, "percent": percent}
+    page = pages.render("eval/report/compare.html.j2", pictures, **values)
     with files.write_faults(output_dir):
         files.write_text(output_dir / PAGE, page)
         files.write_json(output_dir / RESULT, found.json())
     return output_dir / PAGE
+
+
+def side_by_side(found: Compared) -> list[dict[str, Any]]:
+    """The episodes that several evaluations filmed, with a data URI each, while there is room for all of an episode."""
+    room, shown = EMBEDDED_VIDEO_BYTES, []
+    for key in found.filmed():
+        own = [(each, each.videos[key]) for each in found.evaluations if key in each.videos]
+        size = sum(path.stat().st_size for _, path in own)
+        if size > room:
+            continue
+        room -= size
+        films = [{"name": each.name, "outcome": each.outcomes[key], "uri": embedded(path)} for each, path in own]
+        shown.append({"task": key[0], "seed": key[1], "films": films})
+    return shown
+
+
+def draw_curves(curves: Sequence[Recipe]) -> bytes:
+    """Draw success over training steps with its intervals, a line a recipe, as PNG."""
+    figure, (axis,) = pages.panels(width=7.8, height=3.2)
+    for number, recipe in enumerate(curves):
+        colour, steps = COLOURS[number % len(COLOURS)], [point.steps for point in recipe.points]
+        low, high = ([100 * getattr(point.interval, end) for point in recipe.points] for end in ("low", "high"))
+        axis.plot(steps, [100 * point.interval.rate for point in recipe.points], color=colour, marker=".", label=recipe.name[-LONGEST:])
+        axis.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
+    pages.chart(axis, "Success over training, 95 % interval", "steps", "%")
+    axis.set_ylim(0, 102)
+    pages.legend(axis)
+    return pages.png(figure)
 
 
 def bars(found: Compared) -> bytes:

@@ -108,6 +108,11 @@ def percent(rate: float) -> str:
     return f"{100 * rate:.1f}".removesuffix(".0") + " %"
 
 
+def embedded(video: Path) -> str:
+    """Return a video as a data URI."""
+    return "data:video/mp4;base64," + base64.b64encode(video.read_bytes()).decode()
+
+
 def _embedded(output_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return each filmed row with a data URI, or None once EMBEDDED_VIDEO_BYTES are used up."""
     room = EMBEDDED_VIDEO_BYTES
@@ -120,6 +125,6 @@ def _embedded(output_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[
         uri = None
         if size <= room:
             room -= size
-            uri = "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
+            uri = embedded(path)
         videos.append({"row": row, "uri": uri})
     return videos

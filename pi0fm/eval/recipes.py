@@ -1,0 +1,90 @@
+"""Evaluations of one recipe: a learning curve over training steps, and what several training seeds agree on.
+
+Owns: which evaluations belong together, the figures over seeds. Does not know: folders, pages.
+
+    recipe    all that a bundle says of its training, but for steps, seed and identity
+    point     the evaluations of a recipe at one number of steps, one a training seed
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pi0fm.eval.statistics import Interval
+
+VARIES = ("steps", "seed", "identity")
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # t of 0.975 at 1 to 9 degrees of freedom
+NORMAL = 1.96
+
+
+@dataclass(frozen=True)
+class TrainedPolicy:
+    """An evaluation by its name, what its bundle says of the training, and its mean over tasks."""
+
+    name: str
+    facts: Mapping[str, str]
+    mean: Interval | None
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """interval: of one seed Wilson's over its episodes; of several Student's over their means: what another seed may give."""
+
+    steps: int
+    seeds: tuple[str, ...]
+    rates: tuple[float, ...]
+    interval: Interval
+
+    def json(self) -> dict[str, Any]:
+        """For compare.json."""
+        ends = [round(end, 6) for end in (self.interval.low, self.interval.high)]
+        return {
+            "steps": self.steps,
+            "seeds": list(self.seeds),
+            "rates": list(self.rates),
+            "mean": round(self.interval.rate, 6),
+            "interval": ends,
+        }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Two evaluations or more; points by steps."""
+
+    name: str
+    points: tuple[CurvePoint, ...]
+
+
+def recipes(evaluations: Sequence[TrainedPolicy]) -> list[Recipe]:
+    """Group evaluations whose policies differ in VARIES only; those that stand alone are left out."""
+    groups: dict[tuple[tuple[str, str], ...], list[TrainedPolicy]] = {}
+    for each in evaluations:
+        if each.mean is not None and each.facts.get("steps", "").isdigit():
+            key = tuple(sorted((name, value) for name, value in each.facts.items() if name not in VARIES))
+            groups.setdefault(key, []).append(each)
+    return [Recipe(group[0].name, _points(group)) for group in groups.values() if len(group) > 1]
+
+
+def _points(group: Sequence[TrainedPolicy]) -> tuple[CurvePoint, ...]:
+    found = []
+    for steps in sorted({int(each.facts["steps"]) for each in group}):
+        own = [each for each in group if int(each.facts["steps"]) == steps]
+        means = [each.mean for each in own if each.mean is not None]
+        rates = tuple(mean.rate for mean in means)
+        seeds = tuple(each.facts.get("seed", "unknown") for each in own)
+        found.append(CurvePoint(steps, seeds, rates, over_seeds(rates) if len(set(seeds)) == len(seeds) > 1 else _together(means)))
+    return tuple(found)
+
+
+def over_seeds(rates: Sequence[float]) -> Interval:
+    """The mean of two or more seeds' rates with Student's 95 % interval, within [0, 1]."""
+    mean, count = statistics.fmean(rates), len(rates)
+    half = (STUDENT[count - 2] if count - 2 < len(STUDENT) else NORMAL) * statistics.stdev(rates) / math.sqrt(count)
+    return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))
+
+
+def _together(means: Sequence[Interval]) -> Interval:
+    """Evaluations of one policy, such as with other flow steps: the mean, and the ends that lie furthest apart."""
+    return Interval(statistics.fmean(each.rate for each in means), min(each.low for each in means), max(each.high for each in means))
