@@ -23,6 +23,7 @@ from pi0fm.train.parallel.context import Context
 
 FOLDER = "hangs"
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_TO_BE_HEARD = 1.0  # what a process says that ends at once may be on its way to another
 SECONDS_OF_GRACE = 5.0  # until all have written: the first one that ends breaks the connections of the others
 
 
@@ -75,6 +76,7 @@ class HangWatch:
         silent = [f"worker {other} on {self._nodes[other]}" for other in range(len(self._nodes)) if other not in written]
         if silent and rank == min(written):
             progress.say(f"no stack came from {', '.join(silent)}: stopped, or its machine is gone; look there first")
+            time.sleep(SECONDS_TO_BE_HEARD)
 
     def _path(self, rank: int) -> Path:
         return self._folder / f"step-{self._step}-worker-{rank}.txt"
