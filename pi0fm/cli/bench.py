@@ -31,6 +31,7 @@ SUBCOMMANDS = {
     "planning": "steps of one, two and four processes, beside what pi0fm plan makes of their rates",
     "serving": "the server's own time with one robot, eight robots against a server that answers one at a time, a 50-Hz loop",
     "soak": "a policy server for ten minutes among storms, damaged frames, killed clients and a model that pauses",
+    "scaling": "Ray workers against torchrun's; seconds of a start, a kill and a lost node; bytes of a state that is cut",
     "density": "a chunk's log-likelihood against its sampling, with the same evaluations",
 }
 DIGITS = 6
