@@ -40,6 +40,7 @@ COMMANDS = {
     "replay": "infer a server's log of requests again, and compare two bundles on it",
     "flow": "see and measure the flows that policies are made of",
     "profile": "where the steps of a run go, and what to change",
+    "chaos": "kill parts of a training run, and check that it ends as a quiet one",
     "bench": "measure pi0fm and its peers on this machine",
 }
 

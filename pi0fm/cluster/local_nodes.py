@@ -1,0 +1,90 @@
+"""Several nodes of Ray on this machine, which can be killed, added, and announced to go.
+
+Owns: their processes. Does not know: what runs there.
+
+    head, no CPU    | drivers, Ray Train's controller        a machine that lives
+    node 0, 1, ...  | one worker each                        machines that come and go
+"""
+
+import signal
+import time
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self, final
+
+import psutil
+
+from pi0fm.cluster.runtime import SMALLEST_OBJECT_STORE_BYTES
+
+# A node that does not answer for three seconds is gone; Ray's own are 3 s, five times.
+QUICK_TO_NOTICE = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3, "health_check_timeout_ms": 3000}
+
+
+@final
+class LocalNodes:
+    """`with LocalNodes(2) as nodes: ... nodes.address ...`; in the main thread alone. cpus: of each but the head, which has none."""
+
+    def __init__(self, count: int, cpus: int = 1, environments: tuple[dict[str, str], ...] = ()) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cpus, self._store = cpus, SMALLEST_OBJECT_STORE_BYTES
+        head = {"num_cpus": 0, "object_store_memory": self._store, "_system_config": QUICK_TO_NOTICE}
+        self._cluster: Any = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            self.ids = [self.add(environments[number] if number < len(environments) else None) for number in range(count)]
+        except BaseException:
+            self._cluster.shutdown()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._cluster.shutdown()
+
+    @property
+    def address(self) -> str:
+        """For `--ray_address`."""
+        return str(self._cluster.address)
+
+    @property
+    def alive(self) -> list[str]:
+        """The ids of the nodes, without the head."""
+        return [node.node_id for node in self._cluster.worker_nodes if all(process.is_running() for process in _raylets(node))]
+
+    def add(self, environment: dict[str, str] | None = None) -> str:
+        """Start a node; its id. environment: of what runs there."""
+        more = {"env_vars": environment} if environment else {}
+        return str(self._cluster.add_node(num_cpus=self._cpus, object_store_memory=self._store, **more).node_id)
+
+    def kill(self, node_id: str) -> None:
+        """End a node at once, as a machine that loses its power: its raylet, and what the raylet had started."""
+        node = self._node(node_id)
+        family = [child for raylet in _raylets(node) for child in (*raylet.children(recursive=True), raylet)]
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def kill_head(self) -> None:
+        """End what all nodes register with; nothing of the cluster outlives it for long."""
+        self._cluster.remove_node(self._cluster.head_node, allow_graceful=False)
+
+    def drain(self, node_id: str, seconds: float) -> None:
+        """Announce that a node will be taken away, as a cloud does with a spot machine."""
+        from ray._raylet import GcsClient
+        from ray.core.generated import autoscaler_pb2
+
+        reason, deadline = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, int(1000 * (time.time() + seconds))
+        GcsClient(address=self.address).drain_node(node_id, reason, "announced to go", deadline)
+
+    def _node(self, node_id: str) -> Any:
+        return next(node for node in self._cluster.worker_nodes if node.node_id == node_id)
+
+
+def _raylets(node: Any) -> list[psutil.Process]:
+    found = []
+    for info in node.all_processes.get("raylet", []):
+        with suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(info.process.pid))
+    return found
