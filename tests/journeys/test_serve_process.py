@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_policies import saved, small_policy
 
 from pi0fm_client import PolicyClient
 from pi0fm_client.errors import ServingError
 
 pytestmark = pytest.mark.journey
+__all__ = ["saved", "small_policy"]
 
 STAND_IN = """
 import sys, time, types
@@ -35,7 +38,7 @@ class Tiny:
         return [ActionChunk(o.state[None] + 1) for o in observations]
 
 loads = []
-def load(path, options):
+def load(path, options, guidance):
     loads.append(path)
     print("loading now", file=sys.stderr, flush=True)
     time.sleep(30 if str(path) == "slow" else 0)
@@ -156,3 +159,26 @@ def test_the_client_imports_neither_torch_nor_ray() -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert found.stdout == "[]\n"
+
+
+def test_what_a_process_served_is_replayed_and_its_page_shows_it(saved: Path, tmp_path: Path) -> None:
+    words = ["serve", "--bundle", str(saved), "--port", "0", "--device", "cpu", "--threads", "1", "--live", "true"]
+    command, environment = [sys.executable, "-m", "pi0fm.cli.main"], os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    words += ["--log_requests", str(tmp_path / "log")]
+    with subprocess.Popen([*command, *words], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            url = json.loads(process.stdout.readline())["url"]
+            with PolicyClient(url) as client:
+                for value in range(3):
+                    picture = np.full((40, 40, 3), value, np.uint8)
+                    client.infer({"observation.images.base": picture, "observation.state": np.zeros(4), "prompt": "press"})
+                with urllib.request.urlopen(url.replace("ws", "http", 1) + "/live/data", timeout=10) as page:
+                    assert json.loads(page.read())["robots"][0]["prompt"] == "press"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+    done = subprocess.run([*command, "replay", str(tmp_path / "log")], capture_output=True, text=True, check=True, env=environment)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["requests"] == found["identical"] == 3 and found["differs"] == []
