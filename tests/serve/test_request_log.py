@@ -19,7 +19,7 @@ from pi0fm.serve.batcher import Request
 from pi0fm.serve.records.replay import ReplayConfig, describe, replay
 from pi0fm.serve.records.request_log import RequestLog, read
 from pi0fm_client import wire
-from pi0fm_client.errors import BundleError, OutputError, ServingError
+from pi0fm_client.errors import BundleError, ConfigError, OutputError, ServingError
 from pi0fm_client.types import ActionChunk, ActionPrefix, Observation
 
 __all__ = ["saved", "small_policy"]
@@ -98,6 +98,11 @@ def test_a_log_without_its_bundle_or_without_requests_says_so(tmp_path: Path) ->
     log.close()
     with pytest.raises(BundleError, match="gone from /gone: give --bundle"):
         replay(ReplayConfig(tmp_path))
+    with pytest.raises(ConfigError, match=r"of pi0fm 9\.9, whose options"):
+        log = RequestLog(tmp_path / "new", 2**23, lambda _: {"bundle": str(tmp_path), "load": {"new": 1}, "versions": {"pi0fm": "9.9"}})
+        log.inferred("a", *one_batch(1.0))
+        log.close()
+        replay(ReplayConfig(tmp_path / "new"))
 
 
 def one_batch(value: float, side: int = 8) -> tuple[list[Request], list[int], list[ActionChunk]]:

@@ -124,7 +124,12 @@ def _opened(path: Path, options: ReplayConfig, known: Mapping[str, Any]) -> Loca
     own = {name: value for name, value in (("device", options.device), ("threads", options.threads)) if value is not None}
     if not path.exists():
         raise BundleError(f"the log's bundle is gone from {path}: give --bundle")
-    return bundle.load(path, LoadOptions(**{**known["load"], **own}), guidance=known["guidance"])
+    try:
+        load = LoadOptions(**{**known["load"], **own})
+    except TypeError:
+        version = known.get("versions", {}).get("pi0fm", "another version")
+        raise ConfigError(f"the log is of pi0fm {version}, whose options this one does not know: replay it with that one") from None
+    return bundle.load(path, load, guidance=known["guidance"])
 
 
 def _compared(
