@@ -11,12 +11,14 @@ import torch
 from small_runs import differing, start, start_and_die, weights
 
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.policy import bundle
+from pi0fm.policy import bundle, reference
+from pi0fm.policy.load_options import HARD_PREFIX
 from pi0fm.train import loop
 from pi0fm.train.checkpoint import checkpoints as checkpoint
+from pi0fm.train.config import RtcConfig
 from pi0fm.train.watch.metrics import read_last
 from pi0fm_client.errors import OutputError
-from pi0fm_client.types import Observation
+from pi0fm_client.types import ActionPrefix, Observation
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,18 @@ def test_micro_batches_change_nothing(run, curve, whole):
     for ours, theirs in zip(curve(run("split").output_dir), curve(whole.bundle.parent), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+def test_a_run_for_real_time_chunking_leaves_a_policy_that_holds_rows(run, curve):
+    """Its curve is the same for any micro batch; its bundle replays its recorded chunk and serves hard_prefix."""
+    found = start(run("held", steps=3, rtc=RtcConfig(2)))
+    start(run("split", steps=3, rtc=RtcConfig(2), micro_batch_size=2))
+    for ours, theirs in zip(curve(run("split").output_dir), curve(found.bundle.parent), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    policy, recorded = bundle.load(found.bundle, device="cpu", guidance=HARD_PREFIX), reference.read(found.bundle)
+    assert reference.compare(policy, recorded).agrees and policy.metadata["rtc_max_delay"] == 2
+    rows = recorded.actions[:3] + 1
+    assert np.array_equal(policy.infer_batch([recorded.observation], [1], prefixes=[ActionPrefix(rows, 2)])[0].actions[:2], rows[:2])
 
 
 @pytest.mark.usefixtures("shapes_unchecked")
