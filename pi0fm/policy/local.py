@@ -9,6 +9,7 @@ Owns: one batched inference, and the score of given chunks. Does not know: files
 """
 
 import copy
+import logging
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -33,11 +34,13 @@ from pi0fm.policy.best_of import LIKELIHOOD, BestOf, choose, medoid_distances
 from pi0fm.policy.buckets import Buckets
 from pi0fm.policy.calibration import Calibration
 from pi0fm.policy.load_options import GUIDED, HARD_PREFIX, WITHOUT_JACOBIAN
-from pi0fm.policy.realtime import check_prefix, committed_to, led_to, refuse_word
+from pi0fm.policy.realtime import check_prefix, committed_to, held_count, led_to, refuse_word
 from pi0fm.policy.sampler import Committed, Sampler
 from pi0fm.policy.scores import ScoreOptions, Scores, conditioned, make_scores, observe_given, sample_and_score
 from pi0fm_client.errors import ConfigError, ObservationError
 from pi0fm_client.types import ActionChunk, ActionPrefix, Observation
+
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -60,6 +63,7 @@ class LocalPolicy:
     ) -> None:
         refuse_word(guidance, max_delay)
         self.guidance, self._max_delay, self._alarm = guidance, max_delay, alarm
+        self._longest_delay = max_delay
         self.sampler = Sampler(model, flow, device, dtype, compile)
         self.model, self.flow, self.chain, self.metadata = self.sampler.model, flow, chain, metadata
         self.device, self.dtype = device, dtype
@@ -132,7 +136,8 @@ class LocalPolicy:
         actions = self._to_robot(inputs.state.cpu().numpy(), sampled.float().cpu().numpy())
         for chunk, prefix in zip(actions, led or (), strict=False):
             if prefix is not None and self.guidance == HARD_PREFIX:  # without the rounding of two normalisations
-                chunk[: prefix.inference_delay] = prefix.actions[: prefix.inference_delay]
+                held = held_count(prefix, self._max_delay)
+                chunk[:held] = prefix.actions[:held]
         timings = {"infer_ms": 1e3 * (time.perf_counter() - began)}
         return [ActionChunk(chunk, timings, row) for chunk, row in zip(actions, each, strict=True)]
 
@@ -150,8 +155,7 @@ class LocalPolicy:
 
     def check_prefix(self, prefix: ActionPrefix) -> None:
         """Raise ObservationError for a prefix that `infer_batch` would refuse."""
-        longest = self._max_delay if self.guidance == HARD_PREFIX else None
-        check_prefix(prefix, self._shape[0], self.chain, longest)
+        check_prefix(prefix, self._shape[0], self.chain)
 
     def _refuse_led(self, prefixes: Sequence[ActionPrefix | None], observations: Sequence[Observation]) -> None:
         if len(prefixes) != len(observations):
@@ -160,13 +164,25 @@ class LocalPolicy:
         for prefix in prefixes:
             if prefix is not None:
                 self.check_prefix(prefix)
+                self._tell_of_delay(prefix)
+
+    def _tell_of_delay(self, prefix: ActionPrefix) -> None:
+        """Say a delay beyond training, each time that it is longer than any before."""
+        if self.guidance == HARD_PREFIX and prefix.inference_delay > self._longest_delay:
+            self._longest_delay = prefix.inference_delay
+            logger.warning(
+                "an inference delay of %d rows, but the policy was trained to go on from %d: that many are held; train with a larger "
+                "--rtc.max_delay, or bring the delay down",
+                prefix.inference_delay,
+                self._max_delay,
+            )
 
     def _led(
         self, inputs: ModelObservation, observations: Sequence[Observation], seeds: Sequence[int], prefixes: Sequence[ActionPrefix | None]
     ) -> tuple[Tensor, Tensor]:
         """Chunks that go on from prefixes, and their spread: with held rows as any others, with guidance operation by operation."""
         if self.guidance == HARD_PREFIX:
-            return self._sampled(inputs, seeds, committed_to(self.chain, observations, prefixes, self._shape[0]))
+            return self._sampled(inputs, seeds, committed_to(self.chain, observations, prefixes, self._shape[0], self._max_delay))
         target, weights = (tensor.to(self.device) for tensor in led_to(self.chain, observations, prefixes, self._shape[0]))
         start, increments = self._noise(seeds)
         # not inference_mode: the guidance may be a derivative

@@ -6,6 +6,8 @@ Owns: what a remainder must be, and what of it the flow is led to. Does not know
     n, inference_delay                          -> weights [H, A]: firm while the old chunk is executed, then falling, 0 from row n on
     of a policy that was trained for it         -> held rows [H], those before inference_delay: they are kept, the rest is free
 
+Beyond the delay that it was trained for as many rows are held as it knows: the chunk still goes on from the old one, and may turn from it
+before the robot takes it up. A refusal instead left robots standing still for half of their steps (docs/LOG.md, 2026-11-27).
 The remainder is normalised anew: the numbers of the old chunk were relative to another state.
 """
 
@@ -35,11 +37,8 @@ def refuse_word(guidance: str, max_delay: int) -> None:
         )
 
 
-def check_prefix(prefix: ActionPrefix, horizon: int, chain: Chain, max_delay: int | None = None) -> None:
-    """Raise ObservationError for a prefix of another shape, one that is not finite or out of range, or a delay that is longer than it.
-
-    max_delay: the longest that the policy was trained for, where it holds rows by training.
-    """
+def check_prefix(prefix: ActionPrefix, horizon: int, chain: Chain) -> None:
+    """Raise ObservationError for a prefix of another shape, one that is not finite or out of range, or a delay that is longer than it."""
     actions, robot_action_dim = np.asarray(prefix.actions), chain.embodiment.dims()[1]
     if actions.ndim != 2 or actions.shape[1] != robot_action_dim or not 1 <= len(actions) <= horizon or actions.dtype.kind not in "fiu":
         raise ObservationError(
@@ -53,11 +52,6 @@ def check_prefix(prefix: ActionPrefix, horizon: int, chain: Chain, max_delay: in
         raise ObservationError(
             f"an inference delay must lie within its action prefix of {len(actions)} rows, found {prefix.inference_delay}; "
             "leave the prefix out where the old chunk ends before"
-        )
-    if max_delay is not None and prefix.inference_delay > max_delay:
-        raise ObservationError(
-            f"this policy was trained to go on from up to {max_delay} rows, found an inference delay of {prefix.inference_delay}; train "
-            "with a larger --rtc.max_delay, serve with --guidance guided, or bring the delay down"
         )
 
 
@@ -74,11 +68,16 @@ def led_to(
 
 
 def committed_to(
-    chain: Chain, observations: Sequence[Observation], prefixes: Sequence[ActionPrefix | None], horizon: int
+    chain: Chain, observations: Sequence[Observation], prefixes: Sequence[ActionPrefix | None], horizon: int, max_delay: int
 ) -> tuple[Tensor, Tensor]:
     """(actions [B, H, network's action dim], held rows [B, H]) of `CommittedVelocity`; of an observation without a prefix none is held."""
-    delays = torch.tensor([0 if prefix is None else prefix.inference_delay for prefix in prefixes])
-    return _targets(chain, observations, prefixes, horizon), held_rows(delays, horizon)
+    counts = torch.tensor([0 if prefix is None else held_count(prefix, max_delay) for prefix in prefixes])
+    return _targets(chain, observations, prefixes, horizon), held_rows(counts, horizon)
+
+
+def held_count(prefix: ActionPrefix, max_delay: int) -> int:
+    """How many of its rows a policy holds that was trained for `max_delay`."""
+    return min(prefix.inference_delay, max_delay)
 
 
 def _targets(chain: Chain, observations: Sequence[Observation], prefixes: Sequence[ActionPrefix | None], horizon: int) -> Tensor:

@@ -127,10 +127,17 @@ def test_held_rows_come_back_exactly_and_the_others_depend_on_them(trained, poli
     np.testing.assert_allclose(other[0], found[0], atol=1e-4)
 
 
-def test_a_delay_beyond_training_and_a_policy_without_are_refused(small_policy, saved, trained, observations):
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_of_a_delay_beyond_training_as_many_rows_are_held_as_were_trained_and_it_is_said_once(trained, observations, caplog):
+    rows = np.random.default_rng(0).normal(-1, 3, (3, A)).astype(np.float32)
+    long, most = (trained.infer_batch(observations[:1], [1], prefixes=[ActionPrefix(rows, delay)])[0].actions for delay in (3, 2))
+    np.testing.assert_array_equal(long, most)
+    trained.infer_batch(observations[:1], [1], prefixes=[ActionPrefix(rows, 3)])
+    assert caplog.text.count("an inference delay of 3 rows, but the policy was trained to go on from 2: that many are held") == 1
+
+
+def test_a_policy_that_was_not_trained_for_it_is_refused(small_policy, saved, observations):
     prefix = ActionPrefix(np.zeros((3, A), np.float32), 3)
-    with pytest.raises(ObservationError, match="trained to go on from up to 2 rows, found an inference delay of 3; train"):
-        trained.infer_batch(observations[:1], prefixes=[prefix])
     with pytest.raises(ConfigError, match=r"hard_prefix needs a policy that was trained .* --rtc.max_delay N, or take guidance guided"):
         bundle.load(saved, guidance=HARD_PREFIX)
     late = small_policy.in_memory()
