@@ -4,6 +4,7 @@ Owns: `render` (kubectl's own kustomize) and `problems` (one line for each field
 Does not know: what the manifests say.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,12 +20,15 @@ Document = dict[str, Any]
 
 HERE = Path(__file__).resolve().parent
 DEPLOY = HERE.parents[1] / "deploy"
-OVERLAYS = ("cpu", "gpu")
+OVERLAYS = ("cpu", "gpu-1", "gpu-8", "gpu-4x8", "spot")
+RAY_KINDS = ("RayJob", "RayCluster")
 KUBERNETES = "1.34"
 POD_TEMPLATES = (
     ("spec", "rayClusterSpec", "headGroupSpec", "template"),
     ("spec", "rayClusterSpec", "workerGroupSpecs", "template"),
     ("spec", "submitterPodTemplate"),
+    ("spec", "headGroupSpec", "template"),
+    ("spec", "workerGroupSpecs", "template"),
 )
 
 
@@ -43,9 +47,11 @@ def render(folder: Path) -> list[Document]:
 
 def problems(document: Document) -> list[str]:
     """What is wrong with one object; empty when nothing is."""
-    if document.get("kind") != "RayJob":
+    if document.get("kind") not in RAY_KINDS:
         return list(_core_problems(document))
-    found = [f"{error.json_path}: {error.message}" for error in _rayjob_validator().iter_errors(document)]
+    errors = _ray_validator().iter_errors(document)
+    found = [f"{each.json_path}: {each.message}" for error in errors for each in (error, *_of_its_kind(error, document["kind"]))]
+    found += _definition_problems(document)
     for path in POD_TEMPLATES:
         for template in _at(document, path):
             found += _core_problems({"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "of-the-job"}, "template": template})
@@ -53,8 +59,48 @@ def problems(document: Document) -> list[str]:
 
 
 @cache
-def _rayjob_validator() -> jsonschema.Draft202012Validator:
-    return jsonschema.Draft202012Validator(yaml.safe_load((HERE / "rayjob.schema.yaml").read_text()))
+def _ray_validator() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(yaml.safe_load((HERE / "ray.schema.yaml").read_text()))
+
+
+def _of_its_kind(error: jsonschema.ValidationError, kind: str) -> list[jsonschema.ValidationError]:
+    """What a failed choice between the kinds found wrong for the one that the object is of."""
+    return [each for each in error.context or () if each.schema_path[0] == RAY_KINDS.index(kind)]
+
+
+def _definition_problems(document: Document) -> Iterator[str]:
+    """By KubeRay's own definitions, made strict, where KUBERAY_CRDS names their folder; nothing without."""
+    if "KUBERAY_CRDS" in os.environ:
+        path = Path(os.environ["KUBERAY_CRDS"]) / f"ray.io_{document['kind'].lower()}s.yaml"
+        for error in jsonschema.Draft202012Validator(_definition(path)).iter_errors(document):
+            yield f"{path.name}: {error.json_path}: {error.message}"
+
+
+@cache
+def _definition(path: Path) -> dict[str, Any]:
+    versions = yaml.load(path.read_text(), Loader=yaml.CSafeLoader)["spec"]["versions"]
+    schema = next(version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == "v1")
+    schema["properties"]["metadata"] = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    return dict(_strict(schema))
+
+
+def _strict(node: Any) -> Any:
+    """A definition as JSON Schema in which an unknown field is an error."""
+    if isinstance(node, list):
+        return [_strict(each) for each in node]
+    if not isinstance(node, dict):
+        return node
+    found = {
+        key: {name: _strict(each) for name, each in value.items()} if key == "properties" else _strict(value) for key, value in node.items()
+    }
+    if "properties" in node and "additionalProperties" not in node and not node.get("x-kubernetes-preserve-unknown-fields"):
+        found["additionalProperties"] = False
+    if node.get("x-kubernetes-int-or-string"):
+        found["type"] = ["integer", "string"]
+        found.pop("anyOf", None)
+    elif node.get("nullable"):
+        found["type"] = [node["type"], "null"]
+    return found
 
 
 def _core_problems(document: Document) -> Iterator[str]:

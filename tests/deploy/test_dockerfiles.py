@@ -22,9 +22,15 @@ def of(instructions: list[tuple[str, str]], name: str) -> list[str]:
 
 
 def test_base_images_are_pinned(instructions: list[tuple[str, str]]) -> None:
+    given = dict(rest.split("=", 1) for rest in of(instructions, "ARG"))
     stages = [rest.split(" AS ")[0] for rest in of(instructions, "FROM")]
-    assert len(stages) == 3
-    assert all(re.fullmatch(r"[a-z./-]+:\d+\.\d+\.\d+[a-z-]*", stage) for stage in stages)
+    assert stages == ["${UV}", "${PYTHON}", "${PYTHON}"]
+    assert all(re.fullmatch(r"[a-z./-]+:\d+\.\d+\.\d+[a-z-]*", given[stage[2:-1]]) for stage in stages)
+
+
+def test_what_is_installed_is_the_wheel(instructions: list[tuple[str, str]]) -> None:
+    commands = [part.strip() for rest in of(instructions, "RUN") for part in rest.split("&&")]
+    assert commands.index("uv build --wheel --out-dir /tmp/wheel") < commands.index("uv pip install --no-deps /tmp/wheel/*.whl")
 
 
 def test_the_lock_decides_what_is_installed(instructions: list[tuple[str, str]]) -> None:
