@@ -1,6 +1,7 @@
-"""`pi0fm eval`: judge a policy in simulation, with `--realtime.*` in real time, or with `--dataset.root` on recorded episodes.
+"""`pi0fm eval`: judge a policy in simulation, with `--realtime.*` in real time, with `--follow.run` of a run
+that trains, or with `--dataset.root` on recorded episodes.
 
-Owns: which of the three, the printed tables. Does not know: how either runs.
+Owns: which of the four, the printed tables. Does not know: how either runs.
 """
 
 import sys
@@ -14,6 +15,7 @@ from rich.table import Table
 from pi0fm import progress
 from pi0fm.cli import lerobot
 from pi0fm.cluster.evaluation import evaluate_on_cluster
+from pi0fm.cluster.following import FollowConfig, follow
 from pi0fm.eval.config import EvalConfig
 from pi0fm.eval.delays import RealtimeConfig, evaluate_in_real_time
 from pi0fm.eval.evaluate import Evaluation
@@ -23,20 +25,22 @@ from pi0fm.eval.statistics import Interval
 from pi0fm_client.errors import ConfigError
 
 HELP = (
-    "judge a policy in simulation; on recorded episodes with --dataset.root DIR, in real time with --realtime.delays_ms (each with --help)"
+    "judge a policy in simulation; on recorded episodes with --dataset.root DIR, in real time with --realtime.delays_ms MS, or while it "
+    "trains with --follow.run RUN"
 )
 OPEN_LOOP = "compare a policy's action chunks with those of recorded episodes"
+FOLLOWED = "judge each bundle that a training run leaves, while it trains; the best is kept, and the run may be stopped early"
 REAL_TIME = "judge a policy in a simulator that does not wait for it: success, jumps and reaction time against delay"
 Options = EvalConfig
 ALIASES = lerobot.EVAL
 
 
 def form(words: Sequence[str]) -> Any:
-    """The command as it is asked for: on recorded episodes, or in real time, where an option of these is among the words."""
-    forms = {"--dataset.": ON_EPISODES, "--realtime.": IN_REAL_TIME}
+    """The command as it is asked for: on recorded episodes, in real time, of a run that trains, where an option of these is there."""
+    forms = {"--dataset.": ON_EPISODES, "--realtime.": IN_REAL_TIME, "--follow.": FOLLOWING}
     found = [each for start, each in forms.items() if any(word.startswith(start) for word in words)]
     if len(found) > 1:
-        raise ConfigError("recorded episodes have no clock that could run on: leave --dataset.* or --realtime.* out")
+        raise ConfigError("--dataset.*, --realtime.* and --follow.* are evaluations of their own: leave all but one out")
     return found[0] if found else sys.modules[__name__]
 
 
@@ -111,6 +115,7 @@ def _texts(interval: Interval | None) -> tuple[str, str]:
 
 
 ON_EPISODES = SimpleNamespace(HELP=OPEN_LOOP, Options=OpenLoopConfig, ALIASES={"policy.path": "policy"}, run=run_open_loop)
+FOLLOWING = SimpleNamespace(HELP=FOLLOWED, Options=FollowConfig, ALIASES={"eval.n_episodes": "episodes", "env.task": "tasks"}, run=follow)
 IN_REAL_TIME = SimpleNamespace(
     HELP=REAL_TIME,
     Options=RealtimeConfig,

@@ -40,7 +40,7 @@ from pi0fm.train.watch.validation import ValidationConfig
 from pi0fm_client.errors import ConfigError
 
 FREE_AT_RESUME = (
-    *("output_dir", "resume", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "micro_batch_size", "threads"),
+    *("output_dir", "resume", "steps", "log_every", "checkpoint_every", "bundle_every", "keep_checkpoints", "micro_batch_size", "threads"),
     *("resume_changed", "checkpoint_dir", "on_nonfinite", "activation_checkpointing", "loader", "parallel", "hang_seconds", "tracker"),
 )
 ON_NONFINITE = ("stop", "skip")
@@ -110,6 +110,7 @@ class TrainConfig:
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     tracker: tuple[str, ...] = option(("tensorboard",), "what draws the run, one or more of tensorboard, trackio, wandb, mlflow, or []")
     checkpoint_every: int = option(1000, "steps between checkpoints")
+    bundle_every: int = option(0, "steps between bundles in output_dir/bundles, for pi0fm eval --follow.run; 0 leaves one at the end alone")
     checkpoint_dir: str = option("", "folder or s3://BUCKET/PREFIX that all workers see; empty takes output_dir/checkpoints")
     keep_checkpoints: int = option(2, "newest checkpoints that are kept")
     on_nonfinite: str = option("stop", "a loss or gradient that is not finite: stop, or skip the step; its batch goes to output_dir/faults")
@@ -128,6 +129,8 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, found {getattr(self, name)}")
+        if self.bundle_every < 0:
+            raise ConfigError(f"bundle_every must be >= 0, found {self.bundle_every}; type 0 for a bundle at the end alone")
         for name in ("micro_batch_size", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, found {getattr(self, name)}")

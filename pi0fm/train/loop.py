@@ -119,23 +119,31 @@ def _run(context: Context, config: TrainConfig, parallel: Parallel, data: RunDat
             if bar is not None:
                 bar.advance(note=log.note)
             guard.after_step(norm)
+            if config.bundle_every and state.step % config.bundle_every == 0 and state.step < config.steps:
+                with write_faults(config.output_dir):
+                    _leave_bundle(config.output_dir / f"bundles/step-{state.step:09d}", state, data, recorded, context)
             watch.beat(state.step)
             validation.after(state.step, bar)
     path = config.output_dir / "bundle"
-    if metrics is not None:
-        with write_faults(config.output_dir):
+    with write_faults(config.output_dir):
+        if metrics is not None:
             metrics.close()
-            _write_bundle(path, state, data, recorded)
-    elif state.is_sharded:
-        for _ in state.bundle_weights():  # this worker's rows of each
-            pass
+        _leave_bundle(path, state, data, recorded, context)
     parallel.barrier()
     return TrainResult(path, config.steps, log.loss, time.perf_counter() - began)
 
 
-def _write_bundle(path: Path, state: TrainState, data: RunData, recorded: Observation | None) -> None:
-    """Write the bundle tensor by tensor: of a state that is cut, each is whole on this worker for as long as it is written."""
+def _leave_bundle(path: Path, state: TrainState, data: RunData, recorded: Observation | None, context: Context) -> None:
+    """Write the bundle tensor by tensor: of a state that is cut, each is whole on the first worker for as long as it is written.
+
+    Called by every worker. One of a step that an earlier start of this run left already stays.
+    """
+    if not context.is_first or (path.name != "bundle" and path.exists()):
+        for _ in state.bundle_weights() if state.is_sharded else ():  # this worker's rows of each
+            pass
+        return
     entries = {name: (shape, torch.float32) for name, shape in network_shapes(data.policy.model).items()}
-    with bundle.new_bundle(path, entries, data.policy, data.parts[0].stats, data.robots(), True, recorded) as put:
+    policy = replace(data.policy, training={**data.policy.training, "steps": str(state.step)})
+    with bundle.new_bundle(path, entries, policy, data.parts[0].stats, data.robots(), True, recorded) as put:
         for name, tensor in state.bundle_weights():
             put(name, 0, tensor)
