@@ -57,8 +57,8 @@ class Timing:
 class DrivenEpisode:
     """One episode under one timing. held: share of steps at a standstill. answers, failures: inferences that arrived, that raised.
 
-    delay_ms: mean of those that arrived. jump, change, reaction_ms: NaN where there was none. own_ms: of a step, without policy and
-    simulator.
+    delay_ms: mean of those that arrived. jump, change, reaction_ms: NaN where there was none. own_ms: of the processor, a step,
+    without policy and simulator.
     """
 
     mode: str
@@ -111,14 +111,14 @@ class LateAnswers:
 
     def submit(self, message: Message) -> Future[ActionChunk]:
         """Infer, and let the answer wait for its time."""
-        began, future = time.perf_counter(), Future[ActionChunk]()
+        began, busy, future = time.perf_counter(), time.thread_time(), Future[ActionChunk]()
         answer: ActionChunk | Pi0fmError
         try:
             answer = self._infer(message, self.step)
         except Pi0fmError as error:
             answer = error
         took = time.perf_counter() - began
-        self.thinking += took
+        self.thinking += time.thread_time() - busy
         delay = took if self._timing.delay_ms is None else self._timing.delay_ms / 1e3
         delay = max(0.0, delay + self._random.normal(0, self._timing.jitter_ms / 1e3) if self._timing.jitter_ms else delay)
         self._waiting.append((self.now() + delay, self.step, future, answer))
@@ -186,17 +186,17 @@ def drive(
     """
     dt = 1.0 / environment.fps
     answers = LateAnswers(infer, timing, seed, dt)
-    outcome, error, simulated, began = "failure", None, 0.0, time.perf_counter()
+    outcome, error, simulated, began = "failure", None, 0.0, time.thread_time()
     commands: list[NDArray[np.float64]] = []
     held: list[bool] = []
 
     def timed(work: Callable[..., Any], *words: Any) -> Any:
         nonlocal simulated
-        start = time.perf_counter()
+        start = time.thread_time()
         try:
             return work(*words)
         finally:
-            simulated += time.perf_counter() - start
+            simulated += time.thread_time() - start
 
     def seen() -> Message:
         message: Message = timed(flat, environment)
@@ -232,7 +232,7 @@ def drive(
                 break
     except Exception as fault:  # noqa: BLE001  a simulator may raise anything, and the other episodes must go on
         outcome, error = "crash", one_line(fault)
-    own = time.perf_counter() - began - simulated - answers.thinking
+    own = time.thread_time() - began - simulated - answers.thinking
     jump, change = _changes(commands, held, [arrival for _, arrival in answers.arrived], half_range)
     return DrivenEpisode(
         mode=timing.mode,
