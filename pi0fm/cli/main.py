@@ -48,6 +48,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Exit code 0; 1 for a fault the user can mend; 2 for a wrong option; 130 when interrupted, 143 when told to stop."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait spin for milliseconds, which stalls a busy machine (docs/LOG.md)
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         return _dispatch((), COMMANDS, words)
     except Pi0fmError as error:

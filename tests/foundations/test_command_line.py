@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -144,6 +145,17 @@ def test_a_command_may_take_one_option_without_its_name(command: Any, capsys: py
         assert json.loads(capsys.readouterr().out) == {"steps": 5}
     assert command_line.main(["probe", "--help"]) == 0
     assert capsys.readouterr().out.startswith("pi0fm probe STEPS [--option value ...]: a command of this test")
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_waiting_threads_spin_briefly_unless_told(monkeypatch: pytest.MonkeyPatch, given: dict[str, str], found: str | None) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "") if name in given else monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    command_line.main(["--help"])
+    assert os.environ.get("GOMP_SPINCOUNT") == found
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")  # so that it is gone after the test
 
 
 def test_the_installed_program_and_the_module_agree_and_start_without_torch() -> None:
