@@ -2,12 +2,12 @@
 BIN := .venv/bin
 STAMP := .venv/.made-from-lock
 
-.PHONY: help install quickstart test unit numerics journeys long lint format types contracts gpu gpu-wheels clean
+.PHONY: help install quickstart test unit numerics journeys long lint format types contracts docs gpu gpu-wheels clean
 
 help:
 	@echo "make quickstart   record, train, evaluate, serve: one policy in about ten minutes"
 	@echo "make test         unit tests, then the journeys through the command line"
-	@echo "make unit | numerics | journeys | long | lint | format | types | contracts | install | clean"
+	@echo "make unit | numerics | journeys | long | lint | format | types | contracts | docs | install | clean"
 	@echo "make gpu          what one bare GPU says of this checkout, in eight minutes; make gpu-wheels fetches what it lacks"
 
 # Made again when the lock or the dependencies change; otherwise a second run starts at once.
@@ -50,6 +50,10 @@ types: $(STAMP)
 contracts: $(STAMP)
 	@$(BIN)/lint-imports --no-cache
 
+# The site, into build/site; stops at the first warning. It needs nothing of .venv.
+docs:
+	@.ci/docs
+
 gpu:
 	@.ci/gpu
 
@@ -57,5 +61,5 @@ gpu-wheels: $(STAMP)
 	@$(BIN)/python .ci/gpu_wheels.py
 
 clean:
-	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	rm -rf .venv .venv-docs .uv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
 	find pi0fm client tests -name __pycache__ -type d -prune -exec rm -rf {} +
