@@ -6,13 +6,16 @@ Owns: the options. Does not know: what is killed, how a run survives.
 from dataclasses import dataclass
 from typing import Any
 
+from pi0fm.cli import lerobot
 from pi0fm.cluster import chaos as disturbing
 from pi0fm.cluster.training import TrainingRun
 from pi0fm.options import option
+from pi0fm.train.start.defaults import defaults
 
 HELP = "kill something of a training run every 30 s, and check that it ends in the weights of a quiet one"
 NAMED_BY_ROW = "output_dir"
-ALIASES = {"batch_size": "global_batch_size", "policy.type": "model.preset", "policy.path": "pretrained"}
+ALIASES = lerobot.TRAIN
+DEFAULTS = defaults
 
 
 @dataclass(frozen=True)

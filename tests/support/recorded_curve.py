@@ -20,7 +20,8 @@ OPTIONS: dict[str, Any] = {
     "global_batch_size": 8,
     "flow_draws_per_observation": 2,
     "embodiment": {"cameras": {"wrist": "observation.images.wrist"}},
-    "optimizer": {"learning_rate": 2e-3, "warmup_steps": 1},
+    # with what the preset's file would say on a command line
+    "optimizer": {"learning_rate": 2e-3, "warmup_steps": 1, "final_learning_rate_ratio": 0.1, "weight_decay": 1e-10},
     "ema_decay": 0.9,
     "precision": "float32",
     "execution_horizon": 2,
