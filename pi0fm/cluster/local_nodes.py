@@ -15,6 +15,7 @@ from typing import Any, Self, final
 import psutil
 
 from pi0fm.cluster.runtime import SMALLEST_OBJECT_STORE_BYTES
+from pi0fm_client.errors import ClusterError
 
 # A node that does not answer for three seconds is gone; Ray's own are 3 s, five times.
 QUICK_TO_NOTICE = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3, "health_check_timeout_ms": 3000}
@@ -29,7 +30,13 @@ class LocalNodes:
 
         self._cpus, self._store = cpus, SMALLEST_OBJECT_STORE_BYTES
         head = {"num_cpus": 0, "object_store_memory": self._store, "_system_config": QUICK_TO_NOTICE}
-        self._cluster: Any = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            self._cluster: Any = Cluster(initialize_head=True, head_node_args=head)
+        except Exception as error:  # noqa: BLE001  Ray raises a bare Exception for a node that is not up after 30 s
+            why = " ".join(str(error).split())[:200]
+            raise ClusterError(
+                f"Ray must start on this machine, found that it did not ({why}); close other programs and try again"
+            ) from None
         try:
             self.ids = [self.add(environments[number] if number < len(environments) else None) for number in range(count)]
         except BaseException:
