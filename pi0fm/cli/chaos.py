@@ -6,7 +6,7 @@ Owns: the options. Does not know: what is killed, how a run survives.
 from dataclasses import dataclass
 from typing import Any
 
-from pi0fm.cli import lerobot
+from pi0fm.cli import lerobot, train
 from pi0fm.cluster import chaos as disturbing
 from pi0fm.cluster.training import TrainingRun
 from pi0fm.options import option
@@ -16,6 +16,7 @@ HELP = "kill something of a training run every 30 s, and check that it ends in t
 NAMED_BY_ROW = "output_dir"
 ALIASES = lerobot.TRAIN
 DEFAULTS = defaults
+NETWORK = train.NETWORK
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class ChaosRun(TrainingRun):
 
 
 Options = ChaosRun
+OFTEN = train.often_of(Options)
 
 
 def run(options: ChaosRun) -> dict[str, Any]:

@@ -68,6 +68,9 @@ class Options:
 
 
 ALIASES: dict[str, str] = {}
+OFTEN = frozenset(
+    ("data", "config", "pictures", "suite", "server", "robot", "load", "output_dir", "dataset.root", "dataset.episodes", "dataset.skip_bad")
+)
 
 
 def run(given: Options) -> None:

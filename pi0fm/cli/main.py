@@ -9,6 +9,8 @@ Each command is a module of pi0fm/cli, imported when it is called, with `HELP`, 
     OTHERS          the option that takes the words after that
     NAMED_BY_ROW    the folder that is outputs/NAME_NAME by default where several files stand in a row
     DEFAULTS        from all options that were given to those under them
+    OFTEN           of more than SHOWN options, those that --help shows beside the command's own; --help all shows the rest
+    NETWORK         the dataclass whose fields stand behind --model.
 """
 
 import importlib
@@ -24,6 +26,7 @@ from rich.table import Table
 from pi0fm import options
 from pi0fm_client.errors import ConfigError, Pi0fmError
 
+SHOWN = 40  # options that --help shows before it leaves out what few people set
 COMMANDS = {
     "quickstart": "record, train, evaluate, serve and evaluate over the network, with one command",
     "demos": "record scripted experts into a LeRobot data set",
@@ -77,7 +80,7 @@ def _dispatch(path: tuple[str, ...], commands: Mapping[str, str], words: Sequenc
     if hasattr(command, "form"):
         command = command.form(rest)
     if "-h" in rest or "--help" in rest:
-        _print_options(name, command)
+        _print_options(name, command, everything="all" in rest)
         return 0
     words_first: dict[str, Any] = {name.lower(): _constant(command, name) for name in ("POSITIONAL", "OTHERS", "NAMED_BY_ROW", "DEFAULTS")}
     result = command.run(options.parse(command.Options, rest, command.ALIASES, **words_first))
@@ -109,24 +112,48 @@ def _print_commands(path: tuple[str, ...], commands: Mapping[str, str]) -> None:
     heading = f"{command}: {COMMANDS[path[0]]}" if path else "pi0fm: train, serve and evaluate pi0-style robot policies"
     console.print(f"{heading}\n", highlight=False)
     console.print(table)
-    console.print(f"\n`{command} {'NAME' if path else 'COMMAND'} --help` lists every option of a command.", highlight=False)
+    console.print(f"\n`{command} {'NAME' if path else 'COMMAND'} --help` lists the options of a command.", highlight=False)
 
 
-def _print_options(name: str, command: Any) -> None:
-    table = Table(box=None, padding=(0, 2), header_style="")
-    for heading in ("option", "default", "meaning"):
-        table.add_column(heading, overflow="fold")
-    for row in sorted(options.describe(command.Options), key=lambda row: row[1] != "required"):
-        table.add_row(*row)
-    console = Console(width=max(100, int(os.environ.get("COLUMNS", "120"))), markup=False)
+def _print_options(name: str, command: Any, everything: bool) -> None:
+    """Print the options by component; of many those that people set."""
+    rows = options.describe(command.Options)
+    network = _constant(command, "NETWORK")
+    if network is not None and everything:
+        rows += options.describe(network, "model.")
+    often = _constant(command, "OFTEN")
+    few = everything or len(rows) <= SHOWN or often is None
+    shown = [row for row in rows if few or {row[0][2:], row[0][2:].partition(".")[0]} & often]
+    console = Console(width=max(80, int(os.environ.get("COLUMNS", "120"))), markup=False)
     first = _constant(command, "POSITIONAL")
     console.print(f"pi0fm {name} {first.upper() if first else '[FILE.yaml ...]'} [--option value ...]: {command.HELP}\n", highlight=False)
-    console.print(table)
+    console.print(_table(sorted(shown, key=_component)))
+    if len(shown) < len(rows):
+        console.print(f"\n{len(rows) - len(shown)} more: pi0fm {name} --help all", highlight=False)
+        return
     same = {other: meaning for other, meaning in command.ALIASES.items() if isinstance(meaning, str)}
     for other, meaning in same.items():
         console.print(f"  --{other} is another word for --{meaning}", highlight=False)
     if len(same) < len(command.ALIASES):
         console.print("  LeRobot's other options: docs/from_lerobot.md", highlight=False)
+
+
+def _component(row: tuple[str, str, str]) -> tuple[bool, str]:
+    """The group of an option: what is required first, what is of no component next, the others by their names."""
+    group, dot, _ = row[0].partition(".")
+    return row[1] != "required", group if dot else ""
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
+    table.add_column("option", no_wrap=True)
+    table.add_column("default", overflow="fold", max_width=18)
+    table.add_column("meaning", overflow="fold")
+    for number, row in enumerate(rows):
+        if number and _component(row) != _component(rows[number - 1]):
+            table.add_row()
+        table.add_row(*row)
+    return table
 
 
 if __name__ == "__main__":

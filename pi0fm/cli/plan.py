@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pi0fm import files, progress
-from pi0fm.cli import lerobot
+from pi0fm.cli import lerobot, train
 from pi0fm.cluster.training import TrainingRun
 from pi0fm.options import option
 from pi0fm.train.config import TrainConfig
@@ -25,6 +25,7 @@ from pi0fm_client.errors import ConfigError
 HELP = "seconds of a step, memory, cost and what stops scaling, for any number of cards; options of pi0fm train are taken too"
 ALIASES = lerobot.TRAIN
 DEFAULTS = defaults
+NETWORK = train.NETWORK
 GBITS = (10.0, 25.0, 100.0, 400.0)  # of the picture
 
 
@@ -53,6 +54,9 @@ class Options(TrainingRun):
             raise ConfigError("the rates of cards are those of bfloat16, found precision float32; type --precision bfloat16")
         if self.picture is not None and self.picture.suffix != ".png":
             raise ConfigError(f"picture must be a PNG file, found {self.picture}; type --picture scaling.png")
+
+
+OFTEN = train.often_of(Options)
 
 
 def run(options: Options) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pi0fm import progress
 from pi0fm.bench import profile as profiling
-from pi0fm.cli import lerobot
+from pi0fm.cli import lerobot, train
 from pi0fm.cli.bench import answer
 from pi0fm.cluster.training import TrainingRun
 from pi0fm.options import option
@@ -18,6 +18,7 @@ HELP = "where the steps of a run go: data, forward, backward, optimiser, average
 NAMED_BY_ROW = "output_dir"
 ALIASES = lerobot.TRAIN
 DEFAULTS = defaults
+NETWORK = train.NETWORK
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ProfiledRun(TrainingRun):
 
 
 Options = ProfiledRun
+OFTEN = train.often_of(Options)
 
 
 def run(options: ProfiledRun) -> dict[str, Any]:

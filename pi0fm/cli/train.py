@@ -3,10 +3,12 @@
 Owns: the command's result. Does not know: how training runs.
 """
 
+from dataclasses import fields
 from typing import Any
 
 from pi0fm.cli import lerobot
 from pi0fm.cluster import training
+from pi0fm.models.pi0 import Pi0Config
 from pi0fm.train.parallel.context import context_from_environment
 from pi0fm.train.start.defaults import defaults
 
@@ -15,6 +17,21 @@ Options = training.TrainingRun
 NAMED_BY_ROW = "output_dir"
 ALIASES = lerobot.TRAIN
 DEFAULTS = defaults
+NETWORK = Pi0Config
+OFTEN = frozenset(
+    (
+        *("dataset.repo_id", "dataset.root", "dataset.episodes", "embodiment.cameras", "embodiment.delta_actions"),
+        *("output_dir", "resume", "steps", "seed", "global_batch_size", "micro_batch_size", "log_every", "checkpoint_every", "tracker"),
+        *("model", "pretrained", "train_only", "lora.rank", "tokenizer", "augment", "execution_horizon", "rtc.max_delay"),
+        *("activation_checkpointing", "compile", "precision", "threads", "parallel.shard", "num_workers", "gpus_per_worker", "ray_address"),
+        *("optimizer.learning_rate", "optimizer.warmup_steps", "ema_decay", "validation.every", "validation.episodes"),
+    )
+)
+
+
+def often_of(cls: type) -> frozenset[str]:
+    """OFTEN, and what `cls` has beside a training run's options."""
+    return OFTEN | {field.name for field in fields(cls)} - {field.name for field in fields(Options)}
 
 
 def run(options: training.TrainingRun) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from pi0fm_client.errors import ConfigError
 class OptimizerConfig:
     """openpi's defaults."""
 
-    learning_rate: float = option(2.5e-5, "peak learning rate")
+    learning_rate: float = option(2.5e-5, "peak learning rate; configs/tiny.yaml, which goes with the preset tiny, says 1e-3")
     final_learning_rate_ratio: float = option(0.1, "learning rate at the last step over the peak")
     warmup_steps: int = option(1000, "steps from 0 to the peak")
     decay_steps: int | None = option(None, "steps until the last rate, which then stays; empty takes the run's")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pi0fm import options
 from pi0fm.cli import main as command_line
 from pi0fm.options import option
 from pi0fm_client.errors import ConfigError, DatasetError, Pi0fmError
@@ -135,6 +136,30 @@ def test_help_of_a_command_names_options_defaults_and_aliases(command: Any, caps
     assert "a command of this test" in shown
     assert ["--steps", "3", "how", "many"] in [line.split() for line in shown.splitlines()]
     assert "--count is another word for --steps" in shown
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+@pytest.mark.parametrize("name", ["train", "plan", "profile", "chaos", "doctor"])
+def test_help_shows_what_people_set_and_all_of_it_on_demand(
+    name: str, columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    every = {row[0] for row in options.describe(command_line.find((name,)).Options)}
+    shown = {}
+    for words in (["--help"], ["--help", "all"]):
+        assert command_line.main([name, *words]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert all(len(line) <= int(columns) for line in lines[1:])
+        shown[len(words)] = {line.split()[0] for line in lines if line.startswith("--")}
+    assert len(shown[1]) <= (40 if name in ("train", "doctor") else 48) and shown[1] < every, "no name is split"
+    assert every <= shown[2]
+    assert name == "doctor" or "--model.decoder.depth" in shown[2]
+
+
+def test_help_is_a_word_too(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    command(lambda _: pytest.fail("help ran the command"))
+    assert command_line.main(["help", "probe"]) == 0
+    assert "a command of this test" in capsys.readouterr().out
 
 
 def test_a_command_may_take_one_option_without_its_name(command: Any, capsys: pytest.CaptureFixture[str]) -> None:

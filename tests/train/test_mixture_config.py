@@ -136,7 +136,7 @@ def test_an_older_run_without_mixtures_or_an_option_of_them_is_the_same(file):
 
 def test_help_lists_an_entrys_options(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-    assert main(["train", "--help"]) == 0
+    assert main(["train", "--help", "all"]) == 0
     out = capsys.readouterr().out
     for name in ("--mixture ", "--mixture.NAME.dataset.root", "--mixture.NAME.embodiment.cameras", "--mixture.NAME.weight_column"):
         assert name in out
