@@ -15,7 +15,7 @@ from pi0fm.cli.main import COMMANDS, find, main
 COMMAND_LINES = {tuple(command): page.name for page in PAGES for command in command_lines(page)}
 OURS = sorted({tuple(words) for command in COMMAND_LINES if (words := pi0fm_words(command)) is not None})
 # of other projects: that their options are right was seen once, by hand
-FOREIGN = {"curl", "hf", "kill", "lerobot-eval", "lerobot-rollout", "sudo"}
+FOREIGN = {"curl", "hf", "kill", "lerobot-eval", "lerobot-rollout", "lerobot-train", "sudo"}
 
 
 def command_of(words: Sequence[str]) -> Any:
@@ -73,6 +73,27 @@ def test_every_other_command_exists_too(repository: Path) -> None:
             case _:
                 pytest.fail(f"{page} shows a command that no test knows: {' '.join(command)}")
     assert set(others) >= {("make", "quickstart"), ("make", "test"), ("uv", "run", "pytest")}
+
+
+def test_each_ratio_is_one_of_the_scoreboard_with_its_date_and_command(repository: Path) -> None:
+    shown = table(repository / "README.md", "| measured | result | repeat it with | date |")
+    known = table(repository / "docs" / "LOG.md", "| figure | best | command | machine | date |")
+    assert len(shown) == 4
+    for _, result, command, date in shown:
+        words = command.strip("`").split()
+        rows = [row for row in known if row[1] == result and row[4] == date]
+        assert len(rows) == 1 and rows[0][2] == f"`{' '.join(words[:3])}`", f"docs/LOG.md's scoreboard has no {result} of {date}"
+        decoded: list[object] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(command_of(words[1:]), "run", decoded.append)
+            assert main(words[1:]) == 0
+        assert len(decoded) == 1
+
+
+def table(page: Path, head: str) -> list[list[str]]:
+    """The rows below a table's head, cell by cell."""
+    rows = page.read_text().split(f"{head}\n")[1].split("\n\n")[0].splitlines()[1:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
 @pytest.mark.parametrize("text", [block.text for page in PAGES for block in blocks("python", page)])
