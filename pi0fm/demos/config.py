@@ -63,7 +63,7 @@ class DemosConfig:
     def task_names(self) -> tuple[str, ...]:
         """The tasks by their names in reports."""
         words = self.tasks.split(",") if isinstance(self.tasks, str) else [word for text in self.tasks for word in text.split(",")]
-        return tuple(catalog.report_name(word.strip()) for word in words if word.strip())
+        return tuple(catalog.report_name(task) for task in catalog.expand([word.strip() for word in words if word.strip()]))
 
     @property
     def suite(self) -> Suite:

@@ -51,7 +51,7 @@ class StartsConfig(PolicyChoice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "tasks", tuple(catalog.report_name(task) for task in _names(self.tasks)))
+        object.__setattr__(self, "tasks", tuple(catalog.report_name(task) for task in catalog.expand(_names(self.tasks))))
         object.__setattr__(self, "cameras", _names(self.cameras))
         if not self.tasks:
             raise ConfigError("an evaluation needs one task or more; type --tasks button-press-topdown-v3,drawer-open-v3")

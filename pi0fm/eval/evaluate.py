@@ -23,6 +23,7 @@ from pi0fm.eval.policy import open_policy, read_metadata
 from pi0fm.eval.report import curve
 from pi0fm.eval.report import page as report
 from pi0fm.eval.rollout import BatchedRollout, OpenEnvironment, run_all
+from pi0fm.eval.statistics import mean_over_tasks
 from pi0fm.eval.summary import Summary, summarize
 from pi0fm.sim import catalog
 from pi0fm.sim.environment import CameraSpec
@@ -60,17 +61,20 @@ class Evaluation:
     seconds: float
     report: Path
     output_dir: Path
-    suite: str
+    suite: Suite
 
     def json(self) -> dict[str, Any]:
         """Return the last line of the command."""
         figures = self.summary.json()
         of_suite = {name: figures[name] for name in ("mean_success", "mean_interval", "episodes", "crashes")}
-        return (
-            figures
-            | {"by_suite": {self.suite: of_suite}}
-            | {"seconds": round(self.seconds, 1), "report": str(self.report), "output_dir": str(self.output_dir)}
-        )
+        counts = {row.task: (row.successes, row.trials) for row in self.summary.tasks}
+        named = {
+            group: [counts.get(catalog.report_name(f"{self.suite.name}/{task}"), (0, 0)) for task in tasks]
+            for group, tasks in self.suite.groups.items()
+        }
+        groups = {group: round(mean_over_tasks(each).rate, 6) for group, each in named.items() if all(trials for _, trials in each)}
+        place = {"seconds": round(self.seconds, 1), "report": str(self.report), "output_dir": str(self.output_dir)}
+        return figures | {"by_suite": {self.suite.name: of_suite | ({"groups": groups} if groups else {})}} | place
 
 
 def evaluate(config: EvalConfig, execute: Executor) -> Evaluation:
@@ -115,7 +119,7 @@ def evaluate(config: EvalConfig, execute: Executor) -> Evaluation:
         with files.write_faults(output_dir):
             path = report.write(output_dir, summary, rows, context)
             journal.remove()
-    return Evaluation(summary, tuple(rows), seconds, path, output_dir, suite.name)
+    return Evaluation(summary, tuple(rows), seconds, path, output_dir, suite)
 
 
 def run_episodes(episodes: Sequence[Episode], setup: WorkerSetup, execute: Executor, journal: Journal | None = None) -> list[EpisodeResult]:

@@ -21,7 +21,9 @@ from pi0fm_client.errors import ConfigError
 
 SUITES: Final = {suite.name: suite for suite in (METAWORLD, *LIBERO, ALOHA, PUSHT, SO101)}
 DEFAULT_SUITE = METAWORLD.name
-TASK_FORM = "SUITE/TASK, such as metaworld/drawer-open-v3; a name alone is of metaworld"
+TASK_FORM = (
+    "SUITE/TASK, such as metaworld/drawer-open-v3, or SUITE/all or SUITE/GROUP, such as metaworld/mt10; a name alone is of metaworld"
+)
 
 
 def suite_named(name: str) -> Suite:
@@ -37,6 +39,17 @@ def find(task: str) -> tuple[Suite, str]:
     suite = suite_named(prefix if slash else DEFAULT_SUITE)
     suite.check(name)
     return suite, name
+
+
+def expand(tasks: Sequence[str]) -> list[str]:
+    """Replace `SUITE/GROUP` and `SUITE/all` by the tasks that they stand for, each `SUITE/TASK`; others are left as they are."""
+    found = []
+    for task in tasks:
+        prefix, slash, word = task.rpartition("/")
+        suite = SUITES.get(prefix if slash else DEFAULT_SUITE)
+        group = None if suite is None else suite.groups.get(word, tuple(suite.tasks) if word == "all" else None)
+        found += [task] if suite is None or group is None else [f"{suite.name}/{name}" for name in group]
+    return found
 
 
 def report_name(task: str) -> str:

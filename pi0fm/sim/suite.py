@@ -4,7 +4,7 @@ Owns: `Suite`, `Task`, the checks of a task's name, cameras and step limit. Does
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 
 import numpy as np
@@ -32,6 +32,7 @@ class Suite:
     has_expert: whether `Environment.expert_action` works. packages: distributions that `build` imports; install: the command for them.
     action_low, action_high: of an action, one number or one a dimension; beyond them it is cut off.
     increments: dimensions that are displacements, 0 at a standstill; the others are targets, which a standstill keeps.
+    groups: tasks that are published together, by the name that stands for them; `all` always does.
     build: (name of the task, cameras, max_steps) -> Environment, whose `task` is the name that reports use.
     """
 
@@ -52,6 +53,7 @@ class Suite:
     action_low: float | tuple[float, ...] = -1.0
     action_high: float | tuple[float, ...] = 1.0
     increments: tuple[int, ...] = ()
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def open(self, task: str, cameras: tuple[CameraSpec, ...] = (), max_steps: int | None = None) -> Environment:
         """Open the environment of `task`; rendering starts with the first picture.

@@ -10,6 +10,7 @@ from eval_fakes import PointEnvironment
 from pi0fm.demos.config import DemosConfig
 from pi0fm.sim import catalog
 from pi0fm.sim.environment import parse_cameras
+from pi0fm.sim.metaworld.suite import METAWORLD
 from pi0fm.sim.suite import Suite, Task
 from pi0fm_client.errors import ConfigError, SimulationError
 
@@ -98,3 +99,12 @@ def test_only_sim_names_a_simulator(repository: Path) -> None:
     outside = [path for path in package.rglob("*.py") if not path.is_relative_to(package / "sim")]
     naming = [str(path) for path in outside if re.search(r"meta.?world|mujoco", path.read_text(), re.IGNORECASE)]
     assert len(outside) > 100 and naming == []
+
+
+def test_groups_and_all_stand_for_their_tasks():
+    assert catalog.expand(["mt10"]) == catalog.expand(["metaworld/mt10"]) and len(catalog.expand(["mt10"])) == 10
+    fifty = [task for group in ("easy", "medium", "hard", "very_hard") for task in catalog.expand([f"metaworld/{group}"])]
+    assert sorted(fifty) == sorted(catalog.expand(["metaworld/all"])) and len(fifty) == 50
+    assert [len(METAWORLD.groups[name]) for name in ("easy", "medium", "hard", "very_hard")] == [28, 11, 6, 5]
+    assert catalog.expand(["libero_goal/all", "reach-v3"]) == [*(f"libero_goal/{k}" for k in range(10)), "reach-v3"]
+    assert catalog.expand(["metaworld/mt11", "nowhere/all"]) == ["metaworld/mt11", "nowhere/all"]  # refused by `find`
