@@ -34,7 +34,7 @@ FULL_PI0 = TrainConfig(
 
 
 def test_one_card_is_what_was_measured(repository):
-    rows = json.loads((repository / "docs" / "results" / "gpu_h100_training.json").read_text())["rows"]
+    rows = json.loads((repository / "docs" / "results" / "gpu_h100_training_first_day.json").read_text())["rows"]
     ratios = {}
     for row in rows:
         name, _, batch = row["what"].rpartition(", batch ")
