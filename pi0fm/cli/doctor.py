@@ -32,6 +32,8 @@ from pi0fm.policy.device import choose_device
 from pi0fm.policy.manifest import MANIFEST
 from pi0fm.sim import catalog
 from pi0fm.train.data import policy_config
+from pi0fm.train.plan.flops import training_work
+from pi0fm.train.plan.planner import known_cards
 from pi0fm.train.start.pretrained import chosen_dialect, chosen_tokenizer, kept_stats, open_pretrained
 from pi0fm_client.errors import BundleError, ConfigError, DatasetError
 
@@ -189,10 +191,19 @@ def _judged(given: Options) -> list[tuple[Findings, Examined | None]]:
                 source, _ = examine_source(entry.dataset, entry.embodiment, entry.selection())
                 source = source.without(faults.bad)
                 seen = examine(subject(name, source), entry.dataset, source, _beside(given, name))
-                told = {"training": str(run_.memory(len(source.embodiment.cameras), max(1, run_.workers[1]), choose_device(None)))}
+                told = _of_training(run_, len(source.embodiment.cameras))
                 seen = replace(seen, measured={**seen.measured, **told})
             found.append((faults, seen))
     return found
+
+
+def _of_training(run_: TrainingRun, cameras: int) -> dict[str, str]:
+    """Memory of a worker, and the operations of a step with the least time that cards would take for them."""
+    work = training_work(run_.network(), run_.adaptation(), cameras, run_.flow_draws_per_observation)
+    flops = run_.global_batch_size * (work.forward + work.backward)
+    least = ", ".join(f"{name} {1e3 * flops / card.flops_per_second:.3g} ms" for name, card in known_cards().items())
+    memory = run_.memory(cameras, max(1, run_.workers[1]), choose_device(None))
+    return {"training": str(memory), "step": f"{flops / 1e12:.3g} TFLOP; on one card at its highest rate {least}; see pi0fm plan"}
 
 
 def _changed(tree: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:

@@ -205,6 +205,7 @@ def test_a_configuration_shows_its_batch_memory_and_exit_code(root, tmp_path, ca
     words = (root, path, "--output_dir", tmp_path / "out")
     code, found, said = doctor(capsys, *words)
     assert code == 0 and "memory of a worker: about" in found["seen"]["measured"]["training"], said
+    assert "TFLOP; on one card" in found["seen"]["measured"]["step"]
     other_pictures(root, BASE, lambda k: np.zeros((32, 48, 3), np.uint8))
     code, found, said = doctor(capsys, *words)
     assert code == 1 and found["seen"]["errors"] == 1 and "camera 'base' must show the scene" in said.splitlines()[-1]
