@@ -1,11 +1,19 @@
 """A worker that all wait for: judged by its own time alone, said with its node, and not at each line."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from forked_workers import workers
 from torch import nn
 
+from pi0fm import progress
+from pi0fm.models.pi0 import Pi0
+from pi0fm.train.loop import train
+from pi0fm.train.parallel.context import Context
+from pi0fm.train.start.output import claim
+from pi0fm.train.watch import stragglers
 from pi0fm.train.watch.stragglers import SECONDS_JUDGED, TIMES_BETWEEN, OwnTime, Stragglers
 
 
@@ -59,3 +67,28 @@ def test_the_figure_of_each_line_is_the_slowest_by_the_median_of_the_others():
     judge = Stragglers(["a", "b", "c"], print)
     assert judge.after_line(1, [1.0, 3.0, 2.0], 1.0) == pytest.approx(2.0)
     assert judge.after_line(1, [0.0, 0.0, 0.0], 1.0) == 1.0
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_a_run_names_its_slow_worker_with_its_node(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(stragglers, "SECONDS_JUDGED", 0.0)
+    config = run("run", steps=6, checkpoint_every=100)
+    claim(config)
+
+    def body(context: Context) -> list[str]:
+        real = Pi0.forward
+
+        def forward(*arguments):
+            time.sleep(0.2 if context.rank == 1 else 0.0)  # as on a machine that is busy with something else
+            return real(*arguments)
+
+        monkeypatch.setattr(Pi0, "forward", forward)
+        said: list[str] = []
+        with progress.heard(said.append):
+            train(replace(context, node=f"node-{context.rank}"), config)
+        return said
+
+    first, second = workers(2, tmp_path, body)
+    [line] = [line for line in first if " is slow: " in line]
+    assert "worker 1 on node-1 is slow: data and forward passes take it " in line
+    assert not any(" is slow: " in line for line in second)
