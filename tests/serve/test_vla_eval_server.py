@@ -15,6 +15,7 @@ from pi0fm.serve.vla_eval_server import BundleModelServer  # noqa: E402
 
 __all__ = ["saved", "small_policy"]
 EXECUTED, STEPS = 2, 6
+pytestmark = pytest.mark.timeout(180)  # the harness alone imports for seconds
 seen: list[tuple[dict, list[float]]] = []
 
 
