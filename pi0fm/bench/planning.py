@@ -112,7 +112,21 @@ def rates(found: Seconds, count: int) -> tuple[Card, Network]:
     a_pass = max(1e-9, found[f"pass {SMALL}"] - SMALL * a_sample)
     bandwidth = trained / a_pass  # with one byte a number
     update = UPDATE_BYTES * trained / (bandwidth * found["optimizer"])
-    card = Card(1.0, (work.forward + work.backward) / a_sample, bandwidth, 1.0, 1.0, update, 1.0, 0.0, overlap=0.0, price=0.0)
+    flops = (work.forward + work.backward) / a_sample
+    card = Card(
+        memory_gib=1.0,
+        flops_per_second=flops,
+        bytes_per_second=bandwidth,
+        forward_efficiency=1.0,
+        backward_efficiency=1.0,
+        adapter_bytes=0.0,
+        pass_bytes=1.0,
+        update_share=update,
+        inside=1.0,
+        latency=0.0,
+        overlap=0.0,
+        price=0.0,
+    )
     if count == 1:
         return card, Network(1.0, 1.0, 0.0, 1)
     gather, share = found[f"gather {MANY}"] - found[f"gather {FEW}"], (count - 1) / count

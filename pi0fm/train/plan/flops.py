@@ -41,11 +41,12 @@ class StageWork:
 
 @dataclass(frozen=True)
 class TrainingWork:
-    """Operations that one sample of training needs, and those that checkpointing repeats."""
+    """Operations that one sample of training needs, and those that checkpointing repeats; numbers that go in and out of adapted layers."""
 
     forward: float
     backward: float
     recomputed: float
+    adapted: float = 0.0
 
 
 @functools.lru_cache(maxsize=16)
@@ -97,6 +98,10 @@ def training_work(config: Pi0Config, how: Adaptation, cameras: int, flow_draws: 
         model = adapt(Pi0(config), replace(how, frozen_bfloat16=False), torch.bfloat16)
     flowing = gradient_flows(model)
     trained = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad and not is_adapter(name)}
+    pictures, suffix = cameras * config.vision.tokens_per_image, config.action_horizon + (config.state_input == "token")
+    tokens = {"vision": pictures, "backbone": pictures + config.max_prompt_tokens, "action_expert": flow_draws * suffix}
+    adapters = ((part_of(name), value) for name, value in model.named_parameters() if is_adapter(name))
+    adapted = sum(max(value.shape) * tokens.get(part, 1) for part, value in adapters)  # rank x in, out x rank
     forward = backward = recomputed = 0
     for part, stage in zip(PARTS, stage_work(config, cameras, config.max_prompt_tokens).values(), strict=True):
         times = flow_draws if part == "action_expert" else 1
@@ -104,7 +109,7 @@ def training_work(config: Pi0Config, how: Adaptation, cameras: int, flow_draws: 
         backward += times * stage.flops * (2 if part in trained else part in flowing)
         repeated = {"none": 0, "selective": stage.attention, "full": stage.flops}[how.activation_checkpointing]
         recomputed += times * repeated * (part != "vision" or part in flowing)  # a layer of the decoder is both streams
-    return TrainingWork(forward, backward, recomputed)
+    return TrainingWork(forward, backward, recomputed, adapted)
 
 
 def _counted(call: Callable[[], object]) -> tuple[int, int]:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pi0fm import pages
 from pi0fm.train.plan.planner import PARTS, Plan
 
-COLOURS = ("#0f766e", "#c8862b", "#5b5fc7", "#b4436c")
-PART_NAMES = {"products": "products", "weights": "weights, once a pass", "network": "network", "optimizer": "optimiser"}
+COLOURS = ("#0f766e", "#c8862b", "#5b5fc7", "#b4436c", "#5a7d2b")
+PART_NAMES = {"weights": "weights, once a pass", "optimizer": "optimiser"}
 Curves = Mapping[str, Sequence[Plan]]
 
 
@@ -29,11 +29,11 @@ def scaling(networks: Curves, cards: Curves, chosen: Sequence[Plan]) -> bytes:
     places, below = list(range(len(chosen))), [0.0] * len(chosen)
     for part, colour in zip(PARTS, COLOURS, strict=True):
         heights = [100 * each.parts[part] / each.seconds for each in chosen]
-        shares.bar(places, heights, bottom=below, color=colour, width=0.8, label=PART_NAMES[part])
+        shares.bar(places, heights, bottom=below, color=colour, width=0.8, label=PART_NAMES.get(part, part))
         below = [low + height for low, height in zip(below, heights, strict=True)]
     shares.set_xticks(places, [str(each.workers) for each in chosen])
     pages.chart(shares, "where a step goes", "cards", "%")
-    pages.legend(shares, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    pages.legend(shares, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     for axis in (by_network, by_card):
         axis.set_xticks([each.workers for each in chosen], [str(each.workers) for each in chosen])
         axis.minorticks_off()

@@ -3,6 +3,7 @@
 Owns: the model of a step. Does not know: how it is shown, the numbers of a card (cards.yaml) and how they were measured.
 
     a pass      samples x operations / (product rate x efficiency)  +  numbers that train x pass_bytes / copy rate
+                + samples x numbers in and out of adapted layers x adapter_bytes / copy rate
     a step      [ forward | backward ] x micro batches, the optimiser, and what of the network shows:
 
       none        -                      gradients averaged, from the last layer's to the first's, during the last backward pass
@@ -33,8 +34,14 @@ from pi0fm.train.plan.network import Network
 from pi0fm_client.errors import ConfigError
 
 UPDATE_BYTES, AVERAGE_BYTES, BUCKET_BYTES = 32, 12, 25 * 2**20
-PARTS = ("products", "weights", "network", "optimizer")
-STOPPED_BY = {"products": "nothing", "weights": "small micro batches", "network": "the network", "optimizer": "the optimiser"}
+PARTS = ("products", "adapters", "weights", "network", "optimizer")
+STOPPED_BY = {
+    "products": "nothing",
+    "adapters": "the adapters",
+    "weights": "small micro batches",
+    "network": "the network",
+    "optimizer": "the optimiser",
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,9 @@ class Card:
     memory_gib: float
     flops_per_second: float
     bytes_per_second: float
-    efficiency: float
+    forward_efficiency: float
+    backward_efficiency: float
+    adapter_bytes: float
     pass_bytes: float
     update_share: float
     inside: float
@@ -116,11 +125,13 @@ def plan(config: TrainConfig, card: Card, network: Network, workers: int, camera
     count = count_of(replace(of_network, action_horizon=1, max_prompt_tokens=1), how, computes)  # lengths change no module
     work = training_work(of_network, how, cameras, config.flow_draws_per_observation)
     samples, steps = config.largest_micro_batch(workers), config.micro_steps(workers)
-    rate = card.flops_per_second * card.efficiency
+    one_forward = work.forward / (card.flops_per_second * card.forward_efficiency)
+    one_backward = (work.backward + work.recomputed) / (card.flops_per_second * card.backward_efficiency)
+    adapters = samples * work.adapted * card.adapter_bytes / card.bytes_per_second
     trained, each = count.trained // 4, shard.workers_of_a_state(workers)
     weights = trained * card.pass_bytes / card.bytes_per_second
-    forward = samples * work.forward / rate + weights / 3
-    backward = samples * (work.backward + work.recomputed) / rate + 2 * weights / 3
+    forward = samples * one_forward + (adapters + weights) / 3
+    backward = samples * one_backward + 2 * (adapters + weights) / 3
 
     def shown(collective: float, beside: float, units: int) -> float:
         hidden = min(collective * (1 - 1 / units), beside) * card.overlap
@@ -141,7 +152,8 @@ def plan(config: TrainConfig, card: Card, network: Network, workers: int, camera
         communicated = shown(network.reduce(group, gradients, buckets), backward, buckets)
     update = UPDATE_BYTES + AVERAGE_BYTES * (config.ema_decay is not None)
     parts = {
-        "products": steps * samples * (work.forward + work.backward + work.recomputed) / rate,
+        "products": steps * samples * (one_forward + one_backward),
+        "adapters": steps * adapters,
         "weights": steps * weights,
         "network": communicated,
         "optimizer": trained / each * update / (card.bytes_per_second * card.update_share),

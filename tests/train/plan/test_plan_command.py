@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from pi0fm.cli.main import main
+from pi0fm.train.plan.planner import PARTS
 
 
 def asked(capsys, command: str) -> dict:
@@ -76,6 +77,6 @@ def test_the_check_against_real_steps_runs(capsys):
     """With one process and few steps: what is measured is no figure, but everything is called."""
     found = asked(capsys, "pi0fm bench planning --processes 1 --turns 1 --steps 1")
     row = found["steps"]["1 x none"]
-    assert row["planned_ms"] == pytest.approx(sum(row[f"{part}_ms"] for part in ("products", "weights", "network", "optimizer")), rel=1e-4)
+    assert row["planned_ms"] == pytest.approx(sum(row[f"{part}_ms"] for part in PARTS), rel=1e-4)
     assert row["measured_ms"] > 0 and found["worst"]["step"] == "1 x none"
     assert main(["bench", "planning", "--processes", "0"]) == 2
