@@ -230,7 +230,7 @@ class _Disturbed:
 
     def run(self) -> list[Kill]:
         """To the end of the run; the kills."""
-        due = time.monotonic() + self._chance.uniform(0.3, 1.0) * self._config.every
+        due, first = math.inf, self._chance.uniform(0.3, 1.0) * self._config.every
         self._command.start()
         self._deadline = time.monotonic() + SECONDS_UNTIL_STARTED
         try:
@@ -241,8 +241,9 @@ class _Disturbed:
                 self._add_nodes(now)
                 pending = self._measure(now)
                 step, _ = self._command.reached()
+                due = now + first if due == math.inf and step > 0 else due
                 wanted = self._config.kills is None or len(self._kills) < self._config.kills
-                if not pending and wanted and max(due, self._settled) <= now < self._until and step > 0:
+                if not pending and wanted and max(due, self._settled) <= now < self._until:
                     self._kill(step)
                     due = self._killed + self._config.every
                 if now > self._deadline and (pending or step == 0):
