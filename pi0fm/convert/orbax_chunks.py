@@ -24,7 +24,6 @@ from typing import Any, final
 from urllib.parse import unquote
 
 import numpy as np
-import pyarrow
 from numpy.typing import NDArray
 
 PACKED_BYTES = 2**20  # read of a file at a time
@@ -129,7 +128,11 @@ class _ChunkStream:
     def __init__(self, stretch: Stretch, packing: str | None, dtype: np.dtype[Any]) -> None:
         self._stretch, self._dtype, self.position = stretch, dtype, 0
         packed = _Bytes(stretch)
-        self._stream = pyarrow.CompressedInputStream(packed, packing) if packing else packed
+        if packing:
+            import pyarrow  # of the extra jax
+
+            packed = pyarrow.CompressedInputStream(packed, packing)
+        self._stream = packed
 
     def fill(self, into: NDArray[Any]) -> None:
         """Read the next numbers into a contiguous array. Raises ValueError when there are fewer."""
