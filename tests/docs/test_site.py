@@ -5,6 +5,7 @@ import importlib.util
 import re
 import runpy
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,19 @@ def test_arrays_of_ones_own_end_in_a_bundle_in_robot_units(
     run(monkeypatch, "04_own_data.py", tmp_path / "bundle", 2)
     assert (tmp_path / "bundle" / "manifest.json").is_file()
     assert capsys.readouterr().out.count("ends at") == 2
+
+
+def test_the_citation_has_the_version_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+
+
+@pytest.mark.parametrize("workflow", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.stem)
+def test_a_workflow_types_commands_that_exist(workflow: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    text = workflow.read_text()
+    assert set(re.findall(r"\bmake (\w+)", text)) <= targets
+    assert all((ROOT / script).is_file() for script in re.findall(r"bash (\.ci/\w+)", text))
+    assert all(job["timeout-minutes"] <= 120 for job in yaml.safe_load(text)["jobs"].values())
+    assert yaml.safe_load(text)["permissions"] == {"contents": "read"}
