@@ -25,10 +25,10 @@ SECONDS = 240  # until a run has begun, on a machine that is busy
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of minutes on one worker, as `pi0fm train` makes it by default."""
+    """A run of minutes on one worker of Ray."""
     folder = tmp_path_factory.mktemp("ends")
     tree = record.options_of(tiny_dataset.written(tmp_path_factory), folder) | {"steps": 100_000, "checkpoint_every": 1000}
-    (folder / "config.yaml").write_text(yaml.safe_dump(tree | {"cpus_per_worker": 1}))
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree | {"num_workers": 1, "cpus_per_worker": 1}))
     return folder / "config.yaml"
 
 
