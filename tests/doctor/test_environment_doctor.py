@@ -51,7 +51,9 @@ def test_a_healthy_recording(recorded):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda p: p[:, :, ::-1, ::-1], lambda p: p[:, :, ::-1], lambda p: p[:, :, :, ::-1], lambda p: p[..., ::-1]], ids=str
+    "change",
+    [lambda p: p[:, :, ::-1, ::-1], lambda p: p[:, :, ::-1], lambda p: p[:, :, :, ::-1], lambda p: p[..., ::-1]],
+    ids=["turned round", "upside down", "mirrored", "blue first"],
 )
 def test_pictures_in_another_orientation_or_order_of_colours(recorded, change):
     assert judged(recorded[0], pictures=change(recorded[1]))["picture"] == "error"
