@@ -26,6 +26,10 @@ from rich.table import Table
 from pi0fm import options
 from pi0fm_client.errors import ConfigError, Pi0fmError
 
+BRINGS = {  # a library of pyproject.toml's extras -> the extra to type; what both bring is named once
+    **dict.fromkeys(("accelerate", "av", "lerobot", "matplotlib", "peft", "pyarrow", "ray", "tensorboard"), "train"),
+    **dict.fromkeys(("gymnasium", "metaworld", "mujoco"), "sim"),
+}
 SHOWN = 40  # options that --help shows before it leaves out what few people set
 COMMANDS = {
     "quickstart": "record, train, evaluate, serve and evaluate over the network, with one command",
@@ -58,6 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Pi0fmError as error:
         print(f"pi0fm: {' '.join(str(error).split())}", file=sys.stderr)
         return int(getattr(error, "exit_code", 2 if isinstance(error, ConfigError) else 1))
+    except ModuleNotFoundError as error:
+        library = (error.name or "").split(".")[0]
+        if library not in BRINGS:
+            raise
+        print(f"pi0fm: this needs {library}, found none; type pip install 'pi0fm[{BRINGS[library]}]', or pi0fm[all]", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("pi0fm: interrupted; what was finished is kept", file=sys.stderr)
         return 130

@@ -12,7 +12,7 @@ import pytest
 from small_policies import character_tokenizer, saved, small_policy
 from without_extras import brought, plain
 
-from pi0fm.cli import extras
+from pi0fm.cli import main as command_line
 from pi0fm_client import PolicyClient
 
 pytestmark = pytest.mark.timeout(180)  # a process imports torch and transformers, on a machine that may be busy
@@ -64,14 +64,14 @@ def test_without_extras_training_says_what_to_install() -> None:
 
 def test_each_library_of_an_extra_is_named_with_one_that_brings_it() -> None:
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for library, extra in extras.BRINGS.items():
+    for library, extra in command_line.BRINGS.items():
         assert any(plain(need).startswith(library) for need in groups[extra]), (library, extra)
 
 
 def test_another_missing_module_is_a_fault_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(arguments: object) -> int:
+    def broken(path: object) -> int:
         raise ModuleNotFoundError("No module named 'pi0fm.gone'", name="pi0fm.gone")
 
-    monkeypatch.setattr("pi0fm.cli.main.main", broken)
+    monkeypatch.setattr("pi0fm.cli.main.find", broken)
     with pytest.raises(ModuleNotFoundError):
-        extras.main(["train"])
+        command_line.main(["train"])

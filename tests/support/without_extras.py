@@ -70,7 +70,7 @@ if __name__ == "__main__":
     hide()
     program = sys.argv[1]
     if program == "pi0fm":
-        from pi0fm.cli.extras import main
+        from pi0fm.cli.main import main
 
         sys.exit(main(sys.argv[2:]))
     sys.argv = sys.argv[1:]
