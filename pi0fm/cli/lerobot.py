@@ -118,7 +118,7 @@ TRAIN: dict[str, str | Taken | Ignored | Refused] = {
     "eval_steps": Taken("validation.every", note="beside --validation.episodes N"),
     "max_eval_samples": Taken("validation.samples", lambda value, _: value or None),
     "dataset.eval_split": Ignored("nothing is held out", (0, 0.0, None), "hold out episodes by number, --validation.episodes N"),
-    "env_eval_freq": Ignored("nothing is evaluated in a simulator while training"),
+    "env_eval_freq": Ignored("`pi0fm eval --follow.run OUTPUT_DIR` evaluates while a run trains with --bundle_every N"),
     "tolerance_s": "dataset.tolerance_s",
     "rename_map": Taken("embodiment.cameras", _cameras, "camera of the policy -> column of the data set"),
     "job_name": Ignored("output_dir names a run"),

@@ -28,6 +28,8 @@ DEFAULTS = defaults
 NETWORK = train.NETWORK
 GBITS = (10.0, 25.0, 100.0, 400.0)  # of the picture
 
+MOST_GPUS = 4096
+
 
 @dataclass(frozen=True)
 class Options(TrainingRun):
@@ -48,8 +50,12 @@ class Options(TrainingRun):
         for name, least in (("gpus", 1), ("gpus_per_machine", 1), ("cameras", 1), ("samples_per_gpu", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ConfigError(f"{name} must be {least} or more, found {getattr(self, name)}; type --{name} {least}")
-        if not self.gbits > 0 or not (self.price is None or self.price >= 0):
-            raise ConfigError(f"gbits must be above 0 and price 0 or more, found {self.gbits} and {self.price}; type --gbits 100")
+        if self.gpus > MOST_GPUS:
+            raise ConfigError(f"gpus must be 1 to {MOST_GPUS}, which is what the plan's networks stand for, found {self.gpus}")
+        if not self.gbits > 0:
+            raise ConfigError(f"gbits must be above 0, found {self.gbits}; type --gbits 100")
+        if self.price is not None and not self.price >= 0:
+            raise ConfigError(f"price must be 0 or more, in US dollars for a card and hour, found {self.price}; leave it out")
         if self.precision == "float32":
             raise ConfigError("the rates of cards are those of bfloat16, found precision float32; type --precision bfloat16")
         if self.picture is not None and self.picture.suffix != ".png":

@@ -90,8 +90,11 @@ def follow(config: FollowConfig, evaluate: Callable[[EvalConfig], Any] = evaluat
 
 def _await_run(run: Path) -> None:
     """Wait for a run that may be starting. Raises ConfigError where none does."""
-    until = time.monotonic() + SECONDS_TO_START
+    until, said = time.monotonic() + SECONDS_TO_START, False
     while not (run.is_dir() and (is_held(run) or (run / "run.json").is_file() or bundles(run))):
+        if not said:
+            progress.say(f"no run in {run} yet: waiting {SECONDS_TO_START:.0f} s for one to begin")
+            said = True
         if time.monotonic() > until:
             raise ConfigError(f"--follow.run must be the output_dir of pi0fm train, found no run in {run}; start one with --bundle_every N")
         time.sleep(min(SECONDS_BETWEEN_LOOKS, SECONDS_TO_START))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pi0fm import files, machine, options, pages
+from pi0fm import files, machine, options, pages, progress
 from pi0fm.train.start import lease
 from pi0fm.train.watch.metrics import read_lines
 from pi0fm_client.errors import ConfigError
@@ -71,7 +71,14 @@ def find_runs(folders: Sequence[Path]) -> list[RunSummary]:
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"runs are looked for in folders, found none at {folder}; type pi0fm runs outputs")
-        below = {str(place): summarize(place, str(place)) for place in _places(folder, 0)}
+        below: dict[str, RunSummary] = {}
+        for place in _places(folder, 0):
+            try:
+                below[str(place)] = summarize(place, str(place))
+            except ConfigError as error:  # one that is not readable hides no other
+                if place == folder:
+                    raise
+                progress.say(str(error))
         if not below:
             raise ConfigError(f"a run is a folder with run.json, found none in {folder} or {DEEPEST} folders below it")
         found |= below

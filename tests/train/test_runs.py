@@ -101,6 +101,16 @@ def test_a_real_run_is_shown_and_compared_on_a_page(run, tmp_path, capsys):
     assert "steps</td><td>30</td><td>10</td>" in text or "steps</td><td>10</td><td>30</td>" in text
 
 
+def test_a_run_that_is_not_readable_hides_no_other(tmp_path, capsys):
+    for name, record in (("broken", ""), ("good", '{"steps": 5}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(record)
+    assert main(["runs", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert list(json.loads(shown.out)) == [str(tmp_path / "good")]
+    assert "broken/run.json must be what pi0fm train writes" in " ".join(shown.err.split())
+
+
 def test_what_is_no_run_is_one_line(tmp_path, capsys):
     (tmp_path / "run.json").write_text("[]")
     for words, line in (

@@ -128,6 +128,17 @@ def test_lerobots_word_for_the_weights_to_start_from(refused):
     assert "no bundle at /nowhere/bundle" in line
 
 
+@pytest.mark.parametrize(("words", "reason"), [(["--steps", "2"], "beyond steps 2"), (["--dataset.root", "another"], "meta/info.json")])
+def test_a_refused_resume_leaves_the_run_as_it_was(file, refused, tmp_path, capfd, words, reason):
+    assert main(["train", str(file)]) == 0
+    before = contents(tmp_path / "run")
+    capfd.readouterr()
+    _, line = refused("--resume", "true", *words)
+    assert reason in line
+    assert contents(tmp_path / "run") == before
+    assert main(["train", "--output_dir", str(tmp_path / "run"), "--resume", "true"]) == 0
+
+
 def test_more_ray_workers_than_cores_are_refused_before_ray_starts(refused):
     code, line = refused("--num_workers", "4000", "--batch_size", "4000")
     assert code == 2 and "num_workers are Ray workers that train" in line and "LeRobot's num_workers has no counterpart" in line

@@ -338,7 +338,10 @@ def refuse_missing(config: DatasetConfig) -> None:
     if config.root is None and not config.repo_id:
         raise ConfigError("which data set? give --dataset.repo_id NAME, or --dataset.root DIRECTORY")
     if config.root is not None and not (config.root / "meta" / "info.json").is_file():
-        raise DatasetError(f"dataset.root must be a LeRobot data set, but {config.root} has no meta/info.json; record one with pi0fm demos")
+        run = f"it is a run, whose policy is {config.root / 'bundle'}" if (config.root / "run.json").is_file() else "correct the path"
+        raise DatasetError(
+            f"dataset.root must be a LeRobot data set, but {config.root} has no meta/info.json; {run}, or record one with pi0fm demos"
+        )
 
 
 def locate(config: DatasetConfig) -> Path:

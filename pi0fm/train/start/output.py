@@ -10,7 +10,7 @@ Owns: the claim on a folder before any worker starts. Does not know: what is wri
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from pi0fm import files, options, progress
@@ -54,14 +54,21 @@ def claim(config: TrainConfig) -> None:
 def claimed(config: TrainConfig, *, restarted: bool = False) -> Iterator[None]:
     """Claim the folder for the block, and hold its lease; released at an error under which nothing was trained.
 
-    restarted: the launcher started the workers again, and an earlier attempt made the claim.
+    An earlier run's record stands again after such an error. restarted: the launcher started the workers again, and an earlier attempt
+    made the claim.
     """
     with lease.only_run_in(config.output_dir):
-        if not restarted or not (config.output_dir / "run.json").exists():
+        record = config.output_dir / "run.json"
+        before = record.read_bytes() if record.is_file() else None
+        trained = read_last(config.output_dir)
+        if not restarted or before is None:
             claim(config)
         try:
             yield
         except BaseException:
+            if before is not None and trained is not None and read_last(config.output_dir) == trained:
+                with suppress(OSError):  # a place that went away
+                    files.write_bytes(record, before)
             release(config)
             raise
 
