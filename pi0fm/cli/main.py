@@ -16,8 +16,10 @@ Each command is a module of pi0fm/cli, imported when it is called, with `HELP`, 
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 from rich.console import Console
@@ -26,10 +28,6 @@ from rich.table import Table
 from pi0fm import options
 from pi0fm_client.errors import ConfigError, Pi0fmError
 
-BRINGS = {  # a library of pyproject.toml's extras -> the extra to type; what both bring is named once
-    **dict.fromkeys(("accelerate", "av", "lerobot", "matplotlib", "peft", "pyarrow", "ray", "tensorboard"), "train"),
-    **dict.fromkeys(("gymnasium", "metaworld", "mujoco"), "sim"),
-}
 SHOWN = 40  # options that --help shows before it leaves out what few people set
 COMMANDS = {
     "quickstart": "record, train, evaluate, serve and evaluate over the network, with one command",
@@ -64,13 +62,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(getattr(error, "exit_code", 2 if isinstance(error, ConfigError) else 1))
     except ModuleNotFoundError as error:
         library = (error.name or "").split(".")[0]
-        if library not in BRINGS:
+        extra = extra_with(library)
+        if extra is None:
             raise
-        print(f"pi0fm: this needs {library}, found none; type pip install 'pi0fm[{BRINGS[library]}]', or pi0fm[all]", file=sys.stderr)
+        print(f"pi0fm: this needs {library}, found none; type pip install 'pi0fm[{extra}]', or pi0fm[all]", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("pi0fm: interrupted; what was finished is kept", file=sys.stderr)
         return 130
+
+
+def extra_with(library: str) -> str | None:
+    """The extra of the installed package that brings a library: `train` where that does, never `all`; None where none does."""
+    try:
+        needs = metadata.requires("pi0fm") or []
+    except metadata.PackageNotFoundError:
+        return None
+    found = [match for need in needs if (match := re.match(r"([\w-]+).*extra == .([\w-]+).", need))]
+    extras = {match[2] for match in found if match[1].replace("-", "_") == library} - {"all"}
+    return min(extras, key=lambda extra: (extra != "train", extra), default=None)
 
 
 def _dispatch(path: tuple[str, ...], commands: Mapping[str, str], words: Sequence[str]) -> int:
