@@ -53,7 +53,7 @@ class Connection:
     def __init__(self, websocket: ClientConnection, greeting: bytes) -> None:
         self.greeting, self._websocket = greeting, websocket
         # A frame is always awaited, so that one which no request asked for is noticed before the next request.
-        self._next = asyncio.ensure_future(websocket.recv())
+        self._next = _frame_of(websocket)
 
     async def send(self, frame: bytes) -> None:
         """Send a request. Raises LostError for a lost connection, and for one on which a frame waits that nobody asked for."""
@@ -73,13 +73,12 @@ class Connection:
             frame = await self._next
         except ConnectionClosed as error:
             raise _lost(error) from None
-        self._next = asyncio.ensure_future(self._websocket.recv())
+        self._next = _frame_of(self._websocket)
         return frame
 
     def drop(self) -> None:
         """End the connection at once, without a closing handshake; a reply that is on its way is never read."""
-        if not self._next.cancel() and not self._next.cancelled():
-            self._next.exception()  # retrieved, or asyncio logs it
+        self._next.cancel()
         self._websocket.transport.abort()
 
     async def close(self) -> None:
@@ -216,3 +215,10 @@ def _lost(error: ConnectionClosed) -> LostError:
 
 def _one_line(fault: object) -> str:
     return " ".join(str(fault).split())[:120]
+
+
+def _frame_of(websocket: ClientConnection) -> "asyncio.Future[bytes | str]":
+    """The next frame, awaited from now on. Its error is retrieved, or asyncio would log it where nobody asks any more."""
+    frame = asyncio.ensure_future(websocket.recv())
+    frame.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    return frame

@@ -134,9 +134,18 @@ def test_a_file_that_a_kill_cut_or_a_disk_changed_is_read_up_to_there(tmp_path: 
     log.close()
     (path,) = tmp_path.glob("*.log")
     whole = path.read_bytes()
-    for damaged, left in ((whole[:-1], 2), (whole[: len(whole) // 2], 1), (whole[:-300] + b"\x00" + whole[-299:], 2), (whole[:20], 0)):
-        path.write_bytes(damaged)
-        assert len(list(read(tmp_path))) == left
+    middle = len(whole) // 2
+    for changed, left, said in (
+        (whole[:-1], 2, 0),
+        (whole[:middle], 1, 0),
+        (whole[:-300] + bytes([whole[-300] ^ 1]) + whole[-299:], 2, 1),
+        (whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], 1, 1),
+        (whole[:20], 0, 0),
+    ):
+        path.write_bytes(changed)
+        damaged: list[str] = []
+        assert len(list(read(tmp_path, damaged))) == left
+        assert len(damaged) == said and all("is damaged before byte" in line for line in damaged), "a cut end is a kill's"
 
 
 def test_another_policy_begins_another_file(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ Owns: the options, the order of passes, the figures. Does not know: how a log is
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class ReplayConfig:
 
     def __post_init__(self) -> None:
         for name in ("most", "threads"):
-            if (getattr(self, name) or 1) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be >= 1, found {getattr(self, name)}; leave it out for the usual")
 
 
@@ -53,8 +54,10 @@ def replay(options: ReplayConfig) -> dict[str, Any]:
     known: Mapping[str, Any] | None = None
     logged: list[NDArray[np.float32]] = []
     at: list[float] = []
-    total, left_out = 0, 0
-    for batch in read(options.log):
+    total, left_out, damaged = 0, 0, list[str]()
+    if options.other is not None:
+        bundle.read(options.other)  # a wrong path is named now, not behind the first bundle's passes
+    for batch in read(options.log, damaged):
         known = batch.description if known is None else known
         if batch.description["identity"] != known["identity"]:
             left_out += 1
@@ -64,6 +67,8 @@ def replay(options: ReplayConfig) -> dict[str, Any]:
             at += [batch.at] * len(batch.actions)
     if known is None:
         raise ServingError(f"{options.log} holds no whole batch: ask the server that writes it, or let it end")
+    for line in damaged:
+        progress.say(line)
     identity = known["identity"]
 
     def again(name: str, policy: LocalPolicy, shift: int = 0) -> NDArray[np.float32]:
@@ -88,6 +93,7 @@ def replay(options: ReplayConfig) -> dict[str, Any]:
         "requests": len(recorded),
         "batches": total,
         "batches_of_other_bundles": left_out,
+        "damaged": damaged,
         "identical": int((first.view(np.uint32) == recorded.view(np.uint32)).reshape(len(recorded), -1).all(axis=1).sum()),
         "largest_difference": float(np.abs(first - recorded).max()),
         "identity": {"log": identity, "first": here["identity"]},
@@ -139,5 +145,8 @@ def _compared(
         return [float(value) for value in np.sqrt((difference.astype(np.float64) ** 2).mean(axis=(0, 1)))]
 
     largest = np.abs(second - first).reshape(len(first), -1).max(axis=1)
-    worst = [{"request": int(row), "at": at[row], "largest_difference": float(largest[row])} for row in np.argsort(-largest)[:WORST]]
+    worst = [
+        {"request": int(row), "at": datetime.fromtimestamp(at[row], UTC).isoformat(), "largest_difference": float(largest[row])}
+        for row in np.argsort(-largest)[:WORST]
+    ]
     return {"other": per_dimension(second - first), "another_seed": per_dimension(another_seed - first), "worst": worst}

@@ -124,15 +124,18 @@ class RequestLog:
         self._file.write(_HEAD.pack(len(packed), zlib.crc32(packed)) + packed)
 
 
-def read(folder: Path) -> Iterator[LoggedBatch]:
-    """Yield the whole batches of a log, the oldest first. Raises ServingError for a folder that holds none."""
+def read(folder: Path, damaged: list[str] | None = None) -> Iterator[LoggedBatch]:
+    """Yield the whole batches of a log, the oldest first. Raises ServingError for a folder that holds none.
+
+    damaged: takes a line for each file that a disk changed; what follows the damage in it is left out. A cut end is none.
+    """
     paths = _paths(folder)
     if not paths:
         raise ServingError(f"no log of requests in {folder}: give the folder of pi0fm serve --log_requests")
     for path in paths:
         description: Mapping[str, Any] | None = None
         entries: list[dict[str, Any]] = []
-        for entry in _entries(path):
+        for entry in _entries(path, damaged):
             if description is None:
                 if entry.get("format") != FORMAT:
                     raise ConfigError(f"{path} is a log of format {entry.get('format')}, this pi0fm reads {FORMAT}")
@@ -145,13 +148,15 @@ def read(folder: Path) -> Iterator[LoggedBatch]:
                 entries = []
 
 
-def _entries(path: Path) -> Iterator[dict[str, Any]]:
+def _entries(path: Path, damaged: list[str] | None) -> Iterator[dict[str, Any]]:
     """Yield the entries of one file up to the first one that is cut or damaged."""
     with path.open("rb") as file:
         while len(head := file.read(_HEAD.size)) == _HEAD.size:
             length, expected = _HEAD.unpack(head)
             packed = file.read(min(length, MAX_ENTRY_BYTES))
             if len(packed) != length or zlib.crc32(packed) != expected:
+                if damaged is not None and (len(packed) == length or file.read(1)):
+                    damaged.append(f"{path} is damaged before byte {file.tell()}: what follows in it is left out")
                 return
             try:
                 yield wire.unpack(packed, max_bytes=MAX_ENTRY_BYTES)
