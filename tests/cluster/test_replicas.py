@@ -71,7 +71,7 @@ def observation() -> dict[str, object]:
     return {**pictures, "observation.state": np.zeros(3, np.float32), "prompt": "press"}
 
 
-@pytest.mark.journey
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_robots_stay_with_their_replica_and_more_robots_bring_another(start) -> None:
     _, ready = start("-c", PROGRAM, "8123")
