@@ -10,11 +10,9 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm.sim.environment import CameraSpec, Environment, StepResult, checked_action, parse_cameras
+from pi0fm.sim.environment import CameraSpec, RenderedEnvironment, StepResult, checked_action, parse_cameras
 from pi0fm.sim.renderer import FAST, Renderer, load_mujoco
 from pi0fm.sim.suite import Suite, Task
-from pi0fm_client.errors import SimulationError
-from pi0fm_client.types import Observation
 
 FPS: Final = 50
 SOLVED: Final = 4  # the reward of both tasks
@@ -29,7 +27,7 @@ WIDEST: Final = 3.15  # radians of a joint
 
 
 @final
-class Aloha(Environment):
+class Aloha(RenderedEnvironment):
     """State and action: six joint angles of each arm and its gripper, 0 closed and 1 open, left before right; actions are targets."""
 
     def __init__(self, task: str, cameras: tuple[CameraSpec, ...], max_steps: int) -> None:
@@ -55,7 +53,7 @@ class Aloha(Environment):
         place = self._utils.sample_box_pose(seed) if self._one_box else np.concatenate(self._utils.sample_insertion_pose(seed))
         self._sim.BOX_POSE[0] = place  # gym-aloha's tasks read it there at their reset
         self._env.reset()
-        self._steps, self._done, self._target = 0, False, self._state()
+        self._steps, self._done, self._target = 0, False, self._robot_state()
 
     def step(self, action: NDArray[np.float32]) -> StepResult:
         """Move for 1/50 s."""
@@ -64,19 +62,6 @@ class Aloha(Environment):
         self._steps += 1
         self._done = success or self._steps >= self.max_steps
         return StepResult(success, self._done)
-
-    def observe(self) -> Observation:
-        """Render now."""
-        images = {camera.name: self._render(camera.source, camera.height, camera.width) for camera in self.cameras}
-        return Observation(images, self._state(), self.prompt)
-
-    def picture(self, height: int, width: int) -> NDArray[np.uint8]:
-        """Render the first camera at another size."""
-        return self._render(self.cameras[0].source, height, width)
-
-    def expert_action(self) -> NDArray[np.float32]:
-        """Refuse: there is no expert."""
-        raise SimulationError(f"{self.task} has no scripted expert")
 
     def still_action(self) -> NDArray[np.float32]:
         """Return the last target, at first where the arms are."""
@@ -88,15 +73,13 @@ class Aloha(Environment):
             renderer.close()
         self._renderers, self._done = {}, True
 
-    def _state(self) -> NDArray[np.float32]:
+    def _robot_state(self) -> NDArray[np.float32]:
         return np.asarray(self._env.task.get_qpos(self._env.physics), np.float32)
 
     def _render(self, source: str, height: int, width: int) -> NDArray[np.uint8]:
         fast, physics = source.endswith(FAST), self._env.physics
         if fast not in self._renderers:
-            largest = [max(getattr(camera, side) for camera in self.cameras) for side in ("height", "width")]
-            sizes = (max(largest[0], height), max(largest[1], width))
-            self._renderers[fast] = Renderer(physics.model.ptr, *sizes, official=not fast)
+            self._renderers[fast] = Renderer(physics.model.ptr, *self._largest(height, width), official=not fast)
         number = physics.model.name2id(source.removesuffix(FAST), "camera")
         return np.ascontiguousarray(self._renderers[fast].render(physics.data.ptr, number, height, width))
 

@@ -1,6 +1,7 @@
 """The interface of a simulated robot.
 
-Owns: `Environment`, `StepResult`, `CameraSpec` and its text form `NAME=SOURCE:WIDTHxHEIGHT`. Does not know: any simulator.
+Owns: `Environment`, `RenderedEnvironment`, `StepResult`, `CameraSpec` and its text form `NAME=SOURCE:WIDTHxHEIGHT`.
+Does not know: any simulator.
 Shape letters: A robot action dim, S state dim.
 """
 
@@ -112,9 +113,9 @@ class Environment(ABC):
     def picture(self, height: int, width: int) -> NDArray[np.uint8]:
         """Render the first camera for a video, uint8 [height, width, 3]."""
 
-    @abstractmethod
     def expert_action(self) -> NDArray[np.float32]:
         """Return the scripted expert's action in this state, float32 [A] within the limits. Raises SimulationError without an expert."""
+        raise SimulationError(f"{self.task} has no scripted expert")
 
     def still_action(self) -> NDArray[np.float32]:
         """Return the action that keeps the robot where it is, float32 [A]; zeros where actions are displacements."""
@@ -123,3 +124,28 @@ class Environment(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free the simulator's memory; no other call but a second `close` may follow."""
+
+
+class RenderedEnvironment(Environment):
+    """An environment whose every picture is that of a camera of the simulator, at any size."""
+
+    @abstractmethod
+    def _render(self, source: str, height: int, width: int) -> NDArray[np.uint8]:
+        """Render a camera now, uint8 [height, width, 3]."""
+
+    @abstractmethod
+    def _robot_state(self) -> NDArray[np.float32]:
+        """Read the state, float32 [S]."""
+
+    def observe(self) -> Observation:
+        """Render every camera now, then read the state."""
+        images = {camera.name: self._render(camera.source, camera.height, camera.width) for camera in self.cameras}
+        return Observation(images, self._robot_state(), self.prompt)
+
+    def picture(self, height: int, width: int) -> NDArray[np.uint8]:
+        """Render the first camera at another size."""
+        return self._render(self.cameras[0].source, height, width)
+
+    def _largest(self, height: int = 0, width: int = 0) -> tuple[int, int]:
+        """Return height and width that every camera, and a picture of the given size, fit in."""
+        return max(height, *(camera.height for camera in self.cameras)), max(width, *(camera.width for camera in self.cameras))

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from pi0fm.sim.environment import CameraSpec, Environment, StepResult, checked_action, parse_cameras
 from pi0fm.sim.suite import Suite, Task
-from pi0fm_client.errors import SimulationError
 from pi0fm_client.types import Observation
 
 FPS: Final = 10
@@ -53,10 +52,6 @@ class PushT(Environment):
     def picture(self, height: int, width: int) -> NDArray[np.uint8]:
         """Draw at another size."""
         return np.asarray(self._env._get_img(self._env._draw(), width, height))
-
-    def expert_action(self) -> NDArray[np.float32]:
-        """Refuse: there is no expert."""
-        raise SimulationError(f"{self.task} has no scripted expert")
 
     def still_action(self) -> NDArray[np.float32]:
         """Return where the disc is."""

@@ -9,11 +9,10 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm.sim.environment import CameraSpec, Environment, StepResult, checked_action, parse_cameras
+from pi0fm.sim.environment import CameraSpec, RenderedEnvironment, StepResult, checked_action, parse_cameras
 from pi0fm.sim.renderer import Renderer, load_mujoco
 from pi0fm.sim.suite import Suite, Task
 from pi0fm_client.errors import SimulationError
-from pi0fm_client.types import Observation
 
 FPS: Final = 10
 PROMPT: Final = "pick up the cube and put it on the left"
@@ -24,7 +23,7 @@ JOINTS: Final = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "w
 
 
 @final
-class So101(Environment):
+class So101(RenderedEnvironment):
     """State: five joint angles and their speeds, the gripper's command, the gripper's x, y, z. Action: dx, dy, dz, gripper from 0 to 1.
 
     The place of the cube is the package's own, the same in every episode, since no picture shows it; the cube starts at random.
@@ -67,15 +66,6 @@ class So101(Environment):
         self._done = bool(ended) or self._steps >= self.max_steps
         return StepResult(success, self._done)
 
-    def observe(self) -> Observation:
-        """Render now."""
-        images = {camera.name: self._render(camera.source, camera.height, camera.width) for camera in self.cameras}
-        return Observation(images, self._env.get_robot_state().astype(np.float32), self.prompt)
-
-    def picture(self, height: int, width: int) -> NDArray[np.uint8]:
-        """Render the first camera at another size."""
-        return self._render(self.cameras[0].source, height, width)
-
     def expert_action(self) -> NDArray[np.float32]:
         """Return the package's scripted action; it keeps its phase, so each call belongs to one step."""
         if self._done:
@@ -94,10 +84,12 @@ class So101(Environment):
             self._renderer = None
         self._done = True
 
+    def _robot_state(self) -> NDArray[np.float32]:
+        return np.array(self._env.get_robot_state(), np.float32)
+
     def _render(self, source: str, height: int, width: int) -> NDArray[np.uint8]:
         if self._renderer is None:
-            largest = [max(getattr(camera, side) for camera in self.cameras) for side in ("height", "width")]
-            self._renderer = Renderer(self._env.model, max(largest[0], height), max(largest[1], width))
+            self._renderer = Renderer(self._env.model, *self._largest(height, width))
         return np.ascontiguousarray(self._renderer.render(self._env.data, self._camera_ids[source], height, width))
 
 

@@ -22,10 +22,9 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm.sim.environment import CameraSpec, Environment, StepResult, checked_action
+from pi0fm.sim.environment import CameraSpec, RenderedEnvironment, StepResult, checked_action
 from pi0fm.sim.renderer import FAST, Renderer, load_mujoco
 from pi0fm_client.errors import SimulationError
-from pi0fm_client.types import Observation
 
 FPS: Final = 20
 SETTLING: Final = 10
@@ -36,7 +35,7 @@ COLLISION_GROUP: Final = 0  # of geoms, which robosuite's pictures leave out
 
 
 @final
-class Libero(Environment):
+class Libero(RenderedEnvironment):
     """One task; making it takes seconds, each reset and each official picture too on a processor."""
 
     def __init__(self, suite: str, task: str, cameras: tuple[CameraSpec, ...], max_steps: int) -> None:
@@ -81,19 +80,6 @@ class Libero(Environment):
         self._done = success or self._steps >= self.max_steps
         return StepResult(success, self._done)
 
-    def observe(self) -> Observation:
-        """Render now; the state is that behind the last step."""
-        images = {camera.name: self._render(camera.source, camera.height, camera.width) for camera in self.cameras}
-        return Observation(images, self._state(), self.prompt)
-
-    def picture(self, height: int, width: int) -> NDArray[np.uint8]:
-        """Render the first camera at another size."""
-        return self._render(self.cameras[0].source, height, width)
-
-    def expert_action(self) -> NDArray[np.float32]:
-        """Refuse: there is no expert."""
-        raise SimulationError(f"{self.task} has no scripted expert")
-
     def still_action(self) -> NDArray[np.float32]:
         """No displacement, the gripper as it was told last."""
         return np.array([0, 0, 0, 0, 0, 0, self._gripper], np.float32)
@@ -110,19 +96,18 @@ class Libero(Environment):
             self._env = None
         self._done = True
 
-    def _state(self) -> NDArray[np.float32]:
+    def _robot_state(self) -> NDArray[np.float32]:
         if not self._seen:
             raise SimulationError(f"{self.task}: call reset(seed) first")
         parts = (self._seen["robot0_eef_pos"], axis_angle(self._seen["robot0_eef_quat"]), self._seen["robot0_gripper_qpos"])
         return np.concatenate(parts).astype(np.float32)
 
     def _render(self, source: str, height: int, width: int) -> NDArray[np.uint8]:
-        self._state()
+        self._robot_state()
         fast, sim = source.endswith(FAST), self._env.sim
         if fast not in self._renderers:
-            largest = [max(getattr(camera, side) for camera in self.cameras) for side in ("height", "width")]
-            model, sizes = sim.model._model, (max(largest[0], height), max(largest[1], width))
-            self._renderers[fast] = Renderer(model, *sizes, official=not fast, hidden_groups=(COLLISION_GROUP,))
+            sizes = self._largest(height, width)
+            self._renderers[fast] = Renderer(sim.model._model, *sizes, official=not fast, hidden_groups=(COLLISION_GROUP,))
         upright = self._renderers[fast].render(self._drawn, sim.model.camera_name2id(source.removesuffix(FAST)), height, width)
         return np.ascontiguousarray(upright[:, ::-1])
 

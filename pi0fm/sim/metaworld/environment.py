@@ -11,12 +11,11 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0fm.sim.environment import CameraSpec, Environment, StepResult, checked_action
+from pi0fm.sim.environment import CameraSpec, RenderedEnvironment, StepResult, checked_action
 from pi0fm.sim.metaworld.coarse_mesh import coarsen
 from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
 from pi0fm.sim.renderer import Renderer, load_mujoco
 from pi0fm_client.errors import SimulationError
-from pi0fm_client.types import Observation
 
 FPS: Final = 80
 MAX_STEPS: Final = 400
@@ -30,7 +29,7 @@ _PUBLISHED_POSITION = (0.75, 0.075, 0.7)  # where published results of vision-la
 
 
 @final
-class MetaWorld(Environment):
+class MetaWorld(RenderedEnvironment):
     """One Meta-World task; building it takes about half a second.
 
     State: hand x, y, z in metres and the gripper's opening, 0 to 1. Action: hand dx, dy, dz and gripper effort.
@@ -72,15 +71,6 @@ class MetaWorld(Environment):
         self._done = success or self._steps >= self.max_steps
         return StepResult(success, self._done)
 
-    def observe(self) -> Observation:
-        """Render now; the state is the first four numbers of Meta-World's observation."""
-        images = {camera.name: self._render(camera.source, camera.height, camera.width) for camera in self.cameras}
-        return Observation(images, self._state()[:4].astype(np.float32), self.prompt)
-
-    def picture(self, height: int, width: int) -> NDArray[np.uint8]:
-        """Render the first camera at another size."""
-        return self._render(self.cameras[0].source, height, width)
-
     def expert_action(self) -> NDArray[np.float32]:
         """Return the action of Meta-World's scripted policy, clipped to [-1, 1]; it may be up to 19."""
         with warnings.catch_warnings():
@@ -100,14 +90,15 @@ class MetaWorld(Environment):
             raise SimulationError(f"{self.task}: call reset(seed) first")
         return self._full_state
 
+    def _robot_state(self) -> NDArray[np.float32]:
+        return self._state()[:4].astype(np.float32)
+
     def _render(self, source: str, height: int, width: int) -> NDArray[np.uint8]:
         self._state()
         if self._renderer is None:
-            rows = max(camera.height for camera in self.cameras)
-            columns = max(camera.width for camera in self.cameras)
             # before the renderer copies the meshes; by the cameras only, so that filming does not change the policy's pictures
-            coarsen(self._env.model, FIELD_OF_VIEW / 2 / max(rows, columns))
-            self._renderer = Renderer(self._env.model, max(rows, height), max(columns, width))
+            coarsen(self._env.model, FIELD_OF_VIEW / 2 / max(self._largest()))
+            self._renderer = Renderer(self._env.model, *self._largest(height, width))
         pixels = self._renderer.render(self._env.data, self._camera_ids[source], height, width)
         # the four corner cameras are mounted upside down
         return np.ascontiguousarray(pixels[::-1, ::-1] if source.startswith("corner") else pixels)
