@@ -111,6 +111,14 @@ def camera_specs(config: StartsConfig, metadata: Mapping[str, Any], suite: Suite
     return parse_cameras(texts) if texts else suite.default_cameras
 
 
+def checked_cameras(config: StartsConfig, metadata: Mapping[str, Any], suite: Suite) -> tuple[CameraSpec, ...]:
+    """Return `camera_specs`. Raises ConfigError too for a camera, a task or a step limit that the simulator has not."""
+    cameras = camera_specs(config, metadata, suite)
+    for task in config.tasks:
+        suite.check(catalog.find(task)[1], cameras, config.max_steps)
+    return cameras
+
+
 def executed_of_a_chunk(config: StartsConfig, metadata: Mapping[str, Any]) -> int:
     """Return the execution horizon: the one given, else the policy's, else DEFAULT_EXECUTION_HORIZON within its chunk."""
     longest: int = metadata.get("action_horizon", DEFAULT_EXECUTION_HORIZON)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pi0fm import files, machine, progress
-from pi0fm.eval.config import StartsConfig, camera_specs, executed_of_a_chunk, refuse_seen_seeds
+from pi0fm.eval.config import StartsConfig, checked_cameras, executed_of_a_chunk, refuse_seen_seeds
 from pi0fm.eval.episode import noise_seed
 from pi0fm.eval.policy import open_policy, read_metadata
 from pi0fm.eval.realtime import ASYNCHRONOUS, MODES, SYNCHRONOUS, DrivenEpisode, Infer, Timing, drive
@@ -111,9 +111,7 @@ def evaluate_in_real_time(config: RealtimeConfig) -> tuple[dict[str, Any], list[
     suite = catalog.shared_suite(config.tasks)
     metadata = read_metadata(config)
     refuse_seen_seeds(config, metadata)
-    cameras = camera_specs(config, metadata, suite)
-    for task in config.tasks:
-        suite.check(catalog.find(task)[1], cameras, config.max_steps)
+    cameras = checked_cameras(config, metadata, suite)
     horizon = executed_of_a_chunk(config, metadata)
     asks = _asks(config, metadata)
     files.make_folder(output)

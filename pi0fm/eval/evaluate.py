@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pi0fm import files, machine, progress
-from pi0fm.eval.config import EvalConfig, camera_specs, executed_of_a_chunk, plan, refuse_seen_seeds
+from pi0fm.eval.config import EvalConfig, checked_cameras, executed_of_a_chunk, plan, refuse_seen_seeds
 from pi0fm.eval.episode import Episode, EpisodeResult, RolloutSettings
 from pi0fm.eval.journal import Journal
 from pi0fm.eval.policy import open_policy, read_metadata
@@ -91,9 +91,7 @@ def evaluate(config: EvalConfig, execute: Executor) -> Evaluation:
     losses = curve.read_losses(Path(config.metrics)) if config.metrics else []
     metadata = read_metadata(config)
     refuse_seen_seeds(config, metadata)
-    cameras = camera_specs(config, metadata, suite)
-    for task in config.tasks:
-        suite.check(catalog.find(task)[1], cameras, config.max_steps)
+    cameras = checked_cameras(config, metadata, suite)
     settings = settings_for(config, metadata)
     open_environment = partial(catalog.open_environment, cameras=cameras, max_steps=config.max_steps)
     setup = WorkerSetup(partial(_open_policy, config), open_environment, settings, config.environments_per_worker, config.gpus_per_worker)
