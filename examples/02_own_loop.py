@@ -11,7 +11,7 @@ import torch
 from pi0fm.data.columns.lerobot_source import DatasetConfig
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0
-from pi0fm.policy import bundle
+from pi0fm.policy.saved import bundle
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.data import open_data
 

@@ -17,8 +17,8 @@ from pi0fm.data.columns.norm_stats import NormStats, column_stats
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.pi0 import Pi0
 from pi0fm.models.presets import preset
-from pi0fm.policy import bundle
-from pi0fm.policy.bundle import PolicyConfig
+from pi0fm.policy.saved import bundle
+from pi0fm.policy.saved.bundle import PolicyConfig
 
 target, steps = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 300
 network, random, count, batch_size = preset("tiny"), np.random.default_rng(0), 512, 16

@@ -19,7 +19,7 @@ __all__ = ["__version__", "load"]
 
 def load(path: "str | Path", **options: Any) -> "LocalPolicy":
     """Load the policy in the bundle at `path`; the options are the fields of `LoadOptions` and `guidance` (policy/load_options.py)."""
-    from pi0fm.policy import bundle
+    from pi0fm.policy.saved import bundle
 
     return bundle.load(path, **options)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 
-from pi0fm.policy.bundle import metadata
+from pi0fm.policy.saved.bundle import metadata
 from pi0fm_client.errors import ConfigError
 
 TRAINED_ELSEWHERE = "a bundle is trained by pi0fm train, LeRobot can only run it: type pi0fm train --dataset.root ..."

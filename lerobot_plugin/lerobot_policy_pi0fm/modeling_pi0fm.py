@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lerobot_policy_pi0fm.configuration_pi0fm import TRAINED_ELSEWHERE, Pi0fmConfig
-from pi0fm.policy.bundle import load
+from pi0fm.policy.saved.bundle import load
 from pi0fm_client.errors import ConfigError, ObservationError, Pi0fmError
 from pi0fm_client.types import ActionPrefix, Observation
 
 
 class Pi0fmPolicy(PreTrainedPolicy):
-    """A loaded bundle. Raises what `pi0fm.policy.bundle.load` raises."""
+    """A loaded bundle. Raises what `pi0fm.policy.saved.bundle.load` raises."""
 
     config_class: ClassVar[type] = Pi0fmConfig
     name = "pi0fm"

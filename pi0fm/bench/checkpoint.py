@@ -26,9 +26,18 @@ import torch
 
 from pi0fm import options as option_files
 from pi0fm import progress
-from pi0fm.bench.cases import CASES, make_batch
-from pi0fm.bench.measure import BenchReport, PairedOptions, PairedRatio, check_least, check_words, paired_ratio, ratio_of, seconds_of
-from pi0fm.bench.steps import Trainer
+from pi0fm.bench.harness.cases import CASES, make_batch
+from pi0fm.bench.harness.measure import (
+    BenchReport,
+    PairedOptions,
+    PairedRatio,
+    check_least,
+    check_words,
+    paired_ratio,
+    ratio_of,
+    seconds_of,
+)
+from pi0fm.bench.harness.steps import Trainer
 from pi0fm.models.pi0 import Pi0, parameter_count
 from pi0fm.options import option
 from pi0fm.train.checkpoint.checkpoints import Checkpoints

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import torch
 
-from pi0fm.bench.cases import random_network, random_observations, random_policy
-from pi0fm.bench.measure import BenchReport, PairedOptions, check_least, check_words, paired_ratio
+from pi0fm.bench.harness.cases import random_network, random_observations, random_policy
+from pi0fm.bench.harness.measure import BenchReport, PairedOptions, check_least, check_words, paired_ratio
 from pi0fm.flow.density import push_backward, push_forward
 from pi0fm.flow.matching import FlowConfig
 from pi0fm.flow.solver import FIXED_GRID_SOLVERS, num_evaluations
 from pi0fm.models.presets import preset
 from pi0fm.options import option
-from pi0fm.policy import bundle, noise
-from pi0fm.policy.scores import ScoreOptions
+from pi0fm.policy.sampling import noise
+from pi0fm.policy.sampling.scores import ScoreOptions
+from pi0fm.policy.saved import bundle
 
 ALIASES = {"policy.path": "bundle"}
 

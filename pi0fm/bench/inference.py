@@ -27,16 +27,16 @@ import torch
 from torch import Tensor, nn
 
 from pi0fm import progress
-from pi0fm.bench.cases import CASES, EULER, PeerOptions, make_noise, make_observation
-from pi0fm.bench.limits import Rates, measure_rates, products_of, synchronized
-from pi0fm.bench.measure import BenchReport, check_words, paired_ratio
-from pi0fm.bench.steps import their_sampler
+from pi0fm.bench.harness.cases import CASES, EULER, PeerOptions, make_noise, make_observation
+from pi0fm.bench.harness.limits import Rates, measure_rates, products_of, synchronized
+from pi0fm.bench.harness.measure import BenchReport, check_words, paired_ratio
+from pi0fm.bench.harness.steps import their_sampler
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
 from pi0fm.options import option
 from pi0fm.policy.device import choose_device, inference_dtype
-from pi0fm.policy.sampler import COMPILE, Sampler
+from pi0fm.policy.sampling.sampler import COMPILE, Sampler
 from pi0fm_client.errors import ConfigError
 
 ALIASES = {"num_threads": "threads"}
@@ -64,7 +64,7 @@ Options = InferenceOptions
 def measure(options: InferenceOptions) -> BenchReport:
     """Measure both modes of every case. Raises Pi0fmError when the two sides differ, ConfigError for a device that is not there."""
     progress.say("loading LeRobot")
-    from pi0fm.bench import peer  # LeRobot's import alone takes many seconds
+    from pi0fm.bench.harness import peer  # LeRobot's import alone takes many seconds
 
     device = choose_device(options.device)
     torch.set_num_threads(options.threads)

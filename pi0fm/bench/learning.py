@@ -1,7 +1,7 @@
 """pi0fm against LeRobot's own PI0: one task, the same demonstrations, the same size, the same processor time.
 
-Owns: the order of the trainings, how each side trains on the shared data, the figures. Does not know: LeRobot's network (bench/peer), how
-an episode is run (eval/rollout), how demonstrations are recorded (demos).
+Owns: the order of the trainings, how each side trains on the shared data, the figures. Does not know: LeRobot's network
+(bench/harness/peer), how an episode is run (eval/rollouts/rollout), how demonstrations are recorded (demos).
 
     seed 0: pi0fm trains -> is judged | LeRobot trains -> is judged | seed 1: pi0fm ... one process, one after the other
 
@@ -39,9 +39,9 @@ import torch
 
 from pi0fm import options as option_files
 from pi0fm import progress
-from pi0fm.bench.cases import FLOW_STEPS
-from pi0fm.bench.measure import BenchReport, check_least, seconds_of
-from pi0fm.bench.steps import Trainer, their_step
+from pi0fm.bench.harness.cases import FLOW_STEPS
+from pi0fm.bench.harness.measure import BenchReport, check_least, seconds_of
+from pi0fm.bench.harness.steps import Trainer, their_step
 from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, open_source
 from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.loading.loader import Collator, action_chunks
@@ -56,8 +56,8 @@ from pi0fm.eval.summary import Summary, summarize
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0, parameter_count
 from pi0fm.options import option
-from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.policy.local import LocalPolicy
+from pi0fm.policy.saved.bundle import PolicyConfig
 from pi0fm.processes import cpu_seconds_of_tree
 from pi0fm.sim import catalog
 from pi0fm.train.config import TrainConfig
@@ -163,7 +163,7 @@ def read_training(path: Path) -> TrainConfig:
 
 def comparable(run: TrainConfig, options: LearningOptions) -> TrainConfig:
     """`run` at a shape that LeRobot's PI0 can take, sampled as LeRobot samples. Raises ConfigError when there is no such shape."""
-    from pi0fm.bench.peer import at_lerobots_heads  # LeRobot's import alone takes many seconds
+    from pi0fm.bench.harness.peer import at_lerobots_heads  # LeRobot's import alone takes many seconds
 
     decoder = at_lerobots_heads(run.network()).decoder
     model = option_files.merge(run.model, {"decoder": {"num_heads": decoder.num_heads, "head_dim": decoder.head_dim}})
@@ -274,7 +274,7 @@ class LeRobotTraining:
     """LeRobot's `update_policy` on one process: forward, backward, clip, optimiser, scheduler, in this order."""
 
     def __init__(self, run: TrainConfig, data: SharedData, seed: int, scheduled_steps: int) -> None:
-        from pi0fm.bench import peer
+        from pi0fm.bench.harness import peer
 
         state_dim, action_dim = data.source.embodiment.dims()
         robot = peer.RobotFeatures(tuple(data.source.embodiment.cameras), state_dim, action_dim)

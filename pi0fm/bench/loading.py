@@ -42,7 +42,7 @@ import numpy as np
 import torch
 
 from pi0fm import progress
-from pi0fm.bench.measure import BenchReport, PairedOptions, PairedRatio, check_least, paired_ratio, ratio_of, seconds_of
+from pi0fm.bench.harness.measure import BenchReport, PairedOptions, PairedRatio, check_least, paired_ratio, ratio_of, seconds_of
 from pi0fm.data.chain import make_chain
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, open_source

@@ -30,9 +30,9 @@ from torch import distributed
 from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]
 
 from pi0fm import progress
-from pi0fm.bench.cases import Case, make_batch
-from pi0fm.bench.measure import BenchReport, check_least
-from pi0fm.bench.steps import StepClock, Trainer
+from pi0fm.bench.harness.cases import Case, make_batch
+from pi0fm.bench.harness.measure import BenchReport, check_least
+from pi0fm.bench.harness.steps import StepClock, Trainer
 from pi0fm.models.presets import TINY
 from pi0fm.options import option
 from pi0fm.processes import end_with_parent

@@ -18,9 +18,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pi0fm import progress
-from pi0fm.bench.limits import forget_peak, measure_rates, peak_bytes, synchronize
-from pi0fm.bench.measure import BenchReport
-from pi0fm.bench.steps import PARTS, StepClock, Trainer
+from pi0fm.bench.harness.limits import forget_peak, measure_rates, peak_bytes, synchronize
+from pi0fm.bench.harness.measure import BenchReport
+from pi0fm.bench.harness.steps import PARTS, StepClock, Trainer
 from pi0fm.data.loading.loader import micro_batches
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.options import option

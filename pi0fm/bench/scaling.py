@@ -28,9 +28,9 @@ from typing import Any
 import yaml
 
 from pi0fm import progress
-from pi0fm.bench.cases import CASES, make_batch
+from pi0fm.bench.harness.cases import CASES, make_batch
+from pi0fm.bench.harness.measure import BenchReport, check_least
 from pi0fm.bench.loading import write_dataset
-from pi0fm.bench.measure import BenchReport, check_least
 from pi0fm.options import option
 from pi0fm.processes import end_with_parent
 from pi0fm_client.errors import Pi0fmError
@@ -165,7 +165,7 @@ def _held_bytes(rank: int, workers: int, folder: str) -> int:
     """In a process of its own."""
     import torch
 
-    from pi0fm.bench.steps import Trainer
+    from pi0fm.bench.harness.steps import Trainer
     from pi0fm.train.parallel.accelerate import Parallel
     from pi0fm.train.parallel.context import Context
     from pi0fm.train.parallel.sharding import FULL, NONE, ParallelConfig, local

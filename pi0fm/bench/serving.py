@@ -35,12 +35,12 @@ from websockets.asyncio.server import serve as websocket_server
 from websockets.sync.client import connect
 
 from pi0fm.bench import soak
-from pi0fm.bench.cases import CAMERAS, random_network, random_robot
-from pi0fm.bench.measure import BenchReport, check_least
+from pi0fm.bench.harness.cases import CAMERAS, random_network, random_robot
+from pi0fm.bench.harness.measure import BenchReport, check_least
 from pi0fm.flow.matching import FlowConfig
 from pi0fm.models.presets import preset
 from pi0fm.options import option
-from pi0fm.policy import bundle
+from pi0fm.policy.saved import bundle
 from pi0fm.processes import end_with_parent
 from pi0fm.serve import server
 from pi0fm.serve.app import create_app

@@ -36,7 +36,7 @@ from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
 from pi0fm import progress
-from pi0fm.bench.measure import BenchReport, check_least
+from pi0fm.bench.harness.measure import BenchReport, check_least
 from pi0fm.options import option
 from pi0fm.processes import end_with_parent
 from pi0fm.serve import server

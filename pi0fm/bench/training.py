@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from pi0fm import progress
-from pi0fm.bench.cases import CASES, PEER_CASES, PeerOptions, make_batch
+from pi0fm.bench.harness.cases import CASES, PEER_CASES, PeerOptions, make_batch
+from pi0fm.bench.harness.limits import Rates, measure_rates, products_of, synchronized
+from pi0fm.bench.harness.measure import BenchReport, check_words, paired_ratio
+from pi0fm.bench.harness.steps import Trainer, their_loss, their_step
 from pi0fm.bench.inference import MODES, speed, speed_report
-from pi0fm.bench.limits import Rates, measure_rates, products_of, synchronized
-from pi0fm.bench.measure import BenchReport, check_words, paired_ratio
-from pi0fm.bench.steps import Trainer, their_loss, their_step
 from pi0fm.data.loading.batch import Batch
 from pi0fm.models.pi0 import Pi0
 from pi0fm.options import option
@@ -110,7 +110,7 @@ def steps_compared(options: TrainingOptions, mode: str, rates: Rates) -> dict[st
 
 
 def _compared(name: str, mode: str, options: TrainingOptions, rates: Rates) -> dict[str, Any]:
-    from pi0fm.bench import peer  # in the processes that need LeRobot
+    from pi0fm.bench.harness import peer  # in the processes that need LeRobot
 
     device = choose_device(options.device)
     pair, batch = peer.build_pair(CASES[name], options.seed, device), make_batch(CASES[name], options.seed)
@@ -170,7 +170,7 @@ def peak_of_training(name: str, precision: str | None, options: TrainingOptions)
     """
     case, device, on_cpu = CASES[name], torch.device(options.device), options.device == "cpu"
     if precision is None:
-        from pi0fm.bench.peer import build_theirs  # not in our process
+        from pi0fm.bench.harness.peer import build_theirs  # not in our process
 
         torch.set_num_threads(options.threads)
         imported = psutil.Process().memory_info().rss

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pi0fm import files, machine, progress
-from pi0fm.bench.measure import BenchReport
+from pi0fm.bench.harness.measure import BenchReport
 from pi0fm_client.errors import OutputError
 
 HELP = "measure pi0fm and its peers on this machine"

@@ -1,9 +1,9 @@
 """`pi0fm COMMAND [FILE.yaml ...] [--option value ...]`: find the command, decode its options, print its result.
 
 Owns: dispatch, help, exit codes, the last line of JSON. Does not know: what any command does.
-Each command is a module of pi0fm/cli, imported when it is called, with `HELP`, `Options`, `ALIASES` and `run(options) -> result`, or with
-`SUBCOMMANDS`, name -> help line: modules COMMAND_NAME, or the results of its `subcommand(name)`. A command of several forms has
-`form(words)`, which returns an object with these names. Optional names:
+Each command is a module of pi0fm/cli or of its folder that FOLDERS names, imported when it is called, with `HELP`, `Options`, `ALIASES`
+and `run(options) -> result`, or with `SUBCOMMANDS`, name -> help line: modules COMMAND_NAME, or the results of its `subcommand(name)`.
+A command of several forms has `form(words)`, which returns an object with these names. Optional names:
 
     POSITIONAL      the option that may stand first without its name, in the place of files
     OTHERS          the option that takes the words after that
@@ -47,6 +47,12 @@ COMMANDS = {
     "profile": "where the steps of a run go, and what to change",
     "chaos": "kill parts of a training run, and check that it ends as a quiet one",
     "bench": "measure pi0fm and its peers on this machine",
+}
+
+
+FOLDERS = {
+    **dict.fromkeys(("train", "plan", "runs", "profile", "chaos"), "training"),
+    **dict.fromkeys(("doctor", "eval", "compare", "calibrate", "verify"), "judging"),
 }
 
 
@@ -116,7 +122,8 @@ def find(path: Sequence[str]) -> Any:
     group = importlib.import_module(f"pi0fm.cli.{path[0]}") if len(path) > 1 else None
     if group is not None and hasattr(group, "subcommand"):
         return group.subcommand(path[1])
-    return importlib.import_module(f"pi0fm.cli.{'_'.join(path)}")
+    folder = f"{FOLDERS[path[0]]}." if path[0] in FOLDERS else ""
+    return importlib.import_module(f"pi0fm.cli.{folder}{'_'.join(path)}")
 
 
 def _constant(command: Any, name: str) -> Any:

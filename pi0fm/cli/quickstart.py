@@ -21,7 +21,7 @@ import psutil
 
 from pi0fm import files, options, progress
 from pi0fm.cli import bench
-from pi0fm.cli import eval as eval_command
+from pi0fm.cli.judging import eval as eval_command
 from pi0fm.cluster.evaluation import evaluate_on_cluster
 from pi0fm.cluster.recording import record_demonstrations
 from pi0fm.cluster.runtime import ray_session

@@ -112,8 +112,8 @@ def run(options: ServeConfig) -> None:
         url = server.url_of(bound, encrypted=certificates is not None)
         say(f"loading {options.bundle}")
         # Imported here: torch takes seconds, and a port in use should be told at once.
-        from pi0fm.policy.bundle import load
         from pi0fm.policy.local import LocalPolicy
+        from pi0fm.policy.saved.bundle import load
 
         descriptions: dict[str | None, dict[str, Any]] = {}
 
@@ -162,15 +162,15 @@ def run(options: ServeConfig) -> None:
 def _serve_replicas(options: ServeConfig, tokens: list[str]) -> None:
     """Serve behind Ray Serve until SIGINT or SIGTERM."""
     from pi0fm.cluster import serving
-    from pi0fm.policy.bundle import metadata
     from pi0fm.policy.device import choose_device
+    from pi0fm.policy.saved.bundle import metadata
 
     serving.free_of_what_one_server_has(options)
     known = metadata(options.bundle, options.robot)  # a fault is told before Ray starts
     renamed = dict if options.keys is None else read_keys(options.keys, known)
 
     def build() -> Starlette:
-        from pi0fm.policy.bundle import load
+        from pi0fm.policy.saved.bundle import load
 
         policy = load(options.bundle.resolve(), options, guidance=options.guidance)
         return application.create_app(policy, options, tokens=tokens, renamed=renamed)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from pi0fm.cluster.preflight import last_line, nodes_with, on_each_node
+from pi0fm.cluster.nodes.preflight import last_line, nodes_with, on_each_node
 from pi0fm.cluster.runtime import ray_session
 from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.data.loading.mixture import MixtureEntry

@@ -36,8 +36,8 @@ import yaml
 from safetensors.torch import load_file
 
 from pi0fm import files, options, progress
-from pi0fm.cluster.local_nodes import LocalNodes
-from pi0fm.cluster.preflight import on_each_node
+from pi0fm.cluster.nodes.local_nodes import LocalNodes
+from pi0fm.cluster.nodes.preflight import on_each_node
 from pi0fm.cluster.runtime import ray_session
 from pi0fm.cluster.training import TrainingRun
 from pi0fm.options import option

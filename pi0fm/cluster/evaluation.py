@@ -1,6 +1,7 @@
 """An evaluation's episodes on Ray actors.
 
-Owns: the actors, and the restart of one that dies. Does not know: which worker gets which episode (eval/ledger), how an episode is run.
+Owns: the actors, and the restart of one that dies. Does not know: which worker gets which episode (eval/rollouts/ledger), how an episode is
+run.
 
     driver   ledger ---episodes that fit---> actor 0: policy, environments, one advance ---results---> eval.evaluate
                     ---episodes that fit---> actor 1: policy, environments, one advance ---results--->
@@ -14,10 +15,10 @@ from typing import Any, final
 
 from pi0fm.cluster.runtime import ONE_THREAD, first_ready, ray_session, require_resources
 from pi0fm.eval.config import EvalConfig
-from pi0fm.eval.episode import Episode, EpisodeResult, one_line
 from pi0fm.eval.evaluate import Evaluation, WorkerSetup, evaluate, in_this_process
-from pi0fm.eval.ledger import Ledger
-from pi0fm.eval.rollout import BatchedRollout
+from pi0fm.eval.rollouts.episode import Episode, EpisodeResult, one_line
+from pi0fm.eval.rollouts.ledger import Ledger
+from pi0fm.eval.rollouts.rollout import BatchedRollout
 from pi0fm.processes import end_with_parent, sigterm_interrupts
 from pi0fm_client.errors import ConfigError
 

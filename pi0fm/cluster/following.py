@@ -20,8 +20,8 @@ from pi0fm import files, progress
 from pi0fm.cluster.evaluation import evaluate_on_cluster
 from pi0fm.eval.config import EvalConfig
 from pi0fm.options import option, required
-from pi0fm.policy import bundle
-from pi0fm.policy.manifest import MANIFEST
+from pi0fm.policy.saved import bundle
+from pi0fm.policy.saved.manifest import MANIFEST
 from pi0fm.train.start.lease import is_held
 from pi0fm_client.errors import ConfigError
 

@@ -22,7 +22,7 @@ from typing import Any
 from pi0fm import files, options, progress
 from pi0fm.cluster import said
 from pi0fm.cluster.caching import cache_everywhere
-from pi0fm.cluster.preflight import nodes_with, refuse_nodes
+from pi0fm.cluster.nodes.preflight import nodes_with, refuse_nodes
 from pi0fm.cluster.runtime import Head, ray_session, refuse_ended, require_resources, started_here
 from pi0fm.data.columns.lerobot_source import DatasetConfig, refuse_missing
 from pi0fm.data.pictures.resizing import ANTIALIAS

@@ -25,7 +25,7 @@ from pi0fm.convert.stats import written_stats
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.prompt import BYTES, PromptTokenizer, load_tokenizer
-from pi0fm.policy.bundle import PolicyConfig
+from pi0fm.policy.saved.bundle import PolicyConfig
 from pi0fm.progress import say
 from pi0fm_client.errors import BundleError
 

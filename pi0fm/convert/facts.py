@@ -17,8 +17,8 @@ from pi0fm.data.prompt import BYTES, DIALECTS, OPENPI, refuse_dialect
 from pi0fm.flow.matching import FlowConfig
 from pi0fm.models.pi0 import Pi0Config
 from pi0fm.options import option, required
-from pi0fm.policy.bundle import PolicyConfig
-from pi0fm.policy.manifest import read_json
+from pi0fm.policy.saved.bundle import PolicyConfig
+from pi0fm.policy.saved.manifest import read_json
 from pi0fm.progress import say
 from pi0fm_client.errors import ConfigError
 

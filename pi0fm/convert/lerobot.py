@@ -21,8 +21,8 @@ from pi0fm.convert.facts import NORMALIZATION, ForeignFacts
 from pi0fm.convert.names import Kind
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.prompt import LEROBOT
-from pi0fm.policy.manifest import read_json
-from pi0fm.policy.weights import damaged
+from pi0fm.policy.saved.manifest import read_json
+from pi0fm.policy.saved.weights import damaged
 from pi0fm_client.errors import BundleError
 
 STATE, ACTION = "observation.state", "action"

@@ -15,8 +15,8 @@ from pi0fm.convert.facts import ForeignFacts
 from pi0fm.convert.stats import Columns, columns_of, written_stats
 from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.prompt import STATELESS
-from pi0fm.policy.bundle import PolicyConfig
-from pi0fm.policy.manifest import read_json
+from pi0fm.policy.saved.bundle import PolicyConfig
+from pi0fm.policy.saved.manifest import read_json
 from pi0fm.progress import say
 from pi0fm_client.errors import BundleError
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pi0fm.convert.orbax_chunks import ArrayStream, Find, Index, array_stream, find_in_files, find_in_tree
-from pi0fm.policy.weights import Weights, damaged
+from pi0fm.policy.saved.weights import Weights, damaged
 from pi0fm_client.errors import BundleError, ConfigError
 
 MARKS = ("manifest.ocdbt", "_METADATA")

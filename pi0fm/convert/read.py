@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from pi0fm.convert.names import EMBEDDING, LM_HEAD
-from pi0fm.policy.manifest import WEIGHTS, read_json
-from pi0fm.policy.weights import Shape, Weights, open_file
+from pi0fm.policy.saved.manifest import WEIGHTS, read_json
+from pi0fm.policy.saved.weights import Shape, Weights, open_file
 from pi0fm_client.errors import BundleError
 
 INDEX = "model.safetensors.index.json"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pi0fm.data.columns.norm_stats import ColumnStats, NormStats
 from pi0fm.data.normalization import scaling
-from pi0fm.policy.bundle import PolicyConfig
+from pi0fm.policy.saved.bundle import PolicyConfig
 from pi0fm_client.errors import BundleError
 
 NEEDED = {"z_score": ("mean", "std"), "quantile": ("q01", "q99")}

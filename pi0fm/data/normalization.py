@@ -1,7 +1,7 @@
 """From statistics to the scale of each dimension, by the rule that a policy's weights were trained under.
 
-Owns: the rules, what is said of a dimension that is scaled otherwise than its statistics say. Does not know: bundles (policy/bundle keeps
-the rule's name), where statistics come from.
+Owns: the rules, what is said of a dimension that is scaled otherwise than its statistics say. Does not know: bundles (policy/saved/bundle
+keeps the rule's name), where statistics come from.
 
     network = (x - offset) / scale - shift      robot = (network + shift) * scale + offset
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from pi0fm import machine
 from pi0fm.doctor.batch import Seen
 from pi0fm.doctor.finding import Finding
-from pi0fm.policy.bundle import open_weights
-from pi0fm.policy.manifest import CONFIG, WEIGHTS, read_json
-from pi0fm.policy.weights import refuse_misfit
+from pi0fm.policy.saved.bundle import open_weights
+from pi0fm.policy.saved.manifest import CONFIG, WEIGHTS, read_json
+from pi0fm.policy.saved.weights import refuse_misfit
 from pi0fm_client.errors import Pi0fmError
 from pi0fm_client.types import ActionChunk, Observation
 

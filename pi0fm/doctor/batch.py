@@ -20,7 +20,7 @@ from pi0fm.data.loading.loader import action_chunks
 from pi0fm.data.normalization import standing, unusual
 from pi0fm.data.pictures.chosen import pictures_at
 from pi0fm.doctor.finding import Finding, Severity
-from pi0fm.policy.bundle import PolicyConfig
+from pi0fm.policy.saved.bundle import PolicyConfig
 
 MOST_ROWS, EPISODES, PER_EPISODE = 20_000, 8, 4
 FAR = 6.0  # in the network's units, where most numbers are within 1 or 3

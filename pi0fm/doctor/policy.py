@@ -28,9 +28,9 @@ from pi0fm.doctor.batch import Seen, judge_batch, see
 from pi0fm.doctor.environment import Judged, judge_environment
 from pi0fm.doctor.finding import Finding, worst_first
 from pi0fm.doctor.sheet import write_sheet
-from pi0fm.policy import bundle
-from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.policy.load_options import TOKEN_VARIABLE, LoadOptions
+from pi0fm.policy.saved import bundle
+from pi0fm.policy.saved.bundle import PolicyConfig
 from pi0fm_client.errors import Pi0fmError
 from pi0fm_client.types import ActionChunk, Observation
 

@@ -1,6 +1,7 @@
 """A bundle's alarm, from episodes that its policy never saw.
 
-Owns: `CalibrateConfig`, which episodes, the largest spread of each. Does not know: how a threshold is made of them (policy/calibration).
+Owns: `CalibrateConfig`, which episodes, the largest spread of each. Does not know: how a threshold is made of them
+(policy/saved/calibration).
 """
 
 from dataclasses import dataclass
@@ -12,12 +13,12 @@ import numpy as np
 from pi0fm import progress
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import DatasetConfig
-from pi0fm.eval.episode import noise_seed
 from pi0fm.eval.open_loop import OpenLoopConfig, choose_moments, observation, open_episodes, read_moments, read_policy
+from pi0fm.eval.rollouts.episode import noise_seed
 from pi0fm.options import option, required
-from pi0fm.policy import bundle, calibration
-from pi0fm.policy.calibration import Calibration
 from pi0fm.policy.load_options import LoadOptions
+from pi0fm.policy.saved import bundle, calibration
+from pi0fm.policy.saved.calibration import Calibration
 from pi0fm_client.errors import ConfigError
 
 

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from pi0fm.eval.episode import Outcome
 from pi0fm.eval.recipes import Recipe, TrainedPolicy, recipes
 from pi0fm.eval.report.page import JOURNAL
+from pi0fm.eval.rollouts.episode import Outcome
 from pi0fm.eval.statistics import Interval, holm, log_evidence, mcnemar, mean_over_tasks, paired_difference, wilson
 from pi0fm.options import option, required
 from pi0fm_client.errors import ConfigError

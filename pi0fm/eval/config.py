@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from pi0fm.eval.episode import Episode
 from pi0fm.eval.policy import PolicyChoice
+from pi0fm.eval.rollouts.episode import Episode
 from pi0fm.options import option, required
 from pi0fm.sim import catalog
 from pi0fm.sim.environment import CameraSpec, parse_cameras

@@ -17,12 +17,12 @@ from typing import Any
 
 from pi0fm import files, machine, progress
 from pi0fm.eval.config import EvalConfig, checked_cameras, executed_of_a_chunk, plan, refuse_seen_seeds
-from pi0fm.eval.episode import Episode, EpisodeResult, RolloutSettings
-from pi0fm.eval.journal import Journal
 from pi0fm.eval.policy import open_policy, read_metadata
 from pi0fm.eval.report import curve
 from pi0fm.eval.report import page as report
-from pi0fm.eval.rollout import BatchedRollout, OpenEnvironment, run_all
+from pi0fm.eval.rollouts.episode import Episode, EpisodeResult, RolloutSettings
+from pi0fm.eval.rollouts.journal import Journal
+from pi0fm.eval.rollouts.rollout import BatchedRollout, OpenEnvironment, run_all
 from pi0fm.eval.statistics import mean_over_tasks
 from pi0fm.eval.summary import Summary, summarize
 from pi0fm.sim import catalog
@@ -153,7 +153,7 @@ def _open_policy(config: EvalConfig) -> Policy:
     if not config.scores:
         return policy
     from pi0fm.policy.local import LocalPolicy, Scoring
-    from pi0fm.policy.scores import ScoreOptions
+    from pi0fm.policy.sampling.scores import ScoreOptions
 
     assert isinstance(policy, LocalPolicy)
     return Scoring(policy, ScoreOptions(config.score_probes))

@@ -31,9 +31,9 @@ from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, open
 from pi0fm.data.loading.loader import action_chunks
 from pi0fm.data.pictures.chosen import pictures_at
 from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
-from pi0fm.eval.episode import noise_seed
 from pi0fm.eval.policy import PolicyChoice, open_policy, read_metadata
 from pi0fm.eval.report.page import OWN_FILES, refuse_ended
+from pi0fm.eval.rollouts.episode import noise_seed
 from pi0fm.options import option
 from pi0fm_client.errors import ConfigError
 from pi0fm_client.types import Observation, Policy
@@ -226,7 +226,7 @@ def read_policy(config: OpenLoopConfig) -> Judged:
         )
         resize: Resize = ANTIALIAS
     else:
-        from pi0fm.policy import bundle
+        from pi0fm.policy.saved import bundle
 
         policy = bundle.read(Path(config.policy), config.robot)[0]
         embodiment, resize = policy.embodiment, policy.resize

@@ -42,7 +42,7 @@ def open_policy(choice: PolicyChoice, connections: int = 1) -> Policy:
         from pi0fm_client.client import RemotePolicy
 
         return RemotePolicy(choice.policy, connections=connections, token=os.environ.get(TOKEN_VARIABLE))
-    from pi0fm.policy import bundle
+    from pi0fm.policy.saved import bundle
 
     return bundle.load(choice.policy, choice)
 
@@ -57,6 +57,6 @@ def read_metadata(choice: PolicyChoice) -> dict[str, Any]:
             return dict(remote.metadata)
         finally:
             remote.close()
-    from pi0fm.policy import bundle
+    from pi0fm.policy.saved import bundle
 
     return bundle.metadata(Path(choice.policy), choice.robot)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pi0fm.eval.episode import SCORES, EpisodeResult
+from pi0fm.eval.rollouts.episode import SCORES, EpisodeResult
 from pi0fm.eval.statistics import Interval, mean_over_tasks, wilson
 
 

@@ -10,7 +10,7 @@ from pi0fm_client.errors import ConfigError
 
 TOKEN_VARIABLE = "PI0FM_TOKEN"  # noqa: S105 - the name, not the key: of a server, and of a command that asks one
 GUIDED, WITHOUT_JACOBIAN, HARD_PREFIX = "guided", "guided_no_jacobian", "hard_prefix"
-GUIDANCE = (GUIDED, WITHOUT_JACOBIAN, HARD_PREFIX)  # how a chunk is led to what is left of the one before: policy/realtime.py
+GUIDANCE = (GUIDED, WITHOUT_JACOBIAN, HARD_PREFIX)  # how a chunk is led to what is left of the one before: policy/sampling/realtime.py
 
 
 @dataclass(frozen=True, kw_only=True)

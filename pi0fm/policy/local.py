@@ -29,14 +29,14 @@ from pi0fm.flow.sampling import num_increments, sample
 from pi0fm.flow.solver import Spread
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
-from pi0fm.policy import noise
-from pi0fm.policy.best_of import LIKELIHOOD, BestOf, choose, medoid_distances
-from pi0fm.policy.buckets import Buckets
-from pi0fm.policy.calibration import Calibration
 from pi0fm.policy.load_options import GUIDED, HARD_PREFIX, WITHOUT_JACOBIAN
-from pi0fm.policy.realtime import check_prefix, committed_to, held_count, led_to, refuse_word
-from pi0fm.policy.sampler import Committed, Sampler
-from pi0fm.policy.scores import ScoreOptions, Scores, conditioned, make_scores, observe_given, sample_and_score
+from pi0fm.policy.sampling import noise
+from pi0fm.policy.sampling.best_of import LIKELIHOOD, BestOf, choose, medoid_distances
+from pi0fm.policy.sampling.buckets import Buckets
+from pi0fm.policy.sampling.realtime import check_prefix, committed_to, held_count, led_to, refuse_word
+from pi0fm.policy.sampling.sampler import Committed, Sampler
+from pi0fm.policy.sampling.scores import ScoreOptions, Scores, conditioned, make_scores, observe_given, sample_and_score
+from pi0fm.policy.saved.calibration import Calibration
 from pi0fm_client.errors import ConfigError, ObservationError
 from pi0fm_client.types import ActionChunk, ActionPrefix, Observation
 
@@ -109,7 +109,7 @@ class LocalPolicy:
         Its `scores` say the `spread` of the network's answers on the way (best_of.py), of a bundle that is calibrated whether that is an
         `alarm`, 1 or 0 (calibration.py). noise_seeds: all random numbers of a chunk are a function of its seed alone.
         scores: give each chunk a likelihood in their place, True for the default options; its actions stay the same.
-        prefixes: what is left of the chunk before, or None, one for each observation; the chunk is led to it (policy/realtime.py), as
+        prefixes: what is left of the chunk before, or None, one for each observation; the chunk is led to it (sampling/realtime.py), as
         `guidance` says; under hard_prefix its held rows are the prefix's own.
         Raises ObservationError for a wrong observation or prefix, ConfigError for scores of chunks that are led.
         """

@@ -277,7 +277,7 @@ def infer(policy: Policy, requests: Sequence[Request], seeds: Sequence[int] | No
     if candidates is None:
         chunks: list[ActionChunk] = called.infer_batch(observations, seeds, **more)
     else:
-        from pi0fm.policy.best_of import BestOf  # torch is there where a policy can choose
+        from pi0fm.policy.sampling.best_of import BestOf  # torch is there where a policy can choose
 
         chunks = called.infer_best(observations, BestOf(candidates), seeds)
     return chunks

@@ -19,8 +19,8 @@ from vla_eval.model_servers.base import SessionContext
 from vla_eval.model_servers.predict import PredictModelServer
 from vla_eval.specs import IMAGE_RGB, LANGUAGE, RAW, DimSpec
 
-from pi0fm.policy import bundle as bundles
 from pi0fm.policy.load_options import LoadOptions
+from pi0fm.policy.saved import bundle as bundles
 from pi0fm_client.errors import ConfigError
 from pi0fm_client.types import Observation
 

@@ -29,8 +29,8 @@ from pi0fm.data.order.orders import Weighted
 from pi0fm.data.pictures.frame_cache import cache_bytes
 from pi0fm.data.pictures.resizing import ANTIALIAS
 from pi0fm.data.pictures.streaming import open_pictures
-from pi0fm.policy.bundle import PolicyConfig
-from pi0fm.policy.robots import Robot
+from pi0fm.policy.saved.bundle import PolicyConfig
+from pi0fm.policy.saved.robots import Robot
 from pi0fm.train.checkpoint.facts import data_facts
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.start.pretrained import Pretrained, chosen_dialect, chosen_tokenizer, kept_stats, open_pretrained, refuse_other_policy

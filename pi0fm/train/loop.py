@@ -20,8 +20,8 @@ import torch
 from pi0fm import files, options, progress
 from pi0fm.data.loading.loader import micro_batches
 from pi0fm.flow.matching import FlowMatching
-from pi0fm.policy import bundle
-from pi0fm.policy.weights import network_shapes
+from pi0fm.policy.saved import bundle
+from pi0fm.policy.saved.weights import network_shapes
 from pi0fm.train.checkpoint.checkpoints import Checkpoints
 from pi0fm.train.checkpoint.facts import RunFacts
 from pi0fm.train.config import TrainConfig

@@ -12,8 +12,8 @@ import torch
 from pi0fm.bench.card.results import OUT_OF_MEMORY, Results
 from pi0fm.bench.card.run import PARTS, CardOptions
 from pi0fm.bench.card.work import inference_work, least_seconds
-from pi0fm.bench.cases import random_network, random_observations, random_policy
-from pi0fm.bench.limits import Rates, percentile
+from pi0fm.bench.harness.cases import random_network, random_observations, random_policy
+from pi0fm.bench.harness.limits import Rates, percentile
 from pi0fm.models.presets import PI0, TINY
 from pi0fm_client.errors import ConfigError
 

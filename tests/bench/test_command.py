@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from pi0fm.bench.measure import BenchReport
+from pi0fm.bench.harness.measure import BenchReport
 from pi0fm.cli import bench
 from pi0fm.cli.main import main
 from pi0fm.options import option

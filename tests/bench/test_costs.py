@@ -7,7 +7,7 @@ import tiny_dataset
 
 from pi0fm.bench import checkpoint, density
 from pi0fm.bench.checkpoint import Block
-from pi0fm.bench.measure import PairedRatio
+from pi0fm.bench.harness.measure import PairedRatio
 from pi0fm.models.presets import preset
 
 

@@ -20,7 +20,7 @@ from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.data.prompt import PromptTokenizer, load_tokenizer
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.pi0 import Pi0
-from pi0fm.policy import bundle
+from pi0fm.policy.saved import bundle
 from pi0fm.sim import catalog
 from pi0fm.train.data import policy_config
 from pi0fm_client.errors import ConfigError

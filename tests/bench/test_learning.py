@@ -15,7 +15,8 @@ from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
 from lerobot.utils.random_utils import seeded_context
 
 from pi0fm import options
-from pi0fm.bench import learning, peer
+from pi0fm.bench import learning
+from pi0fm.bench.harness import peer
 from pi0fm.bench.learning import (
     LeRobotTraining,
     Options,
@@ -31,10 +32,10 @@ from pi0fm.cli.main import main
 from pi0fm.data.chain import Sample
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import open_source
-from pi0fm.eval.episode import EpisodeResult
+from pi0fm.eval.rollouts.episode import EpisodeResult
 from pi0fm.eval.summary import summarize
 from pi0fm.models.presets import TINY
-from pi0fm.policy import bundle
+from pi0fm.policy.saved import bundle
 from pi0fm.train.loop import train as train_loop
 from pi0fm.train.parallel.context import Context
 from pi0fm.train.start.output import claim

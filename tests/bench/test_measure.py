@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pi0fm.bench.limits import Products, Rates, measure_rates, products_of
-from pi0fm.bench.measure import PairedRatio, paired_ratio, ratio_of
+from pi0fm.bench.harness.limits import Products, Rates, measure_rates, products_of
+from pi0fm.bench.harness.measure import PairedRatio, paired_ratio, ratio_of
 from pi0fm.policy.packed import PackedLinear, can_pack
 from pi0fm_client.errors import ConfigError
 

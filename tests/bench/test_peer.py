@@ -8,12 +8,13 @@ import torch
 from lerobot.policies.pi0 import modeling_pi0
 from lerobot.policies.pi0.modeling_pi0 import PaliGemmaWithExpertModel, PI0Policy, PI0Pytorch
 
-from pi0fm.bench import inference, peer
-from pi0fm.bench.cases import CASES, PEER_CASES, Case, make_batch, make_noise, make_observation
+from pi0fm.bench import inference
+from pi0fm.bench.harness import peer
+from pi0fm.bench.harness.cases import CASES, PEER_CASES, Case, make_batch, make_noise, make_observation
+from pi0fm.bench.harness.limits import Rates, products_of
+from pi0fm.bench.harness.peer import RobotFeatures, ShrunkPI0, image_key, policy_config, processors
+from pi0fm.bench.harness.steps import Trainer, their_loss, their_sampler
 from pi0fm.bench.inference import OurCall
-from pi0fm.bench.limits import Rates, products_of
-from pi0fm.bench.peer import RobotFeatures, ShrunkPI0, image_key, policy_config, processors
-from pi0fm.bench.steps import Trainer, their_loss, their_sampler
 from pi0fm.bench.training import lerobots_step, our_loss
 from pi0fm.models.joint_decoder import StreamConfig
 from pi0fm.models.presets import PI0, PI05, TINY

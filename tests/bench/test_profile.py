@@ -11,10 +11,10 @@ import yaml
 
 from pi0fm import options
 from pi0fm.bench import profile
+from pi0fm.bench.harness.steps import PARTS, StepClock
 from pi0fm.bench.profile import ProfileSteps, advise, measure
-from pi0fm.bench.steps import PARTS, StepClock
 from pi0fm.cli.main import main
-from pi0fm.cli.profile import ProfiledRun
+from pi0fm.cli.training.profile import ProfiledRun
 from pi0fm.data.loading.loader import Collator
 from pi0fm.train.config import TrainConfig
 from pi0fm_client.errors import ConfigError

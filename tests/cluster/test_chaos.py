@@ -1,4 +1,4 @@
-"""What is killed and when, what a kill cost, and whether weights are the same; tests/journeys/test_survival.py kills for real."""
+"""What is killed and when, what a kill cost, and whether weights are the same; tests/journeys/training/test_survival.py kills for real."""
 
 import json
 import os

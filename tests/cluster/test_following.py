@@ -16,7 +16,7 @@ from pi0fm import files
 from pi0fm.cli.main import main
 from pi0fm.cluster import following
 from pi0fm.cluster.following import FollowConfig, FollowOptions, bundles, follow
-from pi0fm.policy import bundle
+from pi0fm.policy.saved import bundle
 from pi0fm.train.start.lease import only_run_in
 from pi0fm_client.errors import ConfigError
 

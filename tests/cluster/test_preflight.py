@@ -7,9 +7,9 @@ from pathlib import Path
 
 import ray
 
-from pi0fm.cluster import node_facts
-from pi0fm.cluster.node_facts import CODE, code_of
-from pi0fm.cluster.preflight import differences, look_at_storage
+from pi0fm.cluster.nodes import node_facts
+from pi0fm.cluster.nodes.node_facts import CODE, code_of
+from pi0fm.cluster.nodes.preflight import differences, look_at_storage
 
 HERE = {"host": "a", "interpreter": "/a/python", "python": "3.12.3", "torch": "2.11.0", CODE: "0123456789ab"}
 

@@ -20,7 +20,7 @@ from pi0fm_client import PolicyClient
 from pi0fm_client.errors import ConfigError, ServingError
 
 __all__ = ["saved", "small_policy"]
-SUPPORT = Path(__file__).resolve().parents[1] / "support"
+SUPPORT = Path(__file__).resolve().parents[1] / "support" / "fakes"
 PROGRAM = """
 import sys
 from pi0fm.cluster.serving import Replicas, serve_replicas

@@ -19,8 +19,8 @@ from pi0fm.convert.facts import ConvertConfig
 from pi0fm.convert.names import EMBEDDING, LM_HEAD
 from pi0fm.data.chain import Sample
 from pi0fm.models.pi0 import Pi0
-from pi0fm.policy import bundle
-from pi0fm.policy.robots import Robot
+from pi0fm.policy.saved import bundle
+from pi0fm.policy.saved.robots import Robot
 from pi0fm_client.errors import BundleError, ConfigError, OutputError, Pi0fmError
 
 KINDS = {"pi0": ("token", "concatenate", "z_score"), "pi05": ("prompt", "adaptive_norm", "quantile")}

@@ -1,7 +1,6 @@
 """Everything renders to objects that Kubernetes and KubeRay take, a misspelt field would be seen, and each job fits its own pods."""
 
 import copy
-import importlib
 import json
 import re
 import shlex
@@ -16,7 +15,7 @@ import pytest
 from manifests import DEPLOY, OVERLAYS, Document, problems, render
 
 from pi0fm import options
-from pi0fm.cli.main import main
+from pi0fm.cli.main import find, main
 from pi0fm.serve.server import SECONDS_TO_DRAIN
 from pi0fm.train.start.output import claim
 
@@ -164,7 +163,7 @@ def decoded(words: list[str]) -> tuple[str, Any]:
     """(command, its options) of a `pi0fm ...` command line."""
     program, command, *rest = words
     assert program == "pi0fm"
-    module = importlib.import_module(f"pi0fm.cli.{command}")
+    module = find((command,))
     return command, options.parse(module.Options, rest, module.ALIASES)
 
 

@@ -13,8 +13,9 @@ from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 
 from pi0fm import options
-from pi0fm.cli import eval as eval_command
-from pi0fm.cli import lerobot, train
+from pi0fm.cli import lerobot
+from pi0fm.cli.judging import eval as eval_command
+from pi0fm.cli.training import train
 from pi0fm.cluster.training import TrainingRun
 from pi0fm_client.errors import ConfigError
 

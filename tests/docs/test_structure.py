@@ -129,10 +129,12 @@ def test_the_log_opens_with_a_scoreboard_whose_commands_exist_and_whose_dates_ha
         assert figure and best
         assert machine in machines
         assert any(heading.startswith(date) for heading in headings), f"no entry of {date}"
-        for words in (command.split() for command in re.findall(r"`([^`]+)`", commands)):
+        for words in (each.split() for each in re.findall(r"`([^`]+)`", commands)):
             path = [word for word in words[1:3] if not word.startswith("-")]
             question = f"bench/{path[-1]}"
-            places = (f"cli/{'_'.join(path)}", question, f"{question}/run", f"bench/{'_'.join(path)}")  # a command, or a group's
+            folders = ("", "judging/", "training/")
+            typed = [f"cli/{folder}{'_'.join(path)}" for folder in folders]
+            places = (*typed, question, f"{question}/run", f"bench/{'_'.join(path)}")  # a command, or a group's
             known = any((PACKAGE / f"{place}.py").is_file() for place in places)
             assert (known and words[0] == "pi0fm") or words[0] == "make", words
 

@@ -13,7 +13,7 @@ from pi0fm.demos.config import DatasetName, DemosConfig
 from pi0fm.demos.record import record_here
 from pi0fm.doctor.environment import Judged, judge_environment
 from pi0fm.flow.matching import FlowConfig
-from pi0fm.policy.bundle import PolicyConfig
+from pi0fm.policy.saved.bundle import PolicyConfig
 
 TASK = "metaworld/drawer-open-v3"
 FACTS = {"robot_action_dim": 4, "state_dim": 4, "fps": 80.0, "execution_horizon": 8, "cameras": {"base": "observation.images.base"}}

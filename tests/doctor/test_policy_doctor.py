@@ -19,8 +19,8 @@ from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
 from pi0fm.doctor.policy import Beside, examine, of_bundle, open_beside
 from pi0fm.flow.matching import FlowConfig
 from pi0fm.models.pi0 import Pi0
-from pi0fm.policy import bundle
-from pi0fm.policy.bundle import PolicyConfig
+from pi0fm.policy.saved import bundle
+from pi0fm.policy.saved.bundle import PolicyConfig
 
 BASE, WRIST = "observation.images.base", "observation.images.wrist"
 LENGTHS = (44, 36, 42)
@@ -177,7 +177,7 @@ def test_swapped_camera_columns(healthy, trained, tmp_path):
 def test_a_bundle_that_is_not_whole(fault, trained, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 
-    from pi0fm.policy.manifest import write_manifest
+    from pi0fm.policy.saved.manifest import write_manifest
 
     broken = shutil.copytree(trained, tmp_path / "bundle")
     if fault == "missing statistic":

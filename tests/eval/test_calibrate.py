@@ -11,10 +11,10 @@ from small_policies import observations, saved, small_policy
 
 from pi0fm.cli.main import main
 from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
-from pi0fm.eval.episode import Episode, EpisodeResult
 from pi0fm.eval.evaluate import in_this_process
+from pi0fm.eval.rollouts.episode import Episode, EpisodeResult
 from pi0fm.eval.summary import summarize
-from pi0fm.policy import bundle, calibration
+from pi0fm.policy.saved import bundle, calibration
 
 __all__ = ["observations", "saved", "small_policy"]
 

@@ -7,9 +7,9 @@ import pytest
 
 from pi0fm import files
 from pi0fm.cli.main import main
-from pi0fm.eval.episode import EpisodeResult
 from pi0fm.eval.report import page as report
 from pi0fm.eval.report.page import ReportContext
+from pi0fm.eval.rollouts.episode import EpisodeResult
 from pi0fm.eval.statistics import log_evidence, mcnemar, wilson
 from pi0fm.eval.summary import summarize
 

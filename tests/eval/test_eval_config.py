@@ -4,7 +4,7 @@ import pytest
 
 from pi0fm import options
 from pi0fm.eval.config import EvalConfig, camera_specs, plan, refuse_seen_seeds
-from pi0fm.eval.episode import Episode
+from pi0fm.eval.rollouts.episode import Episode
 from pi0fm.sim import catalog
 from pi0fm.sim.environment import parse_cameras
 from pi0fm_client.errors import ConfigError

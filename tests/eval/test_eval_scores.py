@@ -11,16 +11,16 @@ from eval_fakes import PointEnvironment, PointPolicy, point_setup
 
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats, column_stats
-from pi0fm.eval.episode import Episode, EpisodeResult, RolloutSettings
 from pi0fm.eval.evaluate import WorkerSetup, in_this_process, run_episodes
 from pi0fm.eval.report import page as report
 from pi0fm.eval.report.page import ReportContext
+from pi0fm.eval.rollouts.episode import Episode, EpisodeResult, RolloutSettings
 from pi0fm.eval.summary import summarize
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.pi0 import Pi0
-from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.policy.local import LocalPolicy, Scoring
-from pi0fm.policy.scores import ScoreOptions
+from pi0fm.policy.sampling.scores import ScoreOptions
+from pi0fm.policy.saved.bundle import PolicyConfig
 
 
 def scored(*pairs):

@@ -7,12 +7,12 @@ import pytest
 from eval_fakes import PointEnvironment, PointPolicy, point_setup
 
 from pi0fm import options
-from pi0fm.cli import eval as command
+from pi0fm.cli.judging import eval as command
 from pi0fm.eval import evaluate as module
 from pi0fm.eval.config import EvalConfig
-from pi0fm.eval.episode import Episode
 from pi0fm.eval.evaluate import in_this_process, run_episodes, settings_for
-from pi0fm.eval.journal import Journal
+from pi0fm.eval.rollouts.episode import Episode
+from pi0fm.eval.rollouts.journal import Journal
 from pi0fm.sim import catalog
 from pi0fm.sim.environment import parse_cameras
 from pi0fm_client.errors import ConfigError, OutputError

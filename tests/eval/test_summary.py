@@ -2,7 +2,7 @@
 
 import pytest
 
-from pi0fm.eval.episode import EpisodeResult
+from pi0fm.eval.rollouts.episode import EpisodeResult
 from pi0fm.eval.statistics import mean_over_tasks, wilson
 from pi0fm.eval.summary import summarize
 

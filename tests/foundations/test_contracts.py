@@ -15,15 +15,15 @@ BROKEN_BY = {
     "layers": [
         ("pi0fm.flow.path", "pi0fm.models.pi0"),
         ("pi0fm.policy.local", "pi0fm.train.step"),
-        ("pi0fm.serve.app", "pi0fm.eval.rollout"),
+        ("pi0fm.serve.app", "pi0fm.eval.rollouts.rollout"),
         ("pi0fm.bench.inference", "pi0fm.cluster.training"),
         ("pi0fm.options", "pi0fm.data.prompt"),
     ],
-    "ray": [("pi0fm.train.loop", "ray"), ("pi0fm.cli.train", "ray")],
+    "ray": [("pi0fm.train.loop", "ray"), ("pi0fm.cli.training.train", "ray")],
     "accelerate": [("pi0fm.train.loop", "accelerate")],
     "peft": [("pi0fm.train.start.adaptation", "peft"), ("pi0fm.models.pi0", "peft")],
     "lerobot": [("pi0fm.convert.lerobot", "lerobot"), ("pi0fm.data.loading.loader", "lerobot")],
-    "simulators": [("pi0fm.eval.rollout", "mujoco"), ("pi0fm.demos.demonstration", "metaworld")],
+    "simulators": [("pi0fm.eval.rollouts.rollout", "mujoco"), ("pi0fm.demos.demonstration", "metaworld")],
     "shared nouns": [("pi0fm.files", "torch"), ("pi0fm.cli.main", "ray"), ("pi0fm.options", "pi0fm.models.pi0")],
     "robot's client": [("pi0fm_client.client", "torch"), ("pi0fm_client.wire", "pi0fm.files")],
 }

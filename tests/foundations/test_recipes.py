@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pi0fm import options
-from pi0fm.cli import train
+from pi0fm.cli.training import train
 from pi0fm.cluster.training import TrainingRun
 from pi0fm.train.plan.memory import GIB
 from pi0fm_client.errors import ConfigError

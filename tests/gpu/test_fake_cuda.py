@@ -9,7 +9,7 @@ import torch
 from fake_cuda import CUDA, Stepped, fake_cuda
 from torch import nn
 
-from pi0fm.bench.cases import random_observations, random_robot
+from pi0fm.bench.harness.cases import random_observations, random_robot
 from pi0fm.data.loading.batch import Batch
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.solver import FIXED_GRID_SOLVERS
@@ -17,7 +17,7 @@ from pi0fm.models.lora import LoraConfig
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.models.presets import PRESETS
 from pi0fm.policy.local import LocalPolicy
-from pi0fm.policy.sampler import Sampler
+from pi0fm.policy.sampling.sampler import Sampler
 from pi0fm.train.ema import Ema
 from pi0fm.train.optim import OptimizerConfig, make_optimizer
 from pi0fm.train.plan.flops import laid_out

@@ -13,9 +13,9 @@ from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.sampling import num_increments
 from pi0fm.flow.solver import SOLVERS, STOCHASTIC_SOLVERS
 from pi0fm.models.pi0 import Pi0
-from pi0fm.policy import noise
 from pi0fm.policy.local import LocalPolicy
-from pi0fm.policy.sampler import Sampler
+from pi0fm.policy.sampling import noise
+from pi0fm.policy.sampling.sampler import Sampler
 
 CPU = torch.device("cpu")
 SEEDS = [11, 12, 13, 14]

@@ -44,7 +44,7 @@ def convert_all(root: Path) -> dict[str, float]:
     from pi0fm.convert.conversion import convert
     from pi0fm.convert.facts import ConvertConfig
     from pi0fm.data.columns.embodiment import Embodiment
-    from pi0fm.policy import bundle
+    from pi0fm.policy.saved import bundle
 
     said = {
         "embodiment": Embodiment(cameras={"base": "observation.images.base"}),

@@ -14,8 +14,8 @@ from eval_fakes import point_setup
 
 from pi0fm.cluster.evaluation import on_actors
 from pi0fm.cluster.runtime import ray_session
-from pi0fm.eval.episode import Episode
 from pi0fm.eval.evaluate import in_this_process, run_episodes
+from pi0fm.eval.rollouts.episode import Episode
 from pi0fm_client.errors import ConfigError, SimulationError
 
 EPISODES = [Episode(task, seed, record=seed == 1) for task in ("a", "b") for seed in range(1, 9)]
@@ -71,7 +71,7 @@ import eval_fakes, psutil
 from ray import cloudpickle
 from pi0fm.cluster.evaluation import on_actors
 from pi0fm.cluster.runtime import ray_session
-from pi0fm.eval.episode import Episode
+from pi0fm.eval.rollouts.episode import Episode
 from pi0fm_client.errors import ClusterError
 
 cloudpickle.register_pickle_by_value(eval_fakes)

@@ -45,9 +45,9 @@ def load(path, options, guidance):
     Tiny.metadata = Tiny.metadata | {"identity": f"{len(loads)}"}
     return Tiny()
 
-stand_in = types.ModuleType("pi0fm.policy.bundle")
+stand_in = types.ModuleType("pi0fm.policy.saved.bundle")
 stand_in.load = load
-sys.modules["pi0fm.policy.bundle"] = stand_in
+sys.modules["pi0fm.policy.saved.bundle"] = stand_in
 from pi0fm.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -14,9 +14,9 @@ from pi0fm.flow.density import gaussian_log_prob
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.flow.solver import integrate
 from pi0fm.models.pi0 import Pi0
-from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.policy.local import LocalPolicy
-from pi0fm.policy.scores import ScoreOptions, conditioned, observe_given
+from pi0fm.policy.sampling.scores import ScoreOptions, conditioned, observe_given
+from pi0fm.policy.saved.bundle import PolicyConfig
 from pi0fm_client.types import Observation
 
 

@@ -1,4 +1,4 @@
-"""LeRobot's own PI05 at a small size: constructors alone, as pi0fm/bench/peer.py has them for PI0, and both with processors."""
+"""LeRobot's own PI05 at a small size: constructors alone, as pi0fm/bench/harness/peer.py has them for PI0, and both with processors."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lerobot.processor import (
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import nn
 
-from pi0fm.bench.peer import RobotFeatures, ShrunkPI0, gemma_config, image_key, paligemma_config, policy_config
+from pi0fm.bench.harness.peer import RobotFeatures, ShrunkPI0, gemma_config, image_key, paligemma_config, policy_config
 from pi0fm.models.pi0 import Pi0Config
 
 

@@ -10,7 +10,7 @@ from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from parity_pair import CONFIG, KINDS, Answers, Batch, Pair, difference, gradient_difference, make_batch, make_pair, unused
 from shrunk_pi05 import make_config
 
-from pi0fm.bench.peer import RobotFeatures
+from pi0fm.bench.harness.peer import RobotFeatures
 from pi0fm.models.pi0 import Pi0, parameter_count
 from pi0fm.models.presets import PI0, PI05
 

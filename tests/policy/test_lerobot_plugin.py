@@ -12,7 +12,7 @@ import pytest
 import torch
 from small_policies import observations, saved, small_policy
 
-from pi0fm.policy import bundle
+from pi0fm.policy.saved import bundle
 from pi0fm_client.errors import BundleError, ConfigError, ObservationError
 from pi0fm_client.types import ActionPrefix
 

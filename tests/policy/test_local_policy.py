@@ -8,8 +8,8 @@ import torch
 
 from pi0fm.data.chain import Sample
 from pi0fm.data.order.counter import draw
-from pi0fm.policy import bundle
 from pi0fm.policy.local import LocalPolicy
+from pi0fm.policy.saved import bundle
 from pi0fm_client.errors import ConfigError, ObservationError
 from pi0fm_client.types import Observation
 

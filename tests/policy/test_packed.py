@@ -12,9 +12,10 @@ from torch import nn
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.layers import GatedMLP
 from pi0fm.models.vision import VisionMLP
-from pi0fm.policy import packed, sampler
+from pi0fm.policy import packed
 from pi0fm.policy.packed import PackedGatedMLP, PackedLinear, can_pack, pack
-from pi0fm.policy.sampler import Sampler
+from pi0fm.policy.sampling import sampler
+from pi0fm.policy.sampling.sampler import Sampler
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="multiplies packed bfloat16 matrices")
 ROUNDING = 2.0**-7  # of bfloat16, of a result near 1, twice

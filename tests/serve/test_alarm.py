@@ -5,7 +5,7 @@ import pytest
 from test_policy_server import talk
 from test_realtime_chunking import request
 
-from pi0fm.policy.calibration import Calibration
+from pi0fm.policy.saved.calibration import Calibration
 from pi0fm_client import PolicyClient, wire
 
 

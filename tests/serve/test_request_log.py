@@ -13,8 +13,8 @@ from small_policies import saved, small_policy
 from test_policy_server import talk
 
 from pi0fm.cli.main import main
-from pi0fm.policy import bundle
 from pi0fm.policy.load_options import LoadOptions
+from pi0fm.policy.saved import bundle
 from pi0fm.serve.batcher import Request
 from pi0fm.serve.records.replay import ReplayConfig, describe, replay
 from pi0fm.serve.records.request_log import RequestLog, read

@@ -29,9 +29,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({"path": path, "guidance": guidance, **{field.name: getattr(options, field.name) for field in fields(LoadOptions)}})
         raise BundleError(f"no bundle at {path}")
 
-    stand_in = types.ModuleType("pi0fm.policy.bundle")
+    stand_in = types.ModuleType("pi0fm.policy.saved.bundle")
     stand_in.load = load  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "pi0fm.policy.bundle", stand_in)
+    monkeypatch.setitem(sys.modules, "pi0fm.policy.saved.bundle", stand_in)
     return calls
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from small_policies import saved, small_policy
 
-from pi0fm.policy import bundle
+from pi0fm.policy.saved import bundle
 from pi0fm_client.errors import ConfigError
 
 vla_eval = pytest.importorskip("vla_eval")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from pi0fm.cli.main import main
-from pi0fm.eval.episode import Episode, RolloutSettings
-from pi0fm.eval.rollout import BatchedRollout, run_all
+from pi0fm.eval.rollouts.episode import Episode, RolloutSettings
+from pi0fm.eval.rollouts.rollout import BatchedRollout, run_all
 from pi0fm.sim import catalog
 from pi0fm.sim.environment import parse_cameras
 from pi0fm.sim.suite import metadata

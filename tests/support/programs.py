@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 SUPPORT = Path(__file__).resolve().parent
-PLACES = (SUPPORT, SUPPORT.parents[1], SUPPORT.parents[1] / "client")
+PLACES = (SUPPORT, SUPPORT / "device", SUPPORT / "fakes", SUPPORT.parents[1], SUPPORT.parents[1] / "client")
 
 
 def command(name: str, *words: str) -> list[str]:
-    """The words that start tests/support/NAME.py."""
-    return [sys.executable, str(SUPPORT / f"{name}.py"), *words]
+    """The words that start NAME.py of tests/support."""
+    return [sys.executable, str(next(SUPPORT.rglob(f"{name}.py"))), *words]
 
 
 def environment(**variables: str) -> dict[str, str]:

@@ -14,9 +14,9 @@ from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats, column_stats
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.pi0 import Pi0
-from pi0fm.policy import bundle
-from pi0fm.policy.bundle import PolicyConfig
 from pi0fm.policy.local import LocalPolicy
+from pi0fm.policy.saved import bundle
+from pi0fm.policy.saved.bundle import PolicyConfig
 from pi0fm_client.types import Observation
 
 

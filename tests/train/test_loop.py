@@ -11,8 +11,8 @@ import torch
 from small_runs import differing, start, start_and_die, weights
 
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.policy import bundle, reference
 from pi0fm.policy.load_options import HARD_PREFIX
+from pi0fm.policy.saved import bundle, reference
 from pi0fm.train import loop
 from pi0fm.train.checkpoint import checkpoints as checkpoint
 from pi0fm.train.config import RtcConfig

@@ -19,7 +19,7 @@ from pi0fm.data.columns.lerobot_source import DatasetConfig
 from pi0fm.data.loading.loader import micro_batches
 from pi0fm.data.loading.mixture import MixtureCollator, MixtureEntry, deal
 from pi0fm.models.lora import LoraConfig
-from pi0fm.policy import bundle
+from pi0fm.policy.saved import bundle
 from pi0fm.train import loop
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.data import open_data

@@ -17,11 +17,11 @@ import torch
 from pi0fm.bench.card.inference import BEST, Inference
 from pi0fm.bench.card.results import Results
 from pi0fm.bench.card.training import TrainingCase, clear, full_batch, prepared
-from pi0fm.bench.cases import random_observations
-from pi0fm.bench.limits import host_seconds, percentile
-from pi0fm.bench.measure import seconds_of
+from pi0fm.bench.harness.cases import random_observations
+from pi0fm.bench.harness.limits import host_seconds, percentile
+from pi0fm.bench.harness.measure import seconds_of
 from pi0fm.models.presets import PI0, TINY
-from pi0fm.policy.best_of import BestOf
+from pi0fm.policy.sampling.best_of import BestOf
 from pi0fm.train.checkpoint.checkpoints import Checkpoints
 from pi0fm.train.start.adaptation import Adaptation
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from pi0fm.bench.card.results import Results
 from pi0fm.bench.card.work import inference_work, least_seconds
-from pi0fm.bench.cases import CAMERAS, FLOW_STEPS, CallSize, Case, make_noise, make_observation, random_network, random_observations
-from pi0fm.bench.cases import random_policy as make_policy
-from pi0fm.bench.limits import (
+from pi0fm.bench.harness.cases import CAMERAS, FLOW_STEPS, CallSize, Case, make_noise, make_observation, random_network, random_observations
+from pi0fm.bench.harness.cases import random_policy as make_policy
+from pi0fm.bench.harness.limits import (
     device_seconds,
     forget_peak,
     host_seconds,
@@ -33,15 +33,15 @@ from pi0fm.bench.limits import (
     percentile,
     synchronize,
 )
-from pi0fm.bench.measure import seconds_of
-from pi0fm.bench.steps import their_sampler
+from pi0fm.bench.harness.measure import seconds_of
+from pi0fm.bench.harness.steps import their_sampler
 from pi0fm.data.chain import Sample
 from pi0fm.models.observation import pixels
 from pi0fm.models.pi0 import Pi0, Pi0Config
 from pi0fm.models.presets import PI0, PI05, TINY
-from pi0fm.policy.cuda_graphs import Recorder
 from pi0fm.policy.local import LocalPolicy
-from pi0fm.policy.noise import starting_noise
+from pi0fm.policy.sampling.cuda_graphs import Recorder
+from pi0fm.policy.sampling.noise import starting_noise
 
 MODELS = {"pi0": PI0, "pi0.5": PI05}
 TRIED = {"pi0": TINY, "pi0.5": replace(TINY, state_input="prompt", time_conditioning="adaptive_norm")}

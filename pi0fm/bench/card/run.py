@@ -24,7 +24,7 @@ from typing import Any
 
 from pi0fm import files, progress
 from pi0fm.bench.card.results import Results
-from pi0fm.bench.measure import BenchReport, check_words
+from pi0fm.bench.harness.measure import BenchReport, check_words
 from pi0fm.options import option
 from pi0fm_client.errors import ConfigError
 

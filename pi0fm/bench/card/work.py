@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from pi0fm.bench.limits import Rates
+from pi0fm.bench.harness.limits import Rates
 from pi0fm.models.pi0 import Pi0Config
 from pi0fm.train.plan.flops import stage_work, training_work
 from pi0fm.train.start.adaptation import Adaptation

@@ -5,7 +5,7 @@
       summary.json    rates, intervals, crashes
       episodes.json   a row for each episode; episodes.parquet the same for tables, without the scores of each call
       videos/         TASK-seed-N.mp4
-      episodes.jsonl  the journal (eval/journal) of an evaluation that has not ended
+      episodes.jsonl  the journal (eval/rollouts/journal) of an evaluation that has not ended
 
 Owns: the folder and the page. Does not know: how episodes ran.
 """
@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pi0fm import files, pages
-from pi0fm.eval.episode import EpisodeResult
 from pi0fm.eval.report import curve
+from pi0fm.eval.rollouts.episode import EpisodeResult
 from pi0fm.eval.summary import Summary
 from pi0fm_client.errors import OutputError
 

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pi0fm import files, machine, pages
-from pi0fm.eval.delays import Cell, by_mode
-from pi0fm.eval.realtime import DrivenEpisode
 from pi0fm.eval.report.compare import COLOURS
 from pi0fm.eval.report.page import ROWS, ReportContext, percent
+from pi0fm.eval.rollouts.delays import Cell, by_mode
+from pi0fm.eval.rollouts.realtime import DrivenEpisode
 
 
 def write(

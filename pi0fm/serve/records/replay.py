@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from pi0fm import machine, progress
 from pi0fm.options import option, required
-from pi0fm.policy import bundle
 from pi0fm.policy.load_options import LoadOptions
 from pi0fm.policy.local import LocalPolicy
+from pi0fm.policy.saved import bundle
 from pi0fm.serve.batcher import infer
 from pi0fm.serve.records.request_log import read
 from pi0fm.serve.served import refuse_another_robot

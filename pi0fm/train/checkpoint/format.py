@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from pi0fm.policy.weights import NAMES, header
+from pi0fm.policy.saved.weights import NAMES, header
 from pi0fm.train.checkpoint.index import COMMIT, INDEX, VERSION, Box, Index, TornError, folder, remove
 from pi0fm.train.checkpoint.storage import Store
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pi0fm.policy.weights import DTYPES
+from pi0fm.policy.saved.weights import DTYPES
 from pi0fm.train.checkpoint.storage import Store
 
 COMMIT, INDEX, VERSION = "COMMIT", "index.json", 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pi0fm import options
-from pi0fm.policy import bundle
+from pi0fm.policy.saved import bundle
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.start.pretrained import FIXED_IN_FLOW, OWN
 from pi0fm_client.errors import OutputError

@@ -18,8 +18,8 @@ from pi0fm.data.prompt import BYTES, load_tokenizer
 from pi0fm.models.pi0 import Pi0Config
 from pi0fm.models.presets import PRESETS
 from pi0fm.options import nearest
-from pi0fm.policy import bundle
-from pi0fm.policy.bundle import PolicyConfig
+from pi0fm.policy.saved import bundle
+from pi0fm.policy.saved.bundle import PolicyConfig
 from pi0fm_client.errors import ConfigError
 
 OWN = "pretrained"  # --tokenizer pretrained, --prompt_dialect pretrained: the bundle's

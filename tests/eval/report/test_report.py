@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pi0fm.eval.episode import EpisodeResult
 from pi0fm.eval.report import curve, video
 from pi0fm.eval.report import page as report
 from pi0fm.eval.report.page import ReportContext
+from pi0fm.eval.rollouts.episode import EpisodeResult
 from pi0fm.eval.summary import summarize
 from pi0fm_client.errors import ConfigError, OutputError
 

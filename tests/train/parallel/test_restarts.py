@@ -1,4 +1,4 @@
-"""Workers that torchrun starts anew, as far as one process can tell; tests/journeys/test_kills.py has real ones."""
+"""Workers that torchrun starts anew, as far as one process can tell; tests/journeys/training/test_kills.py has real ones."""
 
 import pytest
 

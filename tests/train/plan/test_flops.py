@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pi0fm.bench.cases import Case, make_batch
+from pi0fm.bench.harness.cases import Case, make_batch
 from pi0fm.models.lora import LoraConfig
 from pi0fm.models.pi0 import Pi0
 from pi0fm.models.presets import TINY

@@ -11,8 +11,8 @@ from forked_workers import workers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pi0fm.bench.cases import Case, make_batch
-from pi0fm.bench.steps import Trainer
+from pi0fm.bench.harness.cases import Case, make_batch
+from pi0fm.bench.harness.steps import Trainer
 from pi0fm.models.lora import LoraConfig
 from pi0fm.models.presets import TINY
 from pi0fm.processes import in_fresh_process

@@ -7,7 +7,7 @@ import pytest
 from small_policies import saved, small_policy
 
 from pi0fm import options
-from pi0fm.cli import train
+from pi0fm.cli.training import train
 from pi0fm.cluster.training import TrainingRun
 from pi0fm.models.presets import PI0
 from pi0fm.train.config import TrainConfig, changed_options

@@ -16,8 +16,8 @@ from pi0fm.data.columns.norm_stats import ColumnStats, NormStats
 from pi0fm.flow.matching import FlowConfig
 from pi0fm.models.lora import LoraConfig
 from pi0fm.models.pi0 import Pi0
-from pi0fm.policy import bundle
-from pi0fm.policy.bundle import PolicyConfig
+from pi0fm.policy.saved import bundle
+from pi0fm.policy.saved.bundle import PolicyConfig
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.optim import OptimizerConfig
 from pi0fm.train.start.adaptation import Adaptation

@@ -14,7 +14,7 @@ from pi0fm.data.order.counter import slots
 from pi0fm.flow.density import DensityOptions, log_prob
 from pi0fm.flow.matching import FlowConfig, FlowMatching
 from pi0fm.models.pi0 import Pi0
-from pi0fm.policy import bundle
+from pi0fm.policy.saved import bundle
 from pi0fm.train.checkpoint import checkpoints as checkpoint
 from pi0fm.train.data import RunDataset, open_data
 from pi0fm.train.loop import train

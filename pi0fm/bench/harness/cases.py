@@ -1,0 +1,184 @@
+"""The networks, policies and inputs that are timed: random, all functions of a seed.
+
+Owns: the sizes of each case; its observations, noise and batches; policies of random weights and what a robot would send them, with
+prompts of an exact length. Does not know: LeRobot's library, clocks. A random policy costs what a trained one does: no operation looks at
+values.
+
+    case                           cameras   tokens a picture   prompt tokens     horizon   what it shows
+    tiny                           1         36                 23 of 64          16        the quickstart's size: the cost of calls
+    width_512                      3         256                18 of 48          50        both streams and the tower 512 wide
+    width_512_one_camera_missing   2 of 3    256                18 of 48          50        what a masked camera costs
+    pi0_proportions                3         256                18 of 48          50        half of pi0's widths, a third of its layers
+
+LeRobot's code fixes 8 query heads and the tanh form of GELU, so every case has them. The vocabulary is ByT5's: a lookup in a larger one
+costs the same, and takes memory that nothing here measures. Shape letters: B batch, H horizon, A action dim.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pi0fm.bench.harness.measure import PairedOptions, check_least, check_words
+from pi0fm.data.chain import Sample
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.norm_stats import NormStats, column_stats
+from pi0fm.data.loading.batch import Batch
+from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
+from pi0fm.models.observation import ModelObservation
+from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.models.presets import PI0, TINY
+from pi0fm.models.vision import VisionConfig
+from pi0fm.options import option
+from pi0fm.policy.local import LocalPolicy
+from pi0fm.policy.saved.bundle import PolicyConfig
+from pi0fm_client.types import Observation
+
+CAMERAS, FLOW_STEPS = ("base", "left_wrist", "right_wrist"), 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network and its inputs.
+
+    present: by camera, False for a masked one. prompt_tokens: real ones, the rest of the width is padding. training_batch: observations in
+    a training step.
+    """
+
+    config: Pi0Config
+    present: tuple[bool, ...]
+    prompt_tokens: int
+    training_batch: int
+
+
+TINY_8 = replace(TINY, decoder=replace(TINY.decoder, num_heads=8, head_dim=24, gelu="tanh"), vision=replace(TINY.vision, gelu="tanh"))
+WIDTH_512 = replace(
+    PI0,
+    vision=VisionConfig(width=512, depth=6, num_heads=8, mlp_width=2048, patch_size=14, image_size=224),
+    decoder=DecoderConfig(StreamConfig(512, 2048), StreamConfig(512, 2048), depth=6, num_heads=8, num_kv_heads=1, head_dim=64),
+    vocab_size=TINY.vocab_size,
+)
+PROPORTIONS = replace(
+    WIDTH_512,
+    vision=VisionConfig(width=576, depth=9, num_heads=8, mlp_width=2152, patch_size=14, image_size=224),
+    decoder=DecoderConfig(StreamConfig(1024, 8192), StreamConfig(512, 2048), depth=6, num_heads=8, num_kv_heads=1, head_dim=128),
+)
+CASES = {
+    "tiny": Case(TINY_8, (True,), prompt_tokens=23, training_batch=8),
+    "width_512": Case(WIDTH_512, (True, True, True), prompt_tokens=18, training_batch=2),
+    "width_512_one_camera_missing": Case(WIDTH_512, (True, True, False), prompt_tokens=18, training_batch=2),
+    "pi0_proportions": Case(PROPORTIONS, (True, True, True), prompt_tokens=18, training_batch=1),
+}
+PEER_CASES = tuple(CASES)[:3]  # on which LeRobot's side is timed too
+
+
+@dataclass(frozen=True)
+class PeerOptions(PairedOptions):
+    """Options of both comparisons of speed with LeRobot's PI0. Raises ConfigError for a value out of range."""
+
+    cases: tuple[str, ...] = option(PEER_CASES, f"which networks and inputs, of {', '.join(PEER_CASES)}")
+    device: str = option("cpu", "cpu or cuda, of both sides")
+    seed: int = option(0, "of weights, inputs and noise")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_words("cases", self.cases, PEER_CASES)
+        check_words("device", (self.device,), ("cpu", "cuda"))
+        check_least(self, seed=0)
+
+
+def make_observation(case: Case, batch: int, seed: int) -> ModelObservation:
+    """Pictures of random bytes (0 where a camera is missing, as the chain leaves it), random tokens and states; on the CPU."""
+    random = torch.Generator().manual_seed(seed)
+    config, size = case.config, case.config.vision.image_size
+    present = torch.tensor(case.present)
+    images = torch.randint(0, 256, (batch, len(present), size, size, 3), dtype=torch.uint8, generator=random)
+    prompt = torch.arange(config.max_prompt_tokens) < case.prompt_tokens
+    return ModelObservation(
+        images=images * present[None, :, None, None, None],
+        image_mask=present.repeat(batch, 1),
+        prompt_tokens=torch.randint(3, config.vocab_size, (batch, config.max_prompt_tokens), generator=random) * prompt,
+        prompt_mask=prompt.repeat(batch, 1),
+        state=torch.randn(batch, config.state_dim, generator=random),
+    )
+
+
+def make_noise(case: Case, batch: int, seed: int) -> Tensor:
+    """N(0, I), [B, H, A]; another stream of numbers than the observation's."""
+    random = torch.Generator().manual_seed(seed + 1)
+    return torch.randn(batch, case.config.action_horizon, case.config.action_dim, generator=random)
+
+
+def make_batch(case: Case, seed: int, flow_draws: int = 1) -> Batch:
+    """`training_batch` observations with actions, `flow_draws` of noise and time each; every entry is real."""
+    random = torch.Generator().manual_seed(seed + 2)
+    count, horizon, width = case.training_batch, case.config.action_horizon, case.config.action_dim
+    return Batch(
+        observation=make_observation(case, count, seed),
+        actions=torch.randn(count, horizon, width, generator=random),
+        action_mask=torch.ones(count, horizon, width, dtype=torch.bool),
+        noise=torch.randn(count, flow_draws, horizon, width, generator=random),
+        uniform=torch.rand(count, flow_draws, generator=random),
+    )
+
+
+@dataclass(frozen=True)
+class CallSize:
+    """So many observations, of so many cameras, in one call."""
+
+    batch: int
+    cameras: int
+
+    def __str__(self) -> str:
+        return f"{self.cameras} camera{'s' if self.cameras > 1 else ''}, batch {self.batch}"
+
+
+def random_network(config: Pi0Config, device: torch.device, seed: int = 0) -> Pi0:
+    """Small random numbers, made on the device: the host never holds the network."""
+    with torch.device("meta"):
+        model = Pi0(config)
+    model.to_empty(device=device)
+    random = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.02 if parameter.ndim == 1 else min(0.02, float(parameter[0].numel()) ** -0.5)
+            parameter.normal_(std=spread, generator=random)
+    return model
+
+
+EULER = FlowConfig(solver="euler", num_flow_steps=FLOW_STEPS)
+
+
+def random_policy(
+    model: Pi0, cameras: int, device: torch.device, dtype: torch.dtype, compile: str = "off", flow: FlowConfig = EULER, joints: int = 7
+) -> LocalPolicy:
+    """Several policies may share one network: the first arranges its matrices, which the others find arranged."""
+    robot, stats = random_robot(model.config, cameras, joints)
+    return LocalPolicy(model, FlowMatching.from_config(flow), robot.chain(stats), {}, device, dtype, compile=compile)
+
+
+def random_robot(config: Pi0Config, cameras: int, joints: int = 7, flow: FlowConfig = EULER) -> tuple[PolicyConfig, NormStats]:
+    """A robot with `joints` joints, or as many as the network's action width allows, whose statistics are those of N(0, 1)."""
+    width = min(joints, config.action_dim, config.state_dim)
+    robot = Embodiment(cameras={name: f"observation.images.{name}" for name in CAMERAS[:cameras]}, state_dim=width, robot_action_dim=width)
+    normal = np.random.default_rng(0).normal(size=(200, width)).astype(np.float32)
+    stats = NormStats(column_stats(normal, "state"), column_stats(normal, "action"), len(normal))
+    return PolicyConfig(model=config, flow=flow, embodiment=robot), stats
+
+
+def random_observations(policy: LocalPolicy, batch: int, seed: int, prompt: str | None = None) -> list[Observation]:
+    """Random pictures of the network's size and random states. prompt: None for one that fills the network's prompt tokens."""
+    random, chain = np.random.default_rng(seed), policy.chain
+    size, (width, _) = chain.image_size, chain.embodiment.dims()
+    found = []
+    for _ in range(batch):
+        state = random.normal(size=width).astype(np.float32)
+        given = prompt
+        if given is None:
+            normal = chain.forward(Sample(state[None], None)).state[0, :width]
+            given = "x" * (1 + policy.model.config.max_prompt_tokens - len(chain.tokenizer.text("x", normal)))
+        images = {name: random.integers(0, 256, (size, size, 3), dtype=np.uint8) for name in chain.embodiment.cameras}
+        found.append(Observation(images, state, given))
+    return found

@@ -1,0 +1,249 @@
+"""`pi0fm doctor DATASET | CONFIG.yaml ... | BUNDLE | ws://SERVER`: what is wrong, before anything is trained, served or driven.
+
+Owns: the options, the tables, the exit code. Does not know: what is judged (doctor/data.py, doctor/policy.py).
+
+    DATASET [CONFIG ...]   its faults; with a configuration also a batch as that run's network would see it
+    CONFIG                 the same for the data set, or each of the mixture, that it names
+    BUNDLE, ws://SERVER    that policy, beside --dataset.root, --suite, --server
+"""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pi0fm import options
+from pi0fm.cluster.training import TrainingRun
+from pi0fm.data.chain import Chain
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource
+from pi0fm.data.columns.lerobot_source import examine as examine_source
+from pi0fm.data.judging import Extent
+from pi0fm.data.loading.mixture import MixtureEntry, entry_named
+from pi0fm.doctor.data import Findings, counted, judge
+from pi0fm.doctor.policy import Beside, Examined, Subject, examine, examine_server, of_bundle, open_beside
+from pi0fm.options import option, required
+from pi0fm.policy.device import choose_device
+from pi0fm.policy.saved.manifest import MANIFEST
+from pi0fm.sim import catalog
+from pi0fm.train.data import policy_config
+from pi0fm.train.plan.flops import training_work
+from pi0fm.train.plan.planner import known_cards
+from pi0fm.train.start.pretrained import chosen_dialect, chosen_tokenizer, kept_stats, open_pretrained
+from pi0fm_client.errors import BundleError, ConfigError, DatasetError
+
+HELP = "judge a data set, a run's configuration, a bundle or a server: every fault with what to type, and a batch as the network sees it"
+POSITIONAL = "data"
+OTHERS = "config"
+SHOWN = 20  # faults in the table
+WIDE = 600  # letters of a line that no terminal folds
+
+
+@dataclass(frozen=True)
+class Options:
+    """A data set, and the run that is to train on it."""
+
+    data: str = required(
+        "folder of the data set, or its name as in --dataset.repo_id; the first configuration file of a run that names its own; a bundle; "
+        "or the ws:// address of a server"
+    )
+    config: tuple[str, ...] = option((), "configuration files of the run, as pi0fm train takes them: prompts are judged by its network")
+    pictures: Extent = option("ends", "ends looks at the first and last picture of every file, all at every one, none at columns only")
+    dataset: DatasetConfig = option(DatasetConfig, "")
+    embodiment: Embodiment = option(Embodiment, "")
+    mixture: dict[str, MixtureEntry] = option(dict, "of a mixture, options of its entries, as in pi0fm train")
+    suite: str | None = option(None, f"simulator that the policy is to be judged in, NAME or {catalog.TASK_FORM}")
+    server: str | None = option(None, "ws:// address of a server that should serve this policy")
+    max_steps: int | None = option(None, "the step limit that pi0fm eval will be given; the task's own when not given")
+    robot: str | None = option(None, "of a mixture's bundle, the robot to judge; its first when not given")
+    load: bool = option(True, "infer with a bundle: its answers, speed and memory")
+    output_dir: Path = option(Path("outputs/doctor"), "folder for sheet.png, where a policy sees a data set")
+
+    def __post_init__(self) -> None:
+        if self.pictures not in ("none", "ends", "all"):
+            raise ConfigError(f"pictures must be none, ends or all, found {self.pictures!r}")
+
+
+ALIASES: dict[str, str] = {}
+OFTEN = frozenset(
+    ("data", "config", "pictures", "suite", "server", "robot", "load", "output_dir", "dataset.root", "dataset.episodes", "dataset.skip_bad")
+)
+
+
+def run(given: Options) -> None:
+    """Judge, print tables and a last line of JSON. Raises DatasetError or BundleError, and so exit code 1, where there is an error."""
+    examined = _policy(given)
+    if examined is not None:
+        show_policy(examined)
+        _say(examined.json())
+        _refuse(examined)
+        return
+    judged = _judged(given)
+    for findings, seen in judged:
+        show(findings)
+        if seen is not None:
+            show_policy(seen)
+    told = [findings.json() | ({} if seen is None else {"seen": seen.json()}) for findings, seen in judged]
+    _say(told[0] if not judged[0][0].name else {"faults": sum(each["faults"] for each in told), "entries": told})
+    faulty = [findings for findings, _ in judged if findings.faults]
+    for findings in faulty[:1]:
+        bad = f" in {len(findings.bad)} of {findings.episodes} episodes" if findings.bad else ""
+        others = f" (and entries {', '.join(each.name for each in faulty[1:])})" if faulty[1:] else ""
+        with entry_named(findings.name):
+            raise DatasetError(f"{findings.root} has {counted(len(findings.faults), 'fault')}{bad}{others}; {findings.advice()}")
+    for findings, seen in judged:
+        with entry_named(findings.name):
+            if seen is not None:
+                _refuse(seen)
+
+
+def _say(last: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(last) + "\n")
+    sys.stdout.flush()
+
+
+def _refuse(examined: Examined) -> None:
+    if examined.errors:
+        first, more = examined.errors[0], len(examined.errors) - 1
+        raise BundleError(
+            f"{examined.name} has {counted(len(examined.errors), 'error')}: {first}" + (f" ({more} more above)" if more else "")
+        )
+
+
+def _policy(given: Options) -> Examined | None:
+    """Of a bundle or a server; None for anything else. Raises ConfigError for options that go with neither."""
+    is_server = given.data.startswith(("ws://", "wss://"))
+    if not is_server and not (Path(given.data) / MANIFEST).is_file():
+        if given.server or given.robot:
+            raise ConfigError(f"--server and --robot go with a bundle, found {given.data}; name one, or leave them out")
+        return None
+    if given.config or given.mixture:
+        raise ConfigError(f"{given.data} is a policy already, found a configuration beside it; leave one of them out")
+    has_data = bool(given.dataset.root or given.dataset.repo_id)
+    if is_server:
+        return examine_server(given.data, given.dataset if has_data else None, _beside(given))
+    subject = of_bundle(Path(given.data), given.robot)
+    source = open_beside(subject, given.dataset) if has_data else None
+    return examine(subject, given.dataset, source, _beside(given))
+
+
+def _beside(given: Options, name: str = "") -> Beside:
+    sheet = given.output_dir / (f"sheet-{name}.png" if name else "sheet.png")
+    return Beside(given.suite, given.server, given.max_steps, given.load, sheet)
+
+
+def _judged(given: Options) -> list[tuple[Findings, Examined | None]]:
+    """Each data set's faults, and where its run is known and rows are left, a batch as that run would see it."""
+    path = Path(given.data)
+    is_file = not path.is_dir() and (path.suffix == ".yaml" or given.data in options.shipped())
+    place: dict[str, Any] = {}
+    if not is_file:
+        # a name of the hub has one slash; anything else that is no folder was meant as one
+        is_folder = path.exists() or path.is_absolute() or given.data.startswith((".", "~")) or given.data.count("/") > 1
+        place = {"repo_id": "", "root": path} if is_folder else {"repo_id": given.data, "root": None}
+    if not (is_file or given.config):
+        if given.suite:
+            raise ConfigError(f"--suite goes with a policy, found the data set {given.data} alone; name a configuration or a bundle")
+        return [(judge(replace(given.dataset, **place), given.embodiment, extent=given.pictures), None)]
+    tree = options.read_files([*([given.data] if is_file else []), *given.config])
+    if not is_file and tree.get("mixture"):
+        raise ConfigError(f"these files name the data sets of a mixture themselves: {', '.join(tree['mixture'])}; leave {given.data} out")
+    defaults = {"embodiment": Embodiment(), "dataset": DatasetConfig(), "mixture": {name: MixtureEntry() for name in given.mixture}}
+    typed = {name: _changed(options.encode(getattr(given, name)), options.encode(usual)) for name, usual in defaults.items()}
+    run_ = options.decode(TrainingRun, options.merge(tree, typed))
+    if place:
+        run_ = replace(run_, dataset=replace(run_.dataset, **place))
+
+    pretrained = open_pretrained(run_.pretrained)
+    dialect = chosen_dialect(run_.prompt_dialect, pretrained)
+    run_ = replace(run_, tokenizer=chosen_tokenizer(run_.tokenizer, pretrained), prompt_dialect=dialect)
+
+    def subject(name: str, source: LeRobotSource) -> Subject:
+        policy = policy_config(run_, source)
+        kept = pretrained is not None and run_.pretrained_norm_stats
+        stats = kept_stats(pretrained, name, policy) if kept and pretrained else source.norm_stats(policy.model.action_horizon)
+        return Subject(
+            f"the run's policy{f' of {name}' * bool(name)}", policy, stats, policy.chain(stats), policy.metadata(), None, not kept
+        )
+
+    def chain(name: str, source: LeRobotSource) -> Chain:
+        return subject(name, source).chain
+
+    found: list[tuple[Findings, Examined | None]] = []
+    for name, entry in run_.entries().items():
+        with entry_named(name):
+            faults = judge(
+                entry.dataset,
+                entry.embodiment,
+                entry.selection(),
+                given.pictures,
+                partial(chain, name),
+                name,
+            )
+            whole = all(fault.episode is not None for fault in faults.faults) and len(faults.bad) < faults.episodes
+            seen = None
+            if whole and faults.episodes and given.pictures != "none":
+                source, _ = examine_source(entry.dataset, entry.embodiment, entry.selection())
+                source = source.without(faults.bad)
+                seen = examine(subject(name, source), entry.dataset, source, _beside(given, name))
+                told = _of_training(run_, len(source.embodiment.cameras))
+                seen = replace(seen, measured={**seen.measured, **told})
+            found.append((faults, seen))
+    return found
+
+
+def _of_training(run_: TrainingRun, cameras: int) -> dict[str, str]:
+    """Memory of a worker, and the operations of a step with the least time that cards would take for them."""
+    work = training_work(run_.network(), run_.adaptation(), cameras, run_.flow_draws_per_observation)
+    flops = run_.global_batch_size * (work.forward + work.backward)
+    least = ", ".join(f"{name} {1e3 * flops / card.flops_per_second:.3g} ms" for name, card in known_cards().items())
+    memory = run_.memory(cameras, max(1, run_.workers[1]), choose_device(None))
+    return {"training": str(memory), "step": f"{flops / 1e12:.3g} TFLOP; on one card at its highest rate {least}; see pi0fm plan"}
+
+
+def _changed(tree: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """The options that are not as they are when nothing is typed."""
+    found = {name: value for name, value in tree.items() if value != usual[name]}
+    return {name: _changed(value, usual[name]) if isinstance(usual[name], dict) and usual[name] else value for name, value in found.items()}
+
+
+def show(findings: Findings) -> None:
+    """The table on standard error."""
+    console = Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else WIDE)
+    entry = f"{findings.name}: " if findings.name else ""
+    console.print(f"{entry}{findings.root}: {findings.episodes} episodes, {findings.rows} rows")
+    if not findings.faults:
+        console.print("no fault")
+        return
+    table = Table(box=None, padding=(0, 2), header_style="")
+    for heading in ("kind", "episode", "what"):
+        table.add_column(heading, overflow="fold")
+    for fault in findings.faults[:SHOWN]:
+        table.add_row(fault.kind, "all" if fault.episode is None else str(fault.episode), fault.text)
+    console.print(table)
+    if len(findings.faults) > SHOWN:
+        console.print(f"and {len(findings.faults) - SHOWN} more")
+    console.print(", ".join(f"{kind}: {count}" for kind, count in findings.counts().items()))
+
+
+def show_policy(examined: Examined) -> None:
+    """The tables of a policy on standard error: what was measured, what was found."""
+    console = Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else WIDE)
+    console.print(examined.name)
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    for name, text in examined.measured.items():
+        table.add_row(name, text)
+    console.print(table)
+    table = Table(box=None, padding=(0, 2), header_style="")
+    for heading in ("severity", "kind", "what", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for finding in examined.findings:
+        table.add_row(finding.severity, finding.kind, finding.text, finding.remedy)
+    console.print(table if examined.findings else "nothing wrong was found")
+    if examined.sheet is not None:
+        console.print(f"as the network sees it: {examined.sheet}")

@@ -1,0 +1,36 @@
+"""`pi0fm chaos`: a training run that is disturbed, and ends in the weights of a quiet one.
+
+Owns: the options. Does not know: what is killed, how a run survives.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pi0fm.cli import lerobot
+from pi0fm.cli.training import train
+from pi0fm.cluster import chaos as disturbing
+from pi0fm.cluster.training import TrainingRun
+from pi0fm.options import option
+from pi0fm.train.start.defaults import defaults
+
+HELP = "kill something of a training run every 30 s, and check that it ends in the weights of a quiet one"
+NAMED_BY_ROW = "output_dir"
+ALIASES = lerobot.TRAIN
+DEFAULTS = defaults
+NETWORK = train.NETWORK
+
+
+@dataclass(frozen=True)
+class ChaosRun(TrainingRun):
+    """A run as `pi0fm train` takes it; its folders go below output_dir."""
+
+    chaos: disturbing.ChaosConfig = option(disturbing.ChaosConfig, "")
+
+
+Options = ChaosRun
+OFTEN = train.often_of(Options)
+
+
+def run(options: ChaosRun) -> dict[str, Any]:
+    """Run in quiet and disturbed, return the figures."""
+    return disturbing.chaos(options, options.chaos)

@@ -1,0 +1,42 @@
+"""`pi0fm profile`: the time of a run's steps by part, the limits of this machine, and options to change.
+
+Owns: the options. Does not know: how steps are taken or timed, how figures are shown (cli/bench).
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pi0fm import progress
+from pi0fm.bench import profile as profiling
+from pi0fm.cli import lerobot
+from pi0fm.cli.bench import answer
+from pi0fm.cli.training import train
+from pi0fm.cluster.training import TrainingRun
+from pi0fm.options import option
+from pi0fm.train.start.defaults import defaults
+
+HELP = "where the steps of a run go: data, forward, backward, optimiser, average; their share of the limit, and what to change"
+NAMED_BY_ROW = "output_dir"
+ALIASES = lerobot.TRAIN
+DEFAULTS = defaults
+NETWORK = train.NETWORK
+
+
+@dataclass(frozen=True)
+class ProfiledRun(TrainingRun):
+    """A run as `pi0fm train` takes it; one worker's share of some steps is measured. Its files go to output_dir/profile."""
+
+    profile: profiling.ProfileSteps = option(profiling.ProfileSteps, "")
+
+
+Options = ProfiledRun
+OFTEN = train.often_of(Options)
+
+
+def run(options: ProfiledRun) -> dict[str, Any]:
+    """Measure, print the table and the advice, return the figures."""
+    share, folder = options.global_batch_size // max(1, options.workers[1]), options.output_dir / "profile"
+    if options.workers[1] > 1:
+        progress.say(f"one process takes the {share} samples of one of {options.num_workers} workers, without communication")
+    found = profiling.measure(replace(options, global_batch_size=share, num_workers=1), options.profile, folder)
+    return answer(found, folder / profiling.RESULT, profiling.__doc__)

@@ -1,0 +1,240 @@
+"""`pi0fm eval --realtime.delays_ms ...`: success, jumps and reaction time against the delay of the policy.
+
+Owns: `RealtimeConfig`, the grid of modes, delays and episodes, its sums. Does not know: how an episode runs (eval/rollouts/realtime), the
+page.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pi0fm import files, machine, progress
+from pi0fm.eval.config import StartsConfig, checked_cameras, executed_of_a_chunk, refuse_seen_seeds
+from pi0fm.eval.policy import open_policy, read_metadata
+from pi0fm.eval.report.page import OWN_FILES, ROWS, refuse_ended
+from pi0fm.eval.rollouts.episode import noise_seed
+from pi0fm.eval.rollouts.realtime import ASYNCHRONOUS, MODES, SYNCHRONOUS, DrivenEpisode, Infer, Timing, drive
+from pi0fm.eval.rollouts.rollout import check_fit
+from pi0fm.eval.statistics import Interval, wilson
+from pi0fm.options import nearest, option
+from pi0fm.policy.load_options import GUIDANCE, GUIDED, TOKEN_VARIABLE
+from pi0fm.sim import catalog
+from pi0fm.sim.environment import Environment
+from pi0fm_client import execution, wire
+from pi0fm_client.errors import ConfigError
+from pi0fm_client.execution import Message
+from pi0fm_client.types import ActionChunk, ActionPrefix
+
+MEASURED = "measured"
+
+
+@dataclass(frozen=True)
+class Delays:
+    """The grid. Raises ConfigError for an unknown word and a number out of range."""
+
+    delays_ms: tuple[str, ...] = option(
+        ("0", "50", "100", "200", "400"), f"of an answer, on the simulator's clock; {MEASURED} takes what each inference really took here"
+    )
+    jitter_ms: float = option(0.0, "standard deviation of what is added to each delay")
+    modes: tuple[str, ...] = option(
+        (SYNCHRONOUS, ASYNCHRONOUS, GUIDED), f"of {', '.join(MODES)}; a server knows realtime as it was started"
+    )
+
+    def __post_init__(self) -> None:
+        for word in self.delays_ms:
+            if word != MEASURED and not (word.replace(".", "", 1).isdigit() and float(word) < 60_000):
+                raise ConfigError(f"realtime.delays_ms are milliseconds below 60000, or {MEASURED}, found {word!r}; type 0,100,200")
+        for mode in self.modes:
+            if mode not in MODES:
+                raise ConfigError(f"realtime.modes must be known words, found {mode!r}: {nearest(mode, MODES)}")
+        if not self.delays_ms or not self.modes or self.jitter_ms < 0:
+            raise ConfigError(f"realtime needs a delay, a mode, and a jitter of 0 or more, found {self.jitter_ms:g} ms; type 0,100,200")
+
+    def timings(self) -> list[Timing]:
+        """Every mode at every delay."""
+        delays = [None if word == MEASURED else float(word) for word in dict.fromkeys(self.delays_ms)]
+        return [Timing(mode, delay, self.jitter_ms) for mode in dict.fromkeys(self.modes) for delay in delays]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealtimeConfig(StartsConfig):
+    """An evaluation whose simulator does not wait for the policy; episodes run one after the other in this process."""
+
+    realtime: Delays = option(Delays, "")
+    output_dir: str = option("outputs/realtime", f"folder for report.html, summary.json and {ROWS}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All episodes of one mode and delay. Milliseconds; jump and change as in eval/rollouts/realtime."""
+
+    mode: str
+    asked_ms: float | None
+    success: Interval | None
+    episodes: int
+    crashes: int
+    delay_ms: float
+    reaction_ms: float
+    jump: float
+    change: float
+    held: float
+    own_ms: float
+
+    def json(self) -> dict[str, Any]:
+        """For summary.json."""
+        numbers = {name: _plain(getattr(self, name)) for name in ("delay_ms", "reaction_ms", "jump", "change", "held", "own_ms")}
+        interval = None if self.success is None else [round(end, 4) for end in (self.success.rate, self.success.low, self.success.high)]
+        return {
+            "mode": self.mode,
+            "asked_ms": MEASURED if self.asked_ms is None else self.asked_ms,
+            "success": interval,
+            "episodes": self.episodes,
+            "crashes": self.crashes,
+            **numbers,
+        }
+
+
+def evaluate_in_real_time(config: RealtimeConfig) -> tuple[dict[str, Any], list[Cell]]:
+    """Run the grid, write the report; the command's last line, and the cells.
+
+    Raises as `eval.evaluate.evaluate` does, and ConfigError for a mode that the policy does not know, before the first episode.
+    """
+    from pi0fm.eval.report import realtime as report
+
+    began, output = time.monotonic(), Path(config.output_dir)
+    refuse_ended(output, (*OWN_FILES, ROWS))
+    suite = catalog.shared_suite(config.tasks)
+    metadata = read_metadata(config)
+    refuse_seen_seeds(config, metadata)
+    cameras = checked_cameras(config, metadata, suite)
+    horizon = executed_of_a_chunk(config, metadata)
+    asks = _asks(config, metadata)
+    files.make_folder(output)
+    logging.getLogger(execution.__name__).addFilter(_not_a_robot)
+    limits = {"increments": list(suite.increments)}
+    half_range = np.subtract(*reversed(suite.range_of_actions())) / 2
+    rows: list[DrivenEpisode] = []
+    timings = config.realtime.timings()
+    with progress.step("real time", len(timings) * len(config.tasks) * config.episodes) as bar:
+        for task in config.tasks:
+            environment = catalog.open_environment(task, cameras, config.max_steps)
+            try:
+                environment.reset(config.first_seed)
+                check_fit(environment, environment.observe(), metadata, horizon)
+                for timing, seed in ((timing, config.first_seed + k) for k in range(config.episodes) for timing in timings):
+                    infer = asks.of(timing.mode, task, seed)
+                    row = drive(environment, seed, infer, asks.flat, metadata, timing, horizon, limits, half_range)
+                    rows.append(replace(row, task=task))
+                    bar.advance(note=f"{timing.mode} {row.outcome}")
+            finally:
+                environment.close()
+    cells = [_cell(timing, rows) for timing in timings]
+    facts = {
+        "policy": {name: str(value) for name, value in metadata.items() if isinstance(value, str | int | float)},
+        "settings": {
+            "tasks": ", ".join(config.tasks),
+            "seeds": f"{config.first_seed} to {config.first_seed + config.episodes - 1}",
+            "control rate": f"{suite.fps} Hz",
+            "execution horizon": str(horizon),
+            "jitter": f"{config.realtime.jitter_ms:g} ms",
+        },
+        "machine": machine.describe_machine(),
+        "versions": machine.describe_versions(*suite.packages),
+    }
+    seconds = time.monotonic() - began
+    with files.write_faults(output):
+        page = report.write(output, config.policy, cells, rows, facts, seconds)
+    own = max(cell.own_ms for cell in cells)
+    last = {"cells": [cell.json() for cell in cells], "own_ms_a_step": _plain(own), "seconds": round(seconds, 1), "report": str(page)}
+    return last | {"by_suite": {suite.name: [cell.json() for cell in cells]}, "output_dir": str(output)}, cells
+
+
+def _not_a_robot(record: logging.LogRecord) -> bool:
+    """Keep the executor from telling of every standstill, which the table counts."""
+    return record.levelno > logging.WARNING
+
+
+class _Asks:
+    """The policy by mode: a bundle's in this process, or a server's."""
+
+    def __init__(self, config: RealtimeConfig, metadata: Mapping[str, Any], policy: Any) -> None:
+        self._config, self._policy = config, policy
+        self._keys: Mapping[str, str] = metadata.get("cameras") or {}
+        self._state = str(metadata.get("state_key", "observation.state"))
+
+    def flat(self, environment: Environment) -> Message:
+        """An observation as a robot sends it."""
+        seen = environment.observe()
+        images = {key: seen.images[name] for name, key in self._keys.items() if name in seen.images}
+        return {**images, self._state: seen.state, "prompt": seen.prompt}
+
+    def of(self, mode: str, task: str, seed: int) -> Infer:
+        """What answers in that mode; the noise of a call is the same in every mode."""
+        policy, config = self._policy, self._config
+        if config.remote:
+            return lambda message, step: policy.infer(message, noise_seed(config.seed, task, seed, step))
+        if mode in GUIDANCE:
+            policy.guidance = mode
+
+        def infer(message: Message, step: int) -> ActionChunk:
+            own = dict(message)
+            rows, delay = own.pop(wire.ACTION_PREFIX, None), own.pop(wire.INFERENCE_DELAY, 0)
+            prefix = None if rows is None or mode not in GUIDANCE else ActionPrefix(rows, int(delay))
+            seeds = [noise_seed(config.seed, task, seed, step)]
+            chunk: ActionChunk = policy.infer_batch([policy.observation(own)], seeds, prefixes=[prefix])[0]
+            return chunk
+
+        return infer
+
+
+def _asks(config: RealtimeConfig, metadata: Mapping[str, Any]) -> _Asks:
+    """Raises ConfigError for a mode that the policy cannot be asked in."""
+    led = [mode for mode in config.realtime.modes if mode in GUIDANCE]
+    if config.remote:
+        from pi0fm_client.client import PolicyClient
+
+        if len(led) > 1 or (led and wire.ACTION_PREFIX not in metadata.get(wire.EXTENSIONS, ())):
+            raise ConfigError(
+                f"{config.policy} leads chunks in the one way it was started with, or not at all, found {', '.join(led)}; "
+                "name one of them, or judge the bundle"
+            )
+        return _Asks(config, metadata, PolicyClient(config.policy, token=os.environ.get(TOKEN_VARIABLE)))
+    policy: Any = open_policy(config)
+    for mode in led:
+        policy.guidance = mode
+        policy.refuse_prefixes()
+    return _Asks(config, metadata, policy)
+
+
+def _cell(timing: Timing, rows: list[DrivenEpisode]) -> Cell:
+    own = [row for row in rows if (row.mode, row.asked_ms) == (timing.mode, timing.delay_ms)]
+    ended = [row for row in own if row.outcome != "crash"]
+    means = {name: _mean([getattr(row, name) for row in ended]) for name in ("delay_ms", "reaction_ms", "jump", "change", "held", "own_ms")}
+    success = wilson(sum(row.outcome == "success" for row in ended), len(ended)) if ended else None
+    return Cell(timing.mode, timing.delay_ms, success, len(own), len(own) - len(ended), **means)
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if np.isfinite(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def _plain(value: float) -> float | None:
+    return round(value, 4) if np.isfinite(value) else None
+
+
+def by_mode(cells: list[Cell]) -> Iterator[tuple[str, list[Cell]]]:
+    """(mode, its cells by delay)."""
+    for mode in dict.fromkeys(cell.mode for cell in cells):
+        yield (
+            mode,
+            sorted(
+                (cell for cell in cells if cell.mode == mode), key=lambda cell: cell.delay_ms if cell.asked_ms is None else cell.asked_ms
+            ),
+        )
