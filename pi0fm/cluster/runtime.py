@@ -162,9 +162,11 @@ def _start(num_cpus: int | None, resources: dict[str, float] | None, object_stor
 
     Its token is of this process alone. Ray's own would stay in the home folder, and meet every cluster that is joined later. The mode is
     left to Ray: it reads that variable when it is imported, and would send no token if it were set afterwards.
+    Its workers get the processor as any other process does: at Ray's own niceness of 15 all else on the machine goes before them.
     """
     import ray
 
+    os.environ.setdefault("RAY_worker_niceness", "0")
     if not any(name in os.environ for name in TOKEN_VARIABLES):
         os.environ["RAY_AUTH_TOKEN"] = uuid.uuid4().hex
     for last in (False, True):

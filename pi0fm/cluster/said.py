@@ -1,53 +1,43 @@
 """What the first worker says, on the driver's standard error: Ray shows nothing of its workers' output.
 
-Owns: the actor that carries the lines, both of its ends. Does not know: who says what.
+Owns: the file that carries the lines, both of its ends. Does not know: who says what.
 
-    worker   progress.say -> heard_by -- a call that nobody waits for -->  actor  <-- every second --  driver   `repeat`
+    worker   progress.say -> heard_by -- appends -->  RUN/ray/said.txt  <-- every second --  driver   `Echo.repeat`
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from pathlib import Path
 
 from pi0fm import progress
 
-SECONDS = 2.0  # for an answer; a Ray that is gone has none
-
-
-class _Lines:
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-
-    def add(self, text: str) -> None:
-        self._lines.append(text)
-
-    def take(self) -> list[str]:
-        taken, self._lines = self._lines, []
-        return taken
-
-
-def start() -> Any:
-    """Start the actor, which takes no processor."""
-    import ray
-
-    return ray.remote(num_cpus=0)(_Lines).remote()
-
 
 @contextmanager
-def heard_by(lines: Any) -> Iterator[None]:
-    """Send what this process says during the block; None for nowhere."""
-    if lines is None:
+def heard_by(path: Path | None) -> Iterator[None]:
+    """Append what this process says during the block to a file; None for nowhere. A disk that takes no line does not end the run."""
+    if path is None:
         yield
         return
-    with progress.heard(lines.add.remote):
+
+    def add(text: str) -> None:
+        with suppress(OSError), path.open("a", encoding="utf-8") as file:
+            file.write(f"{text}\n")
+
+    with progress.heard(add):
         yield
 
 
-def repeat(lines: Any) -> None:
-    """Say here what was sent since the last call; nothing where Ray does not answer."""
-    import ray
-    from ray.exceptions import RayError
+class Echo:
+    """Says here the lines that others append to a file from now on."""
 
-    with suppress(RayError):
-        for text in ray.get(lines.take.remote(), timeout=SECONDS):
-            progress.say(text)
+    def __init__(self, path: Path) -> None:
+        self._path, self._read = path, path.stat().st_size if path.exists() else 0
+
+    def repeat(self) -> None:
+        """Say what was appended since the last call, whole lines only."""
+        with suppress(OSError), self._path.open("rb") as file:
+            file.seek(self._read)
+            whole = file.read().rpartition(b"\n")[0]
+            if whole:
+                self._read += len(whole) + 1
+                progress.say(whole.decode(errors="replace"))

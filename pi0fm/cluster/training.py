@@ -143,11 +143,10 @@ def _on_ray(run: TrainingRun) -> TrainResult:
     if sum(node["Alive"] for node in ray.nodes()) > 1:  # on one machine the first worker builds, while the others wait for its lock
         entries = list(placed.entries().values())
         cache_everywhere(entries, run.network().vision.image_size, needs=each, resize=run.resize or ANTIALIAS)
-    look_quickly()
-    lines = said.start()
+    look_quickly(alone=bool(started_here()))
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"run": options.encode(placed), "said": lines},
+        train_loop_config={"run": options.encode(placed)},
         # a hang is ended by its watch, with stacks; this ends what even that cannot
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(2 * run.hang_seconds) + 60),
         scaling_config=ScalingConfig(
@@ -164,7 +163,7 @@ def _on_ray(run: TrainingRun) -> TrainResult:
         ),
     )
     began = time.perf_counter()
-    with _Watcher(run, lines), NotedSignals(lambda: ask(run.output_dir, Request.STOP)) as noted:
+    with _Watcher(run), NotedSignals(lambda: ask(run.output_dir, Request.STOP)) as noted:
         _fit(trainer, run.output_dir, lambda: _no_room(each, fewest), noted)
     last = read_last(run.output_dir) or {}
     if noted.number and int(last.get("step", 0)) < run.steps:  # the workers saved and left
@@ -247,7 +246,7 @@ def _worker(config: dict[str, Any]) -> None:
     if rank == 0:
         withdraw(run.output_dir, (Request.SAVE, Request.MOVE))  # what was asked of workers that are gone
     files.write_json(worker_file(run.output_dir, rank), {"process": os.getpid(), "node": ray.get_runtime_context().get_node_id()})
-    with said.heard_by(config["said"] if rank == 0 else None):
+    with said.heard_by(said_file(run.output_dir) if rank == 0 else None):
         try:
             train(Context(rank, place.get_world_size(), shown=False, node=node), run)
         except MovedError as error:
@@ -262,6 +261,11 @@ def _worker(config: dict[str, Any]) -> None:
 def worker_file(output_dir: Path, rank: int) -> Path:
     """Where a worker says which process it is, and on which node."""
     return output_dir / RAY_FOLDER / f"worker-{rank}.json"
+
+
+def said_file(output_dir: Path) -> Path:
+    """Where the first worker leaves what it says, for the driver."""
+    return output_dir / RAY_FOLDER / "said.txt"
 
 
 def _share_of_cpus(num_workers: int, gpus: float) -> int:
@@ -291,13 +295,10 @@ def _found_anywhere(dataset: DatasetConfig) -> DatasetConfig:
 
 
 class _Watcher:
-    """Draws the workers' progress bar in the driver, from the metrics that the first worker writes to the shared output folder.
+    """Draws the workers' progress bar in the driver and repeats the first worker's lines, both from files in the output folder."""
 
-    lines: what that worker says, see said.py.
-    """
-
-    def __init__(self, run: TrainingRun, lines: Any) -> None:
-        self._run, self._lines, self._stop = run, lines, threading.Event()
+    def __init__(self, run: TrainingRun) -> None:
+        self._run, self._said, self._stop = run, said.Echo(said_file(run.output_dir)), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> None:
@@ -312,7 +313,7 @@ class _Watcher:
         before = int((read_last(directory) or {}).get("step", 0))
         progress.say(f"starting {self._run.num_workers} Ray training worker{'' if self._run.workers == (1, 1) else 's'}")
         while not self._stop.wait(0.5):
-            said.repeat(self._lines)
+            self._said.repeat()
             if int((read_last(directory) or {}).get("step", 0)) > before:
                 break
         with progress.step("train", self._run.steps, start=before) as bar:
@@ -323,7 +324,7 @@ class _Watcher:
                 if now != shown:
                     bar.advance(now - shown, note=described(last))
                     shown = now
-                said.repeat(self._lines)
+                self._said.repeat()
                 if ended:
                     return
                 ended = self._stop.wait(1.0)  # the last lines may have been written since the look before it: one more look

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import RayActorError
 
-from pi0fm.cluster import elastic
+from pi0fm import progress
+from pi0fm.cluster import elastic, said
 from pi0fm.cluster.elastic import Foresight, preempted
 from pi0fm.cluster.ray_faults import EndAtFaults, explained
 from pi0fm.cluster.training import TrainingRun
@@ -139,3 +140,42 @@ def test_the_controller_imports_no_torch():
     """It starts before the workers, and they wait for it."""
     program = "import sys, pi0fm.cluster.elastic, pi0fm.cluster.ray_faults; sys.exit(bool({'torch', 'tensorboard'} & {*sys.modules}))"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_ray_that_was_started_here_looks_less_often(monkeypatch):
+    for name in {**elastic.QUICK, **elastic.ALONE}:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_TRAIN_METRICS_ENABLED", "1")  # a user's word stays
+    with monkeypatch.context() as joined:
+        joined.setattr(elastic.os, "environ", dict(elastic.os.environ))
+        elastic.look_quickly(alone=False)
+        assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in elastic.os.environ
+    with monkeypatch.context() as alone:
+        alone.setattr(elastic.os, "environ", dict(elastic.os.environ))
+        elastic.look_quickly(alone=True)
+        assert elastic.os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0"
+        assert elastic.os.environ["RAY_TRAIN_METRICS_ENABLED"] == "1"
+
+
+def test_what_the_first_worker_says_is_said_once_by_the_driver_in_whole_lines(tmp_path, capsys):
+    path = tmp_path / "said.txt"
+    path.write_text("of an earlier start\n")
+    echo = said.Echo(path)
+    with said.heard_by(path):
+        progress.say("weights are random")
+        progress.say("größer\nin two lines")
+    capsys.readouterr()
+    with path.open("a") as file:
+        file.write("half a")
+        file.flush()
+        echo.repeat()
+        echo.repeat()
+        assert capsys.readouterr().err == "weights are random\ngrößer\nin two lines\n"
+        file.write(" line\n")
+    echo.repeat()
+    assert capsys.readouterr().err == "half a line\n"
+    path.unlink()
+    echo.repeat()
+    with said.heard_by(tmp_path / "no folder" / "said.txt"):
+        progress.say("heard here alone")
+    assert capsys.readouterr().err == "heard here alone\n"
