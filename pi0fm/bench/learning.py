@@ -440,7 +440,7 @@ def make_judge(options: LearningOptions, execution_horizon: int, policy: PolicyC
         first_seed=options.first_seed,
         max_steps=options.max_steps,
         execution_horizon=execution_horizon,
-        videos_per_task=0,
+        videos="none",
     )
     metadata = policy.metadata()
     refuse_seen_seeds(config, metadata)

@@ -35,7 +35,9 @@ class DemosConfig:
     episodes: int = option(50, "successful episodes a task; asking for more later goes on from what is there")
     cameras: str | tuple[str, ...] = option((), "NAME=SOURCE:WIDTHxHEIGHT,... to record; the simulator's default when not given")
     dataset: DatasetName = field(default_factory=DatasetName)
-    noise: float = option(0.3, "standard deviation of the noise on the executed action; the clean action is stored")
+    noise: float | None = option(
+        None, "standard deviation of the noise on the executed action; the clean action is stored; the simulator's when not given"
+    )
     first_seed: int = option(1000, "each task's first seed; the following ones are taken in order, failures are skipped")
     max_steps: int | None = option(None, "steps after which an episode counts as failed; the tasks' own limit when not given")
     num_workers: int = option(lambda: os.cpu_count() or 1, "Ray tasks that simulate at the same time; 0 simulates in the calling process")
@@ -52,7 +54,7 @@ class DemosConfig:
             ("first_seed", self.first_seed, 0),
             ("num_workers", self.num_workers, 0),
             ("fps", self.control_rate, 1),
-            ("noise", self.noise, 0),
+            ("noise", self.noise_level, 0),
         ):
             if not least <= value < 2**31:
                 raise ConfigError(f"{name} must be at least {least:g}, found {value}")
@@ -74,6 +76,11 @@ class DemosConfig:
     def camera_specs(self) -> tuple[CameraSpec, ...]:
         """The cameras, parsed."""
         return parse_cameras(self.cameras) if self.cameras else self.suite.default_cameras
+
+    @property
+    def noise_level(self) -> float:
+        """Standard deviation of the noise on the executed action."""
+        return self.suite.expert_noise if self.noise is None else self.noise
 
     @property
     def control_rate(self) -> int:

@@ -157,7 +157,7 @@ def recording_settings(config: DemosConfig) -> dict[str, Any]:
     return {
         "prompts": {task: catalog.prompt_of(task) for task in config.task_names},
         "cameras": [str(camera) for camera in config.camera_specs],
-        "noise": float(config.noise),
+        "noise": float(config.noise_level),
         "first_seed": config.first_seed,
         "max_steps": config.step_limit,
         "fps": config.control_rate,

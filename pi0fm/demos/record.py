@@ -72,7 +72,7 @@ def _successes(task: str, config: DemosConfig, recording: Recording, submit: Sub
             continue
         failures += 1
         if failures == HOPELESS_FAILURES:
-            advice = f"lower noise ({config.noise}), or raise max_steps ({config.max_steps})"
+            advice = f"lower noise ({config.noise_level:g}), or raise max_steps ({config.max_steps})"
             raise SimulationError(f"the expert of {task} failed {failures} times in a row; {advice}")
 
 
@@ -84,7 +84,7 @@ def record_here(config: DemosConfig) -> dict[str, object]:
 
 def simulate(config: DemosConfig, task: str, seed: int) -> EncodedDemonstration | None:
     """Record and encode one attempt, in an environment that the process keeps: building one takes longer than some episodes."""
-    episode = record_demonstration(_environment(task, config.camera_specs, config.step_limit), seed, config.noise)
+    episode = record_demonstration(_environment(task, config.camera_specs, config.step_limit), seed, config.noise_level)
     return None if episode is None else encode(episode, config.control_rate)
 
 

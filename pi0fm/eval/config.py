@@ -6,12 +6,12 @@ Does not know: how episodes run.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from pi0fm.eval.policy import PolicyChoice
-from pi0fm.eval.rollouts.episode import Episode
+from pi0fm.eval.rollouts.episode import Episode, Filming
 from pi0fm.options import option, required
 from pi0fm.sim import catalog
 from pi0fm.sim.environment import CameraSpec, parse_cameras
@@ -19,6 +19,7 @@ from pi0fm.sim.suite import Suite
 from pi0fm_client.errors import ConfigError
 
 DEFAULT_EXECUTION_HORIZON = 8
+SAMPLE = 10  # episodes of a task, of which one is filmed whatever its outcome
 LEAST = {
     "episodes": 1,
     "first_seed": 0,
@@ -71,7 +72,12 @@ class EvalConfig(StartsConfig):
     num_workers: int | None = option(None, "Ray actors; every core of the cluster when not given, 0 runs in this process")
     gpus_per_worker: float = option(0.0, "of a GPU for each actor's policy, such as 0.25; 0 infers on the CPU")
     environments_per_worker: int = option(10, "environments that step together, and the policy's batch")
-    videos_per_task: int = option(1, "episodes of each task that are filmed, from the first on")
+    videos: Literal["failures", "all", "none"] = option(
+        "failures", f"episodes filmed by the pictures that the policy saw: failures and every {SAMPLE}th episode, all, or none"
+    )
+    videos_per_task: int | None = option(
+        None, "episodes of each task that are filmed large too, from the first on, which costs rendering; 1 when not given"
+    )
     scores: bool = option(
         False, "log-likelihood and noise-space norm of every chunk, in the report and episodes.json; outcomes stay the same"
     )
@@ -85,6 +91,8 @@ class EvalConfig(StartsConfig):
             raise ConfigError(
                 f"gpus_per_worker is for Ray actors, found {self.gpus_per_worker:g} with --num_workers 0, which takes what it finds"
             )
+        if self.videos == "none" and self.videos_per_task:
+            raise ConfigError(f"--videos none films nothing, found videos_per_task {self.videos_per_task}; leave one of the two out")
         if self.score_probes != 1 and not self.scores:
             raise ConfigError(f"score_probes belongs to --scores, found {self.score_probes} without it; type --scores, or leave it out")
         if self.scores and self.compile != "off":
@@ -96,9 +104,16 @@ class EvalConfig(StartsConfig):
 
 
 def plan(config: EvalConfig) -> list[Episode]:
-    """List the episodes, seed after seed of one task after the other; the first `videos_per_task` of each task are filmed."""
-    numbers = range(config.episodes)
-    return [Episode(task, config.first_seed + k, record=k < config.videos_per_task) for task in config.tasks for k in numbers]
+    """List the episodes, seed after seed of one task after the other, each with how it is filmed."""
+
+    def film(number: int) -> Filming:
+        if config.videos == "none":
+            return "no"
+        if number < (1 if config.videos_per_task is None else config.videos_per_task):
+            return "large"
+        return "always" if config.videos == "all" or number % SAMPLE == 0 else "failure"
+
+    return [Episode(task, config.first_seed + k, film(k)) for task in config.tasks for k in range(config.episodes)]
 
 
 def camera_specs(config: StartsConfig, metadata: Mapping[str, Any], suite: Suite) -> tuple[CameraSpec, ...]:

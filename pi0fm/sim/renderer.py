@@ -2,7 +2,7 @@
 
 Owns: the choice of EGL or OSMesa, the GL context of a process, the drawn objects. Does not know: tasks, robots, orientation of a camera.
 On a processor Mesa spends its time on vertices. Left out are, by gain: shadows, reflections and multisampling; objects outside the
-camera's pyramid, which changes no pixel; triangles smaller than a pixel (metaworld/coarse_mesh.py), on a grid for the largest camera of
+camera's pyramid, which changes no pixel; triangles smaller than a pixel (coarse_mesh.py), on a grid for the largest camera of
 the configuration: filming does not change the policy's pictures. Demonstrations and evaluation must draw alike; both use the cameras in
 the bundle. Only one thread of a process may render at a time: the GL context is made current for every picture.
 

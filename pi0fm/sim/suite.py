@@ -31,6 +31,7 @@ class Suite:
     fps: control steps in a simulated second. state_names, action_names: of the robot's numbers. longest_episode: steps.
     has_expert: whether `Environment.expert_action` works. packages: distributions that `build` imports; install: the command for them.
     action_low, action_high: of an action, one number or one a dimension; beyond them it is cut off.
+    expert_noise: standard deviation of the noise on a demonstration's actions, with which the expert still succeeds.
     increments: dimensions that are displacements, 0 at a standstill; the others are targets, which a standstill keeps.
     groups: tasks that are published together, by the name that stands for them; `all` always does.
     build: (name of the task, cameras, max_steps) -> Environment, whose `task` is the name that reports use.
@@ -50,6 +51,7 @@ class Suite:
     packages: tuple[str, ...]
     install: str
     build: Callable[[str, tuple[CameraSpec, ...], int], Environment]
+    expert_noise: float = 0.3
     action_low: float | tuple[float, ...] = -1.0
     action_high: float | tuple[float, ...] = 1.0
     increments: tuple[int, ...] = ()

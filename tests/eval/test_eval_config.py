@@ -26,9 +26,12 @@ def test_tasks_from_yaml_or_python_survive_a_round_trip():
     assert first == EvalConfig(policy="x", tasks=("a", "b")) == options.decode(EvalConfig, options.encode(first))
 
 
-def test_the_plan_films_the_first_episodes_of_each_task():
-    found = plan(config(tasks="a,b", episodes=3, first_seed=7, videos_per_task=2))
-    assert found == [Episode(task, seed, seed < 9) for task in ("a", "b") for seed in (7, 8, 9)]
+def test_the_plan_films_each_tasks_first_episodes_large_and_the_failures_of_the_others():
+    found = plan(config(tasks="a,b", episodes=12, first_seed=7, videos_per_task=2))
+    films = ["large"] * 2 + ["failure"] * 8 + ["always", "failure"]
+    assert found == [Episode(task, 7 + k, films[k]) for task in ("a", "b") for k in range(12)]
+    for more, film in ({"videos": "none"}, "no"), ({"videos": "all", "videos_per_task": 0}, "always"):
+        assert {episode.film for episode in plan(config(tasks="a", episodes=12, **more))} == {film}
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,7 @@ def test_the_plan_films_the_first_episodes_of_each_task():
         ({"policy": "ws://robot:8000", "scores": True}, "ws://robot:8000 sends actions only; give --policy the bundle's directory"),
         ({"policy": "ws://robot:8000", "compile": "kernels"}, "compile belongs to the server ws://robot:8000"),
         ({"scores": True, "compile": "kernels"}, "scores need a policy that is not compiled, found compile kernels"),
+        ({"videos": "none", "videos_per_task": 2}, "--videos none films nothing, found videos_per_task 2; leave one"),
         ({"score_probes": 4}, "score_probes belongs to --scores, found 4 without it"),
         ({"scores": True, "score_probes": -1}, "score_probes must be 0 or more"),
     ],

@@ -17,7 +17,7 @@ from pi0fm.sim import catalog
 from pi0fm.sim.environment import parse_cameras
 from pi0fm_client.errors import ConfigError, OutputError
 
-EPISODES = [Episode(task, seed, record=seed == 1) for task in ("a", "b") for seed in range(1, 7)]
+EPISODES = [Episode(task, seed, film="large" if seed == 1 else "no") for task in ("a", "b") for seed in range(1, 7)]
 
 
 def test_rows_keep_the_order_of_the_episodes_and_videos_go_to_disk(tmp_path, capsys):

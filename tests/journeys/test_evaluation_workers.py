@@ -18,7 +18,7 @@ from pi0fm.eval.evaluate import in_this_process, run_episodes
 from pi0fm.eval.rollouts.episode import Episode
 from pi0fm_client.errors import ConfigError, SimulationError
 
-EPISODES = [Episode(task, seed, record=seed == 1) for task in ("a", "b") for seed in range(1, 9)]
+EPISODES = [Episode(task, seed, film="large" if seed == 1 else "no") for task in ("a", "b") for seed in range(1, 9)]
 pytestmark = pytest.mark.journey
 
 

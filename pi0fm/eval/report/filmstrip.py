@@ -9,12 +9,11 @@ from pathlib import Path
 
 import av
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pi0fm import files
 
-FRAMES, MARGIN, CAPTION = 6, 8, 26
+FRAMES, MARGIN, CAPTION, SIDE = 6, 8, 26, 256
 
 
 def write_filmstrip(output_dir: Path, target: Path) -> Path:
@@ -27,22 +26,22 @@ def write_filmstrip(output_dir: Path, target: Path) -> Path:
     strips = [(f"{task}, seed {row['seed']}: {row['outcome']}", _frames(output_dir / row["video"])) for task, row in filmed.items()]
     if not strips:
         return target
-    height, width = strips[0][1][0].shape[:2]
-    canvas = Image.new("RGB", (FRAMES * (width + MARGIN) + MARGIN, len(strips) * (height + CAPTION + MARGIN) + MARGIN), "white")
+    height = max(frames[0].height for _, frames in strips)
+    canvas = Image.new("RGB", (FRAMES * (SIDE + MARGIN) + MARGIN, len(strips) * (height + CAPTION + MARGIN) + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
     for row, (caption, frames) in enumerate(strips):
         top = MARGIN + row * (height + CAPTION + MARGIN)
         draw.text((MARGIN, top), caption, fill="black", font=ImageFont.load_default(16))
         for column, frame in enumerate(frames):
-            canvas.paste(Image.fromarray(frame), (MARGIN + column * (width + MARGIN), top + CAPTION))
+            canvas.paste(frame, (MARGIN + column * (SIDE + MARGIN), top + CAPTION))
     held = io.BytesIO()
     canvas.save(held, "PNG", optimize=True)
     files.write_bytes(target, held.getvalue())
     return target
 
 
-def _frames(video: Path) -> list[NDArray[np.uint8]]:
-    """Return FRAMES frames, evenly spaced from the first to the last."""
+def _frames(video: Path) -> list[Image.Image]:
+    """Return FRAMES frames, SIDE pixels wide, evenly spaced from the first to the last."""
     with av.open(str(video)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    return [frames[round(index)] for index in np.linspace(0, len(frames) - 1, FRAMES)]
+        frames = [Image.fromarray(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    return [ImageOps.contain(frames[round(index)], (SIDE, SIDE)) for index in np.linspace(0, len(frames) - 1, FRAMES)]

@@ -114,12 +114,10 @@ def embedded(video: Path) -> str:
 
 
 def _embedded(output_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return each filmed row with a data URI, or None once EMBEDDED_VIDEO_BYTES are used up."""
+    """Return each filmed row, failures first, with a data URI, or None once EMBEDDED_VIDEO_BYTES are used up."""
     room = EMBEDDED_VIDEO_BYTES
     videos = []
-    for row in rows:
-        if row["video"] is None:
-            continue
+    for row in sorted((row for row in rows if row["video"] is not None), key=lambda row: row["outcome"] != "failure"):
         path = output_dir / row["video"]
         size = path.stat().st_size
         uri = None

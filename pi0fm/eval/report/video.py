@@ -1,14 +1,42 @@
-"""Encoding of pictures to an mp4 that every browser plays: H.264 in yuv420p with the index in front."""
+"""Videos of episodes: which pictures are kept, and their mp4 that every browser plays: H.264 in yuv420p with the index in front.
+
+Owns: `VideoFrames`, its bounds of pictures and pixels, the encoding. Does not know: who draws the pictures, which episodes are filmed.
+"""
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import av
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 FASTEST = 20.0  # frames a second; a faster video would be hard to judge
+LONGEST = 64  # frames kept
+SIDE = 128  # pixels of the longer side; 1.5 times as many at most
+
+
+@dataclass
+class VideoFrames:
+    """The pictures of one episode, bounded in number and size: beyond LONGEST, every second one is left out.
+
+    every: pictures that were added for each that is kept.
+    """
+
+    frames: list[NDArray[np.uint8]] = field(default_factory=list)
+    every: int = 1
+    _added: int = 0
+
+    def add(self, picture: NDArray[np.uint8], last: bool = False) -> None:
+        """Keep a small copy of `picture`, uint8 [height, width, 3], if its turn has come, or it is the last one."""
+        if last or self._added % self.every == 0:
+            factor = max(1, round(max(picture.shape[:2]) / SIDE))
+            self.frames.append(np.asarray(Image.fromarray(picture).reduce(factor)) if factor > 1 else picture.copy())
+        self._added += 1
+        if len(self.frames) > LONGEST and not last:
+            self.frames, self.every = self.frames[::2], 2 * self.every
 
 
 def encode(frames: Sequence[NDArray[np.uint8]], fps: float) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pi0fm_client.errors import ConfigError
 
 Outcome = Literal["success", "failure", "crash"]
+Filming = Literal["no", "failure", "always", "large"]
 OBSERVATION_CHANGES = ("none", "frozen_image", "swapped_prompt")
 OTHER_SEED_OFFSET = 500_000
 SCORES = ("log_prob", "noise_norm")
@@ -18,11 +19,19 @@ SCORES = ("log_prob", "noise_norm")
 
 @dataclass(frozen=True)
 class Episode:
-    """One start position of one task; `record` asks for a video of it."""
+    """One start position of one task.
+
+    film: `large` renders a video beside the policy's pictures; `failure` and `always` make one of the pictures that the policy saw, which
+    costs no rendering: of an episode that failed, or whatever its outcome.
+    """
 
     task: str
     seed: int
-    record: bool = False
+    film: Filming = "no"
+
+    def filmed(self, outcome: Outcome) -> bool:
+        """Tell whether an episode of that outcome has a video."""
+        return outcome != "crash" and (self.film in ("large", "always") or (self.film == "failure" and outcome == "failure"))
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class EpisodeResult:
     """The result of an episode.
 
     steps: executed actions. seconds: wall time of the episode's reset, steps and pictures, without the policy.
-    error: one line, for a crash only. video: mp4 bytes, for a recorded episode that did not crash; video_path: their file.
+    error: one line, for a crash only. video: mp4 bytes, of a filmed episode that did not crash; video_path: their file.
     scores: `ActionChunk.scores` of each policy call, in order; empty without --scores.
     alarms: policy calls that raised one (policy/saved/calibration.py); None of a policy that is not calibrated.
     """
@@ -74,7 +83,7 @@ class RolloutSettings:
     """Settings of all episodes.
 
     execution_horizon: actions executed of each chunk. seed: of the policy's noise. observation_change: an ablation; `swapped_prompt`
-    takes the sentence of the next of `tasks`. video_every: control steps between two pictures. video_side: pixels.
+    takes the sentence of the next of `tasks`. video_every: control steps between two pictures of a large video, of video_side pixels.
     """
 
     execution_horizon: int = 8

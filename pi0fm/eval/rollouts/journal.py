@@ -53,12 +53,12 @@ class Journal:
         os.close(self._file)
 
     def finished(self, episodes: Sequence[Episode]) -> dict[tuple[str, int], EpisodeResult]:
-        """Return the results of those `episodes` that were run before; one to be recorded must have its video."""
+        """Return the results of those `episodes` that were run before; one to be filmed must have its video."""
         found = [(episode, self._rows[key]) for episode in episodes if (key := (episode.task, episode.seed)) in self._rows]
         return {
             (row.task, row.seed): row
             for episode, row in found
-            if not episode.record or row.outcome == "crash" or (row.video_path and (self._folder / row.video_path).is_file())
+            if not episode.filmed(row.outcome) or (row.video_path and (self._folder / row.video_path).is_file())
         }
 
     def add(self, result: EpisodeResult) -> EpisodeResult:

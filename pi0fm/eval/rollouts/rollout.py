@@ -49,7 +49,7 @@ class _RunningEpisode:
     steps: int = 0
     seconds: float = 0.0
     error: str | None = None
-    frames: list[NDArray[np.uint8]] = field(default_factory=list)
+    film: video.VideoFrames = field(default_factory=video.VideoFrames)
     scores: list[Mapping[str, float]] = field(default_factory=list)
     alarms: int | None = None
 
@@ -128,7 +128,7 @@ class BatchedRollout:
                     # a copy, because a renderer may return the same buffer again
                     run.frozen = {name: image.copy() for name, image in run.environment.observe().images.items()}
                 run.environment.reset(episode.seed)
-                self._record_frame(run)
+                self._film_large(run)
 
     def _environment(self, task: str) -> Environment:
         for environment in self._idle:
@@ -159,6 +159,8 @@ class BatchedRollout:
             images = seen.images if run.frozen is None else run.frozen
             prompt = seen.prompt if run.prompt is None else run.prompt
             run.observation = Observation(images=images, state=seen.state, prompt=prompt)
+            if run.episode.film in ("failure", "always"):
+                run.film.add(seen.images[run.environment.cameras[0].name])
         if run.outcome is None and run.steps == 0 and run.observation is not None:
             check_fit(run.environment, run.observation, self._policy.metadata, self._settings.execution_horizon)
 
@@ -203,12 +205,15 @@ class BatchedRollout:
             elif result.done or run.steps >= run.environment.max_steps:
                 run.outcome = "failure"
             if run.outcome is not None or run.steps % self._settings.video_every == 0:
-                self._record_frame(run)
+                self._film_large(run)
+            if run.outcome is not None and run.episode.film != "large" and run.episode.filmed(run.outcome):
+                camera = run.environment.cameras[0]
+                run.film.add(run.environment.picture(camera.height, camera.width), last=True)
 
-    def _record_frame(self, run: _RunningEpisode) -> None:
-        if run.episode.record and run.environment is not None:
+    def _film_large(self, run: _RunningEpisode) -> None:
+        if run.episode.film == "large" and run.environment is not None:
             side = self._settings.video_side
-            run.frames.append(run.environment.picture(side, side).copy())
+            run.film.frames.append(run.environment.picture(side, side).copy())
 
     def _collect(self) -> list[EpisodeResult]:
         ended = [run for run in self._running if run.outcome is not None]
@@ -220,8 +225,9 @@ class BatchedRollout:
         movie = None
         if run.environment is not None and run.outcome != "crash":
             self._idle.append(run.environment)
-            if run.frames:
-                movie = video.encode(run.frames, run.environment.fps / self._settings.video_every)
+            if run.episode.filmed(run.outcome):
+                every = self._settings.video_every if run.episode.film == "large" else self._settings.execution_horizon * run.film.every
+                movie = video.encode(run.film.frames, run.environment.fps / every)
         else:
             self._discard(run)
         scores = tuple(run.scores)

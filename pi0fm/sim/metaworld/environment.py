@@ -11,8 +11,8 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
+from pi0fm.sim.coarse_mesh import coarsen
 from pi0fm.sim.environment import CameraSpec, RenderedEnvironment, StepResult, checked_action
-from pi0fm.sim.metaworld.coarse_mesh import coarsen
 from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
 from pi0fm.sim.renderer import Renderer, load_mujoco
 from pi0fm_client.errors import SimulationError

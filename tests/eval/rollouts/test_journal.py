@@ -118,15 +118,15 @@ def test_a_full_disk_keeps_the_rows_and_the_same_command_goes_on(tmp_path, begun
 
 def test_a_full_disk_at_the_report_costs_no_episode(tmp_path, begun, small_disk, capsys):
     folder = small_disk("64k") / "out"
-    assert evaluate(folder, "--videos_per_task", "0") == 0
+    assert evaluate(folder, "--videos", "none") == 0
     needed = sum(-(-file.stat().st_size // 4096) * 4096 for file in folder.iterdir())
     disk = small_disk("256k")
     (disk / "ballast").write_bytes(bytes(256 * 1024 - needed + 4096))
     begun.clear()
-    assert evaluate(disk / "out", "--videos_per_task", "0") == 1
+    assert evaluate(disk / "out", "--videos", "none") == 1
     assert "No space left on device" in capsys.readouterr().err and begun == EPISODES
     (disk / "ballast").unlink()
-    assert evaluate(disk / "out", "--videos_per_task", "0") == 0
+    assert evaluate(disk / "out", "--videos", "none") == 0
     assert begun == EPISODES and not (disk / "out/episodes.jsonl").exists()
 
 

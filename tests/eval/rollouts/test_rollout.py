@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from eval_fakes import HORIZON, PointEnvironment, PointPolicy, no_fault
 
+from pi0fm.eval.report import video
 from pi0fm.eval.rollouts.episode import Episode, RolloutSettings, noise_seed, other_seed
 from pi0fm.eval.rollouts.rollout import BatchedRollout, run_all
 from pi0fm_client.errors import BundleError, ConfigError, ServingError, SimulationError
@@ -15,7 +16,7 @@ from pi0fm_client.types import ActionChunk
 FOUR = RolloutSettings(execution_horizon=4)
 
 
-def run(seeds, *, environments=3, fault=no_fault, policy=None, settings=FOUR, tasks=("a",), record=False):
+def run(seeds, *, environments=3, fault=no_fault, policy=None, settings=FOUR, tasks=("a",), film="no"):
     opened = []
 
     def open_environment(task):
@@ -24,7 +25,7 @@ def run(seeds, *, environments=3, fault=no_fault, policy=None, settings=FOUR, ta
 
     policy = policy or PointPolicy()
     batch = BatchedRollout(open_environment, policy, settings, environments)
-    episodes = [Episode(task, seed, record) for task in tasks for seed in seeds]
+    episodes = [Episode(task, seed, film) for task in tasks for seed in seeds]
     results = {(result.task, result.seed): result for result in run_all(episodes, batch)}
     batch.close()
     return results, policy, opened
@@ -181,7 +182,7 @@ def test_a_swapped_prompt_is_the_next_tasks():
 
 
 def test_only_recorded_episodes_have_a_video_with_first_every_second_and_last_picture():
-    results, _, _ = run([1, 2], settings=FOUR, record=True)
+    results, _, _ = run([1, 2], settings=FOUR, film="large")
     for result in results.values():
         assert result.video is not None
         with av.open(io.BytesIO(result.video)) as container:
@@ -190,3 +191,43 @@ def test_only_recorded_episodes_have_a_video_with_first_every_second_and_last_pi
     silent, _, _ = run([1, 2])
     assert all(result.video is None for result in silent.values())
     assert verdicts(silent) == verdicts(results), "filming changes nothing"
+
+
+def frames_of(result):
+    with av.open(io.BytesIO(result.video)) as container:
+        return [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
+
+
+def test_failures_are_filmed_by_the_pictures_that_the_policy_saw_and_successes_only_where_asked():
+    drawn = []
+
+    class Drawn(PointEnvironment):
+        def picture(self, height, width):
+            drawn.append((self.resets[-1], height, width))
+            return super().picture(height, width)
+
+    def films(film):
+        drawn.clear()
+        batch = BatchedRollout(Drawn, PointPolicy(), FOUR, 3)
+        return {result.seed: result for result in run_all([Episode("a", seed, film) for seed in range(12)], batch)}
+
+    failures, every = films("failure"), films("always")
+    lost = {seed for seed, result in failures.items() if result.outcome == "failure"}
+    assert lost and len(lost) < 12
+    assert {seed for seed, result in failures.items() if result.video} == lost
+    assert all(result.video for result in every.values()) and sorted(drawn) == [(seed, 8, 8) for seed in range(12)], (
+        "the end alone is drawn"
+    )
+    for seed in lost:
+        assert len(frames_of(failures[seed])) == -(-failures[seed].steps // FOUR.execution_horizon) + 1
+    assert {key: result.steps for key, result in failures.items()} == {seed: result.steps for seed, result in every.items()}
+
+
+def test_a_long_or_large_film_is_thinned_evenly_to_a_bound_and_keeps_its_end():
+    film = video.VideoFrames()
+    for number in range(1000):
+        film.add(np.full((240, 320, 3), number % 251, np.uint8))
+    film.add(np.full((240, 320, 3), 255, np.uint8), last=True)
+    assert video.LONGEST / 2 <= len(film.frames) <= video.LONGEST + 1 and film.every == 16
+    assert [frame[0, 0, 0] for frame in film.frames] == [*(number % 251 for number in range(0, 1000, 16)), 255]
+    assert film.frames[0].shape == (120, 160, 3) and len(video.encode(film.frames, 10)) < 100_000

