@@ -126,11 +126,27 @@ def camera_specs(config: StartsConfig, metadata: Mapping[str, Any], suite: Suite
     return parse_cameras(texts) if texts else suite.default_cameras
 
 
-def checked_cameras(config: StartsConfig, metadata: Mapping[str, Any], suite: Suite) -> tuple[CameraSpec, ...]:
-    """Return `camera_specs`. Raises ConfigError too for a camera, a task or a step limit that the simulator has not."""
-    cameras = camera_specs(config, metadata, suite)
+def checked_cameras(config: StartsConfig, metadata: Mapping[str, Any]) -> tuple[CameraSpec, ...]:
+    """Return `camera_specs`, the same for every suite of the tasks.
+
+    Raises ConfigError too for a camera, a task or a step limit that a suite has not, and for suites of another robot than the first.
+    """
+    suites = catalog.suites_of(config.tasks)
+    first, cameras = suites[0], camera_specs(config, metadata, suites[0])
+    for suite in suites[1:]:
+        for what, own, other in (
+            ("cameras", cameras, camera_specs(config, metadata, suite)),
+            ("state", first.state_names, suite.state_names),
+            ("actions", first.action_names, suite.action_names),
+        ):
+            if own != other:
+                raise ConfigError(
+                    f"suites that one policy is judged on together have the same robot and cameras, found other {what} in {suite.name} "
+                    f"than in {first.name}; evaluate each by itself" + (", or type --cameras" if what == "cameras" else "")
+                )
     for task in config.tasks:
-        suite.check(catalog.find(task)[1], cameras, config.max_steps)
+        suite, name = catalog.find(task)
+        suite.check(name, cameras, config.max_steps)
     return cameras
 
 

@@ -61,20 +61,24 @@ class Evaluation:
     seconds: float
     report: Path
     output_dir: Path
-    suite: Suite
+    suites: Sequence[Suite]
 
     def json(self) -> dict[str, Any]:
         """Return the last line of the command."""
-        figures = self.summary.json()
-        of_suite = {name: figures[name] for name in ("mean_success", "mean_interval", "episodes", "crashes")}
+        place = {"seconds": round(self.seconds, 1), "report": str(self.report), "output_dir": str(self.output_dir)}
+        return self.summary.json() | {"by_suite": {suite.name: self._of(suite) for suite in self.suites}} | place
+
+    def _of(self, suite: Suite) -> dict[str, Any]:
+        """Return the figures of one suite, with the mean of each published group whose tasks were all evaluated."""
+        figures = self.summary.of([catalog.report_name(f"{suite.name}/{task}") for task in suite.tasks]).json()
         counts = {row.task: (row.successes, row.trials) for row in self.summary.tasks}
         named = {
-            group: [counts.get(catalog.report_name(f"{self.suite.name}/{task}"), (0, 0)) for task in tasks]
-            for group, tasks in self.suite.groups.items()
+            group: [counts.get(catalog.report_name(f"{suite.name}/{task}"), (0, 0)) for task in tasks]
+            for group, tasks in suite.groups.items()
         }
         groups = {group: round(mean_over_tasks(each).rate, 6) for group, each in named.items() if all(trials for _, trials in each)}
-        place = {"seconds": round(self.seconds, 1), "report": str(self.report), "output_dir": str(self.output_dir)}
-        return figures | {"by_suite": {self.suite.name: of_suite | ({"groups": groups} if groups else {})}} | place
+        own = {name: figures[name] for name in ("mean_success", "mean_interval", "episodes", "crashes")}
+        return own | ({"groups": groups} if groups else {})
 
 
 def evaluate(config: EvalConfig, execute: Executor) -> Evaluation:
@@ -87,15 +91,15 @@ def evaluate(config: EvalConfig, execute: Executor) -> Evaluation:
     began = time.monotonic()
     output_dir = Path(config.output_dir)
     report.refuse_other_evaluation(output_dir)
-    suite = catalog.shared_suite(config.tasks)
+    suites = catalog.suites_of(config.tasks)
     losses = curve.read_losses(Path(config.metrics)) if config.metrics else []
     metadata = read_metadata(config)
     refuse_seen_seeds(config, metadata)
-    cameras = checked_cameras(config, metadata, suite)
+    cameras = checked_cameras(config, metadata)
     settings = settings_for(config, metadata)
     open_environment = partial(catalog.open_environment, cameras=cameras, max_steps=config.max_steps)
     setup = WorkerSetup(partial(_open_policy, config), open_environment, settings, config.environments_per_worker, config.gpus_per_worker)
-    facts = _settings_facts(config, settings, cameras, metadata, suite)
+    facts = _settings_facts(config, settings, cameras, metadata)
     with Journal(output_dir, _identity(config, facts, metadata)) as journal:
         results = run_episodes(plan(config), setup, execute, journal)
         summary, rows = summarize(results, config.tasks), [result.row() for result in results]
@@ -110,14 +114,14 @@ def evaluate(config: EvalConfig, execute: Executor) -> Evaluation:
                 | {name: str(value) for name, value in dict(metadata.get("training") or {}).items()},
                 "settings": facts,
                 "machine": machine.describe_machine(),
-                "versions": machine.describe_versions(*suite.packages),
+                "versions": machine.describe_versions(*sorted({package for suite in suites for package in suite.packages})),
             },
             losses=losses,
         )
         with files.write_faults(output_dir):
             path = report.write(output_dir, summary, rows, context)
             journal.remove()
-    return Evaluation(summary, tuple(rows), seconds, path, output_dir, suite)
+    return Evaluation(summary, tuple(rows), seconds, path, output_dir, suites)
 
 
 def run_episodes(episodes: Sequence[Episode], setup: WorkerSetup, execute: Executor, journal: Journal | None = None) -> list[EpisodeResult]:
@@ -169,11 +173,11 @@ def _identity(config: EvalConfig, facts: Mapping[str, str], metadata: Mapping[st
 
 
 def _settings_facts(
-    config: EvalConfig, settings: RolloutSettings, cameras: Sequence[CameraSpec], metadata: Mapping[str, Any], suite: Suite
+    config: EvalConfig, settings: RolloutSettings, cameras: Sequence[CameraSpec], metadata: Mapping[str, Any]
 ) -> dict[str, str]:
     solver = config.solver or str(metadata.get("solver", "the policy's own"))
     level = metadata.get("noise_level", 1.0) if config.noise_level is None else config.noise_level
-    limits = {config.max_steps or suite.tasks[catalog.find(task)[1]].max_steps for task in config.tasks}
+    limits = {config.max_steps or suite.tasks[name].max_steps for suite, name in map(catalog.find, config.tasks)}
     return {
         "seeds": f"{config.first_seed} to {config.first_seed + config.episodes - 1}",
         "max steps": ", ".join(map(str, sorted(limits))),

@@ -4,7 +4,7 @@ Owns: `Summary`. Does not know: how it is shown.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,10 @@ class Summary:
         """Tell whether any task has scores."""
         return any(task.scores for task in self.tasks)
 
+    def of(self, tasks: Collection[str]) -> "Summary":
+        """Return the figures of some of the tasks."""
+        return _over(tuple(row for row in self.tasks if row.task in tasks))
+
     def json(self) -> dict[str, Any]:
         """Return the figures of summary.json and of the command's last line, with `scores` and `alarmed` where there are any."""
         scores = {task.task: {each.outcome: each.json() for each in task.scores} for task in self.tasks if task.scores}
@@ -93,10 +97,13 @@ class Summary:
 
 def summarize(results: Sequence[EpisodeResult], tasks: Sequence[str]) -> Summary:
     """Count `results` by task, in the order of `tasks`; each task must have a result."""
-    rows = tuple(_task(task, [result for result in results if result.task == task]) for task in tasks)
-    counts = [(row.successes, row.trials) for row in rows]
-    mean = mean_over_tasks(counts) if all(row.trials for row in rows) else None
-    return Summary(rows, mean, sum(row.crashes for row in rows), len(results))
+    return _over(tuple(_task(task, [result for result in results if result.task == task]) for task in tasks))
+
+
+def _over(rows: tuple[TaskSummary, ...]) -> Summary:
+    mean = mean_over_tasks([(row.successes, row.trials) for row in rows]) if all(row.trials for row in rows) else None
+    crashes = sum(row.crashes for row in rows)
+    return Summary(rows, mean, crashes, crashes + sum(row.trials for row in rows))
 
 
 def _task(task: str, results: Sequence[EpisodeResult]) -> TaskSummary:

@@ -74,10 +74,16 @@ def prompt_of(task: str) -> str:
 
 def shared_suite(tasks: Sequence[str]) -> Suite:
     """Return the suite that all tasks share. Raises ConfigError when they belong to several, and as `find` does."""
-    suites = {suite.name: suite for suite in (find(task)[0] for task in tasks)}
+    suites = suites_of(tasks)
     if len(suites) != 1:
-        raise ConfigError(f"all tasks must be of one simulator, found {', '.join(suites) or 'none'}; a task is written {TASK_FORM}")
-    return next(iter(suites.values()))
+        names = ", ".join(suite.name for suite in suites)
+        raise ConfigError(f"all tasks must be of one simulator, found {names or 'none'}; a task is written {TASK_FORM}")
+    return suites[0]
+
+
+def suites_of(tasks: Sequence[str]) -> list[Suite]:
+    """Return the suites of the tasks, each once, in the order of `tasks`. Raises ConfigError as `find` does."""
+    return list({suite.name: suite for suite in (find(task)[0] for task in tasks)}.values())
 
 
 def open_environment(task: str, cameras: tuple[CameraSpec, ...] = (), max_steps: int | None = None) -> Environment:

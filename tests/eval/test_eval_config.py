@@ -3,7 +3,7 @@
 import pytest
 
 from pi0fm import options
-from pi0fm.eval.config import EvalConfig, camera_specs, plan, refuse_seen_seeds
+from pi0fm.eval.config import EvalConfig, camera_specs, checked_cameras, plan, refuse_seen_seeds
 from pi0fm.eval.rollouts.episode import Episode
 from pi0fm.sim import catalog
 from pi0fm.sim.environment import parse_cameras
@@ -90,3 +90,16 @@ def test_a_task_with_its_suite_is_the_task_by_its_name_alone():
         refuse_seen_seeds(full, {"demonstration_seeds": {"drawer-open-v3": [1, 9]}})
     with pytest.raises(ConfigError, match="found drawer-open-v3 more than once"):
         config(tasks="metaworld/drawer-open-v3,drawer-open-v3")
+
+
+def test_suites_of_one_robot_are_judged_together_and_of_another_are_refused():
+    both = config(tasks="libero_spatial/0,libero_object/3")
+    sources = {"camera_sources": {"image": "agentview-fast:128x128"}}
+    assert checked_cameras(both, sources) == parse_cameras("image=agentview-fast:128x128")
+    assert checked_cameras(both, {}) == catalog.SUITES["libero_object"].default_cameras
+    with pytest.raises(ConfigError, match=r"found other cameras in metaworld than in libero_spatial; evaluate each by itself, or type --c"):
+        checked_cameras(config(tasks="libero_spatial/0,reach-v3"), {})
+    with pytest.raises(ConfigError, match=r"found other state in pusht than in metaworld; evaluate each by itself$"):
+        checked_cameras(config(tasks="reach-v3,pusht/push-t"), {"camera_sources": {"base": "top:96x96"}})
+    with pytest.raises(ConfigError, match="unknown LIBERO object task '12'"):
+        checked_cameras(config(tasks="libero_spatial/0,libero_object/12"), {})

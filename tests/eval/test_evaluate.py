@@ -116,3 +116,21 @@ def test_an_unknown_task_is_refused_before_the_policy_is_loaded(tmp_path, faked)
     with pytest.raises(ConfigError, match=r"unknown Meta-World task 'drawer-open': did you mean 'drawer-open-v3'"):
         command.run(EvalConfig(policy="p", tasks="drawer-open", num_workers=0, output_dir=str(tmp_path / "out")))
     assert faked == []
+
+
+def test_one_call_over_several_suites_says_the_success_of_each(tmp_path, faked):
+    told = command.run(
+        EvalConfig(
+            policy="p",
+            tasks="libero_spatial/0,libero_spatial/4,libero_object/3",
+            cameras="base=agentview:8x8",
+            num_workers=0,
+            episodes=4,
+            output_dir=str(tmp_path),
+        )
+    )
+    by_suite = told["by_suite"]
+    assert set(by_suite) == {"libero_spatial", "libero_object"} and "220, 280" in (tmp_path / "report.html").read_text()
+    assert [by_suite[name]["episodes"] for name in ("libero_spatial", "libero_object")] == [8, 4]
+    assert by_suite["libero_object"]["mean_success"] == told["success"]["libero_object/3"]
+    assert told["mean_success"] == pytest.approx(sum(told["success"].values()) / 3)

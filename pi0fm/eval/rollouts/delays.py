@@ -7,7 +7,7 @@ page.
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from pi0fm.eval.rollouts.realtime import ASYNCHRONOUS, MODES, SYNCHRONOUS, Drive
 from pi0fm.eval.rollouts.rollout import check_fit
 from pi0fm.eval.statistics import Interval, wilson
 from pi0fm.options import nearest, option
-from pi0fm.policy.load_options import GUIDANCE, GUIDED, TOKEN_VARIABLE
+from pi0fm.policy.load_options import GUIDANCE, GUIDED, HARD_PREFIX, TOKEN_VARIABLE
 from pi0fm.sim import catalog
 from pi0fm.sim.environment import Environment
+from pi0fm.sim.suite import Suite
 from pi0fm_client import execution, wire
 from pi0fm_client.errors import ConfigError
 from pi0fm_client.execution import Message
@@ -43,7 +44,9 @@ class Delays:
     )
     jitter_ms: float = option(0.0, "standard deviation of what is added to each delay")
     modes: tuple[str, ...] = option(
-        (SYNCHRONOUS, ASYNCHRONOUS, GUIDED), f"of {', '.join(MODES)}; a server knows realtime as it was started"
+        (),
+        f"of {', '.join(MODES)}; when not given {SYNCHRONOUS}, {ASYNCHRONOUS}, {GUIDED}, and {HARD_PREFIX} of a policy that was trained "
+        "with rtc.max_delay; a server leads chunks in the one way it was started with, or not at all",
     )
 
     def __post_init__(self) -> None:
@@ -53,13 +56,13 @@ class Delays:
         for mode in self.modes:
             if mode not in MODES:
                 raise ConfigError(f"realtime.modes must be known words, found {mode!r}: {nearest(mode, MODES)}")
-        if not self.delays_ms or not self.modes or self.jitter_ms < 0:
-            raise ConfigError(f"realtime needs a delay, a mode, and a jitter of 0 or more, found {self.jitter_ms:g} ms; type 0,100,200")
+        if not self.delays_ms or self.jitter_ms < 0:
+            raise ConfigError(f"realtime needs a delay and a jitter of 0 or more, found {self.jitter_ms:g} ms; type 0,100,200")
 
-    def timings(self) -> list[Timing]:
-        """Every mode at every delay."""
+    def timings(self, metadata: Mapping[str, Any], remote: bool) -> list[Timing]:
+        """Every mode at every delay; the modes that fit the policy where none is given."""
         delays = [None if word == MEASURED else float(word) for word in dict.fromkeys(self.delays_ms)]
-        return [Timing(mode, delay, self.jitter_ms) for mode in dict.fromkeys(self.modes) for delay in delays]
+        return [Timing(mode, delay, self.jitter_ms) for mode in dict.fromkeys(self.modes or _fitting(metadata, remote)) for delay in delays]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,20 +112,21 @@ def evaluate_in_real_time(config: RealtimeConfig) -> tuple[dict[str, Any], list[
 
     began, output = time.monotonic(), Path(config.output_dir)
     refuse_ended(output, (*OWN_FILES, ROWS))
-    suite = catalog.shared_suite(config.tasks)
+    suites = catalog.suites_of(config.tasks)
     metadata = read_metadata(config)
     refuse_seen_seeds(config, metadata)
-    cameras = checked_cameras(config, metadata, suite)
+    cameras = checked_cameras(config, metadata)
     horizon = executed_of_a_chunk(config, metadata)
-    asks = _asks(config, metadata)
+    timings = config.realtime.timings(metadata, config.remote)
+    asks = _asks(config, metadata, {timing.mode for timing in timings})
     files.make_folder(output)
     logging.getLogger(execution.__name__).addFilter(_not_a_robot)
-    limits = {"increments": list(suite.increments)}
-    half_range = np.subtract(*reversed(suite.range_of_actions())) / 2
     rows: list[DrivenEpisode] = []
-    timings = config.realtime.timings()
     with progress.step("real time", len(timings) * len(config.tasks) * config.episodes) as bar:
         for task in config.tasks:
+            suite = catalog.find(task)[0]
+            limits = {"increments": list(suite.increments)}
+            half_range = np.subtract(*reversed(suite.range_of_actions())) / 2
             environment = catalog.open_environment(task, cameras, config.max_steps)
             try:
                 environment.reset(config.first_seed)
@@ -140,19 +144,20 @@ def evaluate_in_real_time(config: RealtimeConfig) -> tuple[dict[str, Any], list[
         "settings": {
             "tasks": ", ".join(config.tasks),
             "seeds": f"{config.first_seed} to {config.first_seed + config.episodes - 1}",
-            "control rate": f"{suite.fps} Hz",
+            "control rate": ", ".join(f"{rate} Hz" for rate in sorted({suite.fps for suite in suites})),
             "execution horizon": str(horizon),
             "jitter": f"{config.realtime.jitter_ms:g} ms",
         },
         "machine": machine.describe_machine(),
-        "versions": machine.describe_versions(*suite.packages),
+        "versions": machine.describe_versions(*sorted({package for suite in suites for package in suite.packages})),
     }
     seconds = time.monotonic() - began
     with files.write_faults(output):
         page = report.write(output, config.policy, cells, rows, facts, seconds)
     own = max(cell.own_ms for cell in cells)
     last = {"cells": [cell.json() for cell in cells], "own_ms_a_step": _plain(own), "seconds": round(seconds, 1), "report": str(page)}
-    return last | {"by_suite": {suite.name: [cell.json() for cell in cells]}, "output_dir": str(output)}, cells
+    by_suite = {suite.name: [_cell(timing, rows, suite).json() for timing in timings] for suite in suites}
+    return last | {"by_suite": by_suite, "output_dir": str(output)}, cells
 
 
 def _not_a_robot(record: logging.LogRecord) -> bool:
@@ -193,9 +198,17 @@ class _Asks:
         return infer
 
 
-def _asks(config: RealtimeConfig, metadata: Mapping[str, Any]) -> _Asks:
+def _fitting(metadata: Mapping[str, Any], remote: bool) -> tuple[str, ...]:
+    """Return the modes that are drawn where none is named."""
+    led = (GUIDED, *((HARD_PREFIX,) if metadata.get("rtc_max_delay") else ()))
+    if remote:
+        led = led[: wire.ACTION_PREFIX in metadata.get(wire.EXTENSIONS, ())]
+    return (SYNCHRONOUS, ASYNCHRONOUS, *led)
+
+
+def _asks(config: RealtimeConfig, metadata: Mapping[str, Any], modes: Set[str]) -> _Asks:
     """Raises ConfigError for a mode that the policy cannot be asked in."""
-    led = [mode for mode in config.realtime.modes if mode in GUIDANCE]
+    led = sorted(modes & set(GUIDANCE))
     if config.remote:
         from pi0fm_client.client import PolicyClient
 
@@ -212,8 +225,9 @@ def _asks(config: RealtimeConfig, metadata: Mapping[str, Any]) -> _Asks:
     return _Asks(config, metadata, policy)
 
 
-def _cell(timing: Timing, rows: list[DrivenEpisode]) -> Cell:
+def _cell(timing: Timing, rows: list[DrivenEpisode], suite: Suite | None = None) -> Cell:
     own = [row for row in rows if (row.mode, row.asked_ms) == (timing.mode, timing.delay_ms)]
+    own = [row for row in own if suite is None or catalog.find(row.task)[0] is suite]
     ended = [row for row in own if row.outcome != "crash"]
     means = {name: _mean([getattr(row, name) for row in ended]) for name in ("delay_ms", "reaction_ms", "jump", "change", "held", "own_ms")}
     success = wilson(sum(row.outcome == "success" for row in ended), len(ended)) if ended else None

@@ -1,11 +1,14 @@
 """Episodes whose simulator does not wait: the same commands at no delay, reaction times in closed form, a grid with its report."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from eval_fakes import FRONT, HORIZON, PointEnvironment, PointPolicy
+import torch
+from eval_fakes import FRONT, HORIZON, FakeEnvironment, PointEnvironment, PointPolicy
+from line_policy import SCALE, H, Lines
 
 from pi0fm.cli.main import main
 from pi0fm.eval.rollouts import delays
@@ -13,11 +16,17 @@ from pi0fm.eval.rollouts.delays import Delays, RealtimeConfig, evaluate_in_real_
 from pi0fm.eval.rollouts.episode import Episode, RolloutSettings, noise_seed
 from pi0fm.eval.rollouts.realtime import MODES, Timing, drive, reaction
 from pi0fm.eval.rollouts.rollout import BatchedRollout, run_all
+from pi0fm.flow.committed import CommittedVelocity, held_rows
+from pi0fm.flow.guidance import GuidedVelocity, hold_weights
+from pi0fm.flow.solver import integrate, uniform_grid
+from pi0fm.policy.sampling.realtime import held_count
 from pi0fm.sim import catalog
 from pi0fm.sim.suite import Suite, Task
 from pi0fm_client.errors import ConfigError, ObservationError
+from pi0fm_client.types import ActionChunk
 
 HZ, EXECUTED = 20, 4
+LINES = Lines((1.0, -1.0), 0.05)
 LIMITS = {"increments": [0]}
 
 
@@ -139,6 +148,58 @@ def test_the_grid_with_its_rows_figure_and_last_line(line, tmp_path):
     page = (tmp_path / "out/report.html").read_text()
     assert "data:image/png;base64," in page and "150 ms" in page
     assert json.loads((tmp_path / "out/summary.json").read_text())["cells"] == last["cells"]
+
+
+class Follower(FakeEnvironment):
+    """A robot that is where it was told to be: action and state are its position."""
+
+    def observe(self):
+        seen = super().observe()
+        return replace(seen, state=np.asarray(self.executed[-1] if self.executed else [0.0], np.float32))
+
+
+class Lined(Led):
+    """The policy of a known field, trained for delays of up to 4 steps: each chunk a line from the state, up or down by its noise."""
+
+    def __init__(self):
+        known = {"action_horizon": H, "rtc_max_delay": 4, "state_key": "state", "camera_sources": {}, "fps": HZ}
+        super().__init__(**known)
+
+    def refuse_prefixes(self):
+        pass
+
+    def infer_batch(self, observations, noise_seeds=None, prefixes=None):
+        (seen,), (seed,), (prefix,) = observations, noise_seeds, prefixes
+        noise = torch.randn(1, H, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        field = LINES
+        if prefix is not None:
+            rest = np.asarray(prefix.actions, np.float64)[np.minimum(np.arange(H), len(prefix.actions) - 1)]
+            target = torch.from_numpy((rest - seen.state) / SCALE)[None]
+            weights = hold_weights(H, prefix.inference_delay, H - len(prefix.actions))[None, :, None].double()
+            held = CommittedVelocity(LINES, target, held_rows(torch.tensor([held_count(prefix, 4)]), H))
+            field = held if self.guidance == "hard_prefix" else GuidedVelocity(LINES, target, weights)
+        chunk = integrate(field, noise, uniform_grid(10))
+        chunk = field.placed(chunk) if isinstance(field, CommittedVelocity) else chunk
+        return [ActionChunk((chunk[0].numpy() * SCALE + seen.state).astype(np.float32))]
+
+
+def test_a_policy_trained_with_delays_is_drawn_under_hard_prefix_too_and_its_chunks_meet(line, monkeypatch, tmp_path):
+    suite = replace(
+        catalog.SUITES["line"], increments=(), build=lambda task, cameras, steps: Follower(task, cameras, max_steps=steps, dims=1)
+    )
+    monkeypatch.setitem(catalog.SUITES, "line", suite)
+    policy = Lined()
+    monkeypatch.setattr(delays, "open_policy", lambda config: policy)
+    monkeypatch.setattr(delays, "read_metadata", lambda config: policy.metadata)
+    grid = Delays(delays_ms=("0", "100"))
+    words = {"tasks": "line/a", "episodes": 4, "max_steps": 60, "execution_horizon": 8, "output_dir": str(tmp_path)}
+    last, cells = evaluate_in_real_time(RealtimeConfig(policy="bundle", realtime=grid, **words))
+    found = {(cell.mode, cell.asked_ms): cell for cell in cells}
+    assert {mode for mode, _ in found} == {"synchronous", "asynchronous", "guided", "hard_prefix"}
+    hard, free = found["hard_prefix", 100.0], found["asynchronous", 100.0]
+    assert free.jump > 1.3 * free.change and hard.jump < 1.1 * hard.change and hard.jump < 0.8 * free.jump
+    assert found["hard_prefix", 0.0].jump == found["asynchronous", 0.0].jump, "without a delay no row is held"
+    assert last["by_suite"]["line"] == [cell.json() for cell in cells] and "hard_prefix" in (tmp_path / "report.html").read_text()
 
 
 def test_what_is_refused(line, tmp_path, capsys):
