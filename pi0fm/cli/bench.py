@@ -32,6 +32,7 @@ SUBCOMMANDS = {
     "serving": "the server's own time with one robot, eight robots against a server that answers one at a time, a 50-Hz loop",
     "soak": "a policy server for ten minutes among storms, damaged frames, killed clients and a model that pauses",
     "scaling": "Ray workers against torchrun's; seconds of a start, a kill and a lost node; bytes of a state that is cut",
+    "simulation": "eight simulated environments in one process against one at a time, processor seconds",
     "density": "a chunk's log-likelihood against its sampling, with the same evaluations",
 }
 DIGITS = 6

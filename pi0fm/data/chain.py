@@ -206,7 +206,7 @@ def make_chain(
     state_dim, action_dim = embodiment.dims()
     for what, width, limit in (("state", state_dim, padded_state_dim), ("action", action_dim, padded_action_dim)):
         if width > limit:
-            raise ConfigError(f"the robot's {what} is {width} wide, the model's {limit}; type --model.{what}_dim {width}, or choose a wider model")
+            raise ConfigError(f"the robot's {what} is {width} wide, the model's {limit}; type --model.{what}_dim {width}")
     for what, width, stats_width in (("state", state_dim, len(stats.state.mean)), ("action", action_dim, len(stats.action.mean))):
         if width != stats_width:
             raise ConfigError(f"norm stats of the {what} are {stats_width} wide, the embodiment's {what} is {width}; compute them anew")

@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,13 +13,20 @@ from pathlib import Path
 import eval_fakes
 import pytest
 from eval_fakes import point_setup
+from small_policies import small_policy
 
+from pi0fm.cluster import following
 from pi0fm.cluster.evaluation import on_actors
+from pi0fm.cluster.following import FollowConfig, FollowOptions, follow
 from pi0fm.cluster.runtime import ray_session
 from pi0fm.eval.evaluate import in_this_process, run_episodes
 from pi0fm.eval.rollouts.episode import Episode
+from pi0fm.policy.saved import bundle
+from pi0fm.sim import catalog
+from pi0fm.train.start.lease import only_run_in
 from pi0fm_client.errors import ConfigError, SimulationError
 
+__all__ = ["small_policy"]
 EPISODES = [Episode(task, seed, film="large" if seed == 1 else "no") for task in ("a", "b") for seed in range(1, 9)]
 pytestmark = pytest.mark.journey
 
@@ -121,3 +130,41 @@ def test_a_fault_of_the_user_arrives_as_itself_on_one_line():
         list(on_actors(EPISODES, point_setup(), 3))
     with pytest.raises(ConfigError, match="needs 1 GPU"):
         list(on_actors(EPISODES, replace(point_setup(), gpus_per_worker=1.0), 1))
+
+
+class ThreeActions(eval_fakes.FakeEnvironment):
+    """As the small policy's robot: state 4, actions 3."""
+
+    def __init__(self, task, cameras, max_steps):
+        super().__init__(task, cameras, max_steps)
+        self.action_dim = 3
+
+
+def test_a_run_that_trains_is_followed_by_actors(small_policy, tmp_path, monkeypatch):
+    """Ray's workers evaluate a bundle while the run leaves the next one."""
+    monkeypatch.setattr(following, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(catalog, "open_environment", ThreeActions)
+    run = tmp_path / "run"
+
+    def leave(steps):
+        path = run / f"bundles/step-{steps:09d}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        bundle.save(path, small_policy.weights, replace(small_policy.config, training={"steps": str(steps)}), small_policy.stats)
+
+    def trains():
+        with only_run_in(run):
+            begun.set()
+            leave(100)
+            while not (run / "best.json").exists():
+                time.sleep(0.01)
+            leave(200)
+
+    run.mkdir()
+    begun, training = threading.Event(), threading.Thread(target=trains)
+    training.start()
+    begun.wait()
+    words = {"tasks": "reach-v3", "cameras": "base=corner2:8x8,wrist=gripperPOV:8x8", "episodes": 3, "max_steps": 6, "num_workers": 2}
+    found = follow(FollowConfig(follow=FollowOptions(run=run, keep="all"), **words))
+    training.join()
+    assert [(row["steps"], row["episodes"], row["crashes"]) for row in found["evaluations"]] == [(100, 3, 0), (200, 3, 0)]
+    assert len(list((run / "evaluations").glob("step-*/videos/*.mp4"))) == 6, "every failure is filmed"

@@ -1,0 +1,94 @@
+"""The cost of simulating: environments together in one process against one at a time.
+
+Owns: the two sides and a policy that costs nothing. Does not know: how an environment steps or draws.
+
+    together   one rollout of N environments, a start position each    : steps a processor second; at least 0.9 of
+    alone      one rollout of 1 environment, the same start positions  : the same, one after the other
+
+Both run the same episodes with the same actions, and look every `execution_horizon` steps. Processor seconds count every thread of the
+software renderer. Less than 1 is what sharing a process costs: caches, switches between GL contexts, larger batches.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, final
+
+import numpy as np
+
+from pi0fm import progress
+from pi0fm.bench.harness.measure import BenchReport, PairedOptions, check_least, paired_ratio
+from pi0fm.eval.rollouts.episode import Episode, RolloutSettings
+from pi0fm.eval.rollouts.rollout import BatchedRollout, run_all
+from pi0fm.options import option
+from pi0fm.sim import catalog
+from pi0fm.sim.suite import Suite
+from pi0fm_client.types import ActionChunk, Observation
+
+
+@dataclass(frozen=True)
+class SimulationOptions(PairedOptions):
+    """Options of `pi0fm bench simulation`. Raises ConfigError for a value out of range or an unknown task."""
+
+    tasks: tuple[str, ...] = option(("reach-v3", "pusht/push-t"), f"tasks, each {catalog.TASK_FORM}")
+    environments: int = option(8, "environments in one process")
+    max_steps: int = option(64, "steps of an episode")
+    execution_horizon: int = option(8, "steps between two looks at the pictures")
+    rounds: int = option(6, "times that both sides of a comparison run")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, environments=2, max_steps=1, execution_horizon=1)
+        for task in self.tasks:
+            suite, name = catalog.find(task)
+            suite.check(name, max_steps=self.max_steps)
+
+
+Options = SimulationOptions
+
+
+@final
+class Wandering:
+    """A policy that answers random actions by its seeds, at once."""
+
+    def __init__(self, suite: Suite, horizon: int) -> None:
+        self.metadata: dict[str, Any] = {"action_horizon": horizon}
+        self._range, self._shape = suite.range_of_actions(), (horizon, len(suite.action_names))
+
+    def infer_batch(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> list[ActionChunk]:
+        """Return a chunk for each seed."""
+        seeds = noise_seeds or range(len(observations))
+        return [ActionChunk(np.random.default_rng(seed).uniform(*self._range, self._shape).astype(np.float32)) for seed in seeds]
+
+
+def measure(options: SimulationOptions) -> BenchReport:
+    """Measure in this process; `speed` is that of environments together, relative to one at a time."""
+    figures: dict[str, Any] = {}
+    for task in options.tasks:
+        progress.say(f"{task}, {options.environments} environments, {options.rounds} rounds")
+        suite, name = catalog.find(task)
+        build = partial(catalog.open_environment, max_steps=options.max_steps)
+        settings = RolloutSettings(options.execution_horizon)
+        policy = Wandering(suite, options.execution_horizon)
+        episodes = [Episode(catalog.report_name(task), seed) for seed in range(1, options.environments + 1)]
+        with ExitStack() as stack:
+            together, alone = (
+                stack.enter_context(closing(BatchedRollout(build, policy, settings, count))) for count in (options.environments, 1)
+            )
+            steps = sum(result.steps for result in run_all(episodes, together))
+            ratio = paired_ratio(
+                lambda: list(run_all(episodes, alone)),  # noqa: B023  called in this turn of the loop
+                lambda: list(run_all(episodes, together)),  # noqa: B023
+                options.rounds,
+                warm_up=1,
+                clock=time.process_time,
+            )
+        figures[f"{suite.name}/{name}"] = {
+            "speed": ratio.median,
+            "interval": ratio.interval,
+            "together_ms_a_step": 1e3 * ratio.second_seconds / steps,
+            "alone_ms_a_step": 1e3 * ratio.first_seconds / steps,
+        }
+    return BenchReport({"tasks": figures, "environments": options.environments, "steps": options.max_steps, "rounds": options.rounds})
