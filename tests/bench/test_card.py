@@ -11,6 +11,7 @@ import torch
 
 from pi0fm.bench.card.results import OUT_OF_MEMORY, Results
 from pi0fm.bench.card.run import PARTS, CardOptions
+from pi0fm.bench.card.training import cases
 from pi0fm.bench.card.work import inference_work, least_seconds
 from pi0fm.bench.harness.cases import random_network, random_observations, random_policy
 from pi0fm.bench.harness.limits import Rates, percentile
@@ -50,6 +51,15 @@ def test_parts_take_eight_minutes_and_can_be_named():
             CardOptions(parts=parts)
     with pytest.raises(ConfigError, match="--whole false"):
         CardOptions(device="cpu")
+
+
+def test_training_begins_with_what_no_card_has_measured(repository):
+    """docs/gpu.md, the last table; the first case is what LeRobot's step is held against."""
+    days = ("gpu_h100_training", "gpu_h100_training_first_day")
+    rows = [row for day in days for row in json.loads((repository / f"docs/results/{day}.json").read_text())["rows"]]
+    measured = {row["what"] for row in rows if row["value"]}
+    known = [any(what.startswith(f"training, {case.name}, batch") for what in measured) for case in cases()]
+    assert known[1:] == sorted(known[1:]), [case.name for case in cases()]
 
 
 def test_operations_of_pi0_by_hand():

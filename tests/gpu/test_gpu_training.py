@@ -5,6 +5,7 @@ import itertools
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import programs
 import pytest
@@ -69,6 +70,18 @@ def test_three_steps_are_the_host_s(device, how):
 def test_pi05_trains_as_on_the_host(device):
     batches = [make_batch(configuration("pi05", "small"), size=4, seed=seed) for seed in range(2)]
     assert trained(device, HOW["full"], batches, "pi05")[1] == pytest.approx(trained(CPU, HOW["full"], batches, "pi05")[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_steps_with_held_rows_are_the_host_s(device, name):
+    """As `--rtc.max_delay` trains: first rows of a chunk clean, at flow time 1, without a loss; each draw with a delay of its own."""
+    delays = torch.tensor([[0, 3], [1, 2], [2, 0], [3, 1]])
+    config = configuration(name, "small")
+    batches = [replace(make_batch(config, size=4, seed=seed, draws=2), delays=delays.roll(seed, 0)) for seed in range(2)]
+    free = [replace(batch, delays=None) for batch in batches]
+    expected, found = trained(CPU, HOW["full"], batches, name)[1], trained(device, HOW["full"], batches, name)[1]
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert min(abs(held / all_free - 1) for held, all_free in zip(found, trained(device, HOW["full"], free, name)[1], strict=True)) > 1e-2
 
 
 def test_frozen_bfloat16_keeps_what_trains_in_float32(device):

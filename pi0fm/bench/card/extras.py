@@ -32,14 +32,12 @@ LONGEST = 20.0  # seconds of steps beside one checkpoint
 
 
 def measure(results: Results, device: torch.device, whole: bool) -> None:
-    """All cases. whole: at full size; else the tiny preset."""
+    """All cases, the checkpoint first, since no card has measured it. whole: at full size; else the tiny preset."""
+    results.attempt("asynchronous checkpoint", functools.partial(_checkpoint, results, device, whole), 50 if whole else 1, clear)
+    clear()
     shared = Inference(results, device, whole)
     shared.attempt(f"best of {CANDIDATES} from one prefix", functools.partial(_best_of, results, shared), 20)
     shared.attempt("log-likelihood", functools.partial(_likelihood, results, shared), 20)
-    shared.networks.clear()
-    shared.policies.clear()
-    clear()
-    shared.attempt("asynchronous checkpoint", functools.partial(_checkpoint, results, device, whole), 50)
 
 
 def _best_of(results: Results, shared: Inference) -> None:

@@ -42,19 +42,22 @@ class TrainingCase:
 
 
 def cases() -> list[TrainingCase]:
-    """What was never measured first: docs/gpu.md has full fine-tuning that is not compiled."""
+    """What was never measured first, that whose compilation once did not end in 95 s last of it; docs/gpu.md has the others.
+
+    The first is what LeRobot's step is held against.
+    """
     full, lora = Adaptation(activation_checkpointing="full"), LoraConfig(rank=16)
     adapted = Adaptation(lora=lora, frozen_bfloat16=True, activation_checkpointing="full")
     expert, selective = Adaptation("expert_only", frozen_bfloat16=True), Adaptation(activation_checkpointing="selective")
     return [
-        TrainingCase("full, checkpointed, no average, compiled", full, False, True, (64, 32), ">= 26 samples/s"),
+        TrainingCase("full, checkpointed, no average, compiled", full, False, True, (32,), ">= 26 samples/s"),
         TrainingCase("full, selectively checkpointed, no average", selective, False, False, (8, 16, 32), ">= 26 samples/s"),
         TrainingCase("full, checkpointed, with average", full, True, False, (8, 16, 24)),
+        TrainingCase("expert only, compiled", expert, True, True, (64, 128)),
         TrainingCase("LoRA 16, checkpointed, compiled", adapted, True, True, (32, 64), ">= 30 samples/s"),
         TrainingCase("LoRA 16, checkpointed", adapted, True, False, (32, 64), ">= 30 samples/s"),
         TrainingCase("expert only", expert, True, False, (32, 64, 128), ">= 60 samples/s"),
         TrainingCase("full, checkpointed, no average", full, False, False, (64, 96), ">= 26 samples/s"),
-        TrainingCase("expert only, compiled", expert, True, True, (64, 128)),
     ]
 
 
