@@ -48,8 +48,10 @@ def chart(axis: Any, title: str, x_label: str, y_label: str) -> None:
 
 
 def legend(axis: Any, **where: Any) -> None:
-    """Add a legend without a frame."""
-    axis.legend(frameon=False, fontsize=8.5, labelcolor=INK, **where).set_zorder(10)
+    """Add a legend without a frame to axes or to a whole figure, each label once."""
+    every = axis.axes if isinstance(axis.axes, list) else [axis]
+    shown = {label: handle for one in every for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
+    axis.legend(shown.values(), shown.keys(), frameon=False, fontsize=8.5, labelcolor=INK, **where).set_zorder(10)
 
 
 def plain_log(axis: Any) -> None:

@@ -10,6 +10,7 @@ import psutil
 import pytest
 from small_runs import start
 
+from pi0fm import pages
 from pi0fm.cli.main import main
 from pi0fm.train import runs
 from pi0fm.train.start import lease
@@ -99,6 +100,16 @@ def test_a_real_run_is_shown_and_compared_on_a_page(run, tmp_path, capsys):
     assert "&lt;b&gt;" in text and "<b>" not in text.replace("&lt;b&gt;", "")
     assert "data:image/png;base64," in text and "http" not in text.replace("http-equiv", "")
     assert "steps</td><td>30</td><td>10</td>" in text or "steps</td><td>10</td><td>30</td>" in text
+
+
+def test_a_figure_of_several_charts_names_each_curve_once():
+    figure, axes = pages.panels(2)
+    for axis, name in ((axes[0], "a"), (axes[1], "a"), (axes[1], "b")):
+        axis.plot([0, 1], [0, 1], label=name)
+    pages.legend(figure, loc="outside lower left")
+    pages.legend(axes[1])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    assert [text.get_text() for text in axes[1].get_legend().get_texts()] == ["a", "b"]
 
 
 def test_a_run_that_is_not_readable_hides_no_other(tmp_path, capsys):
