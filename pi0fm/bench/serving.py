@@ -5,6 +5,7 @@ Owns: the two servers, the robots that ask them, the figures. Does not know: how
     overhead_ms          one robot at 20 Hz: from sending an observation to having its reply, without the policy's own `infer_ms`
     throughput_ratio_8   eight robots that ask again at once: answers a second, by those of a server of openpi's design, which infers for
                          one connection at a time in its event loop; the same bundle, frames, clients and threads, in turns
+    batch_gain_8         eight inferences one after the other, by one of a batch of eight, in one process: without servers and robots
     loop_rate_ratio      a control loop of 50 Hz by the executor, 100 ms of delay added to each answer: its commands a second by 50
     bare_loop_rate_ratio the same of a loop that only sleeps: what this machine leaves of 50 Hz at that moment
     expired_applied      of its commands, those applied further than EXPIRED control steps from the moment that they were meant for
@@ -78,6 +79,7 @@ def measure(options: ServingOptions) -> BenchReport:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bundle"
         _save_random_policy(path, options.num_flow_steps)
+        gain = _batch_gain(path, options)
         with _running(_serve_ours, path, options.threads) as ours, _running(_serve_one_at_a_time, path, options.threads) as theirs:
             overhead, inside = _lone_robot(ours, options.seconds)
             counts = [[_robots(url, options.seconds) for url in (ours, theirs)] for _ in range(options.rounds)]
@@ -90,6 +92,7 @@ def measure(options: ServingOptions) -> BenchReport:
             "overhead_ms": {name: float(np.quantile(overhead, share)) for name, share in (("p50", 0.5), ("p99", 0.99))},
             "server_overhead_ms": {name: float(np.quantile(inside, share)) for name, share in (("p50", 0.5), ("p99", 0.99))},
             "throughput_ratio_8": float(np.median(rates[:, 0] / rates[:, 1])),
+            "batch_gain_8": gain,
             "fairness_8": float(mine.min() / mine.mean()),
             **loop,
             "answers_per_second": {"ours": float(np.median(rates[:, 0])), "one_at_a_time": float(np.median(rates[:, 1]))},
@@ -99,6 +102,23 @@ def measure(options: ServingOptions) -> BenchReport:
             "threads": options.threads,
         }
     )
+
+
+def _batch_gain(path: Path, options: ServingOptions) -> float:
+    """Time of ROBOTS inferences by that of a batch of as many, in turns; the median."""
+    policy = bundle.load(path, threads=options.threads)
+    observation = policy.observation(wire.unpack(_frame()))
+
+    def seconds(batch: int) -> float:
+        began = time.perf_counter()
+        for _ in range(ROBOTS // batch):
+            policy.infer_batch([observation] * batch)
+        return time.perf_counter() - began
+
+    ratios, until = [], time.perf_counter() + options.seconds
+    while time.perf_counter() < until or len(ratios) < 3:
+        ratios.append(seconds(1) / seconds(ROBOTS))
+    return float(np.median(ratios[1:]))
 
 
 def _lone_robot(url: str, seconds: int) -> tuple[list[float], list[float]]:

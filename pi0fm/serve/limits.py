@@ -40,6 +40,7 @@ MAX_AHEAD = 64
 CONTROL_FRAMES = 64  # at once, and as many again in each CONTROL_SECONDS
 CONTROL_SECONDS = 10.0
 PIECE = 8192  # bytes that are parsed before the bounds are looked at: a thousand of the smallest frames, some milliseconds
+LARGE_PIECE = 4 * PIECE  # the same while as much as a PIECE waits for the end of its frame, which is a picture's
 BACKLOG = 32  # asyncio accepts this many sockets before it runs anything else
 SPARE_DESCRIPTORS = 16
 
@@ -193,13 +194,15 @@ class Channel(WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse piece by piece, and stop at the first bound that is passed."""
-        view = memoryview(data)
-        for start in range(0, len(data), PIECE):
-            super().data_received(bytes(view[start : start + PIECE]))
+        view, start = memoryview(data), 0
+        while start < len(data):
+            end = start + (PIECE if len(self.conn.reader.buffer) < PIECE else LARGE_PIECE)
+            super().data_received(bytes(view[start:end]))
             if self.queue.qsize() > MAX_AHEAD:
                 self._drop("sends further requests without reading the answers")
             if self.transport.is_closing():
                 return
+            start = end
 
     async def send(self, message: Any) -> None:
         """Count an answer to a refused upgrade as the end of its handshake, which uvicorn logs as an error otherwise."""
