@@ -13,11 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pi0fm_client.client import AsyncPolicyClient, PolicyClient, RemotePolicy
+    from pi0fm_client.errors import ConfigError, ObservationError, Pi0fmError, ServingError
     from pi0fm_client.execution import Executor
     from pi0fm_client.safety import Limits, ObservationCheck
 
-__all__ = ["AsyncPolicyClient", "Executor", "Limits", "ObservationCheck", "PolicyClient", "RemotePolicy"]
-_MODULES = {"Executor": "execution", "Limits": "safety", "ObservationCheck": "safety"}
+_ERRORS = ("ConfigError", "ObservationError", "Pi0fmError", "ServingError")
+_MODULES = {"Executor": "execution", "Limits": "safety", "ObservationCheck": "safety", **dict.fromkeys(_ERRORS, "errors")}
+__all__ = [
+    "AsyncPolicyClient",
+    "ConfigError",
+    "Executor",
+    "Limits",
+    "ObservationCheck",
+    "ObservationError",
+    "Pi0fmError",
+    "PolicyClient",
+    "RemotePolicy",
+    "ServingError",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -28,12 +28,11 @@ from typing import Any, TypeVar, final
 
 import numpy as np
 
-from pi0fm_client import wire
+from pi0fm_client import arguments, wire
 from pi0fm_client.connection import Address, Connection, LostError, connect_to
 from pi0fm_client.errors import ConfigError, ObservationError, ServingError
 from pi0fm_client.types import ActionChunk, Observation
 
-LONGEST_SECONDS = 86_400
 Result = TypeVar("Result")
 
 
@@ -46,7 +45,7 @@ class AsyncPolicyClient:
     connect_timeout_seconds: for `connect`, during which a server may still be starting.
     reconnect: connect again, and send once more, when the connection is lost; an inference changes nothing on a server, so that is safe.
     tls: of a wss:// address, whom to trust and which certificate to show (`--tls_clients`), None: the system's authorities.
-    Raises ConfigError for a time-out, a token or a context that cannot be used.
+    Raises ConfigError for an argument that cannot be used, ServingError for what is no address.
     """
 
     def __init__(
@@ -59,14 +58,13 @@ class AsyncPolicyClient:
         reconnect: bool = True,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._timeout_seconds = _checked_seconds("timeout_seconds", timeout_seconds)
-        self._connect_seconds = _checked_seconds("connect_timeout_seconds", connect_timeout_seconds)
-        if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable()):
-            raise ConfigError("token must be printable ASCII, as the server's is: copy it again, or leave it out")
-        self._url, self._reconnect = url, reconnect
-        if tls is not None and not str(url).startswith("wss://"):
-            raise ConfigError(f"tls= is for a wss:// address, found {str(url)[:80]!r}: write wss://, or leave it out")
-        self._address = Address(url, token, self._timeout_seconds, tls)
+        self._timeout_seconds = arguments.seconds("timeout_seconds", timeout_seconds)
+        self._connect_seconds = arguments.seconds("connect_timeout_seconds", connect_timeout_seconds)
+        if not isinstance(url, str) or not url.startswith(("ws://", "wss://")):
+            raise ServingError(f"{arguments.shown(url)} is no WebSocket address: write ws://HOST:PORT")
+        self._url, self._reconnect = url, arguments.switch("reconnect", reconnect)
+        tls = arguments.encryption(tls, url)
+        self._address = Address(url, arguments.token(token), self._timeout_seconds, tls)
         self._session, self._requests = secrets.token_hex(8), 0
         self._lock = asyncio.Lock()
         self._connection: Connection | None = None
@@ -123,7 +121,11 @@ class AsyncPolicyClient:
             raise ObservationError(f"an observation must be a flat map of keys, found {type(observation).__name__}: send {{'prompt': ...}}")
         message, seconds = dict(observation), self._timeout_seconds
         if wire.DEADLINE_MS in message:
-            seconds = min(seconds, _checked_seconds(wire.DEADLINE_MS, message.pop(wire.DEADLINE_MS), 1e-3, ObservationError))
+            try:
+                told = arguments.number(wire.DEADLINE_MS, message.pop(wire.DEADLINE_MS), "2000", 0.0, 1e3 * arguments.LONGEST_SECONDS)
+            except ConfigError as error:
+                raise ObservationError(str(error)) from None
+            seconds = min(seconds, 1e-3 * told)
         if noise_seed is not None:
             if isinstance(noise_seed, bool) or not isinstance(noise_seed, numbers.Integral) or not 0 <= noise_seed < 2**63:
                 raise ObservationError(f"noise_seed must be a whole number in [0, 2**63), found {str(noise_seed)[:40]}: or leave it out")
@@ -168,7 +170,7 @@ class AsyncPolicyClient:
             return self._connection
         if self._greeting is not None and not self._reconnect:
             raise ServingError(f"the connection to {self._url} is gone and reconnect is off: make a new PolicyClient")
-        fresh = await connect_to(self._address, seconds)
+        fresh = await connect_to(self._address, seconds, tell=self._greeting is None)
         try:
             if self._greeting is None:
                 self._learn(fresh.greeting)
@@ -286,10 +288,10 @@ class PolicyClient:
             reconnect=reconnect,
             tls=tls,
         )
-        self._url, self._seconds = url, timeout_seconds
+        self._seconds = float(timeout_seconds)
         self._loop = _LoopThread(self)
         try:
-            self._loop.run(self._client.connect(), connect_timeout_seconds)
+            self._loop.run(self._client.connect(), float(connect_timeout_seconds))
         except BaseException:
             self._loop.stop()
             raise
@@ -335,14 +337,14 @@ class RemotePolicy:
         self._options: dict[str, Any] = {
             "tls": tls,
             "token": token,
-            "timeout_seconds": timeout_seconds,
-            "connect_timeout_seconds": connect_timeout_seconds,
+            "timeout_seconds": arguments.seconds("timeout_seconds", timeout_seconds),
+            "connect_timeout_seconds": arguments.seconds("connect_timeout_seconds", connect_timeout_seconds),
         }
-        self._url, self._connections = url, max(1, connections)
+        self._url, self._connections = url, arguments.whole("connections", connections, 1, 1024)
         self._clients = [AsyncPolicyClient(url, **self._options)]
         self._loop = _LoopThread(self)
         try:
-            self._loop.run(self._clients[0].connect(), connect_timeout_seconds)
+            self._loop.run(self._clients[0].connect(), self._options["connect_timeout_seconds"])
             missing = [name for name in ("cameras", "state_key") if name not in self.metadata]
             if missing:
                 raise ServingError(
@@ -458,13 +460,6 @@ def _stop_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> Non
     loop.call_soon_threadsafe(loop.stop)
     if thread is not threading.current_thread():
         thread.join(1.0)
-
-
-def _checked_seconds(name: str, value: Any, unit: float = 1.0, kind: type[Exception] = ConfigError) -> float:
-    """Return `value`, of `unit` seconds, in seconds."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) * unit <= LONGEST_SECONDS:
-        raise kind(f"{name} must be a number above 0 and at most {LONGEST_SECONDS / unit:g}, found {str(value)[:40]!r}: type {2 / unit:g}")
-    return float(value) * unit
 
 
 def _one_line(text: object) -> str:

@@ -5,9 +5,13 @@ is no policy server. Does not know: observations, what a reply holds (client.py)
 """
 
 import asyncio
+import logging
+import os
 import ssl
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, final
 from urllib.parse import urlsplit
 
@@ -19,9 +23,12 @@ from pi0fm_client.wire import MAX_FRAME_BYTES
 
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 2.0
+TOLD_SECONDS = 1.0  # without an answer before a line says that the client waits, and how long
 CLOSE_SECONDS = 1.0  # a server that hangs must not hold up a robot that leaves
 _STATUS_TRY_AGAIN = (502, 503, 504)  # a server that warms up, or a proxy before one
 _CLOSE_TOO_BIG = 1009
+_HOSTNAME_MISMATCH, _ADDRESS_MISMATCH = 62, 64  # of OpenSSL's X509_V_ERR
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,27 +94,36 @@ class Connection:
         self.drop()
 
 
-async def connect_to(address: Address, seconds: float) -> Connection:
+async def connect_to(address: Address, seconds: float, tell: bool = False) -> Connection:
     """Connect and receive the first frame; try again for `seconds` while the server is not there yet.
 
-    Raises ServingError that names the address and what to check.
+    tell: log after TOLD_SECONDS that it still waits. Raises ServingError that names the address and what to check.
     """
-    deadline = time.monotonic() + seconds
-    pause, fault = FIRST_PAUSE_SECONDS, "it does not answer"
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            websocket = await asyncio.wait_for(_handshake(address), left)
-            return Connection(websocket, await _greeting(address, websocket, deadline - time.monotonic()))
-        except asyncio.TimeoutError:
-            break
-        except _TryAgainError as error:
-            fault = str(error)
-        if time.monotonic() + pause >= deadline:
-            break
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+    faults = ["it does not answer"]
+
+    def say() -> None:
+        logger.warning("no answer from %s yet (%s): trying for %g s", address.url, faults[-1], seconds)
+
+    timer = asyncio.get_running_loop().call_later(TOLD_SECONDS, say) if tell and seconds > TOLD_SECONDS else None
+    deadline, pause = time.monotonic() + seconds, FIRST_PAUSE_SECONDS
+    try:
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                websocket = await asyncio.wait_for(_handshake(address), left)
+                return Connection(websocket, await _greeting(address, websocket, deadline - time.monotonic()))
+            except asyncio.TimeoutError:
+                break
+            except _TryAgainError as error:
+                faults.append(str(error))
+            if time.monotonic() + pause >= deadline:
+                break
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+    finally:
+        if timer is not None:
+            timer.cancel()
     raise ServingError(
-        f"no policy server at {address.url} in {seconds:g} s ({fault}): check host and port, and that the server says ready"
+        f"no policy server at {address.url} in {seconds:g} s ({faults[-1]}): check host and port, and that the server says ready"
     ) from None
 
 
@@ -129,7 +145,10 @@ async def _handshake(address: Address) -> ClientConnection:
     except ssl.SSLError as error:
         raise _fault_of_tls(address.url, error) from None
     except OSError as error:  # refused, unreachable, unknown host, timed out
-        raise _TryAgainError(error.strerror or str(error) or type(error).__name__) from None
+        if isinstance(error, ConnectionResetError) and address.url.startswith("wss:"):
+            raise await _fault_of_silence(address) from None
+        known = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror  # asyncio has other words than the system
+        raise _TryAgainError(known or str(error) or type(error).__name__) from None
     except InvalidHandshake as error:
         if isinstance(error.__cause__, (EOFError, OSError)):
             raise await _fault_of_silence(address) from None
@@ -159,51 +178,79 @@ async def _greeting(address: Address, websocket: ClientConnection, left: float) 
 
 def _fault_of_handshake(url: str, error: InvalidHandshake) -> Exception:
     """Return the exception for a failed handshake: one to retry, or one for the user."""
-    if isinstance(error, InvalidStatus):
-        status = error.response.status_code
-        if status in _STATUS_TRY_AGAIN:
-            return _TryAgainError(f"HTTP {status}")
-        if status in (401, 403):
-            return ServingError(f"{url} refused the token (HTTP {status}): give the server's key as token=, to a command in $PI0FM_TOKEN")
-        return ServingError(f"{url} is no policy server: it answers a WebSocket handshake with HTTP {status}; check host, port and path")
-    return ServingError(f"{url} is no policy server: {_one_line(error)}; check host and port")
+    if not isinstance(error, InvalidStatus):
+        return ServingError(f"{url} is no policy server: {_one_line(error)}; check host and port")
+    status, line = error.response.status_code, _one_line((error.response.body or b"")[:1000].decode("utf-8", "replace"))
+    found = f"HTTP {status}: {line}" if line.isprintable() and line[:1] not in ("", "<", "{") else f"HTTP {status}"
+    if status in _STATUS_TRY_AGAIN:
+        return _TryAgainError(found)
+    if status == 401:
+        return ServingError(f"{url} refused the token ({found}): give the server's key as token=, to a command in $PI0FM_TOKEN")
+    if status in (403, 404):
+        path = urlsplit(url).path
+        wrong = f"pi0fm and openpi serve at /, leave {path} out" if path.strip("/") else "check host and port, and who may connect there"
+        return ServingError(f"{url} takes no WebSocket there ({found}): {wrong}")
+    return ServingError(f"{url} is no policy server: it answers a WebSocket handshake with {found}; check host, port and path")
 
 
 def _fault_of_tls(url: str, error: ssl.SSLError) -> ServingError:
     """Return the line for a TLS handshake that failed; none of its causes passes with time."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return ServingError(f"{url} has a certificate that is not trusted here ({error.verify_message}): check SSL_CERT_FILE, or give tls=")
+        if error.verify_code in (_HOSTNAME_MISMATCH, _ADDRESS_MISMATCH):
+            host = urlsplit(url).hostname
+            return ServingError(f"{url} has a certificate for another name than {host}: connect by the name in it, or make one for {host}")
+        file = os.environ.get("SSL_CERT_FILE")
+        if file is not None and not Path(file).is_file():
+            return ServingError(f"$SSL_CERT_FILE must name the PEM file of the authorities to trust, found no file {file}: correct it")
+        return ServingError(
+            f"{url} has a certificate that is not trusted here ({error.verify_message}): put the file of its authority in $SSL_CERT_FILE, "
+            "or give tls=ssl.create_default_context(cafile=FILE)"
+        )
     if error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
-        return ServingError(f"{url} speaks no TLS: write ws://, or start the server with a certificate")
+        return _fault_of_plain(url)
     reason = (error.reason or _one_line(error)).replace("_", " ").lower()
-    return ServingError(f"{url} and this client found no common TLS ({reason}): check the certificates of both, and tls=")
+    return ServingError(
+        f"{url} and this client found no common TLS ({reason}): the server may ask for a client's certificate, which tls= gives, or the "
+        "two know no common version"
+    )
 
 
 async def _fault_of_silence(address: Address) -> Exception:
     """Return the exception for a server that closed instead of answering a handshake: TLS that does not fit, or a server that starts."""
+    encrypted = address.url.startswith("wss:")
     try:
-        parts = urlsplit(address.url)
-        context = address.tls or ssl.create_default_context()
-        if parts.scheme == "ws":
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # only asked whether it speaks TLS; nothing is sent
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        port = parts.port or (80 if parts.scheme == "ws" else 443)
-        reader, writer = await asyncio.wait_for(asyncio.open_connection(parts.hostname, port, ssl=context), CLOSE_SECONDS)
-        try:
-            if parts.scheme == "ws":
-                return ServingError(f"{address.url} speaks TLS: write wss://")
-            if not await asyncio.wait_for(reader.read(1), CLOSE_SECONDS):  # asked nothing yet, a server waits; asyncio's tells no alert
-                return ServingError(
-                    f"{address.url} ends TLS at once: it asks for a client's certificate that it trusts; give tls= with one"
-                )
-        finally:
-            writer.transport.abort()
+        if not encrypted:
+            anyone = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # only asked whether it speaks TLS; nothing is sent
+            anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
+            await _first_bytes(address.url, anyone, None)
+            return ServingError(f"{address.url} speaks TLS: write wss://")
+        if await _first_bytes(address.url, address.tls or ssl.create_default_context()) == b"":  # asked nothing yet, a server waits
+            return ServingError(f"{address.url} ends TLS at once: it asks for a client's certificate that it trusts; give tls= with one")
     except ssl.SSLError as error:
-        if parts.scheme == "wss":
+        if encrypted:
             return _fault_of_tls(address.url, error)
     except (OSError, asyncio.TimeoutError):
         pass
+    with suppress(OSError, asyncio.TimeoutError):
+        if encrypted and (await _first_bytes(address.url, None, b"GET / HTTP/1.1\r\n\r\n")).startswith(b"HTTP/"):
+            return _fault_of_plain(address.url)
     return _TryAgainError("it closed the connection during the handshake")
+
+
+async def _first_bytes(url: str, context: ssl.SSLContext | None, request: bytes | None = b"") -> bytes:
+    """Return what a server says first, after a request; None reads nothing. Raises OSError, its kin of TLS, and TimeoutError."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "wss" else 80)
+    reader, writer = await asyncio.wait_for(asyncio.open_connection(parts.hostname, port, ssl=context), CLOSE_SECONDS)
+    try:
+        writer.write(request or b"")
+        return b"" if request is None else await asyncio.wait_for(reader.read(8), CLOSE_SECONDS)
+    finally:
+        writer.transport.abort()
+
+
+def _fault_of_plain(url: str) -> ServingError:
+    return ServingError(f"{url} speaks no TLS: write ws://, or start the server with a certificate")
 
 
 def _lost(error: ConnectionClosed) -> LostError:

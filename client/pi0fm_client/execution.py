@@ -32,12 +32,13 @@ from typing import Any, Literal, Protocol, final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pi0fm_client import wire
+from pi0fm_client import arguments, wire
 from pi0fm_client.errors import ConfigError, ServingError
 from pi0fm_client.safety import Limiter, Limits, ObservationCheck, Vector
 from pi0fm_client.types import ActionChunk
 
 HAND_OVERS = ("auto", "realtime", "ensemble", "switch")
+BEYOND_LIMITS = ("clamp", "refuse")
 DELAYS_KEPT, DELAY_PERCENTILE = 100, 95
 COMMANDS_KEPT = 256  # to report
 ENSEMBLE_DECAY = 0.01  # of a chunk's weight with each newer one, as in ACT
@@ -148,21 +149,31 @@ class Executor:
         submit: Callable[[Message], Reply] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        known, start = policy.metadata, np.array(initial_command, np.float64)
-        self._extensions = frozenset(known.get(wire.EXTENSIONS, ()))
-        _refuse_misfits(known, control_hz, start, execution_horizon, hand_over, beyond_limits)
+        known = _known(policy)
+        self._extensions = frozenset(known[wire.EXTENSIONS])
+        control_hz = arguments.number("control_hz", control_hz, "50", 0.0)
+        start = arguments.vector("initial_command", initial_command, known.get("robot_action_dim"))
+        if execution_horizon is not None:
+            execution_horizon = arguments.whole("execution_horizon", execution_horizon, 1, known.get("action_horizon", math.inf))
+        arguments.word("hand_over", hand_over, HAND_OVERS)
+        arguments.word("beyond_limits", beyond_limits, BEYOND_LIMITS)
+        if hand_over == "realtime" and wire.ACTION_PREFIX not in self._extensions:
+            raise ConfigError("this policy knows no real-time hand-over: type hand_over='ensemble' or 'switch', or serve it with one")
+        _warn_of_rate(known.get("fps"), control_hz)
         self._realtime = hand_over == "realtime" or (hand_over == "auto" and wire.ACTION_PREFIX in self._extensions)
         self._ensemble, self._refuse = hand_over == "ensemble", beyond_limits == "refuse"
         self._action_horizon = known.get("action_horizon")
         self._horizon = execution_horizon or known.get("execution_horizon")
-        self._dt, self._clock = 1.0 / control_hz, clock
+        self._dt, self._clock = 1.0 / control_hz, arguments.call("clock", clock)
         self._limiter = Limiter(Limits.read(limits, start.size).stricter(Limits.read(known.get("limits"), start.size)), start)
-        self._relative = list(relative_to_state)
+        self._relative = arguments.dimensions("relative_to_state", relative_to_state, min(start.size, known.get("state_dim", start.size)))
         self._check = ObservationCheck(known, cameras=cameras, mode=state_check)
         self._worker = None
-        if submit is None and inspect.iscoroutinefunction(policy.infer):
+        if submit is not None:
+            arguments.call("submit", submit)
+        elif inspect.iscoroutinefunction(policy.infer):
             submit = partial(_start_task, policy)
-        elif submit is None:
+        else:
             self._worker = _Worker(policy)
             submit = self._worker.submit
         self._submit = submit
@@ -379,25 +390,22 @@ def _start_task(policy: Infers, message: Message) -> Reply:
     return task
 
 
-def _refuse_misfits(
-    known: Mapping[str, Any], control_hz: float, start: Vector, execution_horizon: int | None, hand_over: str, beyond_limits: str
-) -> None:
-    """Raise ConfigError for options that do not fit together, or the policy; log a control rate that is not its own."""
-    if not (isinstance(control_hz, int | float) and 0 < control_hz < math.inf):
-        raise ConfigError(f"control_hz must be a number above 0, found {control_hz!r}: type 50")
-    width, horizon = known.get("robot_action_dim", start.size), known.get("action_horizon", math.inf)
-    if start.shape != (width,) or not np.isfinite(start).all():
-        raise ConfigError(f"initial_command must be {width} finite numbers, found {start.tolist()!r:.80}: give the robot's position")
-    if execution_horizon is not None and not 1 <= execution_horizon <= horizon:
-        raise ConfigError(f"execution_horizon must be in 1 .. action_horizon {horizon}, found {execution_horizon}")
-    if hand_over not in HAND_OVERS or beyond_limits not in ("clamp", "refuse"):
-        raise ConfigError(
-            f"hand_over is one of {', '.join(HAND_OVERS)}, beyond_limits clamp or refuse, found {hand_over!r}, {beyond_limits!r}"
-        )
-    if hand_over == "realtime" and wire.ACTION_PREFIX not in known.get(wire.EXTENSIONS, ()):
-        raise ConfigError("this policy knows no real-time hand-over: type hand_over='ensemble' or 'switch', or serve it with one")
-    fps = known.get("fps") or control_hz
-    if not 0.95 < control_hz / fps < 1.05:
+def _known(policy: Infers) -> dict[str, Any]:
+    """Return the policy's metadata, its extensions always among them. Raises ConfigError where it is none, or no policy."""
+    arguments.call("policy.infer", getattr(policy, "infer", None))
+    known = dict(arguments.mapping("policy.metadata", getattr(policy, "metadata", None)))
+    for name in ("action_horizon", "execution_horizon", "robot_action_dim", "state_dim"):
+        if known.get(name) is None:
+            known.pop(name, None)
+        else:
+            known[name] = arguments.whole(f"policy.metadata[{name!r}]", known[name], 1)
+    return known | {wire.EXTENSIONS: arguments.texts("policy.metadata['extensions']", known.get(wire.EXTENSIONS, ()))}
+
+
+def _warn_of_rate(fps: Any, control_hz: float) -> None:
+    """Log a control rate that is not the training's, where that is known."""
+    trained = arguments.number("policy.metadata['fps']", fps or control_hz, "50", 0.0)
+    if not 0.95 < control_hz / trained < 1.05:
         logger.warning(
-            "the policy was trained at %g control steps a second and is executed at %g: it will move at another speed", fps, control_hz
+            "the policy was trained at %g control steps a second and is executed at %g: it will move at another speed", trained, control_hz
         )

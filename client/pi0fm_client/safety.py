@@ -20,10 +20,12 @@ from typing import Any, Literal, final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pi0fm_client import arguments
 from pi0fm_client.errors import ConfigError, ObservationError
 
 Vector = NDArray[np.float64]
 CHECKS = ("refuse", "warn", "off")
+MARGIN = 0.5  # of the training's range of a state, by which it may be left
 logger = logging.getLogger(__name__)
 _UNITS = {"degrees for radians": np.pi / 180, "radians for degrees": 180 / np.pi, "mm for m": 1e-3, "m for mm": 1e3}
 
@@ -42,6 +44,22 @@ class Limits:
     acceleration: Vector
     increments: NDArray[np.bool_]
 
+    def __post_init__(self) -> None:
+        given = vars(self).values()
+        if not all(isinstance(each, np.ndarray) and each.dtype.kind in "fb" and each.shape == self.low.shape for each in given) or (
+            self.low.ndim != 1 or self.increments.dtype != np.bool_
+        ):
+            raise ConfigError("limits must be five arrays [A], increments of bool, the others of floats: see Limits.read")
+        for name, wrong, rule in (
+            ("low", ~(self.low <= self.high), "must not be above high"),
+            ("velocity", ~(self.velocity > 0), "must be above 0"),
+            ("acceleration", ~(self.acceleration > 0), "must be above 0"),
+            ("increments", self.increments & ((self.low > 0) | (self.high < 0)), "need low <= 0 <= high, or they cannot stand still"),
+        ):
+            if wrong.any():
+                found = np.asarray(getattr(self, name))[wrong].tolist()
+                raise ConfigError(f"{name} {rule}, found {str(found)[:60]}: see dimensions {np.flatnonzero(wrong).tolist()}")
+
     @classmethod
     def read(cls, source: Mapping[str, Any] | str | Path | None, action_dim: int, where: str = "limits") -> "Limits":
         """Return the limits in a map, or in a JSON file of one: a number, or a list with null for none, for each field that it names.
@@ -50,38 +68,31 @@ class Limits:
 
         increments is a list of dimensions. Raises ConfigError for anything else.
         """
-        tree = source or {}
+        action_dim, tree = arguments.whole("action_dim", action_dim, 1, 65_536), {} if source is None else source
         if isinstance(tree, str | Path):
-            where = str(tree)
+            where = " ".join(str(tree).split())[:200]
             try:
                 tree = json.loads(Path(tree).read_text())
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"{where} must be a JSON file of a robot's limits: {error}") from None
+            except (OSError, ValueError, RecursionError) as error:
+                told = getattr(error, "strerror", None) or arguments.shown(str(error))
+                raise ConfigError(f"{where} must be a JSON file of a robot's limits, found {told}: correct the path or the file") from None
         known = [field.name for field in fields(cls)]
         if not isinstance(tree, Mapping) or not set(tree) <= set(known):
-            raise ConfigError(f"{where} may hold {', '.join(known)}, found {str(sorted(tree))[:80]}: correct the names")
+            found = [str(name) for name in tree] if isinstance(tree, Mapping) else tree
+            raise ConfigError(f"{where} may hold {', '.join(known)}, found {arguments.shown(found)}: correct the names")
         increments = np.zeros(action_dim, np.bool_)
-        try:
-            increments[[int(dim) for dim in tree.get("increments", ())]] = True
-        except (TypeError, ValueError, IndexError):
-            raise ConfigError(f"{where}: increments must be dimensions below {action_dim}, found {tree['increments']!r:.80}") from None
+        increments[arguments.dimensions(f"{where}: increments", tree.get("increments", ()), action_dim)] = True
         none = {name: -np.inf if name == "low" else np.inf for name in known if name != "increments"}
         bounds = {name: _bound(tree.get(name), none[name], action_dim, f"{where}: {name}") for name in none}
-        found = cls(increments=increments, **bounds)
-        for name, wrong, rule in (
-            ("low", found.low > found.high, "must not be above high"),
-            ("velocity", found.velocity <= 0, "must be above 0"),
-            ("acceleration", found.acceleration <= 0, "must be above 0"),
-            ("increments", increments & ((found.low > 0) | (found.high < 0)), "need low <= 0 <= high, or they cannot stand still"),
-        ):
-            if wrong.any():
-                raise ConfigError(
-                    f"{where}: {name} {rule}, found {str(tree.get(name))[:60]}: see dimensions {np.flatnonzero(wrong).tolist()}"
-                )
-        return found
+        try:
+            return cls(increments=increments, **bounds)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
 
     def stricter(self, other: "Limits") -> "Limits":
         """Return the limits that satisfy both. Raises ConfigError where nothing does."""
+        if len(other.low) != len(self.low):
+            raise ConfigError(f"limits must be of as many dimensions as the robot's {len(self.low)}, found {len(other.low)}: correct them")
         low, high = np.maximum(self.low, other.low), np.minimum(self.high, other.high)
         if (low > high).any():
             raise ConfigError(f"the robot's limits and the policy's exclude each other in dimensions {np.flatnonzero(low > high).tolist()}")
@@ -137,8 +148,9 @@ def _brakes_within(distance: Vector, acceleration: Vector) -> Vector:
 class ObservationCheck:
     """Compares observations with what the policy was trained on, by its metadata: `cameras`, `state_key`, `state_range` (min, max).
 
-    cameras: names of those that must be there; None asks for all. mode: what becomes of a state that is outside the training's range by
-    more than `margin` of its width: refuse, warn (once for each kind of fault), or off.
+    cameras: names of those that must be there; None asks for all. Where the metadata has `keys`, the robot's own keys for columns
+    (`pi0fm serve --keys`), either may be sent. mode: what becomes of a state that is outside the training's range by
+    more than MARGIN of its width: refuse, warn (once for each kind of fault), or off.
     """
 
     def __init__(
@@ -147,50 +159,59 @@ class ObservationCheck:
         *,
         cameras: Sequence[str] | None = None,
         mode: Literal["refuse", "warn", "off"] = "refuse",
-        margin: float = 0.5,
     ) -> None:
-        known: Mapping[str, str] = metadata.get("cameras", {})
-        unknown = sorted(set(cameras or ()) - set(known))
-        if mode not in CHECKS or unknown:
-            raise ConfigError(
-                f"the policy has the cameras {sorted(known)}, found {unknown}: correct cameras="
-                if unknown
-                else f"a state check must be one of {', '.join(CHECKS)}, found {mode!r}"
-            )
-        self._keys = [_dotted(column) for name, column in known.items() if cameras is None or name in cameras]
-        self._state_key = _dotted(metadata.get("state_key", "observation/state"))
-        self._mode, self._warned = mode, set[str]()
-        bounds = None if mode == "off" else metadata.get("state_range")
-        self._range = [np.asarray(bounds[name], np.float64) for name in ("min", "max")] if isinstance(bounds, Mapping) else None
-        self._margin = margin
+        metadata = arguments.mapping("the policy's metadata", metadata)
+        known = arguments.mapping("the policy's cameras", metadata.get("cameras", {}))
+        unknown = sorted(set(arguments.texts("cameras", () if cameras is None else cameras)) - set(known))
+        if unknown:
+            raise ConfigError(f"the policy has the cameras {sorted(known)}, found {unknown}: correct cameras=")
+        self._mode, self._warned = arguments.word("a state check", mode, CHECKS), set[tuple[int, str]]()
+        self._keys = [_dotted(str(column)) for name, column in known.items() if cameras is None or name in cameras]
+        self._state_key = _dotted(str(metadata.get("state_key", "observation/state")))
+        own = arguments.mapping("the policy's keys", metadata.get("keys", {}))
+        self._columns = {_dotted(key): _dotted(str(column)) for key, column in own.items() if column is not None}
+        self._range: list[Vector] | None = None
+        if self._mode != "off" and (bounds := metadata.get("state_range")) is not None:
+            bounds = arguments.mapping("the policy's state_range", bounds)
+            low = arguments.vector("the policy's state_range min", bounds.get("min"))
+            self._range = [low, arguments.vector("the policy's state_range max", bounds.get("max"), low.size)]
 
     def __call__(self, observation: Mapping[str, Any]) -> Vector:
         """Return the state, [0] where there is none. Raises ObservationError for a missing camera, and for a state that is refused."""
         if not isinstance(observation, Mapping):
             raise ObservationError(f"an observation must be a flat map of keys, found {type(observation).__name__}: send {{'prompt': ...}}")
         given = {_dotted(str(key)): value for key, value in observation.items()}
-        missing = [key for key in self._keys if key not in given]
+        columns = {self._columns.get(key, key) for key in given}
+        missing = [key for key in self._keys if key not in columns]
         if missing:
             raise ObservationError(f"the policy needs the cameras {', '.join(self._keys)}, found no {missing[0]}: send it, or say cameras=")
-        try:
-            state = np.array(given.get(self._state_key, ()), np.float64)
-        except (TypeError, ValueError):
-            raise ObservationError(f"{self._state_key} must be numbers, found {str(given[self._state_key])[:40]!r}") from None
+        state = self._state(given)
         fault = self._state_fault(state)
         if fault is not None and self._mode == "refuse":
-            raise ObservationError(f'{fault}; or say state_check="warn"')
-        if fault is not None and fault[:60] not in self._warned:
-            self._warned.add(fault[:60])
-            logger.warning("%s", fault)
+            raise ObservationError(f'{fault[1]}; or say state_check="warn"')
+        if fault is not None and fault[0] not in self._warned:
+            self._warned.add(fault[0])
+            logger.warning("%s", fault[1])
         return state
 
-    def _state_fault(self, state: Vector) -> str | None:
+    def _state(self, given: Mapping[str, Any]) -> Vector:
+        """Return the state, joined from its parts in the order of the policy's `keys` where the robot sends parts."""
+        parts = [key for key, column in self._columns.items() if column == self._state_key and key in given] or [self._state_key]
+        try:
+            found = [np.array(given.get(key, ()), np.float64) for key in parts]
+            return found[0] if len(found) == 1 else np.concatenate([np.atleast_1d(part) for part in found])
+        except (TypeError, ValueError):
+            shown = arguments.shown([given.get(key) for key in parts])
+            raise ObservationError(f"{self._state_key} must be numbers, found {shown}: send one number for each joint") from None
+
+    def _state_fault(self, state: Vector) -> tuple[tuple[int, str], str] | None:
+        """Return what is wrong with a state, under the dimension and the unit that it is wrong in; None where it is within."""
         if self._range is None:
             return None
         low, high = self._range
         if state.shape != low.shape:
-            return f"{self._state_key} must have {len(low)} numbers, found {list(state.shape)}"
-        slack = self._margin * (high - low) + 0.01 * np.maximum(abs(low), abs(high)) + 1e-6
+            return (-1, ""), f"{self._state_key} must have {len(low)} numbers, found {list(state.shape)}"
+        slack = MARGIN * (high - low) + 0.01 * np.maximum(abs(low), abs(high)) + 1e-6
         outside = ~((low - slack <= state) & (state <= high + slack))
         if not outside.any():
             return None
@@ -200,7 +221,7 @@ class ObservationCheck:
             for name, factor in _UNITS.items()
             if ((low - slack <= state * factor) & (state * factor <= high + slack))[outside].all()
         ]
-        return (
+        return (dim, "".join(units[:1])), (
             f"{self._state_key}[{dim}] was {low[dim]:.4g} .. {high[dim]:.4g} in training, found {state[dim]:.4g} "
             f"({outside.sum()} of {len(state)} outside{units[0] if units else ''}): check its units and order"
         )

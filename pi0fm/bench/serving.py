@@ -115,7 +115,8 @@ def _batch_gain(path: Path, options: ServingOptions) -> float:
             policy.infer_batch([observation] * batch)
         return time.perf_counter() - began
 
-    ratios, until = [], time.perf_counter() + options.seconds
+    ratios: list[float] = []
+    until = time.perf_counter() + options.seconds
     while time.perf_counter() < until or len(ratios) < 3:
         ratios.append(seconds(1) / seconds(ROBOTS))
     return float(np.median(ratios[1:]))

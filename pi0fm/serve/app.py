@@ -3,7 +3,7 @@
 Owns: who may connect, health, the drain. Does not know: sockets and signals (server.py), one connection's frames (sessions.py), batches
 (batcher.py), what is served (served.py).
 
-    upgrade    401 for a wrong key, 403 for a web page, 503 before it is warm, when it is full, and while it drains
+    upgrade    401 for a wrong key, 403 for a web page, 404 at any path but /, 503 before it is warm, when full, and while it drains
     full       a connection that never asked makes room for a new one; else the new one is refused
     healthz    200, or 503 while it warms up, drains, or one inference takes longer than it may
     metrics    for whoever may connect
@@ -79,6 +79,7 @@ def create_app(
         Route("/metrics", service.show_metrics),
         Route("/swap", service.handle_swap, methods=["POST"]),
         Route("/", service.index),
+        WebSocketRoute("/{path:path}", service.refuse_path),
         *([] if service.live is None else service.live.routes()),
     ]
     app = Starlette(routes=routes, lifespan=lifespan)
@@ -228,11 +229,8 @@ class _Service:
             if len(body) > MAX_SWAP_BYTES:
                 return self._denied("observation", 413, f"a request to swap may have {MAX_SWAP_BYTES} bytes")
         try:
-            asked = json.loads(body or b"{}")
-            if body and not (isinstance(asked, dict) and asked.keys() == {"bundle"} and isinstance(asked["bundle"], str)):
-                raise ConfigError('a request to swap must be JSON {"bundle": PATH}, or empty for the bundle of the start')
-            await self.swap(asked.get("bundle"))
-        except (Pi0fmError, ValueError) as error:
+            await self.swap(_asked_bundle(body))
+        except Pi0fmError as error:
             return PlainTextResponse(f"{' '.join(str(error).split())[:1000]}\n", 400)
         except Exception:
             logger.exception("a swap failed")
@@ -244,10 +242,7 @@ class _Service:
         address = websocket.client.host if websocket.client else ""
         refused = self._refusal(websocket) or self._make_room(address)
         if refused is not None:
-            if "websocket.http.response" in websocket.scope.get("extensions", {}):
-                await websocket.send_denial_response(refused)
-            else:  # behind a proxy that knows no such answer, Ray Serve's
-                await websocket.close(sessions.CLOSE_TRY_AGAIN if refused.status_code == 503 else sessions.CLOSE_REFUSED)
+            await _deny(websocket, refused)
             return
         session = Session(websocket, address, lambda: self.serving.now, self._threads, self._options.idle_seconds, self._metrics)
         self._sessions.add(session)
@@ -260,6 +255,10 @@ class _Service:
             self._sessions.discard(session)
             if self.live is not None:
                 self.live.left(session)
+
+    async def refuse_path(self, websocket: WebSocket) -> None:
+        """Tell a client that asks for the policy at another path."""
+        await _deny(websocket, self._denied("path", 404, "the policy is served at /"))
 
     def fault(self) -> str | None:
         """Return why no robot can be served."""
@@ -304,6 +303,32 @@ class _Service:
     def _denied(self, why: str, status: int, line: str) -> Response:
         self._metrics.refused.labels(why).inc()
         return PlainTextResponse(f"{line}\n", status)
+
+
+async def _deny(websocket: WebSocket, refused: Response) -> None:
+    """Answer an upgrade with a refusal."""
+    if "websocket.http.response" in websocket.scope.get("extensions", {}):
+        await websocket.send_denial_response(refused)
+    else:  # behind a proxy that knows no such answer, Ray Serve's
+        await websocket.close(sessions.CLOSE_TRY_AGAIN if refused.status_code == 503 else sessions.CLOSE_REFUSED)
+
+
+def _asked_bundle(body: bytes) -> str | None:
+    """Return the bundle that a request to swap names, None for the one of the start. Raises ConfigError."""
+    if not body:
+        return None
+    rule = 'a request to swap must be JSON {"bundle": PATH}, or empty for the bundle of the start'
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ConfigError(f"{rule}, found no JSON: correct the body") from None
+    if not isinstance(asked, dict) or asked.keys() != {"bundle"}:
+        found = f"the keys {str(sorted(asked))[:80]}" if isinstance(asked, dict) else f"a {type(asked).__name__}"
+        raise ConfigError(f"{rule}, found {found}: send the one key bundle")
+    bundle = asked["bundle"]
+    if not isinstance(bundle, str) or not bundle or "\0" in bundle:
+        raise ConfigError(f"{rule}, found {str(bundle)[:80]!r} as the path: name the folder of a bundle")
+    return bundle
 
 
 def _knows(headers: Mapping[str, str], tokens: Sequence[str]) -> bool:

@@ -19,7 +19,7 @@ class Metrics:
 
     stage: `read` in the door, `wait` in the queue, `infer` of a batch, `total` from a frame's arrival to its reply.
     robots: by the names of pi0fm_client.wire.COUNTS, as the executors report them.
-    refused: by why: key, origin, full, unavailable, observation, deadline, newer, busy, stuck, stopping, internal.
+    refused: by why: key, origin, path, full, unavailable, observation, deadline, newer, busy, stuck, stopping, internal.
     """
 
     def __init__(self) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pi0fm_client import Executor, PolicyClient, wire
 from pi0fm_client.errors import ConfigError, ObservationError, ServingError
+from pi0fm_client.execution import EARLIEST
 from pi0fm_client.types import ActionChunk
 
 DT = 0.02
@@ -178,7 +179,7 @@ def test_no_fault_executes_an_expired_action_or_leaves_the_limits(
 
     def wild(message: Mapping[str, Any], step: int) -> np.ndarray:
         rows = random.normal(size=(HORIZON, 3)) * random.choice([0.01, 1.0, 1e6])
-        rows[:, 0] = step + np.arange(HORIZON)
+        rows[:, 0] = (link.now - link.start) / DT + np.arange(HORIZON)
         return rows
 
     link = Link(wild, delays)
@@ -195,7 +196,8 @@ def test_no_fault_executes_an_expired_action_or_leaves_the_limits(
         if command.step > last:
             told.append(action)
             if not command.held:
-                assert abs(action[0] - command.step) < 1e-9  # the mean of two equal rows is one to rounding
+                # an observation is taken 0.75 steps before its step begins at the earliest, 0.5 after it at the latest
+                assert -EARLIEST - 1e-9 <= action[0] - command.step <= 0.5 + 1e-9
         last = command.step
         link.tick(tick * DT)
     told_array = np.array(told)
@@ -326,8 +328,8 @@ def test_a_refused_observation_is_not_sent_and_the_loop_can_go_on() -> None:
         ({"control_hz": "50"}, "control_hz must be a number above 0"),
         ({"initial_command": [0.0, np.nan]}, "initial_command must be 2 finite numbers"),
         ({"initial_command": [0.0]}, "initial_command must be 2 finite numbers"),
-        ({"execution_horizon": 17}, r"execution_horizon must be in 1 \.\. action_horizon 16"),
-        ({"hand_over": "jump"}, "hand_over is one of auto, realtime, ensemble, switch"),
+        ({"execution_horizon": 17}, r"execution_horizon must be a whole number in 1 \.\. 16"),
+        ({"hand_over": "jump"}, "hand_over must be one of auto, realtime, ensemble, switch"),
         ({"hand_over": "realtime"}, "knows no real-time hand-over"),
         ({"limits": {"low": 1, "high": 0}}, "low must not be above high"),
     ],

@@ -16,7 +16,7 @@ from scripted_server import websocket_server
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection
 
-from pi0fm_client import PolicyClient, RemotePolicy, wire
+from pi0fm_client import PolicyClient, RemotePolicy, connection, wire
 from pi0fm_client.errors import ObservationError, ServingError
 from pi0fm_client.types import ActionChunk, Observation
 
@@ -178,7 +178,7 @@ def test_a_web_server_is_no_policy_server() -> None:
 
     with http.server.HTTPServer(("127.0.0.1", 0), Quiet) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        with pytest.raises(ServingError, match="is no policy server: it answers a WebSocket handshake with HTTP 404"):
+        with pytest.raises(ServingError, match=r"takes no WebSocket there \(HTTP 404\): check host and port"):
             PolicyClient(f"ws://127.0.0.1:{server.server_address[1]}")
         server.shutdown()
 
@@ -206,10 +206,32 @@ def test_what_is_no_address_is_refused_at_once(url: str) -> None:
 
 def test_a_wrong_token_is_refused_at_once(start_server: Any) -> None:
     server = start_server(token="s3cret")
-    with pytest.raises(ServingError, match=r"refused the token \(HTTP 401\)"):
+    with pytest.raises(ServingError, match=r"refused the token \(HTTP 401: send the header"):
         PolicyClient(server.url, token="other")
     with PolicyClient(server.url, token="s3cret") as client:
         assert client.infer(message()).actions.shape == (4, 3)
+
+
+def test_another_path_is_no_wrong_token(start_server: Any) -> None:
+    server = start_server(token="s3cret")
+    with pytest.raises(ServingError, match=r"HTTP 404: the policy is served at /\): pi0fm and openpi serve at /, leave /infer out"):
+        PolicyClient(server.url + "/infer", token="s3cret")
+
+
+def test_a_client_that_waits_says_so_and_for_how_long(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(connection, "TOLD_SECONDS", 0.1)
+    port = free_port()
+    with pytest.raises(ServingError, match=r"no policy server at .* in 0\.5 s \(Connection refused\)"):
+        PolicyClient(f"ws://127.0.0.1:{port}", connect_timeout_seconds=0.5)
+    assert caplog.messages == [f"no answer from ws://127.0.0.1:{port} yet (Connection refused): trying for 0.5 s"]
+
+
+def test_wss_to_a_plain_websocket_server_is_told_at_once() -> None:
+    with websocket_server(lambda robot: None) as url:
+        began = time.monotonic()
+        with pytest.raises(ServingError, match="speaks no TLS: write ws://"):
+            PolicyClient(url.replace("ws://", "wss://"))
+        assert time.monotonic() - began < 10
 
 
 def test_an_observation_beyond_the_servers_limit_is_not_sent(start_server: Any) -> None:

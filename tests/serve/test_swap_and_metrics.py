@@ -1,6 +1,7 @@
 """Another bundle in the place of the served one, and what a server counts."""
 
 import json
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -73,8 +74,19 @@ def test_only_the_administrators_key_swaps(start_server: Any) -> None:
     for key in (None, "robot", "wrong"):
         assert ask(server.url, "/swap", key, b"")[0] == 401
     assert ask(server.url, "/swap", "adm1n", b"x" * 5000)[0] == 413
-    for body in (b"[1]", b"{}", b'{"bundel": "/new"}', b'{"bundle": "/new", "x": 1}', b'{"bundle": null}'):
-        assert ask(server.url, "/swap", "adm1n", body)[0] == 400, "an administrator believes that the new one is served"
+    for body, found in (
+        (b"[1]", "a list"),
+        (b"{}", r"the keys \[\]"),
+        (b'{"bundel": "/new"}', r"the keys \['bundel'\]"),
+        (b'{"bundle": "/new", "x": 1}', r"the keys \['bundle', 'x'\]"),
+        (b'{"bundle": null}', "'None' as the path"),
+        (b'{"bundle": "a\\u0000b"}', r"'a.x00b' as the path"),
+        (b"[" * 4000, "no JSON"),
+        (b"\xff", "no JSON"),
+    ):
+        status, text = ask(server.url, "/swap", "adm1n", body)
+        assert status == 400, "an administrator believes that the new one is served"
+        assert re.search(rf'must be JSON {{"bundle": PATH}}.* found {found}', text), text
     assert ask(start_server().url, "/swap", "adm1n", b"")[0] == 401, "without a key of its own nobody swaps"
 
 

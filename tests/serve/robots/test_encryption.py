@@ -121,7 +121,7 @@ def test_a_client_whose_tls_does_not_fit_says_so_at_once(start_server: Any, pair
     lines: list[tuple[str, ssl.SSLContext | None, str]] = [
         (plain.url.replace("ws://", "wss://"), None, "speaks no TLS: write ws://"),
         (tls.url.replace("wss://", "ws://"), None, "speaks TLS: write wss://"),
-        (tls.url, None, "not trusted here .self-signed certificate.: check SSL_CERT_FILE, or give tls="),
+        (tls.url, None, r"not trusted here \(self-signed certificate\): put the file of its authority in \$SSL_CERT_FILE"),
         (asks.url, own, "asks for a client's certificate"),
     ]
     for url, context, line in lines:
@@ -135,3 +135,16 @@ def test_a_client_whose_tls_does_not_fit_says_so_at_once(start_server: Any, pair
         assert policy.infer(observation).actions.shape == (4, 3)
     with pytest.raises(ConfigError, match="tls= is for a wss:// address"):
         PolicyClient(plain.url, tls=own)
+
+
+def test_the_name_in_a_certificate_and_the_file_of_authorities_are_told(
+    start_server: Any, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = start_server(certificates=Certificates(*pair)).url
+    with pytest.raises(ServingError, match="has a certificate for another name than localhost"):
+        PolicyClient(url.replace("127.0.0.1", "localhost"), tls=trusting(pair[0]))
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/ca.pem")
+    with pytest.raises(ServingError, match=r"\$SSL_CERT_FILE must name the PEM file .*, found no file /nowhere/ca\.pem"):
+        PolicyClient(url)
+    monkeypatch.setenv("SSL_CERT_FILE", str(pair[0]))
+    PolicyClient(url).close()
