@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pi0fm.data.columns.lerobot_source import DatasetConfig
+from pi0fm.data.config import DatasetConfig
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.saved import bundle

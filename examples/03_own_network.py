@@ -8,7 +8,8 @@ import sys
 import torch
 from torch import nn
 
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
 torch.manual_seed(0)

@@ -14,9 +14,10 @@ import pi0fm
 from pi0fm.data.chain import Sample
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats, column_stats
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
+from pi0fm.models.config import preset
 from pi0fm.models.pi0 import Pi0
-from pi0fm.models.presets import preset
 from pi0fm.policy.saved import bundle
 from pi0fm.policy.saved.bundle import PolicyConfig
 

@@ -66,7 +66,15 @@ def find_file(name: str) -> Path:
 
 def read_files(names: Sequence[str]) -> Tree:
     """Merge a row of files in order, and their options `with` other files of the row. Raises ConfigError."""
-    paths, tree = [find_file(name) for name in names], Tree()
+    tree = Tree()
+    for part in _parts(names):
+        tree = merge(tree, part)
+    return tree
+
+
+def _parts(names: Sequence[str]) -> list[Tree]:
+    """Return the options of a row of files, part by part: of each file its own, then those `with` other files of the row."""
+    paths, parts = [find_file(name) for name in names], list[Tree]()
     row = {path.stem for path in paths}
     for path in paths:
         own = read_yaml(path)
@@ -78,9 +86,8 @@ def read_files(names: Sequence[str]) -> Tree:
             raise ConfigError(
                 f"{path} has options {WITH} {unknown[0]!r}, but no file has that name: {nearest(unknown[0], list(shipped()))}"
             )
-        for part in (own, *(options for name, options in beside.items() if name in row)):
-            tree = merge(tree, part)
-    return tree
+        parts += [own, *(dict(options) for name, options in beside.items() if name in row)]
+    return parts
 
 
 class _OnceLoader(yaml.SafeLoader):
@@ -130,50 +137,59 @@ def parse[T](
     """
     count = next((index for index, word in enumerate(arguments) if word.startswith("--")), len(arguments))
     first, remaining = arguments[:count], arguments[count:]
-    tree = dict(base or {})
+    parts = [dict(base or {})]
     if positional is None:
-        tree = merge(tree, read_files(first))
-        if named_by_row and len(first) > 1:
-            tree.setdefault(named_by_row, f"outputs/{'_'.join(Path(name).stem for name in first)}")
+        parts += _parts(first)
     elif first:
-        tree, rest = merge(tree, {positional: first[0]}), first[1:]
+        parts, rest = [*parts, {positional: first[0]}], first[1:]
         if others and rest:
-            tree, rest = merge(tree, {others: list(rest)}), []
+            parts, rest = [*parts, {others: list(rest)}], []
         remaining = [*rest, *remaining]
     where = "configuration files stand first" if positional is None else f"one {positional} may stand first"
     words = aliases or {}
     ours = {name: word if isinstance(word, str) else "" for name, word in words.items()}
     pairs = [(name, text if _is_text(cls, ours.get(name, name).split(".")) else _typed(text)) for name, text in _pairs(remaining, where)]
-    given = flat(tree) | dict(pairs)
-    tree = _translated(tree, words, given)
-    for name, value in pairs:
-        tree = merge(tree, _in_our_words(name, value, words, given))
+    given: Tree = {}
+    for part in parts:
+        given |= flat(part)
+    given |= dict(pairs)
+    tree = Tree()
+    for together in (*(_named(part, words) for part in parts), pairs):
+        tree = merge(tree, _in_our_words(together, words, given))
+    if positional is None and named_by_row and len(first) > 1:
+        tree.setdefault(named_by_row, f"outputs/{'_'.join(Path(name).stem for name in first)}")
     return decode(cls, tree if defaults is None else merge(defaults(tree), tree))
 
 
-def _translated(tree: Tree, aliases: Mapping[str, str | Foreign], given: Tree, prefix: str = "") -> Tree:
-    """Return a file's options with those of `aliases` in our words."""
-    found: Tree = {}
+def _named(tree: Tree, aliases: Mapping[str, str | Foreign], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return a file's options by dotted names, down to values and to what `aliases` know."""
+    found: list[tuple[str, Any]] = []
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if name not in aliases and isinstance(value, dict) and value:
-            found = merge(found, _translated(value, aliases, given, f"{name}."))
-        else:
-            found = merge(found, _in_our_words(name, value, aliases, given))
+        inside = name not in aliases and isinstance(value, dict) and value
+        found += _named(value, aliases, f"{name}.") if inside else [(name, value)]
     return found
 
 
-def _in_our_words(name: str, value: Any, aliases: Mapping[str, str | Foreign], given: Tree) -> Tree:
-    """Return the tree of one option. Raises ConfigError for one that has no counterpart."""
-    parts = name.split(".")
-    groups = (aliases.get(".".join(parts[:end])) for end in range(len(parts), 0, -1))
-    word = aliases.get(name) or next((group for group in groups if group is not None and not isinstance(group, str)), name)
-    pairs = {word: value} if isinstance(word, str) else word.options(name, value, given)
-    tree: Tree = {}
-    for dotted, each in pairs.items():
-        for part in reversed(dotted.split(".")):
-            each = {part: each}
-        tree = merge(tree, each)
+def _in_our_words(given: Sequence[tuple[str, Any]], aliases: Mapping[str, str | Foreign], everything: Tree) -> Tree:
+    """Return the tree of options that stand together, of one file or of the command line; of a word given twice the last counts.
+
+    Raises ConfigError for one that has no counterpart, and for two words that say one option differently.
+    """
+    tree, said = Tree(), dict[str, tuple[str, Any]]()
+    for name, value in given:
+        parts = name.split(".")
+        groups = (aliases.get(".".join(parts[:end])) for end in range(len(parts), 0, -1))
+        word = aliases.get(name) or next((group for group in groups if group is not None and not isinstance(group, str)), name)
+        pairs = {word: value} if isinstance(word, str) else word.options(name, value, everything)
+        for dotted, each in pairs.items():
+            other, before = said.setdefault(dotted, (name, each))
+            if other != name and before != each:
+                raise ConfigError(f"--{other} and --{name} both say {dotted}, found {before!r} and {each!r}; leave one of them out")
+            said[dotted] = (name, each)
+            for part in reversed(dotted.split(".")):
+                each = {part: each}
+            tree = merge(tree, each)
     return tree
 
 

@@ -14,10 +14,10 @@ import torch
 
 from pi0fm.bench.harness.cases import random_network, random_observations, random_policy
 from pi0fm.bench.harness.measure import BenchReport, PairedOptions, check_least, check_words, paired_ratio
+from pi0fm.flow.config import FIXED_GRID_SOLVERS, FlowConfig
 from pi0fm.flow.density import push_backward, push_forward
-from pi0fm.flow.matching import FlowConfig
-from pi0fm.flow.solver import FIXED_GRID_SOLVERS, num_evaluations
-from pi0fm.models.presets import preset
+from pi0fm.flow.solver import num_evaluations
+from pi0fm.models.config import preset
 from pi0fm.options import option
 from pi0fm.policy.sampling import noise
 from pi0fm.policy.sampling.scores import ScoreOptions

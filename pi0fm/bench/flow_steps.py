@@ -30,12 +30,14 @@ from torch import Tensor
 from pi0fm import files, progress
 from pi0fm.bench.harness.measure import BenchReport, check_least
 from pi0fm.data.chain import Chain, Sample
-from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.columns.lerobot_source import open_source
+from pi0fm.data.config import DatasetConfig
 from pi0fm.data.order.counter import draw
 from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.eval.rollouts.episode import noise_seed
+from pi0fm.flow.config import FIXED_GRID_SOLVERS
 from pi0fm.flow.matching import FlowMatching
-from pi0fm.flow.solver import FIXED_GRID_SOLVERS, Counted, Velocity, num_evaluations
+from pi0fm.flow.solver import Counted, Velocity, num_evaluations
 from pi0fm.options import option, required
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.saved import bundle

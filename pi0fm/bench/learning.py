@@ -42,8 +42,9 @@ from pi0fm import progress
 from pi0fm.bench.harness.cases import FLOW_STEPS
 from pi0fm.bench.harness.measure import BenchReport, check_least, seconds_of
 from pi0fm.bench.harness.steps import Trainer, their_step
-from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, open_source
+from pi0fm.data.columns.lerobot_source import LeRobotSource, open_source
 from pi0fm.data.columns.norm_stats import NormStats
+from pi0fm.data.config import DatasetConfig
 from pi0fm.data.loading.loader import Collator, action_chunks
 from pi0fm.data.order.counter import slots
 from pi0fm.data.order.split import split

@@ -45,9 +45,10 @@ from pi0fm import progress
 from pi0fm.bench.harness.measure import BenchReport, PairedOptions, PairedRatio, check_least, paired_ratio, ratio_of, seconds_of
 from pi0fm.data.chain import make_chain
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, open_source
+from pi0fm.data.columns.lerobot_source import LeRobotSource, open_source
 from pi0fm.data.columns.norm_stats import compute_norm_stats
-from pi0fm.data.loading.loader import Collator, LoaderConfig, micro_batches
+from pi0fm.data.config import DatasetConfig, LoaderConfig
+from pi0fm.data.loading.loader import Collator, micro_batches
 from pi0fm.data.pictures.decoding import cores
 from pi0fm.data.pictures.frame_cache import FrameCache, open_cache
 from pi0fm.data.pictures.source import Pictures

@@ -33,19 +33,18 @@ from pi0fm import progress
 from pi0fm.bench.harness.cases import Case, make_batch
 from pi0fm.bench.harness.measure import BenchReport, check_least
 from pi0fm.bench.harness.steps import StepClock, Trainer
-from pi0fm.models.presets import TINY
+from pi0fm.models.config import TINY
 from pi0fm.options import option
 from pi0fm.processes import end_with_parent
+from pi0fm.train.components import FULL, GRADIENTS, NONE, Adaptation, ParallelConfig
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.allocator import keep_freed_memory
 from pi0fm.train.parallel.context import Context
-from pi0fm.train.parallel.sharding import FULL, GRADIENTS, NONE, ParallelConfig
 from pi0fm.train.plan.flops import training_work
 from pi0fm.train.plan.memory import count_of
 from pi0fm.train.plan.network import Network
 from pi0fm.train.plan.planner import UPDATE_BYTES, Card, plan
-from pi0fm.train.start.adaptation import Adaptation
 from pi0fm.train.state import StateConfig, TrainState
 from pi0fm_client.errors import ConfigError
 

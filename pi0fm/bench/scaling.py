@@ -166,9 +166,10 @@ def _held_bytes(rank: int, workers: int, folder: str) -> int:
     import torch
 
     from pi0fm.bench.harness.steps import Trainer
+    from pi0fm.train.components import FULL, NONE, ParallelConfig
     from pi0fm.train.parallel.accelerate import Parallel
     from pi0fm.train.parallel.context import Context
-    from pi0fm.train.parallel.sharding import FULL, NONE, ParallelConfig, local
+    from pi0fm.train.parallel.sharding import local
     from pi0fm.train.state import StateConfig, TrainState
 
     torch.set_num_threads(1)

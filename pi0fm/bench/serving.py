@@ -38,8 +38,8 @@ from websockets.sync.client import connect
 from pi0fm.bench import soak
 from pi0fm.bench.harness.cases import CAMERAS, random_network, random_robot
 from pi0fm.bench.harness.measure import BenchReport, check_least
-from pi0fm.flow.matching import FlowConfig
-from pi0fm.models.presets import preset
+from pi0fm.flow.config import FlowConfig
+from pi0fm.models.config import preset
 from pi0fm.options import option
 from pi0fm.policy.saved import bundle
 from pi0fm.processes import end_with_parent

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pi0fm import files, machine, options, pages, progress
-from pi0fm.flow.matching import FlowConfig
+from pi0fm.flow.config import FlowConfig
 from pi0fm.flow.solver import check_solver
 from pi0fm.options import nearest, option
 from pi0fm.toy import methods

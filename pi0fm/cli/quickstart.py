@@ -25,7 +25,8 @@ from pi0fm.cli.judging import eval as eval_command
 from pi0fm.cluster.evaluation import evaluate_on_cluster
 from pi0fm.cluster.recording import record_demonstrations
 from pi0fm.cluster.runtime import ray_session
-from pi0fm.cluster.training import TrainingRun, run_training
+from pi0fm.cluster.training import run_training
+from pi0fm.cluster.training_run import TrainingRun
 from pi0fm.demos.config import DatasetName, DemosConfig
 from pi0fm.eval.config import EvalConfig
 from pi0fm.eval.evaluate import Evaluation

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from pi0fm.cluster.nodes.preflight import last_line, nodes_with, on_each_node
 from pi0fm.cluster.runtime import ray_session
 from pi0fm.data.columns.lerobot_source import open_source
-from pi0fm.data.loading.mixture import MixtureEntry
+from pi0fm.data.config import MixtureEntry
 from pi0fm.data.pictures.frame_cache import cache_bytes, open_cache
 from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
 from pi0fm.train.checkpoint.facts import columns_digest

@@ -39,7 +39,7 @@ from pi0fm import files, options, progress
 from pi0fm.cluster.nodes.local_nodes import LocalNodes
 from pi0fm.cluster.nodes.preflight import on_each_node
 from pi0fm.cluster.runtime import ray_session
-from pi0fm.cluster.training import TrainingRun
+from pi0fm.cluster.training_run import TrainingRun
 from pi0fm.options import option
 from pi0fm.train.start.output import RAY_FOLDER
 from pi0fm_client.errors import ClusterError, ConfigError

@@ -28,6 +28,7 @@ SMALLEST_OBJECT_STORE_BYTES = 80 * 2**20  # Ray refuses less than 75 MiB
 # For `.options(runtime_env=ONE_THREAD)`: a worker that simulates or loads must not start one thread a core, where others run too.
 ONE_THREAD: Mapping[str, Any] = {"env_vars": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}}
 
+START_ONE = "start one with `ray start --head`, or leave the address out"
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
 
 
@@ -202,26 +203,45 @@ def _forget_token(given: Mapping[str, str | None]) -> None:
 def _join(address: str, ship_code: bool) -> None:
     import ray
 
-    advice = "start one with `ray start --head`, or leave the address out"
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if address != "auto":
-        # Ray itself waits ten minutes for a host that is not there, and asks this machine's own address instead of the loopback
-        asked = ray.util.get_node_ip_address() if host in ("localhost", "127.0.0.1") and not address.startswith("ray:") else host
-        try:
-            socket.create_connection((asked, int(port)), timeout=5).close()
-        except (OSError, ValueError, OverflowError) as error:
-            why = f"{asked}: {error}" if asked != host else error
-            raise ConfigError(f"no Ray cluster answers at {address!r} ({why}); {advice}") from None
+    refuse_silent(address)
     try:
         ray.init(address, **_QUIET, **({"runtime_env": {"py_modules": _own_code()}} if ship_code else {}))
     except ConnectionError as error:
         reason = str(error).splitlines()[0]
         if address == "auto":
-            raise ConfigError(f"no Ray cluster answers at {address!r} ({reason}); {advice}") from None
+            raise ConfigError(f"no Ray cluster answers at {address!r} ({reason}); {START_ONE}") from None
         raise ConfigError(
             f"{address!r} answers, but lets nobody join from here ({reason}); where its token is another (Ray says InvalidAuthToken), copy "
             "what `ray get-auth-token` prints there into RAY_AUTH_TOKEN here, with RAY_AUTH_MODE=token"
         ) from None
+
+
+def refuse_silent(address: str | None) -> None:
+    """Raise ConfigError where nothing listens at the address of a cluster, within seconds: Ray itself waits for ten minutes.
+
+    address: as `ray_session` takes it; `auto` and `local` are left to Ray, which is not imported.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    # Ray asks this machine's own address instead of the loopback
+    asked = _own_address() if host in ("localhost", "127.0.0.1") and not address.startswith("ray:") else host
+    try:
+        socket.create_connection((asked, int(port)), timeout=5).close()
+    except (OSError, ValueError, OverflowError) as error:
+        why = f"{asked}: {error}" if asked != host else error
+        raise ConfigError(f"no Ray cluster answers at {address!r} ({why}); {START_ONE}") from None
+
+
+def _own_address() -> str:
+    """This machine's address on its network, found as Ray finds it: nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("8.8.8.8", 80))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
 
 
 def _own_code() -> list[str]:

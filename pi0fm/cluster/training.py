@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,10 @@ from pi0fm.cluster import said
 from pi0fm.cluster.caching import cache_everywhere
 from pi0fm.cluster.nodes.preflight import nodes_with, refuse_nodes
 from pi0fm.cluster.runtime import Head, ray_session, refuse_ended, require_resources, started_here
-from pi0fm.data.columns.lerobot_source import DatasetConfig, refuse_missing
+from pi0fm.cluster.training_run import TrainingRun, refuse_at_once
+from pi0fm.data.config import DatasetConfig
 from pi0fm.data.pictures.resizing import ANTIALIAS
-from pi0fm.options import option
 from pi0fm.processes import end_with_parent
-from pi0fm.train.config import TrainConfig
 from pi0fm.train.loop import TrainResult, train
 from pi0fm.train.parallel.context import Context, context_from_environment, restarts
 from pi0fm.train.start.output import RAY_FOLDER, claimed
@@ -41,61 +40,9 @@ from pi0fm_client.errors import ClusterError, ConfigError
 SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_LOOKS_FOR_ROOM = 0.2, 5.0  # at signals and Ray's own processes; at the nodes that there are
 
 
-@dataclass(frozen=True)
-class TrainingRun(TrainConfig):
-    """A run and where it runs."""
-
-    num_workers: int | str = option(
-        0, "0 trains in the calling process, and under torchrun in each of its; else Ray workers, or 2..8: as many as there is room for"
-    )
-    gpus_per_worker: float | None = option(None, "GPUs of each Ray worker; empty takes 1 where the cluster has GPUs")
-    cpus_per_worker: int | None = option(None, "CPUs of each Ray worker; empty shares out the machine, or takes 1 on a larger cluster")
-    max_failures: int = option(3, "how often Ray restarts the workers from the newest checkpoint without a step in between")
-    ray_address: str | None = option(None, "address of a running Ray cluster; without it one is started here")
-    ship_code: bool = option(False, "send this pi0fm to the nodes of that cluster, instead of asking for the same one there")
-    resize_seconds: float = option(60.0, "with num_workers 2..8, seconds between two looks for room for more workers")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        fewest, most = self.workers
-        if fewest < 0 or self.max_failures < 0:
-            raise ConfigError(f"num_workers and max_failures must be >= 0, found {self.num_workers} and {self.max_failures}")
-        if fewest > most or (fewest < most and not fewest):
-            raise ConfigError(f"num_workers must be a number, or FEWEST..MOST with 1 or more, found {self.num_workers!r}; type 2..8")
-        if self.resize_seconds <= 0:
-            raise ConfigError(f"resize_seconds must be above 0, found {self.resize_seconds:g}; leave it out for 60")
-        if self.ship_code and self.ray_address is None:
-            raise ConfigError("ship_code is for the nodes of a running cluster, found no ray_address; add it, or leave ship_code out")
-        if self.ray_address is not None and not most:
-            raise ConfigError(f"ray_address is for Ray workers, found num_workers 0; type --num_workers 2 --ray_address {self.ray_address}")
-        if self.cpus_per_worker is not None and self.cpus_per_worker < 1:
-            raise ConfigError(f"cpus_per_worker must be >= 1, found {self.cpus_per_worker}")
-        if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
-            raise ConfigError(f"gpus_per_worker must be >= 0, found {self.gpus_per_worker}")
-        for count in range(fewest, most + 1) if most else ():
-            self.micro_steps(count)
-            self.parallel.refuse_for(count)
-
-    @property
-    def workers(self) -> tuple[int, int]:
-        """The fewest and the most; two equal numbers where the cluster does not decide. Raises ConfigError for what is neither."""
-        fewest, dots, most = str(self.num_workers).partition("..")
-        try:
-            return int(fewest), int(most if dots else fewest)
-        except ValueError:
-            raise ConfigError(f"num_workers must be a number, or FEWEST..MOST, found {self.num_workers!r}; type 2 or 2..8") from None
-
-
 def run_training(run: TrainingRun) -> TrainResult:
     """Claim the output folder, train where `run` says, and return what was reached."""
-    for entry in run.entries().values():
-        refuse_missing(entry.dataset)  # before Ray takes its seconds to start
-    each, cores = run.cpus_per_worker or 1, os.cpu_count() or 1
-    if run.ray_address is None and run.workers[0] * each > cores:
-        raise ConfigError(
-            f"num_workers are Ray workers that train, here with {each} of {cores} cores each, found {run.num_workers}; type --num_workers "
-            f"{cores // each}, or leave it out: one process trains, and its threads load data (LeRobot's num_workers has no counterpart)"
-        )
+    refuse_at_once(run)
 
     def ended() -> str:
         return _unfinished(run)

@@ -25,7 +25,7 @@ from pi0fm.convert.openpi import read_openpi, write_openpi
 from pi0fm.convert.orbax import is_orbax, open_orbax
 from pi0fm.convert.read import open_safetensors, with_one_embedding
 from pi0fm.convert.shapes import Part, misfit, network_config, parts, tell_sizes
-from pi0fm.models.pi0 import Pi0Config
+from pi0fm.models.config import Pi0Config
 from pi0fm.policy.saved import bundle
 from pi0fm.policy.saved.manifest import MANIFEST, WEIGHTS, identity
 from pi0fm.policy.saved.weights import Put, Weights, common_dtype, network_shapes, refuse_misfit

@@ -18,7 +18,7 @@ from pi0fm.convert.names import EMBEDDING, LM_HEAD, Kind
 from pi0fm.convert.shapes import FIELDS, parts, sizes_of, unread_shapes
 from pi0fm.data.pictures.resizing import Resize
 from pi0fm.data.prompt import LEROBOT, OPENPI, STATELESS
-from pi0fm.models.pi0 import Pi0Config
+from pi0fm.models.config import Pi0Config
 from pi0fm.policy.saved.bundle import PolicyConfig
 from pi0fm.policy.saved.weights import Weights, common_dtype, tensor_file
 from pi0fm.progress import say, step

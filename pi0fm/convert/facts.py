@@ -14,8 +14,8 @@ from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
 from pi0fm.data.prompt import BYTES, DIALECTS, OPENPI, refuse_dialect
-from pi0fm.flow.matching import FlowConfig
-from pi0fm.models.pi0 import Pi0Config
+from pi0fm.flow.config import FlowConfig
+from pi0fm.models.config import Pi0Config
 from pi0fm.options import option, required
 from pi0fm.policy.saved.bundle import PolicyConfig
 from pi0fm.policy.saved.manifest import read_json

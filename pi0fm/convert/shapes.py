@@ -17,9 +17,7 @@ from operator import attrgetter
 from torch import Tensor
 
 from pi0fm.convert.names import Kind, Layout, Row, dead_rows, table, unread
-from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
-from pi0fm.models.pi0 import Pi0Config
-from pi0fm.models.vision import VisionConfig
+from pi0fm.models.config import DecoderConfig, Pi0Config, StreamConfig, VisionConfig
 from pi0fm.policy.saved import weights
 from pi0fm_client.errors import BundleError
 

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 from pi0fm.data.chain import Chain, Sample
 from pi0fm.data.columns.faults import Fault
-from pi0fm.data.columns.lerobot_source import Clip, DatasetConfig, LeRobotSource
+from pi0fm.data.columns.lerobot_source import Clip, LeRobotSource
 from pi0fm.data.columns.metadata import read_means
 from pi0fm.data.columns.tables import may_be_null, reading
+from pi0fm.data.config import DatasetConfig
 from pi0fm.data.pictures.decoding import TooFarError, cores, shown
 from pi0fm.data.pictures.frame_cache import make_job, read_stored, wider_tolerance
 from pi0fm.data.pictures.stored import is_nothing

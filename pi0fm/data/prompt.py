@@ -37,20 +37,25 @@ def load_tokenizer(name: str, vocab_size: int) -> "PreTrainedTokenizerBase":
         from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
 
         tokenizer: PreTrainedTokenizerBase = ByT5Tokenizer()
-    elif (Path(name) / "tokenizer_config.json").is_file():
+    else:
+        refuse_missing_tokenizer(name)
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
-    else:
-        raise ConfigError(
-            f"tokenizer must be 'byt5' or a directory with tokenizer_config.json, found {name!r}; PaliGemma's is gated: accept its "
-            "licence, download google/paligemma-3b-pt-224 and give the directory"
-        )
     if len(tokenizer) > vocab_size:
         raise ConfigError(
             f"tokenizer {name!r} has {len(tokenizer)} tokens, but the model embeds {vocab_size}; choose a larger model.vocab_size"
         )
     return tokenizer
+
+
+def refuse_missing_tokenizer(name: str) -> None:
+    """Raise ConfigError for what is neither `byt5` nor a directory with a tokenizer."""
+    if name != BYTES and not (Path(name) / "tokenizer_config.json").is_file():
+        raise ConfigError(
+            f"tokenizer must be 'byt5' or a directory with tokenizer_config.json, found {name!r}; PaliGemma's is gated: accept its "
+            "licence, download google/paligemma-3b-pt-224 and give the directory"
+        )
 
 
 class PromptTokenizer:

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0fm.data.chain import Chain, Sample
-from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource
+from pi0fm.data.columns.lerobot_source import LeRobotSource
 from pi0fm.data.columns.norm_stats import ColumnStats, NormStats
+from pi0fm.data.config import DatasetConfig
 from pi0fm.data.judging import judge_prompts
 from pi0fm.data.loading.loader import action_chunks
 from pi0fm.data.normalization import standing, unusual

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from pi0fm import machine, progress
 from pi0fm.data.chain import Chain
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, open_source
+from pi0fm.data.columns.lerobot_source import LeRobotSource, open_source
 from pi0fm.data.columns.norm_stats import NormStats
+from pi0fm.data.config import DatasetConfig
 from pi0fm.data.pictures.chosen import pictures_at
 from pi0fm.data.prompt import BYTES
 from pi0fm.doctor import answers

@@ -12,7 +12,7 @@ import numpy as np
 
 from pi0fm import progress
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig
+from pi0fm.data.config import DatasetConfig
 from pi0fm.eval.open_loop import OpenLoopConfig, choose_moments, observation, open_episodes, read_moments, read_policy
 from pi0fm.eval.rollouts.episode import noise_seed
 from pi0fm.options import option, required

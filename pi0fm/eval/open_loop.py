@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from pi0fm import files, machine, progress
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, open_source
+from pi0fm.data.columns.lerobot_source import LeRobotSource, open_source
+from pi0fm.data.config import DatasetConfig
 from pi0fm.data.loading.loader import action_chunks
 from pi0fm.data.pictures.chosen import pictures_at
 from pi0fm.data.pictures.resizing import ANTIALIAS, Resize

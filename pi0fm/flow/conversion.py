@@ -20,12 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pi0fm.flow.checks import FlowError, check_batch, check_finite, check_same_shape, check_times
+from pi0fm.flow.config import DATA, NOISE, QUANTITIES, SCORE, VELOCITY
 from pi0fm.flow.path import ProbabilityPath, expand
 from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError
-
-VELOCITY, NOISE, DATA, SCORE = "velocity", "noise", "data", "score"
-QUANTITIES = (VELOCITY, NOISE, DATA, SCORE)
 
 
 def convert(

@@ -32,8 +32,9 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from pi0fm.flow.checks import FlowError, check_finite, check_mask
+from pi0fm.flow.config import STOCHASTIC_SOLVERS
 from pi0fm.flow.matching import FlowMatching
-from pi0fm.flow.solver import STOCHASTIC_SOLVERS, Velocity, evaluate, integrate
+from pi0fm.flow.solver import Velocity, evaluate, integrate
 
 Field = Callable[[Tensor], Tensor]
 

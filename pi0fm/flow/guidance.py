@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pi0fm.flow.checks import FlowError, check_same_shape
-from pi0fm.flow.conversion import VELOCITY
+from pi0fm.flow.config import VELOCITY
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.path import CondOT
 from pi0fm.flow.solver import Velocity, evaluate

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pi0fm.flow.checks import check_batch, check_same_shape
+from pi0fm.flow.config import PATHS
 from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError
 
@@ -260,7 +261,6 @@ class VE(ProbabilityPath):
 
 
 _PATHS: dict[str, type[ProbabilityPath]] = {"cond_ot": CondOT, "cosine": Cosine, "vp": VPDiffusion, "ve": VE}
-PATHS = tuple(_PATHS)
 
 
 def path_named(name: str) -> ProbabilityPath:

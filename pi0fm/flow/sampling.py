@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.flow.solver import ANCESTRAL, EULER_MARUYAMA, SOLVERS, STOCHASTIC_SOLVERS, Velocity
+from pi0fm.flow.config import ANCESTRAL, EULER_MARUYAMA, SOLVERS, STOCHASTIC_SOLVERS, FlowConfig
+from pi0fm.flow.matching import FlowMatching
+from pi0fm.flow.solver import Velocity
 from pi0fm.flow.stochastic import sample_ancestral, sample_sde
 from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError

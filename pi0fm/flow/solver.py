@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pi0fm.flow.checks import check_grid, check_same_shape
+from pi0fm.flow.config import SOLVERS, STOCHASTIC_SOLVERS
 from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError
 
@@ -68,11 +69,6 @@ def _rk4(velocity: Velocity, x: Tensor, t: float, dt: float) -> Tensor:
 
 _STEPS = {"euler": _euler, "midpoint": _midpoint, "heun": _heun, "rk4": _rk4}
 _EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
-FIXED_GRID_SOLVERS = tuple(_STEPS)
-SOLVERS = (*FIXED_GRID_SOLVERS, "dopri5")
-EULER_MARUYAMA, ANCESTRAL = "euler_maruyama", "ancestral"
-STOCHASTIC_SOLVERS = (EULER_MARUYAMA, ANCESTRAL)
-"""Words of the samplers that solve no ODE; flow/sampling.py runs them."""
 
 
 def integrate(

@@ -38,7 +38,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pi0fm.flow.checks import FlowError, check_finite, check_grid, check_mask, check_same_shape
-from pi0fm.flow.conversion import DATA, SCORE, VELOCITY, check_conversion, convert
+from pi0fm.flow.config import DATA, SCORE, VELOCITY
+from pi0fm.flow.conversion import check_conversion, convert
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.path import ProbabilityPath
 from pi0fm.flow.solver import Velocity, uniform_grid

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pi0fm.flow.config import DENSITIES, refuse_logit_normal
 from pi0fm.flow.path import CondOT, ProbabilityPath
 from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError
@@ -81,8 +82,7 @@ class LogitNormal(TimeDensity):
     s: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.mu) and 0 < self.s < math.inf):
-            raise ConfigError(f"logit_normal needs a finite mu and s > 0, found mu {self.mu} and s {self.s}")
+        refuse_logit_normal(self.mu, self.s)
 
     @override
     def quantile(self, u: Tensor) -> Tensor:
@@ -131,9 +131,6 @@ class Likelihood(TimeDensity):
 
     def _total(self, like: Tensor) -> Tensor:
         return self.path.likelihood_integral(torch.full((), 1 - self.eps, dtype=like.dtype, device=like.device))
-
-
-DENSITIES = ("uniform", "pi0", "logit_normal", "likelihood")
 
 
 def density_named(name: str, path: ProbabilityPath | None = None, eps: float = 1e-3, mu: float = 0.0, s: float = 1.0) -> TimeDensity:

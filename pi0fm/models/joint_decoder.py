@@ -20,7 +20,6 @@ Who sees whom (rows ask, columns answer). The prefix never looks at the suffix, 
 Shape letters: B batch, P prefix tokens, Q suffix tokens, T tokens of one stream, D width, N heads, K head dim.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,10 +27,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from pi0fm.models.attention import additive, attend
+from pi0fm.models.config import DecoderConfig, StreamConfig
 from pi0fm.models.layers import (
     AdaptiveRMSNorm,
     GatedMLP,
-    Gelu,
     Linear,
     Modulation,
     RMSNorm,
@@ -43,28 +42,6 @@ from pi0fm.models.layers import (
     run_layer,
 )
 from pi0fm.models.prefix_cache import ActionContext, KeyValue, KeyValueBuffer, Modulations, PrefixCache
-
-
-@dataclass(frozen=True)
-class StreamConfig:
-    """Width of one stream's residual and of its MLP."""
-
-    width: int
-    mlp_width: int
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes of the decoder; heads are shared, since both streams meet in one softmax. gelu: see GatedMLP."""
-
-    backbone: StreamConfig
-    action_expert: StreamConfig
-    depth: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    gelu: Gelu = "tanh"
-
 
 LayerCondition = Tensor | tuple[Modulation, Modulation] | None
 """For adaptive norms: the flow time's condition [B, D], or [B, T, D], or what a layer's two norms make of it; None for plain norms."""

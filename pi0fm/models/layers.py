@@ -7,7 +7,7 @@ Shape letters: B batch, T tokens, D width, N heads, K head dim.
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pi0fm.models.config import Gelu
 from pi0fm.models.initial import ConstantInit, Initial
 
 NORM_EPSILON = 1e-6
 ROPE_BASE = 10_000.0
-Gelu = Literal["tanh", "none"]
-CHECKPOINTING = ("none", "selective", "full")
 
 
 class Rotation(NamedTuple):

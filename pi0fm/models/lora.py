@@ -8,47 +8,19 @@ Does not know: what else of the network trains.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+from pi0fm.models.config import ADAPTABLE, LoraConfig
 from pi0fm.models.initial import ConstantInit, Initial, UniformInit
 from pi0fm.models.parts import Part, part_of
 from pi0fm.models.pi0 import Pi0
-from pi0fm.options import nearest, option
+from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError
 
-ADAPTABLE: tuple[Part, ...] = ("vision", "backbone", "action_expert")
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """The adapters of a run; none at rank 0."""
-
-    rank: int = option(0, "rank of the low-rank adapters; 0 for none")
-    alpha: float = option(16.0, "the adapters' product is multiplied by alpha / rank")
-    targets: tuple[str, ...] = option(
-        ("backbone", "action_expert"),
-        "what is adapted: vision, backbone, action_expert, or names of linear layers with *; the rest of such a part is frozen",
-    )
-
-    def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ConfigError(f"lora.rank must be >= 0, found {self.rank}; type --lora.rank 16, or 0 for none")
-        if self.alpha <= 0:
-            raise ConfigError(f"lora.alpha must be > 0, found {self.alpha}; type --lora.alpha 16")
-        if self.rank and not self.targets:
-            raise ConfigError(
-                f"lora.rank {self.rank} needs something to adapt, found no targets; type --lora.targets backbone,action_expert"
-            )
-
-    @property
-    def scaling(self) -> float:
-        """What the product B A is multiplied by."""
-        return self.alpha / self.rank
 
 
 def target_modules(model: Pi0, targets: Iterable[str]) -> tuple[str, ...]:

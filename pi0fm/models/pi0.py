@@ -18,49 +18,20 @@ Shape letters: B batch, C cameras, V tokens of a picture, L prompt tokens, P = C
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from pi0fm.models.config import CHECKPOINTING, Pi0Config
 from pi0fm.models.initial import Initial, NormalInit, initialise_new, unit_variance
-from pi0fm.models.joint_decoder import DecoderConfig, JointDecoder, Stream
-from pi0fm.models.layers import CHECKPOINTING, GatedMLP, Linear, Modulation, at_least_float32, each_token, time_embedding
+from pi0fm.models.joint_decoder import JointDecoder, Stream
+from pi0fm.models.layers import GatedMLP, Linear, Modulation, at_least_float32, each_token, time_embedding
 from pi0fm.models.observation import ModelObservation, pixels
 from pi0fm.models.prefix_cache import ActionContext, Modulations, PrefixCache
-from pi0fm.models.vision import VisionConfig, VisionLayer, VisionMLP, VisionTower
-from pi0fm_client.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Pi0Config:
-    """Everything that fixes the network's shape.
-
-    state_input: "token" puts the state before the actions (pi0); "prompt" expects it written into the prompt (pi0.5).
-    time_conditioning: "concatenate" joins the time to every action token (pi0); "adaptive_norm" feeds it to the norms (pi0.5).
-    action_dim, state_dim: padded widths, at least the robot's.
-    """
-
-    vision: VisionConfig
-    decoder: DecoderConfig
-    vocab_size: int
-    max_prompt_tokens: int
-    action_dim: int
-    state_dim: int
-    action_horizon: int
-    state_input: Literal["token", "prompt"] = "token"
-    time_conditioning: Literal["concatenate", "adaptive_norm"] = "concatenate"
-
-    def __post_init__(self) -> None:
-        if self.decoder.num_heads % self.decoder.num_kv_heads:
-            raise ConfigError(
-                f"num_heads must be a multiple of num_kv_heads, found {self.decoder.num_heads} and {self.decoder.num_kv_heads}"
-            )
-        if self.decoder.head_dim % 2:
-            raise ConfigError(f"head_dim must be even for rotary positions, found {self.decoder.head_dim}")
+from pi0fm.models.vision import VisionLayer, VisionMLP, VisionTower
 
 
 class FlowTime(NamedTuple):

@@ -8,41 +8,15 @@ Source: Zhai et al. 2023 (arXiv 2303.15343), as PaliGemma's weights fix it; test
 Shape letters: B pictures, V tokens of a picture, D tower width, E backbone width, P patch.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from pi0fm.models.attention import attend_pictures
+from pi0fm.models.config import Gelu, VisionConfig
 from pi0fm.models.initial import ConstantInit, Initial, NormalInit, UniformInit
-from pi0fm.models.layers import Gelu, Linear, at_least_float32, product_dtype, recomputed, recomputes, run_layer
-from pi0fm_client.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """Sizes of the tower; a picture gives (image_size / patch_size)^2 tokens."""
-
-    width: int
-    depth: int
-    num_heads: int
-    mlp_width: int
-    patch_size: int
-    image_size: int
-    gelu: Gelu = "tanh"
-
-    def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ConfigError(f"image_size must be a multiple of patch_size, found {self.image_size} and {self.patch_size}")
-        if self.width % self.num_heads:
-            raise ConfigError(f"the vision width must be a multiple of its heads, found {self.width} and {self.num_heads}")
-
-    @property
-    def tokens_per_image(self) -> int:
-        """V."""
-        return (self.image_size // self.patch_size) ** 2
+from pi0fm.models.layers import Linear, at_least_float32, product_dtype, recomputed, recomputes, run_layer
 
 
 class PatchEmbedding(nn.Module):

@@ -5,9 +5,8 @@ Owns: the answers for a device. Does not know: models, training.
 
 import torch
 
+from pi0fm.policy.load_options import PRECISIONS
 from pi0fm_client.errors import ConfigError
-
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

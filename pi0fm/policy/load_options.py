@@ -9,6 +9,7 @@ from pi0fm.options import option
 from pi0fm_client.errors import ConfigError
 
 TOKEN_VARIABLE = "PI0FM_TOKEN"  # noqa: S105 - the name, not the key: of a server, and of a command that asks one
+PRECISIONS = ("auto", "float32", "bfloat16")
 GUIDED, WITHOUT_JACOBIAN, HARD_PREFIX = "guided", "guided_no_jacobian", "hard_prefix"
 GUIDANCE = (GUIDED, WITHOUT_JACOBIAN, HARD_PREFIX)  # how a chunk is led to what is left of the one before: policy/sampling/realtime.py
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pi0fm.models.layers import GatedMLP, Gelu
+from pi0fm.models.config import Gelu
+from pi0fm.models.layers import GatedMLP
 from pi0fm.models.vision import VisionMLP
 
 _OPERATIONS = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")

@@ -22,8 +22,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pi0fm.flow.config import FlowConfig
 from pi0fm.flow.density import gaussian_log_prob
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.matching import FlowMatching
 
 WIDTH, LAYERS, FREQUENCIES = 64, 3, 3
 FIRST_SCALE = 6.0

@@ -7,37 +7,30 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pi0fm import options
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig
-from pi0fm.data.loading.loader import LoaderConfig
-from pi0fm.data.loading.mixture import MixtureEntry, refuse_entries
+from pi0fm.data.config import AugmentConfig, DatasetConfig, LoaderConfig, MixtureEntry, refuse_entries
 from pi0fm.data.order.split import micro_steps, split
-from pi0fm.data.pictures.augmentation import AugmentConfig
 from pi0fm.data.pictures.resizing import RESIZES, Resize
 from pi0fm.data.prompt import BYTES, OPENPI, refuse_dialect
-from pi0fm.flow.matching import FlowConfig
-from pi0fm.models.lora import LoraConfig
-from pi0fm.models.pi0 import Pi0Config
-from pi0fm.models.presets import preset
+from pi0fm.flow.config import FlowConfig
+from pi0fm.models.config import ADAPTABLE, LoraConfig, Pi0Config, preset
 from pi0fm.options import option
-from pi0fm.policy.device import PRECISIONS, compute_dtype
-from pi0fm.train.optim import OptimizerConfig
-from pi0fm.train.parallel.sharding import ParallelConfig
-from pi0fm.train.plan.memory import MemoryEstimate, estimate
-from pi0fm.train.start.adaptation import Adaptation, refuse_for
-from pi0fm.train.state import StateConfig
-from pi0fm.train.watch.faults import FaultConfig
-from pi0fm.train.watch.guard import GuardConfig
-from pi0fm.train.watch.log import LogConfig
+from pi0fm.policy.load_options import PRECISIONS
+from pi0fm.train.components import FREE_AT_RESUME as FREE_IN_VALIDATION
+from pi0fm.train.components import Adaptation, OptimizerConfig, ParallelConfig, RtcConfig, ValidationConfig
 from pi0fm.train.watch.trackers import refuse_unknown
-from pi0fm.train.watch.validation import FREE_AT_RESUME as FREE_IN_VALIDATION
-from pi0fm.train.watch.validation import ValidationConfig
 from pi0fm_client.errors import ConfigError
+
+if TYPE_CHECKING:  # torch's import takes longer than the options of a run: only what computes pays for it
+    import torch
+
+    from pi0fm.train.plan.memory import MemoryEstimate
+    from pi0fm.train.state import StateConfig
+    from pi0fm.train.watch.guard import GuardConfig
+    from pi0fm.train.watch.log import LogConfig
 
 FREE_AT_RESUME = (
     *("output_dir", "resume", "steps", "log_every", "checkpoint_every", "bundle_every", "keep_checkpoints", "micro_batch_size", "threads"),
@@ -49,13 +42,6 @@ FREE_IN_GROUPS = (
     "optimizer.decay_steps",
     *(f"validation.{name}" for name in FREE_IN_VALIDATION),
 )
-
-
-@dataclass(frozen=True)
-class RtcConfig:
-    """Training for real-time chunking (flow/committed.py)."""
-
-    max_delay: int = option(0, "rows of a chunk that a policy for real-time chunking learns to go on from, 0 to this many; 0 trains none")
 
 
 @dataclass(frozen=True)
@@ -204,7 +190,11 @@ class TrainConfig:
             raise ConfigError("frozen_bfloat16 needs a run that computes in bfloat16, found precision float32; type --precision bfloat16")
         if self.frozen_bfloat16 and self.validation.every:
             raise ConfigError("validation measures in float32, but frozen_bfloat16 keeps weights in bfloat16; leave one of them out")
-        refuse_for(replace(network, action_horizon=1, max_prompt_tokens=1), self.adaptation())  # lengths change no module
+        if self.lora.rank and not set(self.lora.targets) <= set(ADAPTABLE):  # names of layers, which the network knows
+            from pi0fm.train.start.adaptation import refuse_for
+
+            refuse_for(replace(network, action_horizon=1, max_prompt_tokens=1), self.adaptation())  # lengths change no module
+        self.adaptation()
 
     def adaptation(self) -> Adaptation:
         """What trains, and how it is kept. Raises ConfigError for what cannot be combined."""
@@ -230,12 +220,17 @@ class TrainConfig:
         parts = (split(self.global_batch_size, rank, world_size, self.micro_batch_size) for rank in range(world_size))
         return max(count for part in parts for _, count in part)
 
-    def state(self) -> StateConfig:
+    def state(self) -> "StateConfig":
         """What the state is built from; it is not cut while `auto` is undecided."""
+        from pi0fm.train.state import StateConfig
+
         return StateConfig(self.seed, self.optimizer, self.adaptation(), self.ema_decay, self.parallel)
 
-    def memory(self, cameras: int, world_size: int, device: torch.device) -> MemoryEstimate:
+    def memory(self, cameras: int, world_size: int, device: "torch.device") -> "MemoryEstimate":
         """What one of `world_size` workers takes of its device; `auto`, undecided, is counted as none."""
+        from pi0fm.policy.device import compute_dtype
+        from pi0fm.train.plan.memory import estimate
+
         return estimate(
             self.network(),
             self.adaptation(),
@@ -252,12 +247,17 @@ class TrainConfig:
             world_size=world_size,
         )
 
-    def log(self, full_speed: float | None = None) -> LogConfig:
+    def log(self, full_speed: float | None = None) -> "LogConfig":
         """When a line of metrics is due. full_speed: as LogConfig takes it."""
+        from pi0fm.train.watch.log import LogConfig
+
         return LogConfig(self.log_every, self.steps, self.global_batch_size, full_speed)
 
-    def guard(self) -> GuardConfig:
+    def guard(self) -> "GuardConfig":
         """When a checkpoint is due, and what follows a loss that is not finite."""
+        from pi0fm.train.watch.faults import FaultConfig
+        from pi0fm.train.watch.guard import GuardConfig
+
         faults = FaultConfig(self.output_dir / "faults", self.on_nonfinite == "skip", self.global_batch_size, self.micro_batch_size)
         return GuardConfig(self.output_dir, self.steps, self.checkpoint_every, faults)
 

@@ -21,9 +21,10 @@ from pi0fm.data.columns import held_out
 from pi0fm.data.columns.faults import refuse
 from pi0fm.data.columns.lerobot_source import LeRobotSource, leave_out, open_source
 from pi0fm.data.columns.norm_stats import NormStats
+from pi0fm.data.config import MixtureEntry
 from pi0fm.data.judging import judge_pictures, judge_prompts
 from pi0fm.data.loading.loader import BatchMaker, Collator
-from pi0fm.data.loading.mixture import MixtureCollator, MixtureEntry, entry_named, part_seed, sample_order
+from pi0fm.data.loading.mixture import MixtureCollator, entry_named, part_seed, sample_order
 from pi0fm.data.normalization import unusual
 from pi0fm.data.order.orders import Weighted
 from pi0fm.data.pictures.frame_cache import cache_bytes
@@ -116,8 +117,8 @@ class RunData:
         return ", ".join(f"{part.name} {share} of samples from {part.described()} at {part.policy.fps:g} fps" for part, share in each)
 
 
-def open_data(config: TrainConfig) -> RunData:
-    """Open the data set of a run, or all of its mixture.
+def check_data(config: TrainConfig) -> "CheckedData":
+    """Read the columns of a run's data set, or of all of its mixture, and refuse all that can be refused before a video is decoded.
 
     Raises the errors of data sets and configuration; of a mixture they name the entry.
     """
@@ -125,12 +126,21 @@ def open_data(config: TrainConfig) -> RunData:
     dialect = chosen_dialect(config.prompt_dialect, pretrained)
     config = replace(config, tokenizer=chosen_tokenizer(config.tokenizer, pretrained), prompt_dialect=dialect)
     opened = _in_one_order_of_cameras({name: _read(name, entry) for name, entry in config.entries().items()})
-    checked = [_judged(config, name, number, source, pretrained) for number, (name, source) in enumerate(opened.items())]
-    parts = tuple(_with_pictures(config, number, found) for number, found in enumerate(checked))
+    parts = tuple(_judged(config, name, number, source, pretrained) for number, (name, source) in enumerate(opened.items()))
+    return CheckedData(config, parts, pretrained)
+
+
+def open_data(config: TrainConfig, checked: "CheckedData | None" = None) -> RunData:
+    """Open the data set of a run, or all of its mixture, and decode what is not decoded yet. checked: its `check_data`.
+
+    Raises what that does.
+    """
+    checked = checked or check_data(config)
+    parts = tuple(_with_pictures(checked.config, number, found) for number, found in enumerate(checked.parts))
     if not config.mixture:
-        return RunData(parts, parts[0].training, pretrained)
+        return RunData(parts, parts[0].training, checked.pretrained)
     weights = tuple(entry.weight for entry in config.mixture.values())
-    return RunData(parts, MixtureCollator(tuple(part.training for part in parts), weights), pretrained)
+    return RunData(parts, MixtureCollator(tuple(part.training for part in parts), weights), checked.pretrained)
 
 
 def policy_config(config: TrainConfig, source: LeRobotSource, held: tuple[int, ...] = ()) -> PolicyConfig:
@@ -188,6 +198,20 @@ class _Checked:
     order: Weighted | None
     source: LeRobotSource
     unseen: LeRobotSource
+
+
+@dataclass(frozen=True)
+class CheckedData:
+    """All data sets of a run without their pictures. config: with the bundle's tokenizer and dialect where those were asked for."""
+
+    config: TrainConfig
+    parts: tuple[_Checked, ...]
+    pretrained: Pretrained | None
+
+    @property
+    def num_cameras(self) -> int:
+        """Pictures of a sample that the network is given, masked ones too."""
+        return len({camera for part in self.parts for camera in part.policy.embodiment.cameras})
 
 
 def _read(name: str, entry: MixtureEntry) -> LeRobotSource:

@@ -24,12 +24,12 @@ from pi0fm.policy.saved import bundle
 from pi0fm.policy.saved.weights import network_shapes
 from pi0fm.train.checkpoint.checkpoints import Checkpoints
 from pi0fm.train.checkpoint.facts import RunFacts
+from pi0fm.train.components import ParallelConfig
 from pi0fm.train.config import TrainConfig
-from pi0fm.train.data import RunData, open_data
+from pi0fm.train.data import RunData, check_data, open_data
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.allocator import keep_freed_memory
 from pi0fm.train.parallel.context import Context
-from pi0fm.train.parallel.sharding import ParallelConfig
 from pi0fm.train.plan.memory import decided
 from pi0fm.train.plan.planner import full_speed
 from pi0fm.train.start.resume import restore
@@ -68,8 +68,8 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     parallel = Parallel(context, config.precision, config.micro_steps(context.world_size))
-    data = open_data(config)
-    cameras, workers = data.num_cameras, context.world_size
+    checked = check_data(config)
+    cameras, workers = checked.num_cameras, context.world_size
 
     def needed(how: ParallelConfig) -> int:
         return replace(config, parallel=how).memory(cameras, workers, parallel.device).total
@@ -78,9 +78,9 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
     if why is not None and context.is_first:
         progress.say(why)
     config = replace(config, parallel=sharding)
-    judge_memory(config, cameras, parallel)
+    judge_memory(config, cameras, parallel)  # before pictures are decoded, which may take an hour
     with memory_faults(config, cameras, parallel):
-        return _run(context, config, parallel, data)
+        return _run(context, config, parallel, open_data(config, checked))
 
 
 def _run(context: Context, config: TrainConfig, parallel: Parallel, data: RunData) -> TrainResult:

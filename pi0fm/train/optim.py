@@ -4,41 +4,13 @@ Owns: the optimiser and its options, its parameter groups, the learning rate as 
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from pi0fm.options import option
+from pi0fm.train.components import OptimizerConfig
 from pi0fm.train.parallel.sharding import cutting_group, local
-from pi0fm_client.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """openpi's defaults."""
-
-    learning_rate: float = option(2.5e-5, "peak learning rate; configs/tiny.yaml, which goes with the preset tiny, says 1e-3")
-    final_learning_rate_ratio: float = option(0.1, "learning rate at the last step over the peak")
-    warmup_steps: int = option(1000, "steps from 0 to the peak")
-    decay_steps: int | None = option(None, "steps until the last rate, which then stays; empty takes the run's")
-    beta1: float = option(0.9, "decay of the mean gradient")
-    beta2: float = option(0.95, "decay of the mean squared gradient")
-    weight_decay: float = option(1e-10, "pull of the matrices towards 0; norms and biases have none")
-    clip_norm: float = option(1.0, "largest norm of the gradient")
-
-    def __post_init__(self) -> None:
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
-            raise ConfigError(f"learning_rate and clip_norm must be > 0, found {self.learning_rate} and {self.clip_norm}")
-        if not 0 <= self.final_learning_rate_ratio <= 1:
-            raise ConfigError(f"final_learning_rate_ratio must lie in [0, 1], found {self.final_learning_rate_ratio}")
-        if self.decay_steps is not None and self.decay_steps < 1:
-            raise ConfigError(f"decay_steps must be >= 1, found {self.decay_steps}; leave it out for the run's steps")
-        if self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ConfigError(f"warmup_steps and weight_decay must be >= 0, found {self.warmup_steps} and {self.weight_decay}")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ConfigError(f"beta1 and beta2 must lie in [0, 1), found {self.beta1} and {self.beta2}")
 
 
 @final

@@ -21,12 +21,14 @@ from typing import cast, final
 import torch
 from torch import Tensor, nn
 
-from pi0fm.models.pi0 import Pi0, Pi0Config, parameter_count
+from pi0fm.models.config import Pi0Config
+from pi0fm.models.pi0 import Pi0, parameter_count
+from pi0fm.train.components import NONE, Adaptation, OptimizerConfig, ParallelConfig
 from pi0fm.train.ema import Ema
-from pi0fm.train.optim import OptimizerConfig, learning_rate, make_optimizer, set_learning_rate
+from pi0fm.train.optim import learning_rate, make_optimizer, set_learning_rate
 from pi0fm.train.parallel.accelerate import Parallel
-from pi0fm.train.parallel.sharding import NONE, Gathered, ParallelConfig, Sharded, is_sharded, shard
-from pi0fm.train.start.adaptation import Adaptation, adapt, plain_weights
+from pi0fm.train.parallel.sharding import Gathered, Sharded, is_sharded, shard
+from pi0fm.train.start.adaptation import adapt, plain_weights
 from pi0fm.train.start.network import starting_network
 from pi0fm.train.start.pretrained import Pretrained
 

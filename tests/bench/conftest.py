@@ -7,10 +7,10 @@ import demos_help
 import pytest
 from learning_help import NETWORK
 
-from pi0fm.data.columns.lerobot_source import DatasetConfig
+from pi0fm.data.config import DatasetConfig
 from pi0fm.demos.record import record
+from pi0fm.train.components import OptimizerConfig
 from pi0fm.train.config import TrainConfig
-from pi0fm.train.optim import OptimizerConfig
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from pi0fm.bench.card.training import cases
 from pi0fm.bench.card.work import inference_work, least_seconds
 from pi0fm.bench.harness.cases import random_network, random_observations, random_policy
 from pi0fm.bench.harness.limits import Rates, percentile
-from pi0fm.models.presets import PI0, TINY
+from pi0fm.models.config import PI0, TINY
 from pi0fm_client.errors import ConfigError
 
 CPU = torch.device("cpu")

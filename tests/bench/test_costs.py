@@ -8,7 +8,7 @@ import tiny_dataset
 from pi0fm.bench import checkpoint, density
 from pi0fm.bench.checkpoint import Block
 from pi0fm.bench.harness.measure import PairedRatio
-from pi0fm.models.presets import preset
+from pi0fm.models.config import preset
 
 
 def test_blocks_are_alike_but_for_one_checkpoint(monkeypatch, tmp_path):

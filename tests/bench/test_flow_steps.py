@@ -18,7 +18,8 @@ from pi0fm.data.chain import Chain
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.data.prompt import PromptTokenizer, load_tokenizer
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.saved import bundle
 from pi0fm.sim import catalog

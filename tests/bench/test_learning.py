@@ -34,7 +34,7 @@ from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.eval.rollouts.episode import EpisodeResult
 from pi0fm.eval.summary import summarize
-from pi0fm.models.presets import TINY
+from pi0fm.models.config import TINY
 from pi0fm.policy.saved import bundle
 from pi0fm.train.loop import train as train_loop
 from pi0fm.train.parallel.context import Context

@@ -10,7 +10,8 @@ import pytest
 from pi0fm.bench import loading
 from pi0fm.bench.loading import EPISODE_FRAMES, FPS, Options, draw_episode, make_collator, one_processor, write_dataset
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.columns.lerobot_source import open_source
+from pi0fm.data.config import DatasetConfig
 from pi0fm.data.pictures.decoding import cores
 from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm_client.errors import ConfigError

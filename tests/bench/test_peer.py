@@ -16,8 +16,7 @@ from pi0fm.bench.harness.peer import RobotFeatures, ShrunkPI0, image_key, policy
 from pi0fm.bench.harness.steps import Trainer, their_loss, their_sampler
 from pi0fm.bench.inference import OurCall
 from pi0fm.bench.training import lerobots_step, our_loss
-from pi0fm.models.joint_decoder import StreamConfig
-from pi0fm.models.presets import PI0, PI05, TINY
+from pi0fm.models.config import PI0, PI05, TINY, StreamConfig
 from pi0fm_client.errors import ConfigError, DatasetError, Pi0fmError
 
 CPU = torch.device("cpu")

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from pi0fm import options
 from pi0fm.cluster import chaos
 from pi0fm.cluster.chaos import HERE, ChaosConfig, Kill, difference_of, end_worker
-from pi0fm.cluster.training import TrainingRun, worker_file
+from pi0fm.cluster.training import worker_file
+from pi0fm.cluster.training_run import TrainingRun
 from pi0fm_client.errors import ClusterError, ConfigError
 
 

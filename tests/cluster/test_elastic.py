@@ -15,8 +15,8 @@ from pi0fm import progress
 from pi0fm.cluster import elastic, said
 from pi0fm.cluster.elastic import Foresight, preempted
 from pi0fm.cluster.ray_faults import EndAtFaults, explained
-from pi0fm.cluster.training import TrainingRun
-from pi0fm.train.parallel.sharding import FULL, ParallelConfig
+from pi0fm.cluster.training_run import TrainingRun
+from pi0fm.train.components import FULL, ParallelConfig
 from pi0fm.train.watch.requests import Request
 from pi0fm_client.errors import ClusterError, ConfigError, DatasetError
 

@@ -9,7 +9,8 @@ import tiny_dataset
 
 from pi0fm.data.chain import make_chain
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, open_source
+from pi0fm.data.columns.lerobot_source import LeRobotSource, open_source
+from pi0fm.data.config import DatasetConfig
 from pi0fm.data.loading.loader import Collator
 from pi0fm.data.pictures.frame_cache import FrameCache
 from pi0fm.data.prompt import PromptTokenizer, load_tokenizer

@@ -16,7 +16,7 @@ from pi0fm import options
 from pi0fm.cli import lerobot
 from pi0fm.cli.judging import eval as eval_command
 from pi0fm.cli.training import train
-from pi0fm.cluster.training import TrainingRun
+from pi0fm.cluster.training_run import TrainingRun
 from pi0fm_client.errors import ConfigError
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "from_lerobot.md"

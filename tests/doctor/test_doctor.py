@@ -14,7 +14,7 @@ from any_dataset import CAMERA, change_info, data_file, episodes_file, set_colum
 
 from pi0fm.cli.main import main
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig
+from pi0fm.data.config import DatasetConfig
 from pi0fm.doctor.data import judge
 
 NETWORK = {

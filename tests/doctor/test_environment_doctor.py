@@ -7,12 +7,13 @@ import pytest
 import tiny_dataset
 
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.columns.lerobot_source import open_source
+from pi0fm.data.config import DatasetConfig
 from pi0fm.data.pictures.chosen import pictures_at
 from pi0fm.demos.config import DatasetName, DemosConfig
 from pi0fm.demos.record import record_here
 from pi0fm.doctor.environment import Judged, judge_environment
-from pi0fm.flow.matching import FlowConfig
+from pi0fm.flow.config import FlowConfig
 from pi0fm.policy.saved.bundle import PolicyConfig
 
 TASK = "metaworld/drawer-open-v3"

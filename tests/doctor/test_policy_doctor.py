@@ -15,9 +15,10 @@ from any_dataset import change_info, data_file, png, set_column, shade, write_se
 
 from pi0fm.cli.main import main
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.columns.lerobot_source import open_source
+from pi0fm.data.config import DatasetConfig
 from pi0fm.doctor.policy import Beside, examine, of_bundle, open_beside
-from pi0fm.flow.matching import FlowConfig
+from pi0fm.flow.config import FlowConfig
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.saved import bundle
 from pi0fm.policy.saved.bundle import PolicyConfig

@@ -10,7 +10,8 @@ from eval_fakes import PointPolicy, point_setup
 from small_policies import observations, saved, small_policy
 
 from pi0fm.cli.main import main
-from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.columns.lerobot_source import open_source
+from pi0fm.data.config import DatasetConfig
 from pi0fm.eval.evaluate import in_this_process
 from pi0fm.eval.rollouts.episode import Episode, EpisodeResult
 from pi0fm.eval.summary import summarize

@@ -16,7 +16,8 @@ from pi0fm.eval.report import page as report
 from pi0fm.eval.report.page import ReportContext
 from pi0fm.eval.rollouts.episode import Episode, EpisodeResult, RolloutSettings
 from pi0fm.eval.summary import summarize
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.local import LocalPolicy, Scoring
 from pi0fm.policy.sampling.scores import ScoreOptions

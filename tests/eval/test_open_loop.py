@@ -12,7 +12,8 @@ from small_policies import observations, saved, small_policy
 
 from pi0fm.cli import main as cli
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.columns.lerobot_source import open_source
+from pi0fm.data.config import DatasetConfig
 from pi0fm.data.pictures.streaming import open_pictures
 from pi0fm.eval import open_loop
 from pi0fm.eval.open_loop import Moments, OpenLoopConfig, choose_moments, compare, judge, open_episodes, read_moments, read_policy

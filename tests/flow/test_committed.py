@@ -7,10 +7,11 @@ from line_policy import SCALE, H, Lines, largest_step
 
 from pi0fm.flow.checks import FlowError
 from pi0fm.flow.committed import CommittedVelocity, held_rows, hold, row_times
+from pi0fm.flow.config import SOLVERS, STOCHASTIC_SOLVERS, FlowConfig
 from pi0fm.flow.guidance import GuidedVelocity, hold_weights
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import num_increments, sample
-from pi0fm.flow.solver import SOLVERS, STOCHASTIC_SOLVERS, integrate, uniform_grid
+from pi0fm.flow.solver import integrate, uniform_grid
 
 BOTH_WAYS, ONE_WAY = Lines((1.0, -1.0), 0.05), Lines((0.0,), 1.0)
 

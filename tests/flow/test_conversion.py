@@ -5,8 +5,9 @@ import torch
 from gaussian_mixture import GaussianMixture
 
 from pi0fm.flow.checks import FlowError
-from pi0fm.flow.conversion import QUANTITIES, convert
-from pi0fm.flow.path import PATHS, VE, CondOT, Cosine, VPDiffusion, path_named
+from pi0fm.flow.config import PATHS, QUANTITIES
+from pi0fm.flow.conversion import convert
+from pi0fm.flow.path import VE, CondOT, Cosine, VPDiffusion, path_named
 from pi0fm_client.errors import ConfigError
 
 TIMES = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)

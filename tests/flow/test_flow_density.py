@@ -5,6 +5,7 @@ import torch
 from gaussian_mixture import rademacher_probes
 
 from pi0fm.flow.checks import FlowError
+from pi0fm.flow.config import FlowConfig
 from pi0fm.flow.density import (
     DensityOptions,
     exact_divergence,
@@ -14,7 +15,7 @@ from pi0fm.flow.density import (
     push_backward,
     push_forward,
 )
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.matching import FlowMatching
 
 FLOW = FlowMatching.from_config(FlowConfig(solver="rk4", num_flow_steps=8))
 

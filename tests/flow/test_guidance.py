@@ -9,8 +9,9 @@ from gaussian_mixture import GaussianMixture
 from scipy.integrate import solve_ivp
 
 from pi0fm.flow.checks import FlowError
+from pi0fm.flow.config import FlowConfig
 from pi0fm.flow.guidance import GuidedVelocity, hold_weights, refuse_guidance
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.path import CondOT
 from pi0fm.flow.solver import integrate, uniform_grid
 

@@ -5,11 +5,11 @@ import torch
 from gaussian_mixture import GaussianMixture
 
 from pi0fm.flow.checks import FlowError
-from pi0fm.flow.conversion import QUANTITIES, convert
-from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.flow.path import PATHS, CondOT, path_named
-from pi0fm.flow.solver import SOLVERS
-from pi0fm.flow.time_density import DENSITIES, Pi0Density, density_named
+from pi0fm.flow.config import DENSITIES, PATHS, QUANTITIES, SOLVERS, FlowConfig
+from pi0fm.flow.conversion import convert
+from pi0fm.flow.matching import FlowMatching
+from pi0fm.flow.path import CondOT, path_named
+from pi0fm.flow.time_density import Pi0Density, density_named
 from pi0fm.options import decode, describe
 from pi0fm_client.errors import ConfigError
 

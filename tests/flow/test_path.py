@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from pi0fm.flow.path import PATHS, VE, CondOT, VPDiffusion, path_named
+from pi0fm.flow.config import PATHS
+from pi0fm.flow.path import VE, CondOT, VPDiffusion, path_named
 from pi0fm_client.errors import ConfigError
 
 INTERIOR = torch.linspace(0.01, 0.99, 37, dtype=torch.float64)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from pi0fm.flow.checks import FlowError
+from pi0fm.flow.config import SOLVERS, STOCHASTIC_SOLVERS, FlowConfig
 from pi0fm.flow.density import SOLVER_BESIDE_NOISE, DensityOptions, log_prob, push_backward
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import SAMPLERS, num_increments, overridden, sample
-from pi0fm.flow.solver import SOLVERS, STOCHASTIC_SOLVERS
 from pi0fm.flow.stochastic import sample_ancestral, sample_sde
 from pi0fm.flow.time_density import LogitNormal
 from pi0fm.options import decode

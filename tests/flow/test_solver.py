@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pi0fm.flow.checks import FlowError
-from pi0fm.flow.solver import FIXED_GRID_SOLVERS, SOLVERS, Counted, integrate, num_evaluations, uniform_grid
+from pi0fm.flow.config import FIXED_GRID_SOLVERS, SOLVERS
+from pi0fm.flow.solver import Counted, integrate, num_evaluations, uniform_grid
 from pi0fm_client.errors import ConfigError
 
 

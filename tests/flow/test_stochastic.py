@@ -6,9 +6,10 @@ import torch
 from gaussian_mixture import GaussianMixture
 
 from pi0fm.flow.checks import FlowError
-from pi0fm.flow.conversion import QUANTITIES, VELOCITY, convert
-from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.flow.path import PATHS, path_named
+from pi0fm.flow.config import PATHS, QUANTITIES, VELOCITY, FlowConfig
+from pi0fm.flow.conversion import convert
+from pi0fm.flow.matching import FlowMatching
+from pi0fm.flow.path import path_named
 from pi0fm.flow.stochastic import ancestral_grid, posterior, sample_ancestral, sample_sde, sde_grid
 from pi0fm_client.errors import ConfigError
 

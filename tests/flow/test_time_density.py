@@ -2,8 +2,9 @@ import pytest
 import scipy.stats
 import torch
 
-from pi0fm.flow.path import PATHS, path_named
-from pi0fm.flow.time_density import DENSITIES, Likelihood, LogitNormal, Pi0Density, density_named
+from pi0fm.flow.config import DENSITIES, PATHS
+from pi0fm.flow.path import path_named
+from pi0fm.flow.time_density import Likelihood, LogitNormal, Pi0Density, density_named
 from pi0fm_client.errors import ConfigError
 
 U = torch.linspace(0.001, 0.999, 501, dtype=torch.float64)

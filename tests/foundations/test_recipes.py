@@ -10,7 +10,7 @@ import torch
 
 from pi0fm import options
 from pi0fm.cli.training import train
-from pi0fm.cluster.training import TrainingRun
+from pi0fm.cluster.training_run import TrainingRun
 from pi0fm.train.plan.memory import GIB
 from pi0fm_client.errors import ConfigError
 

@@ -11,17 +11,17 @@ from torch import nn
 
 from pi0fm.bench.harness.cases import random_observations, random_robot
 from pi0fm.data.loading.batch import Batch
-from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.flow.solver import FIXED_GRID_SOLVERS
-from pi0fm.models.lora import LoraConfig
-from pi0fm.models.pi0 import Pi0, Pi0Config
-from pi0fm.models.presets import PRESETS
+from pi0fm.flow.config import FIXED_GRID_SOLVERS, FlowConfig
+from pi0fm.flow.matching import FlowMatching
+from pi0fm.models.config import PRESETS, LoraConfig, Pi0Config
+from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.sampling.sampler import Sampler
+from pi0fm.train.components import Adaptation, OptimizerConfig
 from pi0fm.train.ema import Ema
-from pi0fm.train.optim import OptimizerConfig, make_optimizer
+from pi0fm.train.optim import make_optimizer
 from pi0fm.train.plan.flops import laid_out
-from pi0fm.train.start.adaptation import Adaptation, adapt
+from pi0fm.train.start.adaptation import adapt
 from pi0fm.train.step import train_step
 from pi0fm.train.watch.validation import LOSS_DRAWS, _loss
 

@@ -8,7 +8,7 @@ import torch
 from device_cases import apart, configuration, gradient_apart, gradients, in_float64, make_batch, mean_loss, observe
 from small_pi0 import network
 
-from pi0fm.models.layers import CHECKPOINTING
+from pi0fm.models.config import CHECKPOINTING
 
 # Euclidean, relative: velocity, loss, the worst parameter's gradient; bfloat16 keeps 8 bits, float32 24,
 # of which the quickest wave of the time embedding leaves 13

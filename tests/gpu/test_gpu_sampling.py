@@ -9,9 +9,9 @@ from device_cases import apart, configuration, observe
 from small_pi0 import network
 from smooth_network import smooth_in_time
 
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.config import SOLVERS, STOCHASTIC_SOLVERS, FlowConfig
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import num_increments
-from pi0fm.flow.solver import SOLVERS, STOCHASTIC_SOLVERS
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.sampling import noise

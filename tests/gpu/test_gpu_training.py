@@ -15,14 +15,16 @@ from device_cases import FLOW, Synthetic, apart, configuration, gradient_apart, 
 from small_pi0 import network
 from torch import nn
 
+from pi0fm.data.config import LoaderConfig
 from pi0fm.data.loading.batch import Batch
-from pi0fm.data.loading.loader import LoaderConfig, micro_batches
-from pi0fm.models.lora import LoraConfig
+from pi0fm.data.loading.loader import micro_batches
+from pi0fm.models.config import LoraConfig
 from pi0fm.models.pi0 import Pi0
+from pi0fm.train.components import Adaptation, OptimizerConfig
 from pi0fm.train.ema import Ema
-from pi0fm.train.optim import ClippedAdamW, OptimizerConfig, make_optimizer
+from pi0fm.train.optim import ClippedAdamW, make_optimizer
 from pi0fm.train.parallel.accelerate import make_accelerator
-from pi0fm.train.start.adaptation import Adaptation, adapt, plain_weights
+from pi0fm.train.start.adaptation import adapt, plain_weights
 from pi0fm.train.step import train_step
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 
 from pi0fm.cli import flow_demo
 from pi0fm.cli.main import main
-from pi0fm.flow.matching import FlowConfig
+from pi0fm.flow.config import FlowConfig
 from pi0fm.toy import methods
 from pi0fm.toy.comparison import held_out_nll
 from pi0fm.toy.datasets import DATASETS

@@ -6,8 +6,9 @@ import pytest
 import torch
 from small_pi0 import BOTH, LIKE_PI0, TOKENS_PER_IMAGE, network, observation, question
 
+from pi0fm.flow.config import FlowConfig
 from pi0fm.flow.density import exact_divergence
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.attention import additive, attend
 
 # a state token under adaptive norms changes with the time, so nothing of it can be kept

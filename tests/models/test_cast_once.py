@@ -7,7 +7,8 @@ import torch
 from small_pi0 import BOTH, LIKE_PI0, network, observation, question
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pi0fm.models.layers import CHECKPOINTING, Linear
+from pi0fm.models.config import CHECKPOINTING
+from pi0fm.models.layers import Linear
 
 
 class Casts(TorchDispatchMode):

@@ -8,9 +8,9 @@ import tiny_dataset
 import torch
 from torch import nn
 
+from pi0fm.models.config import preset
 from pi0fm.models.initial import BLOCK, ConstantInit, NormalInit, UniformInit, distributions, fill, initialise, stretch
 from pi0fm.models.pi0 import Pi0
-from pi0fm.models.presets import preset
 
 LARGE = 3 * BLOCK + 17
 

@@ -9,7 +9,8 @@ import torch
 from small_pi0 import BOTH, LIKE_PI0, network, observation, question
 from torch import nn
 
-from pi0fm.models.lora import LoraConfig, attach, is_adapter, merged, target_modules
+from pi0fm.models.config import LoraConfig
+from pi0fm.models.lora import attach, is_adapter, merged, target_modules
 from pi0fm.models.parts import PARTS, part_of
 from pi0fm.models.pi0 import Pi0
 from pi0fm_client.errors import ConfigError

@@ -7,10 +7,10 @@ import torch
 from small_pi0 import BOTH, LIKE_PI0, TOKENS_PER_IMAGE, network, observation, question
 
 from pi0fm.flow.density import exact_divergence
+from pi0fm.models.config import TINY
 from pi0fm.models.observation import ModelObservation, pixels
 from pi0fm.models.pi0 import Pi0
 from pi0fm.models.prefix_cache import PrefixCache
-from pi0fm.models.presets import TINY
 from pi0fm_client.errors import ConfigError
 
 variants = pytest.mark.parametrize("name", list(BOTH))

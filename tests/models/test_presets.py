@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from pi0fm.models.config import PRESETS, preset
 from pi0fm.models.pi0 import Pi0, parameter_count
-from pi0fm.models.presets import PRESETS, preset
 from pi0fm_client.errors import ConfigError
 
 VOCABULARY, WIDTH, MLP, EXPERT, EXPERT_MLP, DEPTH = 257_152, 2048, 16_384, 1024, 4096, 18

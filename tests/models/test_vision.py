@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from pi0fm.models.config import VisionConfig
 from pi0fm.models.initial import initialise
-from pi0fm.models.vision import PatchEmbedding, ProductNorm, VisionConfig, VisionTower
+from pi0fm.models.vision import PatchEmbedding, ProductNorm, VisionTower
 
 SMALL = VisionConfig(width=24, depth=2, num_heads=3, mlp_width=40, patch_size=4, image_size=12)
 NAMES = {

@@ -5,7 +5,8 @@ import torch
 from small_pi0 import BOTH, network, observation, resized
 
 from pi0fm.data.loading.batch import Batch
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.policy.sampling.sampler import Sampler
 from pi0fm.train.parallel.accelerate import make_accelerator
 from pi0fm.train.step import train_step

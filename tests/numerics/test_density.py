@@ -6,9 +6,9 @@ import pytest
 import torch
 from gaussian_mixture import GaussianMixture, rademacher_probes
 
+from pi0fm.flow.config import PATHS, FlowConfig
 from pi0fm.flow.density import DensityOptions, log_prob, push_backward, push_forward
-from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.flow.path import PATHS
+from pi0fm.flow.matching import FlowMatching
 
 MIXTURE = GaussianMixture(torch.tensor([[1.2, 0.0], [-1.0, 0.8]], dtype=torch.float64), torch.tensor([0.6, 0.4], dtype=torch.float64), 0.5)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from gaussian_mixture import GaussianMixture
 
-from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.flow.path import PATHS
+from pi0fm.flow.config import PATHS, FlowConfig
+from pi0fm.flow.matching import FlowMatching
 
 MIXTURE = GaussianMixture(
     torch.tensor([[1.5, 0.0], [-1.0, 1.0], [0.0, -1.5]], dtype=torch.float64), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), 0.4

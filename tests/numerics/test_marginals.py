@@ -5,8 +5,8 @@ import scipy.stats
 import torch
 from gaussian_mixture import GaussianMixture
 
-from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.flow.path import PATHS
+from pi0fm.flow.config import PATHS, FlowConfig
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.stochastic import sample_ancestral, sample_sde
 
 MIXTURE = GaussianMixture(

@@ -10,8 +10,9 @@ from smooth_network import smooth_in_time
 
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats, column_stats
+from pi0fm.flow.config import FlowConfig
 from pi0fm.flow.density import gaussian_log_prob
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.solver import integrate
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.local import LocalPolicy

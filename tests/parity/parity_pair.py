@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from pi0fm.bench.harness.peer import RobotFeatures
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
+from pi0fm.models.config import TINY, Pi0Config
 from pi0fm.models.observation import ModelObservation, pixels
-from pi0fm.models.pi0 import Pi0, Pi0Config
-from pi0fm.models.presets import TINY
+from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.sampling.sampler import arrange_matrices
 
 # LeRobot insists on 8 query heads, and on gelu-tanh.

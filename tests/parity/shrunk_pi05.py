@@ -22,7 +22,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import nn
 
 from pi0fm.bench.harness.peer import RobotFeatures, ShrunkPI0, gemma_config, image_key, paligemma_config, policy_config
-from pi0fm.models.pi0 import Pi0Config
+from pi0fm.models.config import Pi0Config
 
 
 class ShrunkPI05(PI05Policy):

@@ -11,8 +11,8 @@ from parity_pair import CONFIG, KINDS, Answers, Batch, Pair, difference, gradien
 from shrunk_pi05 import make_config
 
 from pi0fm.bench.harness.peer import RobotFeatures
+from pi0fm.models.config import PI0, PI05
 from pi0fm.models.pi0 import Pi0, parameter_count
-from pi0fm.models.presets import PI0, PI05
 
 TOLERANCE = 1e-5
 LONGEST = CONFIG.max_prompt_tokens

@@ -7,7 +7,7 @@ import pytest
 import torch
 from parity_pair import KINDS, difference, make_batch, make_pair
 
-from pi0fm.models.presets import PI0
+from pi0fm.models.config import PI0
 
 CONFIG = dataclasses.replace(
     PI0,

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from small_pi0 import BOTH, network, observation, question
 from torch import nn
 
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.layers import GatedMLP
 from pi0fm.models.vision import VisionMLP
 from pi0fm.policy import packed

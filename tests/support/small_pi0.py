@@ -6,10 +6,9 @@ from typing import Any
 import torch
 
 from pi0fm import options
-from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
+from pi0fm.models.config import DecoderConfig, Pi0Config, StreamConfig, VisionConfig
 from pi0fm.models.observation import ModelObservation
-from pi0fm.models.pi0 import Pi0, Pi0Config
-from pi0fm.models.vision import VisionConfig
+from pi0fm.models.pi0 import Pi0
 
 LIKE_PI0 = Pi0Config(
     vision=VisionConfig(width=16, depth=1, num_heads=2, mlp_width=32, patch_size=16, image_size=32),

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from pi0fm import options
-from pi0fm.models.pi0 import Pi0Config
-from pi0fm.models.presets import preset
+from pi0fm.models.config import Pi0Config, preset
 
 FPS = 10
 LENGTHS = (12, 9, 7)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from gaussian_mixture import GaussianMixture
 
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.toy import comparison
 from pi0fm.toy.comparison import Quality, fewest, held_out_nll, quality_curve, seconds_to, sliced_wasserstein
 from pi0fm.toy.training import Mark

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pi0fm.flow.checks import FlowError
+from pi0fm.flow.config import FlowConfig
 from pi0fm.flow.density import DensityOptions, exact_divergence, log_prob
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.toy import methods
 from pi0fm.toy.comparison import held_out_nll
 from pi0fm.toy.datasets import DATASETS

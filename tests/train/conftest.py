@@ -9,9 +9,9 @@ import recorded_curve
 import tiny_dataset
 
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig
+from pi0fm.data.config import DatasetConfig
+from pi0fm.train.components import OptimizerConfig
 from pi0fm.train.config import TrainConfig
-from pi0fm.train.optim import OptimizerConfig
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from pi0fm.policy.load_options import HARD_PREFIX
 from pi0fm.policy.saved import bundle, reference
 from pi0fm.train import loop
 from pi0fm.train.checkpoint import checkpoints as checkpoint
-from pi0fm.train.config import RtcConfig
+from pi0fm.train.components import RtcConfig
 from pi0fm.train.watch.metrics import read_last
 from pi0fm_client.errors import OutputError
 from pi0fm_client.types import ActionPrefix, Observation

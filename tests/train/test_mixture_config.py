@@ -8,11 +8,11 @@ import yaml
 
 from pi0fm import options
 from pi0fm.cli.main import main
-from pi0fm.cluster.training import TrainingRun, _absolute
+from pi0fm.cluster.training import _absolute
+from pi0fm.cluster.training_run import TrainingRun
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig
-from pi0fm.data.loading.mixture import MixtureEntry
-from pi0fm.models.lora import LoraConfig
+from pi0fm.data.config import DatasetConfig, MixtureEntry
+from pi0fm.models.config import LoraConfig
 from pi0fm.train.config import TrainConfig, changed_options
 from pi0fm.train.plan.memory import GIB
 from pi0fm_client.errors import ConfigError

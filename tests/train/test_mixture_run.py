@@ -15,15 +15,16 @@ from small_runs import differing, start, start_and_die
 import pi0fm
 from pi0fm.cluster import caching
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig
+from pi0fm.data.config import DatasetConfig, MixtureEntry
 from pi0fm.data.loading.loader import micro_batches
-from pi0fm.data.loading.mixture import MixtureCollator, MixtureEntry, deal
-from pi0fm.models.lora import LoraConfig
+from pi0fm.data.loading.mixture import MixtureCollator
+from pi0fm.data.order.orders import deal
+from pi0fm.models.config import LoraConfig
 from pi0fm.policy.saved import bundle
 from pi0fm.train import loop
+from pi0fm.train.components import ValidationConfig
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.data import open_data
-from pi0fm.train.watch.validation import ValidationConfig
 from pi0fm_client.errors import ConfigError, DatasetError
 from pi0fm_client.types import Observation
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from pi0fm.train.components import OptimizerConfig
 from pi0fm.train.ema import Ema
-from pi0fm.train.optim import ClippedAdamW, OptimizerConfig, learning_rate, make_optimizer, set_learning_rate
+from pi0fm.train.optim import ClippedAdamW, learning_rate, make_optimizer, set_learning_rate
 from pi0fm_client.errors import ConfigError
 
 

@@ -11,7 +11,8 @@ from forked_workers import workers
 
 from pi0fm.data.loading.loader import Batch
 from pi0fm.data.order.split import micro_steps, split
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
 from pi0fm.train.parallel.accelerate import Parallel, make_accelerator

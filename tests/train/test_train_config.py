@@ -2,8 +2,9 @@
 
 import pytest
 
-from pi0fm.models.presets import TINY
-from pi0fm.train.config import RtcConfig, TrainConfig
+from pi0fm.models.config import TINY
+from pi0fm.train.components import RtcConfig
+from pi0fm.train.config import TrainConfig
 from pi0fm_client.errors import ConfigError
 
 

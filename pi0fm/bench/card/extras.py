@@ -20,10 +20,10 @@ from pi0fm.bench.card.training import TrainingCase, clear, full_batch, prepared
 from pi0fm.bench.harness.cases import random_observations
 from pi0fm.bench.harness.limits import host_seconds, percentile
 from pi0fm.bench.harness.measure import seconds_of
-from pi0fm.models.presets import PI0, TINY
+from pi0fm.models.config import PI0, TINY
 from pi0fm.policy.sampling.best_of import BestOf
 from pi0fm.train.checkpoint.checkpoints import Checkpoints
-from pi0fm.train.start.adaptation import Adaptation
+from pi0fm.train.components import Adaptation
 
 CANDIDATES = 8
 LAYERS_OF = 3  # the checkpoint's network has one layer of so many

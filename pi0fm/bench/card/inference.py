@@ -36,9 +36,9 @@ from pi0fm.bench.harness.limits import (
 from pi0fm.bench.harness.measure import seconds_of
 from pi0fm.bench.harness.steps import their_sampler
 from pi0fm.data.chain import Sample
+from pi0fm.models.config import PI0, PI05, TINY, Pi0Config
 from pi0fm.models.observation import pixels
-from pi0fm.models.pi0 import Pi0, Pi0Config
-from pi0fm.models.presets import PI0, PI05, TINY
+from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.sampling.cuda_graphs import Recorder
 from pi0fm.policy.sampling.noise import starting_noise

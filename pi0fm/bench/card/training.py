@@ -21,11 +21,10 @@ from pi0fm.bench.harness.cases import CAMERAS, Case, make_batch, random_network
 from pi0fm.bench.harness.limits import Rates, device_seconds, forget_peak, measure_rates, peak_bytes, percentile, synchronize
 from pi0fm.bench.harness.steps import PARTS, StepClock, Trainer, their_loss, their_step
 from pi0fm.data.loading.batch import Batch
-from pi0fm.models.lora import LoraConfig
-from pi0fm.models.pi0 import Pi0Config
-from pi0fm.models.presets import PI0, TINY
+from pi0fm.models.config import PI0, TINY, LoraConfig, Pi0Config
+from pi0fm.train.components import Adaptation
 from pi0fm.train.plan.memory import estimate
-from pi0fm.train.start.adaptation import Adaptation, adapt
+from pi0fm.train.start.adaptation import adapt
 from pi0fm.train.state import StateConfig
 
 

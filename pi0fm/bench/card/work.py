@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import torch
 
 from pi0fm.bench.harness.limits import Rates
-from pi0fm.models.pi0 import Pi0Config
+from pi0fm.models.config import Pi0Config
+from pi0fm.train.components import Adaptation
 from pi0fm.train.plan.flops import stage_work, training_work
-from pi0fm.train.start.adaptation import Adaptation
 
 
 def inference_work(config: Pi0Config, batch: int, cameras: int, prompt_tokens: int, num_flow_steps: int) -> dict[str, tuple[float, float]]:

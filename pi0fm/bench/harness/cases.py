@@ -25,12 +25,11 @@ from pi0fm.data.chain import Sample
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats, column_stats
 from pi0fm.data.loading.batch import Batch
-from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.models.joint_decoder import DecoderConfig, StreamConfig
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
+from pi0fm.models.config import PI0, TINY, DecoderConfig, Pi0Config, StreamConfig, VisionConfig
 from pi0fm.models.observation import ModelObservation
-from pi0fm.models.pi0 import Pi0, Pi0Config
-from pi0fm.models.presets import PI0, TINY
-from pi0fm.models.vision import VisionConfig
+from pi0fm.models.pi0 import Pi0
 from pi0fm.options import option
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.saved.bundle import PolicyConfig

@@ -37,8 +37,8 @@ from transformers import ByT5Tokenizer, GemmaConfig, PaliGemmaConfig, SiglipVisi
 
 from pi0fm.bench.harness.cases import Case
 from pi0fm.convert.shapes import parts, sizes_of
-from pi0fm.models.joint_decoder import StreamConfig
-from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.models.config import Pi0Config, StreamConfig
+from pi0fm.models.pi0 import Pi0
 from pi0fm_client.errors import ConfigError, DatasetError, Pi0fmError
 
 # LeRobot's joint layer reshapes its attention output to 8 heads whatever the configuration says (modeling_pi0.py, line 124).

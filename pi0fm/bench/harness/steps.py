@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from pi0fm.bench.harness.cases import FLOW_STEPS
 from pi0fm.data.loading.batch import Batch
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.observation import ModelObservation, pixels
 from pi0fm.models.pi0 import Pi0
 from pi0fm.train.parallel.accelerate import Accelerator, Parallel

@@ -18,13 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from pi0fm import options
-from pi0fm.cluster.training import TrainingRun
+from pi0fm.cluster.training_run import TrainingRun
 from pi0fm.data.chain import Chain
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource
+from pi0fm.data.columns.lerobot_source import LeRobotSource
 from pi0fm.data.columns.lerobot_source import examine as examine_source
+from pi0fm.data.config import DatasetConfig, MixtureEntry
 from pi0fm.data.judging import Extent
-from pi0fm.data.loading.mixture import MixtureEntry, entry_named
+from pi0fm.data.loading.mixture import entry_named
 from pi0fm.doctor.data import Findings, counted, judge
 from pi0fm.doctor.policy import Beside, Examined, Subject, examine, examine_server, of_bundle, open_beside
 from pi0fm.options import option, required

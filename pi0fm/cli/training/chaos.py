@@ -9,7 +9,7 @@ from typing import Any
 from pi0fm.cli import lerobot
 from pi0fm.cli.training import train
 from pi0fm.cluster import chaos as disturbing
-from pi0fm.cluster.training import TrainingRun
+from pi0fm.cluster.training_run import TrainingRun
 from pi0fm.options import option
 from pi0fm.train.start.defaults import defaults
 

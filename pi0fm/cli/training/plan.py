@@ -14,7 +14,7 @@ from rich.table import Table
 from pi0fm import files, progress
 from pi0fm.cli import lerobot
 from pi0fm.cli.training import train
-from pi0fm.cluster.training import TrainingRun
+from pi0fm.cluster.training_run import TrainingRun
 from pi0fm.options import option
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.plan import pictures

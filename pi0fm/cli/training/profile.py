@@ -11,7 +11,7 @@ from pi0fm.bench import profile as profiling
 from pi0fm.cli import lerobot
 from pi0fm.cli.bench import answer
 from pi0fm.cli.training import train
-from pi0fm.cluster.training import TrainingRun
+from pi0fm.cluster.training_run import TrainingRun
 from pi0fm.options import option
 from pi0fm.train.start.defaults import defaults
 

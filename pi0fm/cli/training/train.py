@@ -7,13 +7,13 @@ from dataclasses import fields
 from typing import Any
 
 from pi0fm.cli import lerobot
-from pi0fm.cluster import training
-from pi0fm.models.pi0 import Pi0Config
+from pi0fm.cluster.training_run import TrainingRun, refuse_at_once
+from pi0fm.models.config import Pi0Config
 from pi0fm.train.parallel.context import context_from_environment
 from pi0fm.train.start.defaults import defaults
 
 HELP = "train a policy on a LeRobot data set, or on a mixture of them"
-Options = training.TrainingRun
+Options = TrainingRun
 NAMED_BY_ROW = "output_dir"
 ALIASES = lerobot.TRAIN
 DEFAULTS = defaults
@@ -34,9 +34,12 @@ def often_of(cls: type) -> frozenset[str]:
     return OFTEN | {field.name for field in fields(cls)} - {field.name for field in fields(Options)}
 
 
-def run(options: training.TrainingRun) -> dict[str, Any] | None:
+def run(options: TrainingRun) -> dict[str, Any] | None:
     """Train; the result names the bundle. Under torchrun it is one line, the first process's."""
-    result = training.run_training(options)
+    refuse_at_once(options)
+    from pi0fm.cluster.training import run_training  # torch: seconds, which a wrong path need not wait for
+
+    result = run_training(options)
     if options.workers == (0, 0) and not context_from_environment().is_first:
         return None
     return {"bundle": str(result.bundle), "steps": result.steps, "loss": result.loss, "seconds": round(result.seconds, 3)}

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -28,48 +28,14 @@ from pi0fm.data.columns.embodiment import Embodiment, resolve
 from pi0fm.data.columns.faults import Fault, refuse, spoiled
 from pi0fm.data.columns.metadata import Episodes, Info, read_episodes, read_info, read_json, read_tasks
 from pi0fm.data.columns.norm_stats import NormStats, compute_norm_stats
-from pi0fm.data.columns.rows import Rows, Selection, choose, compare, read_rows, refuse_unknown_sentences
+from pi0fm.data.columns.rows import Rows, choose, compare, read_rows, refuse_unknown_sentences
 from pi0fm.data.columns.tables import read_table, reading, scalars
-from pi0fm.data.pictures.video import Decoder
+from pi0fm.data.config import DatasetConfig, Selection, refuse_missing
 from pi0fm.files import visible
-from pi0fm.options import nearest, option
+from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError, DatasetError
 
 RECORDING = "meta/pi0fm_recording.json"  # what `pi0fm demos` leaves beside LeRobot's own files
-
-
-@dataclass(frozen=True)
-class DatasetConfig:
-    """Which data set, and how its pictures are kept; `repo_id` and `root` as LeRobot's users type them."""
-
-    repo_id: str = option("", "name of the data set, such as lerobot/pusht; found under $HF_LEROBOT_HOME, else downloaded")
-    root: Path | None = option(None, "directory of the data set, when it lies elsewhere")
-    episodes: tuple[int, ...] = option((), "of these episodes only, by number with commas between them; empty takes all")
-    skip_bad: Literal["all"] | bool = option(
-        False,
-        "leave out the episodes that pi0fm doctor names; all: that doctor --pictures all does; the list goes into run and bundle",
-    )
-    any_video_order: bool = option(False, "accept videos that lie in another order than their episodes")
-    tolerance_s: float | None = option(
-        None, "most seconds between a row and its picture; empty takes a period of the rows or of the video, whichever is longer"
-    )
-    video_decoder: Decoder = option("auto", "pyav, torchcodec, or auto: torchcodec when it loads")
-    cache_dir: Path | None = option(None, "where decoded frames are kept; default ~/.cache/pi0fm/frames")
-    cache_limit_gib: float = option(64.0, "a data set whose decoded frames would take more is streamed from its videos instead")
-    cache_format: Literal["uint8", "jpeg"] = option("uint8", "decoded frames as they are, or as JPEG: a tenth of the space, slower to read")
-    stream_buffer_gib: float = option(4.0, "memory of the shuffle buffer of a data set that is streamed")
-
-    def __post_init__(self) -> None:
-        if self.video_decoder not in ("auto", "pyav", "torchcodec"):
-            raise ConfigError(f"dataset.video_decoder must be auto, pyav or torchcodec, found {self.video_decoder!r}")
-        if self.tolerance_s is not None and not self.tolerance_s >= 0:
-            raise ConfigError(f"dataset.tolerance_s must be >= 0, found {self.tolerance_s}; leave it out for the default")
-        if self.cache_limit_gib <= 0:
-            raise ConfigError(f"dataset.cache_limit_gib must be > 0, found {self.cache_limit_gib}")
-        if self.cache_format not in ("uint8", "jpeg"):
-            raise ConfigError(f"dataset.cache_format must be uint8 or jpeg, found {self.cache_format!r}")
-        if self.stream_buffer_gib <= 0:
-            raise ConfigError(f"dataset.stream_buffer_gib must be > 0, found {self.stream_buffer_gib}")
 
 
 @dataclass(frozen=True)
@@ -331,17 +297,6 @@ def _nothing(root: Path, selection: Selection, count: int) -> DatasetError | Con
     if selection == Selection(selection.episodes):
         return DatasetError(f"{root} holds no rows of the chosen episodes; choose other dataset.episodes")
     return ConfigError(f"the filters of {root} leave no episode; loosen episodes, exclude_episodes, tasks or min_frames")
-
-
-def refuse_missing(config: DatasetConfig) -> None:
-    """Raise ConfigError where no data set is named, DatasetError for a directory that holds none: all that costs no time to know."""
-    if config.root is None and not config.repo_id:
-        raise ConfigError("which data set? give --dataset.repo_id NAME, or --dataset.root DIRECTORY")
-    if config.root is not None and not (config.root / "meta" / "info.json").is_file():
-        run = f"it is a run, whose policy is {config.root / 'bundle'}" if (config.root / "run.json").is_file() else "correct the path"
-        raise DatasetError(
-            f"dataset.root must be a LeRobot data set, but {config.root} has no meta/info.json; {run}, or record one with pi0fm demos"
-        )
 
 
 def locate(config: DatasetConfig) -> Path:

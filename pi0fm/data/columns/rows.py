@@ -28,6 +28,7 @@ from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.faults import RECORD_AGAIN, Fault, spoiled
 from pi0fm.data.columns.metadata import Episodes, Info
 from pi0fm.data.columns.tables import Numbers, integers, joined, matrix, read_table, scalars
+from pi0fm.data.config import Selection
 from pi0fm.files import visible
 from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError, DatasetError
@@ -38,16 +39,6 @@ APART = 0.45  # periods; from half of one on another picture is nearest
 NO_NUMBER = np.iinfo(np.int64).min
 CORRECT = "correct the column, or record or download the data set again"
 CORRECT_EPISODES = "correct meta/episodes, or record or download the data set again"
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which episodes are used. episodes: empty for all; exclude: of those; tasks: sentences, empty for all; min_frames: of an episode."""
-
-    episodes: tuple[int, ...] = ()
-    exclude: tuple[int, ...] = ()
-    tasks: tuple[str, ...] = ()
-    min_frames: int = 1
 
 
 @dataclass(frozen=True)

@@ -24,32 +24,20 @@ from numpy.typing import NDArray
 
 from pi0fm.data.chain import Chain, Sample
 from pi0fm.data.columns.lerobot_source import LeRobotSource
+from pi0fm.data.config import AugmentConfig, LoaderConfig
 from pi0fm.data.loading.batch import Batch
 from pi0fm.data.order.counter import Slots, draws, uniforms
 from pi0fm.data.order.orders import Order, Places
 from pi0fm.data.order.split import split
-from pi0fm.data.pictures.augmentation import AugmentConfig, numbers
+from pi0fm.data.pictures.augmentation import numbers
 from pi0fm.data.pictures.source import Pictures
-from pi0fm.options import option
 from pi0fm_client.errors import ConfigError
 
 __all__ = ["Batch", "BatchMaker", "Collator", "LoaderConfig", "action_chunks", "keep_count", "micro_batches"]
 
 _COUNTS_KEPT = 64
+PREPARED = LoaderConfig()
 DELAYS = 4  # the stream of random numbers that is the delays' own
-
-
-@dataclass(frozen=True)
-class LoaderConfig:
-    """How batches are prepared; it changes speed and memory, never a number in a batch."""
-
-    threads: int = option(1, "threads that prepare batches, beside the one that trains")
-    ahead: int = option(2, "finished batches that wait for their use")
-
-    def __post_init__(self) -> None:
-        for name in ("threads", "ahead"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"loader.{name} must be >= 1, found {getattr(self, name)}; leave it out for the default")
 
 
 class BatchMaker(ABC):
@@ -195,7 +183,7 @@ def micro_batches(
     rank: int,
     world_size: int,
     micro_batch_size: int | None,
-    config: LoaderConfig = LoaderConfig(),
+    config: LoaderConfig = PREPARED,
     device: torch.device | None = None,
 ) -> Generator[Batch]:
     """This rank's micro batches of steps first_step .. num_steps - 1, in order, some ahead of their use.

@@ -12,8 +12,7 @@ a function of the position, so that neither workers nor restarts change anything
 Shape letters: B batch, C cameras of the mixture, H horizon, A action dim, L prompt tokens.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 
@@ -22,56 +21,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource
-from pi0fm.data.columns.rows import Selection, refuse_unknown_sentences
+from pi0fm.data.columns.lerobot_source import LeRobotSource
+from pi0fm.data.columns.rows import refuse_unknown_sentences
+from pi0fm.data.config import MixtureEntry
 from pi0fm.data.loading.batch import Batch
 from pi0fm.data.loading.loader import BatchMaker, Collator, keep_count
-from pi0fm.data.order.orders import Weighted, weighted
+from pi0fm.data.order.orders import Weighted, deal, weighted
 from pi0fm.data.pictures.augmentation import Augmentation
 from pi0fm.models.observation import ModelObservation
-from pi0fm.options import option
 from pi0fm_client.errors import ConfigError, Pi0fmError
-
-UNITS = 2**20  # weights are counted in millionths, so that shares are exact at any position
-
-
-@dataclass(frozen=True)
-class MixtureEntry:
-    """One data set of a mixture; `embodiment.cameras` maps the network's cameras to its columns."""
-
-    dataset: DatasetConfig = option(DatasetConfig, "")
-    embodiment: Embodiment = option(Embodiment, "")
-    weight: float = option(1.0, "its share of the samples, against the other entries' weights")
-    exclude_episodes: tuple[int, ...] = option((), "episodes that are left out")
-    tasks: tuple[str, ...] = option((), "train on episodes of these instructions only; empty takes all")
-    min_frames: int = option(1, "leave out episodes that are shorter")
-    task_weights: dict[str, float] = option(dict, "instruction -> weight of its samples against others of this data set; 1 where unnamed")
-    weight_column: str | None = option(None, "column of the data set with the weight of each frame")
-    camera_sources: dict[str, str] = option(dict, "camera -> SOURCE:WIDTHxHEIGHT in a simulator, kept in the bundle for this robot")
-
-    def __post_init__(self) -> None:
-        if not 0 < self.weight < float("inf"):
-            raise ConfigError(f"a mixture's weight must be > 0, found {self.weight}; leave the data set out instead of giving it 0")
-        if self.min_frames < 1:
-            raise ConfigError(f"min_frames must be >= 1, found {self.min_frames}; leave it out for all episodes")
-
-    def selection(self) -> Selection:
-        """The episodes that are used of the data set."""
-        return Selection(self.dataset.episodes, self.exclude_episodes, self.tasks, self.min_frames)
-
-
-def refuse_entries(mixture: Mapping[str, MixtureEntry]) -> None:
-    """Raise ConfigError for names that cannot be typed, an entry without a data set, or weights too far apart; nothing is opened."""
-    for name, entry in mixture.items():
-        if not re.fullmatch(r"\w+", name, re.ASCII):
-            raise ConfigError(f"a mixture's names are letters, digits and _, found {name!r}; it is typed in options and after --robot")
-        if not entry.dataset.repo_id and entry.dataset.root is None:
-            raise ConfigError(
-                f"mixture.{name} must name a data set, found none; type --mixture.{name}.dataset.repo_id NAME, or .root DIRECTORY"
-            )
-    if mixture:
-        deal([entry.weight for entry in mixture.values()], np.zeros(1, dtype=np.int64))
 
 
 @contextmanager
@@ -157,29 +115,6 @@ class MixtureCollator(BatchMaker):
     def _count(self, first: int, count: int) -> int:
         which, numbers = deal(self.weights, np.arange(first, first + count))
         return sum(part.count_valid(numbers[which == number]) for number, part in enumerate(self.parts) if (which == number).any())
-
-
-def deal(weights: Sequence[float], positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(data set, position in that data set's own stream) of each position of the mixture's stream.
-
-    The first against the rest: of p positions it has taken floor(p w / W + 1/2); the rest is dealt alike. Raises ConfigError for a weight
-    below a millionth of what it is dealt against.
-    """
-    which = np.zeros_like(positions)
-    own = positions.copy()
-    open_ = np.ones(len(positions), dtype=bool)
-    rest = positions.copy()  # positions among those that earlier data sets left
-    for part in range(len(weights) - 1):
-        units = round(UNITS * weights[part] / sum(weights[part:]))
-        if not 0 < units < UNITS:
-            raise ConfigError(f"weights of a mixture must be within a factor of a million, found {list(weights)}; bring them closer")
-        taken, after = ((place * units + UNITS // 2) // UNITS for place in (rest, rest + 1))
-        here = open_ & (after > taken)
-        which[here], own[here] = part, taken[here]
-        open_ &= ~here
-        rest = rest - taken
-        which[open_], own[open_] = part + 1, rest[open_]
-    return which, own
 
 
 def _joined(made: Sequence[tuple[Collator, NDArray[np.int64], Batch]], cameras: tuple[str, ...], count: int) -> Batch:

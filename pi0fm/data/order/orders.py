@@ -12,6 +12,7 @@ A sample that comes twice in an epoch must not have the same noise twice: `numbe
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -102,3 +103,29 @@ def _block(seed: int, size: int, epoch: int, block: int) -> NDArray[np.int64]:
     found = permute(np.arange(first, min(first + BLOCK, size)), size, seed, epoch)
     found.flags.writeable = False
     return found
+
+
+UNITS = 2**20  # weights are counted in millionths, so that shares are exact at any position
+
+
+def deal(weights: Sequence[float], positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(data set, position in that data set's own stream) of each position of the mixture's stream.
+
+    The first against the rest: of p positions it has taken floor(p w / W + 1/2); the rest is dealt alike. Raises ConfigError for a weight
+    below a millionth of what it is dealt against.
+    """
+    which = np.zeros_like(positions)
+    own = positions.copy()
+    open_ = np.ones(len(positions), dtype=bool)
+    rest = positions.copy()  # positions among those that earlier data sets left
+    for part in range(len(weights) - 1):
+        units = round(UNITS * weights[part] / sum(weights[part:]))
+        if not 0 < units < UNITS:
+            raise ConfigError(f"weights of a mixture must be within a factor of a million, found {list(weights)}; bring them closer")
+        taken, after = ((place * units + UNITS // 2) // UNITS for place in (rest, rest + 1))
+        here = open_ & (after > taken)
+        which[here], own[here] = part, taken[here]
+        open_ &= ~here
+        rest = rest - taken
+        which[open_], own[open_] = part + 1, rest[open_]
+    return which, own

@@ -19,34 +19,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from pi0fm.data.config import AugmentConfig
 from pi0fm.data.order.counter import Slots, uniforms
-from pi0fm.options import option
-from pi0fm_client.errors import ConfigError
 
 PURPOSE = 3  # the stream of random numbers that is augmentation's own
 _NUMBERS = 6  # a camera: two of the crop, one of the turn, three of the colours
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """How far a picture may be changed. All at their neutral value (1, 0, 0, 0, 0) change nothing."""
-
-    crop: float = option(0.95, "side of the random crop, as a share of the picture's; 1 for none")
-    rotation: float = option(5.0, "largest turn, in degrees either way")
-    brightness: float = option(0.3, "largest relative change of brightness")
-    contrast: float = option(0.4, "largest relative change of contrast")
-    saturation: float = option(0.5, "largest relative change of saturation")
-    wrist_cameras: tuple[str, ...] = option((), "cameras that are only recoloured; empty takes those with 'wrist' in their name")
-
-    def __post_init__(self) -> None:
-        if not 0 < self.crop <= 1:
-            raise ConfigError(f"augmentation.crop must lie in (0, 1], found {self.crop}; type --augmentation.crop 0.95")
-        if not 0 <= self.rotation <= 180:
-            raise ConfigError(f"augmentation.rotation must lie in 0..180 degrees, found {self.rotation}; type --augmentation.rotation 5")
-        for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"augmentation.{name} must lie in 0..1, found {getattr(self, name)}; type --augmentation.{name} 0.3")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0fm import progress
-from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource
+from pi0fm.data.columns.lerobot_source import LeRobotSource
+from pi0fm.data.config import DatasetConfig
 from pi0fm.data.pictures.decoding import decoded
 from pi0fm.data.pictures.frame_cache import make_job, read_stored
 from pi0fm.data.pictures.images import resize_with_padding

@@ -30,7 +30,8 @@ import psutil
 from numpy.typing import NDArray
 
 from pi0fm import files, progress
-from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource
+from pi0fm.data.columns.lerobot_source import LeRobotSource
+from pi0fm.data.config import DatasetConfig
 from pi0fm.data.order.orders import Order, Shuffled
 from pi0fm.data.pictures.decoding import Job, Stretch, TooFarError, cores, needed_tolerance, write_jobs
 from pi0fm.data.pictures.images import resize_with_padding

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0fm import progress
-from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource
+from pi0fm.data.columns.lerobot_source import LeRobotSource
+from pi0fm.data.config import DatasetConfig
 from pi0fm.data.order.orders import Order
 from pi0fm.data.order.streamed import StreamOrder, lanes_of
 from pi0fm.data.pictures.decoding import cores, decode_job

@@ -23,9 +23,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pi0fm.data.config import Decoder
 from pi0fm_client.errors import ConfigError, DatasetError
 
-Decoder = Literal["auto", "pyav", "torchcodec"]
 CLOSE = 1e-4  # seconds by which a time of the data set and one of the file may differ and be the same
 BACK = 64  # frames
 Picture = Callable[[], NDArray[np.uint8]]

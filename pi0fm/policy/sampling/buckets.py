@@ -13,8 +13,8 @@ from typing import final
 
 import torch
 
+from pi0fm.models.config import Pi0Config
 from pi0fm.models.observation import PROMPT_MULTIPLE, ModelObservation
-from pi0fm.models.pi0 import Pi0Config
 
 LENGTHS = 4
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from pi0fm.flow.checks import check_finite
 from pi0fm.flow.committed import CommittedVelocity
+from pi0fm.flow.config import FIXED_GRID_SOLVERS
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import sample
-from pi0fm.flow.solver import FIXED_GRID_SOLVERS, Spread, Velocity
+from pi0fm.flow.solver import Spread, Velocity
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import CachedVelocity, FlowTime, Pi0
 from pi0fm.models.prefix_cache import PrefixCache

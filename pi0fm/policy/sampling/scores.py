@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pi0fm.data.chain import Chain, DeltaActions, Normalize, PadDimensions, Sample
+from pi0fm.flow.config import FIXED_GRID_SOLVERS
 from pi0fm.flow.density import DensityOptions, Pushed, density_solver, push_backward, push_forward
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import sample
-from pi0fm.flow.solver import FIXED_GRID_SOLVERS, Velocity, check_solver
+from pi0fm.flow.solver import Velocity, check_solver
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import CachedVelocity, Pi0
 from pi0fm.models.prefix_cache import KeyValue, PrefixCache

@@ -32,9 +32,11 @@ from pi0fm.data.columns.norm_stats import NormStats, norm_stats_from_json
 from pi0fm.data.normalization import RELATIVE, NormRule
 from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
 from pi0fm.data.prompt import BYTES, OPENPI, PromptTokenizer, load_tokenizer
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import overridden
-from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.models.config import Pi0Config
+from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.device import choose_device, inference_dtype, is_out_of_memory
 from pi0fm.policy.load_options import GUIDED, LoadOptions
 from pi0fm.policy.local import LocalPolicy

@@ -21,7 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.models.config import Pi0Config
+from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.sampling.sampler import columns_together, tower_matrices
 from pi0fm_client.errors import BundleError, OutputError
 

@@ -11,7 +11,7 @@ The position in the data needs no tensor of its own: it is the step (data/order/
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, final
@@ -27,8 +27,8 @@ from torch.distributed.tensor import DTensor
 
 from pi0fm import progress
 from pi0fm.train.checkpoint.format import Reader, Writer
-from pi0fm.train.checkpoint.index import COMMIT, Index, TornError, folder, read_index, remove
-from pi0fm.train.checkpoint.storage import Store, open_store
+from pi0fm.train.checkpoint.index import Index, TornError, read_index, remove
+from pi0fm.train.checkpoint.storage import COMMIT, Store, folder, open_store, steps_in, unlisted, whole
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm_client.errors import OutputError
 
@@ -144,7 +144,7 @@ class Checkpoints:
         step, fault = _NONE, None
         if self._parallel.context.is_first:
             try:
-                candidates = sorted(_steps(self._store.sizes()), reverse=True)
+                candidates = sorted(steps_in(self._store.sizes()), reverse=True)
                 step = next((number for number in candidates if number not in damaged and self._whole(number)), _NONE)
             except OSError as error:
                 step, fault = _UNREADABLE, error
@@ -153,7 +153,7 @@ class Checkpoints:
             torch.distributed.broadcast(agreed, 0, group=self._group)
             step = int(agreed)
         if step == _UNREADABLE:
-            raise OutputError(_unlisted(self._store, fault or "as the first worker says")) from fault
+            raise OutputError(unlisted(self._store, fault or "as the first worker says")) from fault
         if step == _NONE:
             return None
         try:
@@ -246,27 +246,11 @@ class _Planner(DefaultSavePlanner):
         super().set_up_planner(self._tensors, storage_meta, is_coordinator)
 
 
-def whole(place: Path | str) -> list[int]:
-    """Steps of the committed checkpoints at a place, oldest first. Raises OutputError where it cannot be listed."""
-    store = open_store(place)
-    try:
-        names = store.sizes()
-    except OSError as error:
-        raise OutputError(_unlisted(store, error)) from error
-    return sorted(step for step in _steps(names) if f"{folder(step)}/{COMMIT}" in names)
-
-
-def _steps(names: Iterable[str]) -> set[int]:
-    """Steps of which there is anything at all."""
-    heads = {name.partition("/")[0] for name in names}
-    return {int(head.removeprefix("step-")) for head in heads if head.startswith("step-") and head.removeprefix("step-").isdecimal()}
-
-
 def _keep_newest(store: Store, step: int, keep: int) -> None:
     """Of the checkpoints up to `step` the newest `keep` whole ones; later ones are of a course that the run has left."""
     names = store.sizes()
-    kept = sorted(number for number in _steps(names) if number <= step and f"{folder(number)}/{COMMIT}" in names)[-keep:]
-    for number in sorted(_steps(names) - set(kept)):
+    kept = sorted(number for number in steps_in(names) if number <= step and f"{folder(number)}/{COMMIT}" in names)[-keep:]
+    for number in sorted(steps_in(names) - set(kept)):
         remove(store, number, list(names))
 
 
@@ -275,7 +259,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = error.failures[min(error.failures)][0]
     return f"{' '.join(str(error).split()) or type(error).__name__:.240}"
-
-
-def _unlisted(store: Store, why: OSError | str) -> str:
-    return f"checkpoints in {store.where} cannot be listed ({' '.join(str(why).split())}); correct checkpoint_dir, or its access"

@@ -16,7 +16,8 @@ import numpy as np
 from pi0fm.data.columns.lerobot_source import LeRobotSource, data_files
 from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.order.orders import Weighted
-from pi0fm.train.optim import OptimizerConfig, learning_rate
+from pi0fm.train.components import OptimizerConfig
+from pi0fm.train.optim import learning_rate
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from pi0fm.policy.saved.weights import NAMES, header
-from pi0fm.train.checkpoint.index import COMMIT, INDEX, VERSION, Box, Index, TornError, folder, remove
-from pi0fm.train.checkpoint.storage import Store
+from pi0fm.train.checkpoint.index import INDEX, VERSION, Box, Index, TornError, remove
+from pi0fm.train.checkpoint.storage import COMMIT, Store, folder
 
 
 @final

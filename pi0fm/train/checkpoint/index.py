@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from pi0fm.policy.saved.weights import DTYPES
-from pi0fm.train.checkpoint.storage import Store
+from pi0fm.train.checkpoint.storage import COMMIT, Store, folder
 
-COMMIT, INDEX, VERSION = "COMMIT", "index.json", 1
+INDEX, VERSION = "index.json", 1
 _RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
 
 
@@ -53,11 +53,6 @@ class Index:
 
     facts: dict[str, Any]
     tensors: dict[str, Entry]
-
-
-def folder(step: int) -> str:
-    """The folder's name of the checkpoint after `step` steps."""
-    return f"step-{step:09d}"
 
 
 def read_index(store: Store, step: int, sizes: Mapping[str, int]) -> Index:

@@ -1,6 +1,7 @@
 """Where checkpoints are stored: a folder that all workers see, or a bucket behind the S3 protocol.
 
-Owns: `Store`, names to byte strings; a name appears whole or not at all. Does not know: what a checkpoint is.
+Owns: `Store`, names to byte strings, where a name appears whole or not at all; which checkpoints are whole, by names alone. Does not know:
+what a checkpoint holds.
 
     /disk/run/checkpoints       written aside, fsynced, renamed, the folder fsynced
     s3://bucket/prefix          one PUT or one multipart upload a name; endpoint and keys from AWS's own variables (AWS_ENDPOINT_URL, ...)
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any, final
 
 from pi0fm import files
-from pi0fm_client.errors import ConfigError
+from pi0fm_client.errors import ConfigError, OutputError
 
 SCHEME = "s3://"
+COMMIT = "COMMIT"  # the last name of a whole checkpoint
 
 
 class Store(ABC):
@@ -176,3 +178,29 @@ class _Joined:
             taken.append(first)
             wanted -= len(first)
         return b"".join(taken)
+
+
+def folder(step: int) -> str:
+    """The folder's name of the checkpoint after `step` steps."""
+    return f"step-{step:09d}"
+
+
+def whole(place: Path | str) -> list[int]:
+    """Steps of the committed checkpoints at a place, oldest first. Raises OutputError where it cannot be listed."""
+    store = open_store(place)
+    try:
+        names = store.sizes()
+    except OSError as error:
+        raise OutputError(unlisted(store, error)) from error
+    return sorted(step for step in steps_in(names) if f"{folder(step)}/{COMMIT}" in names)
+
+
+def steps_in(names: Iterable[str]) -> set[int]:
+    """Steps of which there is anything at all."""
+    heads = {name.partition("/")[0] for name in names}
+    return {int(head.removeprefix("step-")) for head in heads if head.startswith("step-") and head.removeprefix("step-").isdecimal()}
+
+
+def unlisted(store: Store, why: OSError | str) -> str:
+    """Format the line of a place that cannot be listed."""
+    return f"checkpoints in {store.where} cannot be listed ({' '.join(str(why).split())}); correct checkpoint_dir, or its access"

@@ -22,8 +22,9 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from pi0fm.policy.device import compute_dtype
+from pi0fm.train.components import ParallelConfig
 from pi0fm.train.parallel.context import Context, context_from_environment, restarts
-from pi0fm.train.parallel.sharding import ParallelConfig, Sharded
+from pi0fm.train.parallel.sharding import Sharded
 from pi0fm_client.errors import ConfigError
 
 __all__ = ["Accelerator", "Parallel", "make_accelerator"]

@@ -17,11 +17,12 @@ the type of the products, its gradient reduced in float32. The rest is gathered 
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard, final
 
 import torch
 from torch import Tensor, nn
+
+from pi0fm.train.components import FULL, ParallelConfig
 
 if TYPE_CHECKING:  # torch's sharding takes 92 MB with what it imports: only a run that cuts its state pays for it
     from torch.distributed import ProcessGroup
@@ -30,58 +31,8 @@ if TYPE_CHECKING:  # torch's sharding takes 92 MB with what it imports: only a r
     from torch.distributed.tensor import DTensor
 
 from pi0fm.models.pi0 import Pi0
-from pi0fm.options import option
-from pi0fm_client.errors import ConfigError
 
-AUTO, NONE, GRADIENTS, FULL = "auto", "none", "gradients", "full"
-SHARDS = (AUTO, NONE, GRADIENTS, FULL)
 REST = ""
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How workers share the state. Raises ConfigError for a word that is not known, or copies of what is not cut."""
-
-    shard: str = option(
-        AUTO,
-        "what is cut over the workers: none, gradients (and weights at rest), full (a layer's weights are gathered twice a step: least "
-        "memory); auto takes the first that fits",
-    )
-    replicas: int = option(1, "copies of a state that is cut; each is held by workers / replicas of them, best those of one machine")
-    accumulate_whole: bool = option(
-        False, "where micro batches make a step, reduce a sharded gradient once at its end: less traffic, 4 bytes for each weight"
-    )
-
-    def __post_init__(self) -> None:
-        if self.shard not in SHARDS:
-            raise ConfigError(f"parallel.shard must be one of {', '.join(SHARDS)}, found {self.shard!r}")
-        if self.replicas < 1:
-            raise ConfigError(f"parallel.replicas must be >= 1, found {self.replicas}; type --parallel.replicas 1")
-        given = "replicas" if self.replicas > 1 else "accumulate_whole" if self.accumulate_whole else None
-        if self.shard == NONE and given:
-            raise ConfigError(
-                f"parallel.{given} is of a state that is cut, found parallel.shard none; leave it out, or type --parallel.shard full"
-            )
-
-    @property
-    def cuts(self) -> bool:
-        """Whether any of the state is cut, once `auto` is decided."""
-        return self.shard in (GRADIENTS, FULL)
-
-    def refuse_for(self, world_size: int) -> None:
-        """Raise ConfigError where so many workers cannot share the state as is asked for."""
-        if world_size == 1 and self.cuts:
-            raise ConfigError(f"a state is cut over two or more workers, found one for parallel.shard {self.shard}; leave it out")
-        each, left = divmod(world_size, self.replicas)
-        if left or (each == 1 and self.replicas > 1):
-            raise ConfigError(
-                f"the workers must be shared out evenly, two or more to a replica, found {world_size} for parallel.replicas "
-                f"{self.replicas}; type --parallel.replicas 1, or another number of workers"
-            )
-
-    def workers_of_a_state(self, world_size: int) -> int:
-        """How many of the workers hold one state together, each a part of it."""
-        return world_size // self.replicas if self.cuts else 1
 
 
 def unit_of(name: str) -> str:

@@ -19,12 +19,14 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from pi0fm.models.config import Pi0Config
 from pi0fm.models.lora import is_adapter
 from pi0fm.models.observation import ModelObservation, pixels
 from pi0fm.models.parts import Part, part_of
-from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.models.pi0 import Pi0
+from pi0fm.train.components import Adaptation
 from pi0fm.train.plan.memory import gradient_flows
-from pi0fm.train.start.adaptation import Adaptation, adapt
+from pi0fm.train.start.adaptation import adapt
 
 ATTENTION = ("bmm", "attention")  # in the names of the operations that attention consists of
 PARTS: tuple[Part, ...] = ("vision", "backbone", "action_expert")

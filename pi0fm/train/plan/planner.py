@@ -26,8 +26,8 @@ import torch
 import yaml
 
 from pi0fm.options import nearest
+from pi0fm.train.components import AUTO, FULL, GRADIENTS, NONE
 from pi0fm.train.config import TrainConfig
-from pi0fm.train.parallel.sharding import AUTO, FULL, GRADIENTS, NONE
 from pi0fm.train.plan.flops import training_work
 from pi0fm.train.plan.memory import DDP, GIB, SPARE, count_of
 from pi0fm.train.plan.network import Network

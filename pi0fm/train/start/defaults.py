@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from pi0fm import options
-from pi0fm.policy.saved import bundle
+from pi0fm.policy.saved.manifest import CONFIG, check_files, read_json
 from pi0fm.train.config import TrainConfig
-from pi0fm.train.start.pretrained import FIXED_IN_FLOW, OWN
 from pi0fm_client.errors import OutputError
 
+OWN = "pretrained"  # --tokenizer pretrained, --prompt_dialect pretrained: the bundle's
+FIXED_IN_FLOW = ("path", "prediction")
 SAID_AGAIN = ("resume", "resume_changed")  # of each command
 
 
@@ -40,7 +41,11 @@ def _recorded(record: Path) -> options.Tree:
 
 
 def _of_bundle(path: Path, given: options.Tree) -> options.Tree:
-    policy = bundle.read(path)[0]
-    flow = {name: getattr(policy.flow, name) for name in FIXED_IN_FLOW}
-    fixed = {"tokenizer": OWN, "prompt_dialect": OWN, "normalization": policy.normalization, "flow": flow}
-    return fixed | ({} if "preset" in given.get("model", {}) else {"model": options.encode(policy.model)})
+    check_files(path)
+    policy = read_json(path / CONFIG).get("policy")
+    if not isinstance(policy, dict) or not isinstance(policy.get("model"), dict):
+        return {}  # a damaged one is named when it is opened
+    flow = {name: value for name, value in (policy.get("flow") or {}).items() if name in FIXED_IN_FLOW}
+    normalization = {name: policy[name] for name in ("normalization",) if name in policy}
+    fixed = {"tokenizer": OWN, "prompt_dialect": OWN, "flow": flow, **normalization}
+    return fixed | ({} if "preset" in given.get("model", {}) else {"model": policy["model"]})

@@ -14,13 +14,15 @@ from contextlib import nullcontext
 
 import torch
 
+from pi0fm.models.config import Pi0Config
 from pi0fm.models.initial import distributions, fill
 from pi0fm.models.lora import initial_adapter, is_adapter, plain_name
-from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.saved import bundle
 from pi0fm.policy.saved.weights import refuse_misfit
+from pi0fm.train.components import Adaptation
 from pi0fm.train.parallel.sharding import local, local_rows
-from pi0fm.train.start.adaptation import Adaptation, adapt
+from pi0fm.train.start.adaptation import adapt
 from pi0fm.train.start.pretrained import Pretrained
 
 

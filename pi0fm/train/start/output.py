@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from pi0fm import files, options, progress
-from pi0fm.train.checkpoint.checkpoints import whole
+from pi0fm.train.checkpoint.storage import whole
 from pi0fm.train.config import TrainConfig, refuse_other_run
 from pi0fm.train.start import lease
 from pi0fm.train.watch.metrics import read_last
@@ -30,24 +30,27 @@ def claim(config: TrainConfig) -> None:
 
     Raises OutputError or ConfigError otherwise, with nothing touched.
     """
-    directory = config.output_dir
-    files.refuse_name(directory)
-    record, checkpoints = directory / "run.json", []
-    with files.write_faults(directory):
-        if record.exists():
-            checkpoints = whole(config.checkpoint_place)
-            if checkpoints or read_last(directory) is not None:
-                if config.resume == "false":
-                    raise OutputError(f"{directory} holds a run; add --resume true to go on with it, or choose another --output_dir")
-                refuse_other_run(_read(config), options.encode(config), directory)
-            else:
-                _read(config)
-        else:
-            checkpoints = _claim_new(config)
-        files.write_json(record, options.encode(config))
-        withdraw(directory)
+    checkpoints = judge(config)
+    with files.write_faults(config.output_dir):
+        files.write_json(config.output_dir / "run.json", options.encode(config))
+        withdraw(config.output_dir)
     if config.resume == "true" and not checkpoints:
         progress.say(f"no checkpoint in {config.checkpoint_place}: the run starts at step 0")
+
+
+def judge(config: TrainConfig) -> list[int]:
+    """Steps of the checkpoints that the run would go on from, with nothing touched. Raises what `claim` does."""
+    directory = config.output_dir
+    files.refuse_name(directory)
+    with files.write_faults(directory):
+        if not (directory / "run.json").exists():
+            return _judge_new(config)
+        checkpoints, recorded = whole(config.checkpoint_place), _read(config)
+        if checkpoints or read_last(directory) is not None:
+            if config.resume == "false":
+                raise OutputError(f"{directory} holds a run; add --resume true to go on with it, or choose another --output_dir")
+            refuse_other_run(recorded, options.encode(config), directory)
+        return checkpoints
 
 
 @contextmanager
@@ -89,7 +92,7 @@ def release(config: TrainConfig) -> None:
         return  # a place that went away; the next command judges what is there
 
 
-def _claim_new(config: TrainConfig) -> list[int]:
+def _judge_new(config: TrainConfig) -> list[int]:
     """Refuse a folder without `run.json` that cannot be this run's; the checkpoints elsewhere that it continues from."""
     directory = config.output_dir
     foreign = directory.exists() and (not directory.is_dir() or any(not _left_by_a_start(path.name) for path in directory.iterdir()))

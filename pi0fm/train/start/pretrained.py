@@ -15,15 +15,13 @@ from typing import Any
 from pi0fm import options
 from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.prompt import BYTES, load_tokenizer
-from pi0fm.models.pi0 import Pi0Config
-from pi0fm.models.presets import PRESETS
+from pi0fm.models.config import PRESETS, Pi0Config
 from pi0fm.options import nearest
 from pi0fm.policy.saved import bundle
 from pi0fm.policy.saved.bundle import PolicyConfig
+from pi0fm.train.start.defaults import FIXED_IN_FLOW, OWN
 from pi0fm_client.errors import ConfigError
 
-OWN = "pretrained"  # --tokenizer pretrained, --prompt_dialect pretrained: the bundle's
-FIXED_IN_FLOW = ("path", "prediction")
 FIXED = ("normalization", "prompt_dialect")
 
 

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from pi0fm import files, progress
 from pi0fm.data.loading.loader import BatchMaker, Collator
-from pi0fm.data.loading.mixture import MixtureCollator, deal
+from pi0fm.data.loading.mixture import MixtureCollator
+from pi0fm.data.order.orders import deal
 from pi0fm.data.order.split import split
 from pi0fm.train.parallel.context import Context
 from pi0fm_client.errors import OutputError, Pi0fmError

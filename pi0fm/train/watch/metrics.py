@@ -12,10 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
-
 from pi0fm import files
 from pi0fm.train.watch.trackers import TENSORBOARD, Tracker
 
@@ -62,18 +58,25 @@ class _Board:
     """One event file of TensorBoard, written at once: its own writer does so in a thread, whose faults nobody catches."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog  # here, for those who only read metrics.jsonl
+
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}").open("ab", buffering=0)
         self._add(file_version="brain.Event:2")
         self._add(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # hides later steps of a run that was killed
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         self._add(step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()]))
 
     def close(self) -> None:
         self._file.close()
 
     def _add(self, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
         record = io.BytesIO()
         RecordWriter(record).write(Event(wall_time=time.time(), **content).SerializeToString())
         self._file.write(record.getvalue())

@@ -3,6 +3,7 @@
 Owns: the sentence, the remedies and what each would take by the estimate. Does not know: the step that failed.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,14 +12,15 @@ from typing import Any
 import torch
 
 from pi0fm import progress
-from pi0fm.models.lora import LoraConfig
+from pi0fm.models.config import LoraConfig
 from pi0fm.policy.device import is_out_of_memory
+from pi0fm.train.components import FULL
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.parallel.accelerate import Parallel
-from pi0fm.train.parallel.sharding import FULL
 from pi0fm.train.plan.memory import GIB
 from pi0fm_client.errors import ConfigError, Pi0fmError
 
+SHARED = "more GPUs whose workers share the weights"
 MOST_TOO_HIGH = 1.35  # the estimate, by the test of plan/memory.py
 
 
@@ -35,7 +37,7 @@ def judge_memory(config: TrainConfig, cameras: int, parallel: Parallel) -> None:
     if needed.total > MOST_TOO_HIGH * room:
         raise ConfigError(
             f"a worker needs about {needed.total / GIB:.1f} GiB, found {room / GIB:.1f} GiB for each; "
-            f"{_remedies(config, cameras, context.world_size, parallel.device)}"
+            f"{_fitting(config, cameras, context.world_size, parallel.device, room)}"
         )
 
 
@@ -65,33 +67,59 @@ def _held(device: torch.device) -> str:
 
 
 def _remedies(config: TrainConfig, cameras: int, world_size: int, device: torch.device) -> str:
-    """Options that lower the estimate, least change first: those that a resumed run may change, and those of a new run."""
-    largest = config.largest_micro_batch(world_size)
+    """Options that lower the estimate after a device was full: those that a resumed run may change, and those of a new run."""
+    same, new = _changes(config, world_size)
+    kept, others = (_helpful(config, changes, cameras, world_size, device) for changes in (same, new))
+    resumed = f"type {' or '.join(kept)}, and --resume true goes on from the last checkpoint; " if kept else ""
+    return f"{resumed}in a new run {' or '.join([*others, SHARED])}"
+
+
+def _fitting(config: TrainConfig, cameras: int, world_size: int, device: torch.device, room: int) -> str:
+    """Options with which the estimate fits the room: each alone where one does, else several together."""
+    same, new = _changes(config, world_size)
+    alone = _helpful(config, same | new, cameras, world_size, device, room)
+    if alone:
+        return f"type {' or '.join(alone)}"
+    halved = max(1, config.largest_micro_batch(world_size) // 8)
+    least: dict[str, Any] = {"micro_batch_size": halved, "activation_checkpointing": "full"}
+    words = f"--micro_batch_size {halved} --activation_checkpointing full"
+    together = {words: least} | {f"{words} {word}": least | change for word, change in new.items()}
+    found = _helpful(config, together, cameras, world_size, device, room)
+    return f"type {' or '.join(found)}" if found else f"it fits with none of pi0fm's options: choose a smaller network, or {SHARED}"
+
+
+def _changes(config: TrainConfig, world_size: int) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """By what is typed, least change first: options that change no number of a run, and those that train something else."""
+    half = config.largest_micro_batch(world_size) // 2
     same: dict[str, dict[str, Any]] = {
-        f"--micro_batch_size {largest // 2}": {"micro_batch_size": largest // 2},
+        f"--micro_batch_size {half}": {"micro_batch_size": half},
         "--activation_checkpointing selective": {"activation_checkpointing": "selective"},
         "--activation_checkpointing full": {"activation_checkpointing": "full"},
     }
     if world_size > 1:
         same["--parallel.shard full"] = {"parallel": replace(config.parallel, shard=FULL)}
-    new: dict[str, dict[str, Any]] = {
-        "--lora.rank 16": {"lora": LoraConfig(16), "frozen_bfloat16": config.precision != "float32" and not config.validation.every},
+    return same, {
+        "--lora.rank 16": {"lora": LoraConfig(16)},
+        "--lora.rank 16 --frozen_bfloat16 true": {"lora": LoraConfig(16), "frozen_bfloat16": True},
         "--train_only expert_only": {"train_only": "expert_only"},
     }
-    now = config.memory(cameras, world_size, device).total
 
-    def helpful(options: dict[str, dict[str, Any]]) -> list[str]:
-        found = []
-        for words, change in options.items():
-            try:
-                total = replace(config, **change).memory(cameras, world_size, device).total
-            except ConfigError:  # does not go with the rest of this run, or there is no half of one sample
-                continue
-            if total < now:
-                found.append(f"{words} (about {total / GIB:.2g} GiB)")
-        return found
 
-    kept = helpful(same)
-    resumed = f"type {' or '.join(kept)}, and --resume true goes on from the last checkpoint; " if kept else ""
-    others = [*helpful(new), "more GPUs whose workers share the weights"]
-    return f"{resumed}in a new run {' or '.join(others)}"
+def _helpful(
+    config: TrainConfig,
+    changes: dict[str, dict[str, Any]],
+    cameras: int,
+    world_size: int,
+    device: torch.device,
+    room: float = math.inf,
+) -> list[str]:
+    """Those of `changes` that lower the estimate, to no more than `room`, each with what it leaves."""
+    now, found = config.memory(cameras, world_size, device).total, []
+    for words, change in changes.items():
+        try:
+            total = replace(config, **change).memory(cameras, world_size, device).total
+        except ConfigError:  # does not go with the rest of this run, or there is no half of one sample
+            continue
+        if total < now and total <= room:
+            found.append(f"{words} (about {total / GIB:.2g} GiB)")
+    return found

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, final
 
 from pi0fm import files, options, progress
-from pi0fm.train.parallel.accelerate import open_tracker
 from pi0fm_client.errors import ConfigError
 
 TENSORBOARD, PROJECT = "tensorboard", "pi0fm"
@@ -48,6 +47,8 @@ class Tracker:
     """One of trackio, wandb and mlflow, for the first worker of a run. Raises ConfigError where it cannot start."""
 
     def __init__(self, name: str, output_dir: Path, config: Mapping[str, Any]) -> None:
+        from pi0fm.train.parallel.accelerate import open_tracker  # torch, which no check of options needs
+
         self._name = name
         try:
             self._inner: Any = open_tracker(name, PROJECT, _arguments(name, output_dir))

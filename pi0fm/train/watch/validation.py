@@ -30,45 +30,16 @@ from pi0fm.data.loading.loader import Collator
 from pi0fm.flow.checks import FlowError
 from pi0fm.flow.density import DensityOptions, push_backward
 from pi0fm.flow.matching import FlowMatching
-from pi0fm.flow.solver import SOLVERS, Velocity
+from pi0fm.flow.solver import Velocity
 from pi0fm.models.observation import ModelObservation
-from pi0fm.options import nearest, option
+from pi0fm.train.components import ValidationConfig
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.state import TrainState
-from pi0fm_client.errors import ConfigError
 
 NLL, NLL_PER_DIM, LOSS = "validation_nll", "validation_nll_per_dim", "validation_loss"
-FREE_AT_RESUME = ("every", "samples", "probes", "num_flow_steps", "solver")
 PIECE = 8  # chunks that go through the network together, whatever the number of workers
 LOSS_DRAWS = 4  # pairs of noise and time of each chunk
 OTHER_STREAM = 1 << 63  # flipped in the seed: noise and order that no training sample has
-
-
-@dataclass(frozen=True)
-class ValidationConfig:
-    """What is held out of the training, and how it is looked at. Raises ConfigError for a value out of range."""
-
-    every: int = option(0, "optimiser steps between two validations; the last step is validated too; 0 for none")
-    episodes: int = option(0, "episodes held out of training and its statistics, chosen by the seed, over all tasks; so many of each entry")
-    samples: int = option(64, "held-out chunks that are looked at, always the same, of each entry; all of them where there are fewer")
-    probes: int = option(2, "random probes of Hutchinson's divergence for each chunk")
-    num_flow_steps: int = option(16, "steps of the integral from a chunk back to its noise")
-    solver: str = option("midpoint", "ODE solver of that integral: euler, midpoint, heun, rk4, dopri5")
-
-    def __post_init__(self) -> None:
-        for name, least in {"every": 0, "episodes": 0, "samples": 1, "probes": 1, "num_flow_steps": 1}.items():
-            value = getattr(self, name)
-            if value < least:
-                raise ConfigError(f"validation.{name} must be >= {least}, found {value}; type --validation.{name} {least} or leave it out")
-        if self.solver not in SOLVERS:
-            known = nearest(self.solver, SOLVERS)
-            raise ConfigError(
-                f"validation.solver must be a solver of an ODE, since a density needs a path back, found {self.solver!r}: {known}"
-            )
-        if self.every and not self.episodes:
-            raise ConfigError(
-                f"validation.every {self.every} needs episodes to validate on, found validation.episodes 0; type --validation.episodes 6"
-            )
 
 
 Encode = Callable[[ModelObservation], Velocity]

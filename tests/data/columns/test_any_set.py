@@ -30,8 +30,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
-from pi0fm.data.columns.rows import Selection
+from pi0fm.data.columns.lerobot_source import open_source
+from pi0fm.data.config import DatasetConfig, Selection
 from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.data.pictures.images import resize_with_padding
 from pi0fm_client.errors import Pi0fmError

@@ -31,8 +31,8 @@ from any_dataset import (
 from PIL import Image
 
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig, LeRobotSource, examine, open_source
-from pi0fm.data.columns.rows import Selection
+from pi0fm.data.columns.lerobot_source import LeRobotSource, examine, open_source
+from pi0fm.data.config import DatasetConfig, Selection
 from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.data.pictures.images import resize_with_padding
 from pi0fm_client.errors import ConfigError, DatasetError, Pi0fmError

@@ -10,8 +10,9 @@ import tiny_dataset
 
 from pi0fm import options
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig, locate, open_source
+from pi0fm.data.columns.lerobot_source import locate, open_source
 from pi0fm.data.columns.norm_stats import compute_norm_stats
+from pi0fm.data.config import DatasetConfig
 from pi0fm.data.loading.loader import action_chunks
 from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.data.pictures.images import resize_with_padding

@@ -5,7 +5,7 @@ import pytest
 from any_dataset import shade
 
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig
+from pi0fm.data.config import DatasetConfig
 from pi0fm.doctor.data import judge
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]

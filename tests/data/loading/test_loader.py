@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pi0fm.data.chain import Sample
-from pi0fm.data.loading.loader import Batch, Collator, LoaderConfig, action_chunks, micro_batches
+from pi0fm.data.config import AugmentConfig, LoaderConfig
+from pi0fm.data.loading.loader import Batch, Collator, action_chunks, micro_batches
 from pi0fm.data.order.counter import slots
-from pi0fm.data.pictures.augmentation import AugmentConfig
 from pi0fm_client.errors import ConfigError
 
 GLOBAL_BATCH, STEPS = 8, 5

@@ -11,10 +11,10 @@ from pi0fm.data.chain import make_chain
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.data.columns.norm_stats import compute_norm_stats
+from pi0fm.data.config import AugmentConfig, MixtureEntry
 from pi0fm.data.loading.loader import micro_batches
-from pi0fm.data.loading.mixture import MixtureCollator, MixtureEntry, deal, part_seed, sample_order
-from pi0fm.data.order.orders import weighted
-from pi0fm.data.pictures.augmentation import AugmentConfig
+from pi0fm.data.loading.mixture import MixtureCollator, part_seed, sample_order
+from pi0fm.data.order.orders import deal, weighted
 from pi0fm.data.pictures.frame_cache import FrameCache
 from pi0fm_client.errors import ConfigError, DatasetError
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from pi0fm.data.config import AugmentConfig
 from pi0fm.data.order.counter import Slots
-from pi0fm.data.pictures.augmentation import Augmentation, AugmentConfig, augment, move, numbers, recolour
+from pi0fm.data.pictures.augmentation import Augmentation, augment, move, numbers, recolour
 from pi0fm_client.errors import ConfigError
 
 CAMERAS = ("base", "left_wrist")

@@ -8,8 +8,8 @@ import tiny_dataset
 
 from pi0fm.cluster.caching import cache_everywhere
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
-from pi0fm.data.loading.mixture import MixtureEntry
+from pi0fm.data.columns.lerobot_source import open_source
+from pi0fm.data.config import DatasetConfig, MixtureEntry
 from pi0fm.data.pictures import frame_cache
 from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm_client.errors import DatasetError

@@ -18,7 +18,8 @@ from demos_help import config, encoded, episode, submit
 from numpy.typing import NDArray
 
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.lerobot_source import DatasetConfig, open_source
+from pi0fm.data.columns.lerobot_source import open_source
+from pi0fm.data.config import DatasetConfig
 from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.demos.config import DemosConfig
 from pi0fm.demos.dataset import SETTINGS_FILE, Recording, layout_of

@@ -15,7 +15,7 @@ import recorded_curve as record
 import tiny_dataset
 import yaml
 
-from pi0fm.train.checkpoint.checkpoints import whole
+from pi0fm.train.checkpoint.storage import whole
 from pi0fm.train.watch.metrics import read_last
 
 pytestmark = [pytest.mark.journey, pytest.mark.long, pytest.mark.timeout(600)]

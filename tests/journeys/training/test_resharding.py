@@ -14,7 +14,8 @@ from forked_workers import workers
 from safetensors import safe_open
 
 from pi0fm.train.checkpoint import storage
-from pi0fm.train.checkpoint.checkpoints import Checkpoints, whole
+from pi0fm.train.checkpoint.checkpoints import Checkpoints
+from pi0fm.train.checkpoint.storage import whole
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.context import Context
 from pi0fm.train.watch import signals

@@ -25,7 +25,7 @@ from pi0fm.cli.main import main
 from pi0fm.cluster.chaos import TOLERANCE, difference_of
 from pi0fm.cluster.nodes.local_nodes import LocalNodes
 from pi0fm.cluster.training import worker_file
-from pi0fm.train.checkpoint.checkpoints import whole
+from pi0fm.train.checkpoint.storage import whole
 from pi0fm.train.watch.metrics import read_last
 
 pytestmark = [pytest.mark.journey, pytest.mark.long, pytest.mark.timeout(900)]

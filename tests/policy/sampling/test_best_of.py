@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.solver import Spread
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.sampling.best_of import CRITERIA, BestOf, choose, medoid_distances

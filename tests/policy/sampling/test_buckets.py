@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_pi0 import LIKE_PI0, LIKE_PI05
 
-from pi0fm.models.presets import PI0, PI05
+from pi0fm.models.config import PI0, PI05
 from pi0fm.policy.sampling.buckets import Buckets
 from pi0fm.policy.sampling.sampler import Sampler
 

@@ -6,7 +6,8 @@ from small_pi0 import BOTH, LIKE_PI0, LIKE_PI05, network, observation, question
 
 from pi0fm.flow.checks import FlowError
 from pi0fm.flow.committed import held_rows
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.policy.sampling.cuda_graphs import KEPT, Graphs
 from pi0fm.policy.sampling.sampler import Sampler, refuse_compile
 from pi0fm_client.errors import ConfigError

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pi0fm.data.chain import Sample
-from pi0fm.flow.matching import FlowConfig
+from pi0fm.flow.config import FlowConfig
 from pi0fm.policy.load_options import HARD_PREFIX, WITHOUT_JACOBIAN
 from pi0fm.policy.sampling.realtime import check_prefix, led_to
 from pi0fm.policy.saved import bundle

@@ -9,8 +9,9 @@ import torch
 from smooth_network import smooth_in_time
 
 from pi0fm.data.chain import Sample
+from pi0fm.flow.config import FlowConfig
 from pi0fm.flow.density import DensityOptions, push_backward, push_forward
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import SAMPLERS
 from pi0fm.policy.local import LocalPolicy, Scoring
 from pi0fm.policy.sampling import noise

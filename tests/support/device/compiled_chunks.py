@@ -11,7 +11,8 @@ import torch
 from small_pi0 import BOTH, network, observation, question
 from torch._dynamo.utils import counters
 
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.policy.sampling.sampler import Sampler
 
 SHAPES = ((1, 8), (3, 8), (3, 5), (2, 7), (4, 4), (1, 6))  # batch, prompt tokens; a server warms up with the first two

@@ -12,7 +12,8 @@ import torch
 from small_pi0 import BOTH, network, observation, question
 from torch._dynamo.utils import counters
 
-from pi0fm.train.start.adaptation import Adaptation, adapt
+from pi0fm.train.components import Adaptation
+from pi0fm.train.start.adaptation import adapt
 
 LENGTHS = (8, 5, 7, 4)
 

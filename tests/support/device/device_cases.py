@@ -9,10 +9,11 @@ from torch import Tensor
 
 from pi0fm.data.loading.batch import Batch
 from pi0fm.data.loading.loader import BatchMaker
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
+from pi0fm.models.config import PI0, Pi0Config
 from pi0fm.models.observation import ModelObservation
-from pi0fm.models.pi0 import Pi0, Pi0Config
-from pi0fm.models.presets import PI0
+from pi0fm.models.pi0 import Pi0
 
 FLOW = FlowMatching.from_config(FlowConfig())
 # the widths of released weights on two layers of each tower, with few words

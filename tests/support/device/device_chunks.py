@@ -11,7 +11,8 @@ from device_cases import configuration, observe
 from small_pi0 import network
 from smooth_network import smooth_in_time
 
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.policy.sampling.sampler import Sampler
 
 CASES = {

@@ -13,7 +13,7 @@ from device_cases import FLOW, Synthetic, configuration
 from small_pi0 import network
 
 from pi0fm.train.checkpoint.checkpoints import Checkpoints
-from pi0fm.train.optim import OptimizerConfig
+from pi0fm.train.components import OptimizerConfig
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.context import Context
 from pi0fm.train.state import StateConfig, TrainState

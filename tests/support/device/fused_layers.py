@@ -11,8 +11,9 @@ from small_pi0 import both, observation, resized
 from torch import nn
 
 from pi0fm.models import fused as fused_layers
+from pi0fm.models.config import Pi0Config
 from pi0fm.models.layers import AdaptiveRMSNorm
-from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.sampling.sampler import halve_matrices
 
 

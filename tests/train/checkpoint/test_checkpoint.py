@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from pi0fm.train.checkpoint import index as checkpoint_index
 from pi0fm.train.checkpoint import storage
-from pi0fm.train.checkpoint.checkpoints import Checkpoints, whole
+from pi0fm.train.checkpoint.checkpoints import Checkpoints
+from pi0fm.train.checkpoint.storage import whole
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.context import Context
 from pi0fm_client.errors import ConfigError, OutputError

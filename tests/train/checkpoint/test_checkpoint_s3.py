@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from pi0fm.train.checkpoint.checkpoints import Checkpoints, whole
-from pi0fm.train.checkpoint.storage import open_store
+from pi0fm.train.checkpoint.checkpoints import Checkpoints
+from pi0fm.train.checkpoint.storage import open_store, whole
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.context import Context
 from pi0fm_client.errors import ConfigError, OutputError

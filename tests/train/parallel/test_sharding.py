@@ -15,20 +15,20 @@ from small_pi0 import BOTH
 from small_runs import start, weights
 
 from pi0fm import options
-from pi0fm.cluster.training import TrainingRun
+from pi0fm.cluster.training_run import TrainingRun
 from pi0fm.data.loading.batch import Batch
 from pi0fm.data.order.split import micro_steps, split
-from pi0fm.flow.matching import FlowConfig, FlowMatching
-from pi0fm.models.lora import LoraConfig
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
+from pi0fm.models.config import LoraConfig
 from pi0fm.models.observation import ModelObservation
 from pi0fm.train.checkpoint.checkpoints import Checkpoints
+from pi0fm.train.components import FULL, GRADIENTS, NONE, Adaptation, OptimizerConfig, ParallelConfig
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.loop import train
-from pi0fm.train.optim import OptimizerConfig
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.context import Context
-from pi0fm.train.parallel.sharding import FULL, GRADIENTS, NONE, ParallelConfig, local, local_rows
-from pi0fm.train.start.adaptation import Adaptation
+from pi0fm.train.parallel.sharding import local, local_rows
 from pi0fm.train.start.output import claim
 from pi0fm.train.state import StateConfig, TrainState
 from pi0fm.train.step import train_step

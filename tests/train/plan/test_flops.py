@@ -7,11 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pi0fm.bench.harness.cases import Case, make_batch
-from pi0fm.models.lora import LoraConfig
+from pi0fm.models.config import TINY, LoraConfig
 from pi0fm.models.pi0 import Pi0
-from pi0fm.models.presets import TINY
+from pi0fm.train.components import Adaptation
 from pi0fm.train.plan.flops import stage_work, training_work
-from pi0fm.train.start.adaptation import Adaptation, adapt
+from pi0fm.train.start.adaptation import adapt
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
 

@@ -7,16 +7,16 @@ import pytest
 import small_pi0
 import torch
 
-from pi0fm.models.lora import LoraConfig
+from pi0fm.models.config import LoraConfig, Pi0Config
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.parts import part_of
-from pi0fm.models.pi0 import Pi0, Pi0Config, parameter_count
+from pi0fm.models.pi0 import Pi0, parameter_count
+from pi0fm.train.components import TRAINED, Adaptation, OptimizerConfig, ParallelConfig
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.ema import Ema
-from pi0fm.train.optim import OptimizerConfig, make_optimizer
-from pi0fm.train.parallel.sharding import ParallelConfig
+from pi0fm.train.optim import make_optimizer
 from pi0fm.train.plan.memory import GIB, MemoryEstimate, decided, estimate
-from pi0fm.train.start.adaptation import TRAINED, Adaptation, adapt
+from pi0fm.train.start.adaptation import adapt
 
 FACTOR = 1.35  # the estimate lies between the measured peak and this many times it; 1.03 to 1.34 were found
 BATCH, CAMERAS = 4, 2

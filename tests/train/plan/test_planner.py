@@ -13,17 +13,15 @@ from torch.utils._pytree import tree_leaves
 
 from pi0fm.bench.harness.cases import Case, make_batch
 from pi0fm.bench.harness.steps import Trainer
-from pi0fm.models.lora import LoraConfig
-from pi0fm.models.presets import TINY
+from pi0fm.models.config import TINY, LoraConfig
 from pi0fm.processes import in_fresh_process
+from pi0fm.train.components import FULL, GRADIENTS, NONE, Adaptation, ParallelConfig
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.context import Context
-from pi0fm.train.parallel.sharding import FULL, GRADIENTS, NONE, ParallelConfig
 from pi0fm.train.plan.memory import count_of
 from pi0fm.train.plan.network import Group, Network
 from pi0fm.train.plan.planner import best, card_named, counts, known_cards, plan, plans_of, ways
-from pi0fm.train.start.adaptation import Adaptation
 from pi0fm.train.state import StateConfig, TrainState
 from pi0fm_client.errors import ConfigError
 

@@ -14,17 +14,20 @@ from small_pi0 import LIKE_PI0, LIKE_PI05, observation
 from torch import Tensor, nn
 
 from pi0fm.data.loading.loader import Batch
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.config import FlowConfig
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.models import joint_decoder, vision
-from pi0fm.models.lora import LoraConfig, is_adapter
+from pi0fm.models.config import LoraConfig, Pi0Config
+from pi0fm.models.lora import is_adapter
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.parts import part_of
-from pi0fm.models.pi0 import Pi0, Pi0Config
+from pi0fm.models.pi0 import Pi0
 from pi0fm.options import decode
+from pi0fm.train.components import TRAINED, Adaptation, OptimizerConfig
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.ema import Ema
-from pi0fm.train.optim import OptimizerConfig, make_optimizer
-from pi0fm.train.start.adaptation import TRAINED, Adaptation, adapt, plain_weights
+from pi0fm.train.optim import make_optimizer
+from pi0fm.train.start.adaptation import adapt, plain_weights
 from pi0fm.train.start.network import starting_network
 from pi0fm.train.step import train_step
 from pi0fm_client.errors import ConfigError

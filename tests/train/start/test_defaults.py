@@ -8,10 +8,11 @@ from small_policies import saved, small_policy
 
 from pi0fm import options
 from pi0fm.cli.training import train
-from pi0fm.cluster.training import TrainingRun
-from pi0fm.models.presets import PI0
+from pi0fm.cluster.training_run import TrainingRun
+from pi0fm.models.config import PI0
+from pi0fm.train.components import OptimizerConfig
 from pi0fm.train.config import TrainConfig, changed_options
-from pi0fm.train.optim import OptimizerConfig, learning_rate
+from pi0fm.train.optim import learning_rate
 from pi0fm.train.start.defaults import defaults
 from pi0fm_client.errors import ConfigError, OutputError
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.train.components import ValidationConfig
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.start.output import claim, claimed
-from pi0fm.train.watch.validation import ValidationConfig
 from pi0fm_client.errors import ConfigError, OutputError
 
 

@@ -13,23 +13,15 @@ from small_runs import differing, start, weights
 
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import ColumnStats, NormStats
-from pi0fm.flow.matching import FlowConfig
-from pi0fm.models.lora import LoraConfig
+from pi0fm.flow.config import FlowConfig
+from pi0fm.models.config import LoraConfig
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.saved import bundle
 from pi0fm.policy.saved.bundle import PolicyConfig
+from pi0fm.train.components import Adaptation, OptimizerConfig, ValidationConfig
 from pi0fm.train.config import TrainConfig
-from pi0fm.train.optim import OptimizerConfig
-from pi0fm.train.start.adaptation import Adaptation
 from pi0fm.train.start.network import starting_network
-from pi0fm.train.start.pretrained import (
-    Pretrained,
-    chosen_dialect,
-    chosen_tokenizer,
-    open_pretrained,
-    refuse_other_policy,
-)
-from pi0fm.train.watch.validation import ValidationConfig
+from pi0fm.train.start.pretrained import Pretrained, chosen_dialect, chosen_tokenizer, open_pretrained, refuse_other_policy
 from pi0fm_client.errors import BundleError, ConfigError
 
 ROBOT = Embodiment("arm", {"base": "observation.images.base"}, state_dim=4, robot_action_dim=3)

@@ -11,11 +11,13 @@ from gaussian_mixture import GaussianMixture
 from safetensors.torch import load_file
 
 from pi0fm.data.order.counter import slots
+from pi0fm.flow.config import FlowConfig
 from pi0fm.flow.density import DensityOptions, log_prob
-from pi0fm.flow.matching import FlowConfig, FlowMatching
+from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.saved import bundle
 from pi0fm.train.checkpoint import checkpoints as checkpoint
+from pi0fm.train.components import ValidationConfig
 from pi0fm.train.data import RunDataset, open_data
 from pi0fm.train.loop import train
 from pi0fm.train.parallel.accelerate import Parallel
@@ -23,17 +25,7 @@ from pi0fm.train.parallel.context import Context
 from pi0fm.train.start.output import claim
 from pi0fm.train.state import StateConfig, TrainState
 from pi0fm.train.watch.metrics import read_last
-from pi0fm.train.watch.validation import (
-    LOSS,
-    LOSS_DRAWS,
-    NLL,
-    NLL_PER_DIM,
-    ValidationConfig,
-    Validator,
-    make_validators,
-    measure,
-    summarize,
-)
+from pi0fm.train.watch.validation import LOSS, LOSS_DRAWS, NLL, NLL_PER_DIM, Validator, make_validators, measure, summarize
 from pi0fm_client.errors import ConfigError
 
 ALONE = Context(shown=False)

@@ -1,0 +1,147 @@
+"""The options of data: which data set, how its pictures are kept, changed and loaded, and which data sets are mixed.
+
+Owns: the dataclasses, their ranges, the refusal of a data set that is not there. Does not know: how a data set is read; neither torch nor
+pyarrow is imported, so that a command line is read in a moment.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pi0fm.data.columns.embodiment import Embodiment
+from pi0fm.data.order.orders import deal
+from pi0fm.options import option
+from pi0fm_client.errors import ConfigError, DatasetError
+
+Decoder = Literal["auto", "pyav", "torchcodec"]
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Which data set, and how its pictures are kept; `repo_id` and `root` as LeRobot's users type them."""
+
+    repo_id: str = option("", "name of the data set, such as lerobot/pusht; found under $HF_LEROBOT_HOME, else downloaded")
+    root: Path | None = option(None, "directory of the data set, when it lies elsewhere")
+    episodes: tuple[int, ...] = option((), "of these episodes only, by number with commas between them; empty takes all")
+    skip_bad: Literal["all"] | bool = option(
+        False,
+        "leave out the episodes that pi0fm doctor names; all: that doctor --pictures all does; the list goes into run and bundle",
+    )
+    any_video_order: bool = option(False, "accept videos that lie in another order than their episodes")
+    tolerance_s: float | None = option(
+        None, "most seconds between a row and its picture; empty takes a period of the rows or of the video, whichever is longer"
+    )
+    video_decoder: Decoder = option("auto", "pyav, torchcodec, or auto: torchcodec when it loads")
+    cache_dir: Path | None = option(None, "where decoded frames are kept; default ~/.cache/pi0fm/frames")
+    cache_limit_gib: float = option(64.0, "a data set whose decoded frames would take more is streamed from its videos instead")
+    cache_format: Literal["uint8", "jpeg"] = option("uint8", "decoded frames as they are, or as JPEG: a tenth of the space, slower to read")
+    stream_buffer_gib: float = option(4.0, "memory of the shuffle buffer of a data set that is streamed")
+
+    def __post_init__(self) -> None:
+        if self.video_decoder not in ("auto", "pyav", "torchcodec"):
+            raise ConfigError(f"dataset.video_decoder must be auto, pyav or torchcodec, found {self.video_decoder!r}")
+        if self.tolerance_s is not None and not self.tolerance_s >= 0:
+            raise ConfigError(f"dataset.tolerance_s must be >= 0, found {self.tolerance_s}; leave it out for the default")
+        if self.cache_limit_gib <= 0:
+            raise ConfigError(f"dataset.cache_limit_gib must be > 0, found {self.cache_limit_gib}")
+        if self.cache_format not in ("uint8", "jpeg"):
+            raise ConfigError(f"dataset.cache_format must be uint8 or jpeg, found {self.cache_format!r}")
+        if self.stream_buffer_gib <= 0:
+            raise ConfigError(f"dataset.stream_buffer_gib must be > 0, found {self.stream_buffer_gib}")
+
+
+def refuse_missing(config: DatasetConfig) -> None:
+    """Raise ConfigError where no data set is named, DatasetError for a directory that holds none: all that costs no time to know."""
+    if config.root is None and not config.repo_id:
+        raise ConfigError("which data set? give --dataset.repo_id NAME, or --dataset.root DIRECTORY")
+    if config.root is not None and not (config.root / "meta" / "info.json").is_file():
+        run = f"it is a run, whose policy is {config.root / 'bundle'}" if (config.root / "run.json").is_file() else "correct the path"
+        raise DatasetError(
+            f"dataset.root must be a LeRobot data set, but {config.root} has no meta/info.json; {run}, or record one with pi0fm demos"
+        )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which episodes are used. episodes: empty for all; exclude: of those; tasks: sentences, empty for all; min_frames: of an episode."""
+
+    episodes: tuple[int, ...] = ()
+    exclude: tuple[int, ...] = ()
+    tasks: tuple[str, ...] = ()
+    min_frames: int = 1
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How batches are prepared; it changes speed and memory, never a number in a batch."""
+
+    threads: int = option(1, "threads that prepare batches, beside the one that trains")
+    ahead: int = option(2, "finished batches that wait for their use")
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "ahead"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"loader.{name} must be >= 1, found {getattr(self, name)}; leave it out for the default")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How far a picture may be changed. All at their neutral value (1, 0, 0, 0, 0) change nothing."""
+
+    crop: float = option(0.95, "side of the random crop, as a share of the picture's; 1 for none")
+    rotation: float = option(5.0, "largest turn, in degrees either way")
+    brightness: float = option(0.3, "largest relative change of brightness")
+    contrast: float = option(0.4, "largest relative change of contrast")
+    saturation: float = option(0.5, "largest relative change of saturation")
+    wrist_cameras: tuple[str, ...] = option((), "cameras that are only recoloured; empty takes those with 'wrist' in their name")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise ConfigError(f"augmentation.crop must lie in (0, 1], found {self.crop}; type --augmentation.crop 0.95")
+        if not 0 <= self.rotation <= 180:
+            raise ConfigError(f"augmentation.rotation must lie in 0..180 degrees, found {self.rotation}; type --augmentation.rotation 5")
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"augmentation.{name} must lie in 0..1, found {getattr(self, name)}; type --augmentation.{name} 0.3")
+
+
+@dataclass(frozen=True)
+class MixtureEntry:
+    """One data set of a mixture; `embodiment.cameras` maps the network's cameras to its columns."""
+
+    dataset: DatasetConfig = option(DatasetConfig, "")
+    embodiment: Embodiment = option(Embodiment, "")
+    weight: float = option(1.0, "its share of the samples, against the other entries' weights")
+    exclude_episodes: tuple[int, ...] = option((), "episodes that are left out")
+    tasks: tuple[str, ...] = option((), "train on episodes of these instructions only; empty takes all")
+    min_frames: int = option(1, "leave out episodes that are shorter")
+    task_weights: dict[str, float] = option(dict, "instruction -> weight of its samples against others of this data set; 1 where unnamed")
+    weight_column: str | None = option(None, "column of the data set with the weight of each frame")
+    camera_sources: dict[str, str] = option(dict, "camera -> SOURCE:WIDTHxHEIGHT in a simulator, kept in the bundle for this robot")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < float("inf"):
+            raise ConfigError(f"a mixture's weight must be > 0, found {self.weight}; leave the data set out instead of giving it 0")
+        if self.min_frames < 1:
+            raise ConfigError(f"min_frames must be >= 1, found {self.min_frames}; leave it out for all episodes")
+
+    def selection(self) -> Selection:
+        """The episodes that are used of the data set."""
+        return Selection(self.dataset.episodes, self.exclude_episodes, self.tasks, self.min_frames)
+
+
+def refuse_entries(mixture: Mapping[str, MixtureEntry]) -> None:
+    """Raise ConfigError for names that cannot be typed, an entry without a data set, or weights too far apart; nothing is opened."""
+    for name, entry in mixture.items():
+        if not re.fullmatch(r"\w+", name, re.ASCII):
+            raise ConfigError(f"a mixture's names are letters, digits and _, found {name!r}; it is typed in options and after --robot")
+        if not entry.dataset.repo_id and entry.dataset.root is None:
+            raise ConfigError(
+                f"mixture.{name} must name a data set, found none; type --mixture.{name}.dataset.repo_id NAME, or .root DIRECTORY"
+            )
+    if mixture:
+        deal([entry.weight for entry in mixture.values()], np.zeros(1, dtype=np.int64))

@@ -1,0 +1,82 @@
+"""What is refused of `pi0fm train` before torch or Ray is loaded, so that a wrong word costs a moment."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = "torch, ray, pyarrow, transformers, accelerate, lerobot, tensorboard"
+CODE = f"""
+import sys
+from pi0fm.cli.main import main
+code = main(sys.argv[1:])
+loaded = [name for name in "{HEAVY}".split(", ") if name in sys.modules]
+print("loaded:", *loaded, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def asked(*words: str, **variables: str) -> tuple[int, str, str]:
+    """Exit code, standard output and error of a fresh process, which must load nothing of HEAVY."""
+    found = subprocess.run(
+        [sys.executable, "-c", CODE, *words], capture_output=True, text=True, timeout=100, check=False, env=os.environ | variables
+    )
+    *lines, loaded = found.stderr.splitlines()
+    assert loaded == "loaded:"
+    return found.returncode, found.stdout, "\n".join(lines)
+
+
+@pytest.mark.parametrize("words", ["--version", "--help", "train --help", "train --help all", "serve --help", "runs --help"])
+def test_help_and_version_load_nothing_heavy(words):
+    code, out, _ = asked(*words.split())
+    assert code == 0 and "pi0fm" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("nofile.yaml", "no configuration file at nofile.yaml"),
+        ("--bogus 3", "unknown option bogus"),
+        ("--dataset.root /nowhere", "/nowhere has no meta/info.json"),
+        ("--dataset.root DATA --pretrained /nowhere", "no bundle at /nowhere"),
+        ("--dataset.root DATA --tokenizer /nowhere", "found '/nowhere'"),
+        ("--dataset.root DATA --output_dir DATA", "is not a run of pi0fm"),
+        ("--dataset.root DATA --num_workers 1 --ray_address 127.0.0.1:1", "no Ray cluster answers at '127.0.0.1:1'"),
+        ("--dataset.root DATA --num_workers 99999", "num_workers are Ray workers that train"),
+        ("--dataset.root DATA --batch_size 4 --global_batch_size 8", "--batch_size and --global_batch_size both say global_batch_size"),
+        ("--dataset.root DATA --lora.rank -1", "lora.rank must be >= 0"),
+    ],
+)
+def test_a_wrong_word_is_refused_before_anything_heavy_is_loaded(tmp_path, words, line):
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta/info.json").write_text(json.dumps({}))
+    output = [] if "output_dir" in words else ["--output_dir", str(tmp_path / "run")]
+    code, _, error = asked("train", *words.replace("DATA", str(tmp_path)).split(), *output)
+    assert code in (1, 2) and line in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_faults_are_told_at_once(tmp_path):
+    code, _, error = asked(
+        *("train", "--dataset.root", "/nowhere", "--pretrained", "/neither", "--output_dir", str(Path(__file__).parent)),
+        *("--num_workers", "1", "--ray_address", "127.0.0.1:1"),
+    )
+    assert code == 1
+    for words in ("/nowhere has no meta/info.json", "no bundle at /neither", "is not a run of pi0fm", "no Ray cluster answers"):
+        assert words in error
+
+
+def test_a_taken_port_is_named_before_the_first_worker_waits_at_it(tmp_path):
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta/info.json").write_text("{}")
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        words = ("train", "--dataset.root", str(tmp_path), "--output_dir", str(tmp_path / "run"))
+        code, _, error = asked(*words, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert code == 2 and f"MASTER_PORT must be free where RANK is 0, found {port}" in error
