@@ -4,36 +4,38 @@ Owns: the rates of N processes at once, the steps that are timed. Does not know:
 
     alone       every process trains by itself, all at once, on a small and on a large batch: seconds a sample, seconds a pass, seconds
                 of the optimiser, as N processes share the cores
-    collective  gather, scatter and sum of few and of many bytes: latency, bytes a second
+    exchange    the same units of fewer and of more weights, which compute nothing (harness/exchange.py): seconds a unit, bytes a second
     together    a batch between both, by DDP and by each sharding: what the plan makes of the rates above, and what is measured
 
 A figure is the mean over the steps of a turn, of the slowest process; of all turns the fastest, since a neighbour on the machine can only
-slow one down.
+slow one down. Each process keeps to one core: where two wait for each other at every unit, the system moves them to the same one for
+milliseconds at a time, which is no property of a plan.
 """
 
 import math
 import os
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import distributed
 from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]
 
 from pi0fm import progress
 from pi0fm.bench.harness.cases import Case, make_batch
+from pi0fm.bench.harness.exchange import exchanged
 from pi0fm.bench.harness.measure import BenchReport, check_least
 from pi0fm.bench.harness.steps import StepClock, Trainer
 from pi0fm.models.config import TINY
+from pi0fm.models.pi0 import Pi0
 from pi0fm.options import option
 from pi0fm.processes import end_with_parent
 from pi0fm.train.components import FULL, GRADIENTS, NONE, Adaptation, ParallelConfig
@@ -50,7 +52,7 @@ from pi0fm_client.errors import ConfigError
 
 SMALL, BETWEEN, LARGE = 2, 6, 10  # samples of a process
 WARM_UP = 2  # steps
-FEW, MANY = 2**8, 2**24  # bytes of a collective
+FEW, MANY = 0.25, 2.0  # weights of the exchange, in those of the network
 CPU = torch.device("cpu")
 PATIENCE = timedelta(seconds=120)  # with a process that has died
 WHO = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -128,11 +130,19 @@ def rates(found: Seconds, count: int) -> tuple[Card, Network]:
     )
     if count == 1:
         return card, Network(1.0, 1.0, 0.0, 1)
-    gather, share = found[f"gather {MANY}"] - found[f"gather {FEW}"], (count - 1) / count
-    latency = found[f"gather {FEW}"] / math.log2(count)
-    times = {name: (found[f"{name} {MANY}"] - found[f"{name} {FEW}"]) / gather for name in ("scatter", "reduce")}
-    inside = share * MANY / gather
-    return replace(card, inside=inside), Network(inside, inside, latency, count, times["scatter"], times["reduce"])
+    sizes = [found[f"bytes {times}"] for times in (FEW, MANY)]
+    reduced, once, twice = ([found[f"{shard} {times}"] for times in (FEW, MANY)] for shard in (NONE, GRADIENTS, FULL))
+    gathers = [full - gradients for full, gradients in zip(twice, once, strict=True)]
+    scatters = [gradients - gather for gradients, gather in zip(once, gathers, strict=True)]
+    units = len(count_of(TINY, Adaptation(), torch.float32).units)
+    inside = (count - 1) / count * (sizes[1] - sizes[0]) / max(1e-9, gathers[1] - gathers[0])
+    moved = (count - 1) / count * sizes[0] / inside
+    latency = max(0.0, gathers[0] - moved) / (units * math.log2(count))
+    network = Network(inside, inside, latency, count)
+    group = network.group(count)
+    one_bucket = sum(network.gather(group, size) for size in sizes)
+    network = replace(network, scatter_times=sum(scatters) / sum(gathers), reduce_times=sum(reduced) / one_bucket)
+    return replace(card, inside=inside), network
 
 
 def _shards(count: int) -> tuple[str, ...]:
@@ -143,6 +153,10 @@ def _worker(rank: int, count: int, store: str, config: Options) -> list[Seconds]
     """Each turn's figures of one process. Called in `count` processes at once."""
     torch.set_num_threads(1)
     keep_freed_memory()
+    this = psutil.Process()
+    if hasattr(this, "cpu_affinity"):
+        cores = this.cpu_affinity()
+        this.cpu_affinity([cores[rank % len(cores)]])
     where = FileStore(store, count)
     return [_turn(rank, count, where, f"{turn}", config.steps) for turn in range(config.turns)]
 
@@ -162,7 +176,11 @@ def _turn(rank: int, count: int, store: FileStore, turn: str, steps: int) -> Sec
     if count > 1:
         os.environ |= dict(zip(WHO, (str(rank), str(count), str(rank), "127.0.0.1", "1"), strict=True))
         distributed.init_process_group("gloo", store=PrefixStore(turn, store), rank=rank, world_size=count, timeout=PATIENCE)
-        found |= _collectives(count, steps)
+        parallel = Parallel(Context(rank, count, shown=False), "float32", allow_cuda=False)
+        with torch.device("meta"):
+            network = Pi0(TINY)
+        for times in (FEW, MANY):
+            found |= {f"{what} {times}": figure for what, figure in exchanged(network, parallel, times, steps).items()}
     for shard in _shards(count):
         parallel = Parallel(Context(rank, count, shown=False), "float32", allow_cuda=False)
         trainer = Trainer(TrainState.build(TINY, StateConfig(parallel=ParallelConfig(shard)), None, parallel), parallel)
@@ -179,25 +197,6 @@ def _stepped(trainer: Trainer, samples: int, count: int, steps: int) -> Seconds:
     for _ in range(steps):
         trainer.step(repeat(batch), batch.action_mask.numel() * count, clock.mark)
     return {part: seconds / steps for part, seconds in clock.seconds().items()}
-
-
-def _collectives(count: int, steps: int) -> Seconds:
-    found: Seconds = {}
-    for size, repeats in ((FEW, 10 * steps), (MANY, steps)):
-        whole, part = torch.zeros(size // 4), torch.zeros(size // 4 // count)
-        calls: dict[str, Callable[[], object]] = {
-            "gather": partial(distributed.all_gather_into_tensor, whole, part),
-            "scatter": partial(distributed.reduce_scatter_tensor, part, whole),
-            "reduce": partial(distributed.all_reduce, whole),
-        }
-        for name, call in calls.items():
-            call()
-            distributed.barrier()
-            began = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            found[f"{name} {size}"] = (time.perf_counter() - began) / repeats
-    return found
 
 
 def _slowest(processes: Sequence[Seconds]) -> Seconds:

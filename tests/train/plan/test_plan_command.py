@@ -75,9 +75,10 @@ def test_the_page_says_what_the_command_says(capsys, repository):
 
 @pytest.mark.journey
 def test_the_check_against_real_steps_runs(capsys):
-    """With one process and few steps: what is measured is no figure, but everything is called."""
-    found = asked(capsys, "pi0fm bench planning --processes 1 --turns 1 --steps 1")
-    row = found["steps"]["1 x none"]
-    assert row["planned_ms"] == pytest.approx(sum(row[f"{part}_ms"] for part in PARTS), rel=1e-4)
-    assert row["measured_ms"] > 0 and found["worst"]["step"] == "1 x none"
+    """With few steps: what is measured is no figure, but everything is called."""
+    found = asked(capsys, "pi0fm bench planning --processes [1,2] --turns 1 --steps 1")
+    assert set(found["steps"]) == {"1 x none", "2 x none", "2 x gradients", "2 x full"}
+    for row in found["steps"].values():
+        assert row["planned_ms"] == pytest.approx(sum(row[f"{part}_ms"] for part in PARTS), rel=1e-4) and row["measured_ms"] > 0
+    assert found["worst"]["step"] in found["steps"]
     assert main(["bench", "planning", "--processes", "0"]) == 2

@@ -1,0 +1,97 @@
+"""What workers exchange in a step, without the computing: a network of the same units, whose passes read each weight once.
+
+Owns: `StillNetwork`, the seconds of its passes. Does not know: rates, plans.
+
+    DDP         buckets filled, summed over the workers, read
+    sharded     a unit's rows copied in, gathered, copied out into weights; its gradient copied in, scattered, added
+    alone       what its passes take without any of that: it is subtracted
+
+So copies, hooks, and the waiting of one worker for another at each unit count as they do in a step of the real network.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor, distributed, nn
+
+from pi0fm.models.pi0 import Pi0
+from pi0fm.train.components import FULL, GRADIENTS, NONE, ParallelConfig
+from pi0fm.train.parallel.accelerate import Parallel
+from pi0fm.train.parallel.sharding import REST, shard, unit_of
+
+
+@final
+class StillUnit(nn.Module):
+    """Weights of given shapes, and their sum."""
+
+    def __init__(self, shapes: list[torch.Size]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for shape in shapes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A scalar: x and all weights."""
+        for weight in self.weights:
+            x = x + weight.sum()
+        return x
+
+
+@final
+class StillNetwork(nn.Module):
+    """The units of `network`, with `times` as many rows of each weight; called as they follow each other there."""
+
+    def __init__(self, network: nn.Module, times: float) -> None:
+        super().__init__()
+        shapes: dict[str, list[torch.Size]] = defaultdict(list)
+        for name, parameter in network.named_parameters():
+            rows, *others = parameter.shape or (1,)
+            shapes[unit_of(name)].append(torch.Size((max(1, round(times * rows)), *others)))
+        self.rest, self.prompt_embedding = StillUnit(shapes.pop(REST)), StillUnit(shapes.pop("prompt_embedding"))
+        self.vision, self.decoder = nn.Module(), nn.Module()
+        self.vision.layers, self.decoder.layers = (
+            nn.ModuleList(StillUnit(each) for name, each in shapes.items() if name.startswith(tower)) for tower in ("vision", "decoder")
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A scalar."""
+        for unit in (*cast(nn.ModuleList, self.vision.layers), self.prompt_embedding, *cast(nn.ModuleList, self.decoder.layers), self.rest):
+            x = unit(x)
+        return x
+
+    def bytes(self) -> int:
+        """Of its weights."""
+        return sum(weight.nbytes for weight in self.parameters())
+
+
+def exchanged(network: nn.Module, parallel: Parallel, times: float, steps: int) -> dict[str, float]:
+    """Seconds that a pass of `network`'s weights, `times` as many, takes more than without other workers, by sharding; `bytes` of them."""
+    alone = StillNetwork(network, times)
+    calls: dict[str, nn.Module] = {"alone": alone}
+    for word in (NONE, GRADIENTS, FULL):
+        still, how = StillNetwork(network, times), ParallelConfig(word)
+        if how.cuts:
+            units: Any = still
+            shard(cast(Pi0, units), parallel.mesh(how), how, torch.float32)
+            calls[word] = still
+        else:
+            calls[word] = nn.parallel.DistributedDataParallel(still, broadcast_buffers=False, gradient_as_bucket_view=True)
+    found = {word: _seconds(partial(_pass, call), steps) for word, call in calls.items()}
+    without = found.pop("alone")
+    return {word: max(0.0, seconds - without) for word, seconds in found.items()} | {"bytes": float(alone.bytes())}
+
+
+def _pass(network: nn.Module) -> None:
+    network(torch.zeros((), requires_grad=True)).backward()
+    network.zero_grad(set_to_none=True)
+
+
+def _seconds(call: Callable[[], None], steps: int) -> float:
+    call()
+    distributed.barrier()
+    began = time.perf_counter()
+    for _ in range(steps):
+        call()
+    return (time.perf_counter() - began) / steps
