@@ -34,7 +34,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pi0fm_client import arguments, wire
 from pi0fm_client.errors import ConfigError, ServingError
-from pi0fm_client.safety import Limiter, Limits, ObservationCheck, Vector
+from pi0fm_client.safety import Limiter, Limits, ObservationCheck, StateCheck, Vector
 from pi0fm_client.types import ActionChunk
 
 HAND_OVERS = ("auto", "realtime", "ensemble", "switch")
@@ -145,7 +145,7 @@ class Executor:
         beyond_limits: Literal["clamp", "refuse"] = "clamp",
         relative_to_state: Sequence[int] = (),
         cameras: Sequence[str] | None = None,
-        state_check: Literal["refuse", "warn", "off"] = "refuse",
+        state_check: StateCheck = "refuse",
         submit: Callable[[Message], Reply] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

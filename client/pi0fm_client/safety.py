@@ -15,7 +15,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,7 +24,8 @@ from pi0fm_client import arguments
 from pi0fm_client.errors import ConfigError, ObservationError
 
 Vector = NDArray[np.float64]
-CHECKS = ("refuse", "warn", "off")
+StateCheck = Literal["refuse", "warn", "off"]
+CHECKS = get_args(StateCheck)
 MARGIN = 0.5  # of the training's range of a state, by which it may be left
 logger = logging.getLogger(__name__)
 _UNITS = {"degrees for radians": np.pi / 180, "radians for degrees": 180 / np.pi, "mm for m": 1e-3, "m for mm": 1e3}
@@ -158,7 +159,7 @@ class ObservationCheck:
         metadata: Mapping[str, Any],
         *,
         cameras: Sequence[str] | None = None,
-        mode: Literal["refuse", "warn", "off"] = "refuse",
+        mode: StateCheck = "refuse",
     ) -> None:
         metadata = arguments.mapping("the policy's metadata", metadata)
         known = arguments.mapping("the policy's cameras", metadata.get("cameras", {}))
@@ -188,7 +189,7 @@ class ObservationCheck:
         state = self._state(given)
         fault = self._state_fault(state)
         if fault is not None and self._mode == "refuse":
-            raise ObservationError(f'{fault[1]}; or say state_check="warn"')
+            raise ObservationError(f"{fault[1]}; or let it pass by state_check warn")
         if fault is not None and fault[0] not in self._warned:
             self._warned.add(fault[0])
             logger.warning("%s", fault[1])

@@ -139,7 +139,7 @@ def run(options: ServeConfig) -> None:
             load=opened,
             log=log,
             live=options.live,
-            renamed=dict if options.keys is None else read_keys(options.keys, policy.metadata),
+            keys=None if options.keys is None else read_keys(options.keys, policy.metadata),
         )
 
         def announce(seconds: float) -> None:
@@ -167,13 +167,13 @@ def _serve_replicas(options: ServeConfig, tokens: list[str]) -> None:
 
     serving.free_of_what_one_server_has(options)
     known = metadata(options.bundle, options.robot)  # a fault is told before Ray starts
-    renamed = dict if options.keys is None else read_keys(options.keys, known)
+    keys = None if options.keys is None else read_keys(options.keys, known)
 
     def build() -> Starlette:
         from pi0fm.policy.saved.bundle import load
 
         policy = load(options.bundle.resolve(), options, guidance=options.guidance)
-        return application.create_app(policy, options, tokens=tokens, renamed=renamed)
+        return application.create_app(policy, options, tokens=tokens, keys=keys)
 
     def announce() -> None:
         url = f"ws://{'127.0.0.1' if options.host == '0.0.0.0' else options.host}:{options.port}"  # noqa: S104 - compared, not bound

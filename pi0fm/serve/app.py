@@ -29,11 +29,12 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from pi0fm.serve import sessions
 from pi0fm.serve.batcher import Tap
+from pi0fm.serve.keys import Keys
 from pi0fm.serve.limits import ServingLimits
 from pi0fm.serve.metrics import Metrics
 from pi0fm.serve.page.live import Live, basic_key
 from pi0fm.serve.records.request_log import RequestLog
-from pi0fm.serve.served import Renamed, Servable, Serving
+from pi0fm.serve.served import Servable, Serving
 from pi0fm.serve.sessions import Session
 from pi0fm_client import wire
 from pi0fm_client.errors import ConfigError, Pi0fmError, ServingError
@@ -52,20 +53,20 @@ def create_app(
     tokens: Sequence[str] = (),
     admin_token: str | None = None,
     load: Load | None = None,
-    renamed: Renamed = dict,
+    keys: Keys | None = None,
     log: RequestLog | None = None,
     live: bool = False,
 ) -> Starlette:
     """Build the application that serves `policy`; it warms up in its lifespan unless `warm_up` was awaited before.
 
     tokens: a client must send one of them, none serves everyone. admin_token: the key of /swap, None leaves that out.
-    load: makes the policy in another bundle, or anew that in the first. renamed: a message in the policy's own keys, see keys.py.
+    load: loads the policy of another bundle, None: of the first. keys: the robot's own names of columns.
     log: of what is inferred; closed at the end. live: show the page of page/live.py.
     Raises ConfigError for a token that cannot be used, ObservationError for metadata that cannot be sent.
     """
     for token in (*tokens, *([] if admin_token is None else [admin_token])):
         check_token(token)
-    service = _Service(policy, options, tokens, admin_token, load, renamed, log, live)
+    service = _Service(policy, options, tokens, admin_token, load, keys, log, live)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -135,7 +136,7 @@ class _Service:
         tokens: Sequence[str],
         admin_token: str | None,
         load: Load | None,
-        renamed: Renamed,
+        keys: Keys | None,
         log: RequestLog | None,
         live: bool,
     ) -> None:
@@ -143,7 +144,7 @@ class _Service:
         self._metrics, self._log = Metrics(), log
         self._threads = ThreadPoolExecutor(DOOR_THREADS, "pi0fm-door")
         self.live = Live(self._about, self._live_refusal, self._threads) if live else None
-        self.serving = Serving(policy, options, self._metrics, renamed, self._taps)
+        self.serving = Serving(policy, options, self._metrics, keys, self._taps)
         self._draining = False
         self._sessions: set[Session] = set()
         self._leaving: set[asyncio.Task[None]] = set()

@@ -52,7 +52,7 @@ class Door:
 
     to_observation: raises ObservationError for keys and arrays that do not fit the policy. renamed: a message in the policy's keys.
     check_prefix: raises ObservationError for an action prefix that does not fit; None knows no such extension. chooses: the policy can
-    sample several chunks.
+    sample several chunks. action_dim: of the commands that a robot reports; None takes any width.
     """
 
     def __init__(
@@ -62,9 +62,10 @@ class Door:
         renamed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
         check_prefix: Callable[[ActionPrefix], None] | None = None,
         chooses: bool = False,
+        action_dim: int | None = None,
     ) -> None:
         self._to_observation, self._max_frame_bytes, self._renamed = to_observation, max_frame_bytes, renamed
-        self._check_prefix = check_prefix
+        self._check_prefix, self._action_dim = check_prefix, action_dim
         led = () if check_prefix is None else (wire.ACTION_PREFIX, wire.INFERENCE_DELAY)
         chosen = (wire.NUM_CANDIDATES, wire.UNCERTAINTY) if chooses else ()
         self.extensions = (*EXTENSIONS, *led, *chosen)
@@ -90,7 +91,7 @@ class Door:
         session = message.pop(wire.SESSION, "")
         if not isinstance(session, str) or len(session) > MAX_NAME:
             raise ObservationError(f"{wire.SESSION} must be a text of at most {MAX_NAME} characters, found {str(session)[:40]!r}")
-        prefix, candidates, report = self._prefix(message), None, _report(message.pop(wire.REPORT, None))
+        prefix, candidates, report = self._prefix(message), None, _report(message.pop(wire.REPORT, None), self._action_dim)
         if wire.NUM_CANDIDATES in self.extensions:
             candidates = whole_number(message.pop(wire.NUM_CANDIDATES, None), wire.NUM_CANDIDATES)
         if candidates is not None and (not 1 <= candidates <= MAX_CANDIDATES or prefix is not None):
@@ -161,7 +162,7 @@ def whole_number(value: Any, key: str) -> int | None:
     return int(value)
 
 
-def _report(value: Any) -> RobotReport | None:
+def _report(value: Any, action_dim: int | None) -> RobotReport | None:
     if value is None:
         return None
     if not isinstance(value, dict) or not value.keys() <= {wire.EXECUTED, *wire.COUNTS}:
@@ -172,6 +173,8 @@ def _report(value: Any) -> RobotReport | None:
         raise ObservationError(
             f"{wire.REPORT}: {wire.EXECUTED} must be floats [n, actions], at most {MAX_EXECUTED}, finite: or leave it out"
         )
+    if len(executed) and executed.shape[1] != (action_dim or executed.shape[1]):
+        raise ObservationError(f"{wire.REPORT}: {wire.EXECUTED} must be [n, {action_dim}], found {list(executed.shape)}: send commands")
     return RobotReport(executed, {name: whole_number(count, f"{wire.REPORT}: {name}") or 0 for name, count in value.items()})
 
 

@@ -8,9 +8,10 @@ Owns: the file of keys, the conversion of pictures and of a state in parts. Does
     observation/wrist_depth:                                        left out
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,22 +20,54 @@ from pi0fm.data.columns.embodiment import PROMPT_KEYS, dotted
 from pi0fm.options import nearest, read_yaml
 from pi0fm_client.errors import ConfigError, ObservationError
 
-Renamed = Callable[[Mapping[str, Any]], dict[str, Any]]
 PROMPT = PROMPT_KEYS[0]
 
 
-def read_keys(path: Path, metadata: Mapping[str, Any]) -> Renamed:
-    """Return what renames a message by the file at `path`; keys that it does not hold stay.
+@final
+@dataclass(frozen=True)
+class Keys:
+    """What renames a message. columns: a robot's key -> our column, None leaves it out; sent in the greeting, which the executor reads."""
+
+    columns: Mapping[str, str | None]
+    cameras: frozenset[str]
+    state: str
+
+    def __call__(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a message under our columns; keys that the file does not name stay. Raises ObservationError."""
+        found = {key: value for key, value in message.items() if key not in self.columns}
+        parts: list[NDArray[Any]] = []
+        for key, column in self.columns.items():
+            if key not in message or column is None:
+                continue
+            if column in found:
+                raise ObservationError(f"an observation has {column} once, found it and {key!r}; send one of them")
+            if column == self.state:
+                parts.append(np.atleast_1d(np.asarray(message[key])))
+            else:
+                found[column] = as_picture(message[key], key) if column in self.cameras else message[key]
+        if parts:
+            if any(part.ndim != 1 or part.dtype.kind not in "fiu" for part in parts):
+                shapes = [list(part.shape) for part in parts]
+                raise ObservationError(f"the parts of {self.state} must be rows of numbers, found shapes {shapes}")
+            found[self.state] = np.concatenate(parts)
+        return found
+
+
+def read_keys(path: Path, metadata: Mapping[str, Any]) -> Keys:
+    """Return what renames a message by the file at `path`.
 
     Raises ConfigError for an unknown column, and for a file after which no message could be inferred.
     """
-    cameras, state = set(metadata["cameras"].values()), metadata["state_key"]
+    cameras, state = frozenset(metadata["cameras"].values()), metadata["state_key"]
     columns: dict[str, str | None] = {}
     for key, column in read_yaml(path).items():
         if not isinstance(key, str) or not (column is None or isinstance(column, str)):
             raise ConfigError(f"{path} must map a key to a column, or to nothing, found {key!r}: {column!r}; write KEY: COLUMN")
         if column is not None and column not in {*cameras, state, PROMPT}:
             raise ConfigError(f"{path} maps {key!r} to {column!r}, no column of the bundle: {nearest(column, [*sorted(cameras), state])}")
+        twin = next((other for other in columns if dotted(other) == dotted(key)), None)
+        if twin is not None:
+            raise ConfigError(f"{path} names one key twice, as {twin!r} and {key!r}: leave one of them out")
         columns[key] = column
     for single, what in ((PROMPT, "text"), *((camera, "picture") for camera in sorted(cameras))):
         theirs = [key for key, column in columns.items() if column == single]
@@ -46,29 +79,13 @@ def read_keys(path: Path, metadata: Mapping[str, Any]) -> Renamed:
             raise ConfigError(
                 f"{path} maps {key!r}, {kinds[dotted(key)]}, to {column!r}, {kinds[dotted(column)]}: no message would be inferred"
             )
+    gone = {key for key, column in columns.items() if column is None} - set(columns.values())
     for column in (PROMPT, state):
-        if columns.get(column, column) is None and column not in columns.values():
+        if column in gone:
             raise ConfigError(f"{path} leaves {column!r} out, and maps no other key to it: no message would be inferred; remove that line")
-
-    def renamed(message: Mapping[str, Any]) -> dict[str, Any]:
-        found = {key: value for key, value in message.items() if key not in columns}
-        parts: list[NDArray[Any]] = []
-        for key, column in columns.items():
-            if key not in message or column is None:
-                continue
-            if column in found:
-                raise ObservationError(f"an observation has {column} once, found it and {key!r}; send one of them")
-            if column == state:
-                parts.append(np.atleast_1d(np.asarray(message[key])))
-            else:
-                found[column] = as_picture(message[key], key) if column in cameras else message[key]
-        if parts:
-            if any(part.ndim != 1 or part.dtype.kind not in "fiu" for part in parts):
-                raise ObservationError(f"the parts of {state} must be rows of numbers, found shapes {[list(part.shape) for part in parts]}")
-            found[state] = np.concatenate(parts)
-        return found
-
-    return renamed
+    if cameras and cameras <= gone:
+        raise ConfigError(f"{path} leaves every camera out ({', '.join(sorted(cameras))}): no message would be inferred; keep one of them")
+    return Keys(columns, cameras, state)
 
 
 def as_picture(value: Any, key: str) -> NDArray[np.uint8]:

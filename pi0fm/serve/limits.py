@@ -28,6 +28,7 @@ from websockets.frames import Frame
 from pi0fm.options import option
 from pi0fm_client import wire
 from pi0fm_client.errors import ConfigError, ServingError
+from pi0fm_client.safety import StateCheck
 
 SILENT_SECONDS = 10.0
 SILENT_SOCKETS = 32
@@ -57,6 +58,9 @@ class ServingLimits:
     max_connections_of_address: int | None = option(None, "most of them from one address; empty takes half")
     max_frame_bytes: int = option(wire.MAX_FRAME_BYTES, "most bytes of one observation")
     idle_seconds: float = option(600.0, "a connection that sends nothing for so long is closed")
+    state_check: StateCheck = option(
+        "warn", "a state far outside the training's range: refuse it, warn of it in the log, once for each dimension, or off"
+    )
     stall_seconds: float = option(10.0, "an inference that takes longer turns /healthz red, and requests are refused until it ends")
 
     def __post_init__(self) -> None:

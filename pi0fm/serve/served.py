@@ -18,15 +18,15 @@ import numpy as np
 
 from pi0fm.serve import door
 from pi0fm.serve.batcher import Batcher, Tap, Worker
+from pi0fm.serve.keys import Keys
 from pi0fm.serve.limits import ServingLimits
 from pi0fm.serve.metrics import Metrics
-from pi0fm_client import wire
+from pi0fm_client import ObservationCheck, wire
 from pi0fm_client.errors import Pi0fmError, ServingError
 from pi0fm_client.types import ActionPrefix, Observation, Policy
 
 WARM_UP_IMAGE_SIZE = (224, 224)
 SAME_AFTER_A_SWAP = ("cameras", "state_key", "state_dim", "robot_action_dim", "action_horizon", "robot")
-Renamed = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 logger = logging.getLogger(__name__)
 
 
@@ -67,20 +67,29 @@ class Serving:
     """The policy that is served now. Raises ObservationError for metadata that cannot be sent."""
 
     def __init__(
-        self, policy: Servable, options: ServingLimits, metrics: Metrics, renamed: Renamed, tap: Callable[[Servable], Sequence[Tap]]
+        self, policy: Servable, options: ServingLimits, metrics: Metrics, keys: Keys | None, tap: Callable[[Servable], Sequence[Tap]]
     ) -> None:
-        self._options, self._metrics, self._renamed, self._tap = options, metrics, renamed, tap
+        self._options, self._metrics, self._keys, self._tap = options, metrics, keys, tap
         self._swapping = False
         self.now = self._served(policy)
         self.is_warm = False
 
     def _served(self, policy: Servable) -> Served:
         metadata, options = policy.metadata, self._options
-        chooses = hasattr(policy, "infer_best")
-        entrance = door.Door(policy.observation, options.max_frame_bytes, self._renamed, _prefix_check(policy), chooses)
+        chooses, compared = hasattr(policy, "infer_best"), ObservationCheck(metadata, cameras=(), mode=options.state_check)
+
+        def judged(message: Mapping[str, Any]) -> Observation:
+            observation = policy.observation(message)
+            compared(message)
+            return observation
+
+        renamed, width = self._keys or dict, metadata.get("robot_action_dim")
+        entrance = door.Door(judged, options.max_frame_bytes, renamed, _prefix_check(policy), chooses, width)
         told = {wire.IDENTITY: wire.REPLY_IDENTITY, "alarm": wire.ALARM}
         extensions = [*entrance.extensions, *(key for name, key in told.items() if name in metadata)]
         greeting = {**without_paths(metadata), "max_frame_bytes": options.max_frame_bytes, wire.EXTENSIONS: extensions}
+        if self._keys is not None:
+            greeting["keys"] = dict(self._keys.columns)
         return Served(
             policy, Batcher(policy, options, self._metrics, self._tap(policy)), entrance, wire.pack(greeting), metadata.get(wire.IDENTITY)
         )

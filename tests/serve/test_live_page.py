@@ -142,6 +142,7 @@ def test_robots_that_sent_no_report_are_shown_and_old_ones_forgotten(start_serve
         ({"executed": np.zeros(3, np.float32)}, "executed must be floats"),
         ({"executed": np.full((1, 3), np.nan, np.float32)}, "finite"),
         ({"executed": np.zeros((6000, 3), np.float32)}, "at most 16384"),
+        ({"executed": np.zeros((2, 7), np.float32)}, "executed must be [n, 3], found [2, 7]"),
         ({"clamped": -1}, "clamped must be a whole number"),
         ({"rm": 1}, "must be a map of"),
     ],

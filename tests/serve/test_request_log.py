@@ -1,6 +1,7 @@
 """What a server inferred is inferred again bit for bit, batch by batch; the log keeps its bound and survives a kill."""
 
 import json
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -161,6 +162,22 @@ def test_a_log_has_one_writer(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="a log of requests has one writer"):
         RequestLog(tmp_path, 2**23, lambda _: {})
     log.close()
+
+
+def test_a_log_that_is_deleted_under_the_server_begins_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "log"
+    log = RequestLog(folder, 2**23, lambda _: {})
+    for value, gone in ((1.0, folder), (2.0, folder / "requests-00000002.log"), (3.0, None)):
+        log.inferred(None, *one_batch(value))
+        end = time.monotonic() + 10
+        while log._waiting_bytes and time.monotonic() < end:
+            time.sleep(0.01)
+        if gone is not None:
+            shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    log.close()
+    assert [batch.actions[0][0, 0] for batch in read(folder)] == [3.0]
+    assert caplog.messages == [f"the log of requests in {folder} was deleted: it begins again there"] * 2
+    RequestLog(folder, 2**23, lambda _: {}).close()
 
 
 def test_a_disk_that_is_behind_costs_log_lines_and_no_memory(tmp_path: Path) -> None:

@@ -29,6 +29,10 @@ def listed_files(path: Path) -> dict[str, dict[str, Any]]:
         raise BundleError(
             f"no bundle at {path}; train one with pi0fm train, whose last line names the directory, or convert weights with pi0fm convert"
         )
+    if not any((path / name).exists() for name in (MANIFEST, CONFIG, STATS, WEIGHTS)):
+        inside = next(iter(sorted(path.glob(f"*/{MANIFEST}"))), None)
+        named = "the folder that the last line of pi0fm train names" if inside is None else str(inside.parent)
+        raise BundleError(f"{path} is a folder, but no bundle: it has neither {MANIFEST} nor {WEIGHTS}; give {named}")
     listed = read_json(path / MANIFEST).get("files")
     if not isinstance(listed, dict) or not all(
         isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in listed.values()

@@ -33,6 +33,7 @@ FORMAT = 1
 FILES = 8  # that the bound is divided into
 MAX_WAITING_BYTES = 64 * 2**20  # that the disk may be behind
 MAX_ENTRY_BYTES = 2 * wire.MAX_FRAME_BYTES
+LOCK = ".lock"
 _HEAD = struct.Struct("<II")
 
 
@@ -55,11 +56,7 @@ class RequestLog:
     """
 
     def __init__(self, folder: Path, max_bytes: int, describe: Callable[[str | None], Mapping[str, Any]]) -> None:
-        with files.write_faults(folder):
-            lock = files.lock_file(folder / ".lock")
-        if lock is None:
-            raise OutputError(f"a log of requests has one writer, and a server writes {folder}: give another folder")
-        self._lock: int | None = lock
+        self._lock: int | None = _locked(folder)
         self._folder, self._max_bytes, self._describe = folder, max_bytes, describe
         self._number = max((_number(path) for path in _paths(folder)), default=0)
         self._file: BinaryIO | None = None
@@ -95,6 +92,7 @@ class RequestLog:
         try:
             while (job := self._jobs.get()) is not None:
                 identity, entries, size = job
+                self._notice_deletion()
                 if self._file is None or identity != self._identity or self._file.tell() > self._max_bytes // FILES:
                     self._begin_file(identity)
                 for entry in entries:
@@ -106,6 +104,18 @@ class RequestLog:
             logger.error("requests are no longer logged: %s cannot be written (%s)", self._folder, error)
         if self._file is not None:
             self._file.close()
+
+    def _notice_deletion(self) -> None:
+        """Begin the log again where its file, or the whole folder, was deleted under the server."""
+        if self._file is None or os.fstat(self._file.fileno()).st_nlink:
+            return
+        logger.warning("the log of requests in %s was deleted: it begins again there", self._folder)
+        self._file.close()
+        self._file = None
+        if not (self._folder / LOCK).exists() and self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+            self._lock = _locked(self._folder)
 
     def _begin_file(self, identity: str | None) -> None:
         if self._file is not None:
@@ -122,6 +132,15 @@ class RequestLog:
         assert self._file is not None
         packed = wire.pack(entry)
         self._file.write(_HEAD.pack(len(packed), zlib.crc32(packed)) + packed)
+
+
+def _locked(folder: Path) -> int:
+    """Make the folder and return its lock. Raises OutputError for one that cannot be written, or that another server writes."""
+    with files.write_faults(folder):
+        lock = files.lock_file(folder / LOCK)
+    if lock is None:
+        raise OutputError(f"a log of requests has one writer, and a server writes {folder}: give another folder")
+    return lock
 
 
 def read(folder: Path, damaged: list[str] | None = None) -> Iterator[LoggedBatch]:

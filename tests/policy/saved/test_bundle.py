@@ -196,6 +196,15 @@ def test_a_folder_that_is_not_there(tmp_path):
     assert "no bundle at" in refused(tmp_path / "nothing")
 
 
+def test_a_folder_that_is_no_bundle_is_not_told_to_be_copied_again(copy, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    assert refused(other).endswith("neither manifest.json nor model.safetensors; give the folder that the last line of pi0fm train names")
+    assert refused(copy.parent).endswith(f"give {copy}")
+    (copy / "manifest.json").unlink()
+    assert "lacks manifest.json; copy it again" in refused(copy)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -72,7 +72,7 @@ def test_openpis_own_client_is_answered_and_sees_no_extension(openpi_python: Pat
         "observation/exterior_image_1_left: observation.images.front\n"
         "observation/joint_position: observation.state\nobservation/gripper_position: observation.state\n"
     )
-    server = start_server(token="s3cret", renamed=read_keys(keys, METADATA))
+    server = start_server(token="s3cret", keys=read_keys(keys, METADATA))
     command = [openpi_python, "-I", "-c", PROGRAM, server.url]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

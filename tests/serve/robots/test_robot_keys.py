@@ -1,18 +1,19 @@
 """A robot's own keys, and pictures in other forms, become what the policy takes."""
 
+import time
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_server import METADATA
+from fake_server import METADATA, FakePolicy
 from PIL import Image
-from test_policy_server import actions_of, talk
+from test_policy_server import actions_of, observation_bytes, talk
 
 from pi0fm.serve.door import Door, decode_jpeg
 from pi0fm.serve.keys import as_picture, read_keys
-from pi0fm_client import wire
+from pi0fm_client import Executor, ObservationCheck, PolicyClient, wire
 from pi0fm_client.errors import ConfigError, ObservationError
 
 DROID = """
@@ -30,7 +31,7 @@ def written(folder: Path, text: str) -> Path:
 
 
 def test_a_robot_with_keys_of_its_own_is_answered(start_server: Any, tmp_path: Path) -> None:
-    server = start_server(renamed=read_keys(written(tmp_path, DROID), METADATA))
+    server = start_server(keys=read_keys(written(tmp_path, DROID), METADATA))
     message = {
         "observation/exterior_image_1_left": np.full((3, 6, 8), 5 / 255, np.float32),
         "observation/joint_position": np.float64([10, 20]),
@@ -42,6 +43,52 @@ def test_a_robot_with_keys_of_its_own_is_answered(start_server: Any, tmp_path: P
         robot.recv()
         robot.send(wire.pack(message))
         assert actions_of(robot.recv())[0].tolist() == [15, 25, 35]
+
+
+def test_the_executor_knows_the_robots_own_keys(start_server: Any, tmp_path: Path) -> None:
+    """What it checks is what the policy is shown: cameras under either name, a state in parts, its range."""
+    policy = FakePolicy()
+    policy.metadata["state_range"] = {"min": [0.0, 0.0, 0.0], "max": [40.0, 40.0, 40.0]}
+    server = start_server(policy, keys=read_keys(written(tmp_path, DROID), METADATA))
+    message = {
+        "observation/exterior_image_1_left": np.zeros((6, 8, 3), np.uint8),
+        "observation/joint_position": np.float64([10, 20]),
+        "observation/gripper_position": np.float32(30),
+        "prompt": "pick",
+    }
+    options: dict[str, Any] = {"control_hz": 50, "initial_command": np.zeros(3), "cameras": ["front"]}
+    with PolicyClient(server.url) as client, Executor(client, relative_to_state=[0, 1, 2], **options) as executor:
+        executor.observe(message)
+        end = time.monotonic() + 10
+        while executor.next()[0] == 0 and time.monotonic() < end:
+            executor.pace()
+        assert executor.command.action[1] - executor.command.action[0] == 2 * (20 - 10), "once by the fake policy, once by the state"
+        with pytest.raises(ObservationError, match=r"observation\.state\[1\] was 0 \.\. 40 in training, found 2000"):
+            ObservationCheck(client.metadata, cameras=["front"])({**message, "observation/joint_position": [10.0, 2000.0]})
+        with pytest.raises(ObservationError, match=r"found no observation\.images\.wrist"):
+            ObservationCheck(client.metadata)(message)
+
+
+def test_a_state_far_outside_the_training_is_refused_or_told_as_the_operator_chose(
+    start_server: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def ask(state_check: str) -> Any:
+        policy = FakePolicy()
+        policy.metadata["state_range"] = {"min": [-1.0] * 3, "max": [1.0] * 3}
+        with talk(start_server(policy, state_check=state_check).url) as robot:
+            robot.recv()
+            for value in (1e7, 2e7):
+                robot.send(observation_bytes(state=value))
+                answer = robot.recv()
+                if isinstance(answer, str):
+                    return answer
+        return None
+
+    told = "observation.state[0] was -1 .. 1 in training, found 1e+07 (3 of 3 outside): check its units and order"
+    assert told in ask("refuse")
+    caplog.clear()
+    assert ask("off") is None and not caplog.messages
+    assert ask("warn") is None and caplog.messages == [told], "once, not at each request"
 
 
 def test_pictures_in_each_form_are_one_picture() -> None:
@@ -67,6 +114,8 @@ def test_pictures_in_each_form_are_one_picture() -> None:
         ("observation.images.wrist: observation.state", "a picture, to 'observation.state', the state"),
         ("prompt:", "leaves 'prompt' out, and maps no other key to it"),
         ("observation.state:", "leaves 'observation.state' out"),
+        ("observation.images.front:\nobservation.images.wrist:", "leaves every camera out"),
+        ("observation/state: observation.state\nobservation.state: observation.state", "names one key twice"),
     ],
 )
 def test_a_file_that_names_no_column_is_refused(tmp_path: Path, text: str, line: str) -> None:

@@ -114,7 +114,7 @@ def start_server(leaving: list[threading.Thread]) -> Iterator[StartServer]:
             policy.seconds = 0.0  # the warm-up need not be slow
         if "token" in options:
             options["tokens"] = [options.pop("token")]
-        own = {name: options.pop(name) for name in ("tokens", "renamed", "admin_token", "load", "log", "live") if name in options}
+        own = {name: options.pop(name) for name in ("tokens", "keys", "admin_token", "load", "log", "live") if name in options}
         certificates = options.pop("certificates", None)
         limits = ServingLimits(**options)
         app = create_app(policy, limits, **own)
