@@ -58,11 +58,11 @@ def ray_session(
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     given = {name: os.environ.get(name) for name in TOKEN_VARIABLES}
-    if address == "local":
-        _start(num_cpus, dict(resources) if resources else None, _object_store_that_fits(object_store_bytes))
-    else:
-        _join(address, ship_code)
     try:
+        if address == "local":
+            _start(num_cpus, dict(resources) if resources else None, _object_store_that_fits(object_store_bytes))
+        else:
+            _join(address, ship_code)
         yield
     finally:
         ray.shutdown()
@@ -187,9 +187,7 @@ def _start(num_cpus: int | None, resources: dict[str, float] | None, object_stor
 
 
 def _forget_token(given: Mapping[str, str | None]) -> None:
-    """Leave the variables as they were: the token of a Ray that ended would meet every cluster that this process joins later."""
-    if all(os.environ.get(name) == value for name, value in given.items()):
-        return
+    """Leave the variables as they were, for Ray to read again: the token of a Ray that ended would meet every other of this process."""
     for name, value in given.items():
         if value is None:
             os.environ.pop(name, None)
@@ -206,8 +204,8 @@ def _join(address: str, ship_code: bool) -> None:
     refuse_silent(address)
     try:
         ray.init(address, **_QUIET, **({"runtime_env": {"py_modules": _own_code()}} if ship_code else {}))
-    except ConnectionError as error:
-        reason = str(error).splitlines()[0]
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:  # the second where a token is asked for and there is none
+        reason = str(error).splitlines()[0].partition(". ")[0]
         if address == "auto":
             raise ConfigError(f"no Ray cluster answers at {address!r} ({reason}); {START_ONE}") from None
         raise ConfigError(

@@ -1,5 +1,11 @@
 import os
+import shutil
 import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -58,9 +64,16 @@ def test_a_ray_of_our_own_has_a_token_of_its_own_unless_one_is_given(slow: SlowR
 
 
 @pytest.mark.parametrize("slow", [0], indirect=True)
-def test_a_cluster_that_lets_nobody_join_is_not_said_to_be_silent(slow: SlowRay, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379"),
+        ray.exceptions.AuthenticationError("Token authentication is enabled but no authentication token was found. Ensure that"),
+    ],
+)
+def test_a_cluster_that_lets_nobody_join_is_not_said_to_be_silent(slow: SlowRay, monkeypatch, error) -> None:
     def refused(*_: object, **__: object) -> None:
-        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+        raise error
 
     monkeypatch.setattr(ray, "init", refused)
     with socket.create_server(("", 0)) as listening:
@@ -75,7 +88,7 @@ def test_a_cluster_that_lets_nobody_join_is_not_said_to_be_silent(slow: SlowRay,
 @pytest.mark.parametrize("slow", [0], indirect=True)
 def test_a_head_on_the_loopback_alone_is_refused_at_once(slow: SlowRay, monkeypatch) -> None:
     """Ray would ask the machine's own address instead, and wait for minutes."""
-    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.3")
+    monkeypatch.setattr(runtime, "_own_address", lambda: "127.0.0.3")
     with socket.create_server(("127.0.0.1", 0)) as listening:
         address = f"127.0.0.1:{listening.getsockname()[1]}"
         with pytest.raises(ConfigError, match=rf"no Ray cluster answers at '{address}' \(127\.0\.0\.3: "), ray_session(address):
@@ -112,3 +125,61 @@ def test_a_head_that_no_longer_answers_is_one_line(monkeypatch):
     monkeypatch.setattr(runtime, "SECONDS_WITHOUT_HEAD", 0.0)
     with pytest.raises(ClusterError, match=f"found no answer from its head at {address} .* with --resume true"):
         head.refuse_gone()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_a_cluster_is_joined_after_a_ray_of_our_own_and_the_other_way_round(tmp_path, monkeypatch) -> None:
+    """Two real heads, each with a token that the other refuses, in one process one after the other."""
+    for name in ("RAY_ADDRESS", *runtime.TOKEN_VARIABLES):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+    def answered() -> int:
+        return ray.get(ray.remote(num_cpus=0)(lambda: 7).remote(), timeout=120)
+
+    short = tempfile.mkdtemp(prefix="ray-")  # the path of a socket has 107 letters at most
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "b" * 32}
+    port = free_port()
+    words = [f"--port={port}", "--num-cpus=1", "--include-dashboard=false", "--object-store-memory=83886080", f"--temp-dir={short}"]
+    with (tmp_path / "head.log").open("wb") as log:
+        head = subprocess.Popen(
+            [Path(sys.executable).parent / "ray", "start", "--head", "--block", *words], env=os.environ | token, stdout=log, stderr=log
+        )
+    try:
+        with ray_session(num_cpus=1):
+            assert answered() == 7
+        address = f"{ray.util.get_node_ip_address()}:{port}"
+        wait_for(address, head)
+        with pytest.raises(ConfigError, match=r"lets nobody join from here .* RAY_AUTH_TOKEN"), ray_session(address):
+            pass
+        with monkeypatch.context() as given:
+            for name, value in token.items():
+                given.setenv(name, value)
+            with ray_session(address):
+                assert answered() == 7
+        with ray_session(num_cpus=1):
+            assert answered() == 7
+    finally:
+        head.terminate()
+        head.wait(60)
+        shutil.rmtree(short, ignore_errors=True)
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
+def wait_for(address: str, head: subprocess.Popen[bytes]) -> None:
+    host, _, port = address.rpartition(":")
+    for _ in range(600):
+        assert head.poll() is None
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+        except OSError:
+            time.sleep(0.2)
+        else:
+            time.sleep(3.0)  # it listens before its node has registered
+            return
+    raise AssertionError("the head never answered")

@@ -25,7 +25,7 @@ def test_base_images_are_pinned(instructions: list[tuple[str, str]]) -> None:
     given = dict(rest.split("=", 1) for rest in of(instructions, "ARG"))
     stages = [rest.split(" AS ")[0] for rest in of(instructions, "FROM")]
     assert stages == ["${UV}", "${PYTHON}", "${PYTHON}"]
-    assert all(re.fullmatch(r"[a-z./-]+:\d+\.\d+\.\d+[a-z-]*", given[stage[2:-1]]) for stage in stages)
+    assert all(re.fullmatch(r"[a-z./-]+:\d+\.\d+\.\d+[a-z-]*(@sha256:[0-9a-f]{64})?", given[stage[2:-1]]) for stage in stages)
 
 
 def test_what_is_installed_is_the_wheel(instructions: list[tuple[str, str]]) -> None:

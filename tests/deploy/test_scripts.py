@@ -16,6 +16,7 @@ import yaml
 from manifests import DEPLOY
 
 SBATCH = DEPLOY / "slurm" / "train.sbatch"
+PIN = DEPLOY / "pin"
 SRUN = """#!/usr/bin/env bash
 # Starts its command once for each task, and hands SIGTERM on to all, as srun does.
 shift # --kill-on-bad-exit=1
@@ -52,8 +53,41 @@ def test_dockerfiles_are_linted() -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_base_images_are_pinned_by_what_their_registries_answer(tmp_path: Path) -> None:
+    """With docker's part played by its recorded answer; a registry that does not answer leaves both files as they were."""
+    files = [tmp_path / name for name in ("pin", "Dockerfile.cpu", "Dockerfile.cuda")]
+    for path in files:
+        path.write_bytes((DEPLOY / path.name).read_bytes())
+        path.chmod(0o755)
+    docker = tmp_path / "bin" / "docker"
+    docker.parent.mkdir()
+
+    def pinned(digests: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        answers = "".join(f"{image}) echo {digest} ;;\n" for image, digest in digests.items())
+        asked = '[ "$*" = "buildx imagetools inspect --format {{.Manifest.Digest}} ${!#}" ] || exit 9\n'
+        docker.write_text(f'#!/usr/bin/env bash\n{asked}case "${{!#}}" in\n{answers}*) exit 1 ;;\nesac\n')
+        docker.chmod(0o755)
+        environment = {**os.environ, "PATH": f"{docker.parent}:{os.environ['PATH']}"}
+        return subprocess.run([str(files[0])], env=environment, capture_output=True, text=True, check=False)
+
+    before = [path.read_text() for path in files[1:]]
+    images = sorted(set(re.findall(r"^ARG (?:PYTHON|UV)=(\S+)$", "\n".join(before), re.MULTILINE)))
+    assert len(images) == 2
+    assert pinned({images[0]: f"sha256:{'a' * 64}"}).returncode != 0
+    half = pinned({images[0]: f"sha256:{'a' * 64}", images[1]: "unauthorized"})
+    assert half.returncode == 1 and f"the registry of {images[1]} must answer with a digest, found 'unauthorized'" in half.stderr
+    assert [path.read_text() for path in files[1:]] == before
+    for digit in "ab":  # a second time over the first
+        digests = {image: f"sha256:{digit * 63}{number}" for number, image in enumerate(images)}
+        assert pinned(digests).returncode == 0
+        for path, text in zip(files[1:], before, strict=True):
+            for image, digest in digests.items():
+                text = text.replace(f"={image}\n", f"={image}@{digest}\n")
+            assert path.read_text() == text
+
+
 def test_shell_scripts_are_linted(repository: Path) -> None:
-    scripts = [SBATCH, *(path for path in (repository / ".ci").iterdir() if path.is_file() and path.read_text().startswith("#!"))]
+    scripts = [SBATCH, PIN, *(path for path in (repository / ".ci").iterdir() if path.is_file() and path.read_text().startswith("#!"))]
     shells = [path for path in scripts if "sh" in path.read_text().splitlines()[0]]
     assert len(shells) >= 3
     done = subprocess.run([linter("shellcheck"), *shells], capture_output=True, text=True, check=False)
