@@ -19,6 +19,7 @@ from pi0fm.data.columns.lerobot_source import LeRobotSource, examine
 from pi0fm.data.config import DatasetConfig, Selection
 from pi0fm.data.judging import Extent, judge_pictures, judge_prompts, num_files
 from pi0fm.data.loading.mixture import as_typed
+from pi0fm.doctor.contents import Contents, describe
 from pi0fm_client.errors import DatasetError
 
 
@@ -26,7 +27,7 @@ from pi0fm_client.errors import DatasetError
 class Findings:
     """What is wrong with a data set. episodes, rows: that were judged; extent: the pictures that were; name: its entry in a mixture.
 
-    skipped: what is typed as --dataset.skip_bad already.
+    skipped: what is typed as --dataset.skip_bad already. contents, source: of the rows without a fault, if there are any.
     """
 
     root: Path
@@ -36,6 +37,8 @@ class Findings:
     extent: Extent = "ends"
     name: str = ""
     skipped: Literal["all"] | bool = False
+    contents: Contents | None = None
+    source: LeRobotSource | None = None
 
     @property
     def bad(self) -> list[int]:
@@ -72,6 +75,7 @@ class Findings:
             "kinds": self.counts(),
             "bad_episodes": self.bad,
             "advice": as_typed(self.name, self.advice()),
+            **({"contents": self.contents.json()} if self.contents else {}),
         }
 
 
@@ -112,4 +116,7 @@ def judge(
             faults += judge_prompts(good, chain(good))
         with progress.step("look at pictures", num_files(good) if extent != "none" else 0) as bar:
             faults += judge_pictures(good, config, extent, bar.advance)
-    return Findings(source.root, episodes, rows, tuple(faults), extent, name, config.skip_bad)
+    bad = spoiled(faults)
+    usable = source.without(bad) if bad else source
+    contents = describe(usable) if len(usable.rows) else None
+    return Findings(source.root, episodes, rows, tuple(faults), extent, name, config.skip_bad, contents, usable if contents else None)

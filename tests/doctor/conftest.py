@@ -1,5 +1,12 @@
-"""The fixtures of support/fake_server.py."""
+"""The fixtures of support/fake_server.py, and a folder of its own for what a doctor writes where no place is typed."""
 
+import pytest
 from fake_server import leaving, start_server
 
 __all__ = ["leaving", "start_server"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """outputs/doctor is in a folder of the test."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))

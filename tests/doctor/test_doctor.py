@@ -11,11 +11,14 @@ import pytest
 import tiny_dataset
 import yaml
 from any_dataset import CAMERA, change_info, data_file, episodes_file, set_column, shade, video_file, write_set, write_video
+from PIL import Image
 
 from pi0fm.cli.main import main
+from pi0fm.data.columns import lerobot_source
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.config import DatasetConfig
 from pi0fm.doctor.data import judge
+from pi0fm_client.errors import DatasetError
 
 NETWORK = {
     "precision": "float32",  # all runs of a process share it
@@ -281,3 +284,51 @@ def test_a_million_rows_in_twenty_seconds(tmp_path):
     found = judge(DatasetConfig(root=root), Embodiment(cameras={"base": CAMERA}), extent="none")
     assert found.rows == rows and not found.faults
     assert time.perf_counter() - began < 20
+
+
+def test_what_a_set_holds_is_said_and_shown(tmp_path, capsys):
+    root = write_set(tmp_path / "set", (8, 8, 2), tasks={0: "press it", 1: "open it"}, task_of=lambda episode, step: int(episode == 1))
+    code, found, said = doctor(capsys, root, "--output_dir", tmp_path / "out")
+    held = found["contents"]
+    assert code == 0 and (held["fps"], held["lengths"], held["short"]) == (10.0, [2, 8, 8], [2])
+    assert held["tasks"] == {"press it": 2, "open it": 1} and next(iter(held["cameras"].values())).startswith(CAMERA)
+    action = {each["name"]: each for each in held["dimensions"] if each["column"] == "action"}
+    assert next(iter(action.values()))["kind"] == "switch" and len(action) == 3, "the number of the episode, 0, 1 or 2"
+    assert "'press it' (2)" in said and "short episodes: 2" in said
+    with Image.open(tmp_path / "out/contact.png") as sheet:
+        assert sheet.size == (1002, 3 * 182 + 6) and len(sheet.convert("L").getcolors()) > 20
+    root = write_set(tmp_path / "longer", (45, 45))
+    set_column(data_file(root), "action", pa.array([[0.5, float(row), min(row, 60.0)] for row in range(90)], pa.list_(pa.float32())))
+    _, found, said = doctor(capsys, root, "--output_dir", tmp_path / "again", "--pictures", "none")
+    assert [each["kind"] for each in found["contents"]["dimensions"] if each["column"] == "action"] == ["constant", "", "saturated"]
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("http://robot:8000", "or a server's ws:// address, found 'http://robot:8000'; type ws://robot:8000 for a policy server"),
+        ("ws//robot:8000", "type ws://robot:8000 for a policy server"),
+        ("quikstart", "found 'quikstart': did you mean 'quickstart'?"),
+        ("arm-dat", "found 'arm-dat': did you mean 'arm-data'?"),
+    ],
+)
+def test_a_word_that_names_nothing_is_one_line_with_what_was_expected(tmp_path, capsys, monkeypatch, word, said):
+    monkeypatch.chdir(tmp_path)
+    write_set(tmp_path / "arm-data", (3, 3))
+    assert main(["doctor", word]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_a_name_of_the_hub_without_a_network_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path))
+
+    def offline(repo_id):
+        raise DatasetError(f"data set {repo_id!r} is neither on this disk nor to be downloaded (no network); give --dataset.root")
+
+    monkeypatch.setattr(lerobot_source, "_download", offline)
+    assert main(["doctor", "lerobot/pusht"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "pi0fm: data set 'lerobot/pusht' is neither on this disk nor to be downloaded (no network); give --dataset.root"
+    )

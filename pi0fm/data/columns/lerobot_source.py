@@ -316,15 +316,16 @@ def _download(repo_id: str) -> Path:
     said.setLevel(logging.ERROR)
     try:
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+        try:
+            return Path(LeRobotDataset(repo_id).root)
+        except Exception as error:  # the hub's client raises a dozen unrelated classes for one meaning
+            reason = " ".join(str(error).split())
+            raise DatasetError(
+                f"data set {repo_id!r} is neither on this disk nor to be downloaded ({reason:.120}); give --dataset.root"
+            ) from error
     finally:
         said.setLevel(level)
-    try:
-        return Path(LeRobotDataset(repo_id).root)
-    except Exception as error:  # the hub's client raises a dozen unrelated classes for one meaning
-        reason = " ".join(str(error).split())
-        raise DatasetError(
-            f"data set {repo_id!r} is neither on this disk nor to be downloaded ({reason:.120}); give --dataset.root"
-        ) from error
 
 
 def _clips(
