@@ -30,6 +30,7 @@ class Foreign(Protocol):
         """Return our options by dotted name. given: everything that was given, by dotted name. Raises ConfigError."""
 
 
+LONGEST_SPAN = 10**7  # numbers of a range
 WITH = "with"  # key of a file: NAME -> options that apply only where the file NAME is in the same row
 
 
@@ -337,11 +338,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return {str(key): _value(arguments[1], each, f"{where}.{key}") for key, each in value.items()}
     if origin in (tuple, list):
         words = value if isinstance(value, list | tuple) else _words(value)
-        spans = [str(word) for word in words if int in arguments and re.fullmatch(r"\d+-\d+", str(word))]
-        if spans:
-            first, last = map(int, spans[0].split("-"))
-            shown = ",".join(map(str, range(first, min(last, first + 3) + 1))) + (",..." if last > first + 3 else "")
-            raise ConfigError(f"option {where} must be whole numbers with commas between them, found {spans[0]}; type {shown}")
+        if arguments == (int, ...):
+            words = [number for word in words for number in _span(word, where)]
         hints = [arguments[0]] * len(words) if origin is list or arguments[1:] == (...,) else list(arguments)
         if value is None or isinstance(value, Mapping) or len(words) != len(hints):
             many = "a list" if len(words) == len(hints) else f"{len(hints)} values"
@@ -376,6 +374,16 @@ def _plain(hint: Any, value: Any, where: str) -> Any:
     except (TypeError, ValueError):
         pass
     raise ConfigError(f"option {where} must be {kinds.get(hint, hint)}, found {value!r}")
+
+
+def _span(word: Any, where: str) -> Sequence[Any]:
+    """Return the numbers of `3-7`, both ends among them; of another word itself."""
+    if not re.fullmatch(r"\d+-\d+", str(word)):
+        return [word]
+    first, last = map(int, str(word).split("-"))
+    if not 0 <= last - first < LONGEST_SPAN:
+        raise ConfigError(f"option {where} takes ranges like 0-49, the lower number first, found {word}; correct it")
+    return range(first, last + 1)
 
 
 def _words(value: Any) -> list[str]:

@@ -26,7 +26,7 @@ class DatasetConfig:
 
     repo_id: str = option("", "name of the data set, such as lerobot/pusht; found under $HF_LEROBOT_HOME, else downloaded")
     root: Path | None = option(None, "directory of the data set, when it lies elsewhere")
-    episodes: tuple[int, ...] = option((), "of these episodes only, by number with commas between them; empty takes all")
+    episodes: tuple[int, ...] = option((), "of these episodes only, such as 0-49,60; empty takes all")
     skip_bad: Literal["all"] | bool = option(
         False,
         "leave out the episodes that pi0fm doctor names; all: that doctor --pictures all does; the list goes into run and bundle",

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pi0fm.data.chain import Chain, Sample
+from pi0fm.data.columns.embodiment import of_sample
 from pi0fm.flow.density import push_backward
 from pi0fm.flow.guidance import GuidedVelocity, refuse_guidance
 from pi0fm.flow.matching import FlowMatching
@@ -72,8 +73,9 @@ class LocalPolicy:
         self._real = torch.arange(width, device=device).expand(horizon, width) < (width if padded_noise else chain.embodiment.dims()[1])
 
     def observation(self, flat: Mapping[str, Any]) -> Observation:
-        """The observation in a flat map of keys; see `Embodiment.observation` and `Chain.check` for the keys and the errors."""
-        observation = self.chain.embodiment.observation(flat)
+        """The observation in a flat map of keys, or in a LeRobotDataset's row; `Embodiment.observation`, `Chain.check` say the errors."""
+        embodiment = self.chain.embodiment
+        observation = embodiment.observation(of_sample(flat, embodiment))
         self.chain.check(observation)
         return observation
 

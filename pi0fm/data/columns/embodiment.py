@@ -83,6 +83,30 @@ class Embodiment:
         return Observation(images, vector(given[state], self.dims()[0], state), prompts[0])
 
 
+def of_sample(flat: Mapping[str, Any], embodiment: Embodiment) -> Mapping[str, Any]:
+    """A row of a LeRobotDataset as a flat map of keys: what a policy sees of it, pictures [3, height, width] in [0, 1] as uint8.
+
+    A map without torch's tensors is returned as it is. Raises ObservationError for pictures of another form.
+    """
+    if not any(hasattr(value, "detach") for value in flat.values()):
+        return flat
+    cameras, others = set(embodiment.cameras.values()), (embodiment.state, *PROMPT_KEYS)
+    return {key: _pixels(value, key) if key in cameras else value for key, value in flat.items() if key in cameras or key in others}
+
+
+def _pixels(value: Any, key: str) -> NDArray[np.uint8]:
+    array = np.asarray(value)
+    if array.ndim != 3 or array.shape[0] != 3 or array.dtype.kind not in "fu" or 0 in array.shape:
+        raise ObservationError(f"{key} of a LeRobot sample must be [3, height, width], found {array.dtype} {list(array.shape)}")
+    if array.dtype != np.uint8 and not ((array >= 0) & (array <= 1)).all():
+        raise ObservationError(
+            f"{key} of a LeRobot sample must lie in [0, 1], found {array.min():.3g} to {array.max():.3g}; open the data set without "
+            "transforms that normalise pictures"
+        )
+    pixels = array if array.dtype == np.uint8 else np.rint(255 * array).astype(np.uint8)
+    return np.ascontiguousarray(pixels.transpose(1, 2, 0))
+
+
 def dotted(key: str) -> str:
     """A key in the one spelling that keys are compared in."""
     return key.replace("/", ".")
