@@ -128,7 +128,7 @@ class OptimizerConfig:
             raise ConfigError(f"beta1 and beta2 must lie in [0, 1), found {self.beta1} and {self.beta2}")
 
 
-FREE_AT_RESUME = ("every", "samples", "probes", "num_flow_steps", "solver")
+FREE_AT_RESUME = ("every", "samples", "likelihood", "probes", "num_flow_steps", "solver")
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,10 @@ class ValidationConfig:
     every: int = option(0, "optimiser steps between two validations; the last step is validated too; 0 for none")
     episodes: int = option(0, "episodes held out of training and its statistics, chosen by the seed, over all tasks; so many of each entry")
     samples: int = option(64, "held-out chunks that are looked at, always the same, of each entry; all of them where there are fewer")
-    probes: int = option(2, "random probes of Hutchinson's divergence for each chunk")
-    num_flow_steps: int = option(16, "steps of the integral from a chunk back to its noise")
-    solver: str = option("midpoint", "ODE solver of that integral: euler, midpoint, heun, rk4, dopri5")
+    likelihood: bool = option(False, "log-likelihood of these chunks too, many times the cost of loss and error")
+    probes: int = option(2, "with likelihood, random probes of Hutchinson's divergence for each chunk")
+    num_flow_steps: int = option(16, "with likelihood, steps of the integral from a chunk back to its noise")
+    solver: str = option("midpoint", "with likelihood, ODE solver of that integral: euler, midpoint, heun, rk4, dopri5")
 
     def __post_init__(self) -> None:
         for name, least in {"every": 0, "episodes": 0, "samples": 1, "probes": 1, "num_flow_steps": 1}.items():
@@ -152,6 +153,10 @@ class ValidationConfig:
             raise ConfigError(
                 f"validation.solver must be a solver of an ODE, since a density needs a path back, found {self.solver!r}: {known}"
             )
+        usual = {"probes": 2, "num_flow_steps": 16, "solver": "midpoint"}
+        unread = [name for name, value in usual.items() if getattr(self, name) != value]
+        if unread and not self.likelihood:
+            raise ConfigError(f"validation.{unread[0]} is of the log-likelihood, which is off; type --validation.likelihood true")
         if self.every and not self.episodes:
             raise ConfigError(
                 f"validation.every {self.every} needs episodes to validate on, found validation.episodes 0; type --validation.episodes 6"

@@ -188,8 +188,10 @@ class TrainConfig:
             )
         if self.frozen_bfloat16 and self.precision == "float32":
             raise ConfigError("frozen_bfloat16 needs a run that computes in bfloat16, found precision float32; type --precision bfloat16")
-        if self.frozen_bfloat16 and self.validation.every:
-            raise ConfigError("validation measures in float32, but frozen_bfloat16 keeps weights in bfloat16; leave one of them out")
+        if self.frozen_bfloat16 and self.validation.every and self.validation.likelihood:
+            raise ConfigError(
+                "a log-likelihood needs float32, but frozen_bfloat16 keeps weights in bfloat16; type --validation.likelihood false"
+            )
         if self.lora.rank and not set(self.lora.targets) <= set(ADAPTABLE):  # names of layers, which the network knows
             from pi0fm.train.start.adaptation import refuse_for
 

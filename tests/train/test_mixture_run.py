@@ -28,7 +28,7 @@ from pi0fm.train.data import open_data
 from pi0fm_client.errors import ConfigError, DatasetError
 from pi0fm_client.types import Observation
 
-OFTEN = ValidationConfig(every=2, episodes=1, samples=4, probes=1, num_flow_steps=1)
+OFTEN = ValidationConfig(every=2, episodes=1, samples=4, probes=1, num_flow_steps=1, likelihood=True)
 PROMPT = "sort the parts"
 # The arm comes first, and sees with base and wrist; the crane's own order is front, wrist.
 CAMERAS = {"front": "observation.images.front", "wrist": "observation.images.hook"}
@@ -116,10 +116,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(mixed, curve, whole, tmp_path):
 def test_each_entry_is_validated_under_its_name(whole):
     lines = [json.loads(line) for line in (whole.bundle.parent / "metrics.jsonl").read_text().splitlines()]
     found = [line for line in lines if "loss" not in line]
-    metrics = {f"validation_{metric}/{name}" for metric in ("nll", "nll_per_dim", "loss") for name in ("arm", "crane")}
+    metrics = {f"validation_{metric}/{name}" for metric in ("nll", "nll_per_dim", "loss", "error") for name in ("arm", "crane")}
     assert [line["step"] for line in found] == [2, 4]
     assert all(line.keys() - {"step"} == metrics for line in found)
-    assert len({line[metric] for line in found for metric in metrics}) == 12
+    assert len({line[metric] for line in found for metric in metrics}) == 16
     for name in ("arm", "crane"):
         assert bundle.read(whole.bundle, name)[0].training["held_out_episodes"]
 
@@ -215,7 +215,7 @@ def test_what_changed_is_refused_by_its_entry(mixed, tmp_path, capsys):
         start(swapped)
     real = open_data
 
-    def changed(config):
+    def changed(config, checked):
         data = real(config)
         crane = data.parts[1]
         action = crane.training.source.action.copy()

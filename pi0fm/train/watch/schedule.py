@@ -36,7 +36,7 @@ class ValidationSchedule:
         self._parallel, self._metrics, self._validators, self._beat = parallel, metrics, validators, beat
         self._steps, self._output_dir, self._paused = steps, output_dir, paused
         for each in validators if parallel.context.shown else ():
-            if each.num_whole < each.num_chunks:
+            if each.config.likelihood and each.num_whole < each.num_chunks:
                 progress.say(
                     f"{each.named(NLL)}: {each.num_chunks - each.num_whole} of {each.num_chunks} held-out chunks pass their episode's end, "
                     "where training judges nothing; the others have a density, all have a loss"

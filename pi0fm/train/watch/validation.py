@@ -1,4 +1,4 @@
-r"""Held-out demonstrations as a metric of training: how likely the policy finds them, and its loss on them.
+r"""Held-out demonstrations as a metric of training: the loss on them, how far sampled chunks are off, and how likely they are.
 
 Owns: `ValidationConfig`, the fixed chunks, probes, noise and times, and the numbers made of them.
 Does not know: which episodes are held out (data/columns/held_out.py), when it is asked for (train/watch/schedule.py).
@@ -7,6 +7,7 @@ Does not know: which episodes are held out (data/columns/held_out.py), when it i
                                                                rank 0    rank 1    rank 0    rank 1        W = 2
     piece -> encode_prefix once -> push_backward (averaged weights, float32) -> chunks, nats, entries \
                                 -> loss at fixed noise and times             -> sum, count             > one row; ranks add their rows
+                                -> chunk sampled from fixed noise, by the inverse chain to robot units -> absolute errors, rows
 A density is of whole chunks. Past an episode's end training shows repeated actions on their way from noise, and judges none of them: there
 is no value at which such steps could be held that the network knows, so chunks that pass the end are left out. The loss is of all.
 Every number is a function of (seed, weights, held-out episodes): a resumed run, or another number of workers, gives the same ones bit
@@ -25,9 +26,11 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from pi0fm import progress
+from pi0fm.data.chain import Sample
 from pi0fm.data.loading.batch import Batch
 from pi0fm.data.loading.loader import Collator
 from pi0fm.flow.checks import FlowError
+from pi0fm.flow.config import SOLVERS
 from pi0fm.flow.density import DensityOptions, push_backward
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.solver import Velocity
@@ -37,6 +40,7 @@ from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.state import TrainState
 
 NLL, NLL_PER_DIM, LOSS = "validation_nll", "validation_nll_per_dim", "validation_loss"
+ERROR = "validation_error"  # mean absolute, over all rows inside the episode and all dimensions, in robot units
 PIECE = 8  # chunks that go through the network together, whatever the number of workers
 LOSS_DRAWS = 4  # pairs of noise and time of each chunk
 OTHER_STREAM = 1 << 63  # flipped in the seed: noise and order that no training sample has
@@ -50,7 +54,7 @@ Encode = Callable[[ModelObservation], Velocity]
 class Validator:
     """The fixed chunks of one data set and all that judges them. entry: its name in a mixture, "" without one.
 
-    gathered: a block in which `encode` has its weights; entered by every worker.
+    gathered: a block in which `encode` has its weights; entered by every worker. halved: frozen weights are bfloat16, and so are products.
     """
 
     config: ValidationConfig
@@ -60,6 +64,7 @@ class Validator:
     device: torch.device
     entry: str = ""
     gathered: Callable[[], AbstractContextManager[None]] = nullcontext
+    halved: bool = False
 
     def named(self, metric: str) -> str:
         """A metric's name in metrics.jsonl, such as `validation_nll`, of a mixture `validation_nll/NAME`."""
@@ -115,38 +120,40 @@ def make_validators(
             device,
             entry,
             lambda: state.gathered(averaged),
+            state.config.adaptation.frozen_bfloat16,
         )
         for entry, collator in collators.items()
     )
 
 
-def measure(validator: Validator, rank: int, world_size: int, notice: Callable[[str], None] | None = None) -> Float64[Tensor, "pieces 5"]:
-    """A row for each piece: whole chunks, their nats and entries, sum of squared errors of all, their count; 0 for other ranks' pieces.
+def measure(validator: Validator, rank: int, world_size: int, notice: Callable[[str], None] | None = None) -> Float64[Tensor, "pieces 7"]:
+    """A row for each piece: whole chunks, their nats and entries, the loss's sum and count of all, absolute errors' sum and count.
 
-    Nats are NaN where the density is not finite, and the reason is said.
+    0 for other ranks' pieces. Nats are NaN where the density is not finite, errors where the chunk is not; the reason is said.
     """
     firsts = range(0, validator.num_chunks, PIECE)
-    rows = torch.zeros(len(firsts), 5, dtype=torch.float64, device=validator.device)
+    rows = torch.zeros(len(firsts), 7, dtype=torch.float64, device=validator.device)
     for number, first in enumerate(firsts):
         if number % world_size != rank:
             continue
         if notice is not None:
             notice(f"validating, chunk {first} of {validator.num_chunks}")
         batch = validator.collator(first, min(PIECE, validator.num_chunks - first)).to(validator.device)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(validator.device.type, torch.bfloat16, enabled=validator.halved):
             velocity = validator.encode(batch.observation)
-            whole = batch.action_mask.any(2).all(1)
-            nats = _nats(validator, velocity, batch, whole)
+            whole = batch.action_mask.any(2).all(1) & validator.config.likelihood
+            nats = _nats(validator, velocity, batch, whole) if validator.config.likelihood else rows.new_zeros(())
             total, count = _loss(validator.flow, velocity, batch)
-        rows[number] = torch.stack([whole.sum().double(), nats, batch.action_mask[whole].sum().double(), total, count])
+            off, entries = _error(validator, velocity, batch)
+        rows[number] = torch.stack([whole.sum().double(), nats, batch.action_mask[whole].sum().double(), total, count, off, entries])
     return rows
 
 
-def summarize(rows: Float64[Tensor, "pieces 5"]) -> dict[str, float]:
-    """The metrics from every piece's row: mean nats of a whole chunk, nats of one entry, where there are any; mean squared error."""
-    chunks, nats, entries, total, count = rows.sum(0).tolist()
+def summarize(rows: Float64[Tensor, "pieces 7"]) -> dict[str, float]:
+    """The metrics from every piece's row: mean nats of a whole chunk, nats of one entry, where there are any; loss; mean absolute error."""
+    chunks, nats, entries, total, count, off, judged = rows.sum(0).tolist()
     density = {NLL: nats / chunks, NLL_PER_DIM: nats / entries} if chunks else {}
-    return {**density, LOSS: total / count}
+    return {**density, LOSS: total / count, ERROR: off / judged}
 
 
 def _nats(validator: Validator, velocity: Velocity, batch: Batch, whole: Bool[Tensor, " B"]) -> Float64[Tensor, ""]:
@@ -170,4 +177,23 @@ def _loss(flow: FlowMatching, velocity: Velocity, batch: Batch) -> tuple[Tensor,
         t = flow.times(uniform)
         pair = flow.training_pair(batch.actions, t, noise)
         sums += torch.stack(flow.loss(velocity(pair.x_t, t), pair.target, batch.action_mask, t)).double()
+    return sums[0], sums[1]
+
+
+def _error(validator: Validator, velocity: Velocity, batch: Batch) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
+    """(sum, count) of the absolute errors of one sampled chunk each, in robot units; of a sampler with noise, its ODE's by Euler's rule."""
+    flow, chain = validator.flow, validator.collator.chain
+    real = batch.action_mask.any(1, keepdim=True).expand_as(batch.action_mask)
+    solver = flow.solver if flow.solver in SOLVERS else "euler"
+    try:
+        sampled = flow.sample(velocity, batch.noise[:, 0], solver=solver, mask=None if validator.collator.padded_noise else real)
+    except FlowError as error:
+        progress.say(f"validation: {error}")
+        sampled = torch.full_like(batch.actions, math.nan)
+    state = batch.observation.state.float().cpu().numpy()
+    found, recorded = (chain.inverse(Sample(state, each.float().cpu().numpy())).actions for each in (sampled, batch.actions))
+    assert found is not None and recorded is not None
+    off = torch.from_numpy(np.abs(found - recorded)).double()
+    inside = batch.action_mask[..., : off.shape[-1]].cpu()
+    sums = torch.stack([off[inside].sum(), inside.sum().double()]).to(batch.actions.device)
     return sums[0], sums[1]

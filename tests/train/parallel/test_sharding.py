@@ -313,7 +313,7 @@ def test_workers_that_do_not_fit_the_replicas_are_refused_before_any_starts(repl
 def test_a_run_has_the_curve_the_validations_and_the_bundle_of_one_process(tmp_path, tiny_root):
     """Four workers, two replicas of a state cut in two, from options to a bundle."""
     tree = recorded_curve.options_of(tiny_root, tmp_path) | {"parallel": {"shard": FULL, "replicas": 2}, "micro_batch_size": 1}
-    tree |= {"steps": 6, "validation": {"every": 3, "episodes": 1, "samples": 9, "probes": 1, "num_flow_steps": 2}}
+    tree |= {"steps": 6, "validation": {"every": 3, "episodes": 1, "samples": 9, "likelihood": True, "probes": 1, "num_flow_steps": 2}}
     alone = options.decode(TrainConfig, tree | {"output_dir": str(tmp_path / "alone"), "parallel": {}, "micro_batch_size": None})
     start(alone)
     config = options.decode(TrainConfig, tree)
@@ -323,7 +323,7 @@ def test_a_run_has_the_curve_the_validations_and_the_bundle_of_one_process(tmp_p
     assert len(lines[0]) == len(lines[1]) == 8
     for expected, found in zip(*lines, strict=True):
         assert found.keys() - {"slowest_of_median"} == expected.keys()
-        for name in expected.keys() & {"loss", "validation_nll", "validation_loss"}:
+        for name in expected.keys() & {"loss", "validation_nll", "validation_loss", "validation_error"}:
             assert found[name] == pytest.approx(expected[name], rel=2e-5), name
     ours, theirs = weights(config.output_dir / "bundle"), weights(alone.output_dir / "bundle")
     assert {name: tensor.shape for name, tensor in ours.items()} == {name: tensor.shape for name, tensor in theirs.items()}

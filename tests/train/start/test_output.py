@@ -52,7 +52,7 @@ def test_resume_may_change_what_does_not_change_the_run(tmp_path):
 
 def test_resume_may_look_at_the_held_out_episodes_in_another_way(tmp_path):
     begun(config(tmp_path, validation=ValidationConfig(episodes=3)))
-    changed = ValidationConfig(every=9, episodes=3, samples=8, probes=5, num_flow_steps=7, solver="rk4")
+    changed = ValidationConfig(every=9, episodes=3, samples=8, likelihood=True, probes=5, num_flow_steps=7, solver="rk4")
     claim(config(tmp_path, resume="true", validation=changed))
     assert json.loads(contents(tmp_path)["run.json"])["validation"]["every"] == 9
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,10 @@ import pytest
 import small_tokenizer
 import tiny_dataset
 import torch
+import yaml
 from small_runs import differing, start, weights
 
+from pi0fm import options
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import ColumnStats, NormStats
 from pi0fm.flow.config import FlowConfig
@@ -85,12 +89,30 @@ def test_a_run_with_adapters_leaves_a_plain_bundle_and_can_be_resumed(run, base)
     assert bundle.load(again, device="cpu").infer_batch([]) == []
 
 
-def test_validation_sees_the_adapted_network(run, base):
-    checked = ValidationConfig(every=1, episodes=1, samples=2, probes=1, num_flow_steps=1)
-    result = run("seen", steps=1, pretrained=base, lora=LoraConfig(4), validation=checked)
-    bundle_of(result)
-    lines = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
-    assert any("validation_loss" in line for line in lines)
+VALIDATED = ValidationConfig(every=1, episodes=1, samples=2)
+
+
+def validated(config: TrainConfig) -> bool:
+    """Whether the run wrote a loss and an error of its held-out episode."""
+    lines = [json.loads(line) for line in (config.output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["validation_loss"] > 0 and line["validation_error"] > 0 for line in lines if "validation_loss" in line] == [True]
+
+
+@pytest.mark.parametrize("how", [{"lora": LoraConfig(4)}, {"train_only": "expert_only"}], ids=str)
+def test_fine_tuning_is_validated(run, base, how):
+    config = run("seen", steps=1, pretrained=base, validation=VALIDATED, **how)
+    bundle_of(config)
+    assert validated(config)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", [{"lora": LoraConfig(4)}, {"train_only": "expert_only"}], ids=str)
+def test_frozen_bfloat16_is_validated(run, base, how, tmp_path):
+    config = run("seen", steps=1, pretrained=base, validation=VALIDATED, frozen_bfloat16=True, precision="bfloat16", **how)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(options.encode(config)))
+    command = [sys.executable, "-m", "pi0fm.cli.main", "train", str(tmp_path / "run.yaml")]  # a process has one precision
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert validated(config)
 
 
 def test_weights_are_taken_as_float32_whatever_the_file_holds(base):

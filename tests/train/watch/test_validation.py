@@ -25,13 +25,13 @@ from pi0fm.train.parallel.context import Context
 from pi0fm.train.start.output import claim
 from pi0fm.train.state import StateConfig, TrainState
 from pi0fm.train.watch.metrics import read_last
-from pi0fm.train.watch.validation import LOSS, LOSS_DRAWS, NLL, NLL_PER_DIM, Validator, make_validators, measure, summarize
+from pi0fm.train.watch.validation import ERROR, LOSS, LOSS_DRAWS, NLL, NLL_PER_DIM, Validator, make_validators, measure, summarize
 from pi0fm_client.errors import ConfigError
 
 ALONE = Context(shown=False)
 CPU = torch.device("cpu")
 FLOW = FlowMatching.from_config(FlowConfig())
-OFTEN = ValidationConfig(every=2, episodes=1, samples=9, probes=1, num_flow_steps=2)
+OFTEN = ValidationConfig(every=2, episodes=1, samples=9, likelihood=True, probes=1, num_flow_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,7 @@ def validations(config) -> list[dict]:
         ({"probes": 0}, r"validation\.probes must be >= 1, found 0; type --validation\.probes 1"),
         ({"num_flow_steps": 0}, r"validation\.num_flow_steps must be >= 1"),
         ({"solver": "euler_maruyama"}, r"must be a solver of an ODE.*found 'euler_maruyama': did you mean 'euler'"),
+        ({"probes": 1}, r"validation\.probes is of the log-likelihood, which is off; type --validation\.likelihood true"),
         ({"every": 10}, r"validation\.every 10 needs episodes.*type --validation\.episodes 6"),
     ],
 )
@@ -102,6 +103,22 @@ def test_the_density_of_a_gaussian_is_its_closed_form(data):
     assert found[NLL_PER_DIM] == pytest.approx(float(nats) / len(real), rel=1e-4)
 
 
+def test_the_error_is_that_of_sampled_chunks_in_robot_units_and_loss_and_error_are_the_default(data):
+    """Under a field that stands still a sample is its noise: the error is held against the statistics' own mean and deviation."""
+    judge = validator(data, lambda _: lambda x, t: torch.zeros_like(x), likelihood=False, probes=2, num_flow_steps=16)
+    found = summarize(measure(judge, 0, 1))
+    assert found.keys() == {LOSS, ERROR}
+    batch, width = judge.collator(0, judge.num_chunks), len(data.stats.action.mean)
+    noise = judge.collator.chain.transforms[1].action.inverse(batch.noise[:, 0, :, :width].numpy())
+    frames = judge.collator.source.frames[judge.collator.places(np.arange(judge.num_chunks)).index]
+    off = [
+        abs(noise[row, step] - judge.collator.source.action[frame + step])
+        for row, frame in enumerate(frames)
+        for step in range(min(judge.collator.action_horizon, judge.collator.source.end[frame] - frame))
+    ]
+    assert found[ERROR] == pytest.approx(float(np.mean(off)), rel=1e-4)
+
+
 def test_what_stands_past_an_episodes_end_changes_no_density(data):
     """A network that lets steps see each other, as ours does: near an end it met only repeated actions in training, never a zero."""
 
@@ -119,7 +136,7 @@ def test_what_stands_past_an_episodes_end_changes_no_density(data):
     source = data.held_out.source
     short = replace(judge, collator=replace(judge.collator, source=replace(source, frames=source.frames[-2:])))
     assert short.num_whole == 0
-    assert set(summarize(measure(short, 0, 1))) == {LOSS}
+    assert set(summarize(measure(short, 0, 1))) == {LOSS, ERROR}
 
 
 def test_the_loss_is_trainings_own_at_fixed_noise(data):
@@ -179,7 +196,7 @@ def test_a_network_of_nan_is_named_and_stops_nothing(data, capsys):
     assert judge.validate(Parallel(ALONE), 7, lambda _: None) == {}
     said = capsys.readouterr().err
     assert "log_prob (or the network's answer) must be finite" in said
-    assert f"step 7: {NLL}, {NLL_PER_DIM}, {LOSS} of the held-out chunks is not finite" in said
+    assert f"step 7: {NLL}, {NLL_PER_DIM}, {LOSS}, {ERROR} of the held-out chunks is not finite" in said
 
 
 def test_held_out_frames_are_in_no_batch_and_not_in_the_statistics(data, configure, tmp_path):
@@ -212,7 +229,7 @@ def whole(configure, tmp_path_factory):
 
 def test_a_run_writes_its_validations_and_is_not_changed_by_them(run, whole):
     assert [line["step"] for line in validations(whole)] == [2, 4]
-    assert all(set(line) == {"step", NLL, NLL_PER_DIM, LOSS} for line in validations(whole))
+    assert all(set(line) == {"step", NLL, NLL_PER_DIM, LOSS, ERROR} for line in validations(whole))
     assert len({line[NLL] for line in validations(whole)}) == 2, "the weights moved"
     assert read_last(whole.output_dir)["step"] == 4
     silent = run("silent", steps=4, checkpoint_every=2, validation=ValidationConfig(episodes=1))
