@@ -131,6 +131,20 @@ def test_arrays_of_ones_own_end_in_a_bundle_in_robot_units(
     assert capsys.readouterr().out.count("ends at") == 2
 
 
+def test_a_policy_of_ones_own_is_served(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "05_own_policy.py", 400)
+    ends = [[float(number) for number in re.findall(r"-?\d+\.\d*", line)] for line in capsys.readouterr().out.splitlines()]
+    assert len(ends) == 2
+    for first, second, first_goal, second_goal in ends:
+        assert abs(first - first_goal) < 0.5 and abs(second - second_goal) < 0.5
+
+
+def test_a_policy_of_ones_own_is_evaluated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gym_pusht")
+    run(monkeypatch, "06_own_evaluation.py", 2, 16)
+    assert capsys.readouterr().out.splitlines()[0] == "standing still: 0 of 2, 95 % interval 0% to 66%"
+
+
 def test_the_citation_has_the_version_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
