@@ -1,6 +1,6 @@
-"""Checks of what a caller gives: each returns the value in one type, or raises ConfigError with the rule, what was found, what to type.
+"""Checks of arguments: each returns the value in one type, or raises ConfigError with the rule, the value found, and what to type.
 
-Owns: those checks. Does not know: what the values are for. No bool passes as a number, and no text as a list of its letters.
+Owns: those checks. Does not know: the use of the values. No bool passes as a number, and no text as a list of its letters.
 """
 
 import math

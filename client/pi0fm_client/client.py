@@ -11,7 +11,7 @@ know: torch, how the server works, how a connection is made (connection.py). It 
                      connection lost           -> connect again, send once more if time is left; lost again -> ServingError
 
 All network work is done by an event loop, `AsyncPolicyClient`. `PolicyClient` runs one in a thread, where no Ctrl-C of the caller's can
-leave a request half done.
+interrupt a request half-way.
 """
 
 import asyncio
@@ -422,7 +422,7 @@ class _LoopThread:
         self.stop = weakref.finalize(owner, _stop_loop, self._loop, self._thread)
 
     def run(self, work: Coroutine[Any, Any, Result], seconds: float) -> Result:
-        """Return what `work` returns; whatever ends the wait cancels it. `work` keeps its own time, `seconds` is only for a dead thread."""
+        """Return the result of `work`, cancelled when the wait ends. It has a time-out of its own; `seconds` is against a dead thread."""
         if not self.stop.alive:
             work.close()
             raise ServingError("this client was closed: make a new PolicyClient")

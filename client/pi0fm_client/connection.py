@@ -1,7 +1,7 @@
 """One connection to a policy server: the handshake, the first frame, retries, one request after another.
 
-Owns: which faults are tried again, the pauses between tries, a frame that nobody asked for, one line for each way in which an address
-is no policy server. Does not know: observations, what a reply holds (client.py).
+Owns: which faults are retried, the pauses between tries, unrequested frames, one line for each way in which an address is no policy
+server. Does not know: observations, what a reply holds (client.py).
 """
 
 import asyncio
@@ -59,11 +59,11 @@ class Connection:
 
     def __init__(self, websocket: ClientConnection, greeting: bytes) -> None:
         self.greeting, self._websocket = greeting, websocket
-        # A frame is always awaited, so that one which no request asked for is noticed before the next request.
+        # A frame is always awaited, so that an unrequested one is noticed before the next request.
         self._next = _frame_of(websocket)
 
     async def send(self, frame: bytes) -> None:
-        """Send a request. Raises LostError for a lost connection, and for one on which a frame waits that nobody asked for."""
+        """Send a request. Raises LostError for a lost connection, and for one with an unrequested frame."""
         for _ in range(3):  # the event loop's passes from a readable socket to a finished recv()
             await asyncio.sleep(0)
         if self._next.done():
@@ -238,7 +238,7 @@ async def _fault_of_silence(address: Address) -> Exception:
 
 
 async def _first_bytes(url: str, context: ssl.SSLContext | None, request: bytes | None = b"") -> bytes:
-    """Return what a server says first, after a request; None reads nothing. Raises OSError, its kin of TLS, and TimeoutError."""
+    """Return the first bytes that a server sends after `request`; with None read nothing. Raises OSError, ssl.SSLError, TimeoutError."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "wss" else 80)
     reader, writer = await asyncio.wait_for(asyncio.open_connection(parts.hostname, port, ssl=context), CLOSE_SECONDS)
@@ -265,7 +265,7 @@ def _one_line(fault: object) -> str:
 
 
 def _frame_of(websocket: ClientConnection) -> "asyncio.Future[bytes | str]":
-    """The next frame, awaited from now on. Its error is retrieved, or asyncio would log it where nobody asks any more."""
+    """Await the next frame from now on. Its error is retrieved here, since asyncio logs one that is never retrieved."""
     frame = asyncio.ensure_future(websocket.recv())
     frame.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
     return frame

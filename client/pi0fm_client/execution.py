@@ -1,4 +1,4 @@
-"""Turn a policy's chunks into one action for each control step, whatever the network does.
+"""Turn a policy's chunks into one action for each control step, however late or lost the replies are.
 
 Owns: control steps, requests in the background, alignment of chunks, the hand-over from one to the next, the watchdog. Does not know:
 how a policy is reached (client.py), what an action may be (safety.py).
@@ -51,7 +51,7 @@ Reply = Future[ActionChunk] | asyncio.Future[ActionChunk]
 
 
 class Infers(Protocol):
-    """What is driven: a PolicyClient, an AsyncPolicyClient, a RemotePolicy, or a policy in this process."""
+    """The policy: a PolicyClient, an AsyncPolicyClient, a RemotePolicy, or a policy in this process."""
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -218,7 +218,7 @@ class Executor:
         self._request = _Request(step, state, self._submit(message | self._extras(step)))
 
     def next(self) -> Vector:
-        """Return this control step's command, float64 [A]; the same one when it is called again within the step."""
+        """Return this control step's command, float64 [A]; a second call within the step returns the same one."""
         self._collect()
         step = self._step_at(self._clock())
         if step == self.command.step:
@@ -310,7 +310,7 @@ class Executor:
         try:
             chunk = request.reply.result()
             rows = self._rows(chunk, request.state)
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - whatever a policy raises, the robot must be told to stand still
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - a policy may raise anything, and the robot must then stand still
             self.report.failures += 1
             self.report.last_fault = f"{type(error).__name__}: {error}"
             self._not_before = now + self._pause

@@ -1,4 +1,4 @@
-"""What a robot may be told to do, and what a policy may be shown.
+"""Limits on a robot's commands, and checks of the observations for a policy.
 
 Owns: limits of each action dimension, the nearest command within them, the comparison of an observation with the training's. Does not
 know: chunks, time, networks.
@@ -103,7 +103,7 @@ class Limits:
 
 @final
 class Limiter:
-    """The last command, and the nearest allowed one to whatever is wanted next.
+    """The last command, and the nearest allowed one to the next wanted action.
 
     A robot that starts outside its position limits may move back, never further out.
     """
@@ -133,7 +133,7 @@ class Limiter:
         return np.where(bounds.increments, np.clip(wanted, least, most), target)
 
     def commit(self, command: Vector) -> None:
-        """Note the command that the robot was given."""
+        """Record the command that the robot was given."""
         self._change, self.command = command - self.command, command
 
 
@@ -150,8 +150,8 @@ class ObservationCheck:
     """Compares observations with what the policy was trained on, by its metadata: `cameras`, `state_key`, `state_range` (min, max).
 
     cameras: names of those that must be there; None asks for all. Where the metadata has `keys`, the robot's own keys for columns
-    (`pi0fm serve --keys`), either may be sent. mode: what becomes of a state that is outside the training's range by
-    more than MARGIN of its width: refuse, warn (once for each kind of fault), or off.
+    (`pi0fm serve --keys`), either may be sent. mode: a state outside the training's range by more than
+    MARGIN of its width is refused, warned of (once for each dimension), or not looked at (off).
     """
 
     def __init__(

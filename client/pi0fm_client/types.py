@@ -43,7 +43,7 @@ class ActionChunk:
 
 @dataclass(frozen=True)
 class ActionPrefix:
-    """What is left of a chunk while the next one is inferred.
+    """The remainder of a chunk while the next one is inferred.
 
     actions: float32 [n, A], robot units, absolute; row i is for the control step of row i of the next chunk.
     inference_delay: how many of them are executed before the next chunk arrives, 0 to n.
@@ -55,7 +55,7 @@ class ActionPrefix:
 
 @dataclass(frozen=True)
 class RobotReport:
-    """What a robot says it did.
+    """A robot's report of its commands.
 
     executed: float32 [n, A], commands; row i is for the control step of row i of the answer before. counts: since its start, by name.
     """

@@ -33,12 +33,12 @@ SESSION = "pi0fm/session"  # request: text, one for each robot
 ACTION_PREFIX = "pi0fm/action_prefix"  # request: float32 [n, A], robot units, absolute; row i is for the control step of the answer's row i
 INFERENCE_DELAY = "pi0fm/inference_delay"  # request: int >= 0, of the prefix's rows that are executed before the answer comes
 NUM_CANDIDATES = "pi0fm/num_candidates"  # request: int >= 1, chunks to choose the answer from
-REPORT = "pi0fm/report"  # request: map of what the robot did: EXECUTED, and counts since its start under the names of COUNTS
+REPORT = "pi0fm/report"  # request: map with EXECUTED, and counts since the robot's start under the names of COUNTS
 JPEG = "pi0fm/jpeg"  # request: a picture may be the map {JPEG: bytes}
 REPLY_IDENTITY = "pi0fm/identity"  # reply: the identity of the policy that answered
 UNCERTAINTY = "pi0fm/uncertainty"  # reply: float, spread of the velocities over the flow steps
 ALARM = "pi0fm/alarm"  # reply: 1 where that is above the calibrated threshold, else 0
-REFUSED = "pi0fm/refused"  # reply: text in the place of the actions, with the request's id; the connection goes on
+REFUSED = "pi0fm/refused"  # reply: text instead of the actions, with the request's id; the connection goes on
 SCORES = "pi0fm/scores"  # reply: float32 [num_candidates]
 
 EXECUTED = "executed"  # float32 [n, A], commands of the control steps since the last answered observation: row i is for its answer's row i
@@ -159,7 +159,7 @@ def _encode_unknown(value: Any) -> Any:
     """Return arrays, numpy scalars and mappings as plain data. msgpack calls it for types that it does not know."""
     if isinstance(value, np.ndarray):
         _number_type(value.dtype.str)
-        # tobytes is C order whatever the array's own layout, and also right for a transposed or empty one.
+        # tobytes gives C order for any layout, a transposed or empty array included.
         return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
     if isinstance(value, np.generic):
         _number_type(value.dtype.str)

@@ -1,4 +1,4 @@
-"""What the policy server adds to a policy, on loopback: its own time with one robot, and what batching gains with eight.
+"""The policy server's overhead with one robot and its gain by batching with eight, on loopback.
 
 Owns: the two servers, the robots that ask them, the figures. Does not know: how either server works.
 
@@ -7,7 +7,7 @@ Owns: the two servers, the robots that ask them, the figures. Does not know: how
                          one connection at a time in its event loop; the same bundle, frames, clients and threads, in turns
     batch_gain_8         eight inferences one after the other, by one of a batch of eight, in one process: without servers and robots
     loop_rate_ratio      a control loop of 50 Hz by the executor, 100 ms of delay added to each answer: its commands a second by 50
-    bare_loop_rate_ratio the same of a loop that only sleeps: what this machine leaves of 50 Hz at that moment
+    bare_loop_rate_ratio the same of a loop that only sleeps: the rate that this machine reaches at that moment
     expired_applied      of its commands, those applied further than EXPIRED control steps from the moment that they were meant for
     hold_after_steps     after the server was killed: control steps from the moment of the last action to the standstill
     fairness_8           of the eight on our server, the answers of the one that got fewest by their mean

@@ -47,7 +47,7 @@ class ServeConfig(LoadOptions, limits.ServingLimits):
     log_format: str = option("text", "text, or json: one object a line with time, level, logger, message and, of a fault, its traceback")
     guidance: str = option(
         GUIDED,
-        "real-time chunking: guided leads a chunk to what is left of the robot's last one by a backward pass a flow step, "
+        "real-time chunking: guided continues the robot's last chunk by a backward pass a flow step, "
         "guided_no_jacobian without it: cheaper, cruder, and with --compile too; hard_prefix keeps the rows that are executed meanwhile, "
         "at hardly a cost, of a policy that was trained with --rtc.max_delay",
     )
@@ -67,13 +67,13 @@ class ServeConfig(LoadOptions, limits.ServingLimits):
         LoadOptions.__post_init__(self)
         limits.ServingLimits.__post_init__(self)
         if not 0 <= self.port <= 65535:
-            raise ConfigError(f"--port must lie in 0..65535, found {self.port}: 8000 is the default, 0 takes a free one")
+            raise ConfigError(f"--port must be in 0..65535, found {self.port}: 8000 is the default, 0 takes a free one")
         if self.log_mb < 8:
             raise ConfigError(f"--log_mb must be >= 8, found {self.log_mb}: 1024 keeps two minutes of a robot with three cameras at 20 Hz")
         most = self.replicas if self.most_replicas is None else self.most_replicas
         if not 0 <= self.replicas <= most or self.robots_per_replica < 1:
             raise ConfigError(
-                f"--replicas must lie in 0..--most_replicas and --robots_per_replica be >= 1, found {self.replicas}, {self.most_replicas} "
+                f"--replicas must be in 0..--most_replicas and --robots_per_replica be >= 1, found {self.replicas}, {self.most_replicas} "
                 f"and {self.robots_per_replica}"
             )
         if self.log_format not in ("text", "json"):
@@ -88,7 +88,7 @@ Options = ServeConfig
 
 
 def run(options: ServeConfig) -> None:
-    """Serve until SIGINT or SIGTERM; SIGHUP loads the bundle anew, as POST /swap with the key $PI0FM_ADMIN_TOKEN does.
+    """Serve until SIGINT or SIGTERM; SIGHUP loads the bundle again, as POST /swap with the key $PI0FM_ADMIN_TOKEN does.
 
     The only line on standard output is the JSON that says ready; a parent process may wait for it.
     """

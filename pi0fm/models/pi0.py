@@ -100,7 +100,7 @@ class Pi0(nn.Module):
 
     def flow_time(self, t: float) -> FlowTime:
         """One flow time for a whole batch, without gradient."""
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # kept by samplers, also for those that take a derivative in x_t
             embedded = self._time(torch.full((1,), t, dtype=self.action_in.weight.dtype, device=self.action_in.weight.device))
             adaptive = self.config.time_conditioning == "adaptive_norm"
             return FlowTime(embedded, self.decoder.modulations(embedded) if adaptive else None)

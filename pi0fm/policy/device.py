@@ -1,4 +1,4 @@
-"""What a device can do: whether bfloat16 is worth having there, whether it is there, whether it is full.
+"""A device's abilities: whether it is there, whether bfloat16 pays there, whether its memory is full.
 
 Owns: the answers for a device. Does not know: models, training.
 """

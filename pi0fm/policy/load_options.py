@@ -11,12 +11,12 @@ from pi0fm_client.errors import ConfigError
 TOKEN_VARIABLE = "PI0FM_TOKEN"  # noqa: S105 - the name, not the key: of a server, and of a command that asks one
 PRECISIONS = ("auto", "float32", "bfloat16")
 GUIDED, WITHOUT_JACOBIAN, HARD_PREFIX = "guided", "guided_no_jacobian", "hard_prefix"
-GUIDANCE = (GUIDED, WITHOUT_JACOBIAN, HARD_PREFIX)  # how a chunk is led to what is left of the one before: policy/sampling/realtime.py
+GUIDANCE = (GUIDED, WITHOUT_JACOBIAN, HARD_PREFIX)  # how a chunk continues the previous one: policy/sampling/realtime.py
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """What stands in place of the bundle's own, and where and how it computes. Raises ConfigError for a number out of range."""
+    """Values that replace the bundle's, and where and how it computes. Raises ConfigError for a number out of range."""
 
     robot: str | None = option(None, "of a mixture's bundle, the robot to serve; its first when not given")
     num_flow_steps: int | None = option(None, "solver steps from noise to actions; the bundle's own when not given")

@@ -3,7 +3,7 @@
 Owns: one batched inference, and the score of given chunks. Does not know: files, sockets, simulators.
 
     observations -> chain -> encode_prefix once -> num_flow_steps velocities against the cache -> inverse chain -> chunks
-    the same, with what is left of the chunk before -> velocities that lead to it, or its first rows held (realtime.py)
+    the same, with the previous chunk's remainder -> velocities that lead to it, or its first rows held (realtime.py)
     the same, N noises for each observation -> N chunks from one prefix -> best_of -> the chosen chunks
     observations, chunks -> chain -> encode_prefix once -> the same velocities and their divergence, backwards -> Scores
 """
@@ -108,10 +108,10 @@ class LocalPolicy:
     ) -> list[ActionChunk]:
         """One chunk for each observation: actions float32 [H, robot_action_dim] in robot units, `infer_ms` of the whole batch.
 
-        Its `scores` say the `spread` of the network's answers on the way (best_of.py), of a bundle that is calibrated whether that is an
+        Its `scores` hold the `spread` of the velocities over the flow steps (best_of.py), and for a calibrated bundle whether that is an
         `alarm`, 1 or 0 (calibration.py). noise_seeds: all random numbers of a chunk are a function of its seed alone.
-        scores: give each chunk a likelihood in their place, True for the default options; its actions stay the same.
-        prefixes: what is left of the chunk before, or None, one for each observation; the chunk is led to it (sampling/realtime.py), as
+        scores: give each chunk a likelihood instead, True for the default options; its actions stay the same.
+        prefixes: the previous chunk's remainder, or None, one for each observation; the chunk continues it (sampling/realtime.py), as
         `guidance` says; under hard_prefix its held rows are the prefix's own.
         Raises ObservationError for a wrong observation or prefix, ConfigError for scores of chunks that are led.
         """
@@ -127,15 +127,15 @@ class LocalPolicy:
         inputs = self.chain.observe(observations)
         if led is not None:
             self._refuse_led(led, observations)
-            sampled, spread = self._led(inputs, observations, seeds, led)
-            each = self._judged({"spread": spread.double().cpu().numpy()})
+            normal, spread = _on_host(*self._led(inputs, observations, seeds, led))
+            each = self._judged({"spread": spread})
         elif scores is False:
-            sampled, spread = self._sampled(inputs, seeds)
-            each = self._judged({"spread": spread.double().cpu().numpy()})
+            normal, spread = _on_host(*self._sampled(inputs, seeds))
+            each = self._judged({"spread": spread})
         else:
             sampled, found = self._sample_and_score(inputs, seeds, ScoreOptions() if scores is True else scores)
-            each = found.each()
-        actions = self._to_robot(inputs.state.cpu().numpy(), sampled.float().cpu().numpy())
+            normal, each = sampled.float().cpu().numpy(), found.each()
+        actions = self._to_robot(inputs.state.cpu().numpy(), normal)
         for chunk, prefix in zip(actions, led or (), strict=False):
             if prefix is not None and self.guidance == HARD_PREFIX:  # without the rounding of two normalisations
                 held = held_count(prefix, self._max_delay)
@@ -169,7 +169,7 @@ class LocalPolicy:
                 self._tell_of_delay(prefix)
 
     def _tell_of_delay(self, prefix: ActionPrefix) -> None:
-        """Say a delay beyond training, each time that it is longer than any before."""
+        """Warn of a delay beyond training, each time that it is longer than any before."""
         if self.guidance == HARD_PREFIX and prefix.inference_delay > self._longest_delay:
             self._longest_delay = prefix.inference_delay
             logger.warning(
@@ -189,7 +189,7 @@ class LocalPolicy:
         start, increments = self._noise(seeds)
         # not inference_mode: the guidance may be a derivative
         with torch.no_grad(), self.sampler.precision():
-            watched, mask = Spread(self.model.cached_velocity(self.sampler.prepared(inputs))), self.mask(len(start))
+            watched, mask = Spread(self.sampler.cached_velocity(self.sampler.prepared(inputs))), self.mask(len(start))
             guided = GuidedVelocity(watched, target, weights, jacobian=self.guidance == GUIDED)
             return sample(self.flow, guided, start, mask, increments=increments), watched.of(mask)
 
@@ -205,8 +205,8 @@ class LocalPolicy:
     ) -> list[ActionChunk]:
         """The best of `options.num_chunks` chunks for each observation, all from one prefix; the first is `infer_batch`'s of that seed.
 
-        Its `scores` say `candidate`, the chosen one's number, and of it the `spread` and `medoid_distance` (best_of.py); under likelihood
-        `log_prob` and `noise_norm` in the spread's place. Raises ObservationError for a wrong observation.
+        Its `scores` hold the chosen one's number `candidate`, `spread` and `medoid_distance` (best_of.py); under likelihood `log_prob` and
+        `noise_norm` instead of the spread. Raises ObservationError for a wrong observation.
         """
         options = options or BestOf()
         if not observations:
@@ -218,11 +218,10 @@ class LocalPolicy:
         if options.criterion == LIKELIHOOD:
             self._refuse_scores()
             sampled, found = self._sample_and_score(inputs, seeds, options.likelihood)
-            measures = {"log_prob": found.log_prob, "noise_norm": found.noise_norm}
+            normal, measures = sampled.float().cpu().numpy(), {"log_prob": found.log_prob, "noise_norm": found.noise_norm}
         else:
-            sampled, spread = self._sampled(inputs, seeds)
-            measures = {"spread": spread.double().cpu().numpy()}
-        normal = sampled.float().cpu().numpy()
+            normal, spread = _on_host(*self._sampled(inputs, seeds))
+            measures = {"spread": spread}
         groups = normal[..., : self.chain.embodiment.dims()[1]].reshape(len(given), options.num_chunks, -1)
         measures["medoid_distance"] = np.concatenate([medoid_distances(group) for group in groups])
         measures["candidate"] = np.tile(np.arange(options.num_chunks), len(given))
@@ -233,7 +232,7 @@ class LocalPolicy:
         return [ActionChunk(chunk, timings, each) for chunk, each in zip(actions, scores, strict=True)]
 
     def warm_up(self, max_batch: int) -> int:
-        """Make everything that `infer_batch` of up to `max_batch` observations compiles or records; how many shapes that were."""
+        """Compile and record every shape of `infer_batch` for up to `max_batch` observations; return the number of shapes."""
         examples = [] if self._buckets is None else list(self._buckets.examples(max_batch))
         for inputs in examples:
             self._sampled(inputs, [0] * len(inputs))
@@ -246,7 +245,7 @@ class LocalPolicy:
         noise_seeds: Sequence[int] | None = None,
         options: ScoreOptions | None = None,
     ) -> Scores:
-        """How likely the policy finds a given chunk for each observation; scores.py says which density this is.
+        """Return the log-density of a given chunk for each observation; scores.py defines it.
 
         actions: [H, robot_action_dim] for each observation, robot units. noise_seeds: of Hutchinson's probes, fresh when None.
         Raises ObservationError for a wrong observation or chunk.
@@ -366,6 +365,12 @@ class Scoring:
     def infer_batch(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> list[ActionChunk]:
         """As the policy's, with scores."""
         return self._policy.infer_batch(observations, noise_seeds, self._options)
+
+
+def _on_host(sampled: Tensor, spread: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Chunks [B, H, A] and their spread [B], in one copy from the device."""
+    both = torch.cat([sampled.float().flatten(1), spread.float()[:, None]], dim=1).cpu().numpy()
+    return both[:, :-1].reshape(sampled.shape), both[:, -1].astype(np.float64)
 
 
 def _seeds(observations: Sequence[Observation], given: Sequence[int] | None) -> list[int]:

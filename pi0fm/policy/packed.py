@@ -78,12 +78,12 @@ class PackedLinear(nn.Module):
         self.__dict__.update(state | {"matrix": _packed(state["matrix"])})
 
     def extra_repr(self) -> str:
-        """As nn.Linear says it."""
+        """As nn.Linear's."""
         return f"in_features={self.matrix.shape[1]}, out_features={self.matrix.shape[0]}, bias={self.bias is not None}, gelu={self.gelu}"
 
 
 class _Product(torch.autograd.Function):
-    """The same numbers as without a gradient; backwards the matrix is unpacked, and what gelu was taken of is computed anew."""
+    """The same numbers as without a gradient; backwards the matrix is unpacked, and gelu's argument is computed again."""
 
     generate_vmap_rule = True
 

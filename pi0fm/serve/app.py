@@ -6,7 +6,7 @@ Owns: who may connect, health, the drain. Does not know: sockets and signals (se
     upgrade    401 for a wrong key, 403 for a web page, 404 at any path but /, 503 before it is warm, when full, and while it drains
     full       a connection that never asked makes room for a new one; else the new one is refused
     healthz    200, or 503 while it warms up, drains, or one inference takes longer than it may
-    metrics    for whoever may connect
+    metrics    for clients with a key
     swap       POST with the administrator's key; JSON {"bundle": PATH}, or nothing for the bundle that was given at the start
 """
 
@@ -107,11 +107,11 @@ async def drain(app: Starlette) -> None:
 
 
 async def reload(app: Starlette) -> None:
-    """Serve the bundle that was given at the start anew; a fault is logged, and the policy stays."""
+    """Load and serve again the bundle that was given at the start; a fault is logged, and the policy stays."""
     try:
         await cast(_Service, app.state.service).swap(None)
     except Exception as error:
-        logger.error("the bundle was not loaded anew: %s", error, exc_info=None if isinstance(error, Pi0fmError) else error)
+        logger.error("the bundle was not loaded again: %s", error, exc_info=None if isinstance(error, Pi0fmError) else error)
 
 
 def check_token(token: str, where: str = "a token") -> None:
@@ -161,7 +161,7 @@ class _Service:
             self._log.close()
 
     def _taps(self, policy: Servable) -> list[Tap]:
-        """Return what listens to the batches of a policy."""
+        """Return the listeners to a policy's batches."""
         taps: list[Tap] = [] if self._log is None else [partial(self._log.inferred, policy.metadata.get(wire.IDENTITY))]
         return taps if self.live is None else [*taps, partial(self.live.inferred, getattr(policy, "seen", None))]
 
@@ -262,7 +262,7 @@ class _Service:
         await _deny(websocket, self._denied("path", 404, "the policy is served at /"))
 
     def fault(self) -> str | None:
-        """Return why no robot can be served."""
+        """Return the reason why no robot can be served, or None."""
         if not self.serving.is_warm:
             return "warming up"
         if self._draining:
@@ -271,7 +271,7 @@ class _Service:
         return None if stuck is None else f"one inference has taken {stuck:.0f} s"
 
     def _refusal(self, websocket: WebSocket) -> Response | None:
-        """Return the answer to whoever may not connect."""
+        """Return the refusal of a client that may not connect."""
         if "origin" in websocket.headers:  # a page that a user of the robot's network looks at must not move the robot
             return self._denied("origin", 403, "a web page may not speak to a policy server")
         if not _knows(websocket.headers, self._tokens):

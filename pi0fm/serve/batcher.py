@@ -57,7 +57,7 @@ class Request:
     """One observation to infer. noise_seed: None draws fresh noise. session: whose it is. latest: `time.perf_counter()` of its deadline.
 
     prefix: what the chunk is led to, for a policy that can. candidates: chunks that the policy chooses the answer from, and says how sure
-    it was; None is `infer_batch`. report, name, arrived: for those who look on: what the robot did, what it is called, when it asked.
+    it was; None is `infer_batch`. report, name, arrived: for taps: the robot's commands, its name, the time.
     """
 
     observation: Observation
@@ -182,7 +182,7 @@ class Batcher:
         _refuse_late(request, now, self._pace.estimate(len(self._waiting), remaining))
 
     def _is_probe(self, now: float) -> bool:
-        """Tell whether the next request is inferred whatever the estimate: nobody waits, and the estimate may be of a slow time."""
+        """Tell whether the next request is inferred despite the estimate: nobody waits, and the estimate may be of a slow moment."""
         return self._inferring is None and not self._waiting and self._pace.is_stale(now)
 
     async def _run(self) -> None:
@@ -311,7 +311,7 @@ class Worker:
             error: BaseException | None = None
             try:
                 result = call()
-            except BaseException as raised:  # noqa: BLE001 - whoever awaits it decides
+            except BaseException as raised:  # noqa: BLE001 - the caller that awaits it decides
                 # A future refuses StopIteration, so every client would wait for ever; an event loop ends by SystemExit.
                 usual = isinstance(raised, Exception) and not isinstance(raised, StopIteration)
                 error = raised if usual else RuntimeError(f"the policy raised {type(raised).__name__}")

@@ -34,7 +34,7 @@ MAX_COMMAND = 1e9
 
 @dataclass(frozen=True)
 class Asked:
-    """What one frame asks for. deadline_ms: from its arrival. prefix: what is left of the robot's chunk before. candidates: see Request."""
+    """The request in one frame. deadline_ms: from its arrival. prefix: the remainder of the robot's last chunk. candidates: see Request."""
 
     observation: Observation
     noise_seed: int | None
@@ -95,8 +95,8 @@ class Door:
         if wire.NUM_CANDIDATES in self.extensions:
             candidates = whole_number(message.pop(wire.NUM_CANDIDATES, None), wire.NUM_CANDIDATES)
         if candidates is not None and (not 1 <= candidates <= MAX_CANDIDATES or prefix is not None):
-            where = "" if prefix is None else f" beside {wire.ACTION_PREFIX}"
-            raise ObservationError(f"{wire.NUM_CANDIDATES} must lie in 1..{MAX_CANDIDATES} and alone, found {candidates}{where}")
+            where = "" if prefix is None else f" with {wire.ACTION_PREFIX}: leave one of them out"
+            raise ObservationError(f"{wire.NUM_CANDIDATES} must be in 1..{MAX_CANDIDATES}, alone, found {candidates}{where}")
         for key in message:
             if key.startswith(wire.PREFIX):
                 raise ObservationError(f"unknown extension {key!r}: {nearest(key, self.extensions)}")

@@ -1,4 +1,4 @@
-"""Who may hold a socket, for how long, and what it may send: bounds that hold before a request is read, whoever asks.
+"""Bounds on sockets: their number, their time, and the bytes that they may send before a request is read.
 
 Owns: the count of sockets by address, uvicorn's two protocols with these bounds, spare descriptors, the rate of log lines.
 Does not know: what a request means, batches.
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ServingLimits:
-    """Options of a server: what one policy and its clients may take. Raises ConfigError for a number out of range."""
+    """Options of a server: bounds on one policy and its clients. Raises ConfigError for a number out of range."""
 
     max_batch_size: int = option(8, "most observations in one inference")
     max_queue: int = option(64, "most requests that wait; a further one is refused")
@@ -117,7 +117,7 @@ class Sockets:
 
 
 def bounded_protocols(max_connections: int) -> tuple[Sockets, Any, Any]:
-    """Return what makes uvicorn's HTTP and WebSocket protocols with the bounds of this module, and the sockets that they share."""
+    """Return the sockets, and factories of uvicorn's HTTP and WebSocket protocols that share them and keep this module's bounds."""
     sockets = Sockets(max_connections + REFUSED_SOCKETS)
     return sockets, partial(Front, sockets), partial(Channel, sockets)
 

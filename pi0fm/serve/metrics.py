@@ -32,7 +32,7 @@ class Metrics:
         self.uncertainty = Histogram("pi0fm_uncertainty", "Spread of an answer's velocities", buckets=SPREADS, registry=registry)
         self.alarms = Counter("pi0fm_alarms", "Answers whose uncertainty is an alarm of the calibrated bundle", registry=registry)
         self.gpu_memory = Gauge("pi0fm_gpu_memory_bytes", "Memory that the process holds on the policy's GPU", registry=registry)
-        self.swaps = Counter("pi0fm_swaps", "Bundles that took another one's place", registry=registry)
+        self.swaps = Counter("pi0fm_swaps", "Bundles that replaced another", registry=registry)
         self.connections = Gauge("pi0fm_connections", "Robots that are connected", registry=registry)
         self.waiting = Gauge("pi0fm_waiting", "Requests in the queue", registry=registry)
         self.unlogged = Gauge("pi0fm_unlogged_batches", "Batches that the log of requests had no time for", registry=registry)

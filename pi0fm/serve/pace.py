@@ -81,7 +81,7 @@ class Pace:
             self._rhythms[session].answered = now
 
     def forget(self, session: Hashable) -> None:
-        """Expect nothing more of a session."""
+        """Expect no further request of a session."""
         self._rhythms.pop(session, None)
 
     def seconds(self, size: int) -> float:
@@ -94,7 +94,7 @@ class Pace:
         return low if above <= below else low + (high - low) * (size - below) / (above - below)
 
     def wait_until(self, waiting: int, free_since: float, now: float) -> float:
-        """When a batch should start that `waiting` sessions are in, of a worker that is free since `free_since`: `now`, or later."""
+        """Return when a batch of `waiting` sessions should start on a worker that is free since `free_since`: `now`, or later."""
         expected = sorted(moment for rhythm in self._rhythms.values() if (moment := rhythm.expected()) is not None and moment > now)
         best = now
         for more, moment in enumerate(expected[: self._max_batch_size - waiting], 1):

@@ -1,4 +1,4 @@
-"""The policy that is served: its greeting, its warm-up, and another one that takes its place.
+"""The served policy: its greeting, its warm-up, and its replacement by another.
 
 Owns: `Served`, what must be equal for a swap. Does not know: connections, HTTP, how a bundle is loaded.
 
@@ -124,7 +124,7 @@ class Serving:
             self._swapping = False
             loader.close()
         self._metrics.swaps.inc()
-        logger.warning("serving %s in the place of %s", fresh.identity, before.identity)
+        logger.warning("serving %s instead of %s", fresh.identity, before.identity)
         await before.batcher.drain()
         before.batcher.close()
 

@@ -126,7 +126,7 @@ def make_server(app: Starlette, options: limits.ServingLimits, certificates: Cer
         backlog=limits.BACKLOG,
         callback_notify=sockets.sweep,
         timeout_notify=1,
-        proxy_headers=False,  # any client could name another one's address
+        proxy_headers=False,  # a client could give another's address
         access_log=False,
         log_config=None,
         log_level="warning",
@@ -186,9 +186,7 @@ def end_within(seconds: float) -> None:
 async def serve(server: uvicorn.Server, app: Starlette, bound: socket.socket, announce: Callable[[float], None]) -> None:
     """Warm up, open the port, call `announce` with the warm-up's seconds, and serve until `server.should_exit` or a signal.
 
-    SIGHUP serves the bundle anew.
-
-    Raises ServingError when the warm-up fails, or when another process opened the port in the meantime.
+    SIGHUP loads the bundle again. Raises ServingError when the warm-up fails, or when another process opened the port in the meantime.
     """
     seconds = await warm_up(app)
     serving = asyncio.create_task(server.serve(sockets=[bound]))

@@ -1,6 +1,6 @@
 """One robot's connection, from its greeting to its end.
 
-Owns: the order of frames, time-outs, what a client learns of a fault. Does not know: who may connect, how a batch is chosen.
+Owns: the order of frames, time-outs, the report of a fault to a client. Does not know: who may connect, how a batch is chosen.
 
     client                                server
       |<- metadata ----------------------------|   the first request within HELLO_SECONDS, a later one within `idle_seconds`

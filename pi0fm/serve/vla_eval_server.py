@@ -57,7 +57,7 @@ class BundleModelServer(PredictModelServer):
             raise ConfigError(f"the bundle has the cameras {', '.join(self.cameras)}, found {unknown[0]!r}; correct --args.cameras")
 
     async def on_episode_start(self, config: dict[str, Any], ctx: SessionContext) -> None:
-        """Note what is played, which the noise is a function of."""
+        """Record the task, which the noise depends on."""
         self._tasks[ctx.session_id] = dict(config.get("task") or {})
         await super().on_episode_start(config, ctx)
 

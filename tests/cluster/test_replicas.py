@@ -33,8 +33,8 @@ serve_replicas(build, fault_of, Replicas(1, 2, 2, {}), "127.0.0.1", int(sys.argv
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--replicas", "-1"], "--replicas must lie in 0..--most_replicas"),
-        (["--replicas", "3", "--most_replicas", "2"], "--replicas must lie in 0..--most_replicas"),
+        (["--replicas", "-1"], "--replicas must be in 0..--most_replicas"),
+        (["--replicas", "3", "--most_replicas", "2"], "--replicas must be in 0..--most_replicas"),
         (["--replicas", "1", "--robots_per_replica", "0"], "--robots_per_replica be >= 1"),
     ],
 )

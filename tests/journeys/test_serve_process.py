@@ -148,7 +148,7 @@ def test_a_hangup_loads_the_bundle_anew(tmp_path: Path) -> None:
         with PolicyClient(url) as client:
             assert client.metadata["identity"] == "1" and client.infer(observation(3, 0)).actions[0, 0] == 4
             process.send_signal(signal.SIGHUP)
-            while "serving 2 in the place of 1" not in (line := process.stderr.readline()):
+            while "serving 2 instead of 1" not in (line := process.stderr.readline()):
                 assert line, "it ended"
         with PolicyClient(url) as client:
             assert client.metadata["identity"] == "2" and client.infer(observation(3, 0)).actions[0, 0] == 4

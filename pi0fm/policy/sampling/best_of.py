@@ -1,4 +1,4 @@
-"""Several chunks for one observation, of which one is chosen; and how sure the flow was of each.
+"""The choice of one chunk among several for one observation, and the spread of each.
 
 Owns: the criteria and the choice. Does not know: the network, robots; policy/local.py samples.
 
@@ -9,8 +9,8 @@ Owns: the criteria and the choice. Does not know: the network, robots; policy/lo
     spread       the chunk whose velocity changed least on its way: the flow of one certain answer is straight
 
 The spread is the standard deviation of the velocity over the evaluations of the solver, root mean square over the robot's own entries, in
-normalised units. The evaluations are made anyway, so it costs nothing, and each chunk carries its own whatever the criterion. It says how
-far the policy is from one certain answer; that it foretells success is not shown.
+normalised units. The evaluations are made anyway, so it costs nothing, and each chunk carries it under every criterion. It measures
+how far the policy is from one certain answer; that it predicts success is not shown.
 """
 
 from collections.abc import Mapping

@@ -65,14 +65,14 @@ class Recorder:
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
 
     def __call__[T](self, call: Callable[[], T]) -> Callable[[], T]:
-        """A function that repeats `call` on whatever its buffers hold by then, and returns where the answer lies."""
+        """Return a function that repeats `call` on the present content of its buffers, and returns the buffers of the answer."""
         with torch.cuda.device(self._device):
-            beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
                 for _ in range(_WARM_UP):
                     call()
-            torch.cuda.current_stream().wait_stream(beside)
+            torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 answer = call()

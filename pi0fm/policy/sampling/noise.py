@@ -1,6 +1,6 @@
 """The random numbers of a policy call: each chunk's are a function of its own noise seed.
 
-Owns: which numbers are drawn for what, so that a served, batched or local call gives the same chunk. Does not know: what they feed.
+Owns: the use of each random number, so that a served, batched or local call gives the same chunk. Does not know: the network.
 
     counter of data.sampler.draw     0                1                             2
     numbers of one seed              starting noise   increments of the steps,      signs of the probes,

@@ -1,6 +1,6 @@
-"""Real-time chunking: a new chunk goes on from what is left of the one before, while that one is still executed.
+"""Real-time chunking: a new chunk continues the previous one, while that one is still executed.
 
-Owns: what a remainder must be, and what of it the flow is led to. Does not know: the network, control steps, how it came here.
+Owns: the checks of a remainder, the target and weights of the flow. Does not know: the network, control steps, transport.
 
     action prefix [n, A], absolute, robot units -> chain, against the new observation's state -> target [H, A], normalised
     n, inference_delay                          -> weights [H, A]: firm while the old chunk is executed, then falling, 0 from row n on
@@ -8,7 +8,7 @@ Owns: what a remainder must be, and what of it the flow is led to. Does not know
 
 Beyond the delay that it was trained for as many rows are held as it knows: the chunk still goes on from the old one, and may turn from it
 before the robot takes it up. A refusal instead left robots standing still for half of their steps (docs/LOG.md, 2026-11-27).
-The remainder is normalised anew: the numbers of the old chunk were relative to another state.
+The remainder is normalised again: the numbers of the old chunk were relative to another state.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def check_prefix(prefix: ActionPrefix, horizon: int, chain: Chain) -> None:
     chain.check_actions(actions, "an action prefix")
     if not 0 <= prefix.inference_delay <= len(actions):
         raise ObservationError(
-            f"an inference delay must lie within its action prefix of {len(actions)} rows, found {prefix.inference_delay}; "
+            f"an inference delay must be within its action prefix of {len(actions)} rows, found {prefix.inference_delay}; "
             "leave the prefix out where the old chunk ends before"
         )
 
@@ -81,7 +81,7 @@ def held_count(prefix: ActionPrefix, max_delay: int) -> int:
 
 
 def _targets(chain: Chain, observations: Sequence[Observation], prefixes: Sequence[ActionPrefix | None], horizon: int) -> Tensor:
-    """The remainders, normalised anew, made whole chunks by their last row; zeros where there is none. `check_prefix` judged them."""
+    """The remainders, normalised again, made whole chunks by their last row; zeros where there is none. `check_prefix` judged them."""
     robot_dim = chain.embodiment.dims()[1]
     rows = np.zeros((len(prefixes), horizon, robot_dim), np.float32)
     for number, prefix in enumerate(prefixes):

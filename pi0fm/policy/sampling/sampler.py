@@ -1,4 +1,4 @@
-"""A network made ready for sampling: (observation, noise) -> chunk, in normalised units.
+"""A network prepared for sampling: (observation, noise) -> chunk, in normalised units.
 
 Owns: how its matrices are kept, in which precision it multiplies, what it compiles and records. Does not know: robots, seeds, files.
 
@@ -80,7 +80,7 @@ class Sampler:
 
         noise: N rows for each observation, in its order; their chunks share one prefix. increments: see flow/sampling.
         committed: actions [B, H, A], and the rows [B, H] of them that each chunk keeps (flow/committed.py); N is then 1.
-        All of it may lie on the host. An observation that is `trimmed` costs nothing for what is not there.
+        All of it may be on the host. A `trimmed` observation costs nothing for missing cameras and padding.
         """
         return self._sampled(observation, noise, mask, increments, False, committed)[0]
 
@@ -105,7 +105,7 @@ class Sampler:
         spread: bool,
         committed: Committed | None,
     ) -> tuple[Tensor, ...]:
-        # what is known on the host needs no look at the device; on a CPU the network looks for itself
+        # known on the host without a wait for the device; on a CPU the network looks itself
         whole = self.device.type == "cuda" and observation.image_mask.device.type == "cpu" and observation.is_whole()
         if self._graphs is not None:
             # on the host: a robot waits for it, and the check is free there
@@ -130,18 +130,18 @@ class Sampler:
         return observation.to(self.device)
 
     def cached_velocity(self, observation: ModelObservation, chunks: int = 1, whole: bool = False) -> CachedVelocity:
-        """The velocity, for whoever solves by himself; under `precision()` and inference_mode."""
+        """The velocity, for a caller with its own solver; under `precision()`, without a gradient in the weights."""
         cache = self._encode(observation, whole)
         return CachedVelocity(self.model, cache, observation.state, self._times, self._action_velocity, chunks)
 
     def precision(self) -> torch.autocast:
-        """The context in which the network is called. No cast of a matrix is kept: they lie in their type already."""
+        """The context in which the network is called. No cast of a matrix is kept: they have their type already."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=self.compile != "graph")
 
     def _recorded(
         self, observation: ModelObservation, whole: bool, spread: bool, noise: Tensor, mask: Tensor, *committed: Tensor
     ) -> tuple[Tensor, ...]:
-        """What a graph holds: nothing in it may wait for the device."""
+        """The computation of a graph: nothing in it may wait for the device."""
         with torch.inference_mode(), self.precision():
             velocity = self.cached_velocity(observation, len(noise) // len(observation), whole)
             return _solved(lambda field: self.flow.sample(field, noise, mask=mask, check=False), velocity, mask, spread, *committed)
@@ -150,13 +150,13 @@ class Sampler:
 def _solved(
     solve: Callable[[Velocity], Tensor], velocity: CachedVelocity, mask: Tensor, spread: bool, *committed: Tensor
 ) -> tuple[Tensor, ...]:
-    """The chunks that `solve` makes of the velocity, beside committed rows where there are any, and their spread where it is asked for."""
-    beside = CommittedVelocity(velocity, *committed) if committed else None
-    field: Velocity = beside or velocity
+    """Solve for the chunks, with committed rows where there are any, and for their spread on request."""
+    committing = CommittedVelocity(velocity, *committed) if committed else None
+    field: Velocity = committing or velocity
     watched = Spread(field) if spread else None
     chunk = solve(watched or field)
-    if beside is not None:
-        chunk, mask = beside.placed(chunk), mask & ~beside.held[..., None]
+    if committing is not None:
+        chunk, mask = committing.placed(chunk), mask & ~committing.held[..., None]
     return (chunk,) if watched is None else (chunk, watched.of(mask))
 
 
@@ -199,7 +199,7 @@ def arrange_matrices(model: nn.Module, dtype: torch.dtype, device: torch.device,
 
 
 def columns_together(model: nn.Module, dtype: torch.dtype, device: torch.device) -> set[str]:
-    """The matrices that lie with their columns together."""
+    """The matrices that are stored with their columns together."""
     if dtype != torch.float32 or device.type != "cpu":
         return set()
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}

@@ -1,4 +1,4 @@
-"""How likely a policy finds a chunk: log-density and noise of predicted or given actions.
+"""The log-density and the noise of predicted or given chunks under a policy.
 
 Owns: `Scores` and their options, the velocity of fixed observations, sampling with its density, the Jacobian of the chain.
 Does not know: files, simulators, which seed a call has.
@@ -8,7 +8,7 @@ Does not know: files, simulators, which seed a call has.
     given       chunk --- chain.forward, push_backward ---> log_prob, noise_norm
 
 Which density: log p(chunk | observation) of the *normalised* chunk under the probability-flow ODE of the policy, in nats, over the
-robot's own H x A entries; padded dimensions are held at 0 and are no part of it. It is the density of what the solver of the density
+robot's own H x A entries; padded dimensions are held at 0 and are no part of it. It is the density of the solver's
 samples as its steps become small. `log_jacobian` added to it gives the density in robot units.
 Shape letters: B batch, H action horizon, A action dim (robot's for arrays, the network's for tensors).
 """
@@ -89,14 +89,14 @@ class Scores:
         return self.log_prob + self.log_jacobian
 
     def each(self) -> list[dict[str, float]]:
-        """For each chunk what `ActionChunk.scores` holds."""
+        """`ActionChunk.scores` of each chunk."""
         return [
             {"log_prob": float(density), "noise_norm": float(norm)} for density, norm in zip(self.log_prob, self.noise_norm, strict=True)
         ]
 
 
 def make_scores(pushed: Pushed, chain: Chain, horizon: int) -> Scores:
-    """From tensors of the flow to what a caller reads."""
+    """Convert the flow's tensors to Scores."""
     density, norm = (tensor.double().cpu().numpy() for tensor in (pushed.log_prob, pushed.noise_norm))
     return Scores(density, norm, log_jacobian(chain, horizon))
 
@@ -130,7 +130,7 @@ def sample_and_score(
     """
     same_steps = options.num_flow_steps in (None, flow.num_flow_steps)
     density = options.density(probes)
-    # dopri5 would choose other steps with a density beside the state, and so another chunk.
+    # dopri5 would choose other steps with a density in its state, and so another chunk.
     same_path = flow.solver in FIXED_GRID_SOLVERS and density_solver(flow, density) == flow.solver
     if same_steps and same_path and not options.float64:
         return push_forward(flow, velocity, noise, mask, density)

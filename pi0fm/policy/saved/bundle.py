@@ -6,7 +6,7 @@ Owns: what is in a bundle's files, loading and saving. Does not know: their hash
       manifest.json        written last: size and SHA-256 of every other file; a bundle without it is not one
       config.json          network, flow, embodiment, normalisation, how it was trained, versions
       norm_stats.json
-      robots.json          only of a mixture: what each of its robots has of its own (policy/saved/robots.py)
+      robots.json          only of a mixture: embodiment, statistics and facts of each robot (policy/saved/robots.py)
       model.safetensors    float32 (the moving average of training, when there is one); converted weights as their source has them
       reference.safetensors   of a trained policy: a recorded observation and the chunk for it (policy/saved/reference.py)
       tokenizer/           only for a tokenizer that is not byt5
@@ -62,9 +62,9 @@ from pi0fm.progress import say
 from pi0fm_client.errors import BundleError, ConfigError
 from pi0fm_client.types import Observation
 
-# by format, what a bundle means by the fields of its policy that it does not name: each keeps the rules that its weights were trained under
+# by format, the values of a policy's fields that a bundle does not name: each keeps the rules that its weights were trained under
 UNNAMED: Mapping[int, Mapping[str, Any]] = {2: {"norm_rule": "centred", "resize": "rounded"}, FORMAT: {}}
-SAID_FROM = 2**30  # bytes of weights whose check is said, with its time
+VERBOSE_FROM = 2**30  # bytes of weights whose check is reported, with its time
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class PolicyConfig:
     camera_sources: by camera, where a simulator finds it (`corner2:96x96`). training: free facts about the run.
     norm_rule: how statistics become scales (data/normalization.py); norm_floor: a share of the range, or robot units, as the rule says;
     resize: how pictures of another size were resized in training (data/pictures/resizing.py);
-    norm_epsilon: what is added to every deviation or range of quantiles, where the weights were trained so (openpi's 1e-6).
+    norm_epsilon: added to every deviation or range of quantiles, where the weights were trained so (openpi's 1e-6).
     rtc_max_delay: rows that the policy was trained to go on from (flow/committed.py); 0 for none.
     padded_noise: the weights know noise in the dimensions that the robot lacks (released ones do); else these are held at 0.
     """
@@ -116,7 +116,7 @@ class PolicyConfig:
         )
 
     def metadata(self) -> dict[str, Any]:
-        """What a caller must know; sent to every client of a server."""
+        """Facts for callers; sent to every client of a server."""
         state_dim, action_dim = self.embodiment.dims()
         size = self.model.vision.image_size
         return {
@@ -188,7 +188,7 @@ def new_bundle(
         with tensor_file(aside / WEIGHTS, entries) as put:
             yield put
         if recorded is not None and reference.has_room(aside / WEIGHTS):
-            if (aside / WEIGHTS).stat().st_size >= SAID_FROM:
+            if (aside / WEIGHTS).stat().st_size >= VERBOSE_FROM:
                 say(f"{path}: sampling the reference chunk in float32 on the CPU")
             cpu, flow = torch.device("cpu"), FlowMatching.from_config(config.flow)
             model = filled(open_file(aside / WEIGHTS), config.model, cpu, torch.float32)
@@ -226,7 +226,8 @@ def load(path: str | Path, options: LoadOptions | None = None, *, guidance: str 
         torch.set_num_threads(options.threads)
     model = load_network(path, config.model, device, dtype)
     chain = config.chain(stats, None if config.tokenizer == BYTES else str(path / config.tokenizer))
-    known, alarm = config.metadata() | _facts(path, options.robot, stats), _alarm(path, options.robot or robot_names(path)[0], flow)
+    known = config.metadata() | _facts(path, options.robot, stats)
+    alarm = _alarm(path, known.get("robot", config.embodiment.name), flow)
     if alarm is not None:
         known["alarm"] = alarm.metadata()
     rtc = (guidance, config.rtc_max_delay)
@@ -234,7 +235,7 @@ def load(path: str | Path, options: LoadOptions | None = None, *, guidance: str 
 
 
 def _alarm(path: Path, robot: str, flow: FlowMatching) -> Calibration | None:
-    """The bundle's calibration, where it is of the robot and the sampling that were asked for; that it is not is said."""
+    """Return the bundle's calibration, or None with a printed line where it is of another robot or sampling."""
     found = calibration.read(path)
     asked = (robot, calibration.sampling(flow))
     if found is not None and (found.robot, found.sampling) != asked:
@@ -272,7 +273,7 @@ def open_weights(path: Path) -> Iterator[Weights]:
         if found.result() != expected:
             raise BundleError(f"{file} differs from the manifest's SHA-256; it was changed or damaged: copy the bundle again")
     size = file.stat().st_size
-    if size >= SAID_FROM:
+    if size >= VERBOSE_FROM:
         say(f"{file}: {size / 1e9:.1f} GB read and verified in {time.perf_counter() - began:.1f} s")
 
 
@@ -310,13 +311,13 @@ def robot_names(path: Path) -> tuple[str, ...]:
 
 
 def metadata(path: Path, robot: str | None = None) -> dict[str, Any]:
-    """What the policy that `load` makes says of itself, without its weights."""
+    """Return the metadata of the policy that `load` makes, without its weights."""
     config, stats = read(path, robot)
     return config.metadata() | _facts(path, robot, stats)
 
 
 def _robots(path: Path) -> Robots:
-    """Of a mixture's bundle its robots, of another none."""
+    """Return a mixture's robots; none of another bundle."""
     file = path / robots.FILE
     return robots.from_json(read_json(file), str(file)) if file.is_file() else {}
 

@@ -6,9 +6,9 @@ Owns: the threshold, its file in a bundle, whether it belongs to a policy as it 
     n episodes         the ceil((n + 1)(1 - rate))-th smallest of them -> threshold
     served             spread of a chunk > threshold -> alarm
 
-The chance that an episode like the held-out ones raises an alarm at all is `rate` at most, whatever the spread's distribution (Vovk et al.
+The chance that an episode like the held-out ones raises an alarm at all is `rate` at most, for any distribution of the spread (Vovk et al.
 2005; Lei et al. 2018). Episodes of another kind, such as the policy's own, are what the alarm is for: `pi0fm eval` counts them.
-The file lies beside those of the identity: a threshold changes no action.
+The file is not part of the identity: a threshold changes no action.
 """
 
 import math
@@ -25,7 +25,7 @@ from pi0fm_client.errors import BundleError, ConfigError
 
 @dataclass(frozen=True)
 class Calibration:
-    """threshold: of the spread, normalised units. false_alarm_rate: what was asked for, of episodes. episodes, chunks: that were sampled.
+    """threshold: of the spread, normalised units. false_alarm_rate: of episodes, as requested. episodes, chunks: numbers sampled.
 
     of: the identity of the bundle; robot, sampling: as the policy was loaded. dataset, stride: the held-out episodes, and rows from one
     chunk to the next.
@@ -46,12 +46,12 @@ class Calibration:
         return [spread > self.threshold for spread in spreads]
 
     def metadata(self) -> dict[str, Any]:
-        """What a robot is told of it."""
+        """The part of it that a robot is told."""
         return {name: getattr(self, name) for name in ("threshold", "false_alarm_rate", "episodes")}
 
 
 def needed(rate: float) -> int:
-    """The fewest episodes that a threshold of this rate can be told from. Raises ConfigError for a rate that is none."""
+    """The fewest episodes that determine a threshold of this rate. Raises ConfigError for a rate outside (0, 1)."""
     if not 0 < rate < 1:
         raise ConfigError(f"false_alarm_rate must lie in (0, 1), found {rate}; 0.1 is usual")
     return math.ceil(1 / rate - 1 - 1e-9)
@@ -69,7 +69,7 @@ def threshold(largest: Sequence[float], rate: float) -> float:
 
 
 def write(path: Path, calibration: Calibration) -> None:
-    """Put it into a bundle, in the place of an older one."""
+    """Write it into a bundle, replacing an older one."""
     with files.write_faults(path):
         files.write_json(path / CALIBRATION, asdict(calibration))
 
@@ -91,6 +91,6 @@ def read(path: Path) -> Calibration | None:
 
 
 def sampling(flow: FlowMatching) -> str:
-    """What the spread of a chunk depends on besides weights and observation, in words."""
+    """Describe the sampling, which the spread of a chunk depends on besides weights and observation."""
     noise = f", noise level {flow.noise_level:g}" if flow.solver == "euler_maruyama" else ""
     return f"{flow.solver}, {flow.num_flow_steps} steps{noise}"

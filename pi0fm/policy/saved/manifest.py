@@ -13,7 +13,7 @@ from pi0fm_client.errors import BundleError
 
 FORMAT = 3
 MANIFEST, CONFIG, STATS, WEIGHTS = "manifest.json", "config.json", "norm_stats.json", "model.safetensors"
-CALIBRATION = "calibration.json"  # beside the files of the identity, which it names: it changes no action
+CALIBRATION = "calibration.json"  # outside the identity, which it names: it changes no action
 
 
 def write_manifest(path: Path) -> None:
@@ -45,7 +45,7 @@ def listed_files(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_files(path: Path) -> None:
-    """Raise BundleError for a file that is missing, cut, changed or not listed. The weights' bytes are left to who reads them."""
+    """Raise BundleError for a file that is missing, cut, changed or not listed. The weights' bytes are checked when they are read."""
     listed = listed_files(path)
     for name, entry in listed.items():
         file = path / name
@@ -56,7 +56,7 @@ def check_files(path: Path) -> None:
             raise BundleError(f"{file} has {size} bytes, the manifest says {entry['bytes']}; it is cut: copy the bundle again")
         if name != WEIGHTS and sha256(file) != entry["sha256"]:
             raise BundleError(f"{file} differs from the manifest's SHA-256; it was changed or damaged: copy the bundle again")
-    # A tokenizer reads whatever lies in its folder. Hidden files are those of file managers and downloads.
+    # A tokenizer reads every file in its folder. Hidden files are those of file managers and downloads.
     found = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
     extra = sorted(
         str(name)

@@ -1,11 +1,11 @@
-"""One recorded observation in a bundle, with the chunk that its policy gave: what tells another machine that it computes the same.
+"""One recorded observation in a bundle, with its policy's chunk, by which another machine checks that it computes the same.
 
 Owns: reference.safetensors, the comparison of a chunk with it. Does not know: which observation is taken, the rest of a bundle.
 
     at the end of training   recorded observation, NOISE_SEED -> the policy in float32 on a CPU -> chunk; all of it to the bundle
     pi0fm verify             the same observation and seed -> the policy here, as it is to run -> chunk -> Agreement
 
-Differences are in deviations of the recorded actions, like what the network predicts. Beside them stands what another noise seed changes:
+Differences are in deviations of the recorded actions, like what the network predicts. They are given with the change by another noise seed:
 a difference far below it changes no behaviour.
 Shape letters: H action horizon, A robot action dim.
 """
@@ -39,7 +39,7 @@ SPACE = 1.5  # of the weights' bytes that must be free before a reference is mad
 
 @dataclass(frozen=True)
 class Reference:
-    """actions: [H, A], robot units. made: where and by what they were computed; of: the bundle's identity, empty while it is being made."""
+    """actions: [H, A], robot units. made: device and versions that computed them; of: the bundle's identity, empty until it is written."""
 
     observation: Observation
     actions: NDArray[np.float32]
@@ -49,7 +49,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """A chunk computed here, beside the recorded one.
+    """A chunk computed here, compared with the recorded one.
 
     largest, mean_square: of the differences, the second under its root; another_seed: as mean_square, for two seeds here; in deviations.
     largest_robot_units: [A]. differs: facts of `Reference.made` that are others here, as (there, here).
@@ -81,7 +81,7 @@ def make(folder: Path, policy: LocalPolicy, observation: Observation) -> None:
 
 
 def has_room(weights: Path) -> bool:
-    """Whether memory holds a copy of the weights to make a reference with; where it does not, that is said."""
+    """Tell whether memory holds a copy of the weights to make a reference with; print a line where it does not."""
     needed, free = SPACE * weights.stat().st_size, machine.free_memory()
     if needed > free:
         say(f"no reference for pi0fm verify: it takes {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free")
@@ -108,7 +108,7 @@ def read(path: Path) -> Reference:
 
 
 def compare(policy: LocalPolicy, reference: Reference, tolerance: float | None = None) -> Agreement:
-    """The policy's chunk for the recorded observation and seed, beside the recorded one.
+    """Compare the policy's chunk for the recorded observation and seed with the recorded chunk.
 
     tolerance: the largest difference that agrees; None takes TOLERANCES. Raises ConfigError for a policy of another robot or horizon.
     """
@@ -145,7 +145,7 @@ def compare(policy: LocalPolicy, reference: Reference, tolerance: float | None =
 
 
 def circumstances(policy: LocalPolicy) -> dict[str, str]:
-    """What the rounding of a chunk depends on."""
+    """Name the device, versions and settings that the rounding of a chunk depends on."""
     device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else machine.describe_machine()["processor"]
     versions = {
         name: version for name, version in machine.describe_versions().items() if name in ("pi0fm", "torch", "transformers", "numpy")

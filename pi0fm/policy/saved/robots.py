@@ -1,8 +1,8 @@
-"""The robots of a policy that was trained on several data sets: what each has of its own, in the bundle's robots.json.
+"""The robots of a policy that was trained on several data sets, in the bundle's robots.json.
 
 Owns: `Robot`, the file's content, the choice of a robot by its name. Does not know: the rest of a bundle, the network.
 
-    config.json, norm_stats.json   the first robot, so that whoever knows one robot finds a whole policy
+    config.json, norm_stats.json   the first robot, so that a reader of one robot finds a whole policy
     robots.json                    NAME -> embodiment, fps, seeds that were demonstrated, camera sources, training; norm stats
     model.safetensors              one network for all of them
 """
@@ -40,7 +40,7 @@ def to_json(robots: Robots) -> dict[str, Any]:
 
 
 def from_json(tree: Mapping[str, Any], where: str) -> dict[str, tuple[Robot, NormStats]]:
-    """The inverse of `to_json`. Raises BundleError for what it cannot be made of."""
+    """The inverse of `to_json`. Raises BundleError for another content."""
     found = {}
     for name, group in tree.items():
         if not isinstance(group, Mapping) or not {"policy", "norm_stats"} <= group.keys():

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: told by their headers, read one by one, written piece by piece, put into a network where it computes.
+"""Tensors in safetensors files: described by their headers, read one by one, written piece by piece, put into a network on its device.
 
 Owns: the file's format, the casts between types of numbers. Does not know: what a tensor means, shards, the rest of a bundle.
 
@@ -177,7 +177,7 @@ def refuse_misfit(weights: Weights, model: Pi0Config) -> None:
 def filled(weights: Weights, model: Pi0Config, device: torch.device, dtype: torch.dtype) -> Pi0:
     """A network with these weights on `device`, tensor by tensor, its matrices as `arrange_matrices` leaves them.
 
-    dtype: of the towers' matrices, all else is float32, whatever is stored. Raises BundleError where the weights do not fit.
+    dtype: of the towers' matrices, all else is float32, also where another type is stored. Raises BundleError where the weights do not fit.
     A tensor that changes its type, place or order is read into memory that the next one uses again: a new piece for each would leave holes
     that nothing fits into, 0.2 to 0.45 of the file once the C library serves pieces of their size from its heap (docs/LOG.md).
     """

@@ -65,7 +65,7 @@ class _Robot:
     answers: deque[tuple[float, float, float | None]] = field(default_factory=lambda: deque(maxlen=KEPT_ANSWERS))
 
     def line(self, now: float) -> dict[str, Any]:
-        """Return what the list of robots shows."""
+        """Return the robot's line in the list."""
         recent = [answer for answer in self.answers if now - answer[0] < 5.0]
         milliseconds = [answer[1] for answer in self.answers]
         return {
@@ -79,7 +79,7 @@ class _Robot:
         }
 
     def whole(self) -> dict[str, Any]:
-        """Return what its own panel shows. predicted, executed: [steps, A], the same steps; upcoming: [H, A]."""
+        """Return the robot's panel. predicted, executed: [steps, A], the same steps; upcoming: [H, A]."""
         return {
             "robot": self.number,
             "cameras": list(self.observation.images),

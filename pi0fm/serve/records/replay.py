@@ -34,7 +34,7 @@ WORST = 5  # requests that are named
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """Options of `pi0fm replay`; what is not given is as the log says. Raises ConfigError for a value out of range."""
+    """Options of `pi0fm replay`; the log's values stand for those that are not given. Raises ConfigError for a value out of range."""
 
     log: Path = required("folder that pi0fm serve --log_requests wrote")
     bundle: Path | None = option(None, "bundle that answers; the log's own when not given")
@@ -110,7 +110,7 @@ def replay(options: ReplayConfig) -> dict[str, Any]:
 
 
 def describe(policy: LocalPolicy, path: Path, load: LoadOptions) -> dict[str, Any]:
-    """What a log notes of a policy, so that it can be opened again as it was."""
+    """Describe a policy for a log, so that it can be opened again as it was."""
     return {"bundle": str(path.resolve()), "guidance": policy.guidance, "load": vars(load) | _threads(), **_here(policy)}
 
 

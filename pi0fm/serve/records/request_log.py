@@ -50,7 +50,7 @@ class LoggedBatch:
 
 @final
 class RequestLog:
-    """Write batches in a thread. describe: what to note of the policy with an identity: where its bundle is, how it was loaded.
+    """Write batches in a thread. describe: the description of the policy with an identity: its bundle's path, how it was loaded.
 
     Raises OutputError for a folder that cannot be written or that another server writes.
     """

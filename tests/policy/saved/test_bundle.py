@@ -135,7 +135,7 @@ def test_a_changed_file_of_the_same_size(copy, name):
 def test_the_check_of_large_weights_is_said(saved, monkeypatch, capsys):
     bundle.load(saved, device="cpu")
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(bundle, "SAID_FROM", 1)
+    monkeypatch.setattr(bundle, "VERBOSE_FROM", 1)
     bundle.load(saved, device="cpu")
     assert re.search(r"model\.safetensors: 0\.0 GB read and verified in \d+\.\d s", capsys.readouterr().err)
 

@@ -297,7 +297,7 @@ def test_a_state_that_is_too_large_or_a_prompt_that_is_too_long_is_refused_at_th
         reply = robot.recv()
         assert actions_of(reply).shape == (4, 3) and msgpack.unpackb(reply)[wire.UNCERTAINTY] > 0
         robot.send(b"\x84" + request("go", fine)[1:] + text_bytes(wire.NUM_CANDIDATES) + b"\x7f")
-        assert "must lie in 1..32 and alone, found 127" in robot.recv()
+        assert "must be in 1..32, alone, found 127" in robot.recv()
 
 
 def test_a_client_that_goes_while_the_server_ends_does_not_disturb_the_end() -> None:
