@@ -67,7 +67,7 @@ def switch(name: str, value: Any) -> bool:
 
 
 def call(name: str, value: Any) -> Callable[..., Any]:
-    """Return what can be called."""
+    """Return a function."""
     if not callable(value):
         raise ConfigError(f"{name} must be a function, found {shown(value)}: give one, or leave it out")
     return value  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """Ask a policy server for actions from the robot's computer.
 
-Owns: requests, their one deadline, reconnection, what a reply must hold, and `RemotePolicy`, which stands for a local policy. Does not
+Owns: requests, their one deadline, reconnection, the checks of a reply, and `RemotePolicy`, which stands for a local policy. Does not
 know: torch, how the server works, how a connection is made (connection.py). It also speaks to openpi's servers.
 
     infer  --send--> its reply in time         -> an ActionChunk
@@ -45,7 +45,7 @@ class AsyncPolicyClient:
     connect_timeout_seconds: for `connect`, during which a server may still be starting.
     reconnect: connect again, and send once more, when the connection is lost; an inference changes nothing on a server, so that is safe.
     tls: of a wss:// address, whom to trust and which certificate to show (`--tls_clients`), None: the system's authorities.
-    Raises ConfigError for an argument that cannot be used, ServingError for what is no address.
+    Raises ConfigError for an argument that cannot be used, ServingError for a text that is no address.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class AsyncPolicyClient:
     async def infer(self, observation: Mapping[str, Any], noise_seed: int | None = None) -> ActionChunk:
         """Ask for the chunk of one observation; `timings` holds `infer_ms` of the policy, `server_ms` and `round_trip_ms`.
 
-        observation: the server's own keys to arrays, text and numbers; with them what the server's `extensions` name (wire.py).
+        observation: the server's own keys to arrays, text and numbers; and keys that the server's `extensions` name (wire.py).
         DEADLINE_MS among them shortens the time-out of this request with any server. noise_seed: >= 0, the same seed and observation
         give the same chunk (openpi's servers ignore it). `previous_total_ms` is there from the second reply: the server's time for the
-        one before. Raises ObservationError for what cannot be sent, ServingError for everything that goes wrong on the way or on the
-        server, both within the time-out.
+        one before. Raises ObservationError for an observation that cannot be sent, ServingError for every fault on the way or on
+        the server, both within the time-out.
         """
         began = time.monotonic()
         message, seconds = self._message(observation, noise_seed)
@@ -116,7 +116,7 @@ class AsyncPolicyClient:
         await self.close()
 
     def _message(self, observation: Mapping[str, Any], noise_seed: int | None) -> tuple[dict[str, Any], float]:
-        """Return the request without what each sending adds, and the seconds that it may take."""
+        """Return the request without the keys that each sending adds, and the seconds that it may take."""
         if not isinstance(observation, Mapping):
             raise ObservationError(f"an observation must be a flat map of keys, found {type(observation).__name__}: send {{'prompt': ...}}")
         message, seconds = dict(observation), self._timeout_seconds
@@ -189,7 +189,7 @@ class AsyncPolicyClient:
         self._greeting = greeting
 
     def _pack(self, message: Mapping[str, Any], deadline: float) -> tuple[int, bytes]:
-        """Return a new request's number and its frame. Raises ObservationError for what this server does not take."""
+        """Return a new request's number and its frame. Raises ObservationError for keys that this server does not take."""
         asked = {key for key in message if isinstance(key, str) and key.startswith(wire.PREFIX)}
         asked |= {wire.JPEG for value in message.values() if isinstance(value, Mapping) and wire.JPEG in value}
         if not asked <= self._extensions:
@@ -320,7 +320,7 @@ class PolicyClient:
 class RemotePolicy:
     """A `pi0fm_client.types.Policy` on a server: a batch is sent over up to `connections` sockets, so the server infers it together.
 
-    url, token, timeout_seconds, connect_timeout_seconds, tls: as for PolicyClient. Raises what PolicyClient raises, and ServingError when
+    url, token, timeout_seconds, connect_timeout_seconds, tls: as for PolicyClient. Raises as PolicyClient, and ServingError when
     the metadata does not say which keys an observation has (an openpi server's does not: use PolicyClient there).
     """
 

@@ -1,7 +1,7 @@
 """One connection to a policy server: the handshake, the first frame, retries, one request after another.
 
 Owns: which faults are retried, the pauses between tries, unrequested frames, one line for each way in which an address is no policy
-server. Does not know: observations, what a reply holds (client.py).
+server. Does not know: observations, replies (client.py).
 """
 
 import asyncio
@@ -97,7 +97,7 @@ class Connection:
 async def connect_to(address: Address, seconds: float, tell: bool = False) -> Connection:
     """Connect and receive the first frame; try again for `seconds` while the server is not there yet.
 
-    tell: log after TOLD_SECONDS that it still waits. Raises ServingError that names the address and what to check.
+    tell: log after TOLD_SECONDS that it still waits. Raises ServingError that names the address and the likely cause.
     """
     faults = ["it does not answer"]
 

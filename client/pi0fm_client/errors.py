@@ -8,7 +8,7 @@ survives pickling between Ray workers.
 
 
 class Pi0fmError(Exception):
-    """Base of the errors in what was given to pi0fm; `str(error)` is the line that the user reads."""
+    """Base of the errors in a user's input; `str(error)` is the line that the user reads."""
 
 
 class ConfigError(Pi0fmError):

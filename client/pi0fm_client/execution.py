@@ -1,7 +1,7 @@
 """Turn a policy's chunks into one action for each control step, however late or lost the replies are.
 
 Owns: control steps, requests in the background, alignment of chunks, the hand-over from one to the next, the watchdog. Does not know:
-how a policy is reached (client.py), what an action may be (safety.py).
+how a policy is reached (client.py), the limits of an action (safety.py).
 Shape letters: H action horizon, A robot action dim, S state dim.
 
     step      k                    k+d                         k+s
@@ -121,7 +121,7 @@ class Executor:
                 robot.apply(executor.next())
                 executor.pace()
 
-    initial_command: [A], what keeps the robot where it is until the first chunk comes.
+    initial_command: [A], keeps the robot where it is until the first chunk comes.
     execution_horizon: steps after which the next observation is sent; None takes the policy's, or half a chunk.
     hand_over: `realtime` sends the old chunk's remainder with the observation, `ensemble` averages overlapping chunks, `switch` goes to
     the newest; `auto` is realtime where the policy knows it (`wire.ACTION_PREFIX` among its extensions), else switch.
@@ -130,7 +130,7 @@ class Executor:
     relative_to_state: action dimensions that the policy gives as a difference from the state's same dimension.
     cameras, state_check: of ObservationCheck. submit: starts an inference and returns its future; None runs the policy in a thread, or
     in the running event loop when its `infer` is a coroutine. clock: seconds.
-    Raises ConfigError for what does not fit together.
+    Raises ConfigError for arguments that are wrong or do not fit together.
     """
 
     def __init__(
@@ -331,7 +331,7 @@ class Executor:
         self._plans = [*(self._plans if self._ensemble else ()), _Plan(request.step, rows)]
 
     def _rows(self, chunk: ActionChunk, state: Vector) -> Vector:
-        """Return a chunk's actions [H, A], absolute. Raises ServingError for what no robot may be told."""
+        """Return a chunk's actions [H, A], absolute. Raises ServingError for another shape or numbers that are not finite."""
         rows, width = np.array(chunk.actions, np.float64), self.command.action.size
         if rows.ndim != 2 or rows.shape[1] != width or not len(rows) or not np.isfinite(rows).all():
             raise ServingError(f"a chunk must be finite numbers [H, {width}], found {list(rows.shape)}: check the policy")

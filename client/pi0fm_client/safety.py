@@ -114,7 +114,7 @@ class Limiter:
         self._change = np.zeros_like(self.command)
 
     def standstill(self) -> Vector:
-        """Return what keeps the robot where it is: the last target, and no increment."""
+        """Return the command that keeps the robot where it is: the last target, and no increment."""
         return np.where(self._limits.increments, 0.0, self.command)
 
     def nearest(self, wanted: Vector) -> Vector:
@@ -147,7 +147,7 @@ def _brakes_within(distance: Vector, acceleration: Vector) -> Vector:
 
 @final
 class ObservationCheck:
-    """Compares observations with what the policy was trained on, by its metadata: `cameras`, `state_key`, `state_range` (min, max).
+    """Compare observations with the training's, by the policy's metadata: `cameras`, `state_key`, `state_range` (min, max).
 
     cameras: names of those that must be there; None asks for all. Where the metadata has `keys`, the robot's own keys for columns
     (`pi0fm serve --keys`), either may be sent. mode: a state outside the training's range by more than
@@ -206,7 +206,7 @@ class ObservationCheck:
             raise ObservationError(f"{self._state_key} must be numbers, found {shown}: send one number for each joint") from None
 
     def _state_fault(self, state: Vector) -> tuple[tuple[int, str], str] | None:
-        """Return what is wrong with a state, under the dimension and the unit that it is wrong in; None where it is within."""
+        """Return ((dimension, likely unit), line) of the first fault of a state, or None."""
         if self._range is None:
             return None
         low, high = self._range

@@ -1,7 +1,7 @@
 """Messages between a robot and a policy server: msgpack maps with numpy arrays, in openpi's encoding.
 
 Owns: `pack` and `unpack`, the arrays that may be sent, the bounds of a frame, the names of pi0fm's extensions. Does not know: sockets,
-what the keys mean.
+the meaning of keys.
 
 An array is a map of four, a numpy scalar a map of three; the marker keys are bin, as openpi writes them:
 
@@ -28,7 +28,7 @@ EXTENSIONS = "extensions"
 IDENTITY = "identity"  # of the greeting: the bundle's hash
 PREFIX = "pi0fm/"
 REQUEST_ID = "pi0fm/request_id"  # request: int >= 0; the reply repeats it
-DEADLINE_MS = "pi0fm/deadline_ms"  # request: float > 0, from its arrival; what cannot be answered in time is refused at once
+DEADLINE_MS = "pi0fm/deadline_ms"  # request: float > 0, from its arrival; refused at once where that time does not suffice
 SESSION = "pi0fm/session"  # request: text, one for each robot
 ACTION_PREFIX = "pi0fm/action_prefix"  # request: float32 [n, A], robot units, absolute; row i is for the control step of the answer's row i
 INFERENCE_DELAY = "pi0fm/inference_delay"  # request: int >= 0, of the prefix's rows that are executed before the answer comes

@@ -9,7 +9,7 @@ Owns: the faults, a policy whose answers say what they answer, the figures. Does
     paused           once, the model does not answer for `pause_seconds`: robots are refused, /healthz turns red, and all recover
 
     wrong_answers      of clean and of undamaged dirty requests: a number that was not asked for
-    recovery_seconds   from the end of the pause to the first right answer of the slowest clean robot; chunk_seconds is what a chunk lasts
+    recovery_seconds   from the end of the pause to the first right answer of the slowest clean robot; chunk_seconds: a chunk's duration
     memory_mb          resident, of the server: medians of the second tenth of the time and of the last one
 """
 
@@ -100,7 +100,7 @@ def expected(step: float, robot: float) -> Any:
 
 
 def message(step: float, robot: float) -> dict[str, Any]:
-    """Return what asks for them."""
+    """Return the observation that asks for them."""
     picture = np.full((SIDE, SIDE, 3), int(step) % 256, np.uint8)
     return {"observation.images.base": picture, "observation.state": np.array([step, robot], np.float32), "prompt": "go on"}
 
@@ -143,7 +143,7 @@ Options = SoakOptions
 
 @dataclass
 class _Soak:
-    """What all threads share. right: by clean robot, when it was answered right."""
+    """State that all threads share. right: by clean robot, the times of its right answers."""
 
     url: str
     end: float

@@ -56,7 +56,7 @@ class ServeConfig(LoadOptions, limits.ServingLimits):
     live: bool = option(
         False, "show /live: pictures, actions, latency of each robot, in a browser; with the key as password where one is asked for"
     )
-    log_requests: Path | None = option(None, "folder for a log of what is inferred, pictures too: pi0fm replay infers it again")
+    log_requests: Path | None = option(None, "folder for a log of the inferences, pictures too: pi0fm replay repeats them")
     log_mb: int = option(1024, "most megabytes of that log; the oldest requests go first")
 
     replicas: int = option(0, "copies of the policy behind Ray Serve, each on a device of its own; 0 serves in this process")

@@ -1,9 +1,9 @@
 """A network's bfloat16 matrices in the order in which oneDNN multiplies them, for inference on a CPU.
 
-Owns: which modules are replaced, their products. Does not know: what the network computes, when it is asked.
+Owns: which modules are replaced, their products. Does not know: the network's layers, when it is called.
 
     a call with a plain matrix     [ order the matrix for the tiles ][ multiply ][ write ] [ read, gelu, write ]
-    with a packed one                                                [ multiply, gelu on what leaves the tiles, write ]
+    with a packed one                                                [ multiply, gelu in the tiles' registers, write ]
 
 A chunk's few rows take less time to multiply than their matrix takes to be put in order: a gated MLP without its last product, 51 rows of
 512 to 2 x 2048, takes 1628 us plain, 1175 packed, 957 with gelu inside (one thread, Intel Xeon with AMX; more in docs/LOG.md, 2026-11-22).
@@ -107,7 +107,7 @@ class _Product(torch.autograd.Function):
 
 @final
 class PackedGatedMLP(nn.Module):
-    """`GatedMLP` with its two halves apart, so that gelu is taken on what leaves the first."""
+    """`GatedMLP` with its two halves apart, so that gelu is part of the first product."""
 
     def __init__(self, mlp: GatedMLP) -> None:
         super().__init__()

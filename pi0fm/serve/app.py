@@ -1,7 +1,7 @@
 """The policy server as an ASGI application: openpi's WebSocket protocol at `/`, `/healthz`, `/metrics`, and `/swap`.
 
 Owns: who may connect, health, the drain. Does not know: sockets and signals (server.py), one connection's frames (sessions.py), batches
-(batcher.py), what is served (served.py).
+(batcher.py), the policy (served.py).
 
     upgrade    401 for a wrong key, 403 for a web page, 404 at any path but /, 503 before it is warm, when full, and while it drains
     full       a connection that never asked makes room for a new one; else the new one is refused
@@ -61,7 +61,7 @@ def create_app(
 
     tokens: a client must send one of them, none serves everyone. admin_token: the key of /swap, None leaves that out.
     load: loads the policy of another bundle, None: of the first. keys: the robot's own names of columns.
-    log: of what is inferred; closed at the end. live: show the page of page/live.py.
+    log: of the inferences; closed at the end. live: show the page of page/live.py.
     Raises ConfigError for a token that cannot be used, ObservationError for metadata that cannot be sent.
     """
     for token in (*tokens, *([] if admin_token is None else [admin_token])):

@@ -56,8 +56,8 @@ _STOPPING = "the server is shutting down: connect again in a moment"
 class Request:
     """One observation to infer. noise_seed: None draws fresh noise. session: whose it is. latest: `time.perf_counter()` of its deadline.
 
-    prefix: what the chunk is led to, for a policy that can. candidates: chunks that the policy chooses the answer from, and says how sure
-    it was; None is `infer_batch`. report, name, arrived: for taps: the robot's commands, its name, the time.
+    prefix: the remainder that the chunk continues, for a policy that can. candidates: chunks that the policy chooses the
+    answer from; None is `infer_batch`. report, name, arrived: for taps: the robot's commands, its name, the time.
     """
 
     observation: Observation
@@ -103,7 +103,7 @@ class Batcher:
         """Return the policy's chunk for one observation.
 
         Raises RefusedError for a deadline that cannot be kept, a newer request of the same session, a full queue, a stuck policy or a
-        server that stops, and what the policy raised.
+        server that stops, and the policy's exception.
         """
         self._refuse(request)
         now = time.perf_counter()
@@ -134,7 +134,7 @@ class Batcher:
         return elapsed if elapsed > self._stall_seconds else None
 
     async def warm_up(self, observation: Observation) -> None:
-        """Run the policy alone and in a full batch, in the serving thread: once to compile, once to be timed. Raises what it raises.
+        """Run the policy alone and in a full batch, in the serving thread: once to compile, once to be timed. Raises its exceptions.
 
         A policy that compiles or records by shape has a method `warm_up(max_batch)`, which makes all its shapes; it runs first.
         """
@@ -154,7 +154,7 @@ class Batcher:
             await asyncio.wait([self._running])
 
     def close(self) -> None:
-        """Refuse what waits and what comes. A running inference goes on in its thread, which ends with the process."""
+        """Refuse waiting and further requests. A running inference goes on in its thread, which ends with the process."""
         self._closed = True
         for waiting in list(self._waiting.values()):
             _fail(waiting, RefusedError.because("stopping", _STOPPING))
@@ -295,13 +295,13 @@ class Worker:
         threading.Thread(target=self._work, name=name, daemon=True).start()
 
     async def run(self, call: Callable[[], Any]) -> Any:
-        """Return what `call` returns, or raise what it raises."""
+        """Return the result of `call`, or raise its exception."""
         future = asyncio.get_running_loop().create_future()
         self._calls.put((future, call))
         return await future
 
     def close(self) -> None:
-        """End the thread after what it was given."""
+        """End the thread after the calls that it has."""
         self._calls.put(None)
 
     def _work(self) -> None:

@@ -1,6 +1,6 @@
 """From a frame to an observation that can be inferred: everything wrong with a request is found here, before it can share a batch.
 
-Owns: the extension keys of a request, the bounds of its keys and values. Does not know: sockets, queues, what a robot's keys mean.
+Owns: the extension keys of a request, the bounds of its keys and values. Does not know: sockets, queues, the meaning of a robot's keys.
 
     frame -> pi0fm_client.wire.unpack, bounded -> extensions taken out, each checked -> values bounded -> `to_observation` -> Asked
 """

@@ -1,6 +1,6 @@
 """A robot's own observation keys for our columns, so that a program written for another server need not change.
 
-Owns: the file of keys, the conversion of pictures and of a state in parts. Does not know: frames, what the columns mean to a network.
+Owns: the file of keys, the conversion of pictures and of a state in parts. Does not know: frames, networks.
 
     observation/exterior_image_1_left: observation.images.base      a picture: [h, w, 3] or [3, h, w], uint8 or float in [0, 1], or [1, ..]
     observation/joint_position: observation.state                   a state in parts, joined in the order of the file
@@ -26,7 +26,7 @@ PROMPT = PROMPT_KEYS[0]
 @final
 @dataclass(frozen=True)
 class Keys:
-    """What renames a message. columns: a robot's key -> our column, None leaves it out; sent in the greeting, which the executor reads."""
+    """A file of keys. columns: a robot's key -> our column, None leaves it out; the greeting holds it for executors."""
 
     columns: Mapping[str, str | None]
     cameras: frozenset[str]
@@ -54,7 +54,7 @@ class Keys:
 
 
 def read_keys(path: Path, metadata: Mapping[str, Any]) -> Keys:
-    """Return what renames a message by the file at `path`.
+    """Read the file of keys at `path`.
 
     Raises ConfigError for an unknown column, and for a file after which no message could be inferred.
     """
@@ -89,7 +89,7 @@ def read_keys(path: Path, metadata: Mapping[str, Any]) -> Keys:
 
 
 def as_picture(value: Any, key: str) -> NDArray[np.uint8]:
-    """Return a picture as uint8 [height, width, 3]. Raises ObservationError for what is none."""
+    """Return a picture as uint8 [height, width, 3]. Raises ObservationError for another array."""
     array = np.asarray(value)
     if array.ndim == 4 and array.shape[0] == 1:
         array = array[0]

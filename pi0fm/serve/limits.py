@@ -1,7 +1,7 @@
 """Bounds on sockets: their number, their time, and the bytes that they may send before a request is read.
 
 Owns: the count of sockets by address, uvicorn's two protocols with these bounds, spare descriptors, the rate of log lines.
-Does not know: what a request means, batches.
+Does not know: the content of a request, batches.
 
     TCP accepted --- silent: at most SILENT_SECONDS, at most SILENT_SOCKETS, a newcomer pushes the oldest out ---> upgrade or answer
     upgraded    ---- at most MAX_FRAGMENTS a message, MAX_AHEAD messages unread, a few pings a second

@@ -1,4 +1,4 @@
-"""What a server counts, in Prometheus' text form at /metrics.
+"""A server's counts, in Prometheus' text form at /metrics.
 
 Owns: the names of the numbers. Does not know: when they change. Nothing of a request's content is in them.
 """
@@ -28,7 +28,7 @@ class Metrics:
         self.batch_size = Histogram("pi0fm_batch_size", "Requests in an inference", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry)
         self.refused = Counter("pi0fm_refused", "Requests and connections that were refused", ["why"], registry=registry)
         self.late = Counter("pi0fm_late_answers", "Answers after their deadline", registry=registry)
-        self.robots = Counter("pi0fm_robot_events", "What robots counted: steps, standstills, clamps, ...", ["what"], registry=registry)
+        self.robots = Counter("pi0fm_robot_events", "Counts by robots: steps, standstills, clamps, ...", ["what"], registry=registry)
         self.uncertainty = Histogram("pi0fm_uncertainty", "Spread of an answer's velocities", buckets=SPREADS, registry=registry)
         self.alarms = Counter("pi0fm_alarms", "Answers whose uncertainty is an alarm of the calibrated bundle", registry=registry)
         self.gpu_memory = Gauge("pi0fm_gpu_memory_bytes", "Memory that the process holds on the policy's GPU", registry=registry)

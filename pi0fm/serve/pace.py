@@ -22,7 +22,7 @@ KEPT_SESSIONS = 1024
 KEPT_INFERENCES = 7  # of a size, whose median, the lower one of two, is its time: one that was paused does not count
 TRUSTED_SECONDS = 1.0  # that the estimates hold without an inference: a device that was slow is asked again
 _WEIGHT = 0.2  # of a new measurement
-_MARGIN = 0.0005  # seconds, what the event loop adds
+_MARGIN = 0.0005  # seconds that the event loop adds
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The served policy: its greeting, its warm-up, and its replacement by another.
 
-Owns: `Served`, what must be equal for a swap. Does not know: connections, HTTP, how a bundle is loaded.
+Owns: `Served`, the metadata that a swap must not change. Does not know: connections, HTTP, how a bundle is loaded.
 
     requests   a   b       c     d        e   f
     policy 1  [a] [b]     [c]   [d]  drained, closed
@@ -103,9 +103,9 @@ class Serving:
         return time.perf_counter() - began
 
     async def swap(self, load: Callable[[], Servable]) -> None:
-        """Serve what `load` returns from the next request on, once it is warm; until then, and if it fails, the one before.
+        """Serve the policy that `load` returns, once it is warm; until then, and if it fails, the present one.
 
-        Raises ServingError for a policy that connected robots could not use, and what `load` raises.
+        Raises ServingError for a policy that connected robots could not use, and the exceptions of `load`.
         """
         if self._swapping:
             raise ServingError("another bundle is being loaded already: wait until it is served")
@@ -137,7 +137,7 @@ def refuse_another_robot(metadata: Mapping[str, Any], known: Mapping[str, Any]) 
 
 
 def _prefix_check(policy: Servable) -> Callable[[ActionPrefix], None] | None:
-    """Return what judges action prefixes, where the policy can be led to them."""
+    """Return the check of action prefixes, where the policy can continue them."""
     if not isinstance(policy, Led):
         return None
     try:

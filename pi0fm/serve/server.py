@@ -63,7 +63,7 @@ class Certificates:
     clients: Path | None = None
 
     def context(self) -> ssl.SSLContext:
-        """Return what encrypts. Raises ConfigError for files that cannot be used."""
+        """Return the TLS context. Raises ConfigError for files that cannot be used."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         _check_pem(self.chain, "--tls_certificate", "CERTIFICATE-----")
         _check_pem(self.key, "--tls_key", "PRIVATE KEY-----")
@@ -139,7 +139,7 @@ def make_server(app: Starlette, options: limits.ServingLimits, certificates: Cer
 
 @final
 class _DrainingServer(uvicorn.Server):
-    """A server that answers what was asked before it closes its connections."""
+    """A server that answers the requests that arrived before it closes its connections."""
 
     def __init__(self, config: uvicorn.Config, app: Starlette) -> None:
         super().__init__(config)

@@ -84,7 +84,7 @@ class Session:
                 self._served().batcher.forget((self, name))
 
     async def leave(self, code: int, reason: str) -> None:
-        """Answer what was asked, then close."""
+        """Answer the requests that arrived, then close."""
         self._leaving = True
         while self._reading or self._answers:
             await asyncio.wait(self._answers) if self._answers else await asyncio.sleep(0.001)
@@ -175,7 +175,7 @@ class Session:
             await self._tell(error)
 
     def _count(self, asked: Asked) -> None:
-        """Add what the robot counted since its last report."""
+        """Add the robot's counts since its last report."""
         if asked.report is not None:
             known = self._counts.get(asked.session, {})
             for name, count in asked.report.counts.items():

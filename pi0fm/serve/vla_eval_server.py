@@ -1,13 +1,13 @@
 """A bundle as a model server of vla-eval, the field's evaluation harness.
 
-Owns: `BundleModelServer`: which of the benchmark's pictures is which camera, what it asks the benchmark to send. Does not know: benchmarks,
-how a request travels.
+Owns: `BundleModelServer`: the camera of each of the benchmark's pictures, the parameters that it requests from the benchmark. Does not
+know: benchmarks, transport.
 
     python -m pi0fm.serve.vla_eval_server --args.bundle BUNDLE --port 8000
     vla-eval run --no-docker --config libero.yaml                              (its server.url: ws://127.0.0.1:8000)
 
 vla-eval's LIBERO sends neither state nor wrist picture by default, and turns rotations to their shorter form, which weights of openpi and
-LeRobot do not know: what the benchmark is asked for mends that, unless its own configuration says otherwise.
+LeRobot do not know: the requested parameters mend that, unless the benchmark's configuration says otherwise.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ class BundleModelServer(PredictModelServer):
         return [{"actions": chunk.actions} for chunk in self.policy.infer_batch([self.observation(obs) for obs in obs_batch], seeds)]
 
     def observation(self, sent: Mapping[str, Any]) -> Observation:
-        """What a benchmark sent as an observation. Raises ConfigError where it lacks the state or a camera."""
+        """Return a benchmark's message as an observation. Raises ConfigError where it lacks the state or a camera."""
         images, state = dict(sent.get("images") or {}), sent.get("states", sent.get("state"))
         left = [name for name in images if name not in self.given.values() and name not in self.cameras]
         taken = {}
@@ -81,7 +81,7 @@ class BundleModelServer(PredictModelServer):
         return Observation(taken, np.asarray(state, np.float32).reshape(-1), str(sent.get("task_description", "")))
 
     def get_observation_params(self) -> dict[str, Any]:
-        """What benchmarks are asked to send: state and wrist picture, rotations as robosuite has them."""
+        """Request state, wrist picture, and rotations as robosuite has them."""
         return {"send_state": True, "send_wrist_image": len(self.cameras) > 1, "quat_no_antipodal": True}
 
     def get_action_spec(self) -> dict[str, DimSpec]:

@@ -29,7 +29,7 @@ CRITERIA = (MEDOID, LIKELIHOOD, SPREAD)
 
 @dataclass(frozen=True)
 class BestOf:
-    """How many chunks are sampled for an observation, and by what one is chosen. likelihood: how it is computed, under that criterion."""
+    """The number of chunks for an observation, and the criterion of the choice. likelihood: its options, under that criterion."""
 
     num_chunks: int = 8
     criterion: str = MEDOID

@@ -1,6 +1,6 @@
 """The few shapes that a compiled policy meets, so that all of them are made before a robot asks.
 
-Owns: how a batch of observations is padded to one of them, and the list of all. Does not know: what is compiled or recorded.
+Owns: how a batch of observations is padded to one of them, and the list of all. Does not know: compilation, graphs.
 
     rows             the next power of two, where a shape is recorded or compiled for itself (CUDA); else as they are
     cameras          all that the robot has: one that fails in mid-flight must not wait for a compiler
@@ -40,7 +40,7 @@ class Buckets:
         return 1 << (batch - 1).bit_length() if self.static else batch
 
     def padded(self, observation: ModelObservation) -> ModelObservation:
-        """The observation in the smallest shape that holds it. No answer changes: what is added is masked, or another row."""
+        """The observation in the smallest shape that holds it. No answer changes: the padding is masked, or another row."""
         given = observation.prompt_tokens.shape[1]
         length = next(length for length in self.prompt_lengths if length >= given)
         return observation.padded(self.rows(len(observation)), self.cameras, length)

@@ -1,6 +1,6 @@
 """A whole chunk as one CUDA graph: recorded once for each shape of its inputs, then replayed without Python between its kernels.
 
-Owns: the buffers that a graph reads, which graphs are kept. Does not know: what is recorded.
+Owns: the buffers that a graph reads, which graphs are kept. Does not know: the computation.
 
     first call of a shape    inputs -> buffers -> warm-up calls on a side stream -> record -> replay
     later calls              inputs -> page-locked host memory -> buffers, without waiting -> replay -> the output, to the host

@@ -27,7 +27,7 @@ from pi0fm_client.types import ActionPrefix, Observation
 
 
 def refuse_word(guidance: str, max_delay: int) -> None:
-    """Raise ConfigError for a word that is not known, or that asks for what a policy with this rtc_max_delay was not trained for."""
+    """Raise ConfigError for an unknown word, or one that a policy with this rtc_max_delay was not trained for."""
     if guidance not in GUIDANCE:
         raise ConfigError(f"guidance must be {', '.join(GUIDANCE)}, found {guidance!r}: {nearest(guidance, GUIDANCE)}")
     if guidance == HARD_PREFIX and not max_delay:

@@ -1,6 +1,6 @@
 """A network prepared for sampling: (observation, noise) -> chunk, in normalised units.
 
-Owns: how its matrices are kept, in which precision it multiplies, what it compiles and records. Does not know: robots, seeds, files.
+Owns: how its matrices are kept, in which precision it multiplies, whether it compiles and records. Does not know: robots, seeds, files.
 
     compile    the prefix, and a velocity                    a whole chunk                      where
     off        operation by operation                        the solver calls the velocity      anywhere

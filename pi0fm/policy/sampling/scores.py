@@ -75,7 +75,7 @@ class Scores:
     """Of one chunk each; float64 [B].
 
     log_prob: log-density of the normalised chunk given its observation, nats.
-    noise_norm: Euclidean norm of the noise that the flow carries to the chunk; sqrt(H A) is typical of what the policy samples.
+    noise_norm: Euclidean norm of the noise that the flow carries to the chunk; sqrt(H A) is typical of the policy's samples.
     log_jacobian: log |d normalised / d robot units|, the same for every chunk.
     """
 
@@ -136,7 +136,7 @@ def sample_and_score(
         return push_forward(flow, velocity, noise, mask, density)
     chunk = sample(flow, velocity, noise, mask, increments=increments)
     pushed = push_backward(flow, scoring, chunk, mask, density)
-    # The chunk is what was sampled, in its own precision: scores never change what a robot does.
+    # The sampled chunk, in its own precision: scores never change a robot's actions.
     return Pushed(pushed.noise, chunk, pushed.log_prob)
 
 

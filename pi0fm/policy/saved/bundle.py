@@ -1,6 +1,6 @@
 """A policy on disk: one directory that holds all it needs; nothing is looked up by name.
 
-Owns: what is in a bundle's files, loading and saving. Does not know: their hashes (policy/saved/manifest), training, serving.
+Owns: the content of a bundle's files, loading and saving. Does not know: their hashes (policy/saved/manifest), training, serving.
 
     my_policy/
       manifest.json        written last: size and SHA-256 of every other file; a bundle without it is not one

@@ -7,7 +7,7 @@ Owns: the threshold, its file in a bundle, whether it belongs to a policy as it 
     served             spread of a chunk > threshold -> alarm
 
 The chance that an episode like the held-out ones raises an alarm at all is `rate` at most, for any distribution of the spread (Vovk et al.
-2005; Lei et al. 2018). Episodes of another kind, such as the policy's own, are what the alarm is for: `pi0fm eval` counts them.
+2005; Lei et al. 2018). Episodes of another kind, such as the policy's own, are those that the alarm is for: `pi0fm eval` counts them.
 The file is not part of the identity: a threshold changes no action.
 """
 

@@ -1,6 +1,6 @@
 """Which files a bundle has: their sizes and hashes in manifest.json, and the one hash over all of them.
 
-Owns: writing, reading and holding a folder against its manifest, the bundle's identity. Does not know: what the files say.
+Owns: writing and reading a manifest, the comparison of a folder with it, the bundle's identity. Does not know: the files' content.
 """
 
 import hashlib

@@ -5,7 +5,7 @@ Owns: reference.safetensors, the comparison of a chunk with it. Does not know: w
     at the end of training   recorded observation, NOISE_SEED -> the policy in float32 on a CPU -> chunk; all of it to the bundle
     pi0fm verify             the same observation and seed -> the policy here, as it is to run -> chunk -> Agreement
 
-Differences are in deviations of the recorded actions, like what the network predicts. They are given with the change by another noise seed:
+Differences are in deviations of the recorded actions, like the network's output. They are given with the change by another noise seed:
 a difference far below it changes no behaviour.
 Shape letters: H action horizon, A robot action dim.
 """

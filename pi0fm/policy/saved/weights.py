@@ -1,6 +1,6 @@
 """Tensors in safetensors files: described by their headers, read one by one, written piece by piece, put into a network on its device.
 
-Owns: the file's format, the casts between types of numbers. Does not know: what a tensor means, shards, the rest of a bundle.
+Owns: the file's format, the casts between types of numbers. Does not know: the meaning of a tensor, shards, the rest of a bundle.
 
     8 bytes  length of the header     u64, little-endian
     header   {"name": {"dtype", "shape", "data_offsets"}, ..., "__metadata__"}, padded with spaces to a multiple of 8
@@ -63,7 +63,7 @@ class Weights:
 
 
 def open_file(file: Path) -> Weights:
-    """The tensors of one safetensors file. Nothing of it stays mapped: memory holds what was read and is kept.
+    """The tensors of one safetensors file. Nothing of it stays mapped: memory holds only the tensors that a caller keeps.
 
     Raises BundleError for a file that is missing, cut or damaged, or holds other than floating-point numbers of 16 to 64 bits.
     """
@@ -107,7 +107,7 @@ def open_file(file: Path) -> Weights:
 
 
 def damaged(file: Path, error: Exception) -> BundleError:
-    """Return the error for a file that cannot be read as what it should be."""
+    """Return the error for a file that is cut or damaged."""
     return BundleError(f"{file} is cut or damaged ({' '.join(str(error).split()):.160}); copy it again, all files")
 
 

@@ -1,6 +1,6 @@
-"""The live page of a server: what each robot's cameras show to the model, what it was told and what it did, latency, scores, limits.
+"""The live page of a server: each robot's cameras as the model sees them, its predicted and executed actions, latency, scores, limits.
 
-Owns: the last moments of each robot, the page's routes, who may see it. Does not know: how the page draws (live.js), what is inferred.
+Owns: the last moments of each robot, the page's routes, who may see it. Does not know: how the page draws (live.js), the policy.
 
     GET /live                             the page, whose two other files come from the same address; nothing comes from elsewhere
     GET /live/data?robot=3                JSON: the policy, the server's counts, a line for each robot, and the whole of robot 3
@@ -94,7 +94,7 @@ class _Robot:
 
 @final
 class Live:
-    """The page. about: what is served and how full the server is, for the page's head; refusal: who may not see it."""
+    """The page. about: the policy and the server's load, for the page's head; refusal: the answer to a browser without the key."""
 
     def __init__(
         self, about: Callable[[], Mapping[str, Any]], refusal: Callable[[Mapping[str, str]], Response | None], threads: Executor
@@ -104,7 +104,7 @@ class Live:
         self._numbers = count(1)
 
     def routes(self) -> list[Route]:
-        """Return what an application adds."""
+        """Return the routes that an application adds."""
         data, picture = Route("/live/data", self._answered(self._data)), Route("/live/picture", self._answered(self._picture))
         return [data, picture, Route("/live", self._answered(self._file)), Route("/live/{name}", self._answered(self._file))]
 

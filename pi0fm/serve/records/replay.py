@@ -3,9 +3,9 @@
 Owns: the options, the order of passes, the figures. Does not know: how a log is written (request_log.py), the network.
 
     identical            answers that are the log's, bit for bit: the same bundle, machine, versions and number of threads give all of them
-    largest_difference   to the log's answers, robot units; differs: what is not as it was when the log was written
+    largest_difference   to the log's answers, robot units; differs: facts that have changed since the log was written
     other                the second bundle against the first: root mean square of each action dimension, robot units
-    another_seed         the first bundle against itself with other noise: what a difference that means nothing looks like
+    another_seed         the first bundle against itself with other noise: the size of a difference without a meaning
 """
 
 import math
@@ -115,7 +115,7 @@ def describe(policy: LocalPolicy, path: Path, load: LoadOptions) -> dict[str, An
 
 
 def _here(policy: LocalPolicy) -> dict[str, Any]:
-    """What the rounding of an answer depends on."""
+    """Name the facts that the rounding of an answer depends on."""
     facts = machine.describe_machine()
     return {"device": str(policy.device), "processor": facts["processor"], "versions": machine.describe_versions(), **_threads()}
 

@@ -1,6 +1,6 @@
-"""A bounded log of what was inferred: each batch with its observations, seeds and answers, so that it can be inferred again (replay.py).
+"""A bounded log of inferences: each batch with its observations, seeds and answers, so that it can be inferred again (replay.py).
 
-Owns: the files, their bound, what is dropped when the disk is slower than the robots. Does not know: policies, the network.
+Owns: the files, their bound, which batches are dropped when the disk is slower than the robots. Does not know: policies, the network.
 
     FOLDER/requests-00000007.log     description | entry | entry | ...          the oldest file goes when the bound is reached
     entry                            length, CRC-32 (8 bytes), a message of pi0fm_client.wire: one request of a batch
@@ -81,7 +81,7 @@ class RequestLog:
         self._jobs.put((identity, entries, size))
 
     def close(self) -> None:
-        """Write what waits, and let another server write."""
+        """Write the waiting batches, and release the folder to other servers."""
         self._jobs.put(None)
         self._thread.join(10)
         if self._lock is not None and not self._thread.is_alive():
