@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pi0fm import files, options, progress
 from pi0fm.cluster import said
@@ -28,7 +28,6 @@ from pi0fm.cluster.training_run import TrainingRun, refuse_at_once
 from pi0fm.data.config import DatasetConfig
 from pi0fm.data.pictures.resizing import ANTIALIAS
 from pi0fm.processes import end_with_parent
-from pi0fm.train.loop import TrainResult, train
 from pi0fm.train.parallel.context import Context, context_from_environment, restarts
 from pi0fm.train.start.output import RAY_FOLDER, claimed
 from pi0fm.train.watch.log import described
@@ -37,10 +36,20 @@ from pi0fm.train.watch.requests import Request, ask, withdraw
 from pi0fm.train.watch.signals import MovedError, NotedSignals, StoppedError, stopped, terminated_outside_steps
 from pi0fm_client.errors import ClusterError, ConfigError
 
+if TYPE_CHECKING:
+    from pi0fm.train.loop import TrainResult
+
 SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_LOOKS_FOR_ROOM = 0.2, 5.0  # at signals and Ray's own processes; at the nodes that there are
 
 
-def run_training(run: TrainingRun) -> TrainResult:
+def train(context: Context, run: TrainingRun) -> "TrainResult":
+    """As `pi0fm.train.loop.train`, whose libraries a driver of Ray workers does not wait for."""
+    from pi0fm.train import loop
+
+    return loop.train(context, run)
+
+
+def run_training(run: TrainingRun) -> "TrainResult":
     """Claim the output folder, train where `run` says, and return what was reached."""
     refuse_at_once(run)
 
@@ -55,7 +64,7 @@ def run_training(run: TrainingRun) -> TrainResult:
             return _on_ray(run)
 
 
-def _in_this_process(run: TrainingRun) -> TrainResult:
+def _in_this_process(run: TrainingRun) -> "TrainResult":
     context = context_from_environment()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's agent, killed, would leave its workers training beside the next run
         end_with_parent(os.getppid())
@@ -71,7 +80,7 @@ def _unfinished(run: TrainingRun) -> str:
     return f"stopped by SIGTERM outside a step; the newest checkpoint in {run.checkpoint_place} stays: add --resume true to go on"
 
 
-def _on_ray(run: TrainingRun) -> TrainResult:
+def _on_ray(run: TrainingRun) -> "TrainResult":
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -116,6 +125,8 @@ def _on_ray(run: TrainingRun) -> TrainResult:
     if noted.number and int(last.get("step", 0)) < run.steps:  # the workers saved and left
         told = "Ctrl-C" if noted.number == signal.SIGINT else "SIGTERM"
         raise stopped(noted.number, f"stopped by {told}, with a checkpoint in {run.checkpoint_place}; add --resume true to go on")
+    from pi0fm.train.loop import TrainResult  # now that nobody waits for its libraries
+
     return TrainResult(run.output_dir / "bundle", run.steps, float(last.get("loss", math.nan)), time.perf_counter() - began)
 
 
