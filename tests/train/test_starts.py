@@ -29,7 +29,7 @@ def file(run, tmp_path):
 def test_sigterm_before_the_first_step_is_a_line_and_leaves_nothing(file, tmp_path, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "open_data", lambda config: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(loop, "open_data", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         assert main(["train", str(file)]) == 143
     said = capsys.readouterr().err
     assert "pi0fm: stopped by SIGTERM before the first step: nothing was trained; type the same command again" in said
@@ -60,7 +60,7 @@ def test_a_start_that_was_killed_is_not_in_the_way_of_a_corrected_one(file, tmp_
 import os, signal, sys
 from pi0fm.cli.main import main
 from pi0fm.train import loop
-loop.open_data = lambda config: os.kill(os.getpid(), signal.SIGKILL)
+loop.open_data = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main(["train", sys.argv[1]])
 """
     assert subprocess.run([sys.executable, "-c", program, str(file)], check=False).returncode == -signal.SIGKILL
