@@ -43,16 +43,19 @@ class Dataset:
         return torch.cat([self.log_density(block.double()).to(x.dtype) for block in x.split(BLOCK)])
 
 
-def _blurred(name: str, extent: float, scale: float, curve: Callable[[Tensor], Tensor]) -> Dataset:
-    """Return the set of points `curve(u)`, u uniform in [0, 1), plus N(0, scale^2 I). `curve` maps [M] to [M, 2] in float64."""
+def _blurred(name: str, extent: float, scale: float, curve: Callable[[Tensor], Tensor], points: int = CURVE_POINTS) -> Dataset:
+    """Return the set of points `curve(u)`, u uniform in [0, 1), plus N(0, scale^2 I). `curve` maps [M] to [M, 2] in float64.
+
+    points: of the curve, whose blurs the density is the sum of.
+    """
 
     def draw(num: int, generator: torch.Generator) -> Tensor:
         u = torch.rand(num, generator=generator, dtype=torch.float64)
         return curve(u) + scale * torch.randn(num, 2, generator=generator, dtype=torch.float64)
 
     def log_density(x: Tensor) -> Tensor:
-        centres = curve((torch.arange(CURVE_POINTS, dtype=torch.float64) + 0.5) / CURVE_POINTS)
-        each = -torch.cdist(x, centres).square() / (2 * scale**2) - math.log(2 * math.pi * scale**2 * CURVE_POINTS)
+        centres = curve((torch.arange(points, dtype=torch.float64) + 0.5) / points)
+        each = -torch.cdist(x, centres).square() / (2 * scale**2) - math.log(2 * math.pi * scale**2 * points)
         return torch.logsumexp(each, dim=1)
 
     return Dataset(name, extent, draw, log_density)
@@ -98,7 +101,7 @@ DATASETS = {
     for dataset in (
         _blurred("moons", 2.7, 0.1, _moons),
         Dataset("checkerboard", 2.6, _draw_checkerboard, _checkerboard_log_density),
-        _blurred("eight_gaussians", 2.4, 0.14, _eight_centres),
+        _blurred("eight_gaussians", 2.4, 0.14, _eight_centres, points=8),
         _blurred("spiral", 2.9, 0.08, _spiral),
     )
 }

@@ -7,7 +7,7 @@ import torch
 
 from pi0fm.toy.datasets import DATASETS
 
-REACH, EDGE = 3.5, 176  # cells narrower than half of the least blur, and aligned with the checkerboard's squares
+REACH, EDGE = 3.5, 84  # cells as wide as the least blur, whose sum is then exact to 1e-7, and aligned with the checkerboard's squares
 
 
 @pytest.mark.parametrize("name", DATASETS)
