@@ -73,7 +73,8 @@ def _import(config: ConvertConfig) -> Converted:
     kind = _kind(weights, facts)
     model, found = _network(config, facts, weights, kind)
     policy, stats = policy_config(config, facts, model, kind)
-    policy.chain(stats)  # refuses widths and tokenizers that do not fit
+    if not policy.is_base:
+        policy.chain(stats)  # refuses widths and tokenizers that do not fit
     wanted = network_shapes(model)
     entries = {
         ours: (wanted[ours], common_dtype([weights.dtypes[part.name] for part in group], DTYPES[config.dtype]))
@@ -91,6 +92,7 @@ def _export(config: ConvertConfig) -> Converted:
     if config.robot is None and len(known) > 1:
         raise ConfigError(f"{config.to} knows one robot a policy, {config.source} holds {', '.join(known)}; choose with --robot {known[0]}")
     policy, stats = bundle.read(config.source, config.robot)
+    policy.refuse_base(config.source)
     refuse_what_peers_lack(policy, config.to, config.any_size)
     refuse_other_prompts(policy, config.to, config.prompt_dialect)
     say_other_pictures(policy, config.to)

@@ -3,17 +3,18 @@
 Owns: `ConvertConfig`, `ForeignFacts`, their merging into a `PolicyConfig`. Does not know: any peer's files, tensors.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pi0fm.convert.names import Kind
 from pi0fm.convert.stats import STAND_INS_FACT, Columns, columns_of, foreign_stats
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.norm_stats import NormStats
+from pi0fm.data.columns.norm_stats import ColumnStats, NormStats
 from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
-from pi0fm.data.prompt import BYTES, DIALECTS, OPENPI, refuse_dialect
+from pi0fm.data.prompt import BYTES, DIALECTS, OPENPI, load_tokenizer, refuse_dialect
 from pi0fm.flow.config import FlowConfig
 from pi0fm.models.config import Pi0Config
 from pi0fm.options import option, required
@@ -107,6 +108,10 @@ def policy_config(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config,
     usual = vars(Embodiment())
     typed = {name: value for name, value in vars(options.embodiment).items() if value != usual[name]}
     embodiment = replace(facts.embodiment, **typed)
+    lacking = [name for name, known in (("cameras", embodiment.cameras), ("statistics", facts.columns)) if not known]
+    if lacking and options.norm_stats is None and not typed:
+        say(f"{facts.where} does not say {' and '.join(lacking)}: the bundle is to start from, and takes them from the run's data set")
+        return _base(options, facts, model, kind)
     if not embodiment.cameras:
         raise ConfigError(
             f"{facts.where} does not say its cameras; type them in the order of training: "
@@ -126,6 +131,23 @@ def policy_config(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config,
     if stand_ins:
         training[STAND_INS_FACT] = ",".join(stand_ins)
         say(f"absent from the statistics, and read by no {normalization}: {', '.join(stand_ins)}; neighbours stand in")
+    stated = _stated(options, facts, model, kind)
+    robot = replace(embodiment, state_dim=len(stats.state.mean), robot_action_dim=len(stats.action.mean))
+    return replace(stated, embodiment=robot, normalization=normalization, fps=options.fps, training=training), stats
+
+
+def _base(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config, kind: Kind) -> tuple[PolicyConfig, NormStats]:
+    """Return what a bundle without a robot says: it can be trained from, not served."""
+    normalization = options.normalization or facts.normalization or NORMALIZATION[kind]
+    stated = _stated(options, facts, model, kind)
+    policy = replace(stated, normalization=normalization, training={"converted_from": f"{facts.peer} {kind}"})
+    load_tokenizer(policy.tokenizer, model.vocab_size)  # refuses one that does not fit
+    nothing = ColumnStats(*(np.zeros(0, np.float32) for _ in fields(ColumnStats)))
+    return policy, NormStats(nothing, nothing, 0)
+
+
+def _stated(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config, kind: Kind) -> PolicyConfig:
+    """Return what source and options say of a policy beside its robot and statistics."""
     horizon = options.execution_horizon or facts.execution_horizon or 8
     if horizon > model.action_horizon and options.execution_horizon:
         raise ConfigError(
@@ -136,11 +158,10 @@ def policy_config(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config,
     refuse_dialect(dialect, model.state_input == "prompt")
     if facts.peer == "openpi" and kind == "pi05" and options.prompt_dialect is None:
         say("openpi's weights do not say whether prompts hold the state: they do, unless --prompt_dialect openpi_stateless (pi05_libero)")
-    config = PolicyConfig(
+    return PolicyConfig(
         model=model,
         flow=FlowConfig(num_flow_steps=options.num_flow_steps or facts.num_flow_steps or 10),
-        embodiment=replace(embodiment, state_dim=len(stats.state.mean), robot_action_dim=len(stats.action.mean)),
-        normalization=normalization,
+        embodiment=Embodiment(),
         norm_floor=options.norm_floor or facts.norm_floor,
         norm_epsilon=facts.norm_epsilon,
         norm_rule="absolute",
@@ -148,11 +169,8 @@ def policy_config(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config,
         tokenizer=_tokenizer(options, facts),
         prompt_dialect=dialect,
         execution_horizon=min(horizon, model.action_horizon),
-        fps=options.fps,
-        training=training,
         padded_noise=True,
     )
-    return config, stats
 
 
 def _tokenizer(options: ConvertConfig, facts: ForeignFacts) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_pi0 import resized
 
-from pi0fm import files
+from pi0fm import files, options
 from pi0fm.cli.main import main
 from pi0fm.convert.conversion import convert
 from pi0fm.convert.facts import ConvertConfig
@@ -348,6 +349,34 @@ def test_what_neither_source_nor_options_say_is_named(missing, words, openpi, en
     if missing == "norm_stats":
         shutil.rmtree(openpi / "assets")
     assert words in refused(enter, openpi, **changes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_recipes_line_before_works_as_typed(kind, peers, character_tokenizer, tmp_path, tmp_path_factory, capfd):
+    """A base checkpoint holds neither cameras nor statistics; its heads, which no shape tells, are shrunk too."""
+    weights, base = Path(shutil.copytree(peers[kind, "openpi"], tmp_path / "weights")), tmp_path / "base"
+    shutil.rmtree(weights / "assets")
+    text = options.shipped()[kind].read_text()
+    line = re.findall(rf"^# Before +pi0fm (.*--output_dir outputs/{kind}_base), once", text, re.MULTILINE)[0]
+    put = {"WEIGHTS": str(weights), "PALIGEMMA": str(character_tokenizer), f"outputs/{kind}_base": str(base)}
+    heads = [word for name, number in HEADS.items() for word in (f"--{name}", str(number))]
+    assert main([*(put.get(word, word) for word in line.split()), *heads]) == 0
+    with pytest.raises(BundleError, match="needs a robot's cameras and statistics"):
+        bundle.load(base)
+    data = str(tiny_dataset.written(tmp_path_factory))
+    words = ["--pretrained", str(base), "--steps", "1", "--global_batch_size", "2", "--ema_decay", "null", "--tracker", "[]"]
+    words += [
+        "--dataset.root",
+        data,
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--precision",
+        "float32",
+    ]
+    assert main(["train", *words, "--model.action_horizon", "4", "--execution_horizon", "2"]) == 0
+    policy, stats = bundle.read(tmp_path / "run/bundle")
+    assert policy.embodiment.cameras and len(stats.action.mean) == policy.embodiment.robot_action_dim
+    assert bundle.load(tmp_path / "run/bundle", device="cpu").metadata["state_dim"] == policy.embodiment.state_dim
 
 
 @pytest.mark.parametrize("form", ["pi0fm", "openpi", "lerobot"])

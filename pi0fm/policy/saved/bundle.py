@@ -98,6 +98,19 @@ class PolicyConfig:
     training: dict[str, str] = options.option(dict, "")
     padded_noise: bool = False
 
+    @property
+    def is_base(self) -> bool:
+        """Whether the bundle is of weights to start from: it waits for the robot and the statistics of a run."""
+        return self.embodiment.state_dim is None
+
+    def refuse_base(self, path: Path) -> None:
+        """Raise BundleError for weights to start from, which answer for no robot. path: of the bundle."""
+        if self.is_base:
+            raise BundleError(
+                f"a policy needs a robot's cameras and statistics, {path} holds weights to start from; train with --pretrained {path}, or "
+                "convert again with --embodiment.cameras and --norm_stats"
+            )
+
     def chain(self, stats: NormStats, tokenizer: str | None = None) -> Chain:
         """The transform chain; `tokenizer` stands for the configured one (a bundle's own directory)."""
         loaded = load_tokenizer(tokenizer or self.tokenizer, self.model.vocab_size)
@@ -217,6 +230,7 @@ def load(path: str | Path, options: LoadOptions | None = None, *, guidance: str 
     """
     path, options = Path(path), options or LoadOptions(**words)
     config, stats = read(path, options.robot)
+    config.refuse_base(path)
     config = replace(config, flow=overridden(config.flow, options.num_flow_steps, options.solver, options.noise_level))
     flow, device = FlowMatching.from_config(config.flow), choose_device(options.device)
     dtype = inference_dtype(options.precision, device, config.model.decoder.backbone.width)
@@ -313,6 +327,7 @@ def robot_names(path: Path) -> tuple[str, ...]:
 def metadata(path: Path, robot: str | None = None) -> dict[str, Any]:
     """Return the metadata of the policy that `load` makes, without its weights."""
     config, stats = read(path, robot)
+    config.refuse_base(path)
     return config.metadata() | _facts(path, robot, stats)
 
 
