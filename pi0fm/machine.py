@@ -3,9 +3,11 @@
 Owns: asking the operating system. Does not know: what is reported.
 """
 
+import functools
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -39,6 +41,20 @@ def describe_versions(*more: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+@functools.cache
+def version() -> str:
+    """The package's version, and the commit of a checkout."""
+    try:
+        found = metadata.version("pi0fm")
+    except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
+        found = "0+checkout"
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return found
+    asked = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return f"{found} ({asked.stdout.strip()})" if asked.returncode == 0 else found
 
 
 def free_memory() -> int:

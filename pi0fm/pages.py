@@ -6,8 +6,11 @@ No pyplot: nothing global is touched, no window opens. matplotlib is imported by
 
 import base64
 import io
+import time
 from collections.abc import Mapping
 from typing import Any
+
+from pi0fm import machine
 
 INK, SOFT, LINE, PAPER = "#1d1f24", "#666a73", "#e5e3dd", "#ffffff"
 DOTS_PER_INCH = 130
@@ -16,7 +19,7 @@ DOTS_PER_INCH = 130
 def render(template: str, pictures: Mapping[str, bytes], **values: Any) -> str:
     """Return the page of `template`, a path inside pi0fm. Values are escaped; PNG `pictures` are data URIs: nothing is loaded.
 
-    A template extends page.html.j2, which shows `background.facts` (tables by heading) and `background.command`.
+    A template extends page.html.j2, which shows `background.facts` (tables by heading), `background.command`, date and revision.
     """
     import jinja2
 
@@ -24,7 +27,8 @@ def render(template: str, pictures: Mapping[str, bytes], **values: Any) -> str:
         loader=jinja2.PackageLoader("pi0fm", "."), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     uris = {name: "data:image/png;base64," + base64.b64encode(picture).decode() for name, picture in pictures.items()}
-    return environment.get_template(template).render(pictures=uris, **values)
+    date = time.strftime("%Y-%m-%d %H:%M %Z")
+    return environment.get_template(template).render(pictures=uris, date=date, version=machine.version(), **values)
 
 
 def panels(columns: int = 1, rows: int = 1, *, width: float = 10.4, height: float = 3.4, **grid: Any) -> tuple[Any, list[Any]]:

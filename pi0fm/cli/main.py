@@ -17,11 +17,9 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -94,7 +92,9 @@ def extra_with(library: str) -> str | None:
 def _dispatch(path: tuple[str, ...], commands: Mapping[str, str], words: Sequence[str]) -> int:
     """Run the one of `commands` that the first word names; where that has sub-commands, the next word names one of those."""
     if words == ["--version"] and not path:
-        print(f"pi0fm {_version()}")
+        from pi0fm import machine  # psutil, which other commands may do without
+
+        print(f"pi0fm {machine.version()}")
         return 0
     if not words or words[0] in ("-h", "--help"):
         _print_commands(path, commands)
@@ -120,19 +120,6 @@ def _dispatch(path: tuple[str, ...], commands: Mapping[str, str], words: Sequenc
         sys.stdout.write(json.dumps(result) + "\n")
         sys.stdout.flush()
     return 0
-
-
-def _version() -> str:
-    """The package's version, and the commit of a checkout."""
-    try:
-        found = metadata.version("pi0fm")
-    except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
-        found = "0+checkout"
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return found
-    asked = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return f"{found} ({asked.stdout.strip()})" if asked.returncode == 0 else found
 
 
 def find(path: Sequence[str]) -> Any:

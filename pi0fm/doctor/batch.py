@@ -64,7 +64,7 @@ def see(source: LeRobotSource, dataset: DatasetConfig, chain: Chain, horizon: in
     actions, real = action_chunks(source.action, source.end, rows, horizon)
     normal = chain.forward(Sample(source.state[rows], actions))
     assert normal.actions is not None
-    first = np.flatnonzero(np.diff(source.episode, prepend=source.episode[:1] - 1))
+    first = source.starts
     looked = first[np.unique(np.linspace(0, len(first) - 1, EPISODES).round().astype(int))]
     spread = [np.unique(np.linspace(begin, source.end[begin] - 1, PER_EPISODE).round().astype(np.int64)) for begin in looked.tolist()]
     place = np.concatenate(spread)
@@ -154,7 +154,7 @@ def _relative(seen: Seen) -> Iterator[Finding]:
 
 def _units(source: LeRobotSource) -> Iterator[Finding]:
     """Episodes whose numbers are many times those of the others, in most dimensions that move."""
-    begins = np.flatnonzero(np.diff(source.episode, prepend=source.episode[:1] - 1))
+    begins = source.starts
     if len(begins) < 2:
         return
     counts = source.end[begins] - begins

@@ -75,7 +75,7 @@ class Contents:
 
 def describe(source: LeRobotSource) -> Contents:
     """Describe the rows of `source`, one or more."""
-    first = np.flatnonzero(np.diff(source.episode, prepend=source.episode[:1] - 1))
+    first = source.starts
     lengths = source.end[first] - first
     median = int(np.median(lengths))
     tasks: dict[str, int] = {}
@@ -113,7 +113,7 @@ def _dimension(column: str, name: str, values: NDArray[np.float32]) -> Dimension
 def write_contact_sheet(path: Path, source: LeRobotSource, dataset: DatasetConfig) -> Path:
     """Write a PNG with a row for each camera of some episodes, a column for each moment. Raises OutputError for a place it cannot write."""
     cameras = list(source.embodiment.cameras)
-    first = np.flatnonzero(np.diff(source.episode, prepend=source.episode[:1] - 1))
+    first = source.starts
     shown = first[np.unique(np.linspace(0, len(first) - 1, max(2, EPISODES // max(1, len(cameras)))).round().astype(int))]
     moments = [np.linspace(begin, source.end[begin] - 1, MOMENTS).round().astype(np.int64) for begin in shown.tolist()]
     place, back = np.unique(np.concatenate(moments), return_inverse=True)

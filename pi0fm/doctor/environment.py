@@ -213,7 +213,7 @@ def _replayed(suite: Suite, source: LeRobotSource | None) -> list[Finding]:
     seeds, names = source.column("seed").astype(int), {task.prompt: name for name, task in suite.tasks.items()}
     noisy = bool(read_json(source.root / RECORDING).get("noise")) if (source.root / RECORDING).is_file() else False
     tried, solved, likes = 0, 0, []
-    for begin in np.flatnonzero(np.diff(source.episode, prepend=source.episode[:1] - 1))[:REPLAYED].tolist():
+    for begin in source.starts[:REPLAYED].tolist():
         name, rows = names.get(source.tasks[source.task[begin]]), slice(begin, int(source.end[begin]))
         if name is None or rows.stop - begin > suite.longest_episode:
             continue

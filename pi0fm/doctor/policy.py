@@ -170,7 +170,7 @@ def _judged(facts: Mapping[str, Any], chain: Chain | None, source: LeRobotSource
 def _starts(source: LeRobotSource | None, dataset: DatasetConfig, chain: Chain) -> NDArray[np.uint8] | None:
     if source is None:
         return None
-    begins = np.flatnonzero(np.diff(source.episode, prepend=source.episode[:1] - 1))
+    begins = source.starts
     return pictures_at(source, dataset, begins[:STARTS], chain.image_size, chain.resize)
 
 

@@ -113,6 +113,7 @@ def evaluate(config: EvalConfig, execute: Executor) -> Evaluation:
                 "policy": {name: str(value) for name, value in metadata.items() if isinstance(value, str | int | float)}
                 | {name: str(value) for name, value in dict(metadata.get("training") or {}).items()},
                 "settings": facts,
+                "sentences": {task: catalog.prompt_of(task) for task in config.tasks},
                 "machine": machine.describe_machine(),
                 "versions": machine.describe_versions(*sorted({package for suite in suites for package in suite.packages})),
             },

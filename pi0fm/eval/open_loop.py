@@ -194,6 +194,7 @@ def evaluate_open_loop(config: OpenLoopConfig) -> tuple[dict[str, Any], OpenLoop
             "data set": str(source.root),
             "episodes": f"{', '.join(map(str, np.unique(moments.episode).tolist())):.200}",
             "moments": f"{len(place)}, every {stride} rows",
+            "sentences": f"{'; '.join(source.tasks[number] for number in np.unique(source.task[place]).tolist()):.400}",
             "trained on": seen,
             "rate": f"{source.fps:g} Hz",
         },
@@ -281,7 +282,7 @@ def choose_moments(config: OpenLoopConfig, judged: Judged, source: LeRobotSource
     Episodes that are left out are evenly spread, so that no task or day is.
     """
     stride = config.stride or judged.execution_horizon
-    begins = np.flatnonzero(np.diff(source.episode, prepend=source.episode[:1] - 1))
+    begins = source.starts
     each = [np.arange(begin, source.end[begin], stride) for begin in begins.tolist()]
     total = sum(map(len, each))
     if total > config.moments:

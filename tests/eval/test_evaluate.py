@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from eval_fakes import PointEnvironment, PointPolicy, point_setup
 
-from pi0fm import options
+from pi0fm import machine, options
 from pi0fm.cli.judging import eval as command
 from pi0fm.eval import evaluate as module
 from pi0fm.eval.config import EvalConfig
@@ -14,6 +14,7 @@ from pi0fm.eval.evaluate import in_this_process, run_episodes, settings_for
 from pi0fm.eval.rollouts.episode import Episode
 from pi0fm.eval.rollouts.journal import Journal
 from pi0fm.sim import catalog
+from pi0fm.sim.catalog import prompt_of
 from pi0fm.sim.environment import parse_cameras
 from pi0fm_client.errors import ConfigError, OutputError
 
@@ -98,6 +99,7 @@ def test_the_command_writes_a_report_and_says_crashes_aloud(tmp_path, faked, cap
     assert "CRASHES window-open-v3: 1 of 4 episodes crashed" in " ".join(printed.err.split())
     page = (folder / "report.html").read_text()
     assert "Training loss" in page and "lost a contact" in page and "some/bundle" in page and "corner2:8x8" in page and "3000" in page
+    assert prompt_of("drawer-open-v3") in page and f"Written by pi0fm {machine.version()} on 20" in page
     assert faked[:2] == ["read some/bundle", "open some/bundle"]
     assert faked[2] == (parse_cameras("base=corner2:8x8"), None, "drawer-open-v3")
     with pytest.raises(OutputError, match="never overwritten"):

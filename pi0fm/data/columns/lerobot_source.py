@@ -84,6 +84,11 @@ class LeRobotSource:
     files: tuple[Path, ...] = ()
     left_out: tuple[Fault, ...] = ()
 
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """The place of each episode's first row."""
+        return np.flatnonzero(np.diff(self.episode, prepend=self.episode[:1] - 1))
+
     def norm_stats(self, action_horizon: int) -> NormStats:
         """Statistics over the rows that are trained on, and the chunks that begin there."""
         return compute_norm_stats(self.state, self.action, self.end, self.embodiment.delta_actions, action_horizon, self.frames)

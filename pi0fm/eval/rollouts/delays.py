@@ -148,6 +148,7 @@ def evaluate_in_real_time(config: RealtimeConfig) -> tuple[dict[str, Any], list[
             "execution horizon": str(horizon),
             "jitter": f"{config.realtime.jitter_ms:g} ms",
         },
+        "sentences": {task: catalog.prompt_of(task) for task in config.tasks},
         "machine": machine.describe_machine(),
         "versions": machine.describe_versions(*sorted({package for suite in suites for package in suite.packages})),
     }
