@@ -154,7 +154,7 @@ def write_segment(root: Path, layout: Layout, before: Contents, episodes: Sequen
 
 
 def _rows(episode: EncodedDemonstration, number: int, offset: int, task: int, fps: int) -> dict[str, NDArray[Any]]:
-    """The columns of one episode, each [T, D], in the order of the file."""
+    """Return the columns of one episode, each [T, D], in the order of the file."""
     length = len(episode.action)
     frame = np.arange(length)[:, None]
     return {
@@ -172,7 +172,7 @@ def _rows(episode: EncodedDemonstration, number: int, offset: int, task: int, fp
 def _episode_line(
     episode: EncodedDemonstration, number: int, place: tuple[int, int], rows: Mapping[str, NDArray[Any]], begins: float, layout: Layout
 ) -> dict[str, Any]:
-    """The episode's row of meta/episodes. place: chunk and file; begins: seconds from the start of the videos."""
+    """Return the episode's row of meta/episodes. place: chunk and file; begins: seconds from the start of the videos."""
     length = len(episode.action)
     offset = int(rows["index"][0, 0])
     line: dict[str, Any] = {"episode_index": number, "tasks": [episode.prompt], "length": length}

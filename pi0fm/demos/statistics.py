@@ -16,7 +16,7 @@ NAMES = ("min", "max", "mean", "std", "count", *QUANTILES)
 _LARGE_PICTURE, _SAMPLED_PICTURE = 300, 150  # LeRobot takes every n-th pixel of larger pictures, to about 150 on the longer side
 
 Statistics = Mapping[str, NDArray[Any]]
-"""By name: float64 [D] or [3, 1, 1], and `count` int64 [1]."""
+"""Statistics by name: float64 [D] or [3, 1, 1], and `count` int64 [1]."""
 
 
 def of_columns(values: NDArray[Any]) -> Statistics:

@@ -1,4 +1,4 @@
-"""What a policy says: weights that fit, an inference that is finite, near the data and fast enough, and a server that is this policy.
+"""Checks of a policy's answers: weights that fit, finite and plausible actions, speed, a server that serves this policy.
 
 Owns: these checks. Does not know: what the policy is asked about (doctor/batch.py), environments.
 """
@@ -41,7 +41,7 @@ def judge_weights(path: Path, model: Any) -> list[Finding]:
 
 
 def fits(path: Path) -> bool:
-    """Whether this machine has memory for an inference of the bundle on its processor."""
+    """Tell whether an inference of the bundle fits in this machine's memory."""
     return ROOM * (path / WEIGHTS).stat().st_size < psutil.virtual_memory().available
 
 
@@ -90,7 +90,7 @@ def judge_answers(
 
 
 def judge_server(url: str, facts: Mapping[str, Any], served: Mapping[str, Any]) -> Iterator[Finding]:
-    """A server's greeting beside the facts of the policy that it should serve."""
+    """Compare a server's greeting with the metadata of the policy that it should serve."""
     if facts.get("identity") and served.get("identity") and facts["identity"] != served["identity"]:
         text = f"{url} serves the bundle {str(served['identity'])[:12]}, this one is {str(facts['identity'])[:12]}"
         yield Finding("error", "server", text, "start pi0fm serve with this bundle, or swap it in")
@@ -103,7 +103,7 @@ def judge_server(url: str, facts: Mapping[str, Any], served: Mapping[str, Any]) 
 
 
 def judge_versions(path: Path) -> Iterator[Finding]:
-    """Versions that a bundle was written with, where those here differ."""
+    """Compare the versions that a bundle was written with against those installed here."""
     written = read_json(path / CONFIG).get("versions") or {}
     here = machine.describe_versions()
     other = [f"{name} {version}, here {here[name]}" for name, version in written.items() if here.get(name, version) != version]

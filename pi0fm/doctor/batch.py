@@ -51,7 +51,7 @@ class Seen:
     tokens: tuple[int, ...]
 
     def columns(self) -> Iterator[tuple[str, tuple[str, ...], NDArray[np.float32], NDArray[np.float32]]]:
-        """(state or action, names of its dimensions, robot units [n, dim], network's units [n, dim])."""
+        """Yield (state or action, names of the dimensions, robot units [n, dim], network's units [n, dim])."""
         source, own = self.source, self.source.embodiment
         yield "state", source.names(own.state, self.state.shape[-1]), self.state, self.normal_state
         yield "action", source.names(own.action, self.actions.shape[-1]), self.actions[self.real], self.normal_actions[self.real]
@@ -86,7 +86,7 @@ def see(source: LeRobotSource, dataset: DatasetConfig, chain: Chain, horizon: in
 
 
 def judge_batch(seen: Seen, policy: PolicyConfig, stats: NormStats, chain: Chain, trained_here: bool) -> list[Finding]:
-    """All that a data set alone, or beside a policy's statistics, tells. trained_here: the statistics are this data set's own."""
+    """Judge a data set against a policy's statistics. trained_here: the statistics were computed from this data set."""
     found = [*_columns(seen), *_relative(seen), *_units(seen.source), *_scales(seen, trained_here)]
     if not trained_here:
         found += _foreign(stats, seen.source.norm_stats(policy.model.action_horizon), seen.source)
@@ -121,13 +121,13 @@ def _columns(seen: Seen) -> Iterator[Finding]:
 
 
 def _two_valued(values: NDArray[np.float32], low: NDArray[np.float32], span: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """[A] True for a switch, such as a gripper that is open or closed."""
+    """Find the switches, such as a gripper that is open or closed: bool [A]."""
     between = np.abs((values - low) / span - 0.5) < 0.49
     return np.asarray(between.mean(0) < 0.02)
 
 
 def _relative(seen: Seen) -> Iterator[Finding]:
-    """Dimensions trained as differences that are no positions, whose difference therefore spreads wider than they do."""
+    """Report dimensions trained as differences whose differences spread wider than the values, which positions do not."""
     source, listed = seen.source, list(seen.source.embodiment.delta_actions)
     shared = min(source.state.shape[1], source.action.shape[1])
     near = source.action[:, :shared] - source.state[:, :shared]
@@ -153,7 +153,7 @@ def _relative(seen: Seen) -> Iterator[Finding]:
 
 
 def _units(source: LeRobotSource) -> Iterator[Finding]:
-    """Episodes whose numbers are many times those of the others, in most dimensions that move."""
+    """Report episodes whose numbers are many times those of the others in most moving dimensions: other units."""
     begins = source.starts
     if len(begins) < 2:
         return
@@ -176,7 +176,7 @@ def _units(source: LeRobotSource) -> Iterator[Finding]:
 
 
 def _scales(seen: Seen, trained_here: bool) -> Iterator[Finding]:
-    """Numbers far outside what the network was made for, or squashed to one point of it."""
+    """Report normalised numbers far outside the network's range, or squashed to a point of it."""
     remedy = (
         "the scales are too narrow or wide: type --normalization z_score"
         if trained_here
@@ -252,7 +252,7 @@ def _pictures(seen: Seen) -> Iterator[Finding]:
 
 
 def _camera_names(cameras: dict[str, str]) -> Iterator[Finding]:
-    """A camera whose name is in another one's column and not in its own."""
+    """Report a camera whose name is in another camera's column and not in its own."""
     words = {name: set(re.findall(r"[a-z0-9]+", name.lower())) for name in cameras}
     held = {name: set(re.findall(r"[a-z0-9]+", column.lower())) for name, column in cameras.items()}
     for name, column in cameras.items():

@@ -52,7 +52,7 @@ class Contents:
     short: tuple[int, ...]
 
     def facts(self) -> dict[str, str]:
-        """For a table."""
+        """Return the rows of a table."""
         least, median, most = self.lengths
         listed = "; ".join(f"{text!r} ({count})" for text, count in list(self.tasks.items())[:5])
         found = {
@@ -69,7 +69,7 @@ class Contents:
         return found
 
     def json(self) -> dict[str, Any]:
-        """For the command's last line."""
+        """Return the figures of the command's last line."""
         return asdict(self)
 
 

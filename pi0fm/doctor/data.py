@@ -25,7 +25,7 @@ from pi0fm_client.errors import DatasetError
 
 @dataclass(frozen=True)
 class Findings:
-    """What is wrong with a data set. episodes, rows: that were judged; extent: the pictures that were; name: its entry in a mixture.
+    """The faults of a data set. episodes, rows: judged; extent: the pictures judged; name: its entry in a mixture.
 
     skipped: what is typed as --dataset.skip_bad already. contents, source: of the rows without a fault, if there are any.
     """
@@ -50,7 +50,7 @@ class Findings:
         return dict(Counter(fault.kind for fault in self.faults).most_common())
 
     def advice(self) -> str:
-        """The line to type; empty for a healthy data set."""
+        """Return the line to type; empty for a healthy data set."""
         if not self.faults:
             return ""
         whole = [fault for fault in self.faults if fault.episode is None]
@@ -65,7 +65,7 @@ class Findings:
         return f"type --dataset.skip_bad {wanted} to train on {others}"
 
     def json(self) -> dict[str, Any]:
-        """For the last line of the command."""
+        """Return the figures of the command's last line."""
         return {
             **({"entry": self.name} if self.name else {}),
             "dataset": str(self.root),

@@ -1,4 +1,4 @@
-"""A policy, and the data that it learned from, beside the environment that it is to be judged in.
+"""Comparison of a policy and its data with the environment in which it will be evaluated.
 
 Owns: the comparison of widths, rates, cameras, sentences, ranges, episode lengths; the replay of recorded actions. Does not know: policies
 that run, other simulators than through `Suite`.
@@ -37,7 +37,7 @@ CHANGES: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
 
 @dataclass(frozen=True)
 class Judged:
-    """What is compared: facts as a policy's metadata; the chain, with its statistics; the data set; each None where it is not known."""
+    """The policy and its data; facts: a policy's metadata; chain and data set are None where unknown."""
 
     facts: Mapping[str, Any]
     chain: Chain | None
@@ -48,7 +48,7 @@ class Judged:
 
 
 def judge_environment(task: str, max_steps: int | None, judged: Judged, start_pictures: NDArray[np.uint8] | None) -> list[Finding]:
-    """Judge all of it. task: `SUITE/TASK`, or `SUITE`, of which a task of the data set is taken.
+    """Judge a policy and its data against an environment. task: `SUITE/TASK`, or `SUITE` for its first task that the data set holds.
 
     start_pictures [n, C, size, size, 3]: of first rows of recorded episodes.
     Raises ConfigError for an unknown task, SimulationError where it cannot run here.
@@ -91,7 +91,7 @@ def _facts(suite: Suite, judged: Judged) -> Iterator[Finding]:
 
 
 def _range(suite: Suite, low: NDArray[np.float32], high: NDArray[np.float32]) -> Iterator[Finding]:
-    """q01 and q99 of recorded actions beside what the environment takes."""
+    """Compare q01 and q99 of recorded actions with the environment's range."""
     least, most = suite.range_of_actions()
     span = most - least
     outside = (low < least - 0.05 * span) | (high > most + 0.05 * span)
@@ -180,7 +180,7 @@ def _states(chain: Chain, state: NDArray[np.float32], suite: Suite, facts: Mappi
 
 
 def _orientation(name: str, here: Mapping[str, NDArray[np.float64]], recorded: Mapping[str, NDArray[np.float64]]) -> Iterator[Finding]:
-    """A recorded start picture that is liker to the environment's after a change, or to another camera's."""
+    """Report a recorded start picture that matches the environment's better after a change (turned, BGR), or another camera's."""
     plain = _alike(recorded[name], here[name])
     likes = {what: _alike(change(recorded[name]), here[name]) for what, change in CHANGES.items()}
     others = {other: _alike(recorded[name], here[other]) for other in here if other != name}
@@ -194,7 +194,7 @@ def _orientation(name: str, here: Mapping[str, NDArray[np.float64]], recorded: M
 
 
 def _alike(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """The correlation of two pictures, 1 for the same but for brightness and contrast."""
+    """Correlation of two pictures: 1 for pictures that differ in brightness and contrast only."""
     x, y = a - a.mean(), b - b.mean()
     return float((x * y).sum() / max(np.sqrt((x * x).sum() * (y * y).sum()), 1e-9))
 
@@ -204,7 +204,7 @@ def _mean(pictures: list[NDArray[np.uint8]]) -> NDArray[np.float64]:
 
 
 def _replayed(suite: Suite, source: LeRobotSource | None) -> list[Finding]:
-    """Recorded actions executed from the seed that they were recorded at: they move the state as recorded, and solve the task again.
+    """Execute recorded actions from their recorded seed, and compare the states and the success with the recording.
 
     A recording with noise keeps the clean actions and not those that were executed, so that it need not solve it again.
     """
@@ -241,7 +241,7 @@ def _replayed(suite: Suite, source: LeRobotSource | None) -> list[Finding]:
 
 
 def _executed(environment: Environment, seed: int, actions: NDArray[np.float32]) -> tuple[bool, NDArray[np.float32]]:
-    """Whether the task was solved; the state before every LOOK-th action."""
+    """Execute actions; return whether the task was solved and the state before every LOOK-th action."""
     environment.reset(seed)
     states = []
     for step, action in enumerate(actions):
@@ -254,7 +254,7 @@ def _executed(environment: Environment, seed: int, actions: NDArray[np.float32])
 
 
 def _moved_alike(recorded: NDArray[np.float32], found: NDArray[np.float32]) -> NDArray[np.float64]:
-    """[S] correlation over time; NaN for a dimension that hardly moved in the recording."""
+    """Correlate recorded and found states over time: [S]; NaN for a dimension that hardly moved in the recording."""
     if recorded.shape != found.shape or len(found) < 4:
         return np.full(found.shape[1], np.nan)
     a, b = (each.astype(np.float64) - each.mean(0) for each in (recorded, found))

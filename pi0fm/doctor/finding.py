@@ -24,7 +24,7 @@ class Finding:
 
     @classmethod
     def of(cls, kind: str, error: Pi0fmError) -> "Finding":
-        """An error that was raised."""
+        """Make a finding of an error that was raised."""
         text, _, remedy = str(error).partition("; ")
         return cls("error", kind, text, remedy or "see the text")
 
@@ -32,7 +32,7 @@ class Finding:
         return f"{self.text}; {self.remedy}" if self.remedy else self.text
 
     def json(self) -> dict[str, str]:
-        """For the command's last line."""
+        """Return the figures of the command's last line."""
         return asdict(self)
 
 

@@ -1,4 +1,4 @@
-"""A policy judged before it is trained, served or driven: beside its data set, an environment, a server.
+"""Examination of a policy before it is trained or served: against its data set, an environment, a server.
 
 Owns: what is judged with what, the order, `Examined`. Does not know: the checks (batch, environment, answers), tables on a terminal.
 
@@ -39,8 +39,8 @@ STARTS = 8
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What a policy is judged beside, each None where it is not asked for. load: infer with a bundle, where memory allows."""
+class Counterparts:
+    """The counterparts of a policy, each None if not given. load: infer with a bundle, where memory allows."""
 
     suite: str | None = None
     server: str | None = None
@@ -77,7 +77,7 @@ class Examined:
         return [finding for finding in self.findings if finding.severity == "error"]
 
     def json(self) -> dict[str, Any]:
-        """For the command's last line."""
+        """Return the figures of the command's last line."""
         told = {"policy": self.name, "errors": len(self.errors), "findings": [finding.json() for finding in self.findings]}
         return told | {"measured": dict(self.measured), "sheet": self.sheet and str(self.sheet)}
 
@@ -89,13 +89,13 @@ def of_bundle(path: Path, robot: str | None) -> Subject:
     return Subject(str(path), policy, stats, chain, bundle.metadata(path, robot), path)
 
 
-def open_beside(subject: Subject, dataset: DatasetConfig) -> LeRobotSource:
+def open_counterpart(subject: Subject, dataset: DatasetConfig) -> LeRobotSource:
     """The data set, in the policy's columns. Raises ConfigError where it lacks them, DatasetError."""
     return open_source(dataset, subject.policy.embodiment)
 
 
-def examine(subject: Subject, dataset: DatasetConfig, source: LeRobotSource | None, beside: Beside) -> Examined:
-    """Judge a policy beside all that is given. Raises ConfigError, SimulationError for what cannot be opened."""
+def examine(subject: Subject, dataset: DatasetConfig, source: LeRobotSource | None, counterparts: Counterparts) -> Examined:
+    """Judge a policy against its counterparts. Raises ConfigError, SimulationError for a counterpart that cannot be opened."""
     found: list[Finding] = []
     measured: dict[str, str] = {}
     seen, sheet = None, None
@@ -112,23 +112,23 @@ def examine(subject: Subject, dataset: DatasetConfig, source: LeRobotSource | No
         seen = see(source, dataset, subject.chain, subject.policy.model.action_horizon)
         found += judge_batch(seen, subject.policy, subject.stats, subject.chain, subject.trained_here)
         measured |= _of_batch(seen, subject.chain)
-        sheet = write_sheet(beside.sheet, seen)
+        sheet = write_sheet(counterparts.sheet, seen)
     broken = any(finding.kind == "weights" for finding in found)
-    if subject.path is not None and seen is not None and beside.load and not broken:
+    if subject.path is not None and seen is not None and counterparts.load and not broken:
         more, told = _asked(subject, seen)
         found, measured = found + more, measured | told
-    if beside.suite is not None:
+    if counterparts.suite is not None:
         judged = _judged(subject.facts, subject.chain, source, subject.stats)
-        found += judge_environment(beside.suite, beside.max_steps, judged, _starts(source, dataset, subject.chain))
-    if beside.server is not None:
+        found += judge_environment(counterparts.suite, counterparts.max_steps, judged, _starts(source, dataset, subject.chain))
+    if counterparts.server is not None:
         asked = [answers.observation(seen, number) for number in range(len(seen.place))] if seen is not None else []
-        more, told = _served(beside.server, subject.facts, asked, None if source is None else source.action)
+        more, told = _served(counterparts.server, subject.facts, asked, None if source is None else source.action)
         found, measured = found + more, measured | told
     return Examined(subject.name, tuple(worst_first(found)), measured, sheet)
 
 
-def examine_server(url: str, dataset: DatasetConfig | None, beside: Beside) -> Examined:
-    """Judge what a server says of itself, and its answers on a data set. Raises ServingError, and as `examine`."""
+def examine_server(url: str, dataset: DatasetConfig | None, counterparts: Counterparts) -> Examined:
+    """Judge a server's greeting and its answers on a data set. Raises ServingError, and as `examine`."""
     served, close = _connect(url)
     close.close()
     source, asked = None, []
@@ -152,13 +152,13 @@ def examine_server(url: str, dataset: DatasetConfig | None, beside: Beside) -> E
             for row, shots in zip(place.tolist(), pictures, strict=True)
         ]
     more, measured = _served(url, served, asked, None if source is None else source.action)
-    if beside.suite is not None:
-        more += judge_environment(beside.suite, beside.max_steps, _judged(served, None, source, None), None)
+    if counterparts.suite is not None:
+        more += judge_environment(counterparts.suite, counterparts.max_steps, _judged(served, None, source, None), None)
     return Examined(url, tuple(worst_first(found + more)), measured)
 
 
 def _judged(facts: Mapping[str, Any], chain: Chain | None, source: LeRobotSource | None, stats: NormStats | None) -> Judged:
-    """Actions as the environment takes them: of the data set, else of a policy without differences."""
+    """Select actions in the environment's form: the data set's, else those of a policy without differences."""
     low = high = None
     if source is not None:
         low, high = np.quantile(source.action, (0.01, 0.99), axis=0).astype(np.float32)

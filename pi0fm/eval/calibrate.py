@@ -24,7 +24,7 @@ from pi0fm_client.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig(LoadOptions):
-    """The bundle as it is to be served, the held-out episodes, and the rate. Raises ConfigError for a number out of range."""
+    """Options of `pi0fm calibrate`. Raises ConfigError for a number out of range."""
 
     bundle: Path = required("folder of the policy")
     false_alarm_rate: float = option(0.1, "share of episodes like the held-out ones that may raise an alarm; 0.1 needs 9 episodes, 0.05 19")
@@ -40,7 +40,7 @@ class CalibrateConfig(LoadOptions):
         calibration.needed(self.false_alarm_rate)
 
     def open_loop(self) -> OpenLoopConfig:
-        """The same for what reads recorded episodes."""
+        """Return the options of the open-loop evaluation."""
         alike = ("dataset", "embodiment", "stride", "moments", "batch_size", "seed", *vars(LoadOptions()))
         return OpenLoopConfig(policy=str(self.bundle), **{name: getattr(self, name) for name in alike})
 

@@ -105,7 +105,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class Compared:
-    """All evaluations, the baseline first, and each of the others against it. warnings: settings that differ, episodes without a pair."""
+    """All evaluations, the baseline first, and the others compared with it. warnings: settings that differ, unpaired episodes."""
 
     evaluations: tuple[Evaluated, ...]
     tasks: tuple[str, ...]
@@ -196,7 +196,7 @@ def pair(baseline: Evaluated, other: Evaluated) -> tuple[list[tuple[str, int]], 
 
 
 def settle(b: Sequence[int], c: Sequence[int], pairs: int) -> tuple[float, int | None, int | None]:
-    """Return the p-value that is valid at any time, the pairs after which it fell to LEVEL, and those that are missing for that.
+    """Return the p-value valid at any time, the number of pairs after which it fell to LEVEL, and the pairs still missing.
 
     b, c: places, of `pairs`, where one of the two alone succeeded.
     """

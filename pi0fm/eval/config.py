@@ -35,7 +35,7 @@ LEAST = {
 
 @dataclass(frozen=True, kw_only=True)
 class StartsConfig(PolicyChoice):
-    """The policy, the tasks and their start positions: what every evaluation in a simulator is told.
+    """Options of every evaluation in a simulator: the policy, the tasks and their start positions.
 
     After construction `tasks` and `cameras` are tuples, and tasks have their names in reports.
     """

@@ -77,7 +77,7 @@ class OpenLoopConfig(PolicyChoice):
             )
 
     def asked(self) -> tuple[Any, ...]:
-        """What the answers depend on, besides policy, data set and moments."""
+        """Return the settings that answers depend on, in addition to policy, data set and moments."""
         return self.num_flow_steps, self.solver, self.noise_level, self.robot, self.likelihood, self.seed, self.batch_size, self.renamed()
 
     def renamed(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class OpenLoopConfig(PolicyChoice):
 
 @dataclass(frozen=True)
 class Judged:
-    """What a policy says of itself, as far as it is needed here."""
+    """The part of a policy's metadata that the evaluation reads."""
 
     embodiment: Embodiment
     horizon: int
@@ -101,7 +101,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Moments:
-    """The rows that are judged, and what was recorded there and after.
+    """The moments of an evaluation, and the states and actions recorded at and after each.
 
     place [M]: in the source. recorded [M, H, A] and real [M, H], False past the episode's end; still [M, A]: the action of standing still.
     pictures: [M, C, size, size, 3], as the network sees them.
@@ -117,19 +117,19 @@ class Moments:
 
 @dataclass(frozen=True)
 class Ratio:
-    """An error as a multiple of a baseline's, with its 95 % interval over episodes, which one episode does not have."""
+    """Ratio of an error to a baseline's, with its 95 % interval over episodes, None for a single episode."""
 
     value: float
     interval: tuple[float, float] | None
 
     def json(self) -> dict[str, Any]:
-        """For summary.json."""
+        """Return the figures of summary.json."""
         return {"ratio": _round(self.value), "interval": self.interval and [_round(end) for end in self.interval]}
 
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """Mean absolute errors, robot units, NaN for rows that no moment has.
+    """Mean absolute errors in robot units; NaN for rows past the end of every episode.
 
     error, still, mean: [H, A] of the policy and of the two baselines.
     scale [A]: deviation of the recorded actions, 0 where they never change. each [M]: a moment's error in deviations.
@@ -149,16 +149,16 @@ class OpenLoop:
     nats: Float[NDArray[np.float64], " M"]
 
     def by_dimension(self, which: str = "error") -> NDArray[np.float64]:
-        """[A], robot units, over the rows of a chunk; which: error, still or mean."""
+        """Average over the rows of a chunk: [A] in robot units. which: error, still or mean."""
         return np.asarray(np.nanmean(getattr(self, which), axis=0))
 
     def by_row(self, which: str = "error") -> NDArray[np.float64]:
-        """[H], in deviations, over the dimensions that change."""
+        """Average over the dimensions that change: [H] in standard deviations of the recorded actions."""
         changing = self.scale > 0
         return np.asarray((getattr(self, which)[:, changing] / self.scale[changing]).mean(axis=1))
 
     def json(self) -> dict[str, Any]:
-        """For summary.json and the command's last line."""
+        """Return the figures of summary.json and of the command's last line."""
         known = self.nats[np.isfinite(self.nats)]
         return {
             "episodes": len(np.unique(self.moments.episode)),
@@ -171,7 +171,7 @@ class OpenLoop:
 
 
 def evaluate_open_loop(config: OpenLoopConfig) -> tuple[dict[str, Any], OpenLoop]:
-    """Judge a policy on recorded episodes and write the report; the command's last line, and what it is made of.
+    """Judge a policy on recorded episodes and write the report; return the command's last line and the errors.
 
     Raises OutputError for a folder that holds an evaluation, BundleError or ServingError for the policy, DatasetError for the data set,
     ConfigError for a data set of another robot.
@@ -214,7 +214,7 @@ def evaluate_open_loop(config: OpenLoopConfig) -> tuple[dict[str, Any], OpenLoop
 
 
 def read_policy(config: OpenLoopConfig) -> Judged:
-    """What the bundle or the server says; of a server's policy the pictures are resized as newer weights want them."""
+    """Read the metadata of the bundle or the server, whose pictures are taken to be resized as newer weights expect."""
     metadata = read_metadata(config)
     if config.remote:
         missing = [name for name in ("cameras", "state_key", "state_dim", "robot_action_dim", "action_horizon") if name not in metadata]
@@ -251,7 +251,7 @@ def read_policy(config: OpenLoopConfig) -> Judged:
 
 
 def open_episodes(config: OpenLoopConfig, judged: Judged) -> tuple[LeRobotSource, set[int] | None]:
-    """The recorded episodes, and which of the data set the policy was trained on; None where that is not known.
+    """Choose the recorded episodes; return them and those that the policy was trained on, None if that is not known.
 
     Those of `dataset.episodes`; else, of the data set that the policy was trained on, those that its run held out, if any; else all.
     """
@@ -266,7 +266,7 @@ def open_episodes(config: OpenLoopConfig, judged: Judged) -> tuple[LeRobotSource
 
 
 def told(trained: set[int] | None, episodes: NDArray[np.int64]) -> str:
-    """Whether the policy was trained on these episodes, in words; said aloud where it was."""
+    """Describe whether the policy was trained on these episodes; warn where it was."""
     if trained is None:
         return "not known: this is not the data set that the policy was trained on, or was changed since"
     judged = set(episodes.tolist())
@@ -277,7 +277,7 @@ def told(trained: set[int] | None, episodes: NDArray[np.int64]) -> str:
 
 
 def choose_moments(config: OpenLoopConfig, judged: Judged, source: LeRobotSource) -> tuple[int, NDArray[np.int64]]:
-    """(stride, places of the moments): every `stride`-th row of an episode from its first on, of as many episodes as `moments` allows.
+    """Choose the moments: (stride, places), every `stride`-th row of as many episodes as `moments` allows.
 
     Episodes that are left out are evenly spread, so that no task or day is.
     """
@@ -329,12 +329,12 @@ def judge(
 
 
 def _of_policy(judged: Judged) -> str:
-    """What identifies it: a bundle's hash, else all that a server says of itself."""
+    """Return the policy's identity: a bundle's hash, else all of the server's metadata."""
     return str(judged.metadata.get("identity") or sorted(map(str, judged.metadata.items())))
 
 
 def _kept(unfinished: Path | None, asked: str, predicted: NDArray[np.float32], nats: NDArray[np.float64]) -> int:
-    """Fill in the answers that an earlier command of the same question left; how many moments those are."""
+    """Read the answers of an interrupted evaluation of the same settings; return their number."""
     if unfinished is None or not unfinished.is_file():
         return 0
     with np.load(unfinished) as held:
@@ -348,7 +348,7 @@ def _kept(unfinished: Path | None, asked: str, predicted: NDArray[np.float32], n
 
 @contextmanager
 def _keeping(unfinished: Path | None, asked: str, predicted: NDArray[np.float32], nats: NDArray[np.float64]) -> Iterator[list[int]]:
-    """Keep the answers so far where the block fails; it counts them in the list that it is given."""
+    """Save the answers so far when the block fails; it counts them in the list that it receives."""
     count = [0]
     try:
         yield count
@@ -401,7 +401,7 @@ def _ratio(ours: NDArray[np.float64], baseline: NDArray[np.float64], episode: ND
 
 
 def observation(source: LeRobotSource, moments: Moments, number: int) -> Observation:
-    """What the robot saw at a moment."""
+    """Return the robot's observation at a moment."""
     place = int(moments.place[number])
     images = dict(zip(source.embodiment.cameras, moments.pictures[number], strict=True))
     return Observation(images, source.state[place], source.tasks[source.task[place]])

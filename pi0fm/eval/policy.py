@@ -48,7 +48,7 @@ def open_policy(choice: PolicyChoice, connections: int = 1) -> Policy:
 
 
 def read_metadata(choice: PolicyChoice) -> dict[str, Any]:
-    """What the policy says of itself, without its weights. Raises as `open_policy`."""
+    """Read the policy's metadata without its weights. Raises as `open_policy`."""
     if choice.remote:
         from pi0fm_client.client import RemotePolicy
 

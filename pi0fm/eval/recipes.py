@@ -38,7 +38,7 @@ class CurvePoint:
     interval: Interval
 
     def json(self) -> dict[str, Any]:
-        """For compare.json."""
+        """Return the figures of compare.json."""
         ends = [round(end, 6) for end in (self.interval.low, self.interval.high)]
         return {
             "steps": self.steps,

@@ -85,7 +85,7 @@ class Aloha(RenderedEnvironment):
 
 
 def _undrawn(kind: Any) -> Any:
-    """A task of gym-aloha's that draws nothing when it is stepped."""
+    """Derive a task of gym-aloha that draws nothing when it is stepped."""
     return type(kind.__name__, (kind,), {"get_observation": lambda self, physics: {}})
 
 

@@ -58,7 +58,7 @@ class PushT(Environment):
         return np.array(self._env.agent.position, np.float32)
 
     def close(self) -> None:
-        """Do nothing: no window was opened."""
+        """Do nothing; no window is open."""
         self._done = True
 
 

@@ -76,7 +76,7 @@ class So101(RenderedEnvironment):
         return np.asarray(self._expert.act(self._env.ik_point_pos, block, self._env.goal_pos), np.float32)
 
     def still_action(self) -> NDArray[np.float32]:
-        """No displacement, the gripper as it is."""
+        """Return zero displacement and the last gripper command."""
         return np.array([0, 0, 0, self._gripper], np.float32)
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from pi0fm.cli.main import main
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.data.config import DatasetConfig
-from pi0fm.doctor.policy import Beside, examine, of_bundle, open_beside
+from pi0fm.doctor.policy import Counterparts, examine, of_bundle, open_counterpart
 from pi0fm.flow.config import FlowConfig
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.saved import bundle
@@ -84,7 +84,7 @@ def kinds(root: Path, path: Path, tmp_path: Path, **change) -> dict[str, str]:
     stats = change.pop("stats", subject.stats)
     subject = replace(subject, policy=policy, stats=stats, chain=policy.chain(stats))
     config = DatasetConfig(root=root)
-    found = examine(subject, config, open_beside(subject, config), Beside(load=False, sheet=tmp_path / "sheet.png"))
+    found = examine(subject, config, open_counterpart(subject, config), Counterparts(load=False, sheet=tmp_path / "sheet.png"))
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
     return {finding.kind: finding.severity for finding in found.findings if finding.severity != "note"}
 
@@ -160,7 +160,7 @@ def test_q01_close_to_q99_is_named_and_blown_up_under_an_absolute_rule(root, tra
         policy = replace(subject.policy, normalization="quantile", norm_rule=rule, norm_floor=0.001)
         stats = source.norm_stats(4)
         given = replace(subject, policy=policy, stats=stats, chain=policy.chain(stats), trained_here=True)
-        found = examine(given, DatasetConfig(root=root), source, Beside(load=False, sheet=tmp_path / "s.png"))
+        found = examine(given, DatasetConfig(root=root), source, Counterparts(load=False, sheet=tmp_path / "s.png"))
         assert kind in {finding.kind for finding in found.findings}, rule
 
 

@@ -4,7 +4,7 @@ Owns: the options, the tables, the exit code. Does not know: what is judged (doc
 
     DATASET [CONFIG ...]   its faults; with a configuration also a batch as that run's network would see it
     CONFIG                 the same for the data set, or each of the mixture, that it names
-    BUNDLE, ws://SERVER    that policy, beside --dataset.root, --suite, --server
+    BUNDLE, ws://SERVER    that policy, against --dataset.root, --suite, --server
 """
 
 import json
@@ -28,7 +28,7 @@ from pi0fm.data.judging import Extent
 from pi0fm.data.loading.mixture import entry_named
 from pi0fm.doctor.contents import write_contact_sheet
 from pi0fm.doctor.data import Findings, counted, judge
-from pi0fm.doctor.policy import Beside, Examined, Subject, examine, examine_server, of_bundle, open_beside
+from pi0fm.doctor.policy import Counterparts, Examined, Subject, examine, examine_server, of_bundle, open_counterpart
 from pi0fm.options import option, required
 from pi0fm.policy.device import choose_device
 from pi0fm.policy.saved.manifest import MANIFEST
@@ -134,7 +134,7 @@ def _refuse(examined: Examined) -> None:
 
 
 def _policy(given: Options) -> Examined | None:
-    """Of a bundle or a server; None for anything else. Raises ConfigError for options that go with neither."""
+    """Examine a bundle or a server; return None for anything else. Raises ConfigError for options that go with neither."""
     is_server = given.data.startswith(("ws://", "wss://"))
     if not is_server and not (Path(given.data) / MANIFEST).is_file():
         if given.server or given.robot:
@@ -144,19 +144,19 @@ def _policy(given: Options) -> Examined | None:
         raise ConfigError(f"{given.data} is a policy already, found a configuration beside it; leave one of them out")
     has_data = bool(given.dataset.root or given.dataset.repo_id)
     if is_server:
-        return examine_server(given.data, given.dataset if has_data else None, _beside(given))
+        return examine_server(given.data, given.dataset if has_data else None, _counterparts(given))
     subject = of_bundle(Path(given.data), given.robot)
-    source = open_beside(subject, given.dataset) if has_data else None
-    return examine(subject, given.dataset, source, _beside(given))
+    source = open_counterpart(subject, given.dataset) if has_data else None
+    return examine(subject, given.dataset, source, _counterparts(given))
 
 
-def _beside(given: Options, name: str = "") -> Beside:
+def _counterparts(given: Options, name: str = "") -> Counterparts:
     sheet = given.output_dir / (f"sheet-{name}.png" if name else "sheet.png")
-    return Beside(given.suite, given.server, given.max_steps, given.load, sheet)
+    return Counterparts(given.suite, given.server, given.max_steps, given.load, sheet)
 
 
 def _judged(given: Options) -> list[tuple[Findings, Examined | None]]:
-    """Each data set's faults, and where its run is known and rows are left, a batch as that run would see it."""
+    """Judge each data set; with a configuration, also examine a batch as its network would see it."""
     _refuse_word(given.data)
     path = Path(given.data)
     is_file = not path.is_dir() and (path.suffix == ".yaml" or given.data in options.shipped())
@@ -209,7 +209,7 @@ def _judged(given: Options) -> list[tuple[Findings, Examined | None]]:
             if whole and faults.episodes and given.pictures != "none":
                 source, _ = examine_source(entry.dataset, entry.embodiment, entry.selection())
                 source = source.without(faults.bad)
-                seen = examine(subject(name, source), entry.dataset, source, _beside(given, name))
+                seen = examine(subject(name, source), entry.dataset, source, _counterparts(given, name))
                 told = _of_training(run_, len(source.embodiment.cameras))
                 seen = replace(seen, measured={**seen.measured, **told})
             found.append((faults, seen))
@@ -231,7 +231,7 @@ def _refuse_word(word: str) -> None:
 
 
 def _of_training(run_: TrainingRun, cameras: int) -> dict[str, str]:
-    """Memory of a worker, and the operations of a step with the least time that cards would take for them."""
+    """Estimate a worker's memory, the operations of a step and their least time on known cards."""
     work = training_work(run_.network(), run_.adaptation(), cameras, run_.flow_draws_per_observation)
     flops = run_.global_batch_size * (work.forward + work.backward)
     least = ", ".join(f"{name} {1e3 * flops / card.flops_per_second:.3g} ms" for name, card in known_cards().items())
@@ -240,7 +240,7 @@ def _of_training(run_: TrainingRun, cameras: int) -> dict[str, str]:
 
 
 def _changed(tree: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
-    """The options that are not as they are when nothing is typed."""
+    """Return the options that differ from their defaults."""
     found = {name: value for name, value in tree.items() if value != usual[name]}
     return {name: _changed(value, usual[name]) if isinstance(usual[name], dict) and usual[name] else value for name, value in found.items()}
 
@@ -270,7 +270,7 @@ def show(findings: Findings, sheet: Path | None = None) -> None:
 
 
 def show_policy(examined: Examined) -> None:
-    """The tables of a policy on standard error: what was measured, what was found."""
+    """Print a policy's measurements and findings to standard error."""
     console = Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else WIDE)
     console.print(examined.name)
     table = Table(box=None, padding=(0, 2), show_header=False)

@@ -36,7 +36,7 @@ ALIASES = lerobot.EVAL
 
 
 def form(words: Sequence[str]) -> Any:
-    """The command as it is asked for: on recorded episodes, in real time, of a run that trains, where an option of these is there."""
+    """Choose the evaluation by its options: on recorded episodes, in real time, following a run, else in simulation."""
     forms = {"--dataset.": ON_EPISODES, "--realtime.": IN_REAL_TIME, "--follow.": FOLLOWING}
     found = [each for start, each in forms.items() if any(word.startswith(start) for word in words)]
     if len(found) > 1:

@@ -42,7 +42,7 @@ class Options:
             raise ConfigError(f"--tolerance must be above 0, found {self.tolerance}; leave it out for the usual")
 
     def loading(self) -> LoadOptions:
-        """As `bundle.load` takes them."""
+        """Return the load options."""
         return LoadOptions(device=self.device, precision=self.precision, threads=self.threads, compile=self.compile)
 
 

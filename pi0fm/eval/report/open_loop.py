@@ -29,7 +29,7 @@ STRIP = 8  # pictures above an episode
 def write(
     output: Path, config: OpenLoopConfig, found: OpenLoop, source: LeRobotSource, facts: Mapping[str, Mapping[str, str]], seconds: float
 ) -> Path:
-    """Write the three files; the page's path."""
+    """Write the three files; return the page's path."""
     with files.new_file(output / MOMENTS) as file:
         pq.write_table(table(found, source), file, write_page_checksum=True)
     traced = traced_episodes(found, config.traces)
@@ -153,7 +153,7 @@ def draw_moment(found: OpenLoop, source: LeRobotSource, number: int) -> bytes:
 
 
 def _small_charts(found: OpenLoop) -> tuple[Any, Sequence[Any]]:
-    """A chart for each action dimension, in rows of COLUMNS."""
+    """Lay out a chart for each action dimension, COLUMNS a row."""
     count = len(found.names)
     rows = -(-count // COLUMNS)
     figure, axes = pages.panels(min(COLUMNS, count), rows, height=2.1 * rows)
@@ -174,7 +174,7 @@ def _strip(found: OpenLoop, episode: int) -> bytes:
 
 
 def _side_by_side(pictures: NDArray[np.uint8]) -> bytes:
-    """[n, size, size, 3] in a row, at most 160 pixels high, as PNG."""
+    """Join pictures [n, size, size, 3] in a row at most 160 pixels high, as PNG."""
     from PIL import Image
 
     image = Image.fromarray(np.concatenate(list(pictures), axis=1))

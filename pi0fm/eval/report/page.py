@@ -33,7 +33,7 @@ EMBEDDED_VIDEO_BYTES = 13 * 2**20  # a third more as text: with 500 rows a page 
 
 @dataclass(frozen=True)
 class ReportContext:
-    """Facts on the page besides the figures.
+    """Facts on the page in addition to the figures.
 
     title: the policy. facts: tables by heading, such as {"machine": {"cores": "2"}}. losses: of the policy's training, if known.
     """
@@ -98,7 +98,7 @@ def render(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]]
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without groups: of the scores their means."""
+    """Flatten a row for a table: scores become their means."""
     means = {f"mean_{name}": each["mean"] for name, each in (row.get("scores") or {}).items()}
     return {name: value for name, value in row.items() if name != "scores"} | means
 

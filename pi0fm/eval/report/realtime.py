@@ -24,7 +24,7 @@ def write(
     facts: Mapping[str, Mapping[str, str]],
     seconds: float,
 ) -> Path:
-    """Write the three files; the page's path."""
+    """Write the three files; return the page's path."""
     with files.new_file(output / ROWS) as file:
         pq.write_table(pa.Table.from_pylist([row.row() for row in rows]), file, write_page_checksum=True)
     context = ReportContext(title, machine.command_line(), seconds, facts=facts)

@@ -90,7 +90,7 @@ class Cell:
     own_ms: float
 
     def json(self) -> dict[str, Any]:
-        """For summary.json."""
+        """Return the figures of summary.json."""
         numbers = {name: _plain(getattr(self, name)) for name in ("delay_ms", "reaction_ms", "jump", "change", "held", "own_ms")}
         interval = None if self.success is None else [round(end, 4) for end in (self.success.rate, self.success.low, self.success.high)]
         return {
@@ -104,7 +104,7 @@ class Cell:
 
 
 def evaluate_in_real_time(config: RealtimeConfig) -> tuple[dict[str, Any], list[Cell]]:
-    """Run the grid, write the report; the command's last line, and the cells.
+    """Run the grid and write the report; return the command's last line and the cells.
 
     Raises as `eval.evaluate.evaluate` does, and ConfigError for a mode that the policy does not know, before the first episode.
     """
@@ -162,12 +162,12 @@ def evaluate_in_real_time(config: RealtimeConfig) -> tuple[dict[str, Any], list[
 
 
 def _not_a_robot(record: logging.LogRecord) -> bool:
-    """Keep the executor from telling of every standstill, which the table counts."""
+    """Filter the executor's warnings of standstills, which the table counts."""
     return record.levelno > logging.WARNING
 
 
 class _Asks:
-    """The policy by mode: a bundle's in this process, or a server's."""
+    """The policy as each mode asks it: a bundle in this process, or a server."""
 
     def __init__(self, config: RealtimeConfig, metadata: Mapping[str, Any], policy: Any) -> None:
         self._config, self._policy = config, policy
@@ -175,13 +175,13 @@ class _Asks:
         self._state = str(metadata.get("state_key", "observation.state"))
 
     def flat(self, environment: Environment) -> Message:
-        """An observation as a robot sends it."""
+        """Observe, as the flat map of keys that a robot sends."""
         seen = environment.observe()
         images = {key: seen.images[name] for name, key in self._keys.items() if name in seen.images}
         return {**images, self._state: seen.state, "prompt": seen.prompt}
 
     def of(self, mode: str, task: str, seed: int) -> Infer:
-        """What answers in that mode; the noise of a call is the same in every mode."""
+        """Return the call that answers in that mode; the noise of a call is the same in every mode."""
         policy, config = self._policy, self._config
         if config.remote:
             return lambda message, step: policy.infer(message, noise_seed(config.seed, task, seed, step))
@@ -208,7 +208,7 @@ def _fitting(metadata: Mapping[str, Any], remote: bool) -> tuple[str, ...]:
 
 
 def _asks(config: RealtimeConfig, metadata: Mapping[str, Any], modes: Set[str]) -> _Asks:
-    """Raises ConfigError for a mode that the policy cannot be asked in."""
+    """Open the policy. Raises ConfigError for a mode that it does not support."""
     led = sorted(modes & set(GUIDANCE))
     if config.remote:
         from pi0fm_client.client import PolicyClient
@@ -245,7 +245,7 @@ def _plain(value: float) -> float | None:
 
 
 def by_mode(cells: list[Cell]) -> Iterator[tuple[str, list[Cell]]]:
-    """(mode, its cells by delay)."""
+    """Yield each mode and its cells in the order of delays."""
     for mode in dict.fromkeys(cell.mode for cell in cells):
         yield (
             mode,

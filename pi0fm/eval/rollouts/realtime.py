@@ -265,7 +265,7 @@ def reaction(arrived: list[tuple[int, int]]) -> float:
 def _changes(
     commands: list[NDArray[np.float64]], held: list[bool], arrivals: list[int], half_range: NDArray[np.float64]
 ) -> tuple[float, float]:
-    """(jump, change): where a chunk takes over from another one, and at all other steps without a standstill."""
+    """Return (jump, change): the command's change where a chunk takes over, and at all other steps without a standstill."""
     if len(commands) < 2:
         return float("nan"), float("nan")
     sizes = np.sqrt(((np.diff(np.stack(commands), axis=0) / half_range) ** 2).mean(1))  # of step k + 1
@@ -277,7 +277,7 @@ def _changes(
 
 @final
 class _Named:
-    """What an Executor asks of a policy when its `submit` infers: the metadata."""
+    """The part of a policy that an Executor with a `submit` of its own reads: the metadata."""
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self.metadata = {name: value for name, value in metadata.items() if name != wire.EXTENSIONS} | {
@@ -285,5 +285,5 @@ class _Named:
         }
 
     def infer(self, observation: Message) -> ActionChunk:
-        """Never called: `submit` stands for it."""
+        """Refuse: the executor's `submit` infers."""
         raise NotImplementedError

@@ -36,7 +36,7 @@ COLLISION_GROUP: Final = 0  # of geoms, which robosuite's pictures leave out
 
 @final
 class Libero(RenderedEnvironment):
-    """One task; making it takes seconds, each reset and each official picture too on a processor."""
+    """One task; on a processor, construction and each reset take seconds."""
 
     def __init__(self, suite: str, task: str, cameras: tuple[CameraSpec, ...], max_steps: int) -> None:
         load_mujoco()  # before robosuite, which imports mujoco too
@@ -81,7 +81,7 @@ class Libero(RenderedEnvironment):
         return StepResult(success, self._done)
 
     def still_action(self) -> NDArray[np.float32]:
-        """No displacement, the gripper as it was told last."""
+        """Return zero displacement and the last gripper command."""
         return np.array([0, 0, 0, 0, 0, 0, self._gripper], np.float32)
 
     def position(self, name: str) -> NDArray[np.float64]:
@@ -148,7 +148,7 @@ def _benchmark(suite: str) -> Any:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without what robosuite and LIBERO print."""
+    """Silence robosuite and LIBERO."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
