@@ -63,7 +63,7 @@ class DemosConfig:
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """The tasks by their names in reports."""
+        """List the tasks by their names in reports."""
         words = self.tasks.split(",") if isinstance(self.tasks, str) else [word for text in self.tasks for word in text.split(",")]
         return tuple(catalog.report_name(task) for task in catalog.expand([word.strip() for word in words if word.strip()]))
 
@@ -74,7 +74,7 @@ class DemosConfig:
 
     @property
     def camera_specs(self) -> tuple[CameraSpec, ...]:
-        """The cameras, parsed."""
+        """Parse the cameras; the suite's default where none is given."""
         return parse_cameras(self.cameras) if self.cameras else self.suite.default_cameras
 
     @property

@@ -46,7 +46,7 @@ def fits(path: Path) -> bool:
 
 
 def observation(seen: Seen, number: int) -> Observation:
-    """One of the moments that have pictures."""
+    """Choose a moment with pictures."""
     place, source = int(seen.place[number]), seen.source
     images = dict(zip(source.embodiment.cameras, seen.pictures[number], strict=True))
     return Observation(images, source.state[place], source.tasks[source.task[place]])

@@ -64,7 +64,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Examined:
-    """What was found, worst first; measured: facts by name, for the table; sheet: the picture, where a data set was seen."""
+    """Findings of an examination, worst first; measured: facts by name; sheet: the picture of a batch, if there was a data set."""
 
     name: str
     findings: tuple[Finding, ...]
@@ -73,7 +73,7 @@ class Examined:
 
     @property
     def errors(self) -> list[Finding]:
-        """Those that make the command fail."""
+        """Findings that make the command fail."""
         return [finding for finding in self.findings if finding.severity == "error"]
 
     def json(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def of_bundle(path: Path, robot: str | None) -> Subject:
 
 
 def open_counterpart(subject: Subject, dataset: DatasetConfig) -> LeRobotSource:
-    """The data set, in the policy's columns. Raises ConfigError where it lacks them, DatasetError."""
+    """Open the data set in the policy's columns. Raises ConfigError for missing columns, DatasetError."""
     return open_source(dataset, subject.policy.embodiment)
 
 

@@ -94,7 +94,7 @@ class Paired:
 
     @property
     def statement(self) -> str:
-        """The result in a sentence."""
+        """State the result in a sentence."""
         better = "better" if self.only_this > self.only_baseline else "worse"
         if self.settled_after is not None:
             return f"{self.name} is {better}: settled after {self.settled_after} of {self.pairs} pairs, whenever one looks"

@@ -81,7 +81,7 @@ class OpenLoopConfig(PolicyChoice):
         return self.num_flow_steps, self.solver, self.noise_level, self.robot, self.likelihood, self.seed, self.batch_size, self.renamed()
 
     def renamed(self) -> dict[str, Any]:
-        """The columns of the data set that were given in place of the policy's own."""
+        """Return the columns that options give in place of the policy's."""
         return {name: value for name, value in vars(self.embodiment).items() if value != getattr(Embodiment(), name)}
 
 

@@ -16,7 +16,7 @@ from pi0fm_client.types import Policy
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyChoice(LoadOptions):
-    """Which policy, and how it is loaded. Raises ConfigError for an option that belongs to a server."""
+    """Options that choose a policy and load it. Raises ConfigError for an option that belongs to a server."""
 
     policy: str = required(f"a bundle's directory, or the ws:// address of a server, whose key is in ${TOKEN_VARIABLE}")
     threads: int | None = option(1, "CPU threads of one inference; with another number sums are in another order, and results differ")
@@ -32,7 +32,7 @@ class PolicyChoice(LoadOptions):
 
     @property
     def remote(self) -> bool:
-        """Whether the policy is a server's address."""
+        """Tell whether the policy is a server's address."""
         return self.policy.startswith(("ws://", "wss://"))
 
 

@@ -79,7 +79,7 @@ def _points(group: Sequence[TrainedPolicy]) -> tuple[CurvePoint, ...]:
 
 
 def over_seeds(rates: Sequence[float]) -> Interval:
-    """The mean of two or more seeds' rates with Student's 95 % interval, within [0, 1]."""
+    """Average two or more seeds' rates, with Student's 95 % interval within [0, 1]."""
     mean, count = statistics.fmean(rates), len(rates)
     half = (STUDENT[count - 2] if count - 2 < len(STUDENT) else NORMAL) * statistics.stdev(rates) / math.sqrt(count)
     return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))

@@ -41,7 +41,7 @@ def write(output_dir: Path, found: Compared) -> Path:
 
 
 def side_by_side(found: Compared) -> list[dict[str, Any]]:
-    """The episodes that several evaluations filmed, with a data URI each, while there is room for all of an episode."""
+    """Collect episodes that several evaluations filmed, with a data URI each, while the bound has room for all videos of an episode."""
     room, shown = EMBEDDED_VIDEO_BYTES, []
     for key in found.filmed():
         own = [(each, each.videos[key]) for each in found.evaluations if key in each.videos]

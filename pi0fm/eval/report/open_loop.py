@@ -74,7 +74,7 @@ def write(
 
 
 def table(found: OpenLoop, source: LeRobotSource) -> pa.Table:
-    """Every moment with both chunks, for further analysis."""
+    """Make a table of all moments with both chunks."""
     moments, count = found.moments, len(found.each)
     return pa.table(
         {

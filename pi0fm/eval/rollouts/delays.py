@@ -37,7 +37,7 @@ MEASURED = "measured"
 
 @dataclass(frozen=True)
 class Delays:
-    """The grid. Raises ConfigError for an unknown word and a number out of range."""
+    """Grid of delays and modes. Raises ConfigError for an unknown word and a number out of range."""
 
     delays_ms: tuple[str, ...] = option(
         ("0", "50", "100", "200", "400"), f"of an answer, on the simulator's clock; {MEASURED} takes what each inference really took here"
@@ -60,7 +60,7 @@ class Delays:
             raise ConfigError(f"realtime needs a delay and a jitter of 0 or more, found {self.jitter_ms:g} ms; type 0,100,200")
 
     def timings(self, metadata: Mapping[str, Any], remote: bool) -> list[Timing]:
-        """Every mode at every delay; the modes that fit the policy where none is given."""
+        """List every mode at every delay; without given modes, those that fit the policy."""
         delays = [None if word == MEASURED else float(word) for word in dict.fromkeys(self.delays_ms)]
         return [Timing(mode, delay, self.jitter_ms) for mode in dict.fromkeys(self.modes or _fitting(metadata, remote)) for delay in delays]
 
@@ -75,7 +75,7 @@ class RealtimeConfig(StartsConfig):
 
 @dataclass(frozen=True)
 class Cell:
-    """All episodes of one mode and delay. Milliseconds; jump and change as in eval/rollouts/realtime."""
+    """Figures of one mode and delay, in milliseconds; jump and change as in eval/rollouts/realtime."""
 
     mode: str
     asked_ms: float | None

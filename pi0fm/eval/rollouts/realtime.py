@@ -83,7 +83,7 @@ class DrivenEpisode:
 
 
 class Drives(Protocol):
-    """What turns answers into a command for each step: pi0fm_client's Executor, or `StandingStill`."""
+    """Interface that turns answers into a command for each step: pi0fm_client's Executor, or `StandingStill`."""
 
     def observe(self, observation: Callable[[], Message], /) -> None:
         """Send an observation where one is due."""
@@ -94,7 +94,7 @@ class Drives(Protocol):
 
 @final
 class LateAnswers:
-    """The policy as the robot meets it: an answer is inferred at once and arrives later on the simulator's clock."""
+    """Policy with delayed answers: inferred at once, delivered later by the simulator's clock."""
 
     def __init__(self, infer: Infer, timing: Timing, seed: int, dt: float) -> None:
         self._infer, self._timing, self._dt = infer, timing, dt
@@ -141,7 +141,7 @@ class LateAnswers:
 
 @final
 class StandingStill:
-    """The synchronous robot: it observes at rest, waits, and executes `horizon` rows of the answer from the first on."""
+    """Synchronous robot: observes at rest, waits, and executes the first `horizon` rows of the answer."""
 
     def __init__(self, submit: Callable[[Message], Future[ActionChunk]], limits: Limits, start: NDArray[np.float32], horizon: int) -> None:
         self._submit, self._limiter, self._horizon = submit, Limiter(limits, start), horizon
