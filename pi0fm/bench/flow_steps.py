@@ -162,10 +162,7 @@ def from_dataset(chain: Chain, dataset: DatasetConfig, count: int) -> list[Obser
     number = min(count, len(source.frames))
     frames = source.frames[((np.arange(number) + 0.5) / number * len(source.frames)).astype(np.int64)]
     pictures = open_cache(source, dataset, chain.image_size).gather(frames)
-    return [
-        Observation(dict(zip(source.embodiment.cameras, images, strict=True)), source.state[frame], source.tasks[int(source.task[frame])])
-        for frame, images in zip(frames.tolist(), pictures, strict=True)
-    ]
+    return [source.observation(frame, images) for frame, images in zip(frames.tolist(), pictures, strict=True)]
 
 
 def simulated_tasks(metadata: Mapping[str, Any]) -> dict[str, int]:

@@ -13,7 +13,6 @@ import psutil
 from numpy.typing import NDArray
 
 from pi0fm import machine
-from pi0fm.doctor.batch import Seen
 from pi0fm.doctor.finding import Finding
 from pi0fm.policy.saved.bundle import open_weights
 from pi0fm.policy.saved.manifest import CONFIG, WEIGHTS, read_json
@@ -43,13 +42,6 @@ def judge_weights(path: Path, model: Any) -> list[Finding]:
 def fits(path: Path) -> bool:
     """Tell whether an inference of the bundle fits in this machine's memory."""
     return ROOM * (path / WEIGHTS).stat().st_size < psutil.virtual_memory().available
-
-
-def observation(seen: Seen, number: int) -> Observation:
-    """Choose a moment with pictures."""
-    place, source = int(seen.place[number]), seen.source
-    images = dict(zip(source.embodiment.cameras, seen.pictures[number], strict=True))
-    return Observation(images, source.state[place], source.tasks[source.task[place]])
 
 
 def judge_answers(

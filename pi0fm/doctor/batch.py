@@ -22,6 +22,7 @@ from pi0fm.data.normalization import standing, unusual
 from pi0fm.data.pictures.chosen import pictures_at
 from pi0fm.doctor.finding import Finding, Severity
 from pi0fm.policy.saved.bundle import PolicyConfig
+from pi0fm_client.types import Observation
 
 MOST_ROWS, EPISODES, PER_EPISODE = 20_000, 8, 4
 FAR = 6.0  # in the network's units, where most numbers are within 1 or 3
@@ -49,6 +50,10 @@ class Seen:
     pictures: NDArray[np.uint8]
     texts: tuple[str, ...]
     tokens: tuple[int, ...]
+
+    def observation(self, number: int) -> Observation:
+        """Return the observation of a moment."""
+        return self.source.observation(int(self.place[number]), self.pictures[number])
 
     def columns(self) -> Iterator[tuple[str, tuple[str, ...], NDArray[np.float32], NDArray[np.float32]]]:
         """Yield (state or action, names of the dimensions, robot units [n, dim], network's units [n, dim])."""

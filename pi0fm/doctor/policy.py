@@ -121,7 +121,7 @@ def examine(subject: Subject, dataset: DatasetConfig, source: LeRobotSource | No
         judged = _judged(subject.facts, subject.chain, source, subject.stats)
         found += judge_environment(counterparts.suite, counterparts.max_steps, judged, _starts(source, dataset, subject.chain))
     if counterparts.server is not None:
-        asked = [answers.observation(seen, number) for number in range(len(seen.place))] if seen is not None else []
+        asked = [seen.observation(number) for number in range(len(seen.place))] if seen is not None else []
         more, told = _served(counterparts.server, subject.facts, asked, None if source is None else source.action)
         found, measured = found + more, measured | told
     return Examined(subject.name, tuple(worst_first(found)), measured, sheet)
@@ -147,10 +147,7 @@ def examine_server(url: str, dataset: DatasetConfig | None, counterparts: Counte
             found.append(Finding("error", "rate", text, "name a data set of that rate"))
         place = np.unique(np.linspace(0, len(source.rows) - 1, STARTS).round().astype(np.int64))
         pictures = pictures_at(source, dataset, place, int((served.get("image_size") or (224,))[0]))
-        asked = [
-            Observation(dict(zip(source.embodiment.cameras, shots, strict=True)), source.state[row], source.tasks[source.task[row]])
-            for row, shots in zip(place.tolist(), pictures, strict=True)
-        ]
+        asked = [source.observation(row, shots) for row, shots in zip(place.tolist(), pictures, strict=True)]
     more, measured = _served(url, served, asked, None if source is None else source.action)
     if counterparts.suite is not None:
         more += judge_environment(counterparts.suite, counterparts.max_steps, _judged(served, None, source, None), None)
@@ -206,7 +203,7 @@ def _asked(subject: Subject, seen: Seen) -> tuple[list[Finding], dict[str, str]]
     usable = [number for number in range(len(seen.place)) if _fits_prompt(seen, number, subject.chain)]
     if not usable:
         return [], {}
-    asked = [answers.observation(seen, number) for number in usable]
+    asked = [seen.observation(number) for number in usable]
     found, seconds = answers.judge_answers(infer, asked, subject.facts, seen.source.action, "the policy")
     gib = sum(parameter.numel() * parameter.element_size() for parameter in policy.model.parameters()) / 2**30
     told = {"inference": f"{1e3 * seconds:.1f} ms a chunk on {policy.device} ({machine.describe_machine()['processor']})"}
@@ -215,7 +212,7 @@ def _asked(subject: Subject, seen: Seen) -> tuple[list[Finding], dict[str, str]]
 
 def _fits_prompt(seen: Seen, number: int, chain: Chain) -> bool:
     try:
-        chain.check(answers.observation(seen, number))
+        chain.check(seen.observation(number))
     except Pi0fmError:
         return False
     return True

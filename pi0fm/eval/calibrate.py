@@ -13,7 +13,7 @@ import numpy as np
 from pi0fm import progress
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.config import DatasetConfig
-from pi0fm.eval.open_loop import OpenLoopConfig, choose_moments, observation, open_episodes, read_moments, read_policy
+from pi0fm.eval.open_loop import OpenLoopConfig, choose_moments, open_episodes, read_moments, read_policy
 from pi0fm.eval.rollouts.episode import noise_seed
 from pi0fm.options import option, required
 from pi0fm.policy.load_options import LoadOptions
@@ -67,7 +67,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     spreads = np.empty(len(place))
     with progress.step("calibrating", len(place)) as bar:
         for batch in np.array_split(np.arange(len(place)), -(-len(place) // config.batch_size)):
-            observations = [observation(source, moments, int(number)) for number in batch]
+            observations = [moments.observation(source, int(number)) for number in batch]
             named = zip(moments.episode[batch].tolist(), source.rows[moments.place[batch]].tolist(), strict=True)
             seeds = [noise_seed(config.seed, "calibrate", episode, row) for episode, row in named]
             spreads[batch] = [chunk.scores["spread"] for chunk in policy.infer_batch(observations, seeds)]

@@ -114,6 +114,10 @@ class Moments:
     still: Float[NDArray[np.float32], "M A"]
     pictures: UInt8[NDArray[np.uint8], "M C size size 3"]
 
+    def observation(self, source: LeRobotSource, number: int) -> Observation:
+        """Return the observation of a moment."""
+        return source.observation(int(self.place[number]), self.pictures[number])
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -317,7 +321,7 @@ def judge(
             if batch[-1] < done:
                 count[0] = int(batch[-1]) + 1
                 continue
-            observations = [observation(source, moments, int(number)) for number in batch]
+            observations = [moments.observation(source, int(number)) for number in batch]
             named = zip(moments.episode[batch].tolist(), source.rows[moments.place[batch]].tolist(), strict=True)
             seeds = [noise_seed(config.seed, "open loop", episode, row) for episode, row in named]
             predicted[batch] = [chunk.actions for chunk in policy.infer_batch(observations, seeds)]
@@ -398,13 +402,6 @@ def _ratio(ours: NDArray[np.float64], baseline: NDArray[np.float64], episode: ND
         drawn = np.random.default_rng(0).integers(len(numbers), size=(RESAMPLES, len(numbers)))
         low, high = np.percentile(sums[0][drawn].sum(1) / sums[1][drawn].sum(1), [2.5, 97.5])
     return Ratio(value, (float(low), float(high)))
-
-
-def observation(source: LeRobotSource, moments: Moments, number: int) -> Observation:
-    """Return the robot's observation at a moment."""
-    place = int(moments.place[number])
-    images = dict(zip(source.embodiment.cameras, moments.pictures[number], strict=True))
-    return Observation(images, source.state[place], source.tasks[source.task[place]])
 
 
 def _nats(

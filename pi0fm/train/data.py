@@ -92,10 +92,7 @@ class RunData:
         unseen = self.parts[0].held_out
         made = unseen if len(unseen.source.frames) else self.parts[0].training
         source, place = made.source, made.source.frames[len(made.source.frames) // 2]
-        pictures = made.cache.gather(np.array([place]))[0]
-        return Observation(
-            dict(zip(source.embodiment.cameras, pictures, strict=True)), source.state[place], source.tasks[source.task[place]]
-        )
+        return source.observation(int(place), made.cache.gather(np.array([place]))[0])
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint says of the data: of an entry under `mixture.NAME.`."""

@@ -34,6 +34,7 @@ from pi0fm.data.config import DatasetConfig, Selection, refuse_missing
 from pi0fm.files import visible
 from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError, DatasetError
+from pi0fm_client.types import Observation
 
 RECORDING = "meta/pi0fm_recording.json"  # what `pi0fm demos` leaves beside LeRobot's own files
 
@@ -88,6 +89,11 @@ class LeRobotSource:
     def starts(self) -> NDArray[np.int64]:
         """The place of each episode's first row."""
         return np.flatnonzero(np.diff(self.episode, prepend=self.episode[:1] - 1))
+
+    def observation(self, place: int, pictures: NDArray[np.uint8]) -> Observation:
+        """Make the observation of the row at `place`, with its pictures [C, height, width, 3] in the order of cameras."""
+        images = dict(zip(self.embodiment.cameras, pictures, strict=True))
+        return Observation(images, self.state[place], self.tasks[self.task[place]])
 
     def norm_stats(self, action_horizon: int) -> NormStats:
         """Statistics over the rows that are trained on, and the chunks that begin there."""
