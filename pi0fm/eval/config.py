@@ -76,7 +76,7 @@ class EvalConfig(StartsConfig):
         "failures", f"episodes filmed by the pictures that the policy saw: failures and every {SAMPLE}th episode, all, or none"
     )
     videos_per_task: int | None = option(
-        None, "episodes of each task that are filmed large too, from the first on, which costs rendering; 1 when not given"
+        None, "episodes of each task, from the first on, that are filmed larger and smoother, which costs rendering; 1 when not given"
     )
     scores: bool = option(
         False, "log-likelihood and noise-space norm of every chunk, in the report and episodes.json; outcomes stay the same"
