@@ -149,7 +149,7 @@ def _lines(run: Path) -> list[dict[str, float]]:
 
 
 def _failed(log: Path) -> Pi0fmError:
-    said = log.read_text(errors="replace").strip().splitlines() or ["nothing was said"]
+    said = log.read_text(errors="replace").strip().splitlines() or ["no output"]
     return Pi0fmError(f"a run of the measurement must end by itself, found: {said[-1]}")
 
 

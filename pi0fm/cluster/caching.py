@@ -46,7 +46,7 @@ def cache_everywhere(
         read = {names[node]: digests[number] for node, (_, digests) in found.items()}
         if len(set(read.values())) > 1:
             each = ", ".join(f"{name} has {digest:.8}" for name, digest in read.items())
-            raise DatasetError(f"all nodes must read the same data set, found others at {entry.dataset.root}: {each}; copy it anew")
+            raise DatasetError(f"all nodes must read the same data set, found others at {entry.dataset.root}: {each}; copy it again")
     return {node: seconds for node, (seconds, _) in found.items()}
 
 

@@ -1,4 +1,4 @@
-"""A training run of which something is killed every so often, against the same run in quiet: do both end in the same weights?
+"""A training run whose workers, nodes or command are killed at intervals, against an undisturbed one: do both end in the same weights?
 
 Owns: what is killed and when, by a seed; what each kill cost; the comparison. Does not know: how a run survives.
 
@@ -198,9 +198,9 @@ class _Command:
             self._process.wait()
 
     def last_line(self) -> str:
-        """Of what it said."""
+        """The last line of its output."""
         lines = self.folder.with_suffix(".log").read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "nothing was said"
+        return lines[-1] if lines else "no output"
 
     def reached(self) -> tuple[int, int]:
         """The last step of metrics.jsonl, and which file that is: the workers write another one whenever they start."""

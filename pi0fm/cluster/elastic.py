@@ -26,7 +26,7 @@ QUICK = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
-# On the one machine where this process started Ray, without a dashboard: nobody drains that node, nobody scrapes those metrics, and each
+# On the one machine where this process started Ray, without a dashboard: nothing drains that node or scrapes those metrics, and each
 # look takes time from the workers on the same cores.
 ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}
 
@@ -57,7 +57,7 @@ class Foresight(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         self._trains = False
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-        """Called when one of them has failed: there is nobody to ask."""
+        """Called when one of them has failed: no worker is left to ask."""
         self._trains = False
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:

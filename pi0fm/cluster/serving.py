@@ -39,7 +39,7 @@ class Replicas:
 def serve_replicas(build: Build, fault: Fault, replicas: Replicas, host: str, port: int, announce: Callable[[], None]) -> None:
     """Serve what `build` makes in each replica until the process is told to end; `announce` is called when all `least` are warm.
 
-    fault: what is wrong with an application in one line, or None; a replica with one is started anew. Raises ClusterError where Ray Serve
+    fault: what is wrong with an application in one line, or None; a replica with one is started again. Raises ClusterError where Ray Serve
     is not installed or no replica comes up, ConfigError for resources that Ray does not have.
     """
     with ray_session(), sigterm_interrupts():  # Ray takes the signal for itself when it starts

@@ -1,4 +1,4 @@
-"""What the mathematics does not allow, said in one line.
+"""Errors of one line for what the mathematics does not allow.
 
 Owns: `FlowError` and the checks of times, states and masks. Does not know: paths, solvers, robots.
 

@@ -70,5 +70,5 @@ class CommittedVelocity:
         return torch.where(self.held[..., None], self.actions.to(x.dtype), x)
 
     def _free(self, answer: Tensor) -> Tensor:
-        # no loss ever said what the network answers in held rows
+        # no loss trained what the network answers in held rows
         return torch.where(self.held[..., None], torch.zeros_like(answer), answer)

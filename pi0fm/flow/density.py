@@ -276,7 +276,7 @@ def _by_one_backward_pass(field: Field, x: Tensor, probe: Tensor) -> tuple[Tenso
 
 
 def _value_and_pullback(field: Field, x: Tensor) -> tuple[Tensor, Field]:
-    """v(x), and the map from a cotangent e to e' J. A lambda: a nested function would be annotated anew at every step under test."""
+    """v(x), and the map from a cotangent e to e' J. A lambda: a nested function would be annotated again at every step under test."""
     result = vjp(field, x)
     return result[0], lambda cotangent: result[1](cotangent)[0]
 

@@ -102,7 +102,7 @@ def _wide_softmax(scores: Tensor) -> Tensor:
 
 
 class _WideSoftmax(torch.autograd.Function):
-    """A softmax in float32, rounded once, of which only the rounded result is kept."""
+    """A softmax in float32, rounded once; only the rounded result is kept for the backward pass."""
 
     generate_vmap_rule = True
 

@@ -62,7 +62,7 @@ class StreamInput(NamedTuple):
 class Stream(nn.Module):
     """One stream's own parameters in one layer: norms, projections, MLP.
 
-    keys_only: the last backbone layer, of which nothing but k and v is ever read; the rest would be dead weight.
+    keys_only: the last backbone layer. Only its k and v are read, so it has no other parameters.
     """
 
     def __init__(self, config: DecoderConfig, stream: StreamConfig, condition_width: int | None, keys_only: bool = False) -> None:

@@ -43,7 +43,7 @@ class Modulation(NamedTuple):
 class Linear(nn.Linear):
     """`nn.Linear`, whose copy in autocast's type may be kept from one use to the next.
 
-    cast_once: in training make the copy anew only where the weight has changed, once an update, in place of once a forward pass and once
+    cast_once: in training make a new copy only where the weight has changed, once an update, in place of once a forward pass and once
     more where a layer is recomputed. The numbers are autocast's. Only for weights that are written in place, whose version then counts:
     torch's fully_shard writes without.
     """
@@ -85,7 +85,7 @@ class _Cast(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + 1e-6) * (1 + scale)`, computed in float32 and returned in the type of x.
 
-    for_products: returned in the type of the matrix products behind it (`product_dtype`), so that nobody casts it again.
+    for_products: returned in the type of the matrix products behind it (`product_dtype`), so that it is not cast again.
     """
 
     def __init__(self, width: int, for_products: bool = False) -> None:
@@ -173,7 +173,7 @@ def rotate(x: Float[Tensor, "B N T K"], by: Rotation) -> Float[Tensor, "B N T K"
 
 
 def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
-    """What the function gives, of which only its inputs are kept for the backward pass, which computes the rest anew.
+    """The function's result; only its inputs are kept for the backward pass, which recomputes the rest.
 
     A matrix product at its end is not computed again: nothing of the backward pass needs its result.
     """

@@ -120,10 +120,10 @@ class Pi0(nn.Module):
         return self._head(self.decoder(*self._prefix(observation), suffix, num_state_tokens, condition))
 
     def checkpoint_activations(self, how: str) -> None:
-        """In training, keep less for the backward pass, which computes the rest anew: the same loss and gradients, bit by bit.
+        """In training, keep less for the backward pass, which recomputes the rest: the same loss and gradients, bit by bit.
 
         full        keeps what enters each layer: a fraction of the memory, a third more time
-        selective   keeps the results of the large products too, and computes attention, rotations and activations anew; a layer that is
+        selective   keeps the results of the large products too, and recomputes attention, rotations and activations; a layer that is
                     compiled keeps what its compiler chooses, which is much the same
         `eval()` and no_grad are untouched. how: a word of CHECKPOINTING; none keeps everything.
         """
@@ -202,7 +202,7 @@ class Pi0(nn.Module):
 
 @final
 class CachedVelocity:
-    """`Pi0.velocity` of one batch of observations, without doing anew what neither x_t nor t changes.
+    """`Pi0.velocity` of one batch of observations, with everything independent of x_t and t precomputed.
 
         once a batch      pictures, prompt, state -> keys and values of all that the actions look at
         once a time       t -> its embedding, the products behind it, scales and gates of adaptive norms; kept by value of t
@@ -240,7 +240,7 @@ class CachedVelocity:
         return self._action_velocity(x_t, FlowTime(self._model._time(t)), self._context)
 
     def at(self, x_t: Float[Tensor, "BN H A"], t: float) -> Float[Tensor, "BN H A"]:
-        """The same at one time for the whole batch, of which all that does not depend on x_t is made at the first call and kept."""
+        """The same at one time for the whole batch; all that does not depend on x_t is computed at the first call and kept."""
         if self._context is None:
             return self(x_t, torch.full((len(x_t),), t, dtype=x_t.dtype, device=x_t.device))
         return self._action_velocity(x_t, self._time(t), self._context)

@@ -8,7 +8,7 @@ Owns: what each side's call consists of, the marks around what `train_step` is g
     next(batches)    forward, loss    accelerator.backward    clip, optimizer.step    the average
     | data           | forward        | backward              | optimizer             | average      |
 
-On CUDA a mark is an event in the stream, so nobody waits; on a CPU it is the clock.
+On CUDA a mark is an event in the stream, so the host does not wait; on a CPU it is the clock.
 """
 
 import itertools
