@@ -60,7 +60,7 @@ def visible(folder: Path, pattern: str = "**/*") -> list[Path]:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder that takes files, and those above it. Raises OutputError as `refuse_name` does, and for whatever the system says."""
+    """Make a folder that takes files, and those above it. Raises OutputError as `refuse_name` does, and for any fault of the system."""
     refuse_name(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

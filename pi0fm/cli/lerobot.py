@@ -131,7 +131,7 @@ TRAIN: dict[str, str | Taken | Ignored | Refused] = {
     "dataset.repo_type": Ignored("data sets are read from files", ("dataset", None), "leave it out"),
     "dataset.revision": Refused("fetch it with `hf download REPO --repo-type dataset --revision R`, then type --dataset.root DIR"),
     "dataset.image_transforms.enable": "augment",
-    "dataset.image_transforms": Refused("how far pictures are changed is said by --augmentation.crop, .rotation, .brightness, ..."),
+    "dataset.image_transforms": Refused("type --augmentation.crop, .rotation, .brightness, ... for how far pictures are changed"),
     "dataset.use_imagenet_stats": Ignored("pictures are scaled to [-1, 1], as released weights expect"),
     "dataset.video_backend": Taken("dataset.video_decoder", {"pyav": "pyav", "torchcodec": "torchcodec", None: None}),
     "dataset.return_uint8": Ignored("pictures are bytes until they are on the device"),

@@ -54,7 +54,7 @@ class ConvertConfig:
     num_heads: int = option(8, "query heads of the decoder; LeRobot and openpi know 8 only")
     vision_heads: int = option(16, "heads of the vision tower; LeRobot and openpi know 16 only")
     action_horizon: int | None = option(None, "actions predicted at once; empty takes the source's, else 50")
-    execution_horizon: int | None = option(None, "actions executed before planning anew; empty takes the source's, else 8")
+    execution_horizon: int | None = option(None, "actions executed before planning again; empty takes the source's, else 8")
     max_prompt_tokens: int | None = option(None, "longest prompt; empty takes the source's, else 48 for pi0, 200 for pi0.5")
     num_flow_steps: int | None = option(None, "steps of the sampling; empty takes the source's, else 10")
     fps: float = option(0.0, "control steps a second, kept in the bundle; 0 when unknown")

@@ -209,7 +209,7 @@ def make_chain(
             raise ConfigError(f"the robot's {what} is {width} wide, the model's {limit}; type --model.{what}_dim {width}")
     for what, width, stats_width in (("state", state_dim, len(stats.state.mean)), ("action", action_dim, len(stats.action.mean))):
         if width != stats_width:
-            raise ConfigError(f"norm stats of the {what} are {stats_width} wide, the embodiment's {what} is {width}; compute them anew")
+            raise ConfigError(f"norm stats of the {what} are {stats_width} wide, the embodiment's {what} is {width}; compute them again")
     transforms = (
         DeltaActions(embodiment.delta_actions),
         Normalize(*(scaling(column, normalization, floor, epsilon, rule) for column in (stats.state, stats.action))),

@@ -73,7 +73,7 @@ def scaling(stats: ColumnStats, kind: str, floor: float, epsilon: float = 0.0, r
 
 
 def standing(stats: ColumnStats) -> NDArray[np.bool_]:
-    """[dim] dimensions that never move, but for rounding."""
+    """[dim] dimensions that never move beyond rounding."""
     return np.asarray(stats.max - stats.min <= STILL * np.maximum(np.abs(stats.min), np.abs(stats.max)))
 
 

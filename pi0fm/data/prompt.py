@@ -32,7 +32,7 @@ DIALECTS = (OPENPI, LEROBOT, STATELESS)
 
 def load_tokenizer(name: str, vocab_size: int) -> "PreTrainedTokenizerBase":
     """`byt5`, or the tokenizer in a local directory. Raises ConfigError when it is not there or does not fit the embedding."""
-    # seconds of imports that whoever only reads a configuration does without, and each tokenizer without the other's
+    # imported here: seconds that reading a configuration does not need, nor one tokenizer the other's
     if name == BYTES:
         from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
 
@@ -71,7 +71,7 @@ class PromptTokenizer:
         self._encode = lru_cache(maxsize=4096)(self._encode_one)
 
     def __reduce__(self) -> "tuple[type[PromptTokenizer], tuple[PreTrainedTokenizerBase, int, bool, str]]":
-        """Made anew in another process: its table of known texts stays here."""
+        """Pickle without the table of known texts, which stays in this process."""
         return PromptTokenizer, (self.tokenizer, self.max_tokens, self.with_state, self.dialect)
 
     @cached_property

@@ -50,7 +50,7 @@ class TrainConfig:
 
     output_dir: Path = option(Path("outputs/train"), "folder of the run: checkpoints, metrics, and the bundle at the end")
     resume: str = option("false", "true goes on from the newest checkpoint in output_dir; auto does when it holds this run, else begins it")
-    resume_changed: bool = option(False, "go on although options or the data set changed; the differences are said")
+    resume_changed: bool = option(False, "resume although options or the data set changed; the differences are printed")
     seed: int = option(0, "fixes initial weights, order of the data, noise and flow times")
     steps: int = option(30_000, "optimiser steps")
     global_batch_size: int = option(32, "samples a step over all workers")
@@ -121,7 +121,7 @@ class TrainConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, found {getattr(self, name)}")
         object.__setattr__(self, "resume", self.resume.lower())  # a YAML file says true without quotes
-        older = {"true": "full", "false": "none"}  # how it was said before there were three words
+        older = {"true": "full", "false": "none"}  # its values before there were three words
         recomputed = self.activation_checkpointing.lower()
         object.__setattr__(self, "activation_checkpointing", older.get(recomputed, recomputed))
         if self.resume not in ("true", "false", "auto"):

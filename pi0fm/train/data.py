@@ -1,4 +1,4 @@
-"""What a run trains on: its data set or its mixture, opened, with what is held out of each and what the bundle will say of each.
+"""Open the data set of a run, or all of its mixture: training batches, held-out episodes, and the bundle's facts of each.
 
 Owns: `RunData` and the order in which it is opened. Does not know: the network that trains, steps, workers.
 
@@ -54,7 +54,7 @@ class RunDataset:
     order: Weighted | None = None
 
     def described(self) -> str:
-        """Its frames, for the person who watches."""
+        """Format the number of frames, and of those held out."""
         held = len(self.held_out.source.frames)
         return f"{len(self.training.source.frames)} frames" + (f" ({held} more are held out)" if held else "")
 
@@ -107,7 +107,7 @@ class RunData:
         return {part.name: [str(fault) for fault in part.training.source.left_out] for part in self.parts if part.training.source.left_out}
 
     def described(self) -> str:
-        """The data sets, for the person who watches: frames, of a mixture each entry's share of the samples and its control rate too."""
+        """Format the data sets: frames; of a mixture each entry's share of the samples and its control rate too."""
         if not isinstance(self.training, MixtureCollator):
             return self.parts[0].described()
         each = zip(self.parts, shares(self.training.weights), strict=True)

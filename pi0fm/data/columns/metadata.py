@@ -173,7 +173,7 @@ def read_episodes(root: Path, info: Info, video_columns: Sequence[str], *, sente
 
     length, first, stop = (column(name, _whole) for name in BOUNDS)
     names = set(tables[0].column_names)
-    shared: dict[Any, Path] = {}  # one object a file: hashing a path anew costs more than reading its rows
+    shared: dict[Any, Path] = {}  # one object a file: hashing a path again costs more than reading its rows
     files: tuple[Path | None, ...] = (None,) * len(numbers)
     if names.issuperset(DATA_PLACE):
         chunks, numbered = (_whole(paths, tables, name) for name in DATA_PLACE)

@@ -329,7 +329,7 @@ def _rate(
 
         timestamp * fps - frame_index
         within 0.45                       the same picture
-        0 0 0 2 2 3 3 ..                  rows were taken out and the others numbered anew: most are a period apart, the span has room
+        0 0 0 2 2 3 3 ..                  rows were taken out and the others renumbered: most are a period apart, the span has room
         0 .. 5, slowly                    a clock of its own, where the video's span is as long as that clock says
         any number, the same everywhere   another beginning, where the pictures lie in the rows, or frame_index begins elsewhere
         anything else                     another rate, unit or beginning: a fault

@@ -49,7 +49,7 @@ class BatchMaker(ABC):
 
     @abstractmethod
     def valid_elements(self, first: int, count: int) -> int:
-        """How many entries the loss counts over stream positions first .. first + count - 1, whoever trains on them.
+        """How many entries the loss counts over stream positions first .. first + count - 1, on all workers together.
 
         The True ones of `action_mask`, for each flow draw, without the rows that it holds.
         """

@@ -3,7 +3,7 @@
 Owns: finding its bytes, what modes of pictures are colour. Does not know: data sets, sizes of the network.
 
     8-bit colour, gray, palette, with or without alpha -> RGB; a gray value is red, green and blue, alpha is dropped
-    16-bit, 32-bit, floating point                     -> refused: a depth map, or what scaling to 8 bits would make of it nobody said
+    16-bit, 32-bit, floating point                     -> refused: a depth map, or a range of values that no field gives
 """
 
 import io
@@ -55,7 +55,7 @@ def _content(value: Any, folders: Sequence[Path], what: str) -> bytes:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DatasetError(f"{what} is the file {path:.120}, which cannot be read ({reason}); copy it again") from None
-    raise DatasetError(f"{what} is said to be the file {path:.120}, which is not in {folders[0]}; copy the pictures too")
+    raise DatasetError(f"{what} names the file {path:.120}, which is not in {folders[0]}; copy the pictures too")
 
 
 def is_nothing(value: Any) -> bool:

@@ -187,7 +187,7 @@ class Checkpoints:
             )
 
     def _part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What this worker writes: every sharded tensor, of which it holds boxes, and its share of those that all workers hold."""
+        """What this worker writes: its boxes of every sharded tensor, and its share of the tensors that all workers hold."""
         loads = [0] * self._parallel.context.world_size
         mine: dict[str, Tensor] = {}
         for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):

@@ -49,7 +49,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """What a checkpoint holds. facts: whatever the run said of itself, plain JSON."""
+    """What a checkpoint holds. facts: the run's own description, plain JSON."""
 
     facts: dict[str, Any]
     tensors: dict[str, Entry]

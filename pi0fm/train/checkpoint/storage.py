@@ -196,7 +196,7 @@ def whole(place: Path | str) -> list[int]:
 
 
 def steps_in(names: Iterable[str]) -> set[int]:
-    """Steps of which there is anything at all."""
+    """Steps with any file, whole or not."""
     heads = {name.partition("/")[0] for name in names}
     return {int(head.removeprefix("step-")) for head in heads if head.startswith("step-") and head.removeprefix("step-").isdecimal()}
 

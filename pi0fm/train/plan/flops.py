@@ -34,7 +34,7 @@ PARTS: tuple[Part, ...] = ("vision", "backbone", "action_expert")
 
 @dataclass(frozen=True)
 class StageWork:
-    """Operations of a stage for one observation, of which in attention; bytes of its weights in bfloat16."""
+    """Operations of a stage for one observation, and those in attention; bytes of its weights in bfloat16."""
 
     flops: int
     attention: int

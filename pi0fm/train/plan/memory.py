@@ -86,7 +86,7 @@ class MemoryEstimate:
         return self.weights + self.moments + self.average + max(self.pass_, self.validation)
 
     def __str__(self) -> str:
-        """For the person who watches."""
+        """Format the total and its parts in one line."""
         names = ("weights", "moments", "average", "gradients", "activations", "casts", "gathered", "reduced")
         unit, name = (GIB, "GiB") if self.total >= GIB else (MIB, "MiB")
         each = ", ".join(f"{part} {getattr(self, part) / unit:.1f}" for part in names if getattr(self, part) or part in names[:6])

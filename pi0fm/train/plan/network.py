@@ -50,7 +50,7 @@ class Network:
         return Group(replicas, math.ceil(replicas / together), min(each, self.per_machine))
 
     def gather(self, group: Group, size: float, calls: int = 1) -> float:
-        """Seconds until every worker has all of `size` bytes, of which each held a part."""
+        """Seconds until every worker has all of `size` bytes, where each held a part."""
         if group.workers == 1:
             return 0.0
         rate = self.inside if group.machines == 1 else min(self.inside, self.between / group.sharing)

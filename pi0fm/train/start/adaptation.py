@@ -40,7 +40,7 @@ def refuse_for(network: Pi0Config, how: Adaptation) -> None:
 
 
 def adapt(model: Pi0, how: Adaptation, computes: torch.dtype) -> Pi0:
-    """Make a plain network, in place, into what the run trains: adapters, what needs a gradient, numbers of the rest, checkpointing.
+    """Adapt a plain network in place: attach adapters, choose what needs a gradient, the type of the rest, and checkpointing.
 
     Returns it. computes: the type of the products, `policy.precision.compute_dtype`'s. Raises ConfigError for what cannot be honoured.
     """
@@ -62,12 +62,12 @@ def adapt(model: Pi0, how: Adaptation, computes: torch.dtype) -> Pi0:
 
 
 def plain_weights(weights: Mapping[str, Tensor], how: Adaptation) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a network that `adapt` made, as those of a plain one, one by one: what a bundle holds."""
+    """Yield the weights of an adapted network as those of a plain one, which a bundle holds."""
     return merged(weights, how.lora.scaling) if how.lora.rank else iter(weights.items())
 
 
 def _halve_frozen(model: Pi0) -> None:
-    """Frozen matrices and words in bfloat16. Norms, and the products that make scale and gate of a norm, stay float32."""
+    """Cast frozen matrices and embeddings to bfloat16. Norms, and the products that make scale and gate of a norm, stay float32."""
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Embedding) or module.weight.requires_grad:
             continue

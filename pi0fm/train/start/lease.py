@@ -68,7 +68,7 @@ def is_held(folder: Path) -> bool:
 
 
 def _taken(path: Path) -> int:
-    """The descriptor of the lease, ours. Raises OutputError where it is another's."""
+    """Take the lease and return its descriptor. Raises OutputError while another process holds it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -86,7 +86,7 @@ def _taken(path: Path) -> int:
 
 
 def _dead(path: Path, descriptor: int, held: dict[str, Any], *, locks: bool) -> bool:
-    """Whether the run that wrote `held` lives no more. locks: the lease could be locked, so on this machine nobody holds it."""
+    """Whether the run that wrote `held` is dead. locks: the lease could be locked, so no process of this machine holds it."""
     if held.get("host") == socket.gethostname():
         return locks or not _lives(held)
     if _age(path, descriptor) > BEATS_UNTIL_DEAD * SECONDS_BETWEEN_BEATS:
@@ -131,7 +131,7 @@ def _beat(descriptor: int, stop: threading.Event) -> None:
 
 
 def _write(descriptor: int, beat: int) -> None:
-    """In place, of one length, so that a beat needs no room."""
+    """Write the facts in place, in a fixed length, so that a beat needs no disk space."""
     facts = {"host": socket.gethostname(), "process": os.getpid(), "created": psutil.Process().create_time(), "beat": beat}
     os.pwrite(descriptor, json.dumps(facts).ljust(255).encode() + b"\n", 0)
 

@@ -93,7 +93,7 @@ def release(config: TrainConfig) -> None:
 
 
 def _judge_new(config: TrainConfig) -> list[int]:
-    """Refuse a folder without `run.json` that cannot be this run's; the checkpoints elsewhere that it continues from."""
+    """Refuse a folder without `run.json` that cannot be this run's. Returns the steps of checkpoints elsewhere that it continues from."""
     directory = config.output_dir
     foreign = directory.exists() and (not directory.is_dir() or any(not _left_by_a_start(path.name) for path in directory.iterdir()))
     # another machine's run: what it was is held against this one when its checkpoint is read

@@ -34,7 +34,7 @@ class Pretrained:
     stats: NormStats
 
     def tokenizer(self) -> str:
-        """What a run types to get this bundle's tokenizer."""
+        """The value of --tokenizer that means this bundle's."""
         return BYTES if self.policy.tokenizer == BYTES else str(self.path / self.policy.tokenizer)
 
 
@@ -54,7 +54,7 @@ def chosen_dialect(word: str, pretrained: Pretrained | None) -> str:
 
 
 def refuse_other_policy(pretrained: Pretrained, run: PolicyConfig) -> None:
-    """Raise ConfigError that names all in which the bundle's weights mean something else than the run's network would."""
+    """Raise ConfigError that names every difference between the bundle's network and the run's."""
     theirs = pretrained.policy
     network = _differences(_fixed_network(theirs.model), _fixed_network(run.model), "model.")
     rest = [
@@ -72,7 +72,7 @@ def refuse_other_policy(pretrained: Pretrained, run: PolicyConfig) -> None:
 def kept_stats(pretrained: Pretrained, entry: str, run: PolicyConfig) -> NormStats:
     """The bundle's statistics for a run's data set: those of its robot of the entry's name, of its only robot where there is no mixture.
 
-    Raises ConfigError where it is not said whose they are, or where they are of another width than the robot: they cannot be kept.
+    Raises ConfigError where several robots could be meant, or where the statistics have another width than the robot.
     """
     known = bundle.robot_names(pretrained.path)
     whose = f"pretrained_norm_stats keeps a robot's statistics by its name, {pretrained.path} holds those of {', '.join(known)}"
@@ -106,7 +106,7 @@ def _preset_of(config: Pi0Config) -> str | None:
 
 
 def _refuse_other_tokens(pretrained: Pretrained, run: PolicyConfig) -> None:
-    """Two tokenizers are the same when they give every word the same number."""
+    """Raise ConfigError for another tokenizer: one that gives some word another number."""
     own = pretrained.tokenizer()
     if own == run.tokenizer:
         return

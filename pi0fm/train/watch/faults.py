@@ -40,7 +40,7 @@ class NonfiniteError(Pi0fmError):
 
 @dataclass(frozen=True)
 class _Noted:
-    """A gradient's norm on its way to the host. event: recorded behind the copy, None where there was nothing to copy."""
+    """A gradient's norm that is being copied to the host. event: recorded after the copy, None on a CPU."""
 
     step: int
     norm: Tensor
@@ -49,7 +49,7 @@ class _Noted:
 
 @dataclass(frozen=True)
 class FaultConfig:
-    """What happens after a loss that is not finite. folder: where its batch is kept; skip: go on without the step, else stop."""
+    """The policy after a loss that is not finite. folder: where its batch is kept; skip: go on without the step, else stop."""
 
     folder: Path
     skip: bool
@@ -59,7 +59,7 @@ class FaultConfig:
 
 @final
 class NonfiniteWatch:
-    """Watches the norms of the gradient, which all workers share, so that all decide alike without a message."""
+    """Watch the norms of the gradient, which all workers share, so that all decide alike without a message."""
 
     def __init__(self, config: FaultConfig, context: Context, collator: BatchMaker) -> None:
         self._config, self._context, self._collator = config, context, collator
@@ -67,7 +67,7 @@ class NonfiniteWatch:
         self._in_a_row = 0
 
     def after_step(self, step: int, norm: Tensor) -> None:
-        """Note the norm of step `step` (counted from 1) and look at those that have arrived. Raises NonfiniteError by policy."""
+        """Record the norm of step `step` (counted from 1) and look at those that have arrived. Raises NonfiniteError by policy."""
         event = None
         norm = norm.detach()
         if norm.is_cuda:
@@ -79,7 +79,7 @@ class NonfiniteWatch:
             self._look(self._noted.popleft())
 
     def settle(self) -> None:
-        """Look at all that was noted; before a checkpoint and at the end."""
+        """Judge every recorded norm; before a checkpoint and at the end."""
         while self._noted:
             self._look(self._noted.popleft())
 
@@ -104,7 +104,7 @@ class NonfiniteWatch:
             progress.say(f"{line}; the step is skipped")
 
     def _keep(self, place: Path, step: int, norm: float) -> str:
-        """Write this worker's part of the batch, made again from its position in the stream; what of it is not finite, as words."""
+        """Write this worker's part of the batch, made again from its place in the stream. Returns the names of what is not finite."""
         first = (step - 1) * self._config.global_batch_size
         culprits: set[str] = set()
         parts = split(self._config.global_batch_size, self._context.rank, self._context.world_size, self._config.micro_batch_size)
@@ -130,7 +130,7 @@ class NonfiniteWatch:
 
 @contextmanager
 def write_faults(output_dir: Path) -> Iterator[None]:
-    """`files.write_faults` in the middle of a run, whose line says how the run continues. Faults of files elsewhere pass through."""
+    """Raise a write fault during a run as `files.write_faults` does, with how the run continues. Faults of other files pass."""
     try:
         with files.write_faults(output_dir):
             yield

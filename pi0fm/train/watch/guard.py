@@ -54,7 +54,7 @@ def guarded(
 
 @final
 class Guard:
-    """Made by `guarded`."""
+    """The guard of one run; `guarded` makes it."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Guard:
         self._nonfinite, self._stop = nonfinite, stop
 
     def after_step(self, norm: Tensor) -> None:
-        """Look after the state's latest step. norm: of its gradient, still on the device.
+        """Judge the state's latest step, save and stop where asked. norm: of its gradient, still on the device.
 
         Raises NonfiniteError, StoppedError, or OutputError where the checkpoint before leaving could not be written.
         """
@@ -93,7 +93,7 @@ class Guard:
             self._checkpoints.save(done, self._state.tensors(), self._run.at(done))
 
     def without_data(self, error: DatasetError, *, alone: bool) -> DatasetError:
-        """The line for data that could not be read in mid-run. A single worker saves the steps that were taken first."""
+        """Format the fault of data that could not be read during a run. A single worker first saves the steps that were taken."""
         done = self._state.step
         if alone and done:  # others would wait for this worker in the middle of their step
             try:

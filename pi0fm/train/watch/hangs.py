@@ -51,7 +51,7 @@ class HangWatch:
         self._thread.join()
 
     def beat(self, step: int | None = None) -> None:
-        """Something was done. step: that was finished; None where it was less."""
+        """Note progress. step: the one that was finished; None for a part of one."""
         self._step, self._last = self._step if step is None else step, time.monotonic()
 
     def _watch(self) -> None:
@@ -82,13 +82,13 @@ class HangWatch:
         return self._folder / f"step-{self._step}-worker-{rank}.txt"
 
     def _written(self, rank: int, began: float) -> bool:
-        """A file of an earlier hang after the same step is not of this one."""
+        """Remove the file of an earlier hang after the same step."""
         found = self._path(rank)
         return found.exists() and found.stat().st_mtime > began - 2 * SECONDS_OF_GRACE
 
 
 def stacks(skip: int = 0) -> str:
-    """Where every thread of this process stands, the main one first. skip: the thread that asks."""
+    """Format the stacks of every thread of this process, the main one first. skip: the calling thread."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames = sorted(sys._current_frames().items(), key=lambda item: names.get(item[0]) != threading.main_thread().name)
     each = [f"thread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames if ident != skip]

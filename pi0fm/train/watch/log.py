@@ -64,7 +64,7 @@ class TrainLog:
         self.note = f"loss {loss:.4f}"  # of the last line
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time that each is waited for is counted."""
+        """Yield the same batches, counting the time that each is waited for."""
         while True:
             began = time.perf_counter()
             batch = next(batches, None)
@@ -74,11 +74,11 @@ class TrainLog:
             yield batch
 
     def paused(self, seconds: float) -> None:
-        """Leave out of samples a second what was no training."""
+        """Leave seconds without training out of the rate."""
         self._since += seconds
 
     def after_step(self, step: int, part: Tensor, norm: Tensor, rate: float) -> None:
-        """Note step number `step`, counted from 1. part: this worker's part of its loss; norm: of its gradient."""
+        """Record step number `step`, counted from 1. part: this worker's part of its loss; norm: of its gradient."""
         self._losses.append(part)
         if step % self._config.every and step != self._config.steps:
             return
@@ -115,7 +115,7 @@ class TrainLog:
 
 
 def described(line: Mapping[str, float]) -> str:
-    """A line of metrics for the person who watches: `loss 0.1234, 53.1 samples/s, 38 % of the peak, 47.0 GiB`."""
+    """Format metrics for the progress line: `loss 0.1234, 53.1 samples/s, 38 % of the peak, 47.0 GiB`."""
     found = [f"loss {line.get('loss', math.nan):.4f}"]
     for name, text in NOTED.items():
         found += [text(line[name])] if name in line else []

@@ -20,7 +20,7 @@ CUT = 2**62  # the step of a line that was cut by a kill: later than any
 
 @final
 class Metrics:
-    """Appends to `<output_dir>/metrics.jsonl`, one object a line with `step`, and to trackers: TensorBoard files beside it, and others.
+    """Append to `<output_dir>/metrics.jsonl`, one object a line with `step`, and to trackers: TensorBoard files beside it, and others.
 
     first_step: lines of later steps belong to a run that was killed before its next checkpoint; they are dropped. config: what trackers
     are told of the run. Raises what `Tracker` raises.
@@ -41,7 +41,7 @@ class Metrics:
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line, flushed at once: a driver on another machine draws its progress bar from it."""
+        """Write one line and flush it: a driver on another machine draws its progress bar from it."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for sink in self._sinks:
             sink.write(step, values)
@@ -55,7 +55,7 @@ class Metrics:
 
 @final
 class _Board:
-    """One event file of TensorBoard, written at once: its own writer does so in a thread, whose faults nobody catches."""
+    """One event file of TensorBoard, written without its own writer's thread, whose faults are caught nowhere."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import SessionLog  # here, for those who only read metrics.jsonl

@@ -1,6 +1,6 @@
-"""A device that is full, said in one line: what takes its memory, and which option helps.
+"""Report a full device in one line: what takes its memory, and which options help.
 
-Owns: the sentence, the remedies and what each would take by the estimate. Does not know: the step that failed.
+Owns: the line, the remedies with the memory that each would leave by the estimate. Does not know: the step that failed.
 """
 
 import math
@@ -29,7 +29,7 @@ class OutOfMemoryError(Pi0fmError):
 
 
 def judge_memory(config: TrainConfig, cameras: int, parallel: Parallel) -> None:
-    """Say what a worker takes by the estimate, before anything is allocated. Raises ConfigError where it can never fit."""
+    """Print the estimate of a worker's memory, before anything is allocated. Raises ConfigError where it can never fit."""
     needed, room, context = config.memory(cameras, parallel.context.world_size, parallel.device), parallel.room(), parallel.context
     if context.is_first:
         fits = "" if needed.total <= room else f"; that is more than the {room / GIB:.1f} GiB that a worker has"
@@ -89,7 +89,7 @@ def _fitting(config: TrainConfig, cameras: int, world_size: int, device: torch.d
 
 
 def _changes(config: TrainConfig, world_size: int) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """By what is typed, least change first: options that change no number of a run, and those that train something else."""
+    """Return changes by their option words, least first: those that keep the numbers of a run, and those that train less."""
     half = config.largest_micro_batch(world_size) // 2
     same: dict[str, dict[str, Any]] = {
         f"--micro_batch_size {half}": {"micro_batch_size": half},
@@ -113,7 +113,7 @@ def _helpful(
     device: torch.device,
     room: float = math.inf,
 ) -> list[str]:
-    """Those of `changes` that lower the estimate, to no more than `room`, each with what it leaves."""
+    """Return those of `changes` that lower the estimate, to at most `room`, each with the memory that it leaves."""
     now, found = config.memory(cameras, world_size, device).total, []
     for words, change in changes.items():
         try:

@@ -16,7 +16,7 @@ from pi0fm import files
 
 
 class Request(IntEnum):
-    """What a run is asked for; of two at once the greater one is done."""
+    """A request to a running process; of two at once the greater one is done."""
 
     NONE = 0
     SAVE = 1
@@ -29,13 +29,13 @@ FILES = (Request.STOP, Request.MOVE, Request.SAVE)  # each of its name
 
 
 def ask(output_dir: Path, request: Request) -> Path:
-    """Ask a run from another process: a driver on behalf of its workers, a person on a shared disk. The file that asks."""
+    """Write the file that asks a run, from another process: a driver for its workers, or a person on a shared disk. Returns it."""
     with files.write_faults(output_dir):
         files.write_text(output_dir / request.name, f"{os.getpid()}\n")
     return output_dir / request.name
 
 
 def withdraw(output_dir: Path, requests: Iterable[Request] = FILES) -> None:
-    """Take back what was asked: before a run goes on, and when it is done."""
+    """Remove requests: before a run continues, and when they are done."""
     for request in requests:
         (output_dir / request.name).unlink(missing_ok=True)

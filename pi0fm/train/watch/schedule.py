@@ -18,7 +18,7 @@ from pi0fm.train.watch.validation import LOSS, NLL, Validator
 
 @final
 class ValidationSchedule:
-    """Runs validations when they are due; does nothing in a run without. paused: is told the seconds that they took.
+    """Run validations when they are due; nothing in a run without. paused: called with the seconds that they took.
 
     steps: of the whole run, whose last is validated too; output_dir: where metrics.jsonl is; beat: called as a validation gets on.
     """
@@ -43,7 +43,7 @@ class ValidationSchedule:
                 )
 
     def catch_up(self, first: int, bar: progress.Step | None) -> None:
-        """The validation of the step that a resumed run starts from, where the run was killed before it was written."""
+        """Validate the step that a resumed run starts from, where a kill prevented it."""
         if self._due(first):
             metric, device = self._validators[0].named(LOSS), self._validators[0].device
             written = self._parallel.context.is_first and int((read_last(self._output_dir, metric) or {}).get("step", 0)) == first
@@ -52,7 +52,7 @@ class ValidationSchedule:
                 self.after(first, bar)
 
     def after(self, step: int, bar: progress.Step | None) -> None:
-        """Validate if it is time, every entry in turn, and write what was found as one line."""
+        """Validate if it is due, every entry in turn, and write the metrics as one line."""
         if not self._due(step):
             return
         began = time.perf_counter()

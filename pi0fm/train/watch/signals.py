@@ -33,19 +33,19 @@ _REQUESTED = {int(signal.SIGINT): Request.INTERRUPT, int(signal.SIGTERM): Reques
 
 
 class StoppedError(Pi0fmError):
-    """A run that was asked to stop by Ctrl-C, and left a checkpoint."""
+    """A run stopped by Ctrl-C, after a checkpoint."""
 
     exit_code = 128 + signal.SIGINT
 
 
 class TerminatedError(StoppedError):
-    """A run that was asked to stop by SIGTERM or a STOP file, and left a checkpoint."""
+    """A run stopped by SIGTERM or a STOP file, after a checkpoint."""
 
     exit_code = 128 + signal.SIGTERM
 
 
 class MovedError(TerminatedError):
-    """A run that left a checkpoint and a node that goes away."""
+    """A run that left a node that is shut down, after a checkpoint."""
 
 
 def stopped(number: int, line: str) -> StoppedError:
@@ -114,7 +114,7 @@ class StopSignals:
         self._noted.__exit__(kind, error, trace)
 
     def after_step(self) -> Request:
-        """What to do after this step, the same for all workers. Alone: without delay."""
+        """Return the signal to obey after this step, the same for all workers; a single worker obeys at once."""
         self._look_at_files()
         asked = max(_REQUESTED.get(self._noted.number, Request.NONE), self._found)
         group = self._parallel.host_group("stop")
@@ -129,7 +129,7 @@ class StopSignals:
         return Request(agreed)
 
     def saved(self, request: Request) -> None:
-        """The checkpoint that was asked for is there, or cannot be: whoever waits for it sees its file gone."""
+        """Withdraw the request for a checkpoint, which was written or cannot be; its file is removed."""
         if self._parallel.context.is_first and request in (Request.SAVE, Request.MOVE):
             withdraw(self._folder, (request,))
         self._found = Request.NONE
@@ -138,7 +138,7 @@ class StopSignals:
             self._sum = None
 
     def error(self, request: Request, step: int, steps: int) -> StoppedError:
-        """The line for a run that leaves after `step`, its checkpoint written."""
+        """Format the line of a run that stops after `step`, with its checkpoint written."""
         if request is Request.MOVE:
             return MovedError(f"left after step {step} of {steps} for a node that goes away, with a checkpoint; add --resume true to go on")
         interrupted = request is Request.INTERRUPT

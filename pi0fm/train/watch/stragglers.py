@@ -19,7 +19,7 @@ from torch import nn
 TIMES_THE_MEDIAN = 1.5  # of the other workers' own time
 SHARE_OF_A_STEP = 0.1  # that the excess must be
 SECONDS_JUDGED = 10.0  # together: a single step may meet anything
-TIMES_IN_A_ROW, TIMES_BETWEEN = 2, 60  # such stretches, before it is said, and said again
+TIMES_IN_A_ROW, TIMES_BETWEEN = 2, 60  # such stretches before the first line, and before the next
 
 
 @final
@@ -62,7 +62,7 @@ class OwnTime:
 
 @final
 class Stragglers:
-    """Judges the own times of all workers, some seconds of steps at a time. nodes: by rank; say: a line for the person who watches."""
+    """Judges the own times of all workers, some seconds of steps at a time. nodes: by rank; say: prints a line on standard error."""
 
     def __init__(self, nodes: Sequence[str], say: Callable[[str], object]) -> None:
         self._nodes, self._say = nodes, say

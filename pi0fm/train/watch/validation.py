@@ -52,7 +52,7 @@ Encode = Callable[[ModelObservation], Velocity]
 
 @dataclass(frozen=True)
 class Validator:
-    """The fixed chunks of one data set and all that judges them. entry: its name in a mixture, "" without one.
+    """The fixed chunks of one data set and what judges them. entry: its name in a mixture, "" without one.
 
     gathered: a block in which `encode` has its weights; entered by every worker. halved: frozen weights are bfloat16, and so are products.
     """
@@ -72,12 +72,12 @@ class Validator:
 
     @property
     def num_chunks(self) -> int:
-        """How many chunks are looked at."""
+        """Number of chunks."""
         return min(self.config.samples, len(self.collator.source.frames))
 
     @property
     def num_whole(self) -> int:
-        """How many of them are inside their episode, so that they have a density."""
+        """Number of chunks inside their episode, which have a density."""
         source = self.collator.source
         frames = source.frames[self.collator.places(np.arange(self.num_chunks)).index]
         return int((source.end[frames] - frames >= self.collator.action_horizon).sum())

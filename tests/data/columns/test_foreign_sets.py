@@ -517,7 +517,7 @@ def test_pictures_as_bytes_and_as_files(tmp_path, form):
         ({"bytes": b"", "path": None}, "found neither bytes nor a path"),
         ({"bytes": b"no picture", "path": None}, r"cannot be decoded \(of no known format\)"),
         ({"bytes": png(shade(0, 0))[:80], "path": None}, "cannot be decoded"),
-        ({"bytes": None, "path": "gone.png"}, "is said to be the file gone.png, which is not in"),
+        ({"bytes": None, "path": "gone.png"}, "names the file gone.png, which is not in"),
         ({"bytes": gray("I;16"), "path": None}, "found mode 'I;16', a depth map"),
         ({"bytes": gray("F"), "path": None}, "found mode 'F', a depth map"),
         ({"bytes": gray("I"), "path": None}, "found mode 'I', a depth map"),
