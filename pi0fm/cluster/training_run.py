@@ -53,13 +53,6 @@ class TrainingRun(TrainConfig):
             raise ConfigError(f"cpus_per_worker must be >= 1, found {self.cpus_per_worker}")
         if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
             raise ConfigError(f"gpus_per_worker must be >= 0, found {self.gpus_per_worker}")
-        each, cores = self.cpus_per_worker or 1, os.cpu_count() or 1
-        if fewest * each > cores and not (self.ray_address or os.environ.get("RAY_ADDRESS")):
-            raise ConfigError(
-                f"num_workers are Ray workers that train, here with {each} of {cores} cores each, found {self.num_workers}; type "
-                f"--num_workers {cores // each}, or leave it out: one process trains, and its threads load data (LeRobot's num_workers has "
-                "no counterpart)"
-            )
         for count in range(fewest, most + 1) if most else ():
             self.micro_steps(count)
             self.parallel.refuse_for(count)
@@ -94,11 +87,22 @@ def _checks(run: TrainingRun) -> Iterator[Callable[[], object]]:
         yield partial(refuse_missing_tokenizer, run.tokenizer)
     yield partial(trackers.refuse_missing, run.tracker)
     if run.workers != (0, 0):
+        yield partial(_refuse_too_many, run)
         yield partial(refuse_silent, run.ray_address)
     else:
         yield _refuse_taken_port
     if context_from_environment().is_first and not restarts() and not lease.is_held(run.output_dir):
         yield partial(output.judge, run)
+
+
+def _refuse_too_many(run: TrainingRun) -> None:
+    """Raise ConfigError for more workers than this machine has cores for. Not an option's fault: workers on other machines read it too."""
+    each, cores = run.cpus_per_worker or 1, os.cpu_count() or 1
+    if run.workers[0] * each > cores and not (run.ray_address or os.environ.get("RAY_ADDRESS")):
+        raise ConfigError(
+            f"num_workers are Ray workers that train, here with {each} of {cores} cores each, found {run.num_workers}; type --num_workers "
+            f"{cores // each}, or leave it out: one process trains, and its threads load data (LeRobot's num_workers has no counterpart)"
+        )
 
 
 def _refuse_taken_port() -> None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import RayActorError
 
-from pi0fm import progress
+from pi0fm import options, progress
 from pi0fm.cluster import elastic, said
 from pi0fm.cluster.elastic import Foresight, preempted
 from pi0fm.cluster.ray_faults import EndAtFaults, explained
@@ -179,3 +179,10 @@ def test_what_the_first_worker_says_is_said_once_by_the_driver_in_whole_lines(tm
     with said.heard_by(tmp_path / "no folder" / "said.txt"):
         progress.say("heard here alone")
     assert capsys.readouterr().err == "heard here alone\n"
+
+
+def test_a_worker_reads_a_run_of_more_workers_than_its_machine_has_cores(monkeypatch):
+    """The driver refuses what its machine cannot hold; a node of a cluster holds a part of the workers."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    run = TrainingRun(num_workers=4, cpus_per_worker=1000, global_batch_size=8)
+    assert options.decode(TrainingRun, options.encode(run)) == run
