@@ -20,7 +20,7 @@ from pi0fm.policy.load_options import GUIDANCE, GUIDED, TOKEN_VARIABLE, LoadOpti
 from pi0fm.progress import say
 from pi0fm.serve import app as application
 from pi0fm.serve import limits, server
-from pi0fm.serve.keys import read_keys
+from pi0fm.serve.keys import Keys, read_keys
 from pi0fm.serve.records.request_log import RequestLog
 from pi0fm_client.errors import ConfigError
 
@@ -110,6 +110,7 @@ def run(options: ServeConfig) -> None:
         certificates.context()  # a wrong file is told before a policy is loaded
     with server.until_stopped(), server.bind(options.host, options.port) as bound:
         url = server.url_of(bound, encrypted=certificates is not None)
+        keys = _keys(options)
         say(f"loading {options.bundle}")
         # Imported here: torch takes seconds, and a port in use should be told at once.
         from pi0fm.policy.local import LocalPolicy
@@ -139,7 +140,7 @@ def run(options: ServeConfig) -> None:
             load=opened,
             log=log,
             live=options.live,
-            keys=None if options.keys is None else read_keys(options.keys, policy.metadata),
+            keys=keys,
         )
 
         def announce(seconds: float) -> None:
@@ -166,8 +167,8 @@ def _serve_replicas(options: ServeConfig, tokens: list[str]) -> None:
     from pi0fm.policy.saved.bundle import metadata
 
     serving.free_of_what_one_server_has(options)
-    known = metadata(options.bundle, options.robot)  # a fault is told before Ray starts
-    keys = None if options.keys is None else read_keys(options.keys, known)
+    metadata(options.bundle, options.robot)  # a fault is told before Ray starts
+    keys = _keys(options)
 
     def build() -> Starlette:
         from pi0fm.policy.saved.bundle import load
@@ -184,6 +185,15 @@ def _serve_replicas(options: ServeConfig, tokens: list[str]) -> None:
     replicas = serving.Replicas(options.replicas, options.most_replicas or options.replicas, options.robots_per_replica, each)
     serving.serve_replicas(build, application.fault_of, replicas, options.host, options.port, announce)
     say("stopped serving")
+
+
+def _keys(options: ServeConfig) -> Keys | None:
+    """Read the file of keys, by the bundle's small files, so that a fault is told before weights are loaded."""
+    if options.keys is None:
+        return None
+    from pi0fm.policy.saved.bundle import metadata
+
+    return read_keys(options.keys, metadata(options.bundle, options.robot))
 
 
 def known_tokens(options: ServeConfig) -> list[str]:

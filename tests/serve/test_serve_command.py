@@ -64,6 +64,15 @@ def test_options_reach_the_bundle_and_its_fault_the_user(loads: list[Any], capsy
     assert "no bundle at b" in capsys.readouterr().err
 
 
+def test_a_wrong_file_of_keys_is_told_before_the_weights_are_loaded(loads: list[Any], monkeypatch: Any, tmp_path: Path) -> None:
+    columns = {"cameras": {"base": "observation.images.base"}, "state_key": "observation.state"}
+    monkeypatch.setattr(sys.modules["pi0fm.policy.saved.bundle"], "metadata", lambda path, robot: columns, raising=False)
+    (tmp_path / "keys.yaml").write_text("observation.images.base:\n")
+    with pytest.raises(ConfigError, match="leaves every camera out"):
+        command.run(parse(command.Options, ["--bundle", "b", "--port", "0", "--keys", str(tmp_path / "keys.yaml")]))
+    assert loads == []
+
+
 def test_the_bundle_comes_first_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--help"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "--" in line][1] == "--bundle"
