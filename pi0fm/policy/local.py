@@ -29,7 +29,7 @@ from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import num_increments, sample
 from pi0fm.flow.solver import Spread
 from pi0fm.models.observation import ModelObservation
-from pi0fm.models.pi0 import Pi0
+from pi0fm.models.pi0 import CachedVelocity, Pi0
 from pi0fm.policy.load_options import GUIDED, HARD_PREFIX, WITHOUT_JACOBIAN
 from pi0fm.policy.sampling import noise
 from pi0fm.policy.sampling.best_of import LIKELIHOOD, BestOf, choose, medoid_distances
@@ -189,7 +189,10 @@ class LocalPolicy:
         start, increments = self._noise(seeds)
         # not inference_mode: the guidance may be a derivative
         with torch.no_grad(), self.sampler.precision():
-            watched, mask = Spread(self.sampler.cached_velocity(self.sampler.prepared(inputs))), self.mask(len(start))
+            seen = self.sampler.prepared(inputs)
+            # without a compiler, which would compile again for this mode while a robot waits
+            velocity = CachedVelocity(self.model, self.model.encode_prefix(seen), seen.state, self.sampler.times)
+            watched, mask = Spread(velocity), self.mask(len(start))
             guided = GuidedVelocity(watched, target, weights, jacobian=self.guidance == GUIDED)
             return sample(self.flow, guided, start, mask, increments=increments), watched.of(mask)
 

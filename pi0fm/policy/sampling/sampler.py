@@ -57,7 +57,7 @@ class Sampler:
         arrange_matrices(model, dtype, device, packs=compile == "off")
         fused = _with_fused_layers(model) if compile != "off" and device.type == "cuda" else None
         self.model = model if fused is None else fused
-        self._times: dict[float, FlowTime] = {}
+        self.times: dict[float, FlowTime] = {}
         self._encode: Callable[[ModelObservation, bool], PrefixCache] = self.model.encode_prefix
         self._action_velocity = self.model.action_velocity
         if compile != "off" and fused is None and record is None:
@@ -132,7 +132,7 @@ class Sampler:
     def cached_velocity(self, observation: ModelObservation, chunks: int = 1, whole: bool = False) -> CachedVelocity:
         """The velocity, for a caller with its own solver; under `precision()`, without a gradient in the weights."""
         cache = self._encode(observation, whole)
-        return CachedVelocity(self.model, cache, observation.state, self._times, self._action_velocity, chunks)
+        return CachedVelocity(self.model, cache, observation.state, self.times, self._action_velocity, chunks)
 
     def precision(self) -> torch.autocast:
         """The context in which the network is called. No cast of a matrix is kept: they have their type already."""

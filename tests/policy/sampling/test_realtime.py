@@ -51,6 +51,18 @@ def test_a_chunk_is_led_to_the_rows_that_are_executed_meanwhile(small_policy, ob
     assert after.mean() < 0.4 * before.mean()
 
 
+def test_flow_times_are_made_once_for_plain_and_led_chunks(small_policy, observations, monkeypatch):
+    """A guided chunk takes a derivative through what a plain one kept, which was made inside inference mode."""
+    policy, made = small_policy.in_memory(), []
+    flow_time = type(policy.model).flow_time
+    monkeypatch.setattr(type(policy.model), "flow_time", lambda model, t: made.append(t) or flow_time(model, t))
+    plain = policy.infer_batch(observations[:1], [1])[0].actions
+    times = list(made)
+    first, again = (policy.infer_batch(observations[:1], [1], prefixes=[ActionPrefix(plain + 1, 2)])[0].actions for _ in range(2))
+    assert len(times) == len(set(times)) > 0 and made == times
+    np.testing.assert_array_equal(first, again)
+
+
 def test_the_target_is_the_absolute_rows_against_the_new_state(policy, observations):
     """Dimension 0 is trained as a difference to the state: the same rows are other numbers against another state."""
     prefix = ActionPrefix(np.arange(6, dtype=np.float32).reshape(2, A), 1)
