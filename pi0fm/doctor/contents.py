@@ -41,7 +41,7 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Contents:
-    """cameras: by name, the column with its size. short: episodes of less than half of the median length."""
+    """cameras: by name, the column with its size. short: episodes of less than half of their task's median length."""
 
     fps: float
     seconds: float
@@ -79,8 +79,11 @@ def describe(source: LeRobotSource) -> Contents:
     lengths = source.end[first] - first
     median = int(np.median(lengths))
     tasks: dict[str, int] = {}
-    for number in source.task[first].tolist():
-        tasks[source.tasks[number]] = tasks.get(source.tasks[number], 0) + 1
+    short: list[int] = []
+    for number in np.unique(source.task[first]).tolist():
+        same = source.task[first] == number
+        tasks[source.tasks[number]] = tasks.get(source.tasks[number], 0) + int(same.sum())
+        short += source.episode[first[same & (lengths < SHORT * np.median(lengths[same]))]].tolist()
     own = source.embodiment
     sizes = {name: " or ".join(f"{width}x{height}" for height, width in source.sizes.get(name, ())) for name in own.cameras}
     columns = (("state", own.state, source.state), ("action", own.action, source.action))
@@ -95,7 +98,7 @@ def describe(source: LeRobotSource) -> Contents:
             for word, column, values in columns
             for number, name in enumerate(source.names(column, values.shape[1]))
         ),
-        short=tuple(source.episode[first[lengths < SHORT * median]].tolist()),
+        short=tuple(sorted(short)),
     )
 
 

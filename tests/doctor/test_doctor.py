@@ -286,6 +286,11 @@ def test_a_million_rows_in_twenty_seconds(tmp_path):
     assert time.perf_counter() - began < 20
 
 
+def test_an_episode_is_short_beside_those_of_its_task(tmp_path, capsys):
+    root = write_set(tmp_path / "set", (8, 8, 8, 2, 2), tasks={0: "open it", 1: "tap it"}, task_of=lambda episode, step: int(episode > 2))
+    assert doctor(capsys, root)[1]["contents"]["short"] == []
+
+
 def test_what_a_set_holds_is_said_and_shown(tmp_path, capsys):
     root = write_set(tmp_path / "set", (8, 8, 2), tasks={0: "press it", 1: "open it"}, task_of=lambda episode, step: int(episode == 1))
     code, found, said = doctor(capsys, root, "--output_dir", tmp_path / "out")
