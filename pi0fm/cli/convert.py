@@ -6,8 +6,7 @@ Owns: the command's result. Does not know: any format.
 from dataclasses import asdict
 from typing import Any
 
-from pi0fm.convert import conversion as convert
-from pi0fm.convert.facts import ConvertConfig
+from pi0fm.convert.config import ConvertConfig
 
 HELP = "openpi's or LeRobot's weights to a bundle; a bundle to LeRobot's or openpi's"
 Options = ConvertConfig
@@ -17,5 +16,7 @@ POSITIONAL = "source"
 
 def run(options: ConvertConfig) -> dict[str, Any]:
     """Convert; the result names the directory."""
-    result = convert.convert(options)
+    from pi0fm.convert.conversion import convert  # torch, which help does not need
+
+    result = convert(options)
     return {**asdict(result), "path": str(result.path)}

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from pi0fm import files
+from pi0fm.convert.config import ConvertConfig
 from pi0fm.convert.export import kind_of, refuse_other_prompts, refuse_what_peers_lack, say_other_pictures, write_weights
 from pi0fm.convert.export_lerobot import write_lerobot
-from pi0fm.convert.facts import DTYPES, PROMPT_TOKENS, ConvertConfig, ForeignFacts, policy_config
+from pi0fm.convert.facts import DTYPES, PROMPT_TOKENS, ForeignFacts, policy_config
 from pi0fm.convert.lerobot import is_lerobot, read_lerobot
 from pi0fm.convert.names import Kind, kinds_of, layout_of
 from pi0fm.convert.openpi import read_openpi, write_openpi

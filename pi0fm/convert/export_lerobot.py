@@ -18,8 +18,8 @@ from safetensors.numpy import save
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from pi0fm import files
+from pi0fm.convert.config import ConvertConfig
 from pi0fm.convert.export import kind_of, variants
-from pi0fm.convert.facts import ConvertConfig
 from pi0fm.convert.lerobot import ACTION, EPSILON, STATE
 from pi0fm.convert.stats import written_stats
 from pi0fm.data.columns.embodiment import Embodiment

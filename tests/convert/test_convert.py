@@ -15,8 +15,8 @@ from small_pi0 import resized
 
 from pi0fm import files, options
 from pi0fm.cli.main import main
+from pi0fm.convert.config import ConvertConfig
 from pi0fm.convert.conversion import convert
-from pi0fm.convert.facts import ConvertConfig
 from pi0fm.convert.names import EMBEDDING, LM_HEAD
 from pi0fm.data.chain import Sample
 from pi0fm.models.pi0 import Pi0

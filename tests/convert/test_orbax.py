@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pi0fm.convert.config import ConvertConfig
 from pi0fm.convert.conversion import convert
-from pi0fm.convert.facts import ConvertConfig
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.policy.saved import bundle
 from pi0fm_client.errors import BundleError, ConfigError

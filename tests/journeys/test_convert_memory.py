@@ -41,8 +41,8 @@ def write_jax(root: Path) -> None:
 
 def convert_all(root: Path) -> dict[str, float]:
     """Memory above what the process held before: of each conversion over the largest tensor, of loading over the weights' file."""
+    from pi0fm.convert.config import ConvertConfig
     from pi0fm.convert.conversion import convert
-    from pi0fm.convert.facts import ConvertConfig
     from pi0fm.data.columns.embodiment import Embodiment
     from pi0fm.policy.saved import bundle
 

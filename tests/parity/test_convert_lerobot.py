@@ -21,8 +21,8 @@ from safetensors.torch import load_file, load_model
 from small_pi0 import resized
 
 from pi0fm.bench.harness.peer import RobotFeatures, image_key
+from pi0fm.convert.config import ConvertConfig
 from pi0fm.convert.conversion import convert
-from pi0fm.convert.facts import ConvertConfig
 from pi0fm.data.columns.norm_stats import ColumnStats
 from pi0fm.data.order.counter import draw
 from pi0fm.policy.saved import bundle

@@ -30,7 +30,7 @@ def asked(*words: str, **variables: str) -> tuple[int, str, str]:
     return found.returncode, found.stdout, "\n".join(lines)
 
 
-@pytest.mark.parametrize("words", ["--version", "--help", "train --help", "train --help all", "serve --help", "runs --help"])
+@pytest.mark.parametrize("words", ["--version", "--help", "train --help", "train --help all", "serve --help", "convert --help"])
 def test_help_and_version_load_nothing_heavy(words):
     code, out, _ = asked(*words.split())
     assert code == 0 and "pi0fm" in out
