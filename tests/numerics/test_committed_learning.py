@@ -11,7 +11,7 @@ from pi0fm.policy.sampling.sampler import Sampler
 from pi0fm.train.parallel.accelerate import make_accelerator
 from pi0fm.train.step import train_step
 
-H, COUNT, TRAINED, STEPS = 4, 64, 32, 120  # COUNT chunks judge, TRAINED are in a batch
+H, COUNT, STEPS = 4, 64, 120
 FLOW = FlowMatching.from_config(FlowConfig())
 
 
@@ -28,13 +28,13 @@ def trained(config, max_delay):
     model, random = network(config), torch.Generator().manual_seed(0)
     accelerator = make_accelerator("float32", 1, allow_cuda=False)
     model, optimizer = accelerator.prepare(model.train(), torch.optim.AdamW(model.parameters(), lr=3e-3))
-    seen = observation(TRAINED, 1, (1,) * TRAINED, config)
-    mask = (torch.arange(5) < 1).expand(TRAINED, H, 5)
+    seen = observation(COUNT, 1, (1,) * COUNT, config)
+    mask = (torch.arange(5) < 1).expand(COUNT, H, 5)
     for _ in range(STEPS):
-        noise = torch.randn(TRAINED, 1, H, 5, generator=random) * mask[:, None]
-        delays = torch.randint(0, max_delay + 1, (TRAINED, 1), generator=random) if max_delay else None
-        batch = Batch(seen, lines(TRAINED, random), mask, noise, torch.rand(TRAINED, 1, generator=random), delays=delays)
-        valid = TRAINED * H if delays is None else int((H - delays).sum())
+        noise = torch.randn(COUNT, 1, H, 5, generator=random) * mask[:, None]
+        delays = torch.randint(0, max_delay + 1, (COUNT, 1), generator=random) if max_delay else None
+        batch = Batch(seen, lines(COUNT, random), mask, noise, torch.rand(COUNT, 1, generator=random), delays=delays)
+        valid = COUNT * H if delays is None else int((H - delays).sum())
         train_step(model, FLOW, optimizer, accelerator, iter([batch]), valid, 1.0)
     return model.eval()
 
