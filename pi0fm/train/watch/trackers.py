@@ -39,7 +39,8 @@ def refuse_missing(names: Iterable[str]) -> None:
     """Raise ConfigError for a tracker whose library is not installed here."""
     for name in names:
         if importlib.util.find_spec(LIBRARIES[name]) is None:
-            raise ConfigError(f"tracker {name} needs its library, found none; type pip install 'pi0fm[{name}]', or --tracker tensorboard")
+            typed = "'pi0fm[train]', or pi0fm[all]" if name == TENSORBOARD else f"'pi0fm[{name}]', or --tracker tensorboard"
+            raise ConfigError(f"tracker {name} needs its library, found none; type pip install {typed}")
 
 
 @final
