@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 
-from pi0fm_client import Executor, PolicyClient
+from pi0fm_client import Executor, Pi0fmError, PolicyClient
 
 
 class Arm:
@@ -21,12 +21,19 @@ class Arm:
         self.position = command
 
 
-with PolicyClient(sys.argv[1], timeout_seconds=1.0) as policy:
-    arm = Arm(policy.metadata)
-    limits = {"velocity": 0.05, "acceleration": 0.02}  # of one step; or the path of the robot's own file
-    with Executor(policy, control_hz=50, initial_command=arm.position, limits=limits, state_check="warn") as executor:
-        for _ in range(round(50 * float(sys.argv[2] if len(sys.argv) > 2 else 10))):
-            executor.observe(arm.observe)
-            arm.apply(executor.next())
-            executor.pace()
-        print(executor.report)
+def drive(url, seconds):
+    with PolicyClient(url, timeout_seconds=1.0) as policy:
+        arm = Arm(policy.metadata)
+        limits = {"velocity": 0.05, "acceleration": 0.02}  # of one step; or the path of the robot's own file
+        with Executor(policy, control_hz=50, initial_command=arm.position, limits=limits, state_check="warn") as executor:
+            for _ in range(round(50 * seconds)):
+                executor.observe(arm.observe)
+                arm.apply(executor.next())
+                executor.pace()
+            print(executor.report)
+
+
+try:
+    drive(sys.argv[1], float(sys.argv[2] if len(sys.argv) > 2 else 10))
+except (Pi0fmError, KeyboardInterrupt) as error:
+    sys.exit(str(error) or "interrupted")

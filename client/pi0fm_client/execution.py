@@ -163,10 +163,13 @@ class Executor:
         self._realtime = hand_over == "realtime" or (hand_over == "auto" and wire.ACTION_PREFIX in self._extensions)
         self._ensemble, self._refuse = hand_over == "ensemble", beyond_limits == "refuse"
         self._action_horizon = known.get("action_horizon")
+        self._names = arguments.texts("the policy's action_names", known.get("action_names", ()))
         self._horizon = execution_horizon or known.get("execution_horizon")
         self._dt, self._clock = 1.0 / control_hz, arguments.call("clock", clock)
         self._limiter = Limiter(Limits.read(limits, start.size).stricter(Limits.read(known.get("limits"), start.size)), start)
         self._relative = arguments.dimensions("relative_to_state", relative_to_state, min(start.size, known.get("state_dim", start.size)))
+        if cameras is not None and not arguments.texts("cameras", cameras):
+            raise ConfigError("cameras must name one camera or more that suffice, found none: leave it out to require all")
         self._check = ObservationCheck(known, cameras=cameras, mode=state_check)
         self._worker = None
         if submit is not None:
@@ -229,7 +232,8 @@ class Executor:
             beyond = abs(allowed - wanted) > ROUNDING * (1.0 + abs(wanted))
             if beyond.any() and self._refuse:
                 self.report.refused += 1
-                self.report.last_fault = f"an action beyond the limits in dimensions {np.flatnonzero(beyond).tolist()} was refused"
+                places = [self._names[dim] if dim < len(self._names) else dim for dim in np.flatnonzero(beyond).tolist()]
+                self.report.last_fault = f"an action beyond the limits in dimensions {places} was refused"
                 self._plans.clear()
                 wanted = None
                 allowed = self._limiter.nearest(self._limiter.standstill())

@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
@@ -73,7 +74,7 @@ class Limits:
         if isinstance(tree, str | Path):
             where = " ".join(str(tree).split())[:200]
             try:
-                tree = json.loads(Path(tree).read_text())
+                tree = json.loads(Path(tree).read_text(), object_pairs_hook=_each_once)
             except (OSError, ValueError, RecursionError) as error:
                 told = getattr(error, "strerror", None) or arguments.shown(str(error))
                 raise ConfigError(f"{where} must be a JSON file of a robot's limits, found {told}: correct the path or the file") from None
@@ -111,6 +112,10 @@ class Limiter:
     def __init__(self, limits: Limits, start: ArrayLike) -> None:
         self._limits = limits
         self.command = np.array(start, np.float64)
+        outside = ~limits.increments & ((self.command < limits.low) | (self.command > limits.high))
+        if outside.any():
+            dims = np.flatnonzero(outside).tolist()
+            logger.warning("the robot starts outside its limits in dimensions %s: it may move towards them, never further out", dims)
         self._change = np.zeros_like(self.command)
 
     def standstill(self) -> Vector:
@@ -169,6 +174,7 @@ class ObservationCheck:
         self._mode, self._warned = arguments.word("a state check", mode, CHECKS), set[tuple[int, str]]()
         self._keys = [_dotted(str(column)) for name, column in known.items() if cameras is None or name in cameras]
         self._state_key = _dotted(str(metadata.get("state_key", "observation/state")))
+        self._names = arguments.texts("the policy's state_names", metadata.get("state_names", ()))
         own = arguments.mapping("the policy's keys", metadata.get("keys", {}))
         self._columns = {_dotted(key): _dotted(str(column)) for key, column in own.items() if column is not None}
         self._range: list[Vector] | None = None
@@ -189,7 +195,8 @@ class ObservationCheck:
         state = self._state(given)
         fault = self._state_fault(state)
         if fault is not None and self._mode == "refuse":
-            raise ObservationError(f"{fault[1]}; or let it pass by state_check warn")
+            usable = self._range is not None and state.shape == self._range[0].shape and np.isfinite(state).all()
+            raise ObservationError(f"{fault[1]}; or let it pass by state_check warn" if usable else fault[1])
         if fault is not None and fault[0] not in self._warned:
             self._warned.add(fault[0])
             logger.warning("%s", fault[1])
@@ -211,7 +218,8 @@ class ObservationCheck:
             return None
         low, high = self._range
         if state.shape != low.shape:
-            return (-1, ""), f"{self._state_key} must have {len(low)} numbers, found {list(state.shape)}"
+            found = list(state.shape) if state.size else "none"
+            return (-1, ""), f"{self._state_key} must have {len(low)} numbers, found {found}: send one for each joint"
         slack = MARGIN * (high - low) + 0.01 * np.maximum(abs(low), abs(high)) + 1e-6
         outside = ~((low - slack <= state) & (state <= high + slack))
         if not outside.any():
@@ -222,19 +230,26 @@ class ObservationCheck:
             for name, factor in _UNITS.items()
             if ((low - slack <= state * factor) & (state * factor <= high + slack))[outside].all()
         ]
+        name = f" ({self._names[dim]})" if dim < len(self._names) else ""
         return (dim, "".join(units[:1])), (
-            f"{self._state_key}[{dim}] was {low[dim]:.4g} .. {high[dim]:.4g} in training, found {state[dim]:.4g} "
+            f"{self._state_key}[{dim}]{name} was {low[dim]:.4g} .. {high[dim]:.4g} in training, found {state[dim]:.4g} "
             f"({outside.sum()} of {len(state)} outside{units[0] if units else ''}): check its units and order"
         )
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. Raises ValueError for a name that it holds twice, of which Python would keep the last."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]!r} twice")
+    return dict(pairs)
 
 
 def _bound(given: Any, default: float, width: int, where: str) -> Vector:
     """Return one bound for each dimension."""
     values = given if isinstance(given, Sequence | np.ndarray) and not isinstance(given, str) else [given] * width
-    try:
-        found = np.array([default if value is None else float(value) for value in values])
-    except (TypeError, ValueError):
-        found = np.zeros(0)
+    numeric = all(value is None or (isinstance(value, Real) and not isinstance(value, bool)) for value in values)
+    found = np.array([default if value is None else float(value) for value in values]) if numeric else np.zeros(0)
     if found.shape != (width,) or np.isnan(found).any():
         raise ConfigError(f"{where} must be a number or {width} of them, null for none, found {str(given)[:60]}")
     return found

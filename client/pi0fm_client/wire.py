@@ -219,7 +219,8 @@ def _number_type(text: Any) -> np.dtype[Any]:
     kind, size = (text[1:2], text[2:]) if isinstance(text, str) and len(text) == 3 and text[0] in "<>|=" else ("", "")
     if kind not in _SIZES_BY_KIND or size not in [str(size) for size in _SIZES_BY_KIND[kind]]:
         raise ObservationError(
-            f"an array must be of bool, int, uint or float, found dtype {str(text)[:40]!r}: convert it with .astype(np.float32)"
+            f"an array must be of bool, int, uint or float, found dtype {str(text)[:40]!r}: "
+            + ("send a text as str" if str(text)[1:2] in ("U", "S") else "convert it with .astype(np.float32)")
         )
     dtype: np.dtype[Any] = np.dtype(text)
     return dtype

@@ -8,7 +8,7 @@ from typing import Any
 
 from pi0fm.convert.config import ConvertConfig
 
-HELP = "openpi's or LeRobot's weights to a bundle; a bundle to LeRobot's or openpi's"
+HELP = "convert openpi's or LeRobot's weights to a bundle, or a bundle to theirs"
 Options = ConvertConfig
 ALIASES: dict[str, str] = {}
 POSITIONAL = "source"

@@ -8,7 +8,7 @@ from typing import Any
 from pi0fm.cluster.recording import record_demonstrations
 from pi0fm.demos.config import DemosConfig
 
-HELP = "record scripted experts into a LeRobot data set; the same command goes on after an interruption"
+HELP = "record scripted experts into a LeRobot data set; the same command continues after an interruption"
 Options = DemosConfig
 ALIASES = {"task": "tasks", "repo_id": "dataset.repo_id", "root": "dataset.root"}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pi0fm.cli.bench import question
 
-HELP = "see and measure the flows that policies are made of"
+HELP = "show and measure the flows that policies are made of"
 SUBCOMMANDS = {
     "demo": "flow matching, CNF and diffusion on data in the plane: figures and a comparison",
     "steps": "the error of a chunk against the evaluations of the network, for every solver",

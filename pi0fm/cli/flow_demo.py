@@ -29,7 +29,7 @@ from pi0fm.toy.methods import Method
 from pi0fm.toy.pictures import PICTURES
 from pi0fm_client.errors import ConfigError, OutputError
 
-HELP = "flow matching, CNF and diffusion on data in the plane: figures and a comparison"
+HELP = "compare flow matching, CNF and diffusion on data in the plane, with figures"
 ALIASES: dict[str, str] = {}
 SECONDS = 15.0
 METHODS = {"flow": methods.flow_matching, "cnf": methods.cnf, "diffusion": methods.diffusion}

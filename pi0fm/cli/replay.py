@@ -9,7 +9,7 @@ from pi0fm.cli.bench import rounded, show
 from pi0fm.progress import say
 from pi0fm.serve.records.replay import ReplayConfig, replay
 
-HELP = "infer a server's log of requests again, bit for bit, and compare two bundles on it"
+HELP = "repeat a server's request log bit for bit, and compare two bundles on it"
 Options = ReplayConfig
 ALIASES: dict[str, str] = {}
 POSITIONAL = "log"

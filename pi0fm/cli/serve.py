@@ -40,7 +40,7 @@ class ServeConfig(LoadOptions, limits.ServingLimits):
     token: str | None = option(
         None, f"key that clients must send; others can read it in the list of processes, so prefer ${TOKEN_VARIABLE} or --tokens"
     )
-    tokens: Path | None = option(None, "file of keys, one a line, any of which a client may send; # begins a comment")
+    tokens: Path | None = option(None, "file of keys, one a line, any of which a client may send; a line that begins with # is a comment")
     tls_certificate: Path | None = option(None, "PEM file with the server's certificate and those that vouch for it: clients say wss://")
     tls_key: Path | None = option(None, "PEM file with its key")
     tls_clients: Path | None = option(None, "PEM file of the authorities that a client's own certificate must come from")

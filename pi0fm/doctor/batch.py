@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pi0fm.data.chain import Chain, Sample
 from pi0fm.data.columns.lerobot_source import LeRobotSource
+from pi0fm.data.columns.metadata import read_info
 from pi0fm.data.columns.norm_stats import ColumnStats, NormStats
 from pi0fm.data.config import DatasetConfig
 from pi0fm.data.judging import judge_prompts
@@ -57,9 +58,9 @@ class Seen:
 
     def columns(self) -> Iterator[tuple[str, tuple[str, ...], NDArray[np.float32], NDArray[np.float32]]]:
         """Yield (state or action, names of the dimensions, robot units [n, dim], network's units [n, dim])."""
-        source, own = self.source, self.source.embodiment
-        yield "state", source.names(own.state, self.state.shape[-1]), self.state, self.normal_state
-        yield "action", source.names(own.action, self.actions.shape[-1]), self.actions[self.real], self.normal_actions[self.real]
+        own = self.source.embodiment
+        yield "state", own.labels(own.state, self.state.shape[-1]), self.state, self.normal_state
+        yield "action", own.labels(own.action, self.actions.shape[-1]), self.actions[self.real], self.normal_actions[self.real]
 
 
 def see(source: LeRobotSource, dataset: DatasetConfig, chain: Chain, horizon: int) -> Seen:
@@ -92,7 +93,7 @@ def see(source: LeRobotSource, dataset: DatasetConfig, chain: Chain, horizon: in
 
 def judge_batch(seen: Seen, policy: PolicyConfig, stats: NormStats, chain: Chain, trained_here: bool) -> list[Finding]:
     """Judge a data set against a policy's statistics. trained_here: the statistics were computed from this data set."""
-    found = [*_columns(seen), *_relative(seen), *_units(seen.source), *_scales(seen, trained_here)]
+    found = [*_named(seen.source), *_columns(seen), *_relative(seen), *_units(seen.source), *_scales(seen, trained_here)]
     if not trained_here:
         found += _foreign(stats, seen.source.norm_stats(policy.model.action_horizon), seen.source)
     for name, column in (("state", stats.state), ("action", stats.action)):
@@ -103,6 +104,22 @@ def judge_batch(seen: Seen, policy: PolicyConfig, stats: NormStats, chain: Chain
         fault.text.partition(": ")[2]: Finding("error", "prompt", fault.text, fault.remedy) for fault in judge_prompts(seen.source, chain)
     }
     return [*found, *prompts.values(), *_pictures(seen), *_camera_names(seen.source.embodiment.cameras)]
+
+
+def _named(source: LeRobotSource) -> Iterator[Finding]:
+    """Report names of dimensions that are in another order than the policy's, or other names."""
+    own, here = source.embodiment, read_info(source.root, source.repo_id).names
+    for word, names, column in (("state", own.state_names, own.state), ("action", own.action_names, own.action)):
+        theirs = here.get(column, names)
+        if names and theirs != names:
+            order = sorted(theirs) == sorted(names)
+            place = next(number for number, pair in enumerate(zip(names, theirs, strict=True)) if pair[0] != pair[1])
+            text = (
+                f"the {word}'s dimensions must be the policy's {'in their order' if order else 'by name'}, found dimension {place} to be "
+                f"{theirs[place]!r}, which is {names[place]!r} of the policy"
+            )
+            remedy = "reorder the columns" if order else f"compare both lists; if they mean the same, type --embodiment.{word}_names"
+            yield Finding("error" if order else "warning", "names", text, remedy)
 
 
 def _columns(seen: Seen) -> Iterator[Finding]:
@@ -139,7 +156,7 @@ def _relative(seen: Seen) -> Iterator[Finding]:
     moving = source.action[:, :shared].std(0) > 0
     with np.errstate(invalid="ignore", divide="ignore"):
         wider = near.std(0) / source.action[:, :shared].std(0)
-    dims = source.names(source.embodiment.action, source.action.shape[1])
+    dims = source.embodiment.labels(source.embodiment.action, source.action.shape[1])
     wrong = np.array([dim in listed for dim in range(shared)]) & moving & (wider > 1.5)
     if wrong.any():
         text = (
@@ -211,7 +228,7 @@ def _foreign(stats: NormStats, own: NormStats, source: LeRobotSource) -> Iterato
         bad = ~standing(theirs) & ((shift > FOREIGN_SHIFT) | (ratio > FOREIGN_RATIO) | (ratio < 1 / FOREIGN_RATIO))
         if bad.any():
             worst = int(np.argmax(np.where(bad, np.maximum(shift, np.maximum(ratio, 1 / ratio)), 0)))
-            dims = source.names(column, len(ours.mean))
+            dims = source.embodiment.labels(column, len(ours.mean))
             text = (
                 f"the policy's statistics of {name} {_these(dims, bad)} are of other data: {dims[worst]} has "
                 f"{_spread(ours, worst)} in the bundle, {_spread(theirs, worst)} here"

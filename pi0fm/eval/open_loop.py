@@ -229,6 +229,9 @@ def read_policy(config: OpenLoopConfig) -> Judged:
             state=str(metadata["state_key"]),
             state_dim=int(metadata["state_dim"]),
             robot_action_dim=int(metadata["robot_action_dim"]),
+            state_names=tuple(map(str, metadata.get("state_names", ()))),
+            action_names=tuple(map(str, metadata.get("action_names", ()))),
+            units={str(name): str(unit) for name, unit in dict(metadata.get("units") or {}).items()},
         )
         resize: Resize = ANTIALIAS
     else:
@@ -329,7 +332,7 @@ def judge(
                 nats[batch[whole[batch]]] = _nats(policy, observations, seeds, moments.recorded[batch], whole[batch])
             bar.advance(len(batch))
             count[0] = int(batch[-1]) + 1
-    return compare(moments, predicted, nats, source.names(source.embodiment.action, source.action.shape[1]))
+    return compare(moments, predicted, nats, source.embodiment.labels(source.embodiment.action, source.action.shape[1]))
 
 
 def _of_policy(judged: Judged) -> str:

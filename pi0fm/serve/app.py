@@ -121,7 +121,7 @@ def check_token(token: str, where: str = "a token") -> None:
         found = "nothing" if not token else f"U+{ord(token[odd or 0]):04X} as character {(odd or 0) + 1} of {len(token)}"
         raise ConfigError(
             f"{where} must be printable ASCII without blanks and not empty, found {found}: "
-            "give another one, or leave it out to serve everyone"
+            "give another one (in a file a comment has a line of its own)"
         )
 
 
@@ -177,6 +177,7 @@ class _Service:
                 "name": metadata.get("embodiment", "policy"),
                 "identity": metadata.get(wire.IDENTITY),
                 "limits": metadata.get("limits") or {},
+                **{name: metadata.get(name) or empty for name, empty in (("action_names", []), ("units", {}))},
             },
             "server": {
                 "fault": self.fault(),

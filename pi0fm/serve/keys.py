@@ -33,8 +33,15 @@ class Keys:
     state: str
 
     def __call__(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a message under our columns; keys that the file does not name stay. Raises ObservationError."""
+        """Return a message under our columns. Raises ObservationError, in the robot's words, for unknown keys and missing parts."""
+        spelled = {dotted(key): key for key in self.columns}
+        message = {spelled.get(dotted(key), key): value for key, value in message.items()}
         found = {key: value for key, value in message.items() if key not in self.columns}
+        known = {dotted(each): each for each in (*self.cameras, self.state, *PROMPT_KEYS)}
+        if unknown := [key for key in found if dotted(key) not in known]:
+            theirs = [*self.columns, *(each for each in known.values() if each not in self.columns.values())]
+            raise ObservationError(f"unknown observation key {unknown[0]!r}: {nearest(unknown[0], theirs)}")
+        self._refuse_missing(message)
         parts: list[NDArray[Any]] = []
         for key, column in self.columns.items():
             if key not in message or column is None:
@@ -51,6 +58,17 @@ class Keys:
                 raise ObservationError(f"the parts of {self.state} must be rows of numbers, found shapes {shapes}")
             found[self.state] = np.concatenate(parts)
         return found
+
+    def _refuse_missing(self, message: Mapping[str, Any]) -> None:
+        """Raise ObservationError where a part of the state is left out, or every camera."""
+        state = [key for key, column in self.columns.items() if column == self.state]
+        absent = [key for key in state if key not in message]
+        if absent and not (len(absent) == len(state) and dotted(self.state) in map(dotted, message)):
+            raise ObservationError(f"an observation needs {', '.join(state)} for the state, found no {absent[0]}")
+        theirs = {column: key for key, column in self.columns.items()}
+        cameras = [theirs.get(camera, camera) for camera in sorted(self.cameras)]
+        if cameras and not {dotted(each) for each in (*cameras, *self.cameras)} & set(map(dotted, message)):
+            raise ObservationError(f"an observation needs at least one picture of: {', '.join(cameras)}")
 
 
 def read_keys(path: Path, metadata: Mapping[str, Any]) -> Keys:

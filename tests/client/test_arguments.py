@@ -85,6 +85,7 @@ def test_each_argument_is_honoured_or_refused_in_our_words(make: Any, usual: dic
         ({"limits": 5}, "limits may hold low, high.*, found 5"),
         ({"limits": {"increments": [-1]}}, "limits: increments must be dimensions below 2"),
         ({"cameras": "base"}, "cameras must be a list of names, found 'base'"),
+        ({"cameras": []}, "cameras must name one camera or more that suffice, found none"),
         ({"clock": 3}, "clock must be a function"),
         ({"policy": 3}, r"policy\.infer must be a function"),
     ],

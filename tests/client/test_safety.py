@@ -57,8 +57,11 @@ def test_what_is_allowed_is_not_changed_and_the_bound_is_reached() -> None:
     assert np.allclose(limiter.command, [1.0, -1.0], atol=1e-12)
 
 
-def test_a_robot_that_starts_outside_may_only_come_back() -> None:
-    limiter = Limiter(Limits.read({"low": -1, "high": 1, "velocity": 0.5}, 1), [2.0])
+def test_a_robot_that_starts_outside_may_only_come_back_and_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        limiter = Limiter(Limits.read({"low": -1, "high": 1, "velocity": 0.5}, 1), [2.0])
+        Limiter(Limits.read({"low": -1, "high": 1, "increments": [0]}, 1), [2.0])
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["the robot starts outside its limits in dimensions [0]"]
     assert limiter.nearest(np.array([3.0])) == 2.0
     assert limiter.nearest(np.array([0.0])) == 1.5
     assert limiter.nearest(limiter.standstill()) == 2.0
@@ -86,6 +89,8 @@ def test_limits_come_from_a_file_and_the_stricter_wins(tmp_path: Path) -> None:
         ({"speed": 1}, "may hold low, high, velocity, acceleration, increments"),
         ({"low": [1]}, "low must be a number or 2 of them"),
         ({"low": "a"}, "low must be a number or 2 of them"),
+        ({"low": True}, "low must be a number or 2 of them"),
+        ({"acceleration": ["0.1", 1]}, "acceleration must be a number or 2 of them"),
         ({"high": float("nan")}, "high must be a number or 2 of them"),
         ({"low": 1, "high": 0}, "low must not be above high"),
         ({"velocity": 0}, "velocity must be above 0"),
@@ -103,7 +108,7 @@ def test_limits_that_make_no_sense_are_refused(tree: dict[str, Any], line: str, 
         Limits.read(file, 2)
 
 
-@pytest.mark.parametrize("text", [None, "{", "[1]"])
+@pytest.mark.parametrize("text", [None, "{", "[1]", '{"low": -1, "high": 1, "low": 0}'])
 def test_a_file_that_holds_no_limits_is_refused(text: str | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "arm.json").write_text(text)
@@ -133,7 +138,7 @@ def test_every_camera_must_be_there_unless_told() -> None:
         ((0.1, 5.0, 0.04), r"1 of 3 outside.*check its units and order"),
         ((np.nan, 0.0, 0.0), r"found nan"),
         ((0.0, 0.0), r"must have 3 numbers, found \[2\]"),
-        ((), r"must have 3 numbers, found \[0\]"),
+        ((), r"must have 3 numbers, found none: send one for each joint"),
     ],
 )
 def test_a_state_unlike_the_trainings_is_refused_or_warned_of(state: Any, line: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -145,6 +150,12 @@ def test_a_state_unlike_the_trainings_is_refused_or_warned_of(state: Any, line: 
         warn(observation(state))
     assert len(caplog.records) == 1
     ObservationCheck(METADATA, mode="off")(observation(state))
+
+
+def test_a_dimension_is_named_where_the_policy_names_it() -> None:
+    named = METADATA | {"state_names": ["pan", "lift", "grip"]}
+    with pytest.raises(ObservationError, match=r"state\[1\] \(lift\) was "):
+        ObservationCheck(named)(observation((0.1, 5.0, 0.04)))
 
 
 def test_a_state_a_little_beyond_the_trainings_passes() -> None:

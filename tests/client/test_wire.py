@@ -100,6 +100,11 @@ def test_other_dtypes_are_refused(dtype: Any) -> None:
         wire.unpack(frame_of(array_map(dtype=dtype)))
 
 
+def test_a_text_in_an_array_is_told_to_be_a_str() -> None:
+    with pytest.raises(ObservationError, match="found dtype '<U21': send a text as str"):
+        wire.unpack(frame_of(array_map(dtype="<U21")))
+
+
 @pytest.mark.parametrize(
     ("shape", "line"),
     [

@@ -164,6 +164,23 @@ def test_q01_close_to_q99_is_named_and_blown_up_under_an_absolute_rule(root, tra
         assert kind in {finding.kind for finding in found.findings}, rule
 
 
+@pytest.mark.parametrize(
+    ("names", "severity", "words"),
+    [
+        (["lift", "pan", "roll", "grip"], "error", "in their order, found dimension 0 to be 'lift', which is 'pan' of the policy"),
+        (["pan", "lift", "roll", "hand"], "warning", "by name, found dimension 3 to be 'hand', which is 'grip' of the policy"),
+    ],
+)
+def test_joints_of_another_order_or_name(names, severity, words, root, trained, tmp_path):
+    change_info(root, lambda info: info["features"][STATE].update(names={"axes": names}))
+    subject = of_bundle(trained, None)
+    arm = replace(subject.policy.embodiment, state_names=("pan", "lift", "roll", "grip"))
+    subject = replace(subject, policy=replace(subject.policy, embodiment=arm))
+    config = DatasetConfig(root=root)
+    found = examine(subject, config, open_counterpart(subject, config), Counterparts(load=False, sheet=tmp_path / "sheet.png")).findings
+    assert [(each.severity, words in each.text) for each in found if each.kind == "names"] == [(severity, True)]
+
+
 def test_an_action_that_is_a_difference_already(root, trained, tmp_path):
     sideways(root, ALL, lambda v: np.random.default_rng(0).normal(0, 0.1, v.shape), ACTION)
     assert kinds(root, trained, tmp_path)["relative action"] == "error"

@@ -66,7 +66,7 @@ def convert_all(root: Path) -> dict[str, float]:
         before = peak_resident()
         convert(ConvertConfig(**options, **({"prompt_dialect": "lerobot"} if options.get("to") == "lerobot" else {})))
         found[name] = (peak_resident() - before) / LARGEST
-    bundle.load(fixture.parents[2] / "policy/format_2/bundle", device="cpu")
+    bundle.load(fixture.parents[2] / "policy/saved/format_2/bundle", device="cpu")
     bytearray(31 * 2**20)  # let go at once: from here on the C library serves pieces up to this size from its heap, where holes stay
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_resident()

@@ -9,7 +9,7 @@ from pi0fm.cli.bench import rounded
 from pi0fm.eval.calibrate import CalibrateConfig, calibrate
 from pi0fm.progress import say
 
-HELP = "from held-out episodes, the spread of a chunk above which replies raise an alarm, at a rate of false ones"
+HELP = "set the threshold of a bundle's alarm from held-out episodes, at a chosen rate of false alarms"
 POSITIONAL = "bundle"
 Options = CalibrateConfig
 ALIASES: dict[str, str] = {"policy.path": "bundle"}

@@ -13,7 +13,7 @@ from pi0fm.eval.compare import CompareConfig, compare
 from pi0fm.eval.report.compare import write
 from pi0fm.eval.statistics import Interval
 
-HELP = "evaluations on the same tasks and seeds, side by side: intervals, exact paired tests, whether a difference is settled"
+HELP = "compare evaluations on the same tasks and seeds: intervals, exact paired tests, whether a difference is settled"
 Options = CompareConfig
 ALIASES: dict[str, str] = {}
 POSITIONAL, OTHERS = "baseline", "others"

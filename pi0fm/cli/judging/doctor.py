@@ -39,7 +39,7 @@ from pi0fm.train.plan.planner import known_cards
 from pi0fm.train.start.pretrained import chosen_dialect, chosen_tokenizer, kept_stats, open_pretrained
 from pi0fm_client.errors import BundleError, ConfigError, DatasetError
 
-HELP = "judge a data set, a run's configuration, a bundle or a server: every fault with what to type, and a batch as the network sees it"
+HELP = "check a data set, a configuration, a bundle or a server: every fault with what to type, and a batch as the network sees it"
 POSITIONAL = "data"
 OTHERS = "config"
 SHOWN = 20  # faults in the table

@@ -16,7 +16,7 @@ from pi0fm.policy.saved.reference import Agreement
 from pi0fm.progress import say
 from pi0fm_client.errors import BundleError, ConfigError
 
-HELP = "whether this machine computes what the bundle's recorded chunk says: device, versions, conversion"
+HELP = "check that this machine computes the bundle's recorded chunk: device, versions, conversion"
 POSITIONAL = "bundle"
 ALIASES = {"policy.path": "bundle"}
 

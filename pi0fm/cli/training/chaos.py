@@ -13,7 +13,7 @@ from pi0fm.cluster.training_run import TrainingRun
 from pi0fm.options import option
 from pi0fm.train.start.defaults import defaults
 
-HELP = "kill something of a training run every 30 s, and check that it ends in the weights of a quiet one"
+HELP = "kill parts of a training run every 30 s, and check that its weights equal an undisturbed run's"
 NAMED_BY_ROW = "output_dir"
 ALIASES = lerobot.TRAIN
 DEFAULTS = defaults

@@ -23,7 +23,7 @@ from pi0fm.train.plan.planner import Card, Plan, best, card_named, counts, known
 from pi0fm.train.start.defaults import defaults
 from pi0fm_client.errors import ConfigError
 
-HELP = "seconds of a step, memory, cost and what stops scaling, for any number of cards; options of pi0fm train are taken too"
+HELP = "estimate step time, memory, cost and scaling limits for any number of cards; options of pi0fm train are taken too"
 ALIASES = lerobot.TRAIN
 DEFAULTS = defaults
 NETWORK = train.NETWORK

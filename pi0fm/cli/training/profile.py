@@ -15,7 +15,7 @@ from pi0fm.cluster.training_run import TrainingRun
 from pi0fm.options import option
 from pi0fm.train.start.defaults import defaults
 
-HELP = "where the steps of a run go: data, forward, backward, optimiser, average; their share of the limit, and what to change"
+HELP = "measure the time of a run's steps by part, its share of the limit, and say what to change"
 NAMED_BY_ROW = "output_dir"
 ALIASES = lerobot.TRAIN
 DEFAULTS = defaults

@@ -16,7 +16,7 @@ from pi0fm.progress import clock
 from pi0fm.train.runs import find_runs, sparkline, write_page
 from pi0fm_client.errors import ConfigError
 
-HELP = "runs with state, step and loss curve; --page compares them on one HTML page"
+HELP = "list runs with state, step and loss curve; --page compares them on one HTML page"
 POSITIONAL, OTHERS = "folder", "others"
 ALIASES: dict[str, str] = {}
 WIDTH = 32  # of a curve

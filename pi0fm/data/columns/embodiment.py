@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,9 @@ class Embodiment:
     state_dim: int | None = option(None, "width of the state; empty takes the data set's")
     robot_action_dim: int | None = option(None, "width of the action; empty takes the data set's")
     delta_actions: tuple[int, ...] = option((), "action dimensions trained as differences from the state's same dimension")
+    state_names: tuple[str, ...] = option((), "names of the state's dimensions, kept in the bundle; empty takes the data set's")
+    action_names: tuple[str, ...] = option((), "names of the action's dimensions, kept in the bundle; empty takes the data set's")
+    units: dict[str, str] = option(dict, "name of a dimension of state or action -> its unit, such as deg; kept in the bundle, and shown")
     limits: dict[str, list[float | None]] = option(
         dict,
         "of a command, kept by the robot's client: low, high, and of one control step velocity, acceleration; increments; null for none",
@@ -46,8 +50,19 @@ class Embodiment:
         for dim in self.delta_actions:
             if dim < 0 or (limit is not None and dim >= limit):
                 raise ConfigError(f"embodiment.delta_actions must be dimensions of state and action, below {limit}, found {dim}")
+        for word, names, width in (("state", self.state_names, self.state_dim), ("action", self.action_names, self.robot_action_dim)):
+            if len(set(names)) != len(names) or (names and width not in (None, len(names))):
+                count = "one name each" if width is None else f"{width} of them"
+                raise ConfigError(f"embodiment.{word}_names must be names of all dimensions, {count}, each once, found {', '.join(names)}")
         if self.limits and self.robot_action_dim is not None:
             Limits.read(self.limits, self.robot_action_dim, "embodiment.limits")
+
+    def labels(self, column: str, width: int) -> tuple[str, ...]:
+        """Name the dimensions of the state's or action's column, with units; by the column's last word where names are unknown."""
+        names = {self.state: self.state_names, self.action: self.action_names}.get(column) or ()
+        if len(names) != width:
+            return tuple(f"{dotted(column).rsplit('.', 1)[-1]} {number}" for number in range(width))
+        return tuple(f"{name} ({self.units[name]})" if name in self.units else name for name in names)
 
     def dims(self) -> tuple[int, int]:
         """(state_dim, robot_action_dim) of an embodiment that was resolved against a data set."""
@@ -74,7 +89,8 @@ class Embodiment:
                 raise ObservationError(f"unknown observation key {key!r}: {nearest(key, sorted(known))}")
         prompts = [given[key] for key in PROMPT_KEYS if key in given]
         if len(prompts) != 1 or not isinstance(prompts[0], str):
-            raise ObservationError(f"an observation needs one text under 'prompt', found {prompts!r:.80}")
+            found = f"{len(prompts)} of them" if len(prompts) != 1 else type(prompts[0]).__name__
+            raise ObservationError(f"an observation needs one text under 'prompt', found {found}; send a str")
         images = {name: picture(given[column], column) for name, column in columns.items() if column in given}
         if columns and not images:
             raise ObservationError(f"an observation needs at least one picture of: {', '.join(columns.values())}")
@@ -116,7 +132,9 @@ def picture(value: Any, key: str) -> NDArray[np.uint8]:
     """`value` as uint8 [height, width, 3]; anything else raises ObservationError."""
     array = np.asarray(value)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
-        raise ObservationError(f"{key} must be uint8 [height, width, 3], found {array.dtype} {list(array.shape)}")
+        raise ObservationError(
+            f"{key} must be uint8 [height, width, 3], found {array.dtype} {list(array.shape)}; convert it, or let the server do it: --keys"
+        )
     return array
 
 
@@ -150,11 +168,17 @@ def camera_names(columns: Sequence[str]) -> dict[str, str]:
 
 
 def resolve(
-    embodiment: Embodiment, columns: Mapping[str, tuple[int, ...]], picture_columns: list[str], where: str, depth: Sequence[str] = ()
+    embodiment: Embodiment,
+    columns: Mapping[str, tuple[int, ...]],
+    picture_columns: list[str],
+    where: str,
+    depth: Sequence[str] = (),
+    names: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
 ) -> Embodiment:
-    """The embodiment with every blank filled from a data set's columns (name -> shape). depth: its depth maps, which are no pictures.
+    """Fill every blank of the embodiment from a data set's columns (name -> shape) and the names of their dimensions.
 
-    Raises ConfigError when it names a column that is not there, a depth map, or a width that differs.
+    depth: its depth maps, which are no pictures. Raises ConfigError when it names a column that is not there, a depth map, a width that
+    differs, or a unit of no dimension.
     """
     cameras = dict(embodiment.cameras) or camera_names(picture_columns)
     if not cameras:
@@ -188,7 +212,13 @@ def resolve(
                 f"embodiment.{field} is {stated}, but column {column!r} of {where} is {width} wide; leave it out or correct it"
             )
         widths[field] = width
-    return replace(embodiment, cameras=cameras, **widths)
+        widths[f"{option_}_names"] = getattr(embodiment, f"{option_}_names") or names.get(column, ())
+    found = replace(embodiment, cameras=cameras, **widths)
+    known = [*found.state_names, *found.action_names]
+    for name in found.units:
+        if name not in known:
+            raise ConfigError(f"embodiment.units must be of dimensions of {where}, found {name!r}: {nearest(name, known)}")
+    return found
 
 
 def _suggested(word: str, columns: Mapping[str, tuple[int, ...]]) -> str:

@@ -99,15 +99,6 @@ class LeRobotSource:
         """Statistics over the rows that are trained on, and the chunks that begin there."""
         return compute_norm_stats(self.state, self.action, self.end, self.embodiment.delta_actions, action_horizon, self.frames)
 
-    def names(self, column: str, width: int) -> tuple[str, ...]:
-        """What the data set calls the dimensions of a column; the column's last word and their numbers where it does not."""
-        found = read_json(self.root / "meta" / "info.json")["features"].get(column, {}).get("names")
-        if isinstance(found, Mapping) and len(found) == 1:
-            found = next(iter(found.values()))
-        known = isinstance(found, list) and len(found) == width and len({str(name) for name in found}) == width
-        word = column.replace("/", ".").rsplit(".", 1)[-1]
-        return tuple(str(name) for name in found) if known else tuple(f"{word} {number}" for number in range(width))
-
     def stored(self, camera: str, file: int | None = None, groups: list[int] | None = None) -> Iterator[tuple[int, Any]]:
         """(place, what the column holds of the picture) of a camera whose pictures lie in the parquet files, file by file.
 
@@ -205,7 +196,7 @@ def examine(config: DatasetConfig, embodiment: Embodiment, selection: Selection 
     root = locate(config)
     info = read_info(root, config.repo_id)
     colour = [name for name in info.pictures if name not in info.depth]
-    embodiment = resolve(embodiment, info.shapes, colour, f"the data set {root}", sorted(info.depth))
+    embodiment = resolve(embodiment, info.shapes, colour, f"the data set {root}", sorted(info.depth), info.names)
     cameras = embodiment.cameras.items()
     videos = [column for _, column in cameras if info.pictures[column] == "video"]
     episodes = read_episodes(root, info, videos, sentences=bool(selection.tasks))

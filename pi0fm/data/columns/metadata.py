@@ -9,7 +9,7 @@ Does not know: the rows.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ CHANNELS = (1, 3, 4)
 class Info:
     """meta/info.json as far as it is needed.
 
-    shapes: of the columns that are no pictures; pictures: column -> `video` or `image`; sizes: picture column -> (height, width) as it is
-    said, in each of the ways that it is.
+    shapes: of the columns that are no pictures; names: of columns' dimensions, where given; pictures: column -> `video` or `image`;
+    sizes: picture column -> (height, width), in each form that is given.
     """
 
     path: Path
@@ -45,6 +45,7 @@ class Info:
     total_frames: int
     total_episodes: int | None
     shapes: dict[str, tuple[int, ...]]
+    names: dict[str, tuple[str, ...]]
     pictures: dict[str, str]
     sizes: dict[str, tuple[tuple[int, int], ...]]
     depth: frozenset[str]
@@ -96,12 +97,22 @@ def read_info(root: Path, repo_id: str) -> Info:
         total_frames=totals["total_frames"],
         total_episodes=totals.get("total_episodes"),
         shapes={name: shape for name, feature in features.items() if name not in pictures and (shape := _shape(feature)) is not None},
+        names={name: found for name, feature in features.items() if (found := _names(feature))},
         pictures=pictures,
         sizes={name: _sizes(features[name]) for name in pictures},
         depth=frozenset(name for name in pictures if _is_depth(features[name])),
         data_path=_pattern(tree.get("data_path")),
         video_path=_pattern(tree.get("video_path")),
     )
+
+
+def _names(feature: dict[str, Any]) -> tuple[str, ...]:
+    """The distinct names of a column's dimensions, flat or under one heading; none where they are of another number."""
+    found = feature.get("names")
+    if isinstance(found, Mapping) and len(found) == 1:
+        found = next(iter(found.values()))
+    names = tuple(map(str, found)) if isinstance(found, list) else ()
+    return names if len(set(names)) == len(names) and _shape(feature) == (len(names),) else ()
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ def write_manifest(path: Path) -> None:
 
 def listed_files(path: Path) -> dict[str, dict[str, Any]]:
     """Read size and hash of each file. Raises BundleError where there is no bundle, or no manifest that says them of files inside it."""
+    if str(path).startswith(("ws:", "wss:")):
+        raise BundleError(f"a bundle is a folder, found the address {path}; pi0fm eval and pi0fm doctor take a server")
     if not path.is_dir():
         raise BundleError(
             f"no bundle at {path}; train one with pi0fm train, whose last line names the directory, or convert weights with pi0fm convert"

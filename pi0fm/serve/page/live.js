@@ -108,10 +108,10 @@ function show(data) {
     button.setAttribute("aria-pressed", data.chosen && data.chosen.robot === robot.robot);
   }
   $("robot").hidden = !data.chosen;
-  if (data.chosen) one(data.chosen, robots.find((each) => each.robot === data.chosen.robot), data.policy.limits);
+  if (data.chosen) one(data.chosen, robots.find((each) => each.robot === data.chosen.robot), data.policy);
 }
 
-function one(robot, line, limits) {
+function one(robot, line, { limits, action_names, units }) {
   $("prompt").textContent = `“${line.prompt}”`;
   figures($("cameras"), robot.cameras, (name) => `${name}, as the model sees it`);
   [...$("cameras").querySelectorAll("img")].forEach((image, index) => {
@@ -126,7 +126,8 @@ function one(robot, line, limits) {
   $("spread").hidden = robot.uncertainty.every((value) => value === null);
   if (!$("spread").hidden) draw($("uncertainty"), [{ values: robot.uncertainty, colour: "--told" }]);
   const dims = robot.upcoming[0].map((_, dim) => dim), column = (rows, dim) => rows.map((row) => row[dim]);
-  figures($("actions"), dims.map(String), (dim) => `action ${dim}`);
+  const unit = (name) => (Object.hasOwn(units, name) ? `${name} (${units[name]})` : name);
+  figures($("actions"), dims.map(String), (dim) => (action_names.length > dim ? unit(action_names[dim]) : `action ${dim}`));
   [...$("actions").querySelectorAll("canvas")].forEach((canvas, dim) => {
     const marks = ["low", "high"].map((side) => limits[side]).map((bound) => (Array.isArray(bound) ? bound[dim] : bound));
     draw(canvas, [

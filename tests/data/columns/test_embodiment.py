@@ -70,6 +70,31 @@ def test_blanks_are_filled_from_the_data_set():
     assert resolve(ROBOT, COLUMNS, PICTURES, "the data set") == ROBOT
 
 
+NAMES = {"observation.state": ("pan", "lift", "grip"), "action": ("pan", "grip")}
+
+
+def test_names_of_dimensions_come_from_the_data_set_and_units_from_the_operator():
+    found = resolve(Embodiment(units={"pan": "deg"}), COLUMNS, PICTURES, "the data set", (), NAMES)
+    assert (found.state_names, found.action_names) == (NAMES["observation.state"], NAMES["action"])
+    assert found.labels("observation.state", 3) == ("pan (deg)", "lift", "grip") and found.labels("action", 2) == ("pan (deg)", "grip")
+    stated = resolve(Embodiment(action_names=("a", "b")), COLUMNS, PICTURES, "the data set", (), NAMES)
+    assert stated.action_names == ("a", "b"), "what is typed goes first"
+    assert ROBOT.labels("observation/state", 3) == ("state 0", "state 1", "state 2")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"units": {"pam": "deg"}}, "embodiment.units must be of dimensions of the data set, found 'pam': did you mean 'pan'"),
+        ({"action_names": ("a",)}, "embodiment.action_names must be names of all dimensions, 2 of them, each once, found a"),
+        ({"state_names": ("a", "a", "b")}, "each once, found a, a, b"),
+    ],
+)
+def test_wrong_names_and_units(wrong, words):
+    with pytest.raises(ConfigError, match=words):
+        resolve(Embodiment(**wrong), COLUMNS, PICTURES, "the data set", (), NAMES)
+
+
 def test_widths_are_unknown_before():
     with pytest.raises(ConfigError, match="unknown until"):
         Embodiment().dims()

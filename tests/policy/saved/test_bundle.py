@@ -194,6 +194,7 @@ def test_a_manifest_may_not_point_outside(copy):
 
 def test_a_folder_that_is_not_there(tmp_path):
     assert "no bundle at" in refused(tmp_path / "nothing")
+    assert "a bundle is a folder, found the address ws:/localhost:8000" in refused(Path("ws://localhost:8000"))
 
 
 def test_a_folder_that_is_no_bundle_is_not_told_to_be_copied_again(copy, tmp_path):

@@ -45,6 +45,27 @@ def test_a_robot_with_keys_of_its_own_is_answered(start_server: Any, tmp_path: P
         assert actions_of(robot.recv())[0].tolist() == [15, 25, 35]
 
 
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"observation/gripper_position": None}, "position, observation/gripper_position for the state, found no observation/gripper"),
+        ({"observation/exterior_image_1_left": None}, "one picture of: observation/exterior_image_1_left, observation.images.wrist"),
+        ({"observation/joint_positions": np.zeros(2)}, "unknown .* 'observation/joint_positions': did you mean 'observation/joint_posi"),
+    ],
+)
+def test_faults_are_told_in_the_robots_words(change: dict[str, Any], line: str, tmp_path: Path) -> None:
+    keys = read_keys(written(tmp_path, DROID), METADATA)
+    message = {
+        "observation/exterior_image_1_left": np.zeros((6, 8, 3), np.uint8),
+        "observation/joint_position": np.float64([10, 20]),
+        "observation/gripper_position": np.float32(30),
+        "prompt": "pick",
+    }
+    assert list(keys({key.replace("/", "."): value for key, value in message.items()})) == list(keys(message)), "dots are slashes"
+    with pytest.raises(ObservationError, match=line):
+        keys({key: value for key, value in (message | change).items() if value is not None})
+
+
 def test_the_executor_knows_the_robots_own_keys(start_server: Any, tmp_path: Path) -> None:
     """What it checks is what the policy is shown: cameras under either name, a state in parts, its range."""
     policy = FakePolicy()

@@ -109,7 +109,7 @@ class Broken:
 
 def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(monkeypatch, tmp_path, capsys):
     broken = Broken()
-    monkeypatch.setattr(trackers, "open_tracker", lambda name, project, arguments: broken)
+    monkeypatch.setattr("pi0fm.train.parallel.accelerate.open_tracker", lambda name, project, arguments: broken)
     metrics = Metrics(tmp_path, 0, ("trackio", "tensorboard"), CONFIG)
     for step in (1, 2):
         metrics.write(step, {"loss": 0.5})
@@ -124,7 +124,7 @@ def test_a_tracker_that_cannot_start_is_one_line(monkeypatch, tmp_path):
     def fail(name, project, arguments):
         raise RuntimeError("no API key")
 
-    monkeypatch.setattr(trackers, "open_tracker", fail)
+    monkeypatch.setattr("pi0fm.train.parallel.accelerate.open_tracker", fail)
     with pytest.raises(ConfigError, match="RuntimeError: no API key; type WANDB_MODE=offline"):
         Metrics(tmp_path, 0, ("wandb",), CONFIG)
 
