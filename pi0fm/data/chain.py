@@ -1,12 +1,12 @@
-"""The one chain between robot units and the network: the same object serves training, inference and evaluation.
+"""Chain from robot units to the network and back: the same object in training, inference and evaluation.
 
-Owns: `Sample`, the transforms of state and actions with their exact inverses, the chain, the passage to tensors.
+Owns: `Sample`, the transforms of state and actions with their exact inverses, the chain, the conversion to tensors.
 Does not know: where a sample came from, what the network does with it.
 
     forward:  delta actions -> normalise -> pad dimensions -> [resize pictures, tokenise prompt] -> tensors
     inverse:  unpad dimensions -> unnormalise -> absolute actions                                <- tensors
 
-Shape letters: B batch, H horizon, S state dim, A action dim (robot's before padding, the network's behind it).
+Shape letters: B batch, H horizon, S state dim, A action dim (the robot's before padding, the network's after it).
 """
 
 from abc import ABC, abstractmethod
@@ -29,41 +29,41 @@ from pi0fm_client.errors import ConfigError, ObservationError
 from pi0fm_client.types import Observation
 
 MAX_NORMALIZED = 1e9
-"""Of a state or an action, in spreads of the data set: far beyond what a robot sends, far below where float32 overflows in a square."""
+"""Largest normalised state or action, in spreads of the data set: far above any robot's, far below an overflow of its float32 square."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A batch on its way. state [B, S]; actions [B, H, A] or None at inference; both float32."""
+    """State [B, S] and actions [B, H, A], None at inference; both float32."""
 
     state: NDArray[np.float32]
     actions: NDArray[np.float32] | None
 
 
 class Transform(ABC):
-    """A step on state and actions, with its exact inverse."""
+    """Step of the chain on state and actions, with its exact inverse."""
 
     @abstractmethod
     def forward(self, sample: Sample) -> Sample:
-        """Towards the network."""
+        """Map towards the network."""
 
     @abstractmethod
     def inverse(self, sample: Sample) -> Sample:
-        """Towards the robot; `inverse(forward(s)) == s` up to rounding."""
+        """Map towards the robot; `inverse(forward(s)) == s` up to rounding."""
 
 
 @dataclass(frozen=True)
 class DeltaActions(Transform):
-    """The listed action dimensions become differences from the state's same dimension at the chunk's start."""
+    """Differences of the listed action dimensions from the same state dimensions at the chunk's start."""
 
     dims: tuple[int, ...]
 
     def forward(self, sample: Sample) -> Sample:
-        """actions - state."""
+        """Subtract the state from the listed dimensions."""
         return self._shift(sample, -1.0)
 
     def inverse(self, sample: Sample) -> Sample:
-        """actions + state."""
+        """Add the state to the listed dimensions."""
         return self._shift(sample, 1.0)
 
     def _shift(self, sample: Sample, sign: float) -> Sample:
@@ -76,23 +76,23 @@ class DeltaActions(Transform):
 
 @dataclass(frozen=True)
 class Normalize(Transform):
-    """An affine map of state and actions, dimension by dimension (data/normalization.py)."""
+    """Affine map of state and actions, dimension by dimension (data/normalization.py)."""
 
     state: Scaling
     action: Scaling
 
     def forward(self, sample: Sample) -> Sample:
-        """To units of the data set's spread."""
+        """Map to units of the data set's spread."""
         return Sample(self.state.forward(sample.state), None if sample.actions is None else self.action.forward(sample.actions))
 
     def inverse(self, sample: Sample) -> Sample:
-        """To robot units."""
+        """Map to robot units."""
         return Sample(self.state.inverse(sample.state), None if sample.actions is None else self.action.inverse(sample.actions))
 
 
 @dataclass(frozen=True)
 class PadDimensions(Transform):
-    """Zeros up to the network's widths; cut off again on the way back."""
+    """Zero padding to the network's widths, removed by the inverse."""
 
     state_dim: int
     robot_action_dim: int
@@ -100,19 +100,19 @@ class PadDimensions(Transform):
     padded_action_dim: int
 
     def forward(self, sample: Sample) -> Sample:
-        """To the network's widths."""
+        """Pad to the network's widths."""
         actions = None if sample.actions is None else _pad(sample.actions, self.padded_action_dim)
         return Sample(_pad(sample.state, self.padded_state_dim), actions)
 
     def inverse(self, sample: Sample) -> Sample:
-        """To the robot's widths."""
+        """Cut to the robot's widths."""
         actions = None if sample.actions is None else sample.actions[..., : self.robot_action_dim]
         return Sample(sample.state[..., : self.state_dim], actions)
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Everything between an embodiment's observations and a network's tensors."""
+    """Conversion of an embodiment's observations to a network's tensors, and of its actions back."""
 
     embodiment: Embodiment
     transforms: tuple[Transform, ...]
@@ -121,19 +121,19 @@ class Chain:
     resize: Resize = ANTIALIAS
 
     def forward(self, sample: Sample) -> Sample:
-        """All transforms, in order."""
+        """Apply all transforms, in order."""
         for transform in self.transforms:
             sample = transform.forward(sample)
         return sample
 
     def inverse(self, sample: Sample) -> Sample:
-        """All inverses, in reverse order."""
+        """Apply all inverses, in reverse order."""
         for transform in reversed(self.transforms):
             sample = transform.inverse(sample)
         return sample
 
     def observe(self, observations: Sequence[Observation]) -> ModelObservation:
-        """Robot-side observations to one batch for the network. A camera that an observation lacks is masked.
+        """Convert robot-side observations to one batch for the network; a camera that an observation lacks is masked.
 
         Raises ObservationError for an unknown camera, none at all, or an array of another shape, type or range.
         """
@@ -152,7 +152,7 @@ class Chain:
         return self.to_model(images, mask, self.forward(Sample(state, None)).state, [observation.prompt for observation in observations])
 
     def check(self, observation: Observation) -> None:
-        """Raise ObservationError where the prompt does not fit or the state would overflow in the network, at a small part of its cost."""
+        """Raise ObservationError for a prompt that does not fit or a state that would overflow in the network, without running it."""
         with np.errstate(over="ignore"):
             state = self.forward(Sample(observation.state[None], None)).state
         if not (np.abs(state) <= MAX_NORMALIZED).all():
@@ -177,7 +177,7 @@ class Chain:
     def to_model(
         self, images: NDArray[np.uint8], image_mask: NDArray[np.bool_], state: NDArray[np.float32], prompts: list[str]
     ) -> ModelObservation:
-        """Pictures [B, C, size, size, 3], their mask [B, C], transformed state [B, S] and prompts to tensors, `trimmed`."""
+        """Convert pictures [B, C, size, size, 3], their mask [B, C], transformed state [B, S] and prompts to `trimmed` tensors."""
         tokens, mask = self.tokenizer(prompts, state[:, : self.embodiment.dims()[0]])
         arrays = (images, image_mask, tokens, mask, state)
         return ModelObservation(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)).trimmed()
@@ -202,7 +202,7 @@ def make_chain(
     padded_state_dim: int,
     padded_action_dim: int,
 ) -> Chain:
-    """The chain of one embodiment and one network. Raises ConfigError when the robot is wider than the network or than its statistics."""
+    """Make the chain of one embodiment and one network. Raises ConfigError for a robot wider than the network, or unlike its statistics."""
     state_dim, action_dim = embodiment.dims()
     for what, width, limit in (("state", state_dim, padded_state_dim), ("action", action_dim, padded_action_dim)):
         if width > limit:

@@ -1,7 +1,7 @@
-"""The options of data: which data set, how its pictures are kept, changed and loaded, and which data sets are mixed.
+"""Options of data: which data set, how its pictures are kept, changed and loaded, and which data sets are mixed.
 
-Owns: the dataclasses, their ranges, the refusal of a data set that is not there. Does not know: how a data set is read; neither torch nor
-pyarrow is imported, so that a command line is read in a moment.
+Owns: the dataclasses, their ranges, the refusal of a missing data set. Does not know: how a data set is read; neither torch nor
+pyarrow is imported, so that a command line is parsed quickly.
 """
 
 import re
@@ -22,24 +22,24 @@ Decoder = Literal["auto", "pyav", "torchcodec"]
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Which data set, and how its pictures are kept; `repo_id` and `root` as LeRobot's users type them."""
+    """Data set and how its pictures are kept; `repo_id` and `root` as in LeRobot."""
 
     repo_id: str = option("", "name of the data set, such as lerobot/pusht; found under $HF_LEROBOT_HOME, else downloaded")
-    root: Path | None = option(None, "directory of the data set, when it lies elsewhere")
-    episodes: tuple[int, ...] = option((), "of these episodes only, such as 0-49,60; empty takes all")
+    root: Path | None = option(None, "directory of the data set, when it is elsewhere")
+    episodes: tuple[int, ...] = option((), "only these episodes, such as 0-49,60; empty takes all")
     skip_bad: Literal["all"] | bool = option(
         False,
-        "leave out the episodes that pi0fm doctor names; all: that doctor --pictures all does; the list goes into run and bundle",
+        "leave out the episodes that pi0fm doctor names; all: those that doctor --pictures all names; run and bundle keep the list",
     )
-    any_video_order: bool = option(False, "accept videos that lie in another order than their episodes")
+    any_video_order: bool = option(False, "accept videos in another order than their episodes")
     tolerance_s: float | None = option(
-        None, "most seconds between a row and its picture; empty takes a period of the rows or of the video, whichever is longer"
+        None, "seconds allowed between a row and its picture; empty takes the longer of the rows' and the video's period"
     )
     video_decoder: Decoder = option("auto", "pyav, torchcodec, or auto: torchcodec when it loads")
     cache_dir: Path | None = option(None, "where decoded frames are kept; default ~/.cache/pi0fm/frames")
-    cache_limit_gib: float = option(64.0, "a data set whose decoded frames would take more is streamed from its videos instead")
-    cache_format: Literal["uint8", "jpeg"] = option("uint8", "decoded frames as they are, or as JPEG: a tenth of the space, slower to read")
-    stream_buffer_gib: float = option(4.0, "memory of the shuffle buffer of a data set that is streamed")
+    cache_limit_gib: float = option(64.0, "GiB of decoded frames above which a data set is streamed from its videos instead")
+    cache_format: Literal["uint8", "jpeg"] = option("uint8", "decoded frames uncompressed or as JPEG: a tenth of the space, slower to read")
+    stream_buffer_gib: float = option(4.0, "GiB of memory for the shuffle buffer of a streamed data set")
 
     def __post_init__(self) -> None:
         if self.video_decoder not in ("auto", "pyav", "torchcodec"):
@@ -55,7 +55,7 @@ class DatasetConfig:
 
 
 def refuse_missing(config: DatasetConfig) -> None:
-    """Raise ConfigError where no data set is named, DatasetError for a directory that holds none: all that costs no time to know."""
+    """Raise ConfigError where no data set is named, DatasetError for a directory that holds none; nothing is opened."""
     if config.root is None and not config.repo_id:
         raise ConfigError("which data set? give --dataset.repo_id NAME, or --dataset.root DIRECTORY")
     if config.root is not None and not (config.root / "meta" / "info.json").is_file():
@@ -67,7 +67,7 @@ def refuse_missing(config: DatasetConfig) -> None:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which episodes are used. episodes: empty for all; exclude: of those; tasks: sentences, empty for all; min_frames: of an episode."""
+    """Selection of episodes. episodes: empty for all; exclude: left out; tasks: sentences, empty for all; min_frames: per episode."""
 
     episodes: tuple[int, ...] = ()
     exclude: tuple[int, ...] = ()
@@ -77,10 +77,10 @@ class Selection:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How batches are prepared; it changes speed and memory, never a number in a batch."""
+    """Preparation of batches; it changes speed and memory, never a number in a batch."""
 
-    threads: int = option(1, "threads that prepare batches, beside the one that trains")
-    ahead: int = option(2, "finished batches that wait for their use")
+    threads: int = option(1, "threads that prepare batches, in addition to the training thread")
+    ahead: int = option(2, "finished batches that are kept ready")
 
     def __post_init__(self) -> None:
         for name in ("threads", "ahead"):
@@ -90,10 +90,10 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How far a picture may be changed. All at their neutral value (1, 0, 0, 0, 0) change nothing."""
+    """Ranges of random changes of a picture; the neutral values (1, 0, 0, 0, 0) change nothing."""
 
     crop: float = option(0.95, "side of the random crop, as a share of the picture's; 1 for none")
-    rotation: float = option(5.0, "largest turn, in degrees either way")
+    rotation: float = option(5.0, "largest rotation, in degrees in either direction")
     brightness: float = option(0.3, "largest relative change of brightness")
     contrast: float = option(0.4, "largest relative change of contrast")
     saturation: float = option(0.5, "largest relative change of saturation")
@@ -115,11 +115,11 @@ class MixtureEntry:
 
     dataset: DatasetConfig = option(DatasetConfig, "")
     embodiment: Embodiment = option(Embodiment, "")
-    weight: float = option(1.0, "its share of the samples, against the other entries' weights")
+    weight: float = option(1.0, "weight of its samples, relative to the other entries'")
     exclude_episodes: tuple[int, ...] = option((), "episodes that are left out")
     tasks: tuple[str, ...] = option((), "train on episodes of these instructions only; empty takes all")
     min_frames: int = option(1, "leave out episodes that are shorter")
-    task_weights: dict[str, float] = option(dict, "instruction -> weight of its samples against others of this data set; 1 where unnamed")
+    task_weights: dict[str, float] = option(dict, "instruction -> weight of its samples, relative to others of this data set; default 1")
     weight_column: str | None = option(None, "column of the data set with the weight of each frame")
     camera_sources: dict[str, str] = option(dict, "camera -> SOURCE:WIDTHxHEIGHT in a simulator, kept in the bundle for this robot")
 
@@ -130,7 +130,7 @@ class MixtureEntry:
             raise ConfigError(f"min_frames must be >= 1, found {self.min_frames}; leave it out for all episodes")
 
     def selection(self) -> Selection:
-        """The episodes that are used of the data set."""
+        """Selection of the data set's episodes."""
         return Selection(self.dataset.episodes, self.exclude_episodes, self.tasks, self.min_frames)
 
 

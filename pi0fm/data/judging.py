@@ -1,12 +1,12 @@
-"""What of a data set can only be judged with a policy's prompt, or by looking at pictures; done before the first step.
+"""Checks of a data set that need a policy's prompt or its pictures, made before the first step.
 
-Owns: instructions against a tokenizer, first and last picture of every file, or all. Does not know: who asks (a run, `pi0fm doctor`).
+Owns: instructions against a tokenizer, first and last picture of every file, or all. Does not know: the caller (a run, `pi0fm doctor`).
 
     instruction   empty, or longer than the network's prompt     every sentence that a used row has; with a state in the prompt the longest
     video         cannot be opened, or lacks a row's picture     `ends`: the rows at both ends of each file; `all`: every row
     stored        null                                           every row, by the file's own count of them
-    stored        broken, not there, no colour picture           the same of each parquet file as of a video
-    any           another mean than meta/episodes tells          `all`
+    stored        broken, missing, no colour picture             as for a video, in each parquet file
+    any           a mean other than in meta/episodes             `all`
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -33,13 +33,13 @@ from pi0fm.data.prompt import bin_numbers
 from pi0fm_client.errors import DatasetError, ObservationError
 
 Extent = Literal["none", "ends", "all"]
-TOO_FAR = "too far"  # a kind that becomes `video` when the tolerance that all rows need is known
-EPISODES_OF_A_MEAN = 3  # fewer have no usual shift
+TOO_FAR = "too far"  # replaced by `video` once the tolerance that all rows need is known
+EPISODES_OF_A_MEAN = 3  # fewer give no usual shift
 LEAST_SHIFT = 0.05  # of the mean of a channel in 0..1
 
 
 def judge_prompts(source: LeRobotSource, chain: Chain) -> list[Fault]:
-    """The instructions that no prompt can be made of; of each the first row of every episode that has it."""
+    """Faults of instructions that make no valid prompt, at the first row of every episode that has one."""
     frames, tokenizer = source.frames, chain.tokenizer
     state = chain.forward(Sample(source.state[frames], None)).state[:, : source.state.shape[1]]
     bad: list[tuple[NDArray[np.int64], str, bool]] = []
@@ -48,7 +48,7 @@ def judge_prompts(source: LeRobotSource, chain: Chain) -> list[Fault]:
         rows = np.flatnonzero(source.task[frames] == task)
         text = source.tasks[task]
         longest = rows[0]
-        if tokenizer.with_state:  # as many tokens as the numbers of the state have letters
+        if tokenizer.with_state:  # a prompt is longest where the state's numbers have most characters
             widths = np.zeros(len(rows), dtype=np.int64)
             for dim in range(state.shape[1]):
                 number = bin_numbers(state[rows, dim])
@@ -76,9 +76,9 @@ def judge_prompts(source: LeRobotSource, chain: Chain) -> list[Fault]:
 def judge_pictures(
     source: LeRobotSource, config: DatasetConfig, extent: Extent, done: Callable[[int], None] = lambda count: None
 ) -> list[Fault]:
-    """The pictures that rows lack. done: is told of every file.
+    """Faults of rows without a picture. done: called for every file.
 
-    A file that fails is judged episode by episode, so that the others of it are known to be good.
+    A file that fails is judged episode by episode, so that its other episodes are known to be good.
     """
     if extent == "none":
         return []
@@ -105,7 +105,7 @@ def judge_pictures(
 
 
 def num_files(source: LeRobotSource) -> int:
-    """How often `judge_pictures` calls `done`."""
+    """Number of calls of `done` by `judge_pictures`."""
     return sum(len({clip.file for clip in clips}) for clips in source.clips.values()) + len(source.stored_pictures)
 
 
@@ -118,13 +118,13 @@ def _judge_video(
     means: dict[tuple[str, int], NDArray[np.float64]],
 ) -> list[Fault]:
     ends = (clips[0].first, clips[-1].first + clips[-1].count - 1)
-    if extent == "ends" and not any(_lacks(source, config, camera, row) for row in ends):
+    if extent == "ends" and not any(_picture_error(source, config, camera, row) for row in ends):
         return []
     faults = []
     for clip in clips:
         pieces = [(clip.first, clip.count)] if extent == "all" else [(clip.first, 1), (clip.first + clip.count - 1, 1)]
         mean = _Mean()
-        lacking = [error for piece in pieces if (error := _lacks(source, config, camera, *piece, mean)) is not None]
+        lacking = [error for piece in pieces if (error := _picture_error(source, config, camera, *piece, mean)) is not None]
         for error in lacking[:1]:
             faults.append(Fault.of(TOO_FAR if isinstance(error, TooFarError) else "video", error, clip.episode))
         if extent == "all" and not lacking:
@@ -133,23 +133,23 @@ def _judge_video(
 
 
 class _Mean:
-    """The mean colour of some pictures, each channel in 0..1."""
+    """Mean colour of pictures, each channel in 0..1."""
 
     def __init__(self) -> None:
         self._sum, self._count = np.zeros(3), 0
 
     def add(self, picture: NDArray[np.uint8]) -> None:
-        self._sum += picture[::4, ::4].mean(axis=(0, 1)) / 255  # every 16th pixel: as LeRobot's own statistics, a sample
+        self._sum += picture[::4, ::4].mean(axis=(0, 1)) / 255  # every 16th pixel: a sample, as in LeRobot's statistics
         self._count += 1
 
     def value(self) -> NDArray[np.float64]:
         return self._sum / max(self._count, 1)
 
 
-def _lacks(
+def _picture_error(
     source: LeRobotSource, config: DatasetConfig, camera: str, first: int, count: int = 1, mean: _Mean | None = None
 ) -> DatasetError | None:
-    """Why rows have no picture; None when they have. mean: is told of each."""
+    """Error of the first row without a picture, None where all have one. mean: receives each picture."""
     try:
         for picture in shown(make_job(source, config, camera, first, first + count, 1)):
             if mean is not None:
@@ -177,7 +177,7 @@ def _judge_stored(source: LeRobotSource, camera: str, extent: Extent, means: dic
 
 
 def _ends(source: LeRobotSource, camera: str) -> Iterator[tuple[int, object]]:
-    """Of every file the first row of its first group, the last of its last, and those without a picture; other groups are not read."""
+    """First and last row of every file, and rows without a picture; row groups that cannot hold one are not read."""
     for number, path in enumerate(source.files):
         with reading(path), pq.ParquetFile(path) as file:
             last = file.num_row_groups - 1
@@ -190,24 +190,24 @@ def _ends(source: LeRobotSource, camera: str) -> Iterator[tuple[int, object]]:
 
 
 def _other_means(source: LeRobotSource, means: Mapping[tuple[str, int], NDArray[np.float64]]) -> list[Fault]:
-    """Episodes whose pictures have another mean colour than the statistics in meta/episodes, and not as all episodes have.
+    """Faults of episodes whose mean colour differs from meta/episodes by more than the shift that all episodes share.
 
-    A writer's codec or sampling shifts every episode alike; another episode's video shifts one. Statistics that are one for all episodes
-    say nothing of any.
+    A writer's codec or sampling shifts every episode alike; another episode's video shifts one. Statistics that are equal for all
+    episodes identify none.
     """
     faults = []
     for camera, column in source.embodiment.cameras.items():
         known = {episode: mean for episode, mean in read_means(source.root, column).items() if (camera, episode) in means}
         if len(known) < EPISODES_OF_A_MEAN:
             continue
-        told = np.array(list(known.values()))
-        told = told / 255 if told.max() > 1 else told
-        seen = np.array([means[camera, episode] for episode in known])
-        off = np.abs(seen - told - np.median(seen - told, axis=0)).max(axis=1)
-        if np.ptp(told, axis=0).max() < LEAST_SHIFT / 10:
+        recorded = np.array(list(known.values()))
+        recorded = recorded / 255 if recorded.max() > 1 else recorded
+        measured = np.array([means[camera, episode] for episode in known])
+        off = np.abs(measured - recorded - np.median(measured - recorded, axis=0)).max(axis=1)
+        if np.ptp(recorded, axis=0).max() < LEAST_SHIFT / 10:
             continue
         for place in np.flatnonzero(off > max(LEAST_SHIFT, 8 * float(np.median(off)))).tolist():
-            colours = [" ".join(f"{value:.2f}" for value in each[place]) for each in (seen, told)]
+            colours = [" ".join(f"{value:.2f}" for value in each[place]) for each in (measured, recorded)]
             whose = f"{column!r} of episode {list(known)[place]} of {source.root}"
             text = f"{whose} has a mean colour of {colours[0]}, but meta/episodes says {colours[1]}"
             faults.append(Fault("video", text, "download or record the pictures again, or correct the statistics", list(known)[place]))

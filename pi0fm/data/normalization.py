@@ -1,6 +1,6 @@
-"""From statistics to the scale of each dimension, by the rule that a policy's weights were trained under.
+"""Scale of each dimension from its statistics, by the rule that a policy's weights were trained with.
 
-Owns: the rules, what is said of a dimension that is scaled otherwise than its statistics say. Does not know: bundles (policy/saved/bundle
+Owns: the rules, the notice of a dimension that is not scaled by its deviation or quantiles. Does not know: bundles (policy/saved/bundle
 keeps the rule's name), where statistics come from.
 
     network = (x - offset) / scale - shift      robot = (network + shift) * scale + offset
@@ -24,31 +24,31 @@ from pi0fm_client.errors import ConfigError
 
 NormRule = Literal["relative", "absolute", "centred"]
 RELATIVE: NormRule = "relative"
-STILL = 1e-6  # of a value: what float32 may make of one number
+STILL = 1e-6  # relative: rounding of one number in float32
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """offset, scale: float32 [dim]; shift: 1 where q01 is -1, else 0."""
+    """Affine scaling. offset, scale: float32 [dim]; shift: 1 where q01 maps to -1, else 0."""
 
     offset: NDArray[np.float32]
     scale: NDArray[np.float32]
     shift: float
 
     def forward(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """To the network's units."""
+        """Map to the network's units."""
         found = (values - self.offset) / self.scale
         return found - np.float32(self.shift) if self.shift else found
 
     def inverse(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """To the robot's units."""
+        """Map to the robot's units."""
         return (values + np.float32(self.shift) if self.shift else values) * self.scale + self.offset
 
 
 def scaling(stats: ColumnStats, kind: str, floor: float, epsilon: float = 0.0, rule: str = RELATIVE) -> Scaling:
-    """The scaling of `kind` (z_score, quantile) under a rule. floor: a share of the range under `relative`, else in robot units.
+    """Make the scaling of `kind` (z_score, quantile) under a rule. floor: a share of the range under `relative`, else in robot units.
 
-    epsilon: what openpi adds to a deviation, or to the range of two quantiles, before it divides. Raises ConfigError for unknown words.
+    epsilon: openpi's addition to a deviation, or to the range of two quantiles. Raises ConfigError for an unknown kind or rule.
     """
     if kind not in ("z_score", "quantile"):
         raise ConfigError(f"normalization must be 'z_score' or 'quantile', found {kind!r}")
@@ -73,25 +73,25 @@ def scaling(stats: ColumnStats, kind: str, floor: float, epsilon: float = 0.0, r
 
 
 def standing(stats: ColumnStats) -> NDArray[np.bool_]:
-    """[dim] dimensions that never move beyond rounding."""
+    """[dim] True for dimensions that never move beyond rounding."""
     return np.asarray(stats.max - stats.min <= STILL * np.maximum(np.abs(stats.min), np.abs(stats.max)))
 
 
 def unusual(stats: ColumnStats, kind: str, floor: float, name: str) -> list[str]:
-    """What `relative` does otherwise than the statistics say, in words; empty for a column whose dimensions all move."""
+    """Describe the dimensions that `relative` does not scale by deviation or quantiles; empty where all move enough."""
     span, still = stats.max - stats.min, standing(stats)
-    told = []
+    notices = []
     if still.any():
-        told.append(f"{name} {_listed(still)} never moves")
+        notices.append(f"{name} {_listed(still)} never moves")
     if kind == "quantile":
         narrow = (stats.q99 - stats.q01 < np.float32(floor) * span) & ~still
         if narrow.any():
-            told.append(f"{name} {_listed(narrow)} has quantiles q01 and q99 together, scaled from its minimum to its maximum")
+            notices.append(f"{name} {_listed(narrow)} has quantiles q01 and q99 together, scaled from its minimum to its maximum")
     else:
         rare = (stats.std < np.float32(floor) * span) & ~still
         if rare.any():
-            told.append(f"{name} {_listed(rare)} moves rarely, scaled by {floor:g} of its range")
-    return told
+            notices.append(f"{name} {_listed(rare)} moves rarely, scaled by {floor:g} of its range")
+    return notices
 
 
 def _listed(dims: NDArray[np.bool_]) -> str:

@@ -1,4 +1,4 @@
-r"""An instruction to token ids.
+r"""Tokenisation of an instruction.
 
 Owns: the prompt's dialects and the tokenizer. Does not know: embeddings, robots.
 
@@ -8,8 +8,8 @@ Owns: the prompt's dialects and the tokenizer. Does not know: embeddings, robots
     openpi_stateless   refused                      "pick up  it\n"
 
 A policy must be asked in the dialect that it was trained in. openpi's own pi05_libero is stateless.
-`byt5` is transformers' byte tokenizer and needs no file; anything else is a directory with a tokenizer that the user has, such as
-PaliGemma's, which is gated and never fetched here.
+`byt5` is transformers' byte tokenizer and needs no file; any other name is a directory with a tokenizer, such as
+PaliGemma's, which is gated and never downloaded here.
 """
 
 from functools import cached_property, lru_cache
@@ -31,8 +31,8 @@ DIALECTS = (OPENPI, LEROBOT, STATELESS)
 
 
 def load_tokenizer(name: str, vocab_size: int) -> "PreTrainedTokenizerBase":
-    """`byt5`, or the tokenizer in a local directory. Raises ConfigError when it is not there or does not fit the embedding."""
-    # imported here: seconds that reading a configuration does not need, nor one tokenizer the other's
+    """Load `byt5`, or the tokenizer in a local directory. Raises ConfigError when it is missing or does not fit the embedding."""
+    # imported here: the imports take seconds, which reading a configuration and the other tokenizer do not need
     if name == BYTES:
         from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
 
@@ -50,7 +50,7 @@ def load_tokenizer(name: str, vocab_size: int) -> "PreTrainedTokenizerBase":
 
 
 def refuse_missing_tokenizer(name: str) -> None:
-    """Raise ConfigError for what is neither `byt5` nor a directory with a tokenizer."""
+    """Raise ConfigError for a name that is neither `byt5` nor a directory with a tokenizer."""
     if name != BYTES and not (Path(name) / "tokenizer_config.json").is_file():
         raise ConfigError(
             f"tokenizer must be 'byt5' or a directory with tokenizer_config.json, found {name!r}; PaliGemma's is gated: accept its "
@@ -61,8 +61,8 @@ def refuse_missing_tokenizer(name: str) -> None:
 class PromptTokenizer:
     """Instructions -> ids [B, L] and mask [B, L], padded to max_tokens; each distinct text is tokenised once.
 
-    with_state: pi0.5's form, which writes the normalised state into the prompt, one of 256 bins a dimension.
-    dialect: one of DIALECTS, see above. Raises ConfigError for another word, and for a network that the dialect would leave without state.
+    with_state: pi0.5's form, which writes the normalised state into the prompt, one of 256 bins per dimension.
+    dialect: one of DIALECTS, see above. Raises ConfigError for an unknown one, and for one that would leave the network without state.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int, with_state: bool = False, dialect: str = OPENPI) -> None:
@@ -76,11 +76,11 @@ class PromptTokenizer:
 
     @cached_property
     def max_bytes(self) -> int:
-        """Bytes that no instruction of `max_tokens` tokens exceeds: the longest token's, so many times."""
+        """Largest size in bytes of an instruction of `max_tokens` tokens: `max_tokens` times the longest token."""
         return self.max_tokens * max(len(token.encode()) for token in self.tokenizer.get_vocab())
 
     def __call__(self, prompts: list[str], state: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """(ids, mask), each [B, L], of prompts and normalised states [B, S].
+        """Tokenise prompts and normalised states [B, S] to (ids, mask), each [B, L].
 
         Raises ObservationError for a prompt that does not fit: it is never cut silently.
         """
@@ -88,9 +88,9 @@ class PromptTokenizer:
         return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
 
     def text(self, prompt: str, state: NDArray[np.float32]) -> str:
-        """What is tokenised for one instruction and its normalised state [S].
+        """Text that is tokenised for one instruction and its normalised state [S].
 
-        Raises ObservationError for an empty instruction, and for one of more than `max_bytes`, which a tokenizer would take minutes for.
+        Raises ObservationError for an empty instruction, and for one of more than `max_bytes`, which would take minutes.
         """
         size = len(prompt) if len(prompt) > self.max_bytes else len(prompt.encode(errors="replace"))
         if size > self.max_bytes:
@@ -104,7 +104,7 @@ class PromptTokenizer:
         return clean(prompt) + "\n"
 
     def length(self, prompt: str, state: NDArray[np.float32]) -> int:
-        """Tokens of one instruction and its normalised state [S]. Raises ObservationError for an empty instruction."""
+        """Number of tokens of one instruction and its normalised state [S]. Raises ObservationError for an empty instruction."""
         return len(self._ids(self.text(prompt, state)))
 
     def _ids(self, text: str) -> list[int]:
@@ -121,17 +121,17 @@ class PromptTokenizer:
 
 
 def bins(state: NDArray[np.float32]) -> str:
-    """256 equal bins of [-1, 1] as numbers: -1 below the range, 255 at its end and beyond (openpi's convention)."""
+    """Write a state as numbers of 256 equal bins of [-1, 1]: -1 below, 255 in the last bin and beyond (openpi's convention)."""
     return " ".join(map(str, bin_numbers(state).tolist()))
 
 
 def bin_numbers(state: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The numbers of `bins`, in the shape of `state`."""
+    """Bin numbers of `bins`, in the shape of `state`."""
     return np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1
 
 
 def clean(prompt: str) -> str:
-    """Stripped, then each underscore and line end a space. Spaces are not merged: a weight learned from two of them."""
+    """Strip, then replace each underscore and line end by a space; spaces are not merged, as in training of released weights."""
     return prompt.strip().replace("_", " ").replace("\n", " ")
 
 
@@ -141,6 +141,6 @@ def refuse_dialect(dialect: str, with_state: bool) -> None:
         raise ConfigError(f"prompt_dialect must be a known word, found {dialect!r}: {nearest(dialect, DIALECTS)}")
     if dialect == STATELESS and not with_state:
         raise ConfigError(
-            "prompt_dialect openpi_stateless leaves the state out of the prompt, found a network whose state is a token of its own; "
+            "prompt_dialect openpi_stateless leaves the state out of the prompt, found a network whose state is a separate token; "
             "type --prompt_dialect openpi"
         )

@@ -526,7 +526,7 @@ def test_the_dialect_that_no_file_of_openpis_says(peers, enter, tmp_path, capsys
     enter(peers["pi05", "openpi"], prompt_dialect="openpi_stateless")
     assert "openpi_stateless" not in capsys.readouterr().err
     assert bundle.read(tmp_path / "bundle")[0].prompt_dialect == "openpi_stateless"
-    assert "whose state is a token of its own" in refused(
+    assert "whose state is a separate token" in refused(
         enter, peers["pi0", "openpi"], prompt_dialect="openpi_stateless", output_dir=tmp_path / "b"
     )
 

@@ -1,6 +1,6 @@
-"""What is wrong with a data set, a line each that names file, episode, row and remedy.
+"""Faults of a data set, one line each with file, episode, row and remedy.
 
-Owns: `Fault` and the line of several. Does not know: how a fault is found, which data set is open.
+Owns: `Fault`, and the one line that reports several. Does not know: how a fault is found, which data set is open.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ SKIP = "type --dataset.skip_bad true to train on the other episodes"
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault. kind: a word that faults are counted by; episode: the one that it spoils, None for the whole data set."""
+    """Fault of a data set. kind: the word it is counted under; episode: the affected one, None for the whole data set."""
 
     kind: str
     text: str
@@ -23,7 +23,7 @@ class Fault:
 
     @classmethod
     def of(cls, kind: str, error: Pi0fmError, episode: int | None = None) -> "Fault":
-        """A fault that was raised as an error."""
+        """Make a fault from a raised error."""
         text, _, remedy = str(error).partition("; ")
         return cls(kind, text, remedy or RECORD_AGAIN, episode)
 
@@ -31,14 +31,14 @@ class Fault:
         return f"{self.text}; {self.remedy}"
 
     def error(self) -> DatasetError:
-        """The fault as an exception."""
+        """Convert to an exception."""
         return DatasetError(str(self))
 
 
 def refuse(faults: Sequence[Fault], where: object) -> None:
-    """Raise DatasetError with the first of the faults and the number of others; nothing where there is none.
+    """Raise DatasetError with the first fault and the number of others, if there is any.
 
-    Where every fault belongs to an episode, the line says which option leaves such episodes out.
+    Where every fault belongs to an episode, the line names the option that leaves such episodes out.
     """
     if not faults:
         return
@@ -51,5 +51,5 @@ def refuse(faults: Sequence[Fault], where: object) -> None:
 
 
 def spoiled(faults: Sequence[Fault]) -> list[int]:
-    """The episodes that have a fault."""
+    """Numbers of the episodes that have a fault, ascending."""
     return sorted({fault.episode for fault in faults if fault.episode is not None})

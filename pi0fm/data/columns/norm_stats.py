@@ -1,4 +1,4 @@
-"""Statistics of state and action, from the data set's columns; no video is read.
+"""Statistics of state and action, computed from the data set's columns; no video is read.
 
 Owns: `ColumnStats`, `NormStats`, their computation and their JSON form. Does not know: which normalisation uses them.
 Shape letters: N frames, H horizon, S state dim, A action dim.
@@ -32,14 +32,14 @@ class ColumnStats:
 
 @dataclass(frozen=True)
 class NormStats:
-    """Statistics of the state [S] and of the action [A] as the network sees it (a difference, where the embodiment says so)."""
+    """Statistics of the state [S] and of the action [A] as the network sees it (a difference in the embodiment's delta dimensions)."""
 
     state: ColumnStats
     action: ColumnStats
     num_frames: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists."""
+        """Convert to plain lists."""
         columns = {
             name: {f.name: getattr(getattr(self, name), f.name).tolist() for f in fields(ColumnStats)} for name in ("state", "action")
         }
@@ -47,7 +47,7 @@ class NormStats:
 
 
 def norm_stats_from_json(tree: Mapping[str, Any], where: str) -> NormStats:
-    """The inverse of `to_json`. Raises BundleError that names a missing or mis-shaped statistic."""
+    """Inverse of `to_json`. Raises BundleError for a missing or mis-shaped statistic, with its name."""
     columns = {}
     for name in ("state", "action"):
         group = tree.get(name)
@@ -87,10 +87,10 @@ def compute_norm_stats(
     action_horizon: int,
     starts: NDArray[np.int64] | None = None,
 ) -> NormStats:
-    """Statistics of state [N, S] and action [N, A]; episode_end [N] is the place behind each row's episode.
+    """Statistics of state [N, S] and action [N, A]; episode_end [N] is the index after the last row of each row's episode.
 
     starts: the rows that are trained on, all when None. Differences are taken as the network sees them: action at step k of the chunk
-    minus the state at its start, for every k that lies inside the episode.
+    minus the state at its start, for every k inside the episode.
     """
     whole = starts is None or len(starts) == len(state)
     chosen = np.arange(len(state)) if starts is None else starts
@@ -118,22 +118,22 @@ def _chunk_stats(
     horizon: int,
     starts: NDArray[np.int64],
 ) -> ColumnStats:
-    """Statistics of every step of every chunk, at a memory that neither rows nor horizon raise: sums, and two histograms.
+    """Statistics of every step of every chunk, in memory independent of rows and horizon: sums and two histograms.
 
-    The first, over the range that differences can have, says in which of its bins the numbers around a quantile lie; the second, in those
-    bins alone, which numbers they are, to 2^-26 of that range. Between two of them a quantile is interpolated, as numpy does.
+    The first histogram covers the whole range of differences and finds the bins with the numbers around each quantile; the second
+    resolves those bins to 2^-26 of the range. A quantile is interpolated between two numbers, as numpy does.
     """
     dims, listed = action.shape[1], list(delta)
 
     def blocks() -> Iterator[NDArray[np.float64]]:
         for first in range(0, len(starts), BLOCK):
             block = starts[first : first + BLOCK]
-            own = state[block][:, listed]
+            base = state[block][:, listed]
             for offset in range(horizon):
                 inside = block + offset < end[block]
                 if inside.any():
                     chunk = action[(block + offset)[inside]]
-                    chunk[:, listed] -= own[inside]
+                    chunk[:, listed] -= base[inside]
                     yield chunk.astype(np.float64)
 
     origin, top = action.min(axis=0).astype(np.float64), action.max(axis=0).astype(np.float64)

@@ -1,15 +1,15 @@
-"""The rows of the chosen episodes, and what is wrong in them.
+"""Rows of the chosen episodes, and their faults.
 
-Owns: which files are read, the rows in order, every comparison between rows and metadata. Does not know: pictures, normalisation, order of
+Owns: which files are read, the order of rows, every comparison between rows and metadata. Does not know: pictures, normalisation, order of
 training.
 
     chosen episodes -> their files (others may be absent) -> their rows -> each episode's together, by `index` -> compared
 
-    said twice                                              a difference
+    recorded twice                                          fault of a difference
     dataset_from/to_index, length, rows, index              `bounds`, the episode's
-    timestamp, frame_index, fps                             `time`, the episode's; `fps`, the data set's. Rows may have been taken out
+    timestamp, frame_index, fps                             `time`, the episode's; `fps`, the data set's. Rows may have been removed
     from/to_timestamp, timestamp, other episodes' spans     `video`, the episode's
-    order of episodes, order of their videos                `video`, of those that are not where their number is due
+    order of episodes, order of their videos                `video`, of each episode out of place
     task_index, meta/tasks                                  `task`, the episode's
     shape in meta/info.json, width of each row              `width`, the episode's
 
@@ -33,9 +33,9 @@ from pi0fm.files import visible
 from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError, DatasetError
 
-ROUNDING = 1e-3  # seconds: float32 timestamps of a long episode, and what containers round to
-RATE_SHARE = 0.1  # how far the rows' usual distance in time may be from 1 / fps
-APART = 0.45  # periods; from half of one on another picture is nearest
+ROUNDING = 1e-3  # seconds: rounding of float32 timestamps in a long episode, and of containers
+RATE_SHARE = 0.1  # largest relative deviation of the rows' median period from 1 / fps
+APART = 0.45  # periods; from 0.5 on another picture is nearest
 NO_NUMBER = np.iinfo(np.int64).min
 CORRECT = "correct the column, or record or download the data set again"
 CORRECT_EPISODES = "correct meta/episodes, or record or download the data set again"
@@ -43,10 +43,10 @@ CORRECT_EPISODES = "correct meta/episodes, or record or download the data set ag
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows, each episode's together and in ascending `index`, episodes in the order of their first rows.
+    """Rows grouped by episode and in ascending `index`, episodes in the order of their first rows.
 
     time [N]: seconds since the episode's start; task [N]: number in the table of tasks; frame, seed: [N] or None.
-    state, action: values and which rows have none. file [N]: number of each row's file in `files`.
+    state, action: values, and which rows lack them. file [N]: number of each row's file in `files`.
     """
 
     files: tuple[Path, ...]
@@ -61,7 +61,7 @@ class Rows:
     action: Numbers
 
     def take(self, places: NDArray[Any]) -> "Rows":
-        """Some of the rows, or all in another order."""
+        """Select rows by place, in any order."""
         arrays: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
         taken: dict[str, Any] = {name: each if each is None else each[places] for name, each in arrays.items()}
         return replace(self, **taken)
@@ -71,7 +71,7 @@ _ARRAYS = tuple(field.name for field in fields(Rows) if field.name != "files")
 
 
 def choose(episodes: Episodes, selection: Selection) -> NDArray[np.bool_]:
-    """[E] which episodes are read. Raises ConfigError for a number that the data set does not have."""
+    """[E] True for each episode that is read. Raises ConfigError for a number that the data set does not have."""
     for name, wanted in (("dataset.episodes", selection.episodes), ("exclude_episodes", selection.exclude)):
         unknown = sorted(set(wanted) - set(episodes.number.tolist()))
         if unknown:
@@ -91,7 +91,7 @@ def refuse_unknown_sentences(wanted: Sequence[str], tasks: Mapping[int, str | No
 
 
 def read_rows(root: Path, episodes: Episodes, chosen: NDArray[np.bool_], embodiment: Embodiment, info: Info) -> tuple[Rows, list[Fault]]:
-    """The rows of the chosen episodes; what a missing or unreadable file takes away is a fault of each of its episodes.
+    """Read the rows of the chosen episodes; a missing or unreadable file is a fault of each of its episodes.
 
     Raises DatasetError when no file can be read.
     """
@@ -127,15 +127,15 @@ def read_rows(root: Path, episodes: Episodes, chosen: NDArray[np.bool_], embodim
                 task=integers(table["task_index"]).filled(NO_NUMBER),
                 time=_times(path, table["timestamp"]) if "timestamp" in wanted else np.full(len(table), np.nan),
                 frame=integers(table["frame_index"]).filled(NO_NUMBER) if "frame_index" in wanted else None,
-                seed=None if seed is None or seed.bad.any() else seed.values,  # a foreign column may have this name
+                seed=None if seed is None or seed.bad.any() else seed.values,  # a column of another meaning may have this name
                 state=matrix(table[embodiment.state], state_dim),
                 action=matrix(table[embodiment.action], action_dim),
             )
         )
     if not parts:
         raise faults[0].error()
-    rows = _grouped(_together(parts))
-    return (_timed(rows, info.fps) if np.isnan(rows.time).all() else rows), faults
+    rows = _grouped(_concatenated(parts))
+    return (_with_times(rows, info.fps) if np.isnan(rows.time).all() else rows), faults
 
 
 def compare(
@@ -148,7 +148,7 @@ def compare(
     *,
     any_video_order: bool = False,
 ) -> list[Fault]:
-    """What rows and metadata say differently, and values that are none; of each episode and kind the first row."""
+    """Faults where rows and metadata differ or a value is invalid: the first row of each episode and kind."""
     begins = np.flatnonzero(np.diff(rows.episode, prepend=rows.episode[:1] - 1))
     owners = rows.episode[begins]
     place = np.minimum(np.searchsorted(episodes.number, owners), len(episodes.number) - 1)
@@ -163,12 +163,12 @@ def compare(
     counted = sorted(tasks) == list(range(len(tasks)))
     right = (rows.task >= 0) & (rows.task < len(tasks)) if counted else np.isin(rows.task, list(tasks))
     keys = ", ".join(map(str, list(tasks)[:8]))
-    faults += _each(rows, ~right, "task", lambda row: f"has task_index {_told(rows.task[row])}, but meta/tasks.parquet has {keys}")
+    faults += _firsts(rows, ~right, "task", lambda row: f"has task_index {_shown(rows.task[row])}, but meta/tasks.parquet has {keys}")
     return [*faults, *_numbers(rows, embodiment.state, rows.state), *_numbers(rows, embodiment.action, rows.action)]
 
 
 def _numbers(rows: Rows, column: str, numbers: Numbers) -> Iterator[Fault]:
-    """Every row has as many numbers as meta/info.json says, all finite."""
+    """Faults of rows without as many finite numbers as meta/info.json says."""
     values = numbers.values
 
     def other_width(row: int) -> str:
@@ -177,14 +177,14 @@ def _numbers(rows: Rows, column: str, numbers: Numbers) -> Iterator[Fault]:
     def not_finite(row: int) -> str:
         return f"must have finite numbers in {column!r}, found {values[row].tolist()!s:.120}"
 
-    yield from _each(rows, numbers.bad, "width", other_width)
+    yield from _firsts(rows, numbers.bad, "width", other_width)
     finite = np.isfinite(values)
     if not finite.all():
-        yield from _each(rows, ~finite.all(axis=1), "not finite", not_finite)
+        yield from _firsts(rows, ~finite.all(axis=1), "not finite", not_finite)
 
 
 def _files(root: Path, episodes: Episodes, chosen: NDArray[np.bool_]) -> dict[Path, list[int]]:
-    """The files that hold the chosen episodes' rows, each with the numbers of those; all files where an episode does not name its own.
+    """Files that hold the chosen episodes' rows, with the episodes' numbers; all files where an episode names none.
 
     Raises DatasetError for a file that no episode names.
     """
@@ -205,8 +205,8 @@ def _files(root: Path, episodes: Episodes, chosen: NDArray[np.bool_]) -> dict[Pa
     return {path: kept for path, owners in sorted(named.items()) if (kept := [number for number in owners if number in picked])}
 
 
-def _together(parts: Sequence[Rows]) -> Rows:
-    """The rows of several files, one behind the other."""
+def _concatenated(parts: Sequence[Rows]) -> Rows:
+    """Concatenate the rows of several files."""
     if len(parts) == 1:
         return parts[0]
     every = {name: [getattr(part, name) for part in parts] for name in _ARRAYS}
@@ -218,7 +218,7 @@ def _together(parts: Sequence[Rows]) -> Rows:
 
 
 def _grouped(rows: Rows) -> Rows:
-    """The rows as `Rows` has them; those of a healthy data set are so already."""
+    """Sort rows into the order of `Rows`, in which a healthy data set is already."""
     if (rows.index[1:] > rows.index[:-1]).all() and (rows.episode[1:] >= rows.episode[:-1]).all():
         return rows
     numbers, own = np.unique(rows.episode, return_inverse=True)
@@ -227,26 +227,26 @@ def _grouped(rows: Rows) -> Rows:
     return rows.take(np.lexsort((rows.index, rows.episode, first[own])))
 
 
-def _timed(rows: Rows, fps: float) -> Rows:
-    """The times of a data set without timestamps: frame_index, or the place in the episode, over the rate."""
+def _with_times(rows: Rows, fps: float) -> Rows:
+    """Set the times of a data set without timestamps: frame_index, or the place in the episode, divided by the rate."""
     return replace(rows, time=(_places(rows) if rows.frame is None else rows.frame) / fps)
 
 
 def _places(rows: Rows) -> NDArray[np.int64]:
-    """[N] the place of each row among those of its episode."""
+    """[N] place of each row in its episode, from 0."""
     begins = np.flatnonzero(np.diff(rows.episode, prepend=rows.episode[:1] - 1))
     return np.arange(len(rows.episode)) - np.repeat(begins, np.diff(np.append(begins, len(rows.episode))))
 
 
 def _times(path: Path, column: Any) -> NDArray[np.float64]:
-    """NaN where a row has no time. Raises DatasetError for a column whose values are all of a type that is no number."""
+    """Seconds of each row, NaN where it has none. Raises DatasetError for a column of a type that is no number."""
     numbers = scalars(column)
     if len(column) and numbers.bad.all() and column.null_count < len(column):
         raise DatasetError(f"{path}: the column 'timestamp' must hold seconds as numbers, found {column.type}; {RECORD_AGAIN}")
     return replace(numbers, values=numbers.values.astype(np.float64, copy=False)).filled(np.nan)
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     return "null or no whole number" if value == NO_NUMBER else str(value)
 
 
@@ -256,8 +256,8 @@ def _refuse_bad(path: Path, name: str, numbers: Numbers) -> None:
         raise DatasetError(f"the column {name!r} of {path} must be whole numbers, found {numbers.found} in row {row}; {RECORD_AGAIN}")
 
 
-def _each(rows: Rows, wrong: NDArray[np.bool_], kind: str, told: Callable[[int], str], remedy: str = RECORD_AGAIN) -> Iterator[Fault]:
-    """A fault of each episode with a wrong row, of the first such row."""
+def _firsts(rows: Rows, wrong: NDArray[np.bool_], kind: str, told: Callable[[int], str], remedy: str = RECORD_AGAIN) -> Iterator[Fault]:
+    """Fault of the first wrong row of each episode."""
     if not wrong.any():
         return
     places = np.flatnonzero(wrong)
@@ -279,7 +279,7 @@ def _bounds(
     strange: NDArray[np.int64],
     info: Info,
 ) -> Iterator[Fault]:
-    """Episodes tile the rows: each has as many as it says, where it says. strange: first rows of episodes that are not listed."""
+    """Faults of episodes whose rows differ in number or place from meta/episodes. strange: first rows of unlisted episodes."""
     for row in strange[:1].tolist():
         where = f"row {rows.index[row]} of {rows.files[rows.file[row]]}"
         yield Fault("bounds", f"{where} is of episode {rows.episode[row]}, which {episodes.path} does not list")
@@ -291,15 +291,15 @@ def _bounds(
     for place in np.flatnonzero(chosen & ~healthy).tolist():
         number, first, stop, length = (int(each[place]) for each in (episodes.number, episodes.first, episodes.stop, episodes.length))
         own = rows.index[starts[place] : stops[place]]
-        said = f"{episodes.path} says that episode {number} has {length} rows, {first} to {stop - 1}"
+        listing = f"{episodes.path} says that episode {number} has {length} rows, {first} to {stop - 1}"
         text = ""
         if stop - first != length or length < 1:
-            text = f"{said}, which are {stop - first}"
+            text = f"{listing}, which are {stop - first}"
         elif len(own) != length:
-            text = f"{said}, but {len(own)} rows name it"
+            text = f"{listing}, but {len(own)} rows name it"
         elif (own != np.arange(first, stop)).any():
             wrong = int(np.flatnonzero(own != np.arange(first, stop))[0])
-            text = f"{said}, but the column 'index' has {own[wrong]} where {first + wrong} is due"
+            text = f"{listing}, but the column 'index' has {own[wrong]} where {first + wrong} is due"
         if text:
             clean = False
             yield Fault("bounds", text, CORRECT_EPISODES, number)
@@ -308,33 +308,33 @@ def _bounds(
 
 
 def _time(rows: Rows) -> Iterator[Fault]:
-    """Time and frame_index rise from row to row of an episode; gaps are rows that were taken out."""
+    """Faults of timestamps and frame_index that do not rise within an episode; a gap is a removed row, and no fault."""
     same = rows.episode[1:] == rows.episode[:-1]
     wrong = ~(rows.time >= -ROUNDING)  # NaN too
     wrong[1:] |= same & ~(rows.time[1:] > rows.time[:-1])
     wrong |= np.isinf(rows.time)
-    rule = "above the one of the row before it"
-    yield from _each(rows, wrong, "time", lambda row: f"must have a timestamp {rule}, found {rows.time[row]:g}", CORRECT)
+    rule = "above that of the row before it"
+    yield from _firsts(rows, wrong, "time", lambda row: f"must have a timestamp {rule}, found {rows.time[row]:g}", CORRECT)
     if rows.frame is not None:
         frame = rows.frame
         late = frame < 0
         late[1:] |= same & (frame[1:] <= frame[:-1])
-        yield from _each(rows, late, "time", lambda row: f"must have a frame_index {rule}, found {_told(frame[row])}", CORRECT)
+        yield from _firsts(rows, late, "time", lambda row: f"must have a frame_index {rule}, found {_shown(frame[row])}", CORRECT)
 
 
 def _rate(
     rows: Rows, episodes: Episodes, timed: NDArray[np.bool_], starts: NDArray[np.int64], stops: NDArray[np.int64], info: Info
 ) -> Iterator[Fault]:
-    """A row's timestamp and its frame_index, at the rate of meta/info.json, are nearest to the same picture, in every episode.
+    """Faults of episodes whose timestamp and frame_index, at the rate of meta/info.json, are nearest to different pictures.
 
         timestamp * fps - frame_index
         within 0.45                       the same picture
-        0 0 0 2 2 3 3 ..                  rows were taken out and the others renumbered: most are a period apart, the span has room
-        0 .. 5, slowly                    a clock of its own, where the video's span is as long as that clock says
-        any number, the same everywhere   another beginning, where the pictures lie in the rows, or frame_index begins elsewhere
-        anything else                     another rate, unit or beginning: a fault
+        0 0 0 2 2 3 3 ..                  rows were removed and the rest renumbered: most are a period apart, the span is long enough
+        0 .. 5, slowly                    another clock, where the video's span is as long as by that clock
+        any number, the same everywhere   another origin, where the rows hold the pictures, or frame_index begins elsewhere
+        anything else                     another rate, unit or origin: a fault
 
-    timed: episodes whose times rise. A data set that is at another rate as a whole has one fault, not one an episode.
+    timed: episodes whose times rise. A data set with another rate throughout has one fault, not one per episode.
     """
     frame = _places(rows) if rows.frame is None else rows.frame
     with np.errstate(over="ignore", invalid="ignore"):
@@ -343,7 +343,7 @@ def _rate(
     if not len(apart):
         return
     owners, first = np.unique(rows.episode[apart], return_index=True)
-    wrong: list[tuple[int, int, float]] = []  # place of the episode, its first such row, rows a period
+    wrong: list[tuple[int, int, float]] = []  # place of the episode, its first such row, median periods between rows
     for place, row in zip(np.searchsorted(episodes.number, owners).tolist(), apart[first].tolist(), strict=True):
         if place < len(timed) and timed[place] and episodes.number[place] == rows.episode[row]:
             own = slice(starts[place], stops[place])
@@ -368,7 +368,7 @@ def _rate(
 def _explained(
     ahead: NDArray[np.float64], time: NDArray[np.float64], frame: NDArray[np.int64], usual: float, spans: Sequence[float], fps: float
 ) -> bool:
-    """Whether an episode's times are right although they differ from its frame_index; usual: periods from row to row."""
+    """Whether an episode's times are right although they differ from its frame_index. usual: median periods between rows."""
     if abs(usual - 1) > RATE_SHARE or not spans:
         return abs(usual - 1) <= RATE_SHARE
     whole = np.rint(ahead)
@@ -380,9 +380,9 @@ def _explained(
 
 
 def _order(episodes: Episodes, chosen: NDArray[np.bool_]) -> Iterator[Fault]:
-    """Episodes follow each other in the files of a video as their numbers do, or as their rows do: so does every tool of LeRobot write."""
+    """Faults of videos that are ordered neither by episode number nor by row, as every LeRobot tool writes them."""
     places = np.flatnonzero(chosen)
-    remedy = f"{CORRECT_EPISODES}; where the videos do lie so, type --dataset.any_video_order true"
+    remedy = f"{CORRECT_EPISODES}; where the videos do have that order, type --dataset.any_video_order true"
     for column, videos in episodes.videos.items():
         found = np.lexsort((videos.begin[places], videos.file[places], videos.chunk[places]))
         displaced = min((np.flatnonzero(found != due) for due in (np.arange(len(places)), np.argsort(episodes.first[places]))), key=len)
@@ -396,7 +396,7 @@ def _order(episodes: Episodes, chosen: NDArray[np.bool_]) -> Iterator[Fault]:
 def _spans(
     rows: Rows, episodes: Episodes, chosen: NDArray[np.bool_], starts: NDArray[np.int64], stops: NDArray[np.int64], info: Info
 ) -> Iterator[Fault]:
-    """Each chosen episode has a span of a file of its own, as long as its rows need."""
+    """Faults of chosen episodes whose span of a video file is missing, too short or overlaps another's."""
     period = 1 / info.fps
     last = np.full(len(episodes.number), np.nan)
     some = np.flatnonzero(stops > starts)
@@ -405,7 +405,7 @@ def _spans(
         where = f"{episodes.path} says that the video of {column!r}"
         ends = np.where(np.isnan(videos.end), videos.begin + np.nan_to_num(last) + period, videos.end)
         room = ends - videos.begin - last
-        # a span ends a period behind its last row; those of some writers end with it, all of them
+        # a span ends one period after its last row; with some writers every span ends at it
         used = room[chosen & (stops > starts)]
         needed = period / 2 if len(used) and np.median(used) > period / 2 else -ROUNDING
         before: dict[Path | None, tuple[float, int]] = {}
@@ -419,7 +419,7 @@ def _spans(
             if not exists[file]:
                 yield Fault("video", f"the data set's video {file} is missing", "download or record the data set again", number)
             if not begin >= -ROUNDING or not end > begin:
-                text = f"{where} of episode {number} lies from {begin:g} to {end:g} s of {file}, which is no span"
+                text = f"{where} of episode {number} goes from {begin:g} to {end:g} s of {file}, which is no span"
                 yield Fault("video", text, CORRECT_EPISODES, number)
                 continue
             if room[place] < needed:

@@ -1,10 +1,10 @@
-"""Parquet files that anybody may have written, as arrays of numbers.
+"""Parquet files of any writer, as arrays of numbers.
 
-Owns: reading columns of a file, every layout in which a number or a row of numbers may be stored, which rows are not what they should be.
+Owns: reading columns of a file, every layout in which a number or a row of numbers may be stored, which rows are invalid.
 Does not know: what a column means.
 
-    one number a row     int*, uint*, float*, bool; a list of one     -> int64 [N] or float64 [N]
-    W numbers a row      lists (plain, large, fixed) of those, also of lists; W = 1 also as plain numbers      -> float32 [N, W]
+    one number per row   int*, uint*, float*, bool; a list of one     -> int64 [N] or float64 [N]
+    W numbers per row    lists (plain, large, fixed) of those, also of lists; W = 1 also as plain numbers      -> float32 [N, W]
     bad [N]              True for a row that is null, has a null, or is of another width; its numbers are 0
 """
 
@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 from pi0fm_client.errors import DatasetError
 
-_LIST_LEVELS = re.compile(r"(\.list\.(element|item))+$")  # how a list's numbers are called in a footer
+_LIST_LEVELS = re.compile(r"(\.list\.(element|item))+$")  # how a footer names the numbers of a list
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """values [N] or [N, W]; bad [N]: rows without a value of the right form; found: how the first of them looks."""
+    """Values [N] or [N, W] of a column. bad [N]: rows without a valid value; found: description of the first of them."""
 
     values: NDArray[Any]
     bad: NDArray[np.bool_]
@@ -38,19 +38,19 @@ class Numbers:
         return Numbers(self.values[places], self.bad[places], self.found)
 
     def filled(self, value: float) -> NDArray[Any]:
-        """The values, with this one where there is none."""
+        """Values, with `value` in the bad rows."""
         return np.where(self.bad, value, self.values) if self.bad.any() else self.values
 
 
 def joined(parts: Sequence[Numbers]) -> Numbers:
-    """One behind the other."""
+    """Concatenate."""
     found = next((part.found for part in parts if part.found), "")
     return Numbers(np.concatenate([part.values for part in parts]), np.concatenate([part.bad for part in parts]), found)
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What pyarrow raises for a file that is cut or damaged, as one line. Raises DatasetError."""
+    """Convert pyarrow's errors for a cut or damaged file to a DatasetError of one line."""
     try:
         yield
     except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
@@ -59,9 +59,9 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_table(path: Path, names: Sequence[str] | None = None) -> pa.Table:
-    """The named columns of a parquet file, in this order; all of them without names. Pages that carry checksums are verified.
+    """Read the named columns of a parquet file in this order, all for None; pages with checksums are verified.
 
-    Raises DatasetError for a file that is missing, cut or damaged, lacks a column, or has numbers beyond the bounds in its own footer.
+    Raises DatasetError for a file that is missing, cut or damaged, lacks a column, or has numbers outside the bounds in its footer.
     """
     if not path.is_file():
         raise DatasetError(f"{path} is missing; download or record the data set again")
@@ -89,7 +89,7 @@ def integers(column: pa.ChunkedArray | pa.Array) -> Numbers:
 
 
 def scalars(column: pa.ChunkedArray | pa.Array) -> Numbers:
-    """[N] int64 for whole types, float64 for others; one number a row, as it is or in a list of one."""
+    """[N] int64 for whole types, float64 for others; one number per row, plain or in a list of one."""
     flat = _flat(column, 1)
     fits = flat.values.dtype != np.uint64 or not len(flat.values) or int(flat.values.max()) < 2**63
     kind = np.int64 if flat.values.dtype.kind in "iub" and fits else np.float64
@@ -99,7 +99,7 @@ def scalars(column: pa.ChunkedArray | pa.Array) -> Numbers:
 def matrix(column: pa.ChunkedArray | pa.Array, width: int) -> Numbers:
     """float32 [N, W]."""
     flat = _flat(column, width)
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which is judged as such
+    with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite, and is judged as such
         return Numbers(np.ascontiguousarray(flat.values, dtype=np.float32), flat.bad, flat.found)
 
 
@@ -121,13 +121,13 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def texts(path: Path, column: pa.ChunkedArray) -> list[str | None]:
-    """A column of text, or of its bytes. Raises DatasetError for bytes that are no UTF-8."""
+    """Decode a column of text, or of its bytes. Raises DatasetError for bytes that are not UTF-8."""
     with reading(path):
         return [each.decode() if isinstance(each, bytes) else each for each in column.to_pylist()]
 
 
 def _flat(column: pa.ChunkedArray | pa.Array, width: int) -> Numbers:
-    """[N, W] of the column's own numbers."""
+    """[N, W] in the column's type of numbers."""
     array = _in_one(column)
     if isinstance(array, pa.ChunkedArray):  # too long for one chunk of 32-bit offsets
         return joined([_flat(chunk, width) for chunk in array.chunks])
@@ -164,7 +164,7 @@ def _flat(column: pa.ChunkedArray | pa.Array, width: int) -> Numbers:
 
 
 def _plain(array: pa.Array, width: int) -> NDArray[Any] | None:
-    """[N, W] of a healthy column as it lies: numbers, or lists of `width` of them, none of them null; None for any other."""
+    """[N, W] of a column without nulls, of numbers or of lists of `width` numbers; None for any other."""
     if not _is_list(array.type):
         healthy = width == 1 and _is_number(array.type) and not array.null_count
         return _values(array).reshape(-1, 1) if healthy else None
@@ -180,7 +180,7 @@ def _plain(array: pa.Array, width: int) -> NDArray[Any] | None:
 
 
 def _unlisted(array: pa.Array, widths: NDArray[np.int64], null: NDArray[np.bool_]) -> tuple[NDArray[np.int64], pa.Array]:
-    """(numbers of each row one level further in, the values there); rows with a null list are marked in `null` and have none."""
+    """(count of each row's values one list level deeper, these values); a row with a null list is marked in `null` and has none."""
     missing = _nulls(array)
     if pa.types.is_fixed_size_list(array.type):
         lengths = np.where(missing, 0, array.type.list_size)
@@ -222,9 +222,9 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _refuse_out_of_bounds(path: Path, footer: Any, table: pa.Table) -> None:
-    """Raise DatasetError for a number outside the lowest and highest that the writer noted in the file's footer: its pages have changed."""
+    """Raise DatasetError for a number outside the minimum and maximum in the file's footer: its pages have changed."""
     for name in table.column_names:
-        if len(table) == 0 or not pa.types.is_floating(_innermost(table.schema.field(name).type)):  # whole numbers are compared anyway
+        if len(table) == 0 or not pa.types.is_floating(_innermost(table.schema.field(name).type)):  # integers are compared anyway
             continue
         bounds = _bounds(footer, name)
         if bounds is None:
@@ -243,7 +243,7 @@ def _refuse_out_of_bounds(path: Path, footer: Any, table: pa.Table) -> None:
 
 
 def _bounds(footer: Any, name: str) -> tuple[float, float] | None:
-    """The least and the greatest number of a column over all row groups; None where one has no statistics, or only nulls."""
+    """Minimum and maximum of a column over all row groups; None where a group has no statistics, or only nulls."""
     lows, highs = [], []
     for group in range(footer.num_row_groups):
         rows = footer.row_group(group)
@@ -259,7 +259,7 @@ def _bounds(footer: Any, name: str) -> tuple[float, float] | None:
 
 
 def may_be_null(footer: Any, name: str) -> list[int]:
-    """The row groups in which a column of bytes and paths may have a row with neither, by their own counts of nulls."""
+    """Row groups in which a column of bytes and paths may have a row with neither, by the groups' counts of nulls."""
     found = []
     for group in range(footer.num_row_groups):
         rows = footer.row_group(group)
@@ -283,7 +283,7 @@ def _leaves(array: pa.Array) -> pa.Array:
 
 
 def _in_one(column: pa.ChunkedArray | pa.Array) -> pa.Array | pa.ChunkedArray:
-    """The column in one chunk where it fits; a single one is not copied."""
+    """Combine a column's chunks into one where it fits; a single chunk is not copied."""
     if not isinstance(column, pa.ChunkedArray):
         return column
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

@@ -1,6 +1,6 @@
-"""What one forward pass needs, and its passage from one memory to another.
+"""Tensors of one forward pass, and their transfer between memories.
 
-Owns: `Batch`; the same on another device, in page-locked memory, as tensors by name and back. Does not know: where samples come from.
+Owns: `Batch`, its copies on a device or in page-locked memory, its tensors by name. Does not know: where samples come from.
 Shape letters: B micro batch, K flow draws, H horizon, A action dim.
 """
 
@@ -17,12 +17,12 @@ from pi0fm.models.observation import ModelObservation
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass needs.
+    """Tensors of one forward pass.
 
     actions: [B, H, A] normalised and padded; action_mask: [B, H, A], False past the episode's end and on padded dimensions;
-    noise: [B, K, H, A], K flow draws of each observation; uniform: [B, K] in [0, 1), from which the time density makes t;
-    delays: [B, K], how many first rows of a chunk are held clean (flow/committed.py), None where none ever is;
-    augmentation: what is to be done to the pictures on the device, None for nothing.
+    noise: [B, K, H, A], K flow draws of each observation; uniform: [B, K] in [0, 1), which the time density maps to t;
+    delays: [B, K], number of leading rows of a chunk that are held clean (flow/committed.py), None for none;
+    augmentation: changes still to be made to the pictures on the device, None for none.
     """
 
     observation: ModelObservation
@@ -34,26 +34,26 @@ class Batch:
     delays: Int64[Tensor, "B K"] | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; from page-locked memory the copies do not block."""
+        """Copy to `device`; copies from page-locked memory do not block."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
-        """The same batch in page-locked memory."""
+        """Copy to page-locked memory."""
         return self._each(Tensor.pin_memory)
 
     def augmented(self) -> "Batch":
-        """The batch with its augmentation done, on the device where it lies; itself where there is none to do."""
+        """Apply the augmentation on the batch's device; the batch itself where there is none."""
         if self.augmentation is None:
             return self
         seen = replace(self.observation, images=augment(self.observation.images, self.augmentation))
         return replace(self, observation=seen, augmentation=None)
 
     def tensors(self) -> list[Tensor]:
-        """All of them."""
+        """List all tensors."""
         return list(self.named().values())
 
     def named(self) -> dict[str, Tensor]:
-        """All of them by name, such as `noise` and `observation.state`."""
+        """All tensors by name, such as `noise` and `observation.state`."""
         found: dict[str, Tensor] = {}
         for item in fields(self):
             value = getattr(self, item.name)
@@ -65,7 +65,7 @@ class Batch:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Batch":
-        """The batch whose `named` tensors these are."""
+        """Inverse of `named`."""
         parts: dict[str, dict[str, Tensor]] = {"": {}, "observation": {}, "augmentation": {}}
         for name, tensor in tensors.items():
             part, _, inner = name.rpartition(".")

@@ -1,11 +1,11 @@
-r"""From (seed, step, rank) to a batch of tensors, prepared in threads while the last one is trained on.
+r"""Batches as a function of (seed, step, rank), prepared in threads while the previous one is trained on.
 
 Owns: collation, prefetching. Does not know: the model, devices beyond moving to one, the optimiser.
 
     position in the stream -> sample -> frame -> pictures (memory map), state and action chunk (one slice) -> chain -> tensors
                                     \-> noise and uniform number for the flow, numbers for augmentation, by counter
 
-    starts   0   1   2   3   4   5   6        one queue of places: batches leave in the order of the stream,
+    starts   0   1   2   3   4   5   6        one ordered queue: batches leave in the order of the stream,
     thread A [0]     [2]     [4]              whichever thread is done first
     thread B     [1]     [3]     [5]          at most `threads + ahead` batches exist at a time
 
@@ -37,38 +37,38 @@ __all__ = ["Batch", "BatchMaker", "Collator", "LoaderConfig", "action_chunks", "
 
 _COUNTS_KEPT = 64
 PREPARED = LoaderConfig()
-DELAYS = 4  # the stream of random numbers that is the delays' own
+DELAYS = 4  # random number stream of the delays
 
 
 class BatchMaker(ABC):
-    """What `micro_batches` asks: one data set (`Collator`), or several (`mixture.MixtureCollator`)."""
+    """Maker of batches for `micro_batches`, from one data set (`Collator`) or several (`mixture.MixtureCollator`)."""
 
     @abstractmethod
     def __call__(self, first: int, count: int) -> Batch:
-        """The samples at stream positions first .. first + count - 1."""
+        """Make the batch of stream positions first .. first + count - 1."""
 
     @abstractmethod
     def valid_elements(self, first: int, count: int) -> int:
-        """How many entries the loss counts over stream positions first .. first + count - 1, on all workers together.
+        """Number of entries that the loss counts over stream positions first .. first + count - 1, on all workers together.
 
-        The True ones of `action_mask`, for each flow draw, without the rows that it holds.
+        These are the True entries of `action_mask` for each flow draw, without the rows that the draw holds clean.
         """
 
     @abstractmethod
     def count_ahead(self, first: int, count: int) -> None:
-        """Have `valid_elements` of this stretch ready, so that the thread that trains need not look samples up."""
+        """Compute `valid_elements` of this stretch ahead, so that the training thread need not look samples up."""
 
     @abstractmethod
     def expect_after(self, first: int, count: int) -> None:
-        """A hint that the stretch first .. first + count - 1 is being used: what follows it by the pictures' `look_ahead` comes next."""
+        """Announce that a stretch is in use, so that the pictures `look_ahead` positions after it can be prepared."""
 
 
 @dataclass(frozen=True)
 class Collator(BatchMaker):
-    """Makes the batch of any stretch of the stream of one data set. order: other than the one that suits the pictures best.
+    """Batches of any stretch of one data set's stream. order: None for the order that suits the pictures best.
 
-    padded_noise: keep noise in the dimensions that the robot lacks, for weights that know it there (PolicyConfig.padded_noise).
-    max_delay: the most rows that a flow draw holds clean; how many it holds is uniform in 0..max_delay.
+    padded_noise: keep noise in the dimensions that the robot lacks, for weights that were trained with it (PolicyConfig.padded_noise).
+    max_delay: largest number of rows that a flow draw holds clean; the number is uniform in 0..max_delay.
     """
 
     source: LeRobotSource
@@ -89,11 +89,11 @@ class Collator(BatchMaker):
             raise ConfigError("sample weights need every picture at hand, but this data set is streamed; raise --dataset.cache_limit_gib")
 
     def __call__(self, first: int, count: int) -> Batch:
-        """The samples at stream positions first .. first + count - 1."""
+        """Make the batch of stream positions first .. first + count - 1."""
         return self.collate(np.arange(first, first + count))
 
     def collate(self, positions: NDArray[np.int64]) -> Batch:
-        """The samples at these positions of the stream."""
+        """Make the batch of these stream positions."""
         at = self.places(positions)
         frames = self.source.frames[at.index]
         actions, inside = action_chunks(self.source.action, self.source.end, frames, self.action_horizon)
@@ -105,7 +105,7 @@ class Collator(BatchMaker):
         mask = inside[:, :, None] & real
         keys = Slots(at.epoch, at.number)
         drawn = [draws(self.seed, keys, number, (self.action_horizon, self.action_dim)) for number in range(self.flow_draws)]
-        noise, uniform = (_side_by_side([pair[part] for pair in drawn]) for part in (0, 1))
+        noise, uniform = (_stacked([pair[part] for pair in drawn]) for part in (0, 1))
         if not self.padded_noise:
             noise[..., ~real] = 0
         assert sample.actions is not None
@@ -118,29 +118,29 @@ class Collator(BatchMaker):
         return Batch(observation, **tensors, augmentation=augmentation, delays=delays)
 
     def places(self, positions: NDArray[np.int64]) -> Places:
-        """What stands at these positions."""
+        """Epoch and sample at each of these positions."""
         return (self.order or self.cache.order).places(self.seed, len(self.source.frames), positions)
 
     def expect_after(self, first: int, count: int) -> None:
-        """Nothing, where the pictures are all there."""
+        """Do nothing where all pictures are ready, else announce the positions `look_ahead` later."""
         if self.cache.look_ahead:
             self.expect(np.arange(first, first + count) + self.cache.look_ahead)
 
     def expect(self, positions: NDArray[np.int64]) -> None:
-        """A hint to the pictures that these positions will be asked for."""
+        """Announce to the pictures that these positions will be read."""
         self.cache.expect(self.source.frames[self.places(positions).index])
 
     def valid_elements(self, first: int, count: int) -> int:
-        """Counted ahead, or now."""
+        """Return the count made ahead, or count now."""
         known = self._counts.pop((first, count), None)
         return self.count_valid(np.arange(first, first + count)) if known is None else known
 
     def count_ahead(self, first: int, count: int) -> None:
-        """Kept until it is asked for, or until many others are."""
+        """Count and keep the result until it is used, or until many later ones are kept."""
         keep_count(self._counts, (first, count), self.count_valid(np.arange(first, first + count)))
 
     def count_valid(self, positions: NDArray[np.int64]) -> int:
-        """`valid_elements` of any positions."""
+        """Count `valid_elements` of any positions."""
         at = self.places(positions)
         frames = self.source.frames[at.index]
         steps = np.minimum(self.source.end[frames] - frames, self.action_horizon)
@@ -150,19 +150,19 @@ class Collator(BatchMaker):
         return rows * self.chain.embodiment.dims()[1]
 
     def _delays(self, keys: Slots) -> NDArray[np.int64]:
-        """[B, K], a function of seed, epoch, sample and draw."""
+        """Rows held clean [B, K], a function of seed, epoch, sample and draw."""
         return (uniforms(self.seed, keys, DELAYS, self.flow_draws) * (self.max_delay + 1)).astype(np.int64)
 
 
-def _side_by_side(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """np.stack along axis 1; one array is not copied."""
+def _stacked(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Stack along axis 1; a single array is not copied."""
     return arrays[0][:, None] if len(arrays) == 1 else np.stack(arrays, axis=1)
 
 
 def keep_count(counts: dict[tuple[int, int], int], stretch: tuple[int, int], valid: int) -> None:
-    """Add to a table of counts that stays small when nobody asks for them."""
+    """Add to a table of counts, which drops the oldest when none is used."""
     while len(counts) >= _COUNTS_KEPT:
-        counts.pop(list(counts)[0], None)  # noqa: RUF015  (an iterator would stumble over another thread's entry)
+        counts.pop(list(counts)[0], None)  # noqa: RUF015  (an iterator would fail when another thread adds an entry)
     counts[stretch] = valid
 
 
@@ -186,10 +186,10 @@ def micro_batches(
     config: LoaderConfig = PREPARED,
     device: torch.device | None = None,
 ) -> Generator[Batch]:
-    """This rank's micro batches of steps first_step .. num_steps - 1, in order, some ahead of their use.
+    """Yield this rank's micro batches of steps first_step .. num_steps - 1, in order, some prepared ahead.
 
-    data/order/split.py says which samples are whose. device: a GPU is copied to out of page-locked
-    memory, each batch while the one before it is trained on; None or a CPU copies nothing.
+    data/order/split.py deals samples to ranks. device: a GPU receives batches from page-locked
+    memory, each while the previous one is trained on; None or a CPU copies nothing.
     """
     parts = split(global_batch_size, rank, world_size, micro_batch_size)
 
@@ -214,7 +214,7 @@ def micro_batches(
 def _in_threads(
     prepare: Callable[[int, int, int, bool], Batch], starts: Iterator[tuple[int, int, int, bool]], num_threads: int, most: int
 ) -> Generator[Batch]:
-    """`prepare` of every start, in order, `most` at a time; the threads end with the last, with an error, or when nobody asks any more."""
+    """Yield `prepare` of every start in order, `most` at a time; threads end after the last, on an error, or with the generator."""
     threads = ThreadPoolExecutor(num_threads, thread_name_prefix="pi0fm-loader")
     under_way: deque[Future[Batch]] = deque()
 
@@ -235,7 +235,7 @@ def _in_threads(
 
 
 def _on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch]:
-    """The same batches on a GPU, each copied on a stream of its own while the one before it is trained on."""
+    """Copy batches to a GPU on a separate stream, each while the previous one is trained on."""
     copying = torch.cuda.Stream(device)
 
     def copied(batch: Batch | None) -> Batch | None:

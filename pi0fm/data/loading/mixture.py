@@ -1,13 +1,13 @@
 """Several data sets in one stream, each with its own robot, statistics and weight.
 
-Owns: the options of a data set in a mixture, which data set stands at a position, weights of samples, one batch out
+Owns: options of an entry as they are typed, weights of samples, the seed of each data set, one batch out
 of several. Does not know: how a data set is read, how a network is chosen.
 
     position     0    1    2    3    4    5    6    7        weights 4 : 2 : 1
     data set     A    B    A    C    A    B    A    A        A's share of the first p positions is 4 p / 7, less than one off
-    its own      0    0    1    0    2    1    3    4        a data set's own stream goes on, epoch by epoch, undisturbed
+    own stream   0    0    1    0    2    1    3    4        a data set's stream continues, epoch by epoch, undisturbed
 
-With three or more the first is dealt against the rest, then the second against the rest of that, and so on: integers, O(1) memory, and
+With three or more the first is dealt against the others, then the second against the remaining ones, and so on: integers, O(1) memory, and
 a function of the position, so that neither workers nor restarts change anything.
 Shape letters: B batch, C cameras of the mixture, H horizon, A action dim, L prompt tokens.
 """
@@ -34,7 +34,7 @@ from pi0fm_client.errors import ConfigError, Pi0fmError
 
 @contextmanager
 def entry_named(name: str) -> Iterator[None]:
-    """A fault inside the block is told with the entry that it is of, and with the options as they are typed for it; "" for no mixture."""
+    """Name the mixture's entry, and its options as they are typed, in an error of the block; "" for no mixture."""
     try:
         yield
     except Pi0fmError as error:
@@ -44,14 +44,14 @@ def entry_named(name: str) -> Iterator[None]:
 
 
 def as_typed(name: str, text: str) -> str:
-    """A line with the options of a data set as they are typed for an entry of this name; "" for no mixture."""
+    """Write the options of a data set in a line as they are typed for an entry of this name; "" for no mixture."""
     if not name:
         return text
     return text.replace("--dataset.", f"--mixture.{name}.dataset.").replace("--embodiment.", f"--mixture.{name}.embodiment.")
 
 
 def sample_order(source: LeRobotSource, entry: MixtureEntry) -> Weighted | None:
-    """The order by the entry's weights of samples, None where it has none. Raises what `weighted` does, DatasetError for the column."""
+    """Order by the entry's sample weights, None for none. Raises ConfigError for bad weights or sentences, DatasetError for the column."""
     if not entry.task_weights and entry.weight_column is None:
         return None
     refuse_unknown_sentences(list(entry.task_weights), dict(enumerate(source.tasks)), source.root)
@@ -64,7 +64,7 @@ def sample_order(source: LeRobotSource, entry: MixtureEntry) -> Weighted | None:
 
 
 def part_seed(seed: int, part: int) -> int:
-    """The seed of one data set's order and noise, so that no two of a mixture have the same."""
+    """Seed of one data set's order and noise, different for each data set of a mixture."""
     return seed if part == 0 else (seed ^ (0x9E3779B97F4A7C15 * part)) % 2**63
 
 
@@ -78,39 +78,39 @@ class MixtureCollator(BatchMaker):
 
     def __post_init__(self) -> None:
         if not self.parts or len(self.parts) != len(self.weights):
-            raise ConfigError(f"a mixture needs one weight a data set, found {len(self.weights)} for {len(self.parts)}; correct the list")
+            raise ConfigError(f"a mixture needs one weight per data set, found {len(self.weights)} for {len(self.parts)}; correct the list")
         seeds, sizes = {part.seed for part in self.parts}, {(part.action_horizon, part.action_dim, part.max_delay) for part in self.parts}
         if len(seeds) != len(self.parts) or len(sizes) != 1:
-            raise ConfigError("the data sets of a mixture need seeds of their own (part_seed) and one network; build the parts again")
+            raise ConfigError("the data sets of a mixture need different seeds (part_seed) and one network; build the parts again")
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        """Every camera of any part, in the order of first mention; a sample without one has it masked."""
+        """Cameras of all parts, in the order of first mention; one that a sample lacks is masked."""
         return tuple(dict.fromkeys(name for part in self.parts for name in part.source.embodiment.cameras))
 
     def __call__(self, first: int, count: int) -> Batch:
-        """Every part's samples, laid back into the order of the stream."""
+        """Make each part's samples and put them in the order of the stream."""
         which, numbers = deal(self.weights, np.arange(first, first + count))
         rows = [np.flatnonzero(which == part) for part in range(len(self.parts))]
-        made = [(self.parts[part], own, self.parts[part].collate(numbers[own])) for part, own in enumerate(rows) if len(own)]
+        made = [(self.parts[part], chosen, self.parts[part].collate(numbers[chosen])) for part, chosen in enumerate(rows) if len(chosen)]
         return _joined(made, self.cameras, count)
 
     def valid_elements(self, first: int, count: int) -> int:
-        """The sum over the parts."""
+        """Sum over the parts."""
         known = self._counts.pop((first, count), None)
         return self._count(first, count) if known is None else known
 
     def count_ahead(self, first: int, count: int) -> None:
-        """Kept until it is asked for, or until many others are."""
+        """Count and keep the result until it is used, or until many later ones are kept."""
         keep_count(self._counts, (first, count), self._count(first, count))
 
     def expect_after(self, first: int, count: int) -> None:
-        """To each part that streams, in its own stream."""
+        """Announce to each streaming part the positions of its stream."""
         which, numbers = deal(self.weights, np.arange(first, first + count))
         for number, part in enumerate(self.parts):
-            own = numbers[which == number]
-            if part.cache.look_ahead and len(own):
-                part.expect(own + part.cache.look_ahead)
+            chosen = numbers[which == number]
+            if part.cache.look_ahead and len(chosen):
+                part.expect(chosen + part.cache.look_ahead)
 
     def _count(self, first: int, count: int) -> int:
         which, numbers = deal(self.weights, np.arange(first, first + count))
@@ -118,7 +118,7 @@ class MixtureCollator(BatchMaker):
 
 
 def _joined(made: Sequence[tuple[Collator, NDArray[np.int64], Batch]], cameras: tuple[str, ...], count: int) -> Batch:
-    """One batch of `count` rows; every part's rows go where its places say, its cameras to the mixture's."""
+    """Join the parts' batches into one of `count` rows: rows by their places, cameras by name."""
     longest = max(batch.observation.prompt_tokens.shape[1] for _, _, batch in made)
     sample = made[0][2]
     images = sample.observation.images
@@ -151,7 +151,7 @@ def _joined(made: Sequence[tuple[Collator, NDArray[np.int64], Batch]], cameras: 
 
 
 def _neutral(count: int, cameras: int) -> Augmentation:
-    """No change, for pictures that are not there or are not to be changed."""
+    """Augmentation that changes nothing, for masked cameras and parts without augmentation."""
     window: Tensor = torch.zeros(count, cameras, 3)
     window[..., 0] = 1
     return Augmentation(window, torch.zeros(count, cameras), torch.ones(count, cameras, 3))

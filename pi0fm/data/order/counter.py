@@ -1,4 +1,4 @@
-"""Which sample is seen when, and its random numbers: pure functions of (seed, epoch, sample index, draw).
+"""Order of samples and their random numbers: pure functions of (seed, epoch, sample index, draw).
 
 Owns: the keyed permutation, the stream of global batches, the counter-based noise. Does not know: what a sample holds, how many
 workers there are beyond the slice it is asked for. Nothing here has state, so nothing is lost at a restart.
@@ -22,14 +22,14 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class Slots:
-    """Places in the stream: which epoch, and which sample of it; int64 [B] each."""
+    """Places in the stream: epoch and sample, int64 [B] each."""
 
     epoch: NDArray[np.int64]
     index: NDArray[np.int64]
 
 
 def slots(seed: int, num_samples: int, first: int, count: int) -> Slots:
-    """The samples at stream positions first .. first + count - 1 of a data set with num_samples."""
+    """Samples at stream positions first .. first + count - 1 of a data set with num_samples."""
     positions = np.arange(first, first + count, dtype=np.int64)
     epoch, offset = np.divmod(positions, num_samples)
     index = np.empty_like(offset)
@@ -40,7 +40,7 @@ def slots(seed: int, num_samples: int, first: int, count: int) -> Slots:
 
 
 def permute(offsets: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of 0..size-1 keyed by (seed, epoch), evaluated at `offsets` with O(1) memory.
+    """Permutation of 0..size-1 keyed by (seed, epoch), evaluated at `offsets` with O(1) memory.
 
     A balanced Feistel network on the next even power of two, walked until the image falls below `size` (format-preserving
     encryption's cycle walking, Black and Rogaway 2002).
@@ -76,12 +76,12 @@ def draws(seed: int, at: Slots, number: int, shape: tuple[int, int]) -> tuple[ND
 
 
 def uniforms(seed: int, at: Slots, purpose: int, count: int) -> NDArray[np.float32]:
-    """float32 [B, count] in [0, 1) for every slot. purpose: 3 or more, another stream of numbers for each use; noise is 2, order 1."""
+    """float32 [B, count] in [0, 1) for every slot. purpose: 3 or more, one random stream per use; 1 is the order, 2 the noise."""
     return np.stack([generator.random(count, dtype=np.float32) for generator in _generators(seed, at, 0, purpose)])
 
 
 def _generators(seed: int, at: Slots, number: int, purpose: int) -> Iterator[np.random.Generator]:
-    """For each slot in turn, the generator of `_philox`. It is one object that is set back: a new one asks the system for entropy first."""
+    """Yield the `_philox` generator of each slot: one object, reset each time, since making one reads entropy from the system."""
     bits = _philox(seed, 0, (0, 0, 0, 0))
     generator, state = np.random.Generator(bits), bits.state
     for epoch, index in zip(at.epoch.tolist(), at.index.tolist(), strict=True):
@@ -92,7 +92,7 @@ def _generators(seed: int, at: Slots, number: int, purpose: int) -> Iterator[np.
 
 
 def _philox(seed: int, epoch: int, counter: tuple[int, int, int, int]) -> np.random.Philox:
-    # as a list, numpy would take a key of 2^63 or more for float64, in which neighbouring seeds are one
+    # from a list numpy would turn a key of 2^63 or more into float64, where neighbouring seeds are equal
     key = np.array([seed & 0xFFFFFFFFFFFFFFFF, epoch], dtype=np.uint64)
     return np.random.Philox(key=key, counter=np.array(counter, dtype=np.uint64))
 

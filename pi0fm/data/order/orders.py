@@ -1,6 +1,6 @@
-"""Which sample stands at a position of the stream: pure functions of (seed, position) and the data set.
+"""Sample at each position of the stream: pure functions of (seed, position) and the data set.
 
-Owns: `Order` and the two orders that need no window: uniform, and by sample weights. Does not know: pictures, batches, workers.
+Owns: `Order`, the orders without a window (uniform, by sample weights), dealing to a mixture. Does not know: pictures, batches, workers.
 
     Shuffled   epoch e is the permutation keyed by (seed, e)
     Weighted   epoch e draws N samples; sample i comes floor or ceil of N w_i / sum(w) times
@@ -8,7 +8,7 @@ Owns: `Order` and the two orders that need no window: uniform, and by sample wei
         weights   |---- 0 ----|- 1 -|-------- 2 --------|          systematic resampling: N equal steps from an offset that
         draws        ^     ^     ^     ^     ^     ^               the epoch moves, then permuted (Kitagawa 1996)
 
-A sample that comes twice in an epoch must not have the same noise twice: `number` tells its draws apart.
+A sample that comes twice in an epoch must not have the same noise twice: `number` distinguishes its draws.
 """
 
 from abc import ABC, abstractmethod
@@ -35,19 +35,19 @@ class Places:
 
 
 class Order(ABC):
-    """An order of the samples 0 .. num_samples - 1."""
+    """Order of the samples 0 .. num_samples - 1."""
 
     @abstractmethod
     def places(self, seed: int, num_samples: int, positions: NDArray[np.int64]) -> Places:
-        """What stands at these positions of the stream."""
+        """Places at these positions of the stream."""
 
 
 @dataclass(frozen=True)
 class Shuffled(Order):
-    """Every sample once an epoch, in the order of a keyed permutation; memory O(1)."""
+    """Every sample once per epoch, in the order of a keyed permutation; memory O(1)."""
 
     def places(self, seed: int, num_samples: int, positions: NDArray[np.int64]) -> Places:
-        """Epoch by epoch."""
+        """Places by the permutation of each epoch."""
         epoch, offset = np.divmod(positions, num_samples)
         index = by_epoch(seed, num_samples, epoch, offset)
         return Places(epoch, index, index)
@@ -60,9 +60,9 @@ class Weighted(Order):
     cumulative: NDArray[np.float64]
 
     def places(self, seed: int, num_samples: int, positions: NDArray[np.int64]) -> Places:
-        """Epoch by epoch. Raises ConfigError when there is not one weight a sample."""
+        """Places by the resampling of each epoch. Raises ConfigError unless there is one weight per sample."""
         if num_samples != len(self.cumulative):
-            raise ConfigError(f"sample weights must be one a sample, found {len(self.cumulative)} for {num_samples} samples")
+            raise ConfigError(f"sample weights must be one per sample, found {len(self.cumulative)} for {num_samples} samples")
         epoch, offset = np.divmod(positions, num_samples)
         number = by_epoch(seed, num_samples, epoch, offset)
         shift = np.empty(len(positions))
@@ -74,19 +74,19 @@ class Weighted(Order):
 
     @property
     def _last(self) -> int:
-        """The last sample with a weight, for a target that rounding puts at the very end."""
+        """Last sample with a weight, for a target that rounding puts at the very end."""
         return int(np.searchsorted(self.cumulative, self.cumulative[-1], side="left"))
 
 
 def weighted(weights: NDArray[np.float64]) -> Weighted:
-    """The order of weights [N]. Raises ConfigError for a negative or non-finite one, or none above 0."""
+    """Make the order of weights [N]. Raises ConfigError for a negative or non-finite one, or none above 0."""
     if len(weights) == 0 or not np.isfinite(weights).all() or (weights < 0).any() or not (weights > 0).any():
         raise ConfigError("sample weights must be finite, at least 0, and not all 0; correct the column or the episodes that they name")
     return Weighted(np.cumsum(weights, dtype=np.float64))
 
 
 def by_epoch(seed: int, size: int, epoch: NDArray[np.int64], offset: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`permute` of offsets that lie in several epochs; neighbours are looked up together."""
+    """Apply `permute` to offsets of several epochs; neighbours are looked up together."""
     index = np.empty_like(offset)
     block, inside = np.divmod(offset, BLOCK)
     keys = block + epoch * (size // BLOCK + 1)
@@ -98,7 +98,7 @@ def by_epoch(seed: int, size: int, epoch: NDArray[np.int64], offset: NDArray[np.
 
 @lru_cache(maxsize=64)
 def _block(seed: int, size: int, epoch: int, block: int) -> NDArray[np.int64]:
-    """`permute` of BLOCK neighbouring offsets: a network of numpy calls costs the same for one as for a thousand."""
+    """Apply `permute` to BLOCK neighbouring offsets: its numpy calls cost the same for one as for a thousand."""
     first = block * BLOCK
     found = permute(np.arange(first, min(first + BLOCK, size)), size, seed, epoch)
     found.flags.writeable = False
@@ -109,23 +109,23 @@ UNITS = 2**20  # weights are counted in millionths, so that shares are exact at 
 
 
 def deal(weights: Sequence[float], positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(data set, position in that data set's own stream) of each position of the mixture's stream.
+    """(data set, position in its stream) of each position of the mixture's stream.
 
-    The first against the rest: of p positions it has taken floor(p w / W + 1/2); the rest is dealt alike. Raises ConfigError for a weight
-    below a millionth of what it is dealt against.
+    Of p positions the first data set takes floor(p w / W + 1/2); the others are dealt the rest likewise. Raises ConfigError for a weight
+    below a millionth of those that it is dealt against.
     """
     which = np.zeros_like(positions)
-    own = positions.copy()
-    open_ = np.ones(len(positions), dtype=bool)
+    inner = positions.copy()
+    undealt = np.ones(len(positions), dtype=bool)
     rest = positions.copy()  # positions among those that earlier data sets left
     for part in range(len(weights) - 1):
         units = round(UNITS * weights[part] / sum(weights[part:]))
         if not 0 < units < UNITS:
             raise ConfigError(f"weights of a mixture must be within a factor of a million, found {list(weights)}; bring them closer")
         taken, after = ((place * units + UNITS // 2) // UNITS for place in (rest, rest + 1))
-        here = open_ & (after > taken)
-        which[here], own[here] = part, taken[here]
-        open_ &= ~here
+        here = undealt & (after > taken)
+        which[here], inner[here] = part, taken[here]
+        undealt &= ~here
         rest = rest - taken
-        which[open_], own[open_] = part + 1, rest[open_]
-    return which, own
+        which[undealt], inner[undealt] = part + 1, rest[undealt]
+    return which, inner

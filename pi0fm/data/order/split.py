@@ -1,10 +1,10 @@
-"""How a global batch is dealt to workers, and a worker's share to micro batches.
+"""Division of a global batch among workers, and of a worker's share into micro batches.
 
 Owns: shares and parts as (offset, count). Does not know: where batches come from, who the workers are.
 
     global batch   | 0 1 2 3 4 5 6 7 8 9 |      contiguous shares, so that the union is the same for any number of workers
     3 workers      | 0 1 2 | 3 4 5 | 6 7 8 9 |  they differ by one sample at most
-    micro batches  | 0 | 1 2 | ...              every worker makes as many, and they differ by one sample at most
+    micro batches  | 0 | 1 2 | ...              as many on every worker, and they differ by one sample at most
 """
 
 from itertools import pairwise
@@ -21,7 +21,7 @@ def split(global_batch_size: int, rank: int, world_size: int, micro_batch_size: 
 
 
 def micro_steps(global_batch_size: int, world_size: int, micro_batch_size: int | None = None) -> int:
-    """Micro batches of a step, of every worker alike. micro_batch_size: at most so many samples in one; None for a worker's whole share.
+    """Number of micro batches in a step, equal on all workers. micro_batch_size: largest size; None for a worker's whole share.
 
     Raises ConfigError when a worker would have an empty one.
     """
@@ -34,7 +34,7 @@ def micro_steps(global_batch_size: int, world_size: int, micro_batch_size: int |
     steps = -(-largest // (micro_batch_size or largest))
     if steps > smallest:
         raise ConfigError(
-            f"shares of {smallest} and {largest} samples must be cut into as many micro batches, found micro_batch_size "
+            f"shares of {smallest} and {largest} samples must be cut into equally many micro batches, found micro_batch_size "
             f"{micro_batch_size}; type --micro_batch_size 2"
         )
     return steps

@@ -1,15 +1,15 @@
-"""An order of samples that video files can be read in: shuffled, and yet a window of memory is enough.
+"""Shuffled order of samples in which video files can be read with a bounded window of memory.
 
 Owns: groups, lanes and windows, as pure functions of (seed, position). Does not know: pictures, decoding, how many workers there are.
 
     epoch    groups (runs of neighbouring frames) in the order of a keyed permutation, end to end:   g7 g2 g9 g0 g4 g1 ...
-    lanes    that row is cut into equal stretches, one a lane; lane l fills the l-th part of every global batch
+    lanes    that row is cut into equal stretches, one per lane; lane l fills the l-th part of every global batch
              lane 0 |  g7 g2 g9 ..  |   lane 1 |  g0 g4 ..  |   lane 2 | g1 ...
     windows  a lane is read a window at a time, and the samples of a window come in the order of another permutation
              |  g7 g2 g9 shuffled together  |  g3 g5 g8 shuffled together  | ..
 
-A worker takes a contiguous part of every global batch, so it reads the lanes of its part and no other: nothing is decoded twice, and the
-order is the same for any number of workers. Every sample comes once an epoch. Shape letters: B samples asked for, n groups.
+A worker takes a contiguous part of every global batch, so it reads only the lanes of its part: nothing is decoded twice, and the
+order is the same for any number of workers. Every sample comes once per epoch. Shape letters: B samples asked for, n groups.
 """
 
 from dataclasses import dataclass, field
@@ -22,13 +22,13 @@ from pi0fm.data.order.orders import Order, Places, Shuffled
 
 MOST_LANES = 8
 _TABLES_KEPT, _WINDOWS_KEPT = 4, 4 * MOST_LANES
-# keys that no epoch of `Shuffled` has
+# keys that no epoch of `Shuffled` uses
 _GROUPS, _WINDOWS = 2**61, 2**62
 
 
 @dataclass(frozen=True)
 class _Epoch:
-    """groups: in the order of this epoch; starts: int64 [n + 1], where each begins in the row; cuts: int64 [lanes + 1]."""
+    """Groups in the order of one epoch. starts: int64 [n + 1], where each begins in the row; cuts: int64 [lanes + 1], lanes' bounds."""
 
     groups: NDArray[np.int64]
     starts: NDArray[np.int64]
@@ -37,9 +37,9 @@ class _Epoch:
 
 @dataclass(frozen=True, eq=False)
 class StreamOrder(Order):
-    """ends: int64 [n], the sample behind each group; window: samples of a lane that are shuffled together.
+    """Order by groups, lanes and windows. ends: int64 [n], the sample after each group; window: samples of a lane shuffled together.
 
-    Another set of samples than the one it was made for (the held-out episodes) is only shuffled.
+    Any other set of samples, such as the held-out episodes, is ordered by `Shuffled`.
     """
 
     ends: NDArray[np.int64]
@@ -50,7 +50,7 @@ class StreamOrder(Order):
     _windows: dict[tuple[int, int, int, int], NDArray[np.int64]] = field(init=False, default_factory=dict, repr=False)
 
     def places(self, seed: int, num_samples: int, positions: NDArray[np.int64]) -> Places:
-        """Epoch by epoch, lane by lane, window by window."""
+        """Places by epoch, lane and window."""
         if num_samples != self.ends[-1]:
             return Shuffled().places(seed, num_samples, positions)
         epoch = positions // num_samples
@@ -67,13 +67,13 @@ class StreamOrder(Order):
         return Places(epoch, index, index)
 
     def _before(self, lane: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many positions in front of `position` belong to the lane."""
+        """Number of positions before `position` that belong to the lane."""
         part = self.global_batch_size // self.lanes
         batches, rest = np.divmod(position, self.global_batch_size)
         return batches * part + np.clip(rest - lane * part, 0, part)
 
     def _samples(self, seed: int, epoch: int, lane: int, window: int) -> NDArray[np.int64]:
-        """The samples of one window, in their order."""
+        """Samples of one window, in order."""
         key = (seed, epoch, lane, window)
         known = self._windows.get(key)
         if known is None:
@@ -103,11 +103,11 @@ class StreamOrder(Order):
 
 
 def lanes_of(global_batch_size: int) -> int:
-    """The most lanes, up to MOST_LANES, that share a global batch equally."""
+    """Largest number of lanes, up to MOST_LANES, that share a global batch equally."""
     return max(lanes for lanes in range(1, MOST_LANES + 1) if global_batch_size % lanes == 0)
 
 
 def _keep[K, V](table: dict[K, V], key: K, value: V, most: int) -> None:
     while len(table) >= most:
-        table.pop(list(table)[0], None)  # noqa: RUF015  (an iterator would stumble over another thread's entry)
+        table.pop(list(table)[0], None)  # noqa: RUF015  (an iterator would fail when another thread adds an entry)
     table[key] = value

@@ -1,13 +1,13 @@
-"""Pictures moved and recoloured a little, sample by sample, on the device where they lie.
+"""Random crops, rotations and colour changes of pictures, sample by sample, on their device.
 
 Owns: the recipe, its random numbers by counter, the function on pictures. Does not know: batches, the network, which device.
 The recipe is openpi's: a random crop of 95 % resized back, a turn of up to 5 degrees, then brightness 0.3, contrast 0.4 and saturation
-0.5. A camera on the wrist is only recoloured: where it looks is where the hand is, and a moved picture would say the hand is elsewhere.
+0.5. A wrist camera is only recoloured: its picture tells where the hand is, and a moved one would tell it wrongly.
 
     picture ── crop ── resize ── turn ──┬── brightness ── contrast ── saturation ── clip
                one resampling           '── wrist cameras begin here
 
-The numbers are a function of (seed, epoch, sample, camera), so a sample looks the same whichever worker or micro batch holds it.
+The numbers are a function of (seed, epoch, sample, camera), so a sample looks the same on any worker and in any micro batch.
 Shape letters: B batch, C cameras.
 """
 
@@ -22,14 +22,14 @@ from torch import Tensor
 from pi0fm.data.config import AugmentConfig
 from pi0fm.data.order.counter import Slots, uniforms
 
-PURPOSE = 3  # the stream of random numbers that is augmentation's own
-_NUMBERS = 6  # a camera: two of the crop, one of the turn, three of the colours
+PURPOSE = 3  # random number stream of augmentation
+_NUMBERS = 6  # per camera: two for the crop, one for the turn, three for the colours
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to each picture of a batch.
+    """Changes of each picture of a batch.
 
     window: [B, C, 3], share of the side that is kept, and the window's centre (x, y) in [-1, 1]; turn: [B, C] radians, counterclockwise;
     colour: [B, C, 3], factors of brightness, contrast and saturation.
@@ -40,12 +40,12 @@ class Augmentation:
     colour: Float[Tensor, "B C 3"]
 
     def to(self, device: torch.device) -> "Augmentation":
-        """The same on `device`."""
+        """Copy to `device`."""
         return Augmentation(**{item.name: getattr(self, item.name).to(device, non_blocking=True) for item in fields(self)})
 
 
 def numbers(config: AugmentConfig, seed: int, at: Slots, cameras: tuple[str, ...]) -> Augmentation:
-    """The augmentation of each sample: a function of (seed, epoch, number of the sample), and of the camera's place."""
+    """Draw the augmentation of each sample: a function of (seed, epoch, number of the sample), and of the camera's place."""
     drawn = 2 * uniforms(seed, at, PURPOSE, _NUMBERS * len(cameras)).reshape(-1, len(cameras), _NUMBERS) - 1
     wrist = np.array([name in config.wrist_cameras if config.wrist_cameras else "wrist" in name for name in cameras])
     moved = np.where(wrist, 0.0, 1.0).astype(np.float32)[:, None]
@@ -57,7 +57,7 @@ def numbers(config: AugmentConfig, seed: int, at: Slots, cameras: tuple[str, ...
 
 
 def augment(images: UInt8[Tensor, "B C h w 3"], how: Augmentation) -> UInt8[Tensor, "B C h w 3"]:
-    """The pictures, each changed as `how` says; what a turn brings in from outside is black."""
+    """Change each picture by `how`; pixels that a turn brings in from outside are black."""
     batch, cameras, height, width = images.shape[:4]
     pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float()
     flat = {item.name: getattr(how, item.name).flatten(0, 1) for item in fields(how)}
@@ -68,11 +68,11 @@ def augment(images: UInt8[Tensor, "B C h w 3"], how: Augmentation) -> UInt8[Tens
 def move(pixels: Float[Tensor, "N 3 h w"], window: Float[Tensor, "N 3"], turn: Float[Tensor, "N"]) -> Float[Tensor, "N 3 h w"]:
     """Crop, resize and turn in one bilinear resampling: out(p) = in(share R(turn) p + centre), p in [-1, 1] x [-1, 1].
 
-    A picture that is neither cropped nor turned is returned bit for bit. Turns are rigid in pixels, whatever the aspect.
+    A picture that is neither cropped nor turned is returned bit for bit. Turns are rigid in pixels at any aspect ratio.
     """
     height, width = pixels.shape[2:]
     share, cos, sin = window[:, 0], turn.cos(), turn.sin()
-    # y points down in a picture: with these signs a positive turn is counterclockwise for who looks at it
+    # y points down in a picture: with these signs a positive turn looks counterclockwise
     x = torch.stack([share * cos, -share * sin * (height / width), window[:, 1]], dim=1)
     y = torch.stack([share * sin * (width / height), share * cos, window[:, 2]], dim=1)
     grid = F.affine_grid(torch.stack([x, y], dim=1), list(pixels.shape), align_corners=False)
@@ -82,7 +82,7 @@ def move(pixels: Float[Tensor, "N 3 h w"], window: Float[Tensor, "N 3"], turn: F
 
 
 def recolour(pixels: Float[Tensor, "N 3 h w"], factors: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3 h w"]:
-    """Brightness, contrast about the picture's mean grey, saturation about each pixel's grey; values 0..255, clipped after each.
+    """Change brightness, contrast about the mean grey, saturation about each pixel's grey; values 0..255, clipped after each.
 
     A factor of 1 changes nothing.
     """

@@ -1,6 +1,6 @@
-"""Pictures of chosen rows, wherever they are kept.
+"""Pictures of chosen rows, from video or parquet files.
 
-Owns: the walk over files that decodes no more than it must. Does not know: who asks, the cache of all pictures.
+Owns: reading the files with as little decoding as possible. Does not know: the caller, the frame cache.
 """
 
 import numpy as np
@@ -18,9 +18,9 @@ from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
 def pictures_at(
     source: LeRobotSource, dataset: DatasetConfig, place: NDArray[np.int64], size: int, resize: Resize = ANTIALIAS
 ) -> NDArray[np.uint8]:
-    """[M, C, size, size, 3] of the rows at `place` [M], ascending.
+    """Read pictures [M, C, size, size, 3] of the rows at `place` [M], ascending.
 
-    Of a video every picture up to the last chosen row of an episode is decoded, and those of the rows are kept.
+    A video is decoded up to the last chosen row of each episode, and only the pictures of chosen rows are kept.
     """
     cameras = list(source.embodiment.cameras)
     found = np.empty((len(place), len(cameras), size, size, 3), np.uint8)

@@ -1,13 +1,13 @@
-"""Stretches of video to arrays, in this process or in helpers that do nothing else.
+"""Decoding of stretches of video to arrays, in this process or in helper processes.
 
-Owns: `Job`, which picture belongs to which row, decoding a job into an array or a shard, the helper program and those who feed it.
-Does not know: data sets, locks, what is on the disk already.
+Owns: `Job`, which picture belongs to which row, decoding a job into an array or a shard, the helper program and the threads that feed it.
+Does not know: data sets, locks, what is already on disk.
 
     caller   thread 1 -- (path, job, form) -->  helper 1   decode, resize, write the shard   -- None, or the error -->
              thread 2 ------------------------>  helper 2   a program that calls `serve`
 
-A helper is a program of its own rather than a fork: video decoders do not survive a fork, and a caller that is itself a daemon (a worker
-of Ray, of a DataLoader) may start one. It imports numpy and PyAV; torch only where pictures must be resized. It ends with its input.
+A helper is a separate program rather than a fork: video decoders do not survive a fork, and a caller that is itself a daemon (a worker
+of Ray, of a DataLoader) may start one. It imports numpy and PyAV; torch only where pictures must be resized. It ends when its input ends.
 """
 
 import os
@@ -35,12 +35,12 @@ from pi0fm_client.errors import DatasetError, Pi0fmError
 
 BATCH = 64
 ONE_THREAD: Mapping[str, str] = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-FRAMES_WORTH_HELPERS = 100_000  # a helper's start and imports cost as much as decoding some 4 000; a few threads do as well until then
+FRAMES_WORTH_HELPERS = 100_000  # a helper's start and imports cost as much as decoding 4 000; below this, a few threads are as fast
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Pictures of `file` at these times, in seconds and ascending, of what it shows from `begin` to `end`: rows of one episode.
+    """Rows of one episode in a video: `times` in seconds, ascending, within the span of `file` from `begin` to `end`.
 
     first: the data set's index of the first row, for messages.
     """
@@ -55,10 +55,10 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Job:
-    """The pictures of one camera that are decoded together, in the order of the stretches. period: seconds between rows.
+    """Pictures of one camera to decode together, in the order of the stretches. period: seconds between rows.
 
-    tolerance: most seconds between a row and its picture; None for the longer of the rows' and the video's period.
-    sizes: (height, width) that the pictures must have, in each of the ways that the data set says it.
+    tolerance: seconds allowed between a row and its picture; None for the longer of the rows' and the video's period.
+    sizes: every (height, width) that the data set declares for the pictures.
     """
 
     stretches: tuple[Stretch, ...]
@@ -71,16 +71,16 @@ class Job:
 
     @property
     def count(self) -> int:
-        """Pictures."""
+        """Number of pictures."""
         return sum(len(stretch.times) for stretch in self.stretches)
 
 
 class TooFarError(DatasetError):
-    """A row whose nearest picture is further away than the tolerance."""
+    """Error of a row whose nearest picture is further away than the tolerance."""
 
 
 def decode_job(job: Job) -> NDArray[np.uint8]:
-    """uint8 [count, size, size, 3]. Raises DatasetError for an unreadable video, or one without a picture for a row."""
+    """Decode to uint8 [count, size, size, 3]. Raises DatasetError for an unreadable video, or one without a picture for a row."""
     pictures = np.empty((job.count, job.size, job.size, 3), np.uint8)
     for number, picture in enumerate(decoded(job)):
         pictures[number] = picture
@@ -88,18 +88,18 @@ def decode_job(job: Job) -> NDArray[np.uint8]:
 
 
 def decoded(job: Job) -> Iterator[NDArray[np.uint8]]:
-    """The pictures of `decode_job` one by one, in order."""
+    """Yield the pictures of `decode_job`, in order."""
     yield from fitted(shown(job), job.size, job.resize)
 
 
 def shown(job: Job) -> Iterator[NDArray[np.uint8]]:
-    """The pictures of `decoded` as the videos show them."""
+    """Yield the pictures of `decoded` at the video's size."""
     for run in _runs(job):
         yield from _nearest(run, job)
 
 
 def needed_tolerance(job: Job) -> float | None:
-    """The most seconds between a row and the nearest picture of its span, from the files' times alone; None where a span has none."""
+    """Largest time in seconds between a row and its span's nearest picture, from timestamps alone; None for a span without any."""
     most = 0.0
     for run in _runs(job):
         times, period = frame_times(Path(run[0].file))
@@ -110,15 +110,15 @@ def needed_tolerance(job: Job) -> float | None:
                 return None
             wanted = np.array(stretch.times)
             after = np.searchsorted(inside, wanted)
-            beside = inside[np.minimum(after, len(inside) - 1)], inside[np.maximum(after - 1, 0)]
-            most = max(most, float(np.minimum(*(np.abs(each - wanted) for each in beside)).max()))
+            neighbours = inside[np.minimum(after, len(inside) - 1)], inside[np.maximum(after - 1, 0)]
+            most = max(most, float(np.minimum(*(np.abs(each - wanted) for each in neighbours)).max()))
     return most
 
 
 def write_jobs(work: Sequence[tuple[Path, Job]], form: CacheFormat) -> Iterator[Job]:
-    """Decode every job into the shard at its path; yields each as it is done.
+    """Decode every job into the shard at its path; yield each when it is done.
 
-    Raises DatasetError for the data set's fault and Pi0fmError for a helper's end, when all helpers have ended.
+    Raises DatasetError for a fault of the data set and Pi0fmError for a helper that died, once all helpers have ended.
     """
     helpers = min(cores(), len(work))
     if helpers < 2 or sum(job.count for _, job in work) < FRAMES_WORTH_HELPERS:
@@ -151,12 +151,12 @@ def _write(path: Path, job: Job, form: CacheFormat) -> Job:
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _runs(job: Job) -> list[list[Stretch]]:
-    """Stretches that follow each other in one file, so that one pass reads them."""
+    """Group stretches that follow each other in one file, so that one pass reads them."""
     runs: list[list[Stretch]] = []
     for stretch in job.stretches:
         last = runs[-1][-1] if runs else None
@@ -168,7 +168,7 @@ def _runs(job: Job) -> list[list[Stretch]]:
 
 
 def _nearest(run: Sequence[Stretch], job: Job) -> Iterator[NDArray[np.uint8]]:
-    r"""For each time of the stretches the picture nearest to it; of two as near, the earlier.
+    r"""Yield the picture nearest to each time of the stretches; of two equally near, the earlier.
 
         file       f0    f1    f2    f3  |  f4    f5            | the stretch's end: f4 is the next episode's
         rows        r0   r1  r2      r3  |
@@ -180,13 +180,13 @@ def _nearest(run: Sequence[Stretch], job: Job) -> Iterator[NDArray[np.uint8]]:
     waiting = iter(run)
     stretch, row = next(waiting), 0
     held: tuple[float, Picture] | None = None
-    picture: NDArray[np.uint8] | None = None  # of `held`, once it was asked for
+    picture: NDArray[np.uint8] | None = None  # of `held`, once converted
     with open_video(path, job.decoder, run[0].times[0]) as video:
         slack = min(job.period, video.period or job.period) / 4
         tolerance = job.tolerance if job.tolerance is not None else max(job.period, video.period)
         latest = -np.inf
         for time, frame in chain(video.frames, ((np.inf, _no_picture),)):
-            if time <= latest:  # a clock that goes backwards has no order
+            if time <= latest:  # a frame whose time goes backwards is skipped
                 continue
             latest = time
             while True:
@@ -228,12 +228,12 @@ def _too_far(stretch: Stretch, row: int, nearest: float | None, tolerance: float
 
 
 def fitted(pictures: Iterable[NDArray[np.uint8]], size: int, resize: Resize) -> Iterator[NDArray[np.uint8]]:
-    """Pictures of any sizes as squares, in order; those of one size are resized together."""
+    """Resize pictures of any sizes to squares, in order; those of one size together."""
     pending: list[NDArray[np.uint8]] = []
 
     def flushed() -> Iterator[NDArray[np.uint8]]:
         if pending:
-            from pi0fm.data.pictures.images import resize_with_padding  # torch, which a helper may do without
+            from pi0fm.data.pictures.images import resize_with_padding  # torch, which most helpers do not need
 
             yield from resize_with_padding(np.stack(pending), size, resize)
             pending.clear()
@@ -249,7 +249,7 @@ def fitted(pictures: Iterable[NDArray[np.uint8]], size: int, resize: Resize) -> 
 
 
 def _padded(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Black bands beside a picture whose longer side needs no resizing."""
+    """Add black bands to a picture whose longer side needs no resizing."""
     height, width = frame.shape[:2]
     top, left = (size - height) // 2, (size - width) // 2
     square = np.zeros((size, size, 3), np.uint8)
@@ -263,7 +263,7 @@ def _feed(
     stop: threading.Event,
     form: CacheFormat,
 ) -> None:
-    """Start a helper, hand it jobs until there are none, wait for its end."""
+    """Start a helper, send it jobs until there are none, and wait for its end."""
     package = str(Path(__file__).resolve().parents[3])
     found = os.environ.get("PYTHONPATH")
     environment = os.environ | ONE_THREAD | {"PYTHONPATH": package + (os.pathsep + found if found else "")}
@@ -289,7 +289,7 @@ def _feed(
 
 
 def _ask(helper: subprocess.Popen, task: tuple[Path, Job, CacheFormat]) -> Exception | None:
-    """The helper's answer; a helper that is gone has its own."""
+    """Send a task and return the helper's error, None for success; an error too for a helper that died."""
     assert helper.stdin is not None and helper.stdout is not None
     try:
         pickle.dump(task, helper.stdin)
@@ -301,12 +301,12 @@ def _ask(helper: subprocess.Popen, task: tuple[Path, Job, CacheFormat]) -> Excep
 
 
 def _received(pipe: IO[bytes]) -> Exception | None:
-    found = pickle.load(pipe)  # noqa: S301  (of a program of ours)
+    found = pickle.load(pipe)  # noqa: S301  (written by our helper)
     return found if isinstance(found, Exception) else None
 
 
 def _end(helper: subprocess.Popen) -> None:
-    """Close its input, which is its sign to end, and wait."""
+    """Close the helper's input, on which it ends, and wait."""
     assert helper.stdin is not None and helper.stdout is not None
     with suppress(BrokenPipeError):
         helper.stdin.close()
@@ -315,9 +315,9 @@ def _end(helper: subprocess.Popen) -> None:
 
 
 def serve() -> None:
-    """The helper: an answer to every job until its input ends."""
+    """Run a helper: answer every job until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the caller ends the input
-    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # what a library prints is no answer
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # keeps prints of libraries out of the answers
     with suppress(EOFError):
         while True:
             path, job, form = pickle.load(sys.stdin.buffer)  # noqa: S301

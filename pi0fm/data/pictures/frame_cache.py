@@ -1,12 +1,12 @@
 """Every picture of a data set, decoded once to the network's size and kept in memory-mapped shards.
 
-Owns: which shard holds which frames, building what is missing under a lock that all processes of a node share, its check.
+Owns: which shard holds which frames, building missing shards under a lock that all processes of a node share, their check.
 Does not know: training, how a shard is laid out, how a video is decoded.
 
     <cache_dir>/<data set>-<episodes>-<columns>-<size>-<resize>-<format>/<column>/00003.u8    a stretch of whole episodes
-                                                                   verified-<host>.json   what was checked since the machine started
-    open    size and count of every shard; sums of those that changed, or that a restart of the machine may have torn
-    build   what is missing or torn, so that an interrupted build goes on where it was
+                                                                   verified-<host>.json   shards checked since the machine started
+    open    checks size and count of every shard; sums of those that changed, or that a restart of the machine may have torn
+    build   decodes missing and torn shards, so that an interrupted build continues
 
 Folders are named by the data set's column: two embodiments may give one column different names, or swap two names.
 """
@@ -43,14 +43,14 @@ from pi0fm.data.pictures.video import choose_decoder
 from pi0fm_client.errors import DatasetError, OutputError
 
 SHARD_BYTES = 64 * 2**20
-MOST_SHARDS = 4096  # a camera: each is a memory map, of which a process may have some ten thousand
+MOST_SHARDS = 4096  # per camera: each is a memory map, and a process may have tens of thousands
 LONGEST_NAME = 120  # characters of a folder's name that come from columns
-JPEG_SHARE = 0.2  # of the raw bytes, at quality 95; only to guess the room
+JPEG_SHARE = 0.2  # of the raw bytes, at quality 95; only for an estimate of space
 
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """Where the shards of some columns at one size lie: all that it takes to open them, in any process."""
+    """Folder with the shards of some columns at one size: enough to open them in any process."""
 
     directory: Path
     columns: tuple[str, ...]
@@ -59,11 +59,11 @@ class ShardFolder:
     form: CacheFormat
 
     def path(self, column: str, number: int) -> Path:
-        """The file of a shard."""
+        """File of a shard."""
         return self.directory / file_name(column) / f"{number:05d}.{SUFFIX[self.form]}"
 
     def open(self) -> "FrameCache":
-        """The pictures, of shards that are known to be whole."""
+        """Open the pictures of shards that are known to be whole."""
         cameras = []
         for column in self.columns:
             shards = [open_shard(self.path(column, number), self.size, self.form) for number in range(len(self.firsts))]
@@ -75,7 +75,7 @@ class ShardFolder:
 class FrameCache(Pictures):
     """Pictures by camera, in the embodiment's order; each uint8 [N, size, size, 3], read-only.
 
-    folder: where they lie; None for arrays in memory. A pickle of the cache holds the folder instead of the pictures.
+    folder: where they are stored; None for arrays in memory. A pickle of the cache holds the folder instead of the pictures.
     """
 
     cameras: tuple[NDArray[np.uint8] | ShardedFrames, ...]
@@ -86,11 +86,11 @@ class FrameCache(Pictures):
 
     @property
     def order(self) -> Order:
-        """Any order is as good as another."""
+        """Uniform shuffling, since any order is read equally fast."""
         return Shuffled()
 
     def gather(self, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """uint8 [B, C, size, size, 3] of the frames asked for."""
+        """Read uint8 [B, C, size, size, 3] of the given frames."""
         out = np.empty((len(frames), len(self.cameras), *self.cameras[0].shape[1:]), np.uint8)
         for number, camera in enumerate(self.cameras):
             if isinstance(camera, ShardedFrames):
@@ -103,12 +103,12 @@ class FrameCache(Pictures):
 def open_cache(
     source: LeRobotSource, config: DatasetConfig, size: int, form: CacheFormat = "uint8", resize: Resize = ANTIALIAS
 ) -> FrameCache:
-    """Open the cache, building what is missing. Raises DatasetError when it would exceed the limit, or a video is unreadable."""
+    """Open the cache, building missing shards. Raises DatasetError when it would exceed the limit, or a video is unreadable."""
     directory = cache_folder(source, config, size, form, resize)
     firsts = shard_firsts(source, size)
     cache = _Folder(ShardFolder(directory, tuple(source.embodiment.cameras.values()), firsts, size, form), source, resize)
     if not os.access(directory, os.W_OK) and directory.is_dir() and not cache.missing():
-        return cache.place.open()  # a whole cache on a read-only disk
+        return cache.place.open()  # a complete cache on a read-only disk
     try:
         with files.write_faults(directory), _locked(directory):
             missing = cache.missing()
@@ -122,14 +122,14 @@ def open_cache(
 
 
 def cache_folder(source: LeRobotSource, config: DatasetConfig, size: int, form: CacheFormat = "uint8", resize: Resize = ANTIALIAS) -> Path:
-    """Where the frames of the episodes of a source are kept at one size."""
+    """Folder of the frames of a source's episodes at one size."""
     episodes = hashlib.sha256(np.unique(source.episode).tobytes() + str(config.tolerance_s).encode()).hexdigest()[:8]
     columns = file_name("+".join(sorted(source.embodiment.cameras.values())))
     return cache_directory(config) / f"{source.fingerprint}-{episodes}-{columns}-{size}-{resize}-{form}"
 
 
 def file_name(column: str) -> str:
-    """A name of a column that a file system takes, another one for every column."""
+    """File name for a column, valid on any file system and different for every column."""
     name = quote(column, safe="+ ")
     if name.strip(".") and len(name) <= LONGEST_NAME:
         return name
@@ -137,18 +137,18 @@ def file_name(column: str) -> str:
 
 
 def cache_directory(config: DatasetConfig) -> Path:
-    """Where decoded frames are kept: the configured place, else the user's cache."""
+    """Folder of all decoded frames: the configured one, else in the user's cache."""
     return config.cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pi0fm" / "frames"
 
 
 def cache_bytes(source: LeRobotSource, size: int, form: CacheFormat = "uint8") -> int:
-    """What the whole cache takes on the disk; of JPEG a guess."""
+    """Bytes that the whole cache takes on disk; an estimate for JPEG."""
     raw = len(source.state) * len(source.embodiment.cameras) * size * size * 3
     return raw if form == "uint8" else int(JPEG_SHARE * raw)
 
 
 def shard_firsts(source: LeRobotSource, size: int) -> tuple[int, ...]:
-    """The first frame of every shard: whole episodes, about SHARD_BYTES."""
+    """First frame of every shard, each of whole episodes and about SHARD_BYTES."""
     per_shard = max(SHARD_BYTES // (size * size * 3), -(-len(source.state) // MOST_SHARDS), 1)
     firsts = [0]
     for end in np.unique(source.end).tolist():
@@ -160,16 +160,16 @@ def shard_firsts(source: LeRobotSource, size: int) -> tuple[int, ...]:
 def make_job(
     source: LeRobotSource, config: DatasetConfig, camera: str, first: int, stop: int, size: int, resize: Resize = ANTIALIAS
 ) -> Job:
-    """What it takes to decode one camera's pictures of the rows first .. stop - 1."""
+    """Make the job that decodes one camera's pictures of the rows first .. stop - 1."""
     decoder = choose_decoder(config.video_decoder)
     pictures = stretches(source, camera, first, stop)
     return Job(pictures, size, 1 / source.fps, decoder, config.tolerance_s, resize, source.sizes.get(camera, ()))
 
 
 def wider_tolerance(source: LeRobotSource, config: DatasetConfig) -> str:
-    """The end of a line about a picture that is too far away: the tolerance that every row of the data set needs; empty where none helps.
+    """End of a message on a picture too far away: the tolerance that covers every row of the data set; empty where none does.
 
-    Every video is read through, undecoded.
+    Reads every video through, without decoding.
     """
     try:
         jobs = [make_job(source, config, camera, 0, len(source.state), 1) for camera in source.clips]
@@ -182,7 +182,7 @@ def wider_tolerance(source: LeRobotSource, config: DatasetConfig) -> str:
 
 
 def stretches(source: LeRobotSource, camera: str, first: int, stop: int) -> tuple[Stretch, ...]:
-    """Where the pictures of one camera lie that the rows first .. stop - 1 show."""
+    """Stretches of one camera's videos that show the rows first .. stop - 1."""
     found = []
     for clip in source.clips[camera]:
         begin, end = max(clip.first, first), min(clip.first + clip.count, stop)
@@ -194,23 +194,23 @@ def stretches(source: LeRobotSource, camera: str, first: int, stop: int) -> tupl
 
 @dataclass(frozen=True)
 class _Folder:
-    """The shards of one data set at one size; `missing` and `build` are called under the lock."""
+    """Shards of one data set at one size; `missing` and `build` are called under the lock."""
 
     place: ShardFolder
     source: LeRobotSource
     resize: Resize
 
     def count(self, number: int) -> int:
-        """Pictures in a shard."""
+        """Number of pictures in a shard."""
         return ((*self.place.firsts, len(self.source.state)))[number + 1] - self.place.firsts[number]
 
     @property
     def directory(self) -> Path:
-        """Of the shards."""
+        """Folder of the shards."""
         return self.place.directory
 
     def missing(self) -> list[tuple[str, int]]:
-        """(camera, shard) of every shard that is not there as a whole; a torn one is named on standard error."""
+        """(camera, shard) of every shard that is not there as a whole; a torn one is reported on standard error."""
         trusted = self._verified()
         wanted = [(camera, number) for camera in self.source.embodiment.cameras for number in range(len(self.place.firsts))]
 
@@ -228,7 +228,7 @@ class _Folder:
         return lacking
 
     def build(self, config: DatasetConfig, missing: Sequence[tuple[str, int]]) -> None:
-        """Decode what is missing. A data set that cannot be read loses its folder: mended, it has another fingerprint."""
+        """Decode missing shards; remove the folder of an unreadable data set, which has another fingerprint once it is corrected."""
         work = []
         ends = (*self.place.firsts[1:], len(self.source.state))
         for camera, number in missing:
@@ -248,7 +248,7 @@ class _Folder:
             raise DatasetError(f"{error}{wider}{skip}") from None
 
     def note_verified(self) -> None:
-        """Remember what the shards look like now that they are known to be whole."""
+        """Record size and time of the shards, now that they are known to be whole."""
         shards = (
             self.place.path(column, number)
             for column in self.source.embodiment.cameras.values()
@@ -263,7 +263,7 @@ class _Folder:
         return self.directory / f"verified-{socket.gethostname()}.json"
 
     def _verified(self) -> dict[str, list[int]]:
-        """By shard, what it looked like when its sums were last right, since this machine started."""
+        """Stamp of each shard when its sums were last found right, since this machine started."""
         try:
             record = json.loads(self._record.read_text())
         except (OSError, ValueError):
@@ -274,7 +274,7 @@ class _Folder:
         return path.relative_to(self.directory).as_posix()
 
     def _unpack(self, camera: str, wanted: set[int], bar: progress.Step) -> None:
-        """The shards of a camera whose pictures lie encoded in the parquet files."""
+        """Write the shards of a camera whose pictures are stored in the parquet files."""
         if not wanted:
             return
         column = self.source.embodiment.cameras[camera]
@@ -296,7 +296,7 @@ class _Folder:
 
 
 def read_stored(source: LeRobotSource, camera: str, place: int, value: Any) -> NDArray[np.uint8]:
-    """uint8 [height, width, 3] of what `source.stored` gave for a place. Raises DatasetError."""
+    """Decode a value of `source.stored` to uint8 [height, width, 3]. Raises DatasetError."""
     what = f"{source.embodiment.cameras[camera]!r} in row {source.rows[place]} of episode {source.episode[place]} of {source.root}"
     picture = stored_picture(value, [source.root, *dict.fromkeys(path.parent for path in source.files)], what)
     refuse_size(what, picture, source.sizes.get(camera, ()))
@@ -304,7 +304,7 @@ def read_stored(source: LeRobotSource, camera: str, place: int, value: Any) -> N
 
 
 def _in_order(rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """The same rows by place; files that hold whole episodes are a permutation of a few stretches."""
+    """Yield the rows in the order of places; files of whole episodes are a permutation of a few stretches."""
     held: dict[int, Any] = {}
     following = 0
     for place, value in rows:
@@ -315,7 +315,7 @@ def _in_order(rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
 
 
 def _stamp(path: Path) -> list[int]:
-    """Changes when a file is written to."""
+    """Size in bytes and time in ns of a file's last change; empty for a missing file."""
     if not path.is_file():
         return []
     status = path.stat()
@@ -323,7 +323,7 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _boot() -> str:
-    """Changes when this machine starts: only then can a file that was fsynced be torn without a new time."""
+    """Identity of this machine's start: only a restart can tear an fsynced file without a new time."""
     known = Path("/proc/sys/kernel/random/boot_id")
     return known.read_text().strip() if known.is_file() else str(round(psutil.boot_time()))
 
@@ -344,7 +344,7 @@ def _check_room(directory: Path, needed: int, limit_gib: float, form: CacheForma
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """One process of a node builds, the others wait; the lock goes with its process, however that ends."""
+    """Hold the lock of a folder, so that one process of a node builds; it is released however the process ends."""
     files.make_folder(directory.parent)
     with (directory.parent / f"{directory.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

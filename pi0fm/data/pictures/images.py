@@ -1,4 +1,4 @@
-"""Pictures of any size to the network's square, without distortion.
+"""Resizing of pictures to the network's square, without distortion.
 
 Owns: resizing with padding. Does not know: cameras, ranges of the network.
 """
@@ -12,7 +12,7 @@ from pi0fm.data.pictures.resizing import ANTIALIAS, Resize, content_box
 
 
 def resize_with_padding(images: NDArray[np.uint8], size: int, resize: Resize = ANTIALIAS) -> NDArray[np.uint8]:
-    """uint8 [n, height, width, 3] to [n, size, size, 3]: the longer side fills the square, black bands pad the other.
+    """Resize uint8 [n, height, width, 3] to [n, size, size, 3]: the longer side fills the square, black bands pad the other.
 
     Bilinear, in one of the forms of pictures/resizing.py. A picture that has the size already is returned as it is.
     """

@@ -1,6 +1,6 @@
-"""How a picture of any size is brought into the network's square: the forms that weights have been trained with.
+"""Forms of resizing a picture to the network's square, one for each that weights were trained with.
 
-Owns: their names, the box that the content fills, the refusal of a picture of another size than its data set says.
+Owns: their names, the box that the content fills, the refusal of a picture whose size differs from the data set's.
 Does not know: pixels (images), which form a policy has (its bundle says).
 
     antialias   openpi's: the box is the integer part of size / ratio, filtered where it is scaled down
@@ -19,7 +19,7 @@ RESIZES: tuple[Resize, ...] = ("antialias", "plain", "rounded")
 
 
 def content_box(height: int, width: int, size: int, resize: Resize) -> tuple[int, int]:
-    """(height, width) that a picture has inside the square; at least one pixel each."""
+    """(height, width) of a picture inside the square; at least one pixel each."""
     ratio = max(width / size, height / size)
     if resize == "rounded":
         scale = size / max(height, width)
@@ -28,11 +28,11 @@ def content_box(height: int, width: int, size: int, resize: Resize) -> tuple[int
 
 
 def refuse_size(what: str, picture: Any, sizes: Sizes) -> None:
-    """Raise DatasetError for a picture [height, width, 3] that is not of each of `sizes`. what: whose picture it is."""
-    for said in sizes:
-        if picture.shape[:2] != said:
+    """Raise DatasetError for a picture [height, width, 3] that does not have each of `sizes`. what: names the picture in the message."""
+    for declared in sizes:
+        if picture.shape[:2] != declared:
             height, width = picture.shape[:2]
             raise DatasetError(
-                f"{what} is {height} pixels high and {width} wide, but meta/info.json says {said[0]} and {said[1]}; correct the shape in "
-                "meta/info.json, or download the data set again"
+                f"{what} is {height} pixels high and {width} wide, but meta/info.json says {declared[0]} and {declared[1]}; "
+                "correct the shape in meta/info.json, or download the data set again"
             )

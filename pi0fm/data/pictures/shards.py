@@ -4,9 +4,9 @@ Owns: the file's layout, its checksum, reading a picture from its memory map. Do
 
     uint8    picture 0 | picture 1 | ... | trailer              size^2 * 3 bytes each: a picture is a slice of the memory map
     JPEG     picture 0 | picture 1 | ... | offsets | trailer    offsets: int64 [count + 1]
-    trailer  magic, bytes in front of it, checksum of those, count
+    trailer  magic, bytes before it, checksum of those, count
 
-A file appears whole or not at all (written aside, fsynced, renamed), so a torn one is the work of a crashed machine or a full disk.
+A file appears whole or not at all (written aside, fsynced, renamed), so a torn one comes from a crashed machine or a full disk.
 """
 
 import io
@@ -27,7 +27,7 @@ JPEG_QUALITY = 95
 _MAGIC = b"pi0fm-01"
 _TRAILER = struct.Struct("<8sQII")
 _BLOCK = 4096
-_BUFFERED = 16  # pictures that are summed and written together: few enough to be in the cache still when they are written
+_BUFFERED = 16  # pictures summed and written together: few enough to stay in the processor's cache until written
 
 
 class JpegShard:
@@ -88,7 +88,7 @@ def _write_jpegs(file: BinaryIO, pictures: Iterable[NDArray[np.uint8]], size: in
 
 
 def open_shard(path: Path, size: int, form: CacheFormat) -> NDArray[np.uint8] | JpegShard:
-    """The pictures of a file that `is_whole` accepted: an array uint8 [n, size, size, 3] where they lie so, else a `JpegShard`."""
+    """Open a file that `is_whole` accepted: an array uint8 [n, size, size, 3] for uint8, a `JpegShard` for JPEG."""
     content = _map(path)
     count = _trailer(content)[3]
     payload = content[: -_TRAILER.size]
@@ -117,7 +117,7 @@ def is_whole(path: Path, count: int, size: int, form: CacheFormat, *, sums: bool
 def checksum(payload: NDArray[np.uint8], before: int = 0) -> int:
     """CRC-32 of the 64-bit sums of blocks of 4 KiB: as fast as memory, where a CRC of all bytes costs a fifth of decoding.
 
-    before: the checksum of what lies in front, which was summed in one piece.
+    before: the checksum of the piece before this one.
     """
     whole = len(payload) // _BLOCK * _BLOCK
     sums = payload[:whole].view(np.uint64).reshape(-1, _BLOCK // 8).sum(axis=1, dtype=np.uint64)
@@ -125,7 +125,7 @@ def checksum(payload: NDArray[np.uint8], before: int = 0) -> int:
 
 
 class ShardedFrames:
-    """One camera's pictures over a whole data set, as if they lay in one array uint8 [N, size, size, 3]."""
+    """Pictures of one camera over a whole data set, indexed as one array uint8 [N, size, size, 3]."""
 
     def __init__(self, firsts: Sequence[int], shards: Sequence[NDArray[np.uint8] | JpegShard], size: int) -> None:
         self._firsts, self._shards = np.asarray(firsts, dtype=np.int64), tuple(shards)
@@ -147,12 +147,12 @@ class ShardedFrames:
         return everything
 
     def read(self, frames: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Write the frames asked for into `out`, uint8 [B, size, size, 3] with any strides. Raises IndexError for one that is not there."""
+        """Write the given frames into `out`, uint8 [B, size, size, 3] with any strides. Raises IndexError for one that is not there."""
         if len(frames) and not 0 <= int(frames.min()) <= int(frames.max()) < len(self):
             raise IndexError(f"frames {frames.min()}..{frames.max()} of {len(self)}")
         places = np.searchsorted(self._firsts, frames, side="right") - 1
         inside = frames - self._firsts[places]
-        # a loop over large rows is as fast as numpy's own, and writes where the batch wants them
+        # a loop over large rows is as fast as numpy's indexing, and writes directly into the batch
         for row, (place, index) in enumerate(zip(places.tolist(), inside.tolist(), strict=True)):
             out[row] = self._shards[place][index]
 

@@ -1,4 +1,4 @@
-"""Where a batch's pictures come from, as far as collation knows.
+"""Source of a batch's pictures, as collation sees it.
 
 Owns: the interface between the loader and the frame cache or the stream. Does not know: files, videos, the network.
 """
@@ -12,22 +12,22 @@ from pi0fm.data.order.orders import Order
 
 
 class Pictures(ABC):
-    """The pictures of a data set by frame."""
+    """Pictures of a data set by frame."""
 
     @property
     @abstractmethod
     def order(self) -> Order:
-        """The order of samples in which these pictures are served well."""
+        """Order of samples in which these pictures are read efficiently."""
 
     @property
     def look_ahead(self) -> int:
-        """How many positions ahead of their use frames want to be expected; 0 where they are all there."""
+        """Number of positions by which `expect` should precede the use of frames; 0 where all are ready."""
         return 0
 
     @abstractmethod
     def gather(self, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """uint8 [B, C, size, size, 3] of the frames asked for, in the embodiment's order of cameras."""
+        """Read uint8 [B, C, size, size, 3] of the given frames, in the embodiment's order of cameras."""
 
     def expect(self, frames: NDArray[np.int64]) -> None:
-        """A hint that these frames will be asked for soon; may start work, never waits."""
+        """Announce that these frames will be read soon; may start work, never waits."""
         del frames

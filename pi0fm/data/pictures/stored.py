@@ -1,9 +1,9 @@
 """A picture that a parquet file holds: as bytes, as the path of a file, or both.
 
-Owns: finding its bytes, what modes of pictures are colour. Does not know: data sets, sizes of the network.
+Owns: finding its bytes, which modes of pictures are colour. Does not know: data sets, sizes of the network.
 
     8-bit colour, gray, palette, with or without alpha -> RGB; a gray value is red, green and blue, alpha is dropped
-    16-bit, 32-bit, floating point                     -> refused: a depth map, or a range of values that no field gives
+    16-bit, 32-bit, floating point                     -> refused: a depth map, or values of an unknown range
 """
 
 import io
@@ -21,9 +21,9 @@ COLOUR = ("RGB", "RGBA", "RGBX", "L", "LA", "La", "P", "PA", "1", "CMYK", "YCbCr
 
 
 def stored_picture(value: Any, folders: Sequence[Path], what: str) -> NDArray[np.uint8]:
-    """uint8 [height, width, 3] of what a row holds. folders: where a relative path may begin; what: the row, for messages.
+    """Decode a row's value to uint8 [height, width, 3]. folders: bases of a relative path; what: names the row in messages.
 
-    Raises DatasetError for nothing, a file that is not there, a broken picture, or one that is no colour picture.
+    Raises DatasetError for an empty value, a missing file, a broken picture, or one that is no colour picture.
     """
     content = _content(value, folders, what)
     try:
@@ -64,6 +64,6 @@ def is_nothing(value: Any) -> bool:
 
 
 def nothing(what: str, value: Any) -> DatasetError:
-    """The error for such a row."""
+    """Make the error of a row without a picture."""
     found = "null" if value is None else "neither bytes nor a path"
     return DatasetError(f"{what} must be a picture, found {found}; leave the episode out")

@@ -1,4 +1,4 @@
-"""Pictures of a data set too large to be kept decoded: read from the videos as they are needed, within a bound of memory.
+"""Streaming of pictures from videos within a bound of memory, for a data set too large to be kept decoded.
 
 Owns: which frames are a group, the buffer, decoding ahead, the choice between stream and cache. Does not know: batches, devices.
 
@@ -6,9 +6,9 @@ Owns: which frames are a group, the buffer, decoding ahead, the choice between s
     buffer                 [g7][g2][g9]                  [g3][g5][ ]        groups, decoded whole, at most `capacity` frames
     asked for (gather)       ^    ^  any of window k
     expected                                               ^ one window ahead: decoded in threads meanwhile
-    leaves first             the group whose use lies longest ago
+    dropped first            the group used longest ago
 
-The order is a function of the position, so a run that goes on needs no saved buffer: it fills again from the videos.
+The order is a function of the position, so a resumed run needs no saved buffer: it is filled again from the videos.
 """
 
 import threading
@@ -35,7 +35,7 @@ SHORTEST_GROUP, LONGEST_GROUP = 16, 256
 
 
 class FrameStream(Pictures):
-    """The pictures of a data set by frame, decoded when they are asked for or expected, and dropped when memory is needed."""
+    """Pictures of a data set by frame, decoded on request or ahead of it, and dropped when memory is needed."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class FrameStream(Pictures):
         buffer_gib: float,
         resize: Resize = ANTIALIAS,
     ) -> None:
-        """Raises DatasetError for pictures that are not videos, ConfigError for a buffer too small to shuffle in."""
+        """Plan groups and windows. Raises DatasetError for pictures outside videos, ConfigError for a buffer too small to shuffle in."""
         if source.stored_pictures:
             raise DatasetError(
                 f"{source.root} keeps pictures of {', '.join(source.stored_pictures)} in parquet files, which are not streamed; "
@@ -56,7 +56,7 @@ class FrameStream(Pictures):
         self.capacity = int(buffer_gib * 2**30) // (len(source.embodiment.cameras) * size * size * 3)
         lanes = lanes_of(global_batch_size)
         longest = int(np.clip(self.capacity // (GROUPS_A_LANE * lanes), SHORTEST_GROUP, LONGEST_GROUP))
-        window = (self.capacity // lanes - 3 * longest) // 2  # this one and the next, and the groups that stick out of them
+        window = (self.capacity // lanes - 3 * longest) // 2  # the current and the next one, and the groups that reach out of them
         if window < longest:
             need = 5 * longest * lanes * len(source.embodiment.cameras) * size * size * 3 / 2**30
             raise ConfigError(f"a stream of this data set needs a buffer of {need:.2f} GiB or more, found {buffer_gib}; raise it")
@@ -65,12 +65,12 @@ class FrameStream(Pictures):
         self._order = StreamOrder(ends[np.diff(ends, prepend=0) > 0], global_batch_size, lanes, window)
         self._threads = ThreadPoolExecutor(min(cores(), 8), thread_name_prefix="pi0fm-stream")
         self._held: dict[int, Future[NDArray[np.uint8]]] = {}
-        self._used: dict[int, int] = {}  # group -> when it is used last, on the clock of samples that were gathered
+        self._used: dict[int, int] = {}  # group -> its last use, counted in gathered samples
         self._clock, self._frames_held, self._frames_decoded, self._lock = 0, 0, 0, threading.Lock()
 
     @property
     def order(self) -> Order:
-        """The one that a window of memory is enough for."""
+        """Order for which a window of memory is enough."""
         return self._order
 
     @property
@@ -86,11 +86,11 @@ class FrameStream(Pictures):
 
     @property
     def frames_decoded(self) -> int:
-        """Frames of one camera that were decoded so far, those that were dropped and decoded again as often."""
+        """Frames of one camera decoded so far, counting repeated decoding."""
         return self._frames_decoded
 
     def gather(self, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """uint8 [B, C, size, size, 3] of the frames asked for; waits for those that are not there. Raises DatasetError."""
+        """Read uint8 [B, C, size, size, 3] of the given frames, waiting for those not yet decoded. Raises DatasetError."""
         out = np.empty((len(frames), len(self._source.embodiment.cameras), self._size, self._size, 3), np.uint8)
         groups = np.searchsorted(self._ends, frames, side="right")
         with self._lock:
@@ -106,11 +106,11 @@ class FrameStream(Pictures):
         return out
 
     def expect(self, frames: NDArray[np.int64]) -> None:
-        """Begin to decode what these frames need."""
+        """Start decoding the groups of these frames."""
         self._submit(np.searchsorted(self._ends, frames, side="right"), self._clock + self.look_ahead)
 
     def settle(self) -> None:
-        """Wait until all that was begun is decoded."""
+        """Wait until all decoding in progress is done."""
         with self._lock:
             begun = list(self._held.values())
         wait(begun)
@@ -120,7 +120,7 @@ class FrameStream(Pictures):
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, groups: NDArray[np.int64], when: int) -> None:
-        """Have these groups decoded, as far as there is room for groups that are used later than others."""
+        """Start decoding these groups, as far as dropping groups of earlier use makes room."""
         with self._lock:
             wanted = np.unique(groups).tolist()
             for group in wanted:
@@ -139,7 +139,7 @@ class FrameStream(Pictures):
                 waiting = self._held[group]
             try:
                 return waiting.result()
-            except CancelledError:  # another thread's batch took its room before it was begun
+            except CancelledError:  # another thread's batch took its room before decoding began
                 continue
 
     def _start(self, group: int, when: int) -> None:
@@ -148,7 +148,7 @@ class FrameStream(Pictures):
         self._frames_held += self._count(group)
 
     def _make_room(self, group: int, when: int) -> bool:
-        """Drop groups whose last use lies before `when`, the oldest first; False where that is not enough."""
+        """Drop groups whose last use is before `when`, oldest first; False where that is not enough."""
         while self._frames_held + self._count(group) > self.capacity:
             oldest = min(self._used, key=self._used.__getitem__, default=None)
             if oldest is None or self._used[oldest] >= when:
@@ -183,7 +183,7 @@ def open_pictures(
     buffer_gib: float = BUFFER_GIB,
     resize: Resize = ANTIALIAS,
 ) -> Pictures:
-    """The frame cache where it fits into `config.cache_limit_gib`, else the stream; which of the two is said.
+    """Open the frame cache where it fits into `config.cache_limit_gib`, else the stream, and report the stream.
 
     The two have different orders of samples, so the choice depends on the configuration and the data set alone, not on free space.
     """
@@ -198,7 +198,7 @@ def open_pictures(
 
 
 def group_ends(source: LeRobotSource, longest: int) -> NDArray[np.int64]:
-    """The frame behind each group: episodes, short ones together and long ones in equal parts, about `longest` frames each."""
+    """Frame after each group: short episodes together and long ones in equal parts, about `longest` frames each."""
     ends: list[int] = []
     begin = 0
     episodes = np.unique(source.end).tolist()

@@ -1,4 +1,4 @@
-"""A video file to frames with their times, in order, from any time on.
+"""Frames of a video file with their times, in order, from any time on.
 
 Owns: sequential decoding with PyAV, or torchcodec where it loads. Does not know: episodes, data sets.
 
@@ -6,9 +6,9 @@ Owns: sequential decoding with PyAV, or torchcodec where it loads. Does not know
     asked for                 | start ....
     decoded                 K . . . K . .            from the last key frame at or before `start`
 
-A frame's time is what the file says, in seconds; rates, starts and gaps are its own. Frames are converted to pictures when they are asked
-for: of those between two that are used only the decoder's work is spent.
-One thread a call: callers read several files at once, and an idle pool of threads in every decoder costs a fifth of the work.
+A frame's time is the file's, in seconds, with any rate, start and gaps. Frames are converted to pictures on request only,
+so that a skipped frame costs the decoder's work alone.
+One thread per call: callers read several files at once, and an idle pool of threads in every decoder costs a fifth of the work.
 """
 
 import importlib
@@ -26,21 +26,21 @@ from numpy.typing import NDArray
 from pi0fm.data.config import Decoder
 from pi0fm_client.errors import ConfigError, DatasetError
 
-CLOSE = 1e-4  # seconds by which a time of the data set and one of the file may differ and be the same
-BACK = 64  # frames
+CLOSE = 1e-4  # seconds: times of the data set and of the file that differ by less are equal
+BACK = 64  # frames per step back
 Picture = Callable[[], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video that is being read. period: seconds between two frames on average; frames: (time, uint8 [height, width, 3] on demand)."""
+    """Open video. period: mean seconds between frames; frames: (time, uint8 [height, width, 3] on demand)."""
 
     period: float
     frames: Iterator[tuple[float, Picture]]
 
 
 def choose_decoder(wanted: Decoder) -> Literal["pyav", "torchcodec"]:
-    """`auto` is torchcodec when it loads (it needs the system's ffmpeg libraries), else PyAV, which brings its own."""
+    """Choose torchcodec for `auto` when it loads (it needs the system's ffmpeg libraries), else PyAV, which includes its own."""
     if wanted == "pyav":
         return "pyav"
     if importlib.util.find_spec("torchcodec") is not None:
@@ -60,7 +60,7 @@ def choose_decoder(wanted: Decoder) -> Literal["pyav", "torchcodec"]:
 
 @contextmanager
 def open_video(path: Path, decoder: Literal["pyav", "torchcodec"], start: float = 0.0) -> Iterator[Video]:
-    """The frames of a file in order, from the last one at or before `start` seconds that can be reached, or an earlier one, on.
+    """Open the frames of a file in order, from one at or before `start` seconds on.
 
     Raises DatasetError, inside the block too, for a file that is missing, that cannot be opened or read on, or that holds a depth map.
     """
@@ -70,7 +70,7 @@ def open_video(path: Path, decoder: Literal["pyav", "torchcodec"], start: float 
 
 
 def frame_times(path: Path) -> tuple[NDArray[np.float64], float]:
-    """(the times of all frames, ascending; seconds between two on average), without decoding one. Raises DatasetError."""
+    """(times of all frames, ascending; mean seconds between them), without decoding. Raises DatasetError."""
     import av
 
     with reading_video(path), av.open(str(path)) as container:
@@ -83,7 +83,7 @@ def frame_times(path: Path) -> tuple[NDArray[np.float64], float]:
 
 @contextmanager
 def reading_video(path: Path) -> Iterator[None]:
-    """What decoders raise for a file that is missing, cut or damaged, as one line. Raises DatasetError."""
+    """Convert decoders' errors for a missing, cut or damaged file to a DatasetError of one line."""
     if not path.is_file():
         raise DatasetError(f"the data set's video {path} is missing; download or record the data set again")
     try:
@@ -102,7 +102,7 @@ def _ffmpeg_error() -> type[Exception]:
 
 
 def decode(path: Path, decoder: Literal["pyav", "torchcodec"], start: float = 0.0) -> Iterator[tuple[float, NDArray[np.uint8]]]:
-    """(time, picture) of every frame as `open_video` gives them. Raises DatasetError."""
+    """Yield (time, picture) of every frame of `open_video`. Raises DatasetError."""
     with open_video(path, decoder, start) as video:
         for time, picture in video.frames:
             yield time, picture()
@@ -110,10 +110,10 @@ def decode(path: Path, decoder: Literal["pyav", "torchcodec"], start: float = 0.
 
 @contextmanager
 def _pyav(path: Path, start: float) -> Iterator[Video]:
-    # here, since a machine that reads no video trains without PyAV
+    # imported here, since training without videos needs no PyAV
     import av.logging
 
-    av.logging.set_libav_level(av.logging.PANIC)  # its lines on standard error say once more what the one raised here says
+    av.logging.set_libav_level(av.logging.PANIC)  # its lines on standard error would repeat the error raised here
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
@@ -157,7 +157,7 @@ def _torchcodec(path: Path, start: float) -> Iterator[Video]:
 
 def _torchcodec_frames(video: Any, index: int, start: float) -> Iterator[tuple[float, Picture]]:
     index = max(0, min(index, len(video) - 1))
-    while index > 0 and video.get_frame_at(index).pts_seconds > start + CLOSE:  # a rate that is not constant
+    while index > 0 and video.get_frame_at(index).pts_seconds > start + CLOSE:  # at a variable frame rate
         index = max(0, index - BACK)
     for number in range(index, len(video)):
         frame = video.get_frame_at(number)

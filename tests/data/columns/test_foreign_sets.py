@@ -138,7 +138,7 @@ def test_a_video_that_starts_late_is_a_line_with_its_first_picture(tmp_path):
     ("begin", "end", "words"),
     [
         ([0.0, 0.4], [0.8, 1.2], "episode 1 begins at 0.4 s of .*, where episode 0 lasts until 0.8 s"),
-        ([0.8, 0.0], [0.8, 0.8], "episode 0 lies from 0.8 to 0.8 s of .*, which is no span"),
+        ([0.8, 0.0], [0.8, 0.8], "episode 0 goes from 0.8 to 0.8 s of .*, which is no span"),
         ([0.0, 0.8], [0.4, 1.6], "episode 0 lasts 0.4 s, but its last row is at 0.7 s"),
         ([0.0, 8.0], [0.8, 8.8], "row 8 of episode 1, at 8.000 s, within 0.100 s, found no picture in its span"),
         ([-1.0, 0.8], [0.8, 1.6], "which is no span"),
@@ -165,7 +165,7 @@ def test_a_set_without_ends_of_spans_is_read_by_its_rows(tmp_path):
         (
             "timestamp",
             [0.1 * k for k in range(8)] + [0.0] * 8,
-            "row 9 of episode 1 .* timestamp above the one of the row before it",
+            "row 9 of episode 1 .* timestamp above that of the row before it",
         ),
         ("timestamp", [0.2 * k for k in range(8)] * 2, "says 10 rows a second, but the column 'timestamp' has 5"),
         ("timestamp", [0.1 * k for k in range(7)] + [None] + [0.1 * k for k in range(8)], "row 7 of episode 0 .* timestamp above .* nan"),

@@ -117,9 +117,9 @@ def test_augmentation_of_one_part_leaves_the_other_as_it_is(collator, other):
 
 def test_parts_need_seeds_of_their_own_and_one_network(collator, other):
     for parts, weights in (((collator, replace(other, seed=7)), (1.0, 1.0)), ((collator, replace(other, action_horizon=3)), (1.0, 1.0))):
-        with pytest.raises(ConfigError, match="seeds of their own"):
+        with pytest.raises(ConfigError, match="different seeds"):
             MixtureCollator(parts, weights)
-    with pytest.raises(ConfigError, match="one weight a data set"):
+    with pytest.raises(ConfigError, match="one weight per data set"):
         MixtureCollator((collator,), (1.0, 1.0))
     assert len({part_seed(7, part) for part in range(50)}) == 50
 
