@@ -1,4 +1,4 @@
-"""Errors of one line for what the mathematics does not allow.
+"""Checks of what the mathematics of a flow requires, with errors of one line.
 
 Owns: `FlowError` and the checks of times, states and masks. Does not know: paths, solvers, robots.
 
@@ -23,8 +23,8 @@ from pi0fm_client.errors import Pi0fmError
 class FlowError(Pi0fmError, ValueError):
     """A time, state or mask that a flow cannot use.
 
-    Not a ConfigError: what is wrong is the value of a tensor, not an option. Also a ValueError, which is what callers of a
-    numerical library catch.
+    Not a ConfigError, since the value of a tensor is wrong, not an option. Also a ValueError, which callers of a numerical
+    library catch.
     """
 
 

@@ -1,14 +1,14 @@
-r"""Chunks whose first rows are decided already: real-time chunking that the network was trained for.
+r"""Chunks whose first rows are committed: real-time chunking that the network was trained for.
 
 Owns: which rows are held, the training pair with held rows, the velocity that holds them. Does not know: robots, control steps.
 
     rows of a chunk   0 .. d-1          d .. H-1        d = inference_delay
     x_t               x_1, clean        on the path
-    flow time         1                 t               a row's property
+    flow time         1                 t               differs by row
     loss              none              as always
 
-So the network learns p(rows from d on | observation, rows before d), and sampling from it needs neither a derivative nor a path of its own:
-before each evaluation the held rows are put in clean, with time 1. Training-time real-time chunking (arXiv 2512.05964).
+So the network learns p(rows from d on | observation, rows before d), and sampling from it needs neither a derivative nor another path:
+before each evaluation the held rows are set to their clean values, with time 1. Training-time real-time chunking (arXiv 2512.05964).
 Shape letters: B batch, H action horizon, A action dim.
 """
 
@@ -29,7 +29,7 @@ def held_rows(delays: Int64[Tensor, " B"], horizon: int) -> Bool[Tensor, "B H"]:
 
 
 def row_times(held: Bool[Tensor, "B H"], t: Float[Tensor, " B"]) -> Float[Tensor, "B H"]:
-    """The flow time of each row: 1 where it is held, else its chunk's."""
+    """Flow time of each row: 1 where it is held, else its chunk's."""
     return torch.where(held, torch.ones_like(t)[:, None], t[:, None])
 
 
@@ -43,10 +43,10 @@ def hold(
 @final
 @dataclass(frozen=True)
 class CommittedVelocity:
-    """A `Velocity` of the rows that are free, beside held rows of `actions`; 0 for the held ones, whatever x says there.
+    """`Velocity` of the free rows, given the held rows of `actions`; 0 for the held rows, for any x there.
 
-    network: (x [B, H, A], t [B, H]) -> answer. Where it has a method `at_rows(x, t: float, held)`, that is asked where the free rows share
-    a time.
+    network: (x [B, H, A], t [B, H]) -> answer. Its method `at_rows(x, t: float, held)`, if any, is called where the free rows share a
+    time.
     """
 
     network: Callable[[Tensor, Tensor], Tensor]
@@ -54,21 +54,21 @@ class CommittedVelocity:
     held: Bool[Tensor, "B H"]
 
     def __call__(self, x: Float[Tensor, "B H A"], t: Float[Tensor, " B"]) -> Float[Tensor, "B H A"]:
-        """The answer for the free rows, each chunk at its own time."""
+        """Evaluate the free rows, each chunk at its own time."""
         return self._free(self.network(self.placed(x), row_times(self.held, t)))
 
     def at(self, x: Float[Tensor, "B H A"], t: float) -> Float[Tensor, "B H A"]:
-        """The same where all chunks share a time."""
+        """Evaluate the free rows, all chunks at one time."""
         at_rows = getattr(self.network, "at_rows", None)
         if at_rows is None:
             return self(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device))
         return self._free(at_rows(self.placed(x), t, self.held))
 
     def placed(self, x: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
-        """x with the held rows of `actions`: what the network sees, and after the last step the chunk."""
+        """Put the held rows of `actions` into x: the network's input, and after the last step the chunk."""
         check_same_shape("the actions of a committed chunk", self.actions, x)
         return torch.where(self.held[..., None], self.actions.to(x.dtype), x)
 
     def _free(self, answer: Tensor) -> Tensor:
-        # no loss trained what the network answers in held rows
+        # the network's answer in held rows is untrained
         return torch.where(self.held[..., None], torch.zeros_like(answer), answer)

@@ -1,7 +1,7 @@
-"""The words and numbers of a flow, as a run and a bundle hold them.
+"""Options of a flow, as a run and a bundle store them.
 
 Owns: `FlowConfig`, the names of paths, densities, solvers and quantities. Does not know: their mathematics; torch is not imported, so that
-a command line is read in a moment.
+a command line is parsed quickly.
 """
 
 import math
@@ -17,7 +17,7 @@ FIXED_GRID_SOLVERS = ("euler", "midpoint", "heun", "rk4")
 SOLVERS = (*FIXED_GRID_SOLVERS, "dopri5")
 EULER_MARUYAMA, ANCESTRAL = "euler_maruyama", "ancestral"
 STOCHASTIC_SOLVERS = (EULER_MARUYAMA, ANCESTRAL)
-"""Words of the samplers that solve no ODE; flow/sampling.py runs them."""
+"""Names of the samplers that solve no ODE; flow/sampling.py runs them."""
 VELOCITY, NOISE, DATA, SCORE = "velocity", "noise", "data", "score"
 QUANTITIES = (VELOCITY, NOISE, DATA, SCORE)
 LOSS_WEIGHTINGS = ("none", "likelihood")
@@ -25,17 +25,17 @@ LOSS_WEIGHTINGS = ("none", "likelihood")
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """The flow of a run, by words. Raises ConfigError for an unknown word or a number out of range."""
+    """Options of a run's flow. Raises ConfigError for an unknown name or a number out of range."""
 
     path: str = option("cond_ot", "probability path from noise to data: cond_ot (pi0), cosine, vp (DDPM), ve")
     time_density: str = option("pi0", "density of the training times: pi0, uniform, logit_normal, likelihood")
     logit_normal_mu: float = option(0.0, "centre of the logit of t under logit_normal; above 0 leans to data")
     logit_normal_s: float = option(1.0, "spread of the logit of t under logit_normal, above 0")
-    solver: str = option("euler", "of the sampling: euler, midpoint, heun, rk4, dopri5; or with noise: euler_maruyama, ancestral (DDPM's)")
+    solver: str = option("euler", "sampler: euler, midpoint, heun, rk4, dopri5; or with noise: euler_maruyama, ancestral (DDPM's)")
     noise_level: float = option(1.0, "euler_maruyama's noise as a multiple of g, 0 or more; 0 is the ODE, 1 the reverse diffusion")
-    num_flow_steps: int = option(10, "steps of the sampling, at least 1; for dopri5 the first step tried is its inverse")
-    prediction: str = option("velocity", "what the network answers: velocity, noise, data, score")
-    loss_weighting: str = option("none", "none, or likelihood: weigh times as maximum likelihood does, whatever the time density")
+    num_flow_steps: int = option(10, "steps of the sampling, at least 1; dopri5 tries its inverse as the first step size")
+    prediction: str = option("velocity", "quantity that the network predicts: velocity, noise, data, score")
+    loss_weighting: str = option("none", "none, or likelihood: weigh times as maximum likelihood does, under any time density")
     time_margin: float = option(1e-3, "distance kept from t = 0 and t = 1 where path or weight is singular, in (0, 0.5)")
     tolerance: float = option(1e-5, "relative and absolute tolerance of dopri5, above 0")
 
@@ -56,7 +56,7 @@ class FlowConfig:
         self._refuse_unused()
 
     def _refuse_unused(self) -> None:
-        """An option is honoured or refused: what the chosen density or solver would not read must stand at its default."""
+        """Raise ConfigError for an option that the chosen density or solver does not read and that is not at its default."""
         if self.solver != EULER_MARUYAMA and self.noise_level != 1:
             rule = f"flow option noise_level belongs to solver {EULER_MARUYAMA}, found {self.noise_level} with {self.solver}"
             raise ConfigError(f"{rule}; set solver to {EULER_MARUYAMA}, or leave noise_level out")
@@ -68,7 +68,7 @@ class FlowConfig:
 
 
 def refuse_logit_normal(mu: float, s: float) -> None:
-    """Raise ConfigError for a centre or spread that is no density."""
+    """Raise ConfigError for a centre or spread that gives no density."""
     if not (math.isfinite(mu) and 0 < s < math.inf):
         raise ConfigError(f"logit_normal needs a finite mu and s > 0, found mu {mu} and s {s}")
 

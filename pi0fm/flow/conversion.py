@@ -1,4 +1,4 @@
-"""Velocity, score, noise and data: four ways to say the same at (x_t, t).
+"""Velocity, score, noise and data: four equivalent quantities at (x_t, t).
 
 Owns: the conversions between them, and where they divide by 0. Does not know: networks, solvers, where t comes from.
 
@@ -36,9 +36,9 @@ def convert(
     *,
     check: bool = True,
 ) -> Float[Tensor, "B *rest"]:
-    """The quantity `wanted` at (x_t, t) from `value`, the quantity `given`; both words of QUANTITIES.
+    """Convert `value`, the quantity `given` at (x_t, t), to the quantity `wanted`; both are words of QUANTITIES.
 
-    check: look at the values of t and of both tensors first, which waits for the device. Samplers pass False and look at
+    check: check the values of t and of both tensors first, which waits for the device. Samplers pass False and check
         their grid of Python floats instead.
     Raises FlowError where the conversion divides by an alpha or sigma that is 0, for t outside [0, 1] and for states
     that are not finite; ConfigError for an unknown quantity.
@@ -82,7 +82,7 @@ def check_conversion(path: ProbabilityPath, t: Float[Tensor, "..."], given: str,
 
 
 def _noise_and_data(path: ProbabilityPath, value: Tensor, x_t: Tensor, t: Tensor, given: str) -> tuple[Tensor, Tensor]:
-    """(E[x_0 | x_t], E[x_1 | x_t]) from the two linear equations; the one that is not wanted may be non-finite."""
+    """(E[x_0 | x_t], E[x_1 | x_t]) from the two linear equations; the unused one may be non-finite."""
     alpha, sigma = expand(path.alpha(t), x_t), expand(path.sigma(t), x_t)
     if given == VELOCITY:
         alpha_prime, sigma_prime = expand(path.alpha_prime(t), x_t), expand(path.sigma_prime(t), x_t)

@@ -1,4 +1,4 @@
-"""The density of what a flow samples: `log p_1` of action chunks, and the divergence of a velocity field, which it integrates.
+"""Density of a flow's samples: `log p_1` of action chunks, and the divergence of a velocity field, whose integral it is.
 
 Owns: `div v = trace(dv/dx)` exactly or by random probes; the joint integration of a state and its log-density, forwards (sample and
 density in one pass) and backwards (density of given chunks). Does not know: networks, observations, robots.
@@ -16,8 +16,8 @@ The instantaneous change of variables (Chen et al. 2018, arXiv 1806.07366, Theor
                  2 (||J_sym||_F^2 - sum diag^2) / n with J_sym = (J + J') / 2
 
 p_0 is N(0, prior_scale^2 I). For CondOT and cosine that is the path's own p_0; for VP and VE it is the usual approximation,
-and `log_prior` takes a better one. Densities are in nats, of the normalised chunk, over its unmasked entries.
-Gradients flow if the caller has them enabled; under torch.no_grad all works, under torch.inference_mode it cannot.
+and `log_prior` accepts a better one. Densities are in nats, of the normalised chunk, over its unmasked entries.
+Gradients flow if the caller has them enabled; torch.no_grad is supported, torch.inference_mode is not.
 Shape letters: B batch, H action horizon, A action dim, D entries of one state.
 """
 
@@ -39,7 +39,7 @@ from pi0fm.flow.solver import Velocity, evaluate, integrate
 Field = Callable[[Tensor], Tensor]
 
 SOLVER_BESIDE_NOISE = "heun"
-"""Solves the probability-flow ODE of a flow that samples with noise: its marginals are the same, and only it has a density."""
+"""Solver of the probability-flow ODE of a flow that samples with noise: the ODE has the same marginals, and a density."""
 
 
 @final
@@ -63,7 +63,7 @@ class Pushed:
 
 @dataclass(frozen=True)
 class DensityOptions:
-    """How a density is computed; every field has a working default.
+    """Options of a density's computation; every field has a working default.
 
     probes: [n, B, ...] of +1 and -1 for Hutchinson's estimate, one set for the whole trajectory; None is exact.
     num_flow_steps, solver, times: instead of the flow's own; `times` increases from noise to data. A flow whose own solver is
@@ -100,9 +100,9 @@ def push_backward(
     mask: Bool[Tensor, "B *rest"] | None = None,
     options: DensityOptions | None = None,
 ) -> Pushed:
-    """The noise that the flow carries to `actions`, and their log-density.
+    """Integrate `actions` back to noise, and compute their log-density.
 
-    mask: entries that are False are held at 0 and leave density and divergence; they may hold anything, NaN included.
+    mask: entries that are False are held at 0 and excluded from density and divergence; they may be anything, NaN included.
     Raises FlowError for actions or a result that are not finite, a mask or probes of another shape, and a network that does not
     answer in float64 when asked to.
     """
@@ -122,7 +122,7 @@ def push_forward(
     mask: Bool[Tensor, "B *rest"] | None = None,
     options: DensityOptions | None = None,
 ) -> Pushed:
-    """Sampling and log-density in one pass; the sample is that of `flow.sample` from the same N(0, I) noise."""
+    """Sample and compute the log-density in one pass; the sample is that of `flow.sample` from the same N(0, I) noise."""
     options = options or DensityOptions()
     grid = _grid(flow, options)
     check_finite("noise", noise, mask)
@@ -139,7 +139,7 @@ def gaussian_log_prob(x: Float[Tensor, "B *rest"], scale: float, mask: Bool[Tens
 
 
 def density_solver(flow: FlowMatching, options: DensityOptions | None = None) -> str:
-    """The ODE solver that a density is computed with: as the options say, else the flow's own, else SOLVER_BESIDE_NOISE."""
+    """ODE solver of a density: that of the options, else the flow's, else SOLVER_BESIDE_NOISE."""
     if options is not None and options.solver is not None:
         return options.solver
     return SOLVER_BESIDE_NOISE if flow.solver in STOCHASTIC_SOLVERS else flow.solver
@@ -150,8 +150,8 @@ def exact_divergence(
 ) -> tuple[Float[Tensor, "B *rest"], Float[Tensor, " B"]]:
     """(v(x), div v(x)).
 
-    field: treats the states of a batch apart, as every network in evaluation mode does.
-    entries: positions in a flattened state where v is not constantly 0; all of them by default. Padding costs nothing then.
+    field: acts on each state of a batch separately, as every network in evaluation mode does.
+    entries: positions in a flattened state where v is not constantly 0, so that padding costs nothing; all by default.
     chunk_size: how many products run at once; memory grows with it. None runs all of them.
     """
     value, pullback = _value_and_pullback(field, x)
@@ -167,7 +167,7 @@ def exact_divergence(
 def hutchinson_divergence(
     field: Field, x: Float[Tensor, "B *rest"], probes: Float[Tensor, "n B *rest"]
 ) -> tuple[Float[Tensor, "B *rest"], Float[Tensor, " B"]]:
-    """(v(x), estimate of div v(x)): the mean of `e' J e` over the probes; one forward pass, one backward pass a probe."""
+    """(v(x), estimate of div v(x)): the mean of `e' J e` over the probes; one forward pass, one backward pass per probe."""
     if len(probes) == 1 and not torch.is_grad_enabled():
         return _by_one_backward_pass(field, x, probes[0])
     value, pullback = _value_and_pullback(field, x)
@@ -186,7 +186,7 @@ def _grid(flow: FlowMatching, options: DensityOptions) -> list[float]:
 
 
 def _prepared(x: Tensor, mask: Tensor | None, options: DensityOptions) -> Tensor:
-    """In the precision of the integration, 0 where masked; probes and mask of the right shape."""
+    """Cast x to the precision of the integration, with 0 where masked, and check the shapes of probes and mask."""
     if options.probes is not None and (options.probes.ndim < 1 or options.probes.shape[1:] != x.shape):
         raise FlowError(f"probes must be of shape [n, {', '.join(map(str, x.shape))}], found {list(options.probes.shape)}")
     x = x.to(torch.float64 if options.float64 else torch.promote_types(x.dtype, torch.float32))
@@ -205,7 +205,7 @@ def _integrated(
     entries = None if mask is None or options.probes is not None else mask.flatten(1).any(0).nonzero().flatten().tolist()
     probes = None if options.probes is None else options.probes.to(x)
     if probes is not None and mask is not None:
-        # A probe's masked entries would add the variance of derivatives that the density does not hold.
+        # A probe's masked entries would add the variance of derivatives that the density does not contain.
         probes = torch.where(mask, probes, torch.zeros_like(probes))
 
     # The integral of the divergence is one more coordinate of the state, so any solver, dopri5 too, carries both.
@@ -230,7 +230,7 @@ class _Joint:
         return self._velocity(state, lambda y: self.field(y, t))
 
     def at(self, state: Tensor, t: float) -> Tensor:
-        """At one time for all rows: the field is asked as sampling asks it, so that both go through the same numbers."""
+        """Evaluate all rows at one time, as sampling does, so that both compute the same numbers."""
         return self._velocity(state, lambda y: evaluate(self.field, y, t))
 
     def _velocity(self, state: Tensor, field: Field) -> Tensor:
@@ -260,7 +260,7 @@ def _answering_in_float64(network: Velocity) -> Velocity:
 
 
 def _by_one_backward_pass(field: Field, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by plain autograd, for a caller that wants no gradient: torch.func runs custom autograd functions on a slower path.
+    """As `hutchinson_divergence` by plain autograd, without gradients: torch.func runs custom autograd functions on a slower path.
 
     Raises FlowError under torch.inference_mode, where every derivative would silently be 0.
     """
@@ -276,7 +276,7 @@ def _by_one_backward_pass(field: Field, x: Tensor, probe: Tensor) -> tuple[Tenso
 
 
 def _value_and_pullback(field: Field, x: Tensor) -> tuple[Tensor, Field]:
-    """v(x), and the map from a cotangent e to e' J. A lambda: a nested function would be annotated again at every step under test."""
+    """v(x), and the map from a cotangent e to e' J. A lambda: under pytest a nested function would be type-checked again."""
     result = vjp(field, x)
     return result[0], lambda cotangent: result[1](cotangent)[0]
 

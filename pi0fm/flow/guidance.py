@@ -1,6 +1,6 @@
-r"""Guide a flow towards the remainder of an earlier chunk: real-time chunking at inference.
+r"""Guidance of a flow towards the remainder of an earlier chunk: real-time chunking at inference.
 
-Owns: which rows are held how firmly, the guided velocity. Does not know: robots, control steps, where the remainder comes from.
+Owns: the weight of each held row, the guided velocity. Does not know: robots, control steps, where the remainder comes from.
 
     rows of the new chunk   0 .. d-1 | d .. H-s-1 | H-s .. H-1      d = inference_delay, s = execution_horizon, d <= H - s
     weight W                    1    |  1 .. 0    |     0
@@ -9,7 +9,7 @@ Owns: which rows are held how firmly, the guided velocity. Does not know: robots
     v_guided = v + min(beta, (1 - t) / (t r^2)) J^T (W (Y - x1_hat))      r^2 = (1 - t)^2 / (t^2 + (1 - t)^2),  J = d x1_hat / d x_t
 
 Black, Galliker, Levine 2025 (arXiv 2506.07339); the coefficient is that of Song et al. 2023, pseudo-inverse guidance. It belongs to the
-path x_t = t x_1 + (1 - t) x_0 and to a velocity. Without the Jacobian J is the identity: no backward pass, a cruder hold.
+path x_t = t x_1 + (1 - t) x_0 and to a velocity. Without the Jacobian J is the identity: no backward pass, less exact guidance.
 Shape letters: B batch, H action horizon, A action dim.
 """
 
@@ -32,9 +32,9 @@ BETA = 5.0
 
 
 def hold_weights(horizon: int, inference_delay: int, execution_horizon: int, rows: int | None = None) -> Float[Tensor, " H"]:
-    """W of a chunk's rows: 1 while the old chunk is still executed, then falling, 0 where the remainder does not reach.
+    """Weights W of a chunk's rows: 1 while the old chunk is still executed, then falling, 0 beyond the remainder.
 
-    rows: how many the remainder has; H - execution_horizon by default. For d <= i < H - s with c = (H - s - i) / (H - s - d + 1) the weight
+    rows: length of the remainder; H - execution_horizon by default. For d <= i < H - s with c = (H - s - i) / (H - s - d + 1) the weight
     is c (e^c - 1) / (e - 1). Raises FlowError unless 0 <= inference_delay <= horizon - execution_horizon.
     """
     end = horizon - execution_horizon
@@ -54,10 +54,10 @@ def hold_weights(horizon: int, inference_delay: int, execution_horizon: int, row
 @final
 @dataclass(frozen=True)
 class GuidedVelocity:
-    """A `Velocity` that leads to `target` where `weights` are above 0; where they are 0 everywhere it is `velocity` in every bit.
+    """`Velocity` guided towards `target` where `weights` are above 0; equal to `velocity` bit for bit where all are 0.
 
-    weights: in [0, 1], of every entry, so that padded dimensions can be left alone. beta: the largest coefficient.
-    jacobian: multiply by J^T, one backward pass through the velocity a step; it must then be differentiable, outside inference mode.
+    weights: in [0, 1], one per entry, so that padded dimensions can be excluded. beta: the largest coefficient.
+    jacobian: multiply by J^T, one backward pass through the velocity per step; it must then be differentiable, outside inference mode.
     """
 
     velocity: Velocity
@@ -72,11 +72,11 @@ class GuidedVelocity:
             raise FlowError(f"beta must be above 0, found {self.beta}; {BETA:g} is usual")
 
     def __call__(self, x: Float[Tensor, "B H A"], t: Float[Tensor, " B"]) -> Float[Tensor, "B H A"]:
-        """The guided velocity, each row of the batch at its own time."""
+        """Evaluate the guided velocity, each row of the batch at its own time."""
         return self._guided(x, t[:, None, None], _coefficient(t, self.beta)[:, None, None], lambda x: self.velocity(x, t))
 
     def at(self, x: Float[Tensor, "B H A"], t: float) -> Float[Tensor, "B H A"]:
-        """The same where all rows share a time."""
+        """Evaluate the guided velocity, all rows at one time."""
         coefficient = _coefficient(torch.tensor(t, dtype=torch.float64), self.beta).item()
         return self._guided(x, t, coefficient, lambda x: evaluate(self.velocity, x, t))
 
@@ -96,7 +96,7 @@ class GuidedVelocity:
 
 
 def refuse_guidance(flow: FlowMatching) -> None:
-    """Raise FlowError for a flow that the coefficient does not belong to."""
+    """Raise FlowError for a flow to which the coefficient does not apply."""
     if not isinstance(flow.path, CondOT) or flow.prediction != VELOCITY:
         raise FlowError(
             f"a guided chunk needs the path cond_ot and a network that answers velocities, found {type(flow.path).__name__} and "

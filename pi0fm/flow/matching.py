@@ -6,7 +6,7 @@ Owns: the pair (x_t, target) of a training step, the masked loss, and sampling. 
     sampling   noise = x at t = 0 --network, num_flow_steps times--> x at t = 1 = actions
 
 Lipman et al. 2022 (arXiv 2210.02747); Black et al. 2024 (arXiv 2410.24164).
-Shape letters: B batch, H action horizon, A action dim. The methods work on any [B, ...] in truth; chunks are [B, H, A].
+Shape letters: B batch, H action horizon, A action dim. The methods accept any [B, ...]; chunks are [B, H, A].
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from pi0fm_client.errors import ConfigError
 
 @dataclass(frozen=True)
 class FlowPair:
-    """One training pair: what the network is shown, and what it should answer.
+    """Training pair: the network's input x_t and the target of its prediction.
 
     target: the quantity named by `prediction`; under "velocity" it is the conditional velocity.
     """
@@ -39,7 +39,7 @@ class FlowPair:
 
     @property
     def velocity_target(self) -> Tensor:
-        """The target of a network that predicts velocities. Raises ConfigError for another prediction: `target` is for all."""
+        """The target of a network that predicts velocities. Raises ConfigError for another prediction: use `target`."""
         if self.prediction != VELOCITY:
             raise ConfigError(f"velocity_target needs flow option prediction 'velocity', found {self.prediction!r}; use target")
         return self.target
@@ -47,9 +47,9 @@ class FlowPair:
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """A probability path, the density of training times, and the solver that samples.
+    """Probability path, density of training times, and solver of the sampling.
 
-    prediction: what the network answers, one of QUANTITIES.
+    prediction: the quantity that the network predicts, one of QUANTITIES.
     loss_weighting: "none", or "likelihood" to estimate the maximum-likelihood bound (arXiv 2101.09258) under any time density.
     time_margin: the distance kept from t = 0 and t = 1 where a conversion or the likelihood weight is singular.
     solver: a word of SOLVERS, which `sample` runs, or of STOCHASTIC_SOLVERS: flow/sampling.py runs all of them.
@@ -68,14 +68,14 @@ class FlowMatching:
 
     @classmethod
     def from_config(cls, config: FlowConfig) -> "FlowMatching":
-        """The flow that a configuration names."""
+        """Make the flow of a configuration."""
         path = path_named(config.path)
         density = density_named(config.time_density, path, config.time_margin, config.logit_normal_mu, config.logit_normal_s)
         alike = ("solver", "num_flow_steps", "prediction", "loss_weighting", "time_margin", "tolerance", "noise_level")
         return cls(path, density, **{name: getattr(config, name) for name in alike})
 
     def times(self, uniform_B: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-        """Training times from uniform numbers in [0, 1); one uniform number, one time."""
+        """Map uniform numbers in [0, 1) to training times, one each."""
         return self.time_density.quantile(uniform_B)
 
     def training_pair(
@@ -85,12 +85,12 @@ class FlowMatching:
         noise_BHA: Float[Tensor, "B *rest"],
         mask_BHA: Bool[Tensor, "B *rest"] | None = None,
     ) -> FlowPair:
-        """`x_t = alpha_t x_1 + sigma_t x_0` and the target; for CondOT and velocities the target is `actions - noise`.
+        """Make `x_t = alpha_t x_1 + sigma_t x_0` and the target; for CondOT and velocities the target is `actions - noise`.
 
         mask_BHA: entries that sampling will hold at 0 (padded dimensions); x_t and target are 0 there, even where the actions
             are not finite. Leave padded *steps* out of it unless sampling masks them too, or the network learns to read the end
-            of an episode from zeros that it will not see again.
-        Values are not checked: this is the training step, and a look at them would wait for the device.
+            of an episode from zeros that sampling never shows it.
+        Values are not checked: this is the training step, and a check would wait for the device.
         """
         x_1, x_0 = actions_BHA, noise_BHA
         if mask_BHA is not None:
@@ -113,7 +113,7 @@ class FlowMatching:
         mask_BHA: Bool[Tensor, "B *rest"],
         t_B: Float[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """(sum of squared errors, count) over the entries whose mask is True; both float32, whatever comes in.
+        """(sum of squared errors, count) over the entries whose mask is True; both float32 for any input type.
 
         The caller divides by the count over all workers and micro-batches, so that every real entry weighs the same.
         A masked entry adds exactly 0 to the sum and to every gradient, even where it is NaN.
@@ -141,12 +141,12 @@ class FlowMatching:
         mask_BHA: Bool[Tensor, "B *rest"],
         t_B: Float[Tensor, " B"] | None = None,
     ) -> Float[Tensor, ""]:
-        """The loss of one batch on one worker: mean square over its real entries; 0 when it has none."""
+        """Compute the loss of one batch on one worker: mean square over its real entries; 0 when it has none."""
         total, count = self.loss(velocity_BHA, velocity_target_BHA, mask_BHA, t_B)
         return total / count.clamp(min=1)
 
     def likelihood_weight(self, t_B: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-        """What the squared error at t weighs so that its mean over the time density is the likelihood bound, up to a constant.
+        """Weight of the squared error at t with which its mean over the time density is the likelihood bound, up to a constant.
 
         The density proportional to the bound's factor c_t, divided by the time density, so its mean is 1. For velocities
         `c = 1 / lam = 2 / g^2`; a score error is 1 / lam of a velocity error, and so on, hence
@@ -172,7 +172,7 @@ class FlowMatching:
         times: Sequence[float] | None = None,
         check: bool = True,
     ) -> Float[Tensor, "B *rest"]:
-        """x at t = 1 of the flow that stands at `prior_scale * noise` at t = 0, by a solver of the ODE.
+        """Solve the flow's ODE from `prior_scale * noise` at t = 0 to the sample x at t = 1.
 
         velocity: the network, (x [B, ...], t [B]) -> the quantity named by `prediction`.
         noise_BHA: from N(0, I), drawn by the caller. num_flow_steps, solver: instead of this object's own.
@@ -191,30 +191,30 @@ class FlowMatching:
         return x_1
 
     def grid(self, num_flow_steps: int | None = None) -> list[float]:
-        """The sampling times, noise to data; the ends keep `time_margin` where the network's answer gives no velocity."""
+        """Sampling times from noise to data; the ends keep `time_margin` where the network's answer gives no velocity."""
         steps = self.num_flow_steps if num_flow_steps is None else num_flow_steps
         start, stop = self.interval()
         return uniform_grid(steps, start, stop)
 
     def interval(self) -> tuple[float, float]:
-        """The longest interval of t on which the network's answer has a meaning and gives a finite velocity."""
+        """Longest interval of t on which the network's answer is trained and gives a finite velocity."""
         if self.prediction == VELOCITY:
             return 0.0, 1.0
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
         alpha_0, sigma_1 = float(self.path.alpha(ends)[0]), float(self.path.sigma(ends)[1])
         needs_alpha = self.prediction in (NOISE, SCORE)
-        # A score is trained on -x_0 / sigma, which has no finite variance at t = 1, so the network knows nothing there.
+        # A score is trained on -x_0 / sigma, which has no finite variance at t = 1, so the network is untrained there.
         needs_sigma = self.prediction in (DATA, SCORE) or not bool(torch.isfinite(self.path.sigma_prime(ends)[1]))
         start = self.time_margin if needs_alpha and alpha_0 == 0 else 0.0
         stop = 1 - self.time_margin if needs_sigma and sigma_1 == 0 else 1.0
         return start, stop
 
     def velocity_field(self, network: Velocity, mask: Bool[Tensor, "B *rest"] | None = None) -> Velocity:
-        """The network as a velocity: converted from its prediction, and 0 where the mask is False."""
+        """Make a velocity of the network: converted from its prediction, and 0 where the mask is False."""
         return _VelocityField(self.path, self.prediction, network, mask)
 
     def _velocity_per_unit(self, t: Tensor) -> Tensor:
-        """|d velocity / d prediction| at fixed x_t: the error of a velocity made from a prediction that is wrong by 1."""
+        """|d velocity / d prediction| at fixed x_t: the error of the velocity for an error of 1 in the prediction."""
         alpha, sigma, lam = self.path.alpha(t), self.path.sigma(t), self.path.lam(t)
         if self.prediction == SCORE:
             return lam
@@ -226,7 +226,7 @@ class FlowMatching:
 @final
 @dataclass(frozen=True, eq=False)
 class _VelocityField:
-    """A network's answer as a velocity, 0 where the mask is False."""
+    """Velocity converted from a network's answer, 0 where the mask is False."""
 
     path: ProbabilityPath
     prediction: str
@@ -237,7 +237,7 @@ class _VelocityField:
         return self._velocity(self.network(x, t), x, t)
 
     def at(self, x: Tensor, t: float) -> Tensor:
-        """The same at one time for every row; a velocity needs no conversion, so that no time tensor is made."""
+        """Evaluate all rows at one time; a velocity needs no conversion, so no time tensor is made."""
         if self.prediction != VELOCITY:
             return self(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device))
         return self._velocity(evaluate(self.network, x, t), x, None)
@@ -246,7 +246,7 @@ class _VelocityField:
         check_same_shape("the network's answer", answer, x)
         value = answer.to(x.dtype)
         if t is not None:
-            # Unchecked: the grid of `interval` keeps away from the singular ends, and a look at t would wait for the device.
+            # Unchecked: the grid of `interval` keeps away from the singular ends, and a check of t would wait for the device.
             value = convert(self.path, value, x, t, self.prediction, VELOCITY, check=False)
         return value if self.mask is None else _masked(value, self.mask)
 

@@ -26,7 +26,7 @@ from pi0fm_client.errors import ConfigError
 
 
 class ProbabilityPath(ABC):
-    """A Gaussian path `x_t = alpha_t x_1 + sigma_t x_0`; alpha rises, sigma falls."""
+    """Gaussian path `x_t = alpha_t x_1 + sigma_t x_0`; alpha rises, sigma falls."""
 
     @property
     @abstractmethod
@@ -67,7 +67,7 @@ class ProbabilityPath(ABC):
 
     @final
     def sample(self, x_0: Float[Tensor, "B *rest"], x_1: Float[Tensor, "B *rest"], t: Float[Tensor, " B"]) -> Float[Tensor, "B *rest"]:
-        """`x_t = alpha_t x_1 + sigma_t x_0`. No value is checked here: this stands in the training step."""
+        """`x_t = alpha_t x_1 + sigma_t x_0`. Values are not checked: this is the training step."""
         check_same_shape("x_0", x_0, x_1)
         check_batch(t, x_1)
         return expand(self.alpha(t), x_1) * x_1 + expand(self.sigma(t), x_0) * x_0
@@ -78,7 +78,7 @@ class ProbabilityPath(ABC):
     ) -> Float[Tensor, "B *rest"]:
         """`u_t(x_t | x_1) = alpha' x_1 + sigma' x_0`, the target of flow matching (arXiv 2210.02747, Theorem 3).
 
-        CondOT: x_1 - x_0 at every t. No value is checked here: this stands in the training step. VP's sigma' is infinite at t = 1.
+        CondOT: x_1 - x_0 at every t. Values are not checked: this is the training step. VP's sigma' is infinite at t = 1.
         """
         check_same_shape("x_0", x_0, x_1)
         check_batch(t, x_1)
@@ -264,12 +264,12 @@ _PATHS: dict[str, type[ProbabilityPath]] = {"cond_ot": CondOT, "cosine": Cosine,
 
 
 def path_named(name: str) -> ProbabilityPath:
-    """The path with its default constants. Raises ConfigError that names the known ones: cond_ot, cosine, vp, ve."""
+    """Make the path with its default constants. Raises ConfigError that names the known ones: cond_ot, cosine, vp, ve."""
     if name not in _PATHS:
         raise ConfigError(f"unknown probability path {name!r}: {nearest(name, PATHS)}")
     return _PATHS[name]()
 
 
 def expand(t: Float[Tensor, " B"], x: Float[Tensor, "B *rest"]) -> Float[Tensor, "B *ones"]:
-    """[B] as [B, 1, ...] with as many axes as x, so that it multiplies a state."""
+    """Reshape [B] to [B, 1, ...] with as many axes as x, so that it multiplies a state."""
     return t.reshape(t.shape + (1,) * (x.ndim - 1))

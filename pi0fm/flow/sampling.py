@@ -1,6 +1,6 @@
-"""Which sampler runs: the one place that decides it.
+"""Choice of the sampler, made only here.
 
-Owns: from a solver's word to the function behind it, and what random numbers it needs. Does not know: where they come from.
+Owns: the function of each solver's name, and the random numbers that it needs. Does not know: where they come from.
 
     solver                                 runs                            increments [K, B, ...]
     euler midpoint heun rk4 dopri5         FlowMatching.sample             none
@@ -35,11 +35,11 @@ def sample(
     increments: Float[Tensor, "K B *rest"] | None = None,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "B *rest"]:
-    """x at data from `noise` ~ N(0, I), by whichever solver is asked for.
+    """Sample x at t = 1 from `noise` ~ N(0, I), by the given solver.
 
     num_flow_steps, solver: instead of the flow's own; solver is a word of SAMPLERS.
     increments, generator: the random numbers of a stochastic solver, `num_increments` of them; a solver of the ODE reads neither.
-    Raises ConfigError for an unknown solver and a stochastic one without random numbers, FlowError for what the sampler refuses.
+    Raises ConfigError for an unknown solver and a stochastic one without random numbers, FlowError as the sampler.
     """
     word = solver or flow.solver
     steps = flow.num_flow_steps if num_flow_steps is None else num_flow_steps
@@ -53,7 +53,7 @@ def sample(
 
 
 def num_increments(flow: FlowMatching, num_flow_steps: int | None = None, solver: str | None = None) -> int:
-    """How many standard normal numbers an entry needs besides its noise: one a step of a stochastic solver, else none."""
+    """Number of standard normal numbers per entry besides its noise: one per step of a stochastic solver, else none."""
     steps = flow.num_flow_steps if num_flow_steps is None else num_flow_steps
     return steps if (solver or flow.solver) in STOCHASTIC_SOLVERS else 0
 
@@ -61,7 +61,7 @@ def num_increments(flow: FlowMatching, num_flow_steps: int | None = None, solver
 def overridden(
     config: FlowConfig, num_flow_steps: int | None = None, solver: str | None = None, noise_level: float | None = None
 ) -> FlowConfig:
-    """`config` with another way of sampling; what is None stays, but a noise_level that the new solver would not read.
+    """Change the sampling of `config`; None keeps a value, except a noise_level that the new solver does not read.
 
     Raises ConfigError as FlowConfig does.
     """

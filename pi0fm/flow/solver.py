@@ -1,7 +1,7 @@
 """Solvers of `dx/dt = v(x, t)` on a grid of times.
 
 Owns: Euler, midpoint, Heun and RK4 on any monotone grid, and dopri5 through torchdiffeq; how many evaluations each needs.
-Does not know: what v is; whether a state is an action chunk or a state with its log-density beside it.
+Does not know: what v is; whether a state is an action chunk or a chunk with its log-density.
 
     one step of size dt, from t to t + dt; each * is one evaluation of v
       euler      *                       order 1
@@ -29,14 +29,14 @@ from pi0fm_client.errors import ConfigError
 
 @runtime_checkable
 class Velocity(Protocol):
-    """dx/dt of a flow. One that also has a method `at(x, t: float)` is evaluated by it where all rows share a time."""
+    """Velocity dx/dt of a flow. Its method `at(x, t: float)`, if any, is called where all rows share a time."""
 
     def __call__(self, x: Tensor, t: Tensor, /) -> Tensor:
         """(x [B, ...], t [B]) -> [B, ...]."""
 
 
 def evaluate(velocity: Velocity, x: Float[Tensor, "B *rest"], t: float) -> Float[Tensor, "B *rest"]:
-    """The velocity of every row at the one time t. Raises FlowError for an answer of another shape."""
+    """Evaluate the velocity of every row at one time t. Raises FlowError for an answer of another shape."""
     at = getattr(velocity, "at", None)
     value: Tensor = velocity(x, _filled(t, x)) if at is None else at(x, t)
     check_same_shape("the velocity", value, x)
@@ -74,12 +74,12 @@ _EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 def integrate(
     velocity: Velocity, x: Float[Tensor, "B *rest"], times: Sequence[float], solver: str = "euler", tolerance: float = 1e-5
 ) -> Float[Tensor, "B *rest"]:
-    """The state at `times[-1]` of the flow of `velocity` that stands at x at `times[0]`.
+    """Integrate `velocity` from x at `times[0]` to the state at `times[-1]`.
 
     times: strictly increasing or decreasing Python floats in [0, 1]; a decreasing grid integrates backwards.
     solver: one of SOLVERS. dopri5 (Chen et al. 2018, arXiv 1806.07366) chooses its own steps within `tolerance`, relative and
         absolute; the first step that it tries is that of the grid.
-    A state of less than 32 bits is integrated in float32: ten steps of bfloat16 would lose the small ones.
+    A state of less than 32 bits is integrated in float32: ten steps in bfloat16 would round small ones away.
     Raises ConfigError for an unknown solver, FlowError for a grid that is not monotone and a velocity of another shape.
     """
     check_solver(solver)
@@ -109,7 +109,7 @@ def check_solver(solver: str) -> None:
 
 
 def num_evaluations(solver: str, num_steps: int) -> int:
-    """How often a fixed-grid solver calls the velocity. Raises ConfigError for dopri5, which cannot know: use `Counted`."""
+    """Number of evaluations by a fixed-grid solver. Raises ConfigError for dopri5, whose number is not known before: use `Counted`."""
     check_solver(solver)
     if solver not in _EVALUATIONS:
         raise ConfigError(f"solver {solver!r} chooses its own steps: wrap the velocity in Counted and read num_evaluations after")
@@ -118,28 +118,28 @@ def num_evaluations(solver: str, num_steps: int) -> int:
 
 @final
 class Counted:
-    """A velocity that counts its evaluations; `num_evaluations` is right for every solver, adaptive ones included."""
+    """Velocity that counts its evaluations in `num_evaluations`, for adaptive solvers too."""
 
     def __init__(self, velocity: Velocity) -> None:
         self._velocity = velocity
         self.num_evaluations = 0
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """The velocity at (x, t)."""
+        """Evaluate the velocity at (x, t)."""
         self.num_evaluations += 1
         return self._velocity(x, t)
 
     def at(self, x: Tensor, t: float) -> Tensor:
-        """The velocity of every row at the one time t."""
+        """Evaluate the velocity of every row at one time t."""
         self.num_evaluations += 1
         return evaluate(self._velocity, x, t)
 
 
 @final
 class Spread:
-    """A velocity that sums up its answers: how far they are from their mean over a trajectory, which of a straight one is 0.
+    """Velocity that accumulates the deviation of its answers from their mean over a trajectory, 0 for a straight one.
 
-    Costs three small operations an evaluation, and no wait for the device. One object serves one trajectory.
+    Costs three small operations per evaluation, and no wait for the device. One object serves one trajectory.
     """
 
     def __init__(self, velocity: Velocity) -> None:
@@ -147,12 +147,12 @@ class Spread:
         self._first = self._sum = self._squares = torch.zeros(())
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """The velocity at (x, t)."""
-        return self._summed(self._velocity(x, t))
+        """Evaluate the velocity at (x, t)."""
+        return self._accumulated(self._velocity(x, t))
 
     def at(self, x: Tensor, t: float) -> Tensor:
-        """The velocity of every row at the one time t."""
-        return self._summed(evaluate(self._velocity, x, t))
+        """Evaluate the velocity of every row at one time t."""
+        return self._accumulated(evaluate(self._velocity, x, t))
 
     def of(self, mask: Bool[Tensor, "B *rest"]) -> Float[Tensor, " B"]:
         """Standard deviation over the evaluations, root mean square over the entries of each row whose mask is True."""
@@ -160,9 +160,9 @@ class Spread:
         real = torch.where(mask, variance.clamp(min=0.0), torch.zeros_like(variance)).flatten(1).sum(1)
         return (real / mask.flatten(1).sum(1)).sqrt()
 
-    def _summed(self, value: Tensor) -> Tensor:
+    def _accumulated(self, value: Tensor) -> Tensor:
         found = value.detach()  # a guided flow takes a derivative of what is evaluated here
-        if not self._count:  # counted from the first answer, so that no digit is lost to the answers' size
+        if not self._count:  # relative to the first answer, so that large answers lose no digits
             self._first, self._sum, self._squares = found, torch.zeros_like(found), torch.zeros_like(found)
         self._count += 1
         away = found - self._first
@@ -172,7 +172,7 @@ class Spread:
 
 
 def _filled(t: float, x: Tensor) -> Tensor:
-    """The time t once for each state; a fill on the device, no copy from the host."""
+    """Fill a tensor [B] with the time t on the device, without a copy from the host."""
     return torch.full((x.shape[0],), t, dtype=x.dtype, device=x.device)
 
 

@@ -13,9 +13,9 @@ has the same marginals p_t, whatever h_t >= 0:
 
 g_t = sqrt(2 lam_t) is infinite where alpha is 0, and s where sigma is 0, so the grid keeps `time_margin` from such ends: a
 sample then carries the noise sigma(1 - time_margin). Between them it is uniform in ln(alpha / sigma): for h = g the drift
-pulls by lam dt / sigma^2 = d ln(alpha / sigma) a step, the same everywhere, where a grid uniform in t would blow up near noise.
+pulls by lam dt / sigma^2 = d ln(alpha / sigma) per step, equal for all steps; a grid uniform in t would diverge near noise.
 
-An ancestral step from t to r, nearer to data, draws x_r from q(x_r | x_t, x_1) with E[x_1 | x_t] in the place of x_1 (Ho et al. 2020,
+An ancestral step from t to r, nearer to data, draws x_r from q(x_r | x_t, x_1) with E[x_1 | x_t] for x_1 (Ho et al. 2020,
 arXiv 2006.11239, equations 6, 7 and 11, which count from data to noise and are written for variance-preserving paths):
 
     a = alpha_t / alpha_r        v = sigma_t^2 - a^2 sigma_r^2                    x_t = a x_r + sqrt(v) z
@@ -25,7 +25,7 @@ arXiv 2006.11239, equations 6, 7 and 11, which count from data to noise and are 
     noise                              data           the last step adds no noise where sigma is 0 at t = 1
 
 DDPM's variance is this one (its beta-tilde). The grid is uniform in t, which for the VP path is DDPM's linear schedule of rates.
-No step divides by an alpha that is 0, since alpha_r > 0; the network is never asked at t = 1.
+No step divides by an alpha that is 0, since alpha_r > 0; the network is never evaluated at t = 1.
 Shape letters: B batch, K steps.
 """
 
@@ -61,7 +61,7 @@ def sample_sde(
     mask: Bool[Tensor, "B *rest"] | None = None,
     times: Sequence[float] | None = None,
 ) -> Float[Tensor, "B *rest"]:
-    """Euler-Maruyama (order 1 in law) from `prior_scale * noise` to data; one evaluation of the network a step.
+    """Sample by Euler-Maruyama (order 1 in law) from `prior_scale * noise` to data; one evaluation of the network per step.
 
     h: a number is a multiple of g_t; a function of t in (0, 1) is h_t itself. Not negative.
     increments: a standard normal number for every step and entry; else they are drawn from `generator`. With h = 0 neither is
@@ -76,7 +76,7 @@ def sample_sde(
     def mean(k: int, x: Tensor, t_B: Tensor) -> Tensor:
         drift = field(x, t_B)
         if levels[k] > 0:
-            # Unchecked: `_levels` has looked at this grid, and the state is looked at once, after the loop.
+            # Unchecked: `_levels` has checked this grid, and the state is checked once, after the loop.
             drift = drift + levels[k] ** 2 / 2 * convert(flow.path, drift, x, t_B, VELOCITY, SCORE, check=False)
         return x + (grid[k + 1] - grid[k]) * drift
 
@@ -96,7 +96,7 @@ def sample_ancestral(
     increments: Float[Tensor, "K B *rest"] | None = None,
     mask: Bool[Tensor, "B *rest"] | None = None,
 ) -> Float[Tensor, "B *rest"]:
-    """`num_steps` draws from the posteriors above, from `prior_scale * noise` to data; one evaluation of the network a step.
+    """Draw `num_steps` times from the posteriors above, from `prior_scale * noise` to data; one evaluation of the network per step.
 
     network: answers the quantity named by `flow.prediction`; DDPM's answers noise. increments, generator, mask: as in `sample_sde`;
     entries that the mask leaves out change nothing, even where noise or increments are NaN there.
@@ -110,7 +110,7 @@ def sample_ancestral(
     def mean(k: int, x: Tensor, t_B: Tensor) -> Tensor:
         answer = network(x, t_B)
         check_same_shape("the network's answer", answer, x)
-        # Unchecked: the grid was looked at above, and the state is looked at once, after the loop.
+        # Unchecked: the grid was checked above, and the state is checked once, after the loop.
         x_1 = convert(flow.path, answer.to(x.dtype), x, t_B, flow.prediction, DATA, check=False)
         from_state, from_data, _ = steps[k]
         return from_state * x + from_data * x_1
@@ -154,7 +154,7 @@ def posterior(path: ProbabilityPath, t: float, r: float) -> tuple[float, float, 
 def ancestral_grid(flow: FlowMatching, num_steps: int) -> list[float]:
     """`num_steps + 1` times from noise to t = 1, uniform in t, as DDPM's.
 
-    The times at which the network is asked, all but the last, keep to `flow.interval()`: where that forbids the last of a uniform
+    The times at which the network is evaluated, all but the last, keep to `flow.interval()`: where that forbids the last of a uniform
     grid (more than 1 / time_margin steps), the others are spread evenly up to its end.
     """
     if num_steps < 1:
@@ -176,7 +176,7 @@ def _walk(
     increments: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
-    """x <- mean(k, x, t) + deviations[k] z for every step k of the grid, from the prior on."""
+    """Iterate x <- mean(k, x, t) + deviations[k] z over the steps k of the grid, from the prior on."""
     num_steps = len(grid) - 1
     if generator is None and increments is None and any(deviations):
         raise ConfigError("a sampler with noise needs randomness: pass generator=torch.Generator().manual_seed(...) or increments")
@@ -198,7 +198,7 @@ def _walk(
 
 
 def _normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal numbers in the shape, type and place of x, drawn where the generator lives."""
+    """Draw standard normal numbers of x's shape and type on the generator's device, and move them to x's."""
     device = generator.device if generator is not None else x.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
 
@@ -208,7 +208,7 @@ def _log_ratio(path: ProbabilityPath, t: Tensor) -> Tensor:
 
 
 def _levels(path: ProbabilityPath, h: NoiseLevel, grid: Sequence[float]) -> list[float]:
-    """h at the start of every step, computed on the CPU so that the loop waits for nothing."""
+    """h at the start of every step, computed on the CPU so that the loop does not wait for the device."""
     t = torch.tensor(grid[:-1], dtype=torch.float64)
     if callable(h):
         levels = [float(h(time)) for time in grid[:-1]]

@@ -27,7 +27,7 @@ from pi0fm_client.errors import ConfigError
 
 
 class TimeDensity(ABC):
-    """A density on [0, 1], on the clock where 0 is noise and 1 is data."""
+    """Density of t on [0, 1], where 0 is noise and 1 is data."""
 
     @abstractmethod
     def quantile(self, u: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -41,7 +41,7 @@ class TimeDensity(ABC):
 @final
 @dataclass(frozen=True)
 class Uniform(TimeDensity):
-    """Every t alike."""
+    """Uniform density."""
 
     @override
     def quantile(self, u: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Likelihood(TimeDensity):
 
     @override
     def quantile(self, u: Tensor) -> Tensor:
-        """Bisection of the closed-form CDF: a fixed number of halvings, so that no value is read from the device."""
+        """Invert the closed-form CDF by a fixed number of bisections, so that no value is read from the device."""
         u = u.to(torch.promote_types(u.dtype, torch.float32))
         target = u * self._total(u)
         low, high = torch.zeros_like(u), torch.full_like(u, 1 - self.eps)
@@ -134,7 +134,7 @@ class Likelihood(TimeDensity):
 
 
 def density_named(name: str, path: ProbabilityPath | None = None, eps: float = 1e-3, mu: float = 0.0, s: float = 1.0) -> TimeDensity:
-    """The time density of that name; `path` (CondOT by default) and `eps` shape `likelihood` only, `mu` and `s` `logit_normal` only.
+    """Make the time density of that name; `path` (CondOT by default) and `eps` shape `likelihood` only, `mu` and `s` `logit_normal` only.
 
     Raises ConfigError that names the known ones: uniform, pi0, logit_normal, likelihood.
     """
