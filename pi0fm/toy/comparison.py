@@ -6,10 +6,10 @@ Owns: the order train -> measure for each method, every figure of demo.json. Doe
     common NLL       the worst of the methods' best held-out NLLs: every method reaches it
     train_seconds    of training until a method's averaged weights are at the common NLL or below, at the marks of its curve
     speedup          train_seconds of the CNF over those of flow matching
-    distance         sliced Wasserstein-2 of samples to as many held-out points: root of the mean over directions of the squared
+    distance         sliced Wasserstein-2 of samples to equally many held-out points: root of the mean over directions of the squared
                      distance of the two sorted projections (Bonneel et al. 2015, doi 10.1007/s10851-014-0506-3)
     common distance  1.1 times the worst of the methods' distances at their finest: every method reaches it
-    evaluations      the fewest evaluations a sample from which on the distance stays within the common distance
+    evaluations      the fewest evaluations per sample from which on the distance stays within the common distance
 
 Every method and every number of evaluations uses the same noise and points: curves differ by the sampler alone.
 Shape letters: B points, K directions.
@@ -45,7 +45,7 @@ TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)
 
 
 class Quality(NamedTuple):
-    """Distance of samples to held-out points at a number of evaluations a sample."""
+    """Distance of samples to held-out points at a number of evaluations per sample."""
 
     evaluations: int
     distance: float
@@ -124,7 +124,7 @@ def compare(
     dataset: Dataset, methods: Sequence[Method], seed: int, *, seconds: float | None = None, steps: int | None = None
 ) -> Comparison:
     """Train every method for `seconds` or `steps`, and measure it. Raises FlowError when a training diverges."""
-    # another stream than the trainings', which start at the seed
+    # a stream different from the trainings', which start at the seed
     generator = torch.Generator().manual_seed(2**32 + seed)
     held_out = dataset.sample(HELD_OUT, generator)
     other, noise = dataset.sample(SAMPLES, generator), torch.randn(SAMPLES, 2, generator=generator)
@@ -177,7 +177,7 @@ def sliced_wasserstein(x: Float[Tensor, "B 2"], y: Float[Tensor, "B 2"]) -> floa
 
 
 Sampler = Callable[[Velocity], Tensor]
-"""network -> samples, from one fixed noise."""
+"""Function from a network to samples, from one fixed noise."""
 
 
 def ode_samplers(flow: FlowMatching, noise: Float[Tensor, "B 2"]) -> Iterator[Sampler]:

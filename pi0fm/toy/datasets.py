@@ -3,7 +3,7 @@
 Owns: samples and log-density of each. Does not know: paths, networks, methods.
 
 A curve blurred by N(0, s^2 I) is a mixture of Gaussians along the curve: its density is a sum over fine points of the curve. The entropy
-of these densities is a lower bound of every model's expected NLL. Each set has mean 0 and root mean square about 1 a coordinate.
+of these densities is a lower bound of every model's expected NLL. Each set has mean 0 and root mean square about 1 per coordinate.
 Shape letters: B points, M points of a curve.
 """
 
@@ -46,7 +46,7 @@ class Dataset:
 def _blurred(name: str, extent: float, scale: float, curve: Callable[[Tensor], Tensor], points: int = CURVE_POINTS) -> Dataset:
     """Return the set of points `curve(u)`, u uniform in [0, 1), plus N(0, scale^2 I). `curve` maps [M] to [M, 2] in float64.
 
-    points: of the curve, whose blurs the density is the sum of.
+    points: number of points of the curve over which the density sums.
     """
 
     def draw(num: int, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,7 @@
 
 Owns: the network, its divergence, the loss of each method. Does not know: the training loop, figures.
 
-    method         loss of a step                                        ODEs solved a step   the network predicts
+    method         loss of a step                                        ODEs per step        the network predicts
     flow_matching  || v(x_t, t) - u_t(x_t | x_1) ||^2 (arXiv 2210.02747)  none                 `prediction`
     cnf            - log p_1(x_1) (arXiv 1806.07366)                      two                  velocity
     diffusion      || e(x_t, t) - x_0 ||^2 on the VP path (2006.11239)    none                 noise
@@ -49,10 +49,10 @@ class PlaneField(nn.Module):
             for fan_in, layer in zip(widths[:-1], self._linears, strict=True):
                 for parameter in layer.parameters():  # the scale of nn.Linear, without the global generator
                     nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
-            # steep units all over the plane: every method learns fine structure several times sooner
+            # steep units over the whole plane: every method learns fine structure several times sooner
             self._linears[0].weight[:, :2].mul_(FIRST_SCALE)
             self._linears[0].bias.mul_(FIRST_SCALE)
-            # v = 0 at the start: the CNF's ODE begins as an easy one
+            # v = 0 at the start makes the CNF's first ODEs easy
             self._linears[-1].weight.zero_()
             self._linears[-1].bias.zero_()
 
@@ -79,7 +79,7 @@ class PlaneField(nn.Module):
             value     h        -> silu(h)           -> W silu(h) + b
             tangent   dh/dx_i  -> silu'(h) dh/dx_i  -> W (silu'(h) dh/dx_i)           div v = sum_i dv_i/dx_i
 
-        One pass of three rows a state; its gradient is an ordinary backward pass, without a gradient of a gradient.
+        One pass of three rows per state; its gradient is an ordinary backward pass, without a gradient of a gradient.
         """
         h = self._first(x, t)
         # the tangents of a linear layer are columns of its weight, the same for every state
@@ -162,7 +162,7 @@ def cnf(config: FlowConfig) -> Method:
 
 
 def _regression(name: str, title: str, config: FlowConfig) -> Method:
-    """Return the method with loss `E || network(x_t, t) - target ||^2`, weighted by the flow, with one t and one noise a point.
+    """Return the method with loss `E || network(x_t, t) - target ||^2`, weighted by the flow, with one t and one noise per point.
 
     Times come from stratified uniform numbers, one in each of B equal parts of [0, 1): unbiased, with less variance.
     """

@@ -5,7 +5,7 @@ Owns: their computation and drawing. Does not know: how the figures of the compa
     over_time     p_t on a grid of points at six times: every point is integrated back to noise, as for an NLL
     trajectories  points in the plane from noise to data; one coordinate against time above the density of all points
     field         streamlines of v_t above p_t at three times
-    learned       density and samples of each method beside those of the data
+    learned       density and samples of each method next to those of the data
     comparison    held-out NLL against seconds of training; distance of samples to data against evaluations
 Shape letters: G points along an edge of a grid, T times.
 """
@@ -65,7 +65,7 @@ def trajectories(comparison: Comparison) -> bytes:
     x = states[:, :, 0]
     reach = float(x.abs().quantile(0.999))
     edge = torch.linspace(-reach, reach, 120)
-    # a kernel estimate of the density at each time over its largest value: the sharp end would hide the rest
+    # a kernel estimate of the density at each time, divided by its maximum: else the sharp end would hide the rest
     columns = torch.stack([torch.exp(-(((edge[:, None] - row) / (0.025 * reach)) ** 2) / 2).mean(1) for row in x])
     columns = (columns / columns.amax(1, keepdim=True)).T
     river.pcolormesh(times, edge.numpy(), columns.numpy(), cmap=_colours(*DENSITY_COLOURS), shading="gouraud")
@@ -90,7 +90,7 @@ def field(comparison: Comparison) -> bytes:
         speed = v.norm(dim=2)
         width = (0.3 + 0.9 * speed / speed.max()).numpy()
         axis.streamplot(edge, edge, *v.permute(2, 0, 1).numpy(), color=STREAM, linewidth=width, arrowsize=0.7)
-        _plane(axis, f"t = {t:.2f}, fastest {float(speed.max()):.1f} a unit of time", extent)
+        _plane(axis, f"t = {t:.2f}, fastest {float(speed.max()):.1f} per unit of time", extent)
     return pages.png(figure)
 
 
@@ -132,7 +132,7 @@ def costs(comparison: Comparison) -> bytes:
     left.axhline(comparison.entropy, color=pages.INK, linewidth=1, linestyle="--", label=f"entropy of the data, {comparison.entropy:.3f}")
     if len(comparison.outcomes) > 1:
         left.axhline(found["common_nll"], color=pages.SOFT, linewidth=1, linestyle=":", label=f"common NLL, {found['common_nll']:.3f}")
-    # early marks may be far off: the window holds every last mark, and of the others 1.5 nats above the lowest
+    # early marks may be far off: the window holds the last marks, and others up to 1.5 nats above the lowest
     finite = [[mark.nll for mark in outcome.curve if math.isfinite(mark.nll)] for outcome in comparison.outcomes]
     lowest = min(comparison.entropy, *itertools.chain(*finite))
     highest = max([min(max(itertools.chain([lowest], *finite)), lowest + 1.5), *(curve[-1] for curve in finite if curve)])
@@ -140,7 +140,7 @@ def costs(comparison: Comparison) -> bytes:
     pages.chart(left, "Held-out NLL while training", "processor seconds of training", "nats")
     right.axhline(comparison.floor, color=pages.INK, linewidth=1, linestyle="--", label="two sets of data")
     right.axhline(found["common_distance"], color=pages.SOFT, linewidth=1, linestyle=":", label="common distance")
-    pages.chart(right, "Samples: distance to held-out data", "evaluations of the network a sample", "sliced Wasserstein-2")
+    pages.chart(right, "Samples: distance to held-out data", "evaluations of the network per sample", "sliced Wasserstein-2")
     left.set_xscale("log")
     right.set(xscale="log", yscale="log")
     for axis in (left.xaxis, right.xaxis, right.yaxis):
@@ -186,7 +186,7 @@ def _square(extent: float, size: int) -> Float[Tensor, "G2 2"]:
 
 
 def _draw_density(axis: Any, density: Float[Tensor, "G G"], extent: float, largest: float) -> None:
-    """Draw a density as colour, on a scale of its root from 0 to `largest`, which shows thin parts."""
+    """Draw a density as colour, on a power scale from 0 to `largest`, which shows thin parts."""
     from matplotlib.colors import PowerNorm
 
     window, norm = (-extent, extent, -extent, extent), PowerNorm(0.6, 0, largest)
