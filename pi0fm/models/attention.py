@@ -1,4 +1,4 @@
-"""One softmax attention for every tower, by the fastest kernel of the device.
+"""Softmax attention of every tower, by the fastest kernel of the device.
 
 Owns: the choice of kernel. Does not know: what the tokens are, who made the mask.
 On a GPU this is scaled_dot_product_attention. On a CPU the few key heads are not expanded, which would copy keys and values for every
@@ -22,17 +22,17 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# Where the fused kernel begins to be faster on a CPU; backwards it is slow in bfloat16. A velocity must be the same number with a gradient
-# and without, so that a score changes no action: only the pictures' tower, which no gradient of an action reaches, may tell the two apart.
+# Sizes from which the fused kernel is faster on a CPU; its backward pass is slow in bfloat16. A velocity must be equal with and without a
+# gradient, so that a score changes no action: only the pictures' tower, which no gradient of an action reaches, may treat them differently.
 FUSED_KEYS, FUSED_KEYS_BFLOAT16, FUSED_ROWS_BFLOAT16 = 192, 512, 1024
 
 
 def attend(
     query: Float[Tensor, "B N T K"], key: Float[Tensor, "B kv J K"], value: Float[Tensor, "B kv J K"], mask: Tensor | None
 ) -> Float[Tensor, "B N T K"]:
-    """softmax(query key^T / sqrt(K)) value. N is a multiple of kv.
+    """Compute softmax(query key^T / sqrt(K)) value. N is a multiple of kv.
 
-    mask: [B, 1, T or 1, J], boolean with True where a key may be seen, or what `additive` made of it; None when all are seen.
+    mask: [B, 1, T or 1, J], boolean with True where a key may be seen, or as converted by `additive`; None when all are seen.
     """
     if query.device.type == "cpu":
         narrow = query.dtype == torch.bfloat16
@@ -44,26 +44,29 @@ def attend(
 
 
 def additive(mask: Bool[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """0 where the mask is True, minus infinity elsewhere: made once for all the layers that share a mask."""
+    """Convert a mask to 0 where it is True and minus infinity elsewhere, once for all layers that share it."""
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
 def attend_pictures(
     query: Float[Tensor, "B N T K"], key: Float[Tensor, "B N T K"], value: Float[Tensor, "B N T K"]
 ) -> Float[Tensor, "B N T K"]:
-    """`attend` for the pictures' tower, which is free to take the fused kernel earlier where no gradient is asked."""
+    """`attend` for the pictures' tower, which may take the fused kernel earlier where no gradient is needed."""
     if query.device.type == "cpu" and not torch.is_grad_enabled():
         return _folded(query, key, value, None, FUSED_KEYS)
     return attend(query, key, value, None)
 
 
 def _folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, fused_keys: int | None) -> Tensor:
-    """fused_keys: how many keys the fused kernel is taken from; None for never, nor in float64, which has derivatives of any order."""
+    """Attend with query heads folded into rows.
+
+    fused_keys: least number of keys for the fused kernel, None for never; unused in float64, which supports derivatives of any order.
+    """
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys = key.shape[1], key.shape[2]
     groups = heads // kv_heads
     fused = fused_keys is not None and num_keys >= fused_keys and query.dtype != torch.float64
-    if fused and groups == 1 and mask is None:  # nothing to fold, and the kernel takes heads as they lie
+    if fused and groups == 1 and mask is None:  # nothing to fold, and the kernel takes heads as they are
         return _fused(query, key, value, None)
     rows, keys, values = query.reshape(batch * kv_heads, groups * num_queries, head_dim), key.flatten(0, 1), value.flatten(0, 1)
     bias = None
@@ -83,14 +86,14 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Te
 
 
 def _products(rows: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    # the scale and the mask ride along in the product: a pass over the scores each, saved
+    # scale and mask are part of the product, which saves a pass over the scores each
     start, beta = (rows.new_empty(()), 0.0) if bias is None else (bias, 1.0)
     scores = torch.baddbmm(start, rows, keys.transpose(1, 2), beta=beta, alpha=rows.shape[-1] ** -0.5)
     return torch.bmm(_softmax(scores), values)
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    """Over the keys. In bfloat16 torch takes those beyond the last multiple of 32 one by one: of few keys that is most of its time."""
+    """Softmax over the keys. In bfloat16 torch takes those beyond the last multiple of 32 one by one: with few keys, most of its time."""
     keys = scores.shape[-1]
     if scores.dtype != torch.bfloat16 or keys % 32 < 8 or keys >= 128 or torch.compiler.is_compiling():
         return scores.softmax(dim=-1)
@@ -102,7 +105,7 @@ def _wide_softmax(scores: Tensor) -> Tensor:
 
 
 class _WideSoftmax(torch.autograd.Function):
-    """A softmax in float32, rounded once; only the rounded result is kept for the backward pass."""
+    """Softmax in float32, rounded once; only the rounded result is kept for the backward pass."""
 
     generate_vmap_rule = True
 

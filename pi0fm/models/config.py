@@ -1,7 +1,7 @@
-"""The sizes of the network and of its adapters, and the sizes that have names.
+"""Sizes of the network and of its adapters, and the named presets.
 
 Owns: `Pi0Config` and its parts, `LoraConfig`; `tiny` for a laptop, `pi0` and `pi05` as released. Does not know: torch, which is not
-imported, so that a command line is read in a moment; data sets; a run may override any field.
+imported, so that a command line is parsed quickly; data sets; a run may override any field.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class VisionConfig:
 
     @property
     def tokens_per_image(self) -> int:
-        """V."""
+        """Number of tokens of a picture, V."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -63,7 +63,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class Pi0Config:
-    """Everything that fixes the network's shape.
+    """Configuration that fixes the network's shape.
 
     state_input: "token" puts the state before the actions (pi0); "prompt" expects it written into the prompt (pi0.5).
     time_conditioning: "concatenate" joins the time to every action token (pi0); "adaptive_norm" feeds it to the norms (pi0.5).
@@ -91,13 +91,13 @@ class Pi0Config:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The adapters of a run; none at rank 0."""
+    """Low-rank adapters of a run; none at rank 0."""
 
     rank: int = option(0, "rank of the low-rank adapters; 0 for none")
     alpha: float = option(16.0, "the adapters' product is multiplied by alpha / rank")
     targets: tuple[str, ...] = option(
         ("backbone", "action_expert"),
-        "what is adapted: vision, backbone, action_expert, or names of linear layers with *; the rest of such a part is frozen",
+        "parts to adapt: vision, backbone, action_expert, or names of linear layers with *; the rest of such a part is frozen",
     )
 
     def __post_init__(self) -> None:
@@ -112,7 +112,7 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """What the product B A is multiplied by."""
+        """Factor of the product B A."""
         return self.alpha / self.rank
 
 
@@ -147,7 +147,7 @@ PRESETS = {"tiny": TINY, "pi0": PI0, "pi05": PI05}
 
 
 def preset(name: str) -> Pi0Config:
-    """The named configuration. Raises ConfigError that names the known ones."""
+    """Look up a configuration by name. Raises ConfigError that names the known ones."""
     if name not in PRESETS:
         raise ConfigError(f"unknown model preset {name!r}: {nearest(name, list(PRESETS))}")
     return PRESETS[name]

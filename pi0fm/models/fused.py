@@ -1,14 +1,14 @@
-"""pi0's layers on a GPU without a gradient: few launches a layer, and fewer bytes for the few rows of a chunk.
+"""Layers of pi0 on a GPU without a gradient: few launches per layer, and fewer bytes for the few rows of a chunk.
 
 Owns: the order in which a layer launches the kernels of models/kernels.py, the sizes of their tiles. Does not know: what a token stands
-for, who solves the flow. `with_fused_layers` puts `FusedVision` and `FusedDecoder` in the place of the tower and of the decoder; they
-answer the same calls.
+for, who solves the flow. `with_fused_layers` replaces the tower and the decoder by `FusedVision` and `FusedDecoder`, which have the
+same methods.
 
     x, y -> [ x + gate * y, norm ] -> qkv -> [ rotation; keys and values into the cache ] -> attention -> out product -> y
     x, y -> [ x + gate * y, norm ] -> gate and up -> [ gelu(gate) * up ] -> down product -> y
 
-A sampler reads every matrix of the action expert once a step, for fifty rows: the time is that of memory and of launches. Up to ROWS rows
-each product has a kernel of its own, and what follows it is computed before it leaves the chip:
+A sampler reads every matrix of the action expert once per step, for 50 rows: the time is that of memory and of launches. Up to ROWS rows
+each product has a separate kernel, which also computes the operations after it on chip:
 
     [ qkv product, rotation, cache ]    [ gate and up products, gelu ]    [ a slice of out or down along K each ] -> y in parts
 
@@ -47,7 +47,7 @@ LINE = 128  # bytes that one prefetch brings
 
 
 class Cached(NamedTuple):
-    """Where a layer's tokens put their keys and values: buffers [B, kv, J, K] from `first` on; what lies before is there already."""
+    """Buffers [B, kv, J, K] of a layer's keys and values, which its tokens write from `first` on; those before are there already."""
 
     key: Tensor
     value: Tensor
@@ -56,10 +56,10 @@ class Cached(NamedTuple):
 
 @dataclass(frozen=True)
 class FusedContext:
-    """What the action tokens need to know of the rest. buffers: a layer's keys and values each; rotary: of state and actions.
+    """Inputs of the action tokens from prefix and state. buffers: keys and values of each layer; rotary: of state and actions.
 
-    state: tokens whose keys and values are not in the buffers yet: they ride along with the actions of the first step, which saves a pass
-    over the weights. Emptied by it. chunks: as ActionContext's.
+    state: tokens whose keys and values are not yet in the buffers: the first step runs them with the actions, which saves a pass over the
+    weights, and empties the list. chunks: as in ActionContext.
     """
 
     buffers: tuple[KeyValue, ...]
@@ -73,9 +73,9 @@ class FusedContext:
 
 @final
 class FusedDecoder(nn.Module):
-    """`JointDecoder.encode` and `context` by these kernels, and the layers behind a velocity; the same answers up to rounding.
+    """`JointDecoder.encode` and `context` by these kernels, and the layers of a velocity; equal results up to rounding.
 
-    space: how many tokens may follow the prefix, so that a cache has space for them from the start.
+    space: number of tokens that may follow the prefix, for which every cache has space from the start.
     """
 
     def __init__(self, decoder: JointDecoder, space: int) -> None:
@@ -89,7 +89,7 @@ class FusedDecoder(nn.Module):
         self._space = space
 
     def encode(self, prefix: Float[Tensor, "B P D"], mask: Bool[Tensor, "B P"], whole: bool = False) -> PrefixCache:
-        """As JointDecoder's; the cache's buffers have `space` behind the prefix."""
+        """Encode as JointDecoder does; the cache's buffers have `space` after the prefix."""
         batch, tokens, _ = prefix.shape
         streams = [layer.backbone for layer in self.layers if isinstance(layer, JointDecoderLayer)]
         matrix, kv = streams[0].qkv.weight, streams[0].num_kv_heads
@@ -110,7 +110,7 @@ class FusedDecoder(nn.Module):
         return PrefixCache(tuple(KeyValue(buffer[0], buffer[1]) for buffer in buffers), mask, mask.sum(dim=1), whole)
 
     def context(self, cache: PrefixCache, state: Float[Tensor, "B Z D"] | None, num_actions: int, chunks: int = 1) -> FusedContext:
-        """As JointDecoder's; nothing is run before the first step."""
+        """Make the context as JointDecoder does; nothing is run before the first step."""
         mask, states, layers = cache.mask, self._space - num_actions, cache.layers
         more = (chunks - 1) * num_actions  # tokens for which `encode` left no space
         if more:
@@ -126,7 +126,7 @@ class FusedDecoder(nn.Module):
     def run(
         self, actions: Float[Tensor, "BN H D"], context: FusedContext, made: Modulations | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
-        """Through all layers: x, parts and gate, whose sum is the residual stream, and how many tokens stand before the actions."""
+        """Run all layers: x, parts and gate, whose sum is the residual stream, and the number of tokens before the actions."""
         each, actions = actions.shape[1], joined_chunks(actions, context.chunks)
         alone, first, rotary = 0, context.prefix + context.states, _rows_from(context.rotary, context.states)
         if context.state:
@@ -145,7 +145,7 @@ class FusedDecoder(nn.Module):
 
 @final
 class FusedPi0(Pi0):
-    """A network for inference that shares another's weights, by these kernels."""
+    """Network for inference by these kernels, with the weights of another network."""
 
     def __init__(self, model: Pi0, decoder: JointDecoder) -> None:
         nn.Module.__init__(self)
@@ -157,14 +157,14 @@ class FusedPi0(Pi0):
         self.eval()
 
     def velocity(self, cache: PrefixCache, state: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Raise ConfigError: `CachedVelocity` asks for it where rows of one observation may have times of their own."""
+        """Raise ConfigError: `CachedVelocity` calls it where rows of one observation may have different times."""
         raise ConfigError(
             "several chunks from one prefix need a solver of fixed steps without noise where a network with adaptive norms is compiled; "
             "type --solver euler, or --compile off"
         )
 
     def action_velocity(self, x_t: Float[Tensor, "BN H A"], time: FlowTime, context: Any) -> Float[Tensor, "BN H A"]:
-        """As Pi0's."""
+        """Evaluate the velocity as Pi0 does."""
         decoder = cast(FusedDecoder, self.decoder)
         actions, condition = self._actions(x_t, time.embedded)
         made = time.modulations
@@ -180,7 +180,7 @@ def _layer(
     stream: Stream, x: Tensor, y: Tensor | None, gate: Tensor | None, by: tuple[Modulation | None, Modulation | None], rotary: Rotation,
     cached: Cached, attend: Callable[[Tensor, Cached], Tensor], few: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """One layer of one stream. x + gate * y is the residual stream, before and after; y may be in parts, and None stands for 0."""
+    """Run one layer of one stream. x + gate * y is the residual stream, before and after; y may be in parts, None is 0."""
     dtype = stream.qkv.weight.dtype
     x, normed = add_norm(x, y, gate, stream.attention_norm, by[0], dtype)
     query = rotated_qkv(normed, stream, rotary, cached, few)
@@ -196,7 +196,7 @@ def _layer(
 def add_norm(
     x: Tensor, parts: Tensor | None, gate: Tensor | None, norm: nn.Module, by: Modulation | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """x [B, T, D] + gate * sum of the parts, float32 (x itself without parts), and its norm in `dtype`."""
+    """Compute x [B, T, D] + gate * sum of the parts, float32 (x itself without parts), and its norm in `dtype`."""
     batch, tokens, width = x.shape
     total = x if parts is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
     normed = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -208,7 +208,7 @@ def add_norm(
 
 
 def rotated_qkv(x: Float[Tensor, "B T D"], stream: Stream, by: Rotation, cached: Cached, few: bool) -> Float[Tensor, "B T N K"]:
-    """Rotated queries; the tokens' own keys and values go to the cache."""
+    """Compute rotated queries, and write the tokens' keys and values to the cache."""
     batch, tokens, width = x.shape
     kv, capacity, head_dim = cached.key.shape[1:]
     heads = stream.num_heads
@@ -229,7 +229,7 @@ def rotated_qkv(x: Float[Tensor, "B T D"], stream: Stream, by: Rotation, cached:
 
 
 def attend_in_slices(query: Float[Tensor, "B T N K"], cached: Cached, bias: Tensor, alone: int, each: int) -> Float[Tensor, "B T NK"]:
-    """Softmax attention of all rows to the cache up to the rows' own keys. bias: [B, 1, 1, J] float32; alone, each: `kernels.attend`."""
+    """Attend from all rows to the cache up to the rows' own keys. bias: [B, 1, 1, J] float32; alone, each: `kernels.attend`."""
     batch, tokens, heads, head_dim = query.shape
     kv, capacity = cached.key.shape[1:3]
     keys = cached.first + tokens
@@ -247,7 +247,7 @@ def attend_in_slices(query: Float[Tensor, "B T N K"], cached: Cached, bias: Tens
 
 
 def product(x: Float[Tensor, "B T D"], linear: nn.Linear, few: bool) -> Float[Tensor, "parts B T N"]:
-    """x times the matrix, in parts to be summed: SLICES of them for few rows, else one."""
+    """Multiply x by the matrix, in parts to be summed: SLICES of them for few rows, else one."""
     if not few:
         return F.linear(x, linear.weight)[None]
     columns, width = linear.weight.shape
@@ -262,7 +262,7 @@ def product(x: Float[Tensor, "B T D"], linear: nn.Linear, few: bool) -> Float[Te
 
 
 def gated_product(x: Float[Tensor, "B T D"], linear: nn.Linear, gelu: str, few: bool) -> Float[Tensor, "B T F"]:
-    """`gelu(gate) * up`, the two halves of one product."""
+    """Compute `gelu(gate) * up` of the two halves of one product."""
     hidden, width = linear.out_features // 2, linear.in_features
     out = x.new_empty(*x.shape[:2], hidden)
     rows = x.shape[0] * x.shape[1]
@@ -281,7 +281,7 @@ def gated_product(x: Float[Tensor, "B T D"], linear: nn.Linear, gelu: str, few: 
 def head(
     x: Tensor, parts: Tensor, gate: Tensor | None, norm: nn.Module, by: Modulation | None, linear: nn.Linear, first: int
 ) -> Float[Tensor, "B H A"]:
-    """The final norm and the head of released weights, which points from data to noise, negated; of the tokens from `first` on."""
+    """Apply the final norm, and negate the head of released weights, which points from data to noise; for tokens from `first` on."""
     batch, tokens, _ = x.shape
     out = torch.empty(batch, tokens - first, linear.out_features, dtype=torch.float32, device=x.device)
     given, strides, flags = _norm_operands(x, parts, gate, norm, by)
@@ -302,7 +302,7 @@ class FusedVision(nn.Module):
         self.final_norm, self.projector = tower.final_norm, tower.projector
 
     def forward(self, pictures: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B V E"]:
-        """pictures in [-1, 1] to tokens."""
+        """Encode pictures in [-1, 1] to tokens."""
         x, y = (self.patch_embedding(pictures) + self.position_embedding).contiguous(), None
         for layer in self.layers:
             assert isinstance(layer, VisionLayer)
@@ -316,7 +316,7 @@ class FusedVision(nn.Module):
 
 
 def add_layer_norm(x: Tensor, y: Tensor | None, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [B, V, D] + y, float32 (x itself without y), and its norm in `dtype`."""
+    """Compute x [B, V, D] + y, float32 (x itself without y), and its norm in `dtype`."""
     width = x.shape[-1]
     total = x if y is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
     normed = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -328,13 +328,13 @@ def add_layer_norm(x: Tensor, y: Tensor | None, norm: nn.LayerNorm, dtype: torch
 
 
 def _bias_gelu(x: Tensor, linear: nn.Linear, gelu: str) -> Tensor:
-    if gelu == "tanh" and x.is_cuda:  # the product's own epilogue
+    if gelu == "tanh" and x.is_cuda:  # as the product's epilogue
         return torch._addmm_activation(linear.bias, x.flatten(0, 1), linear.weight.t(), use_gelu=True).unflatten(0, x.shape[:2])
     return F.gelu(linear(x), approximate=gelu)
 
 
 def with_fused_layers(model: Pi0) -> Pi0 | None:
-    """The same network and weights as `FusedPi0`, for inference; None where a size does not fit."""
+    """Make a `FusedPi0` with the same weights, for inference; None where a size does not fit."""
     config, decoder = model.config, model.decoder
     if not isinstance(decoder, JointDecoder) or (config.state_input == "token" and config.time_conditioning == "adaptive_norm"):
         return None
@@ -342,7 +342,7 @@ def with_fused_layers(model: Pi0) -> Pi0 | None:
 
 
 def fits(decoder: JointDecoder) -> bool:
-    """Whether these kernels take a decoder of this size: sizes in whole tiles, matrices as `nn.Linear` keeps them."""
+    """Whether the kernels support a decoder's sizes: whole tiles, matrices in `nn.Linear`'s layout."""
     layer = decoder.layers[0]
     assert isinstance(layer, JointDecoderLayer)
     stream = layer.action_expert
@@ -362,7 +362,7 @@ def _overlap(x: Tensor) -> dict[str, Any]:
 
 
 def _lines(matrix: Tensor, columns: int) -> dict[str, int]:
-    """How many columns to prefetch, and how many a line of the cache holds."""
+    """Number of columns to prefetch, and number of columns in a cache line."""
     per_line = LINE // matrix.element_size()
     lines = columns // per_line
     return {"SPAN": columns if columns % per_line == 0 and lines & (lines - 1) == 0 else 0, "PER_LINE": per_line}
@@ -371,7 +371,7 @@ def _lines(matrix: Tensor, columns: int) -> dict[str, int]:
 def _norm_operands(
     x: Tensor, parts: Tensor | None, gate: Tensor | None, norm: nn.Module, by: Modulation | None
 ) -> tuple[tuple[Tensor, ...], tuple[int, int, int], dict[str, Any]]:
-    """What the kernels' residual sum and norm read: tensors, the last three's strides from a row of the batch to the next, and sizes."""
+    """Operands of the kernels' residual sum and norm: tensors, the last three's strides between rows of the batch, and sizes."""
     assert isinstance(norm, RMSNorm | AdaptiveRMSNorm)
     factor, shift = (cast(Tensor, norm.scale), cast(Tensor, norm.scale)) if by is None else (by.factor, by.shift)
     given = (x, x if parts is None else parts, x if gate is None else gate, factor, shift)
@@ -381,14 +381,14 @@ def _norm_operands(
 
 
 def _stride(x: Tensor | None) -> int:
-    """From a row of the batch, or a token with a time of its own, to the next; 0 where one serves all."""
+    """Stride between rows of the batch, or between tokens with different times; 0 where one row serves all."""
     if x is None or x.shape[:2] == (1, 1):
         return 0
     return x.stride(0) if x.shape[1] == 1 else x.stride(1)
 
 
 def _sharing(tokens: int, by: Modulation | None) -> int:
-    """How many tokens, one behind the other, share a flow time. Where it is one, no token stands before the actions (`first` is 0)."""
+    """Number of successive tokens that share a flow time. Where it is 1, no token precedes the actions (`first` is 0)."""
     return tokens if by is None or by.factor.shape[1] == 1 else 1
 
 

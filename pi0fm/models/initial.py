@@ -1,13 +1,13 @@
 """Initial weights as a function of (seed, parameter name): the same on any device, for any sharding and order of construction.
 
 Owns: the distributions, the numbers of one parameter or of a stretch of it, filling a network. Does not know: which parameter has which
-distribution: each module says so in `initial_values`.
+distribution: each module defines it in `initial_values`.
 
-    parameter, row by row   | block 0 | block 1 | ... | rest |          2^16 numbers a block
+    parameter, row by row   | block 0 | block 1 | ... | rest |          2^16 numbers per block
     block k                 Philox(key = hash(seed, name), counter = (0, 0, k, 0)) -> uniform numbers, or normal ones by ziggurat
 
-A stretch costs its own numbers and two blocks more at most, so a worker that holds some rows of a matrix makes these alone. Columns of a
-matrix are no stretch: they need its rows.
+A stretch costs its numbers and at most two blocks more, so a worker that holds some rows of a matrix draws only these. Columns of a matrix
+are no stretch: they need all of its rows.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ class NormalInit(Initial):
     deviation: float
 
     def fill(self, generator: np.random.Generator, out: NDArray[np.float32]) -> None:
-        """By ziggurat, in float32."""
+        """Draw by ziggurat, in float32."""
         generator.standard_normal(dtype=np.float32, out=out)
         out *= np.float32(self.deviation)
 
@@ -54,7 +54,7 @@ class UniformInit(Initial):
     bound: float
 
     def fill(self, generator: np.random.Generator, out: NDArray[np.float32]) -> None:
-        """2^24 values of equal distance."""
+        """Draw from 2^24 equally spaced values."""
         generator.random(dtype=np.float32, out=out)
         out *= np.float32(2 * self.bound)
         out -= np.float32(self.bound)
@@ -63,29 +63,29 @@ class UniformInit(Initial):
 @final
 @dataclass(frozen=True)
 class ConstantInit(Initial):
-    """One number."""
+    """Constant value."""
 
     value: float
 
     def fill(self, generator: np.random.Generator, out: NDArray[np.float32]) -> None:
-        """Without the generator."""
+        """Set the value, without the generator."""
         out[:] = self.value
 
 
 @runtime_checkable
-class _Stating(Protocol):
+class _HasInitialValues(Protocol):
     def initial_values(self) -> Mapping[str, Initial]:
-        """The distributions of some parameters of a module, by their names in it."""
+        """Distributions of some parameters of a module, by their names in it."""
 
 
 def linear(module: nn.Linear) -> dict[str, Initial]:
-    """torch's default for a linear layer: both U(-1 / sqrt(fan in), 1 / sqrt(fan in))."""
+    """Distributions of torch's linear layer: both U(-1 / sqrt(fan in), 1 / sqrt(fan in))."""
     bound = UniformInit(module.in_features**-0.5)
     return {"weight": bound, "bias": bound}
 
 
 def unit_variance(module: nn.Linear) -> dict[str, Initial]:
-    """Outputs as large as inputs: weights N(0, 1 / fan in), biases 0."""
+    """Distributions that keep the inputs' variance: weights N(0, 1 / fan in), biases 0."""
     return {"weight": NormalInit(module.in_features**-0.5), "bias": ConstantInit(0.0)}
 
 
@@ -97,29 +97,29 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 
 def initialise_new(model: nn.Module) -> None:
-    """`initialise` with a seed from torch's generator; nothing for a network on meta, whose owner fills it."""
+    """Call `initialise` with a seed from torch's generator; do nothing for a network on meta, whose owner fills it."""
     if not any(parameter.is_meta for parameter in model.parameters()):
         initialise(model, int(torch.randint(2**62, (), device="cpu")))
 
 
 def distributions(model: nn.Module) -> dict[str, Initial]:
-    """The distribution of every parameter, by name.
+    """Distribution of every parameter, by name.
 
     An inner module's `initial_values` win over those of an outer one, and both over torch's defaults.
     """
     found: dict[str, Initial] = {}
     modules = dict(model.named_modules())  # outer modules first
-    for say in (_of_torch, _of_module):
+    for values_of in (_of_torch, _of_module):
         for prefix, module in modules.items():
-            found |= {f"{prefix}.{name}" if prefix else name: initial for name, initial in say(module).items()}
+            found |= {f"{prefix}.{name}" if prefix else name: initial for name, initial in values_of(module).items()}
     return found
 
 
 @torch.no_grad()
 def fill(parameter: Tensor, initial: Initial, seed: int, name: str, start: int = 0) -> None:
-    """Give `parameter` its numbers; made in float32 on the CPU, then cast and copied.
+    """Fill `parameter` with its numbers, made in float32 on the CPU, then cast and copied.
 
-    start: of rows of a parameter, the position of their first number in it.
+    start: for rows of a parameter, the position of their first number in it.
     """
     direct = parameter.device.type == "cpu" and parameter.dtype == torch.float32 and parameter.is_contiguous()
     flat = parameter.detach().reshape(-1) if direct else torch.empty(parameter.numel(), device="cpu")
@@ -129,7 +129,7 @@ def fill(parameter: Tensor, initial: Initial, seed: int, name: str, start: int =
 
 
 def stretch(initial: Initial, seed: int, name: str, start: int, stop: int) -> NDArray[np.float32]:
-    """Numbers start .. stop - 1 of the parameter `name`, row by row."""
+    """Draw numbers start .. stop - 1 of the parameter `name`, row by row."""
     out = np.empty(stop - start, np.float32)
     _write(initial, seed, name, start, out)
     return out
@@ -165,4 +165,4 @@ def _of_torch(module: nn.Module) -> Mapping[str, Initial]:
 
 
 def _of_module(module: nn.Module) -> Mapping[str, Initial]:
-    return module.initial_values() if isinstance(module, _Stating) else {}
+    return module.initial_values() if isinstance(module, _HasInitialValues) else {}

@@ -1,4 +1,4 @@
-"""The dual-stream decoder: a vision-language stream and an action stream under one softmax.
+"""Dual-stream decoder: a vision-language stream and an action stream under one softmax.
 
 Owns: the layer, its attention mask. Does not know: what a token stands for, flow time, images.
 A stream that is absent is None, so that one `forward` encodes the prefix, decodes a suffix against the cache, and does both in training:
@@ -8,9 +8,9 @@ A stream that is absent is None, so that one `forward` encodes the prefix, decod
     None    given   given     ->   one evaluation of the velocity
     given   given   None      ->   training: the same two computations in one pass
 
-What is kept between the evaluations of a sampler is in prefix_cache.py.
+The values kept between the evaluations of a sampler are in prefix_cache.py.
 
-Who sees whom (rows ask, columns answer). The prefix never looks at the suffix, so its cache is valid for every flow time:
+Attention (rows are queries, columns are keys). The prefix never sees the suffix, so its cache is valid for every flow time:
 
                  prefix   state   actions
       prefix       x        .        .
@@ -44,11 +44,11 @@ from pi0fm.models.layers import (
 from pi0fm.models.prefix_cache import ActionContext, KeyValue, KeyValueBuffer, Modulations, PrefixCache
 
 LayerCondition = Tensor | tuple[Modulation, Modulation] | None
-"""For adaptive norms: the flow time's condition [B, D], or [B, T, D], or what a layer's two norms make of it; None for plain norms."""
+"""For adaptive norms: the flow time's condition [B, D], or [B, T, D], or a layer's two modulations made of it; None for plain norms."""
 
 
 class StreamInput(NamedTuple):
-    """What one stream brings to a layer.
+    """Input of one stream to a layer.
 
     tokens: [B, T, D]; rotation: of the tokens' positions; mask: additive, of all keys that the stream sees, [B, 1, 1 or T, J], None when
     every key is real.
@@ -60,7 +60,7 @@ class StreamInput(NamedTuple):
 
 
 class Stream(nn.Module):
-    """One stream's own parameters in one layer: norms, projections, MLP.
+    """Parameters of one stream in one layer: norms, projections, MLP.
 
     keys_only: the last backbone layer. Only its k and v are read, so it has no other parameters.
     """
@@ -83,9 +83,9 @@ class Stream(nn.Module):
             self.mlp = GatedMLP(stream.width, stream.mlp_width, config.gelu)
 
     def forward(self, given: StreamInput, before: KeyValue | KeyValueBuffer | None, condition: LayerCondition) -> tuple[Tensor, KeyValue]:
-        """The tokens after this layer, the same where only keys are made, and the keys and values of all that they saw.
+        """Compute the tokens after this layer, unchanged where only keys are made, and all keys and values that they saw.
 
-        before: keys and values of what stands before the tokens. condition: of adaptive norms.
+        before: keys and values of the tokens before these. condition: of adaptive norms.
         """
         of_attention, of_mlp = condition if isinstance(condition, tuple) else (condition, condition)
         normed, gate = self.attention_norm(given.tokens, of_attention)
@@ -100,7 +100,7 @@ class Stream(nn.Module):
     def _attention(
         self, qkv: Tensor, rotary: Rotation, before: KeyValue | KeyValueBuffer | None, mask: Tensor | None
     ) -> tuple[Tensor | None, KeyValue]:
-        """What is added to the residual stream, None where only keys are made; and the keys and values that were seen."""
+        """Attention's addition to the residual stream, None where only keys are made, and the keys and values that were seen."""
         heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         turning, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
         query, key = rotate(turning, rotary).split((self.num_heads, self.num_kv_heads), dim=1)
@@ -125,9 +125,9 @@ class JointDecoderLayer(nn.Module):
         cached: KeyValue | KeyValueBuffer | None = None,
         condition: LayerCondition = None,
     ) -> tuple[Tensor | None, Tensor | None, KeyValue]:
-        """The tokens of both streams after this layer, and the keys and values of all that the last of them saw.
+        """Compute the tokens of both streams after this layer, and the keys and values that the last stream saw.
 
-        cached: stands for a prefix that is absent. condition: of the suffix's adaptive norms. Raises ValueError without either prefix.
+        cached: replaces an absent prefix. condition: of the suffix's adaptive norms. Raises ValueError without either prefix.
         """
         after_prefix = after_suffix = None
         if prefix is not None:
@@ -140,7 +140,7 @@ class JointDecoderLayer(nn.Module):
         return after_prefix, after_suffix, cached
 
     def modulations(self, condition: Float[Tensor, "*n D"]) -> tuple[Modulation, Modulation]:
-        """What the two adaptive norms of the action stream make of one flow time."""
+        """Modulations of the action stream's two adaptive norms at one flow time."""
         before_attention, before_mlp = self.action_expert.attention_norm, self.action_expert.mlp_norm
         assert isinstance(before_attention, AdaptiveRMSNorm) and isinstance(before_mlp, AdaptiveRMSNorm)
         return before_attention.modulate(condition), before_mlp.modulate(condition)
@@ -174,9 +174,9 @@ class JointDecoder(nn.Module):
         return out
 
     def context(self, cache: PrefixCache, state: Float[Tensor, "B Z D"] | None, num_actions: int, chunks: int = 1) -> ActionContext:
-        """What `decode_actions` needs, computed once. The state's tokens see the prefix and themselves, so no flow time changes them.
+        """Precompute the inputs of `decode_actions`. The state's tokens see the prefix and themselves, so no flow time changes them.
 
-        chunks: of each observation. They share its keys and values, which are copied for none of them, and see their own only:
+        chunks: number for each observation. They share its keys and values without a copy, and none sees another:
 
                           prefix, state   chunk 0   chunk 1
             chunk 0             x            x         .
@@ -197,7 +197,7 @@ class JointDecoder(nn.Module):
         return ActionContext(buffers, rotary, additive(seen), chunks)
 
     def modulations(self, condition: Float[Tensor, "*n D"]) -> Modulations:
-        """What every adaptive norm of the action stream makes of one flow time; a third of what a step of pi0.5 reads from memory."""
+        """Modulations of the action stream's adaptive norms at one flow time; a third of what a step of pi0.5 reads from memory."""
         layers = tuple(layer.modulations(condition) for layer in self.layers if isinstance(layer, JointDecoderLayer))
         assert isinstance(self.final_norm, AdaptiveRMSNorm)
         return Modulations(layers, self.final_norm.modulate(condition))
@@ -225,7 +225,7 @@ class JointDecoder(nn.Module):
         num_state_tokens: int,
         condition: Tensor | None,
     ) -> Float[Tensor, "BK Q E"]:
-        """Both streams in one pass, layer by layer: training. The suffix may hold K rows for each row of the prefix, in its order."""
+        """Run both streams in one pass, layer by layer, for training. The suffix may hold K rows for each prefix row, in its order."""
         out, _ = self._run(prefix, mask, suffix, num_state_tokens, None, condition)
         assert out is not None
         return out
@@ -240,7 +240,7 @@ class JointDecoder(nn.Module):
         condition: Tensor | None,
         whole: bool = False,
     ) -> tuple[Tensor | None, tuple[KeyValue, ...]]:
-        """The suffix behind the final norm, and in each layer the keys and values of all that was seen there."""
+        """Run all layers: the suffix after the final norm, and the keys and values that were seen in each layer."""
         if prefix is not None:
             prefix_rotation = rotation(mask.long().cumsum(dim=1) - 1, self.head_dim)  # padding and missing cameras take no position
             prefix_mask = None if whole else additive(mask[:, None, None])
@@ -265,12 +265,12 @@ class JointDecoder(nn.Module):
 
 
 def _is_whole(mask: Tensor) -> bool:
-    """Whether no mask need be added. A look at it is free on a CPU; elsewhere, and for a compiler, it is not, and the answer is no."""
+    """Whether no mask need be added; False unless on a CPU and outside a compiler, where reading the mask is free."""
     return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
 
 
 def suffix_attention_mask(prefix_mask: Bool[Tensor, "B P"], num_tokens: int, num_state_tokens: int) -> Bool[Tensor, "B 1 Q P+Q"]:
-    """The two lower rows of the drawing above: True where the column may be seen."""
+    """Mask of the two lower rows of the drawing above: True where the column may be seen."""
     own = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=prefix_mask.device)
     own[:num_state_tokens, num_state_tokens:] = False
     batch = prefix_mask.shape[0]
@@ -278,10 +278,10 @@ def suffix_attention_mask(prefix_mask: Bool[Tensor, "B P"], num_tokens: int, num
 
 
 def joined_chunks(actions: Float[Tensor, "BN H D"], chunks: int) -> Float[Tensor, "B NH D"]:
-    """The chunks of one observation, one behind the other."""
+    """Concatenate the chunks of each observation."""
     return actions if chunks == 1 else actions.unflatten(0, (-1, chunks)).flatten(1, 2)
 
 
 def residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
-    """x + y, or x + gate * y under an adaptive norm."""
+    """Add y to x, times the gate under an adaptive norm."""
     return x + y if gate is None else x + gate * y

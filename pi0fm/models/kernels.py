@@ -1,8 +1,8 @@
 """Triton kernels of pi0's layers, for a GPU without a gradient.
 
-Owns: what one launch computes. Does not know: in which order a layer launches them, with tiles of which size (models/fused.py).
+Owns: the computation of one launch. Does not know: the order of a layer's launches and the sizes of tiles (models/fused.py).
 Residual stream, sums and softmax are float32. A product of few columns is split along K, so that every multiprocessor has a share; the
-norm that reads the parts sums them in a fixed order. Few rows look at the keys in slices too, joined by a second kernel.
+norm that reads the parts sums them in a fixed order. For few rows the keys are split too, and a second kernel joins the parts.
 
 Shape letters: B batch, T tokens, M = B T rows, D width, F hidden width, N heads, K head dim, J keys.
 """
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def _after_previous(PDL: tl.constexpr):
-    """Let the next kernel begin, and wait for the previous one. What stands before overlaps with it, and may touch weights only."""
+    """Let the next kernel begin, and wait for the previous one. Code before this call overlaps with it, and may read weights only."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -47,7 +47,7 @@ def _gelu(x, TANH: tl.constexpr):
 
 @triton.jit
 def _summed(x, parts, gate, place, gate_place, size, inside, SLICES: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
-    """One row of x + gate * sum of the parts; `size` numbers from a part to the next."""
+    """Compute one row of x + gate * sum of the parts; `size` is the distance between parts."""
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     if SLICES > 0:
         added = tl.zeros((BLOCK,), tl.float32)
@@ -61,7 +61,7 @@ def _summed(x, parts, gate, place, gate_place, size, inside, SLICES: tl.constexp
 
 @triton.jit
 def _normed(value, factor, shift, inside, D: tl.constexpr, ADAPTIVE: tl.constexpr, EPSILON: tl.constexpr):
-    """The norm of one row; `factor` and `shift` point to its scale."""
+    """Compute the norm of one row; `factor` and `shift` point to its scale."""
     normed = value / tl.sqrt(tl.sum(value * value) / D + EPSILON)
     scale = tl.load(factor, mask=inside, other=0.0).to(tl.float32)
     if ADAPTIVE:
@@ -77,7 +77,7 @@ def add_norm(
     D: tl.constexpr, SLICES: tl.constexpr, GATED: tl.constexpr, ADAPTIVE: tl.constexpr, EPSILON: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """A row a program: x + gate * sum of the parts, stored, and its norm."""
+    """Compute, one row per program, x + gate * sum of the parts, and its norm."""
     _after_previous(PDL)
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
@@ -96,7 +96,7 @@ def _store_head(
     left, right, row, low, live, head, cos, sin, query, key, value, tokens, first, capacity,
     HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Columns `low` of both halves of one head: queries, rotated, to [M, N, K]; keys, rotated, and values to the cache from `first` on."""
+    """Store columns `low` of both halves of a head: rotated queries to [M, N, K], rotated keys and values to the cache from `first` on."""
     if head < HEADS + KV:
         angle = row[:, None] * K + low[None, :]
         turned = left * tl.load(cos + angle, mask=live, other=0.0) + right * tl.load(sin + angle, mask=live, other=0.0)
@@ -124,7 +124,7 @@ def rotated_qkv(
     D: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, DEPTH: tl.constexpr,
     SPAN: tl.constexpr, PER_LINE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The product of few rows, HALF columns of each half of one head a program, and what `_store_head` does with it."""
+    """Compute the product of few rows, HALF columns of each half of one head per program, and store it by `_store_head`."""
     head, row = tl.program_id(0), tl.arange(0, ROWS)
     low = tl.program_id(1) * HALF + tl.arange(0, HALF)
     _prefetch(matrix, head * K + low, 0, D, SPAN, PER_LINE, PDL)
@@ -145,7 +145,7 @@ def rotated_heads(
     qkv, cos, sin, query, key, value, rows, tokens, first, capacity,
     HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, HEADS_IN: tl.constexpr,
 ):  # fmt: skip
-    """The same for a product that is there: qkv [M, HEADS_IN, K], whose first HEADS are queries."""
+    """As `rotated_qkv`, for a computed product qkv [M, HEADS_IN, K], whose first HEADS are queries."""
     row, head = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     low, live = tl.arange(0, K // 2), row[:, None] < rows
     place = (row[:, None] * HEADS_IN + head) * K + low[None, :]
@@ -160,9 +160,9 @@ def attend(
     HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows (a token's heads one after the other) against KEYS keys: unnormalised sums, and the softmax's maximum and total.
+    """Attend from ROWS rows (a token's heads in a row) to KEYS keys: unnormalised sums, and the softmax's maximum and total.
 
-    The first `alone` tokens see none of the own keys of the others; of those each `each` are a chunk, and no chunk sees another.
+    The first `alone` tokens do not see the keys of the later ones, which form chunks of `each`; no chunk sees another.
     """
     GROUP: tl.constexpr = HEADS // KV
     _after_previous(PDL)
@@ -177,7 +177,7 @@ def attend(
     queries = tl.load(query + asked[:, None] + depth[None, :], mask=live[:, None], other=0.0)
     scores = _dot(queries, tl.load(key + place, mask=there[:, None], other=0.0), tl.zeros((ROWS, KEYS), tl.float32)) * scale
     scores += tl.load(bias + batch * bias_stride + seen, mask=there, other=0.0)[None, :]
-    asking, asked = row // GROUP - alone, seen - (keys - tokens + alone)  # places among the actions; what stands before them is below 0
+    asking, asked = row // GROUP - alone, seen - (keys - tokens + alone)  # places among the actions; earlier tokens are below 0
     other = (asking < 0)[:, None] | ((asking // each)[:, None] != (asked // each)[None, :])
     hidden = (asked >= 0)[None, :] & other
     scores = tl.where(there[None, :] & (hidden == 0), scores, float("-inf"))
@@ -196,7 +196,7 @@ def join(
     sums, largest, totals, joined, tokens, cuts, HEADS: tl.constexpr, KV: tl.constexpr, K: tl.constexpr, CUTS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """A row a program: the slices of the keys weighed against each other; to [B, T, N K]."""
+    """Join, one row per program, the slices of the keys by their softmax weights, to [B, T, N K]."""
     _after_previous(PDL)
     GROUP: tl.constexpr = HEADS // KV
     row, pair = tl.program_id(0), tl.program_id(1)
@@ -216,7 +216,7 @@ def sliced_product(
     x, matrix, parts, rows, N: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, SPAN: tl.constexpr, PER_LINE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x [M, D] times a slice of `matrix` [N, D] along D: float32 parts [slices, M, N]."""
+    """Multiply x [M, D] by a slice of `matrix` [N, D] along D: float32 parts [slices, M, N]."""
     row, column, part = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1)
     live = row[:, None] < rows
     _prefetch(matrix, column, part * SLICE, D, SPAN, PER_LINE, PDL)
@@ -234,7 +234,7 @@ def gated_product(
     x, matrix, out, rows, F: tl.constexpr, D: tl.constexpr, TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, SPAN: tl.constexpr, PER_LINE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """gelu(x gate') * (x up') for COLUMNS hidden units; matrix [2 F, D] holds gate, then up."""
+    """Compute gelu(x gate') * (x up') for COLUMNS hidden units; matrix [2 F, D] holds gate, then up."""
     row, column = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     live = row[:, None] < rows
     _prefetch(matrix, column, 0, D, SPAN, PER_LINE, PDL)
@@ -251,7 +251,7 @@ def gated_product(
 
 @triton.jit
 def gated(halves, out, F: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr):
-    """gelu(gate) * up of a row's two halves."""
+    """Compute gelu(gate) * up of a row's two halves."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < F
     place = halves + tl.program_id(0).to(tl.int64) * 2 * F + column
@@ -266,7 +266,7 @@ def head(
     D: tl.constexpr, A: tl.constexpr, SLICES: tl.constexpr, GATED: tl.constexpr, ADAPTIVE: tl.constexpr, EPSILON: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """A token a program, those from `first` on: the last residual sum, its norm, and the negated product with the head [A, D]; float32."""
+    """Compute, one token per program from `first` on, the last residual sum, its norm, and the negated head [A, D]; float32."""
     _after_previous(PDL)
     given = tokens - first
     batch = tl.program_id(0) // given
@@ -285,7 +285,7 @@ def head(
 def add_layer_norm(
     x, y, weight, bias, sum_out, normed_out, D: tl.constexpr, ADDED: tl.constexpr, EPSILON: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A row a program: x + y, stored, and its layer norm."""
+    """Compute, one row per program, x + y and its layer norm."""
     row, columns = tl.program_id(0), tl.arange(0, BLOCK)
     inside = columns < D
     value = tl.load(x + row * D + columns, mask=inside, other=0.0).to(tl.float32)

@@ -1,7 +1,7 @@
-"""The parts that both streams of the decoder are made of.
+"""Building blocks of both streams of the decoder.
 
 Owns: RMSNorm and its adaptive form, rotary positions, the gated MLP, the sine-cosine embedding of flow time.
-Does not know: which stream uses them. Equations: pi0 (arXiv 2410.24164), Gemma (2403.08295), as interoperable weights fix them.
+Does not know: which stream uses them. Equations: pi0 (arXiv 2410.24164), Gemma (2403.08295), as released weights define them.
 Shape letters: B batch, T tokens, D width, N heads, K head dim.
 """
 
@@ -23,16 +23,16 @@ ROPE_BASE = 10_000.0
 
 
 class Rotation(NamedTuple):
-    """cos, and sin with the sign of its half, of the rotary angles, float32 [B, 1, T, K]: made once per forward, used by every layer."""
+    """Rotary angles: cos, and sin with the sign of its half, float32 [B, 1, T, K]; made once per forward, used by every layer."""
 
     cos: Tensor
     sin: Tensor
 
 
 class Modulation(NamedTuple):
-    """What an adaptive norm makes of one flow time: 1 + scale, shift and the residual's gate, float32 [B or 1, 1, D].
+    """Parameters of an adaptive norm at one flow time: 1 + scale, shift and the residual's gate, float32 [B or 1, 1, D].
 
-    [B, T, D] where tokens have times of their own.
+    [B, T, D] where tokens have different times.
     """
 
     factor: Tensor
@@ -41,11 +41,11 @@ class Modulation(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, whose copy in autocast's type may be kept from one use to the next.
+    """`nn.Linear` that can keep its weight's copy in autocast's type between uses.
 
-    cast_once: in training make a new copy only where the weight has changed, once an update, in place of once a forward pass and once
-    more where a layer is recomputed. The numbers are autocast's. Only for weights that are written in place, whose version then counts:
-    torch's fully_shard writes without.
+    cast_once: in training make a new copy only where the weight has changed, once per update, instead of in each forward pass and again
+    where a layer is recomputed. The numbers are autocast's. Only for weights whose version counts their writes, which torch's fully_shard
+    bypasses.
     """
 
     cast_once = False
@@ -53,7 +53,7 @@ class Linear(nn.Linear):
     _copied_version = -1
 
     def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n F"]:
-        """x W' + b."""
+        """Compute x W' + b."""
         dtype = product_dtype(x)
         if not self.cast_once or not self.training or dtype == self.weight.dtype or torch.compiler.is_compiling():
             return super().forward(x)
@@ -66,12 +66,12 @@ class Linear(nn.Linear):
         return F.linear(x, _Cast.apply(self.weight, self._copy), self.bias)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the copy."""
+        """Pickle without the copy."""
         return self.__dict__ | {"_copy": None, "_copied_version": -1}
 
 
 class _Cast(torch.autograd.Function):
-    """A copy of the weight that is there already; its gradient is the weight's."""
+    """Existing copy of the weight, whose gradient is the weight's."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class _Cast(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + 1e-6) * (1 + scale)`, computed in float32 and returned in the type of x.
 
-    for_products: returned in the type of the matrix products behind it (`product_dtype`), so that it is not cast again.
+    for_products: returned in the type of the matrix products after it (`product_dtype`), so that it is not cast again.
     """
 
     def __init__(self, width: int, for_products: bool = False) -> None:
@@ -93,13 +93,13 @@ class RMSNorm(nn.Module):
         self.scale, self.for_products = nn.Parameter(torch.zeros(width)), for_products
 
     def initial_values(self) -> dict[str, Initial]:
-        """The identity's scale."""
+        """Scale of the identity."""
         return {"scale": ConstantInit(0.0)}
 
     def forward(self, x: Float[Tensor, "*n D"], condition: Tensor | None = None) -> tuple[Float[Tensor, "*n D"], Tensor | None]:
-        """The normed input, and None: a plain norm has no gate on its residual."""
+        """Norm x, and return None as the residual's gate, which a plain norm lacks."""
         dtype = product_dtype(x) if self.for_products else x.dtype
-        # the same numbers; without a gradient the frame of the closed form would cost as much as a small norm itself
+        # equal numbers; without a gradient the overhead of the closed form would cost as much as a small norm
         return (_RMSNorm.apply(x, self.scale, dtype) if _closed_form() else _normed(x, self.scale, dtype))[0], None
 
 
@@ -114,13 +114,13 @@ class AdaptiveRMSNorm(nn.Module):
         self.modulation, self.for_products = nn.Linear(condition_width, 3 * width), for_products
 
     def initial_values(self) -> dict[str, Initial]:
-        """Zero, whatever the rest of the network starts with."""
+        """Zero, independent of the network's other initial values."""
         return {"modulation.weight": ConstantInit(0.0), "modulation.bias": ConstantInit(0.0)}
 
     def modulate(self, condition: Float[Tensor, "*n D"]) -> Modulation:
-        """All of it that does not depend on x: a sampler makes it once a flow time instead of once an evaluation.
+        """Compute the parameters of the norm from a condition, which a sampler does once per flow time instead of per evaluation.
 
-        condition: [B, D], or [B, T, D] where tokens have times of their own.
+        condition: [B, D], or [B, T, D] where tokens have different times.
         """
         scale, shift, gate = at_least_float32(each_token(self.modulation(condition))).chunk(3, dim=-1)
         return Modulation(1.0 + scale, shift, gate)
@@ -128,7 +128,7 @@ class AdaptiveRMSNorm(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], condition: Tensor | Modulation | None
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "b t D"]]:
-        """`normed(x) * (1 + scale) + shift` and the residual's gate; condition: as `modulate` takes it, or what it made of it."""
+        """Compute `normed(x) * (1 + scale) + shift` and the residual's gate; condition: the argument of `modulate`, or its result."""
         if condition is None:
             raise ValueError("an adaptive norm needs the condition made from the flow time")
         by = condition if isinstance(condition, Modulation) else self.modulate(condition)
@@ -139,7 +139,7 @@ class AdaptiveRMSNorm(nn.Module):
 class GatedMLP(nn.Module):
     """`down(gelu(gate(x)) * up(x))`; gate and up are one matrix, one product.
 
-    gelu: "tanh" is what released weights were trained with; "none" is the error function itself, which the tiny preset takes, as it
+    gelu: "tanh" is what released weights were trained with; "none" is the error function itself, which the tiny preset uses, as it
         is always trained from scratch: on a CPU it costs less than half (2 880 x 512, bfloat16, forward and backward: 5 against 13 ms).
         The two differ by less than 5e-4.
     """
@@ -151,7 +151,7 @@ class GatedMLP(nn.Module):
         self.gelu, self.recompute = gelu, False
 
     def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
-        """x to x's shape."""
+        """Map x to the same shape."""
         halves = self.gate_up(x)
         return recomputed(self._gated_down, halves) if self.recompute and recomputes(self) else self._gated_down(halves)
 
@@ -160,7 +160,7 @@ class GatedMLP(nn.Module):
 
 
 def rotation(positions: Int64[Tensor, "B T"], head_dim: int) -> Rotation:
-    """Rotary angles `position / base^(2 i / K)`; float32, since bfloat16 cannot tell neighbouring positions apart."""
+    """Rotary angles `position / base^(2 i / K)`; float32, since bfloat16 cannot distinguish neighbouring positions."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[:, None, :, None].float() * ROPE_BASE**-exponents
     cos, sin = angles.cos(), angles.sin()
@@ -173,24 +173,24 @@ def rotate(x: Float[Tensor, "B N T K"], by: Rotation) -> Float[Tensor, "B N T K"
 
 
 def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
-    """The function's result; only its inputs are kept for the backward pass, which recomputes the rest.
+    """Call the function, keeping only its inputs for the backward pass, which recomputes the rest.
 
-    A matrix product at its end is not computed again: nothing of the backward pass needs its result.
+    A matrix product at its end is not computed again, since the backward pass does not need its result.
     """
     # nothing in a layer is random, so no generator's state is kept
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def recomputes(module: nn.Module) -> bool:
-    """Whether the module's parts that are marked `recompute` are to be `recomputed` now. A compiler chooses for itself what it keeps."""
+    """Whether the module's parts that are marked `recompute` are to be `recomputed` now. A compiler makes its own choice."""
     return module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def run_layer(layer: nn.Module, whole: bool, *inputs: Any) -> Any:
-    """What the layer gives. whole: in training it is `recomputed`."""
+    """Run a layer. whole: in training it is `recomputed`."""
     if whole and recomputes(layer):
         return recomputed(layer, *inputs)
-    # a layer is compiled for training: torch.func, in which a likelihood is taken, cannot look into it
+    # a layer is compiled for training: torch.func, which computes a likelihood, cannot trace it
     return layer.forward(*inputs) if layer._compiled_call_impl is not None and not layer.training else layer(*inputs)
 
 
@@ -200,18 +200,18 @@ def _closed_form() -> bool:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The type in which a matrix product would take x: autocast's, where it is on."""
+    """Type in which a matrix product would take x: autocast's, where it is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """float32 of anything shorter; float64 stays."""
+    """Cast shorter types to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def inverse_rms(x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n 1"]:
-    """`1 / sqrt(mean(x^2) + 1e-6)` in float32 (float64 for float64)."""
+    """Compute `1 / sqrt(mean(x^2) + 1e-6)` in float32 (float64 for float64)."""
     return torch.rsqrt(_mean_square(at_least_float32(x)))
 
 
@@ -251,7 +251,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _Rotate(torch.autograd.Function):
-    """A rotation; its gradient is the rotation back."""
+    """Rotation, whose gradient is the inverse rotation."""
 
     generate_vmap_rule = True
 
@@ -288,7 +288,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # or zeros would be made for what has no gradient, as large as the gated product
+        ctx.set_materialize_grads(False)  # else zeros as large as the gated product would be made for outputs without gradient
         ctx.save_for_backward(*output[1:])
 
     @staticmethod
@@ -311,14 +311,14 @@ def _gated(x: Tensor, gelu: str) -> Tensor:
 
 
 def _normed(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The output, and the root of the mean square. Four small operations, and two passes over x."""
+    """Compute the output and the root mean square, in four small operations and two passes over x."""
     wide = at_least_float32(x)
     rms = _mean_square(wide).sqrt_()
     return torch.addcmul(wide, wide, scale).div_(rms).to(dtype), rms
 
 
 def _mean_square(x: Tensor) -> Tensor:
-    """`mean(x^2) + 1e-6` of each row: one pass over x, the rest on a number a row."""
+    """Compute `mean(x^2) + 1e-6` of each row: one pass over x, the rest on one number per row."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.addcmul(norm.new_full((), NORM_EPSILON), norm, norm, value=1.0 / x.shape[-1])
 
@@ -329,7 +329,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:
 
 
 def _plus_product(x: Tensor, left: Tensor, right: Tensor, sign: float = 1.0) -> Tensor:
-    """`x + sign left right`, into x where that can be."""
+    """Compute `x + sign left right`, in place where x is writable."""
     return x.addcmul_(left, right, value=sign) if _writable(x) else torch.addcmul(x, left, right, value=sign)
 
 
@@ -339,12 +339,12 @@ def _writable(x: Tensor) -> bool:
 
 
 def each_token(x: Float[Tensor, "*n D"]) -> Float[Tensor, "B T D"]:
-    """What belongs to one flow time a chunk, [B, D], with an axis for the tokens; what belongs to one a token as it is."""
+    """Add an axis of tokens to values per chunk, [B, D]; values per token stay as they are."""
     return x if x.ndim == 3 else x[:, None]
 
 
 def time_embedding(time: Float[Tensor, "*n"], width: int, shortest: float = 4e-3, longest: float = 4.0) -> Float[Tensor, "*n D"]:
-    """`[sin, cos]` of 2 pi time / period for width/2 log-spaced periods; float64 inside, float32 out."""
+    """Embed a time as `[sin, cos]` of 2 pi time / period for width/2 log-spaced periods; float64 inside, float32 out."""
     fractions = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=time.device)
     periods = shortest * (longest / shortest) ** fractions
     angles = 2.0 * math.pi * time.double()[..., None] / periods

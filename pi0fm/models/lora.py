@@ -1,6 +1,6 @@
 """Low-rank adapters: y = W x + (alpha / rank) B A x, with W frozen and B = 0 at the start (Hu et al. 2021, arXiv 2106.09685).
 
-Owns: which modules are meant by a target, their wrapping by peft and its proof, and the way back to plain weights.
+Owns: which modules a target names, their wrapping by peft and its check, and the conversion back to plain weights.
 Does not know: what else of the network trains.
 
     decoder.layers.3.backbone.qkv.weight        before, and in every bundle
@@ -24,9 +24,9 @@ _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weigh
 
 
 def target_modules(model: Pi0, targets: Iterable[str]) -> tuple[str, ...]:
-    """The exact names of all linear layers that `targets` mean, in the network's order.
+    """Exact names of all linear layers that `targets` name, in the network's order.
 
-    A part means every linear layer in it. Raises ConfigError for a target that means none.
+    A part names every linear layer in it. Raises ConfigError for a target that names none.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     adaptable = [name for name in linears if part_of(name) in ADAPTABLE]
@@ -49,8 +49,8 @@ def target_modules(model: Pi0, targets: Iterable[str]) -> tuple[str, ...]:
 def attach(model: Pi0, config: LoraConfig) -> frozenset[Part]:
     """Wrap the targets in adapters that change nothing yet, and return the parts that now hold some.
 
-    Every parameter but the adapters' is frozen by this. Raises ConfigError for a target that means nothing, RuntimeError when peft
-    wrapped anything but exactly the targets: it is silent about a name that it does not find.
+    All parameters except the adapters' are frozen. Raises ConfigError for a target that names no layer, RuntimeError when peft
+    wrapped other layers than the targets: it ignores a name that it does not find.
     """
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
@@ -72,19 +72,19 @@ def is_adapter(name: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """The name that a parameter of an adapted network has in a plain one; an adapter's is its own."""
+    """Name in the plain network of an adapted network's parameter; an adapter's name is unchanged."""
     return name.replace(_BASE, ".")
 
 
 def initial_adapter(name: str, parameter: Tensor) -> Initial:
-    """The distribution of half an adapter: peft's for A, 0 for B, so that nothing changes at the start."""
+    """Distribution of half an adapter: peft's for A, 0 for B, so that nothing changes at the start."""
     return UniformInit(parameter.shape[1] ** -0.5) if name.endswith(_A) else ConstantInit(0.0)
 
 
 def merged(weights: Mapping[str, Tensor], scaling: float) -> Iterator[tuple[str, Tensor]]:
-    """Plain weights under plain names, one by one: W + scaling B A in float32 for every adapted layer, the rest as it is.
+    """Yield plain weights under plain names: W + scaling B A in float32 for every adapted layer, the rest unchanged.
 
-    weights: a state dict of an adapted network, or of a plain one, which comes back unchanged; each is asked for once.
+    weights: a state dict of an adapted network, or of a plain one, which is returned unchanged; each is read once.
     """
     for name in weights:
         if is_adapter(name):
@@ -103,5 +103,5 @@ def _with_adapter(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tenso
 
 
 def _any_layer(name: str) -> str:
-    """`decoder.layers.3.backbone.qkv` as `decoder.layers.*.backbone.qkv`."""
+    """Replace numbers by `*`: `decoder.layers.3.backbone.qkv` becomes `decoder.layers.*.backbone.qkv`."""
     return ".".join("*" if word.isdigit() else word for word in name.split("."))

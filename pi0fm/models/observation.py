@@ -1,6 +1,6 @@
-"""The model-side nouns: what a network is given, in tensors and normalised units.
+"""Input of a network, in tensors and normalised units.
 
-Owns: `ModelObservation`, the passage of pictures from uint8 to [-1, 1]. Does not know: robots, files, units.
+Owns: `ModelObservation`, the conversion of pictures from uint8 to [-1, 1]. Does not know: robots, files, units.
 Shape letters: B batch, C cameras, L prompt tokens, S padded state dim.
 """
 
@@ -16,7 +16,7 @@ PROMPT_MULTIPLE = 8  # prompts are trimmed to the batch's longest, rounded up: f
 
 @dataclass(frozen=True)
 class ModelObservation:
-    """One batch of observations.
+    """Batch of observations.
 
     images: uint8 [B, C, height, width, 3]; they stay uint8 until they are on the device, a quarter of the bytes to move.
     image_mask: [B, C], False where a camera is missing.
@@ -31,13 +31,13 @@ class ModelObservation:
     state: Float[Tensor, "B S"]
 
     def to(self, device: torch.device) -> "ModelObservation":
-        """The same observation on `device`; from pinned memory the copies do not block."""
+        """Copy to `device`; copies from pinned memory do not block."""
         return ModelObservation(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})
 
     def trimmed(self, multiple: int = PROMPT_MULTIPLE) -> "ModelObservation":
-        """Without the cameras that no row has and the prompt columns that no row uses, rounded up to a multiple.
+        """Drop the cameras that no row has and the prompt columns that no row uses, rounded up to a multiple.
 
-        Masked tokens take no position and are seen by none, so no answer changes. Reads masks: call it on the host.
+        Masked tokens take no position and are never seen, so no answer changes. Reads masks: call it on the host.
         """
         cameras = self.image_mask.any(dim=0)
         longest = int(self.prompt_mask.sum(dim=1).max())
@@ -48,7 +48,7 @@ class ModelObservation:
         return ModelObservation(images, image_mask, self.prompt_tokens[:, :kept], self.prompt_mask[:, :kept], self.state)
 
     def padded(self, rows: int, cameras: int, prompt_tokens: int) -> "ModelObservation":
-        """With masked cameras and prompt columns behind those that there are, and the last row repeated: the inverse of `trimmed`."""
+        """Append masked cameras and prompt columns, and repeat the last row: the inverse of `trimmed`."""
         missing, free = cameras - self.images.shape[1], prompt_tokens - self.prompt_tokens.shape[1]
         images, image_mask = F.pad(self.images, (0, 0) * 3 + (0, missing)), F.pad(self.image_mask, (0, missing))
         tokens, mask = F.pad(self.prompt_tokens, (0, free)), F.pad(self.prompt_mask, (0, free))
@@ -64,5 +64,5 @@ class ModelObservation:
 
 
 def pixels(images: UInt8[Tensor, "*n height width 3"]) -> Float[Tensor, "*n 3 height width"]:
-    """uint8 [..., height, width, 3] in 0..255 to float32 [..., 3, height, width] in [-1, 1], SigLIP's range."""
+    """Convert uint8 [..., height, width, 3] in 0..255 to float32 [..., 3, height, width] in [-1, 1], SigLIP's range."""
     return images.movedim(-1, -3).float() * (2.0 / 255.0) - 1.0

@@ -1,4 +1,4 @@
-"""Which part of the network a parameter belongs to, by its name.
+"""Part of the network that a parameter belongs to, by its name.
 
 Owns: the four parts. Does not know: which of them a run trains.
 
@@ -15,7 +15,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 
 def part_of(name: str) -> Part:
-    """The part of the parameter or module `name`. Raises ValueError for a name that is in none: a new module must be given its place."""
+    """Part of the parameter or module `name`. Raises ValueError for a name in no part: a new module must be added here."""
     words = name.split(".")
     if words[0] == "vision":
         return "backbone" if words[1] == "projector" else "vision"

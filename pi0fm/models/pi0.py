@@ -2,16 +2,16 @@ r"""pi0 and pi0.5 at any size: (observation, x_t, t) -> velocity.
 
 Owns: how an observation becomes prefix tokens, how noisy actions and flow time become suffix tokens, the head, and the reversed
 clock of released weights. Does not know: probability paths, solvers, losses, robots.
-Sources: Black et al. 2024 (arXiv 2410.24164), pi0.5 (arXiv 2504.16054), RT-sized facts in the released weights.
+Sources: Black et al. 2024 (arXiv 2410.24164), pi0.5 (arXiv 2504.16054), the released weights.
 
     pictures -> SigLIP -> \
-                           prefix -> backbone stream --\ one softmax a layer
+                           prefix -> backbone stream --\ one softmax per layer
     prompt   -> embed  -> /                             |
     state    -> linear -> \                             |
                            suffix -> action stream  ---/  -> linear -> velocity
     x_t, t   -> MLP    -> /
 
-A flow time is a chunk's, t [B], or a row's, t [B, H], where rows are held at t = 1 (flow/committed.py).
+A flow time is given per chunk, t [B], or per row, t [B, H], where rows are held at t = 1 (flow/committed.py).
 
 Shape letters: B batch, C cameras, V tokens of a picture, L prompt tokens, P = C V + L, H horizon, A action dim, Q suffix tokens.
 """
@@ -35,16 +35,16 @@ from pi0fm.models.vision import VisionLayer, VisionMLP, VisionTower
 
 
 class FlowTime(NamedTuple):
-    """All that is made of one flow time alone.
+    """Values computed from one flow time alone.
 
-    embedded: [B or 1, D], or [B, H, D], what `_time` gives; modulations: what the adaptive norms make of it, None for plain norms.
+    embedded: [B or 1, D], or [B, H, D], from `_time`; modulations: those of the adaptive norms, None for plain norms.
     """
 
     embedded: Tensor
     modulations: Modulations | None = None
 
     def where(self, held: Bool[Tensor, "B H"], clean: "FlowTime") -> "FlowTime":
-        """The times of rows: those of `clean` where `held`, else these; both of one time for all."""
+        """Values per row: those of `clean` where `held`, else these; both are of one time for all."""
 
         def rows(of_held: Tensor, of_free: Tensor) -> Tensor:
             return torch.where(held[..., None], each_token(of_held), each_token(of_free))
@@ -61,7 +61,7 @@ class FlowTime(NamedTuple):
 
 
 class Pi0(nn.Module):
-    """The vector field of pi0."""
+    """Vector field of pi0."""
 
     def __init__(self, config: Pi0Config) -> None:
         super().__init__()
@@ -83,14 +83,14 @@ class Pi0(nn.Module):
     def encode_prefix(self, observation: ModelObservation, whole: bool = False) -> PrefixCache:
         """Run pictures and prompt through the backbone once; the cache serves every flow time.
 
-        whole: what `observation.is_whole` said on the host; attention without a mask is the faster kernel on a GPU.
+        whole: the result of `observation.is_whole` on the host; attention without a mask is faster on a GPU.
         """
         return self.decoder.encode(*self._prefix(observation), whole)
 
     def velocity(
         self, cache: PrefixCache, state: Float[Tensor, "BK S"], x_t: Float[Tensor, "BK H A"], t: Float[Tensor, "*times"]
     ) -> Float[Tensor, "BK H A"]:
-        """dx/dt at (x_t, t) for the cached observations, K rows each; t in [0, 1] from noise to data; float32."""
+        """Evaluate dx/dt at (x_t, t) for the cached observations, K rows each; t in [0, 1] from noise to data; float32."""
         suffix, num_state_tokens, condition = self._suffix(state, x_t, t)
         return self._head(self.decoder.decode(suffix, cache, num_state_tokens, condition))
 
@@ -99,8 +99,8 @@ class Pi0(nn.Module):
         return CachedVelocity(self, self.encode_prefix(observation), observation.state, chunks=chunks)
 
     def flow_time(self, t: float) -> FlowTime:
-        """One flow time for a whole batch, without gradient."""
-        with torch.inference_mode(False), torch.no_grad():  # kept by samplers, also for those that take a derivative in x_t
+        """Compute the values of one flow time for a whole batch, without gradient."""
+        with torch.inference_mode(False), torch.no_grad():  # samplers keep it, also those that take a derivative in x_t
             embedded = self._time(torch.full((1,), t, dtype=self.action_in.weight.dtype, device=self.action_in.weight.device))
             adaptive = self.config.time_conditioning == "adaptive_norm"
             return FlowTime(embedded, self.decoder.modulations(embedded) if adaptive else None)
@@ -111,7 +111,7 @@ class Pi0(nn.Module):
         return self._head(self.decoder.decode_actions(actions, context, condition if time.modulations is None else time.modulations))
 
     def forward(self, observation: ModelObservation, x_t: Float[Tensor, "BK H A"], t: Float[Tensor, "*times"]) -> Float[Tensor, "BK H A"]:
-        """Training: `velocity` of `encode_prefix` in one pass.
+        """Compute `velocity` of `encode_prefix` in one pass, for training.
 
         K rows of x_t and t for each observation, in its order: one prefix serves all.
         """
@@ -122,7 +122,7 @@ class Pi0(nn.Module):
     def checkpoint_activations(self, how: str) -> None:
         """In training, keep less for the backward pass, which recomputes the rest: the same loss and gradients, bit by bit.
 
-        full        keeps what enters each layer: a fraction of the memory, a third more time
+        full        keeps each layer's input: a fraction of the memory, a third more time
         selective   keeps the results of the large products too, and recomputes attention, rotations and activations; a layer that is
                     compiled keeps what its compiler chooses, which is much the same
         `eval()` and no_grad are untouched. how: a word of CHECKPOINTING; none keeps everything.
@@ -134,9 +134,9 @@ class Pi0(nn.Module):
                 module.recompute = how == "selective"
 
     def cast_once(self, wanted: bool) -> None:
-        """In training under autocast, cast the towers' matrices once an update (`layers.Linear`) and keep the copies: the same numbers.
+        """In training under autocast, cast the towers' matrices once per update (`layers.Linear`) and keep the copies: the same numbers.
 
-        A matrix that is cut over workers is left out: it is gathered in the products' type, by writes that its version does not count.
+        A matrix sharded over workers is left out: it is gathered in the products' type, by writes that its version does not count.
         """
         for module in self.modules():
             if isinstance(module, Linear):
@@ -167,7 +167,7 @@ class Pi0(nn.Module):
         return torch.cat((self.state_in(state)[:, None], actions), dim=1), 1, condition
 
     def _time(self, t: Tensor) -> Tensor:
-        """All that is made of flow times alone: pi0.5's condition, or the time's half of the first product of pi0's MLP; t's axes and D."""
+        """Embed flow times, [*times, D]: pi0.5's condition, or the time's half of the first product of pi0's MLP."""
         width = self.action_in.out_features
         # released weights count time from data to noise: their clock is 1 - t
         time = time_embedding(1.0 - t, width).to(self.action_in.weight.dtype)
@@ -192,7 +192,7 @@ class Pi0(nn.Module):
         return -at_least_float32(head)
 
     def initial_values(self) -> dict[str, Initial]:
-        """Unit-variance tokens, and residual branches that start small; the tower and the norms have their own."""
+        """Unit-variance tokens, and residual branches that start small; the tower and the norms define their own."""
         found: dict[str, Initial] = {"prompt_embedding.weight": NormalInit(self.prompt_embedding.embedding_dim**-0.5)}
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and name.startswith(("decoder.", "action_in", "time_mlp_")):
@@ -204,14 +204,14 @@ class Pi0(nn.Module):
 class CachedVelocity:
     """`Pi0.velocity` of one batch of observations, with everything independent of x_t and t precomputed.
 
-        once a batch      pictures, prompt, state -> keys and values of all that the actions look at
-        once a time       t -> its embedding, the products behind it, scales and gates of adaptive norms; kept by value of t
+        once per batch    pictures, prompt, state -> keys and values of all that the actions see
+        once per time     t -> its embedding, the products after it, scales and gates of adaptive norms; kept by value of t
         each evaluation   x_t -> action tokens -> layers -> head
 
-    Not for training: what is made of a time is kept, without its gradient. The gradient in x_t, which a density needs, is whole.
-    times: keeps what depends on a flow time alone, for further samples with the same weights in the same precision.
+    Not for training: the values of a time are kept without gradient. The gradient in x_t, which a density needs, is complete.
+    times: store of the values of flow times, for further samples with the same weights in the same precision.
     action_velocity: `model.action_velocity`, or a compiled form of it.
-    chunks: x_t holds so many rows for each observation, in its order; all look at one prefix.
+    chunks: number of rows of x_t for each observation, in its order; all see one prefix.
     """
 
     def __init__(
@@ -233,20 +233,20 @@ class CachedVelocity:
         self._times = {} if times is None else times
 
     def __call__(self, x_t: Float[Tensor, "BN H A"], t: Float[Tensor, "*times"]) -> Float[Tensor, "BN H A"]:
-        """dx/dt at (x_t, t), float32; t: a chunk's own time [BN], or a row's [BN, H]."""
+        """Evaluate dx/dt at (x_t, t), float32; t: per chunk [BN], or per row [BN, H]."""
         # adaptive norms take one time for all rows of an observation
         if self._context is None or (self._chunks > 1 and self._model.config.time_conditioning == "adaptive_norm"):
             return self._model.velocity(self._cache, self._state.repeat_interleave(self._chunks, dim=0), x_t, t)
         return self._action_velocity(x_t, FlowTime(self._model._time(t)), self._context)
 
     def at(self, x_t: Float[Tensor, "BN H A"], t: float) -> Float[Tensor, "BN H A"]:
-        """The same at one time for the whole batch; all that does not depend on x_t is computed at the first call and kept."""
+        """Evaluate dx/dt at one time for the whole batch; values independent of x_t are computed at the first call and kept."""
         if self._context is None:
             return self(x_t, torch.full((len(x_t),), t, dtype=x_t.dtype, device=x_t.device))
         return self._action_velocity(x_t, self._time(t), self._context)
 
     def at_rows(self, x_t: Float[Tensor, "B H A"], t: float, held: Bool[Tensor, "B H"]) -> Float[Tensor, "B H A"]:
-        """As `at`, where the rows that are `held` have time 1: every row takes what was made of one of two times."""
+        """As `at`, with time 1 for the `held` rows: every row takes the values of one of two times."""
         if self._context is None or self._chunks > 1:
             return self(x_t, torch.where(held, 1.0, torch.full_like(held, t, dtype=x_t.dtype)))
         return self._action_velocity(x_t, self._time(t).where(held, self._time(1.0)), self._context)

@@ -1,9 +1,9 @@
-"""Pictures to prefix tokens: SigLIP's tower without pooling, and a linear projector.
+"""Encoder of pictures to prefix tokens: SigLIP's tower without pooling, and a linear projector.
 
-Owns: the tower, its configuration, its numbers at the start. Does not know: cameras, prompts, the decoder's sizes but one width.
-Source: Zhai et al. 2023 (arXiv 2303.15343), as PaliGemma's weights fix it; tests hold it to transformers' class (docs/adr/0025).
+Owns: the tower, its initial weights. Does not know: cameras, prompts, the decoder's sizes but one width.
+Source: Zhai et al. 2023 (arXiv 2303.15343), as PaliGemma's weights define it; tests hold it to transformers' class (docs/adr/0025).
 
-    picture -> patches -> linear, + positions -> [ x + attention(norm(x)), x + MLP(norm(x)) ] a layer -> norm -> projector
+    picture -> patches -> linear, + positions -> [ x + attention(norm(x)), x + MLP(norm(x)) ] per layer -> norm -> projector
 
 Shape letters: B pictures, V tokens of a picture, D tower width, E backbone width, P patch.
 """
@@ -20,7 +20,7 @@ from pi0fm.models.layers import Linear, at_least_float32, product_dtype, recompu
 
 
 class PatchEmbedding(nn.Module):
-    """What a convolution without overlap computes, as one matrix product: in bfloat16 an eighth of its time on a CPU (docs/LOG.md).
+    """Convolution without overlap as one matrix product: in bfloat16 an eighth of its time on a CPU (docs/LOG.md).
 
     It has the convolution's parameters, weight [D, 3, P, P] and bias [D].
     """
@@ -30,20 +30,20 @@ class PatchEmbedding(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.empty(width, 3, patch_size, patch_size)), nn.Parameter(torch.empty(width))
 
     def forward(self, pictures: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B V D"]:
-        """A row of numbers for each patch, row by row of the picture."""
+        """Embed each patch, row by row of the picture."""
         side = self.weight.shape[-1]
         grid = pictures.to(self.weight.dtype).unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, 3, rows, P, columns, P]
         return F.linear(grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
 
 
 class ProductNorm(nn.LayerNorm):
-    """A norm whose output has the type of the products behind it: autocast would cast it for each of them."""
+    """Layer norm whose output has the type of the products after it, which autocast would cast for each of them."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)
 
     def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
-        """The normed input. A sharded network may give the parameters in the type of the products."""
+        """Norm x. A sharded network may give the parameters in the type of the products."""
         normed = F.layer_norm(x, self.normalized_shape, at_least_float32(self.weight), at_least_float32(self.bias), self.eps)
         return normed.to(product_dtype(x))
 
@@ -57,7 +57,7 @@ class VisionMLP(nn.Module):
         self.gelu, self.recompute = gelu, False
 
     def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
-        """x to x's shape."""
+        """Map x to the same shape."""
         hidden = self.fc1(x)
         return recomputed(self._activated, hidden) if self.recompute and recomputes(self) else self._activated(hidden)
 
@@ -81,7 +81,7 @@ class VisionLayer(nn.Module):
         self.mlp = VisionMLP(config.width, config.mlp_width, config.gelu)
 
     def forward(self, x: Float[Tensor, "B V D"]) -> Float[Tensor, "B V D"]:
-        """Every token of a picture sees every other; there is no mask."""
+        """Run the layer without a mask: every token of a picture sees every other."""
         qkv = self.qkv(self.attention_norm(x))
         x = x + (recomputed(self._attention, qkv) if self.recompute and recomputes(self) else self._attention(qkv))
         return x + self.mlp(self.mlp_norm(x))
@@ -104,17 +104,17 @@ class VisionTower(nn.Module):
         self.projector = Linear(config.width, backbone_width)
 
     def forward(self, pictures: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B V E"]:
-        """pictures in [-1, 1] to tokens; unlike word embeddings they are not scaled."""
+        """Encode pictures in [-1, 1] to tokens, which unlike word embeddings are not scaled."""
         x = self.patch_embedding(pictures) + self.position_embedding
         for layer in self.layers:
             x = run_layer(layer, self.activation_checkpointing, x)
         return self.projector(self.final_norm(x))
 
     def initial_values(self) -> dict[str, Initial]:
-        """The variances of transformers' class; the projector keeps torch's."""
+        """Variances of transformers' class; the projector keeps torch's."""
         patch, (_, width) = self.patch_embedding, self.position_embedding.shape
         found: dict[str, Initial] = {
-            # of the normal that has the fan-in's variance once it is cut at two deviations; whole, it learns faster (docs/LOG.md)
+            # deviation of a normal whose truncation at 2 deviations has the fan-in's variance; untruncated, it learns faster (docs/LOG.md)
             "patch_embedding.weight": NormalInit(patch.weight[0].numel() ** -0.5 / 0.87962566),
             "patch_embedding.bias": ConstantInit(0.0),
             "position_embedding": NormalInit(width**-0.5),
