@@ -1,4 +1,4 @@
-"""ALOHA in simulation: two ViperX arms hand over a cube, or put a peg into a socket.
+"""Simulated ALOHA: two ViperX arms hand over a cube, or put a peg into a socket.
 
 Owns: the adapter from gym-aloha's physics and tasks to `Environment` and `Suite`; pictures by our renderer, where gym-aloha draws three
 cameras at every step. Does not know: policies, data sets.
@@ -23,12 +23,12 @@ PROMPTS: Final = {
 _JOINTS: Final = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
 NAMES: Final = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in _JOINTS)
 CAMERAS: Final = tuple(name + how for name in ("top", "angle", "front_close") for how in ("", FAST))
-WIDEST: Final = 3.15  # radians of a joint
+WIDEST: Final = 3.15  # largest joint angle in radians
 
 
 @final
 class Aloha(RenderedEnvironment):
-    """State and action: six joint angles of each arm and its gripper, 0 closed and 1 open, left before right; actions are targets."""
+    """ALOHA task. State and action: six joint angles of each arm and its gripper, 0 closed to 1 open, left first; actions are targets."""
 
     def __init__(self, task: str, cameras: tuple[CameraSpec, ...], max_steps: int) -> None:
         load_mujoco()  # before dm_control, which imports mujoco too
@@ -64,7 +64,7 @@ class Aloha(RenderedEnvironment):
         return StepResult(success, self._done)
 
     def still_action(self) -> NDArray[np.float32]:
-        """Return the last target, at first where the arms are."""
+        """Return the last target, or the arms' position before the first step."""
         return self._target.copy()
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class Aloha(RenderedEnvironment):
 
 
 def _undrawn(kind: Any) -> Any:
-    """Derive a task of gym-aloha that draws nothing when it is stepped."""
+    """Derive a task of gym-aloha that renders nothing when it is stepped."""
     return type(kind.__name__, (kind,), {"get_observation": lambda self, physics: {}})
 
 

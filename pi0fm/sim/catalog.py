@@ -22,7 +22,7 @@ from pi0fm_client.errors import ConfigError
 SUITES: Final = {suite.name: suite for suite in (METAWORLD, *LIBERO, ALOHA, PUSHT, SO101)}
 DEFAULT_SUITE = METAWORLD.name
 TASK_FORM = (
-    "SUITE/TASK, such as metaworld/drawer-open-v3, or SUITE/all or SUITE/GROUP, such as metaworld/mt10; a name alone is of metaworld"
+    "SUITE/TASK, such as metaworld/drawer-open-v3, or SUITE/all or SUITE/GROUP, such as metaworld/mt10; a name alone is a task of metaworld"
 )
 
 
@@ -58,7 +58,7 @@ def report_name(task: str) -> str:
 
 
 def known(task: str) -> bool:
-    """Tell whether a suite has that task: those of a real robot's data set are in none."""
+    """Tell whether a suite has that task; the tasks of a real robot's data set are in none."""
     try:
         find(task)
     except ConfigError:

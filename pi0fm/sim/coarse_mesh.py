@@ -1,4 +1,4 @@
-"""Visual meshes with as many triangles as a small picture can show.
+"""Visual meshes reduced to as many triangles as a small picture can show.
 
 Owns: vertex clustering of a MuJoCo model's meshes. Does not know: cameras, tasks, physics.
 A software renderer spends its time on vertices: Meta-World's robot has 68 000 triangles and covers about a thousand pixels of a 96 px
@@ -25,14 +25,14 @@ def coarsen(model: Any, cell: float) -> int:
         start = int(model.mesh_vertadr[mesh])
         vertices = model.mesh_vert[start : start + int(model.mesh_vertnum[mesh])]
         _, representative, cluster = np.unique(_packed(np.round(vertices / cell).astype(np.int64)), return_index=True, return_inverse=True)
-        moved = representative[cluster.reshape(-1)]  # each vertex -> the one that represents its cell
+        moved = representative[cluster.reshape(-1)]  # each vertex -> the representative of its cell
         faces = moved[model.mesh_face[first : first + count]]
         whole = (faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])
         _, unique = np.unique(_packed(np.sort(faces, axis=1).astype(np.int64)), return_index=True)
         kept = np.intersect1d(np.flatnonzero(whole), unique)
         place = slice(first, first + len(kept))
         model.mesh_face[place] = faces[kept]
-        for attribute in ("mesh_facenormal", "mesh_facetexcoord"):  # corner -> its own normal and texture point, as before
+        for attribute in ("mesh_facenormal", "mesh_facetexcoord"):  # each corner keeps its normal and texture point
             corners = getattr(model, attribute)
             corners[place] = corners[first + kept]
         model.mesh_facenum[mesh] = len(kept)

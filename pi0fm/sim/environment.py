@@ -22,7 +22,7 @@ LARGEST_PICTURE = 2048
 
 @dataclass(frozen=True)
 class StepResult:
-    """success: this step solved the task. done: the episode is over, by success or by its last step."""
+    """Result of a step. success: this step solved the task. done: the episode is over, by success or by its last step."""
 
     success: bool
     done: bool
@@ -30,7 +30,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class CameraSpec:
-    """A picture of an observation.
+    """Camera of an observation.
 
     name: the embodiment's. source: the simulator's name of the camera.
     height, width: pixels, 8 to 2048, even because video needs it.
@@ -69,7 +69,7 @@ def parse_cameras(texts: str | Iterable[str]) -> tuple[CameraSpec, ...]:
     if not cameras:
         raise ConfigError("at least one camera is needed, such as base=corner2:96x96")
     if len(set(names)) != len(names):
-        raise ConfigError(f"every camera needs a name of its own, found {', '.join(names)}")
+        raise ConfigError(f"every camera needs a different name, found {', '.join(names)}")
     return cameras
 
 
@@ -83,7 +83,7 @@ def checked_action(environment: "Environment", action: NDArray[np.float32], over
 
 
 class Environment(ABC):
-    """One task in one simulator, in the calling process and thread.
+    """Task in a simulator, run in the calling process and thread.
 
     reset(seed) -> observe() -> step(action) -> step(action) -> ... -> done
                       '- renders at the call, so a policy with chunks of 8 steps costs one picture in 8
@@ -91,7 +91,7 @@ class Environment(ABC):
 
     task: str  # the name that reports use
     prompt: str
-    fps: int  # control steps in a simulated second
+    fps: int  # control steps per simulated second
     action_dim: int
     state_dim: int
     max_steps: int
@@ -103,7 +103,7 @@ class Environment(ABC):
 
     @abstractmethod
     def step(self, action: NDArray[np.float32]) -> StepResult:
-        """Execute one action, float32 [A]; values beyond the suite's limits are cut off. Raises SimulationError after `done`."""
+        """Execute one action, float32 [A]; values are clipped to the suite's limits. Raises SimulationError after `done`."""
 
     @abstractmethod
     def observe(self) -> Observation:
@@ -123,11 +123,11 @@ class Environment(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free the simulator's memory; no other call but a second `close` may follow."""
+        """Free the simulator's memory; only a second `close` may follow."""
 
 
 class RenderedEnvironment(Environment):
-    """An environment whose every picture is that of a camera of the simulator, at any size."""
+    """Environment whose pictures all come from the simulator's cameras, at any size."""
 
     @abstractmethod
     def _render(self, source: str, height: int, width: int) -> NDArray[np.uint8]:
@@ -147,5 +147,5 @@ class RenderedEnvironment(Environment):
         return self._render(self.cameras[0].source, height, width)
 
     def _largest(self, height: int = 0, width: int = 0) -> tuple[int, int]:
-        """Return height and width that every camera, and a picture of the given size, fit in."""
+        """Return the smallest height and width that hold every camera's picture and one of the given size."""
         return max(height, *(camera.height for camera in self.cameras)), max(width, *(camera.width for camera in self.cameras))

@@ -1,6 +1,6 @@
 """PushT: a disc pushes a T-shaped block onto its target, drawn in the plane.
 
-Owns: the adapter from gym-pusht to `Environment` and `Suite`: the words, cameras and limits of published data sets. Does not know:
+Owns: the adapter from gym-pusht to `Environment` and `Suite`: sentences, cameras and limits of published data sets. Does not know:
 policies, data sets.
 """
 
@@ -20,7 +20,7 @@ PROMPT: Final = "Push the T-shaped block onto the T-shaped target."
 
 @final
 class PushT(Environment):
-    """State: the disc's x, y. Action: the x, y that it is to go to. Success: more than 95 % of the target is covered."""
+    """PushT task. State: the disc's x, y. Action: its target x, y. Success: more than 95 % of the block's target is covered."""
 
     def __init__(self, task: str, cameras: tuple[CameraSpec, ...], max_steps: int) -> None:
         from gym_pusht.envs.pusht import PushTEnv
@@ -44,7 +44,7 @@ class PushT(Environment):
         return StepResult(bool(success), self._done)
 
     def observe(self) -> Observation:
-        """Draw now."""
+        """Draw every camera now and read the state."""
         screen = self._env._draw()
         images = {camera.name: self._env._get_img(screen, camera.width, camera.height) for camera in self.cameras}
         return Observation(images, self.still_action(), self.prompt)
@@ -54,7 +54,7 @@ class PushT(Environment):
         return np.asarray(self._env._get_img(self._env._draw(), width, height))
 
     def still_action(self) -> NDArray[np.float32]:
-        """Return where the disc is."""
+        """Return the disc's position."""
         return np.array(self._env.agent.position, np.float32)
 
     def close(self) -> None:

@@ -1,12 +1,12 @@
-"""Off-screen pictures from MuJoCo, ten times faster than by its defaults.
+"""Off-screen rendering with MuJoCo, ten times faster than by its defaults.
 
 Owns: the choice of EGL or OSMesa, the GL context of a process, the drawn objects. Does not know: tasks, robots, orientation of a camera.
-On a processor Mesa spends its time on vertices. Left out are, by gain: shadows, reflections and multisampling; objects outside the
+On a CPU Mesa spends its time on vertices. Left out are, by gain: shadows, reflections and multisampling; objects outside the
 camera's pyramid, which changes no pixel; triangles smaller than a pixel (coarse_mesh.py), on a grid for the largest camera of
-the configuration: filming does not change the policy's pictures. Demonstrations and evaluation must draw alike; both use the cameras in
+the configuration: filming does not change the policy's pictures. Demonstrations and evaluation must render alike; both use the cameras in
 the bundle. Only one thread of a process may render at a time: the GL context is made current for every picture.
 
-    process ── one GL context ─┬─ Renderer(model A) ── off-screen buffer, grows to the largest picture asked for
+    process ── one GL context ─┬─ Renderer(model A) ── off-screen buffer, grows to the largest picture requested
                                └─ Renderer(model B)
 """
 
@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from pi0fm_client.errors import SimulationError
 
 BACKENDS = ("egl", "osmesa")
-FAST = "-fast"  # behind a camera's source, where a simulator offers official pictures too
-_HIDDEN_GROUP = 5  # the last of MuJoCo's six geom groups; nothing of it is drawn
+FAST = "-fast"  # after a camera's source, where a simulator offers official pictures too
+_HIDDEN_GROUP = 5  # the last of MuJoCo's six geom groups, which is not drawn
 _INSTALL = "install one with `apt-get install libegl1 libgl1-mesa-dri` or `apt-get install libosmesa6`"
 
 
@@ -71,7 +71,7 @@ def gl_context() -> Any:
             warnings.simplefilter("ignore")  # GLFW warns of the error below
             context = importlib.import_module(f"mujoco.{backend}").GLContext(64, 64)
             context.make_current()
-        # without a display GLFW returns an invalid context, which only its use shows
+        # without a display GLFW returns an invalid context, which fails only in use
         mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), mujoco.mjtFontScale.mjFONTSCALE_50.value).free()
     except (ImportError, RuntimeError, AttributeError, OSError, TypeError, mujoco.FatalError) as error:
         raise _cannot_render(backend, error) from None
@@ -80,10 +80,10 @@ def gl_context() -> Any:
 
 
 class Renderer:
-    """Draws one MuJoCo model from its fixed cameras."""
+    """Renderer of one MuJoCo model from its fixed cameras."""
 
     def __init__(self, model: Any, height: int, width: int, *, official: bool = False, hidden_groups: Sequence[int] = ()) -> None:
-        """model: mujoco.MjModel; its quality settings and geom groups change. height, width: the largest picture expected.
+        """Make the scene and its buffers. model: mujoco.MjModel, whose quality settings and geom groups change; height, width: largest.
 
         official: with shadows, reflections and multisampling, as MuJoCo draws by itself. hidden_groups: of geoms that are not drawn.
         """
@@ -118,7 +118,7 @@ class Renderer:
         # another renderer of this process may have bound its buffer
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._camera.fixedcamid = camera
-        if not self._official:  # what is out of sight may throw a shadow into it
+        if not self._official:  # objects out of sight may throw a shadow into it
             unseen = outside_view(
                 data.geom_xpos, model.geom_rbound, data.cam_xpos[camera], data.cam_xmat[camera], model.cam_fovy[camera], width / height
             )
@@ -148,7 +148,7 @@ def outside_view(
     """Find the bounding spheres that are wholly outside a camera's pyramid; leaving them out changes no pixel.
 
     centres [G, 3] and radii [G] in metres (radius 0 is unbounded: never outside); eye [3]; rotation [9], camera to world;
-    fovy in degrees; aspect is width / height. The camera looks along its own -z.
+    fovy in degrees; aspect is width / height. The camera looks along its -z axis.
     """
     local = (centres - eye) @ rotation.reshape(3, 3)
     depth = -local[:, 2]

@@ -1,6 +1,6 @@
-"""An SO-101 arm that puts a cube on a place of the table, in MuJoCo, with a scripted expert.
+"""SO-101 arm that puts a cube on a place of the table, in MuJoCo, with a scripted expert.
 
-Owns: the adapter from lerobot-env-so101 to `Environment` and `Suite`: random starts of the cube from a seed, one place for it, pictures by
+Owns: the adapter from lerobot-env-so101 to `Environment` and `Suite`: random starts of the cube from a seed, one target place, pictures by
 our renderer. Does not know: policies, data sets.
 """
 
@@ -17,18 +17,18 @@ from pi0fm_client.errors import SimulationError
 
 FPS: Final = 10
 PROMPT: Final = "pick up the cube and put it on the left"
-METRES_A_UNIT: Final = 0.025  # of a position action, as in the package's own policies
+METRES_A_UNIT: Final = 0.025  # of a position action, as in the package's policies
 CUBE_LOW, CUBE_HIGH = (0.15, -0.10), (0.30, 0.10)  # metres: where the gripper can be held upright
-FIELD_OF_VIEW: Final = 0.62  # metres that a picture spans at the cube: fixes how fine meshes need to be
-FROM_GOAL: Final = 0.08  # metres that a cube starts from its place at least
+FIELD_OF_VIEW: Final = 0.62  # metres that a picture spans at the cube: determines the resolution of meshes
+FROM_GOAL: Final = 0.08  # smallest distance in metres between the cube's start and its target
 JOINTS: Final = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll")
 
 
 @final
 class So101(RenderedEnvironment):
-    """State: five joint angles and their speeds, the gripper's command, the gripper's x, y, z. Action: dx, dy, dz, gripper from 0 to 1.
+    """SO-101 task. State: five joint angles and their speeds, the gripper's command and x, y, z. Action: dx, dy, dz, gripper 0 to 1.
 
-    The place of the cube is the package's own, the same in every episode, since no picture shows it; the cube starts at random.
+    The cube's target is the package's, the same in every episode, since no picture shows it; the cube starts at random.
     """
 
     def __init__(self, task: str, cameras: tuple[CameraSpec, ...], max_steps: int) -> None:
@@ -59,7 +59,7 @@ class So101(RenderedEnvironment):
         self._steps, self._done, self._gripper = 0, False, 1.0
 
     def step(self, action: NDArray[np.float32]) -> StepResult:
-        """Move for 1/10 s; an episode ends too where the cube leaves the table's middle."""
+        """Move for 1/10 s; an episode also ends where the cube leaves the table's middle."""
         command = np.clip(checked_action(self, action, self._done), (-1, -1, -1, 0), 1)
         self._gripper = float(command[3])
         _, _, ended, _, info = self._env.step(command)
@@ -69,7 +69,7 @@ class So101(RenderedEnvironment):
         return StepResult(success, self._done)
 
     def expert_action(self) -> NDArray[np.float32]:
-        """Return the package's scripted action; it keeps its phase, so each call belongs to one step."""
+        """Return the package's scripted action; the script keeps its phase, so call it once per step."""
         if self._done:
             raise SimulationError(f"{self.task}: call reset(seed) first")
         block = self._env.data.sensor("block_pos").data

@@ -1,4 +1,4 @@
-"""The interface of a simulator: its tasks, its robot, the opening of an environment.
+"""Interface of a simulator: its tasks, its robot, the opening of an environment.
 
 Owns: `Suite`, `Task`, the checks of a task's name, cameras and step limit. Does not know: any simulator, the list of suites.
 """
@@ -17,7 +17,7 @@ from pi0fm_client.errors import ConfigError, SimulationError
 
 @dataclass(frozen=True)
 class Task:
-    """prompt: the sentence that a policy reads. max_steps: an episode without success after so many steps is a failure."""
+    """Task of a suite. prompt: the sentence that a policy reads. max_steps: steps after which an episode without success is a failure."""
 
     prompt: str
     max_steps: int
@@ -25,15 +25,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Suite:
-    """The tasks of one simulated robot.
+    """Tasks of one simulated robot.
 
     name: as in `NAME/TASK`. title: for messages. cameras: the sources of pictures. default_cameras: where none are given.
-    fps: control steps in a simulated second. state_names, action_names: of the robot's numbers. longest_episode: steps.
+    fps: control steps per simulated second. state_names, action_names: of the robot's numbers. longest_episode: steps.
     has_expert: whether `Environment.expert_action` works. packages: distributions that `build` imports; install: the command for them.
-    action_low, action_high: of an action, one number or one a dimension; beyond them it is cut off.
+    action_low, action_high: limits to which an action is clipped, one number or one per dimension.
     expert_noise: standard deviation of the noise on a demonstration's actions, with which the expert still succeeds.
     increments: dimensions that are displacements, 0 at a standstill; the others are targets, which a standstill keeps.
-    groups: tasks that are published together, by the name that stands for them; `all` always does.
+    groups: tasks that are published together, by the group's name; `all` always exists.
     build: (name of the task, cameras, max_steps) -> Environment, whose `task` is the name that reports use.
     """
 

@@ -30,5 +30,5 @@ def test_bad_camera_text_is_one_line(text: str) -> None:
 
 
 def test_a_camera_name_comes_once() -> None:
-    with pytest.raises(ConfigError, match="name of its own"):
+    with pytest.raises(ConfigError, match="a different name"):
         parse_cameras("a=corner2:96x96,a=corner:96x96")

@@ -1,4 +1,4 @@
-"""A LIBERO task of a Panda arm, by the conventions that published results use.
+"""LIBERO tasks of a Panda arm, by the conventions of published results.
 
 Owns: the adapter from the package `libero` to `Environment`: initial states in their order, settling steps, state, orientation of pictures.
 Does not know: policies, data sets, the published limits (sim/libero/suite.py).
@@ -6,9 +6,9 @@ Does not know: policies, data sets, the published limits (sim/libero/suite.py).
     seed s       the task's initial state s % 50, in the order of its file: trial i of the benchmark is seed i
     reset        the state set, then SETTLING steps of the action [0, 0, 0, 0, 0, 0, -1]
     state        eef_pos [3], axis-angle of eef_quat [3], gripper_qpos [2], all from the observation and not from the controller
-    observation  of the moment when robosuite takes it: after the first of a step's physics substeps, so nearly a control step old
+    observation  taken when robosuite does, after the first of a step's physics substeps, so nearly a control step old
     picture      turned by 180 degrees from robosuite's, which has its first row at the bottom; agentview is `image`, the wrist `image2`
-    `-fast`      behind a camera's source: without shadows, reflections and multisampling, in a third of the time and other pixels
+    `-fast`      after a camera's source: without shadows, reflections and multisampling, in a third of the time, with other pixels
 """
 
 import contextlib
@@ -36,7 +36,7 @@ COLLISION_GROUP: Final = 0  # of geoms, which robosuite's pictures leave out
 
 @final
 class Libero(RenderedEnvironment):
-    """One task; on a processor, construction and each reset take seconds."""
+    """LIBERO task; on a CPU, construction and each reset take seconds."""
 
     def __init__(self, suite: str, task: str, cameras: tuple[CameraSpec, ...], max_steps: int) -> None:
         load_mujoco()  # before robosuite, which imports mujoco too
@@ -45,13 +45,13 @@ class Libero(RenderedEnvironment):
             from libero.libero.envs.env_wrapper import ControlEnv
 
             benchmark = _benchmark(suite)
-            own, number = benchmark.get_task(int(task)), int(task)
-            file = Path(get_libero_path("bddl_files")) / own.problem_folder / own.bddl_file
+            task_files, number = benchmark.get_task(int(task)), int(task)
+            file = Path(get_libero_path("bddl_files")) / task_files.problem_folder / task_files.bddl_file
             self._states: NDArray[np.float64] = np.asarray(benchmark.get_task_init_states(number))
             # no renderer of robosuite's: it would draw every camera at every step
             how = {"use_camera_obs": False, "has_offscreen_renderer": False, "ignore_done": True, "horizon": LONGEST + SETTLING}
             self._env: Any = ControlEnv(bddl_file_name=str(file), control_freq=FPS, **how)
-        self.task, self.prompt, self.cameras, self.max_steps = f"{suite}/{task}", own.language, cameras, max_steps
+        self.task, self.prompt, self.cameras, self.max_steps = f"{suite}/{task}", task_files.language, cameras, max_steps
         self.fps, self.action_dim, self.state_dim = FPS, 7, 8
         self._renderers: dict[bool, Renderer] = {}
         self._drawn: Any = None
@@ -59,7 +59,7 @@ class Libero(RenderedEnvironment):
         self._steps, self._done, self._gripper = 0, True, OPEN
 
     def reset(self, seed: int) -> None:
-        """Set initial state `seed % 50` and let it settle."""
+        """Set the initial state `seed % 50` and run the settling steps."""
         self._forget_pictures()  # robosuite builds its model again
         with _silent():
             self._env.seed(seed)
@@ -85,7 +85,7 @@ class Libero(RenderedEnvironment):
         return np.array([0, 0, 0, 0, 0, 0, self._gripper], np.float32)
 
     def position(self, name: str) -> NDArray[np.float64]:
-        """Return where an object of the task is, x, y, z in metres, as LIBERO names it: for scripted motions."""
+        """Return the position x, y, z in metres of an object, by LIBERO's name, for scripted motions."""
         return np.array(self._seen[f"{name}_pos"], np.float64)
 
     def close(self) -> None:
@@ -112,7 +112,7 @@ class Libero(RenderedEnvironment):
         return np.ascontiguousarray(upright[:, ::-1])
 
     def _draw_at_sampling(self) -> None:
-        """Have robosuite copy the simulation when it takes an observation, since pictures are drawn later, if at all."""
+        """Have robosuite copy the simulation when it takes an observation, since pictures are rendered later, if at all."""
         from robosuite.utils.observables import Observable, sensor
 
         inner, name = self._env.env, "pi0fm_drawn"
@@ -134,7 +134,7 @@ class Libero(RenderedEnvironment):
 
 
 def axis_angle(quaternion: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return axis times angle, [3], of a quaternion xyzw. Its sign is not turned for w < 0, so that the angle is in [0, 2 pi]."""
+    """Return axis times angle, [3], of a quaternion xyzw. The sign is kept for w < 0, so that the angle is in [0, 2 pi]."""
     w = float(np.clip(quaternion[3], -1.0, 1.0))
     length = np.sqrt(1.0 - w * w)
     return np.zeros(3) if length < 1e-10 else np.asarray(quaternion[:3] * 2.0 * np.arccos(w) / length)

@@ -1,4 +1,4 @@
-"""The sentence of each LIBERO task, by suite, in the benchmark's order.
+"""Sentence of each LIBERO task, by suite, in the benchmark's order.
 
 Owns: the sentences, as the files of the tasks name them. Does not know: how a task is simulated.
 """

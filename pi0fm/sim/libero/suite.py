@@ -1,6 +1,6 @@
-"""LIBERO's five suites as `Suite`s, with the published limits.
+"""LIBERO's five suites, with the published step limits.
 
-Owns: their numbers and names; a task's name is its number in the benchmark. Does not know: how it is simulated.
+Owns: their numbers and names; a task's name is its number in the benchmark. Does not know: the simulation.
 """
 
 from functools import partial

@@ -20,12 +20,12 @@ from pi0fm_client.errors import SimulationError
 FPS: Final = 80
 MAX_STEPS: Final = 400
 LONGEST_EPISODE: Final = 500  # Meta-World refuses a step beyond
-FIELD_OF_VIEW: Final = 1.2  # metres that a picture spans at the robot: fixes how fine meshes need to be
+FIELD_OF_VIEW: Final = 1.2  # metres that a picture spans at the robot: determines the resolution of meshes
 STATE_NAMES: Final = ("x", "y", "z", "gripper_opening")
 ACTION_NAMES: Final = ("dx", "dy", "dz", "gripper_effort")
 CAMERAS: Final = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
 _PUBLISHED_CAMERA = "corner2"
-_PUBLISHED_POSITION = (0.75, 0.075, 0.7)  # where published results of vision-language-action models have corner2
+_PUBLISHED_POSITION = (0.75, 0.075, 0.7)  # of corner2 in published results of vision-language-action models
 
 
 @final
@@ -72,7 +72,7 @@ class MetaWorld(RenderedEnvironment):
         return StepResult(success, self._done)
 
     def expert_action(self) -> NDArray[np.float32]:
-        """Return the action of Meta-World's scripted policy, clipped to [-1, 1]; it may be up to 19."""
+        """Return the action of Meta-World's scripted policy, clipped to [-1, 1] from up to 19."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Constant", category=UserWarning)
             action = self._expert.get_action(self._state())

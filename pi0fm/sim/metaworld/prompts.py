@@ -1,7 +1,7 @@
-"""The sentence of each of Meta-World v3's 50 tasks, which a policy reads.
+"""Sentence of each of Meta-World v3's 50 tasks, read by a policy.
 
 Owns: the sentences. Does not know: the simulator.
-Do not change one: policies and data sets made before it would not fit evaluations after it.
+Do not change one: existing policies and data sets would not fit later evaluations.
 """
 
 TASK_PROMPTS: dict[str, str] = {

@@ -1,6 +1,6 @@
 """Meta-World v3 as a `Suite`.
 
-Owns: its numbers and names. Does not know: how it is simulated.
+Owns: its numbers and names. Does not know: the simulation.
 """
 
 from typing import Final
@@ -10,7 +10,7 @@ from pi0fm.sim.metaworld.environment import ACTION_NAMES, CAMERAS, FPS, LONGEST_
 from pi0fm.sim.metaworld.prompts import TASK_PROMPTS
 from pi0fm.sim.suite import Suite, Task
 
-# the four groups whose mean is published for all fifty tasks, and the ten that are trained together
+# the four groups of published results for all 50 tasks, and the ten tasks that are trained together
 GROUPS: Final = {
     "easy": "button-press button-press-topdown button-press-topdown-wall button-press-wall coffee-button dial-turn door-close door-lock "
     "door-open door-unlock drawer-close drawer-open faucet-close faucet-open handle-press handle-press-side handle-pull handle-pull-side "
