@@ -16,7 +16,7 @@ from pi0fm_client.errors import ConfigError
 
 @dataclass(frozen=True)
 class DatasetName:
-    """The data set's name and folder, by LeRobot's option names."""
+    """Name and folder of the data set, by LeRobot's option names."""
 
     repo_id: str | None = option(None, "name of the data set, USER/NAME; local/SUITE when it is left out")
     root: str | None = option(None, "folder of the data set; outputs/datasets/REPO_ID when it is left out")
@@ -31,8 +31,8 @@ class DatasetName:
 class DemosConfig:
     """Options of `pi0fm demos`. Raises ConfigError for a value out of range, and for tasks without a scripted expert."""
 
-    tasks: str | tuple[str, ...] = option("button-press-topdown-v3", f"tasks with commas between them, each {catalog.TASK_FORM}")
-    episodes: int = option(50, "successful episodes a task; asking for more later goes on from what is there")
+    tasks: str | tuple[str, ...] = option("button-press-topdown-v3", f"tasks separated by commas, each {catalog.TASK_FORM}")
+    episodes: int = option(50, "successful episodes per task; a larger number later continues the recording")
     cameras: str | tuple[str, ...] = option((), "NAME=SOURCE:WIDTHxHEIGHT,... to record; the simulator's default when not given")
     dataset: DatasetName = field(default_factory=DatasetName)
     noise: float | None = option(
@@ -41,7 +41,7 @@ class DemosConfig:
     first_seed: int = option(1000, "each task's first seed; the following ones are taken in order, failures are skipped")
     max_steps: int | None = option(None, "steps after which an episode counts as failed; the tasks' own limit when not given")
     num_workers: int = option(lambda: os.cpu_count() or 1, "Ray tasks that simulate at the same time; 0 simulates in the calling process")
-    fps: int | None = option(None, "frames a second that the data set claims; the simulator's control rate when not given")
+    fps: int | None = option(None, "frames per second that the data set states; the simulator's control rate when not given")
     ray_address: str | None = option(None, "address of a running Ray cluster; a local Ray is started when it is left out")
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class DemosConfig:
 
     @property
     def suite(self) -> Suite:
-        """The simulator of all tasks."""
+        """Simulator of all tasks."""
         return catalog.shared_suite(self.task_names)
 
     @property
@@ -84,7 +84,7 @@ class DemosConfig:
 
     @property
     def control_rate(self) -> int:
-        """Frames a second of the data set."""
+        """Frames per second of the data set."""
         return self.suite.fps if self.fps is None else self.fps
 
     @property

@@ -1,8 +1,8 @@
-"""A LeRobot data set that opens at every moment of its recording.
+"""LeRobot data set that can be opened at any time during its recording.
 
 Owns: the published folder, its replacement, the lock, the check for damage. Does not know: the files' format, where episodes come from.
 
-Rows, videos and metadata must change together. Episodes are added to a copy of the data set, a segment of ten at a time, and the finished
+Rows, videos and metadata must change together. Episodes are added to a copy of the data set in segments of ten, and the finished
 copy replaces the data set in one step:
 
     ROOT/                        the data set, always whole                 <──┐ exchanged (renameat2) once its files are synced
@@ -33,7 +33,7 @@ HASHED = ("data", "videos", "meta/episodes")  # folders of files that never chan
 
 
 class Recording:
-    """A data set under construction; `with Recording(root, config) as recording: recording.add(episode)`."""
+    """Data set under construction; `with Recording(root, config) as recording: recording.add(episode)`."""
 
     def __init__(self, root: Path, config: DemosConfig) -> None:
         files.refuse_name(root)
@@ -90,11 +90,11 @@ class Recording:
         return self._published.frames + sum(len(episode.action) for episode in self._pending)
 
     def seeds(self, task: str) -> tuple[int, ...]:
-        """The kept seeds of `task`, in order."""
+        """Kept seeds of `task`, in order."""
         return tuple(self._seeds[task])
 
     def add(self, episode: EncodedDemonstration) -> None:
-        """Take one episode; every tenth call publishes."""
+        """Add one episode; every tenth call publishes."""
         self._pending.append(episode)
         self._seeds[episode.task].append(episode.seed)
         if len(self._pending) >= SEGMENT_EPISODES:
@@ -153,7 +153,7 @@ class Recording:
 
 
 def recording_settings(config: DemosConfig) -> dict[str, Any]:
-    """Return the settings that must be equal for a recording to go on."""
+    """Return the settings that must be equal for a recording to continue."""
     return {
         "prompts": {task: catalog.prompt_of(task) for task in config.task_names},
         "cameras": [str(camera) for camera in config.camera_specs],
@@ -195,7 +195,7 @@ def refuse_damaged(root: Path) -> dict[str, str]:
 
 def damage(root: Path, found: str) -> str:
     """Format the error line of a damaged recording."""
-    return f"a damaged recording does not go on: of {root} {found}; restore it from a copy, or choose another --dataset.root"
+    return f"a damaged recording cannot continue: in {root} {found}; restore it from a copy, or choose another --dataset.root"
 
 
 def hash_files(root: Path, known: dict[str, str]) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""One demonstration: a scripted expert with noise on the executed actions.
+"""Demonstration by a scripted expert with noise on the executed actions.
 
-Owns: `Demonstration`, the noise, the clean-action rule. Does not know: which simulator, who stores the episode, Ray.
+Owns: `Demonstration`, the noise, the clean-action rule. Does not know: the simulator, the storage of episodes, Ray.
 Shape letters: T steps, A action dim, S state dim.
 """
 
@@ -15,7 +15,7 @@ from pi0fm.sim.environment import Environment
 
 @dataclass(frozen=True)
 class Demonstration[Film]:
-    """A successful demonstration; row t holds the observation before step t and the expert's action for it.
+    """Successful demonstration; row t holds the observation before step t and the expert's action for it.
 
     images: by camera name, uint8 [T, height, width, 3] as recorded, a `Video` once encoded. state: float32 [T, S].
     action: float32 [T, A], without noise.
@@ -30,7 +30,7 @@ class Demonstration[Film]:
 
 
 def record_demonstration(environment: Environment, seed: int, noise: float) -> Demonstration[NDArray[np.uint8]] | None:
-    """Let the expert act from the start that `seed` gives; return None when it does not succeed within `max_steps`.
+    """Run the expert from the start of `seed`; return None when it does not succeed within `max_steps`.
 
         observe ── expert ── clean action ──┬── stored
                                             └── + noise * N(0, 1), clipped to [-1, 1] ── executed

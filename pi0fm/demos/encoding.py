@@ -1,4 +1,4 @@
-"""Episodes with their pictures as video, encoded in the process that simulates them: the writing process has little to do.
+"""Encoding of episodes' pictures as video in the simulating process, which relieves the writing process.
 
 Owns: the codec, the encoding of one episode, the joining of several without encoding again. Does not know: data sets, Ray.
 
@@ -55,7 +55,7 @@ def encode(episode: Demonstration[NDArray[np.uint8]], fps: int) -> EncodedDemons
 
 def encode_pictures(pictures: NDArray[np.uint8], fps: int) -> bytes:
     """Encode an mp4 file with picture k at time k / fps. pictures: uint8 [T, height, width, 3], height and width even."""
-    av.logging.set_libav_level(av.logging.ERROR)  # every encoder logs twenty lines, which would bury the progress line
+    av.logging.set_libav_level(av.logging.ERROR)  # every encoder logs 20 lines, which would hide the progress line
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         settings = {name: str(CODEC[name]) for name in ("g", "crf", "preset")} | CODEC["extra_options"] | {"threads": "1"}

@@ -1,13 +1,13 @@
-"""LeRobot's data set format v3.0, written a segment of episodes at a time.
+"""Writer of LeRobot's data set format v3.0, one segment of episodes at a time.
 
-Owns: the place and the schema of every file, the contents that the next segment needs. Does not know: how a data set is published,
-where episodes come from. LeRobot's own writer costs 8 to 11 ms of CPU a frame; a test compares the two file by file.
+Owns: the path and the schema of every file, the contents that the next segment needs. Does not know: how a data set is published,
+where episodes come from. LeRobot's writer costs 8 to 11 ms of CPU per frame; a test compares the two file by file.
 
-    data/chunk-000/file-007.parquet             the rows of segment 7, one row group an episode
+    data/chunk-000/file-007.parquet             the rows of segment 7, one row group per episode
     videos/<camera>/chunk-000/file-007.mp4      its pictures, one after the other
     meta/episodes/chunk-000/file-007.parquet    where each episode is in those, its statistics
     meta/{info.json, stats.json, tasks.parquet} of all segments; replaced, never changed in place: a hard link may share them
-A thousand files fill a chunk. Shape letters: N frames, T frames of one episode, D numbers a frame.
+A thousand files fill a chunk. Shape letters: N frames, T frames of one episode, D numbers per frame.
 """
 
 import io
@@ -41,7 +41,7 @@ _ARROW_TYPES: Mapping[str, pa.DataType] = {"float32": pa.float32(), "int64": pa.
 
 @dataclass(frozen=True)
 class Layout:
-    """The fixed parts of a growing data set. state_names, action_names: of their numbers; cameras: name -> (height, width)."""
+    """Fixed parts of a growing data set. state_names, action_names: of their numbers; cameras: name -> (height, width)."""
 
     fps: int
     robot_type: str
@@ -51,7 +51,7 @@ class Layout:
 
     @property
     def features(self) -> dict[str, Any]:
-        """LeRobot's `features`. `seed` is a column of the frames: LeRobot copies and merges columns, but not metadata of ours."""
+        """LeRobot's `features`. `seed` is a column of the frames: LeRobot copies and merges columns, but no additional metadata."""
         features: dict[str, Any] = {
             "observation.state": {"dtype": "float32", "shape": [len(self.state_names)], "names": list(self.state_names)},
             "action": {"dtype": "float32", "shape": [len(self.action_names)], "names": list(self.action_names)},
@@ -64,13 +64,13 @@ class Layout:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The features that are columns of the parquet files."""
+        """Features that are columns of the parquet files."""
         return {name: feature for name, feature in self.features.items() if feature["dtype"] != "video"}
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The contents of a data set that the next segment needs.
+    """Contents of a data set that the next segment needs.
 
     file: number of the next file. tasks: their sentences. columns: every frame, by feature, [N, D]. pictures: statistics by video feature.
     """
@@ -83,7 +83,7 @@ class Contents:
 
     @property
     def frames(self) -> int:
-        """The number of frames."""
+        """Number of frames."""
         return len(self.columns["index"]) if self.columns else 0
 
     @property
@@ -97,7 +97,7 @@ class Contents:
 
 
 def video_key(camera: str) -> str:
-    """The feature of a camera."""
+    """Feature name of a camera."""
     return f"observation.images.{camera}"
 
 

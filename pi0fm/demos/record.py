@@ -1,6 +1,6 @@
-"""Record a data set: which seeds to try, in which order, which episodes to keep.
+"""Recording of a data set: the order of seeds, the episodes that are kept.
 
-Owns: the missing episodes, the order, giving up on a hopeless task. Does not know: Ray; `submit` is an argument.
+Owns: the missing episodes, their order, the end of a hopeless task. Does not know: Ray; `submit` is an argument.
 
     submit ahead, at most `window`          taken in seed order, one task after the other
     seed 1000  1001  1002  1003   ...  -->  1000 ok -> kept   1001 failed -> skipped   1002 ok -> kept
@@ -23,7 +23,7 @@ from pi0fm.sim.environment import CameraSpec, Environment
 from pi0fm_client.errors import SimulationError
 
 Submit = Callable[[str, int], Callable[[], EncodedDemonstration | None]]
-"""(task, seed) -> a call that waits for the encoded episode."""
+"""Function (task, seed) -> a call that waits for the encoded episode."""
 HOPELESS_FAILURES = 20
 _ENVIRONMENTS_KEPT = 2
 

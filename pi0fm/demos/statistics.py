@@ -1,8 +1,8 @@
 """Statistics of a data set's columns, by the names that LeRobot gives them.
 
 Owns: min, max, mean, std, count and five quantiles of columns and of pictures, and their union. Does not know: files.
-A quantile is the smallest value that at least that share of the values does not exceed; LeRobot reads the same one off a histogram of
-5000 bins. Shape letters: N frames, D numbers a frame, L a picture's shape.
+A quantile is the smallest value that at least that share of the values does not exceed; LeRobot takes the same from a histogram of
+5000 bins. Shape letters: N frames, D numbers per frame, L a picture's shape.
 """
 
 from collections.abc import Mapping
@@ -38,12 +38,12 @@ def of_columns(values: NDArray[Any]) -> Statistics:
 def of_pictures(pictures: NDArray[np.uint8]) -> Statistics:
     """Compute statistics by colour, each float64 [3, 1, 1] in [0, 1]; `count` is pixels. pictures: uint8 [N, height, width, 3].
 
-    Every pixel of every picture counts, through a histogram of the 256 levels; from 300 pixels on, pictures are thinned as LeRobot does.
+    Every pixel of every picture counts, through a histogram of the 256 levels; from 300 pixels on, pictures are subsampled as LeRobot does.
     """
     longest = max(pictures.shape[1:3])
     step = longest // _SAMPLED_PICTURE if longest >= _LARGE_PICTURE else 1
     levels = np.zeros((3, 256), np.int64)
-    for picture in pictures:  # one at a time: bincount makes eight bytes of each
+    for picture in pictures:  # one at a time: bincount takes 8 bytes per value
         for colour in range(3):
             levels[colour] += np.bincount(picture[::step, ::step, colour].reshape(-1), minlength=256)
     count = int(levels[0].sum())

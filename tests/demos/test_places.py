@@ -92,7 +92,7 @@ def test_a_damaged_recording_does_not_go_on(tmp_path, damage):
     recorded(root)
     DAMAGES[damage](root)
     before = files_of(root)
-    with pytest.raises(DatasetError, match="damaged recording does not go on") as caught:
+    with pytest.raises(DatasetError, match="damaged recording cannot continue") as caught:
         recorded(root, episodes=4)
     assert "\n" not in str(caught.value) and files_of(root) == before
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
