@@ -1,6 +1,6 @@
-"""A bundle's alarm, from episodes that its policy never saw.
+"""Calibration of a bundle's alarm on episodes that its policy never saw.
 
-Owns: `CalibrateConfig`, which episodes, the largest spread of each. Does not know: how a threshold is made of them
+Owns: `CalibrateConfig`, the choice of episodes, the largest spread of each. Does not know: how a threshold is made of them
 (policy/saved/calibration).
 """
 
@@ -31,8 +31,8 @@ class CalibrateConfig(LoadOptions):
     dataset: DatasetConfig = option(DatasetConfig, "")
     embodiment: Embodiment = option(Embodiment, "")
     stride: int | None = option(None, "rows from one chunk to the next; the policy's execution horizon when not given")
-    moments: int = option(2000, "about the most chunks; where there are more, some episodes are left out")
-    batch_size: int = option(8, "observations of one inference")
+    moments: int = option(2000, "approximate limit of chunks; beyond it some episodes are left out")
+    batch_size: int = option(8, "observations per inference")
     seed: int = option(0, "seed of the policy's noise")
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
             f"calibration needs episodes that the policy never saw, but it was trained on {len(seen)} of these {len(episodes)}; train with "
             "--validation.episodes N, which holds N out, or give another data set"
         )
-    calibration.threshold([0.0] * len(episodes), config.false_alarm_rate)  # too few are told before the pictures are read
+    calibration.threshold([0.0] * len(episodes), config.false_alarm_rate)  # refuses too few episodes before the pictures are read
     moments, policy = read_moments(config.dataset, judged, source, place), bundle.load(config.bundle, config)
     spreads = np.empty(len(place))
     with progress.step("calibrating", len(place)) as bar:

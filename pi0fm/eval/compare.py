@@ -1,6 +1,6 @@
 """Comparison of evaluations on the same start positions: success by task, paired tests, whether a difference is settled.
 
-Owns: the reading of their folders, the pairs, the statements. Does not know: how episodes ran, the page (report/compare).
+Owns: reading their folders, the pairs, the statements. Does not know: how episodes ran, the page (report/compare).
 
     A/episodes.json   (task, seed) -> outcome   --.
     B/episodes.json   (task, seed) -> outcome   --+-- pairs in the order of seeds, without crashes --> b, c --> p, interval, settled?
@@ -32,7 +32,7 @@ OUTCOMES = get_args(Outcome)
 class CompareConfig:
     """Options of `pi0fm compare`."""
 
-    baseline: Path = required("folder of an evaluation (pi0fm eval --output_dir), which the others are compared with")
+    baseline: Path = required("folder of the evaluation (pi0fm eval --output_dir) to compare the others with")
     others: tuple[Path, ...] = option((), "folders of one or more evaluations of the same tasks and seeds")
     output_dir: Path = option(Path("outputs/compare"), "folder for compare.html and compare.json; an earlier comparison there is replaced")
 
@@ -47,7 +47,7 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation that has ended. outcomes: by (task, seed). settings, policy: of summary.json. videos: files by (task, seed)."""
+    """Evaluation that has ended. outcomes: by (task, seed). settings, policy: of summary.json. videos: files by (task, seed)."""
 
     name: str
     outcomes: Mapping[tuple[str, int], str]
@@ -56,12 +56,12 @@ class Evaluated:
     videos: Mapping[tuple[str, int], Path] = field(default_factory=dict)
 
     def interval(self, task: str) -> Interval | None:
-        """Return the success of one task; None without an episode that did not crash."""
+        """Return the success rate of one task; None where every episode crashed."""
         successes, trials = self._counts(task)
         return wilson(successes, trials) if trials else None
 
     def mean(self, tasks: Sequence[str]) -> Interval | None:
-        """Return the mean over tasks; None where one has no episode that did not crash."""
+        """Return the mean over tasks; None where every episode of a task crashed."""
         counts = [self._counts(task) for task in tasks]
         return mean_over_tasks(counts) if all(trials for _, trials in counts) else None
 
@@ -72,11 +72,11 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Paired:
-    """One evaluation against the baseline, over the episodes that crashed in neither.
+    """Evaluation against the baseline, over the episodes that crashed in neither.
 
-    difference: success of this one less the baseline's. p: McNemar's, p_holm: adjusted for the number of comparisons.
-    p_any_time: valid however often the evaluations were compared before. settled_after: pairs after which it fell to LEVEL, or None.
-    more_pairs: pairs that are missing for that at the shares found so far, or None.
+    difference: success of this one minus the baseline's. p: McNemar's, p_holm: adjusted for the number of comparisons.
+    p_any_time: valid for any number of earlier comparisons. settled_after: pairs after which it fell to LEVEL, or None.
+    more_pairs: further pairs that this would need at the shares found so far, or None.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Compared:
     recipes: tuple[Recipe, ...] = ()
 
     def filmed(self) -> list[tuple[str, int]]:
-        """Episodes that two evaluations or more filmed, those first whose outcomes differ."""
+        """Episodes that two or more evaluations filmed, those with different outcomes first."""
         counts = Counter(key for each in self.evaluations for key in each.videos)
         shared = [key for key, count in counts.items() if count > 1]
         return sorted(shared, key=lambda key: (len({each.outcomes.get(key) for each in self.evaluations}) == 1, key))
@@ -134,7 +134,7 @@ class Compared:
 
 
 def compare(config: CompareConfig) -> Compared:
-    """Compare evaluations. Raises ConfigError for a folder without a whole evaluation, and for evaluations without a common episode."""
+    """Compare evaluations. Raises ConfigError for a folder without a complete evaluation, and for evaluations without a common episode."""
     folders = (config.baseline, *config.others)
     short = len({folder.resolve().name for folder in folders}) == len(folders)
     first, *others = evaluations = [read(folder, folder.resolve().name if short else str(folder)) for folder in folders]
@@ -190,7 +190,7 @@ def pair(baseline: Evaluated, other: Evaluated) -> tuple[list[tuple[str, int]], 
             f"evaluations are compared on the same tasks and seeds, {baseline.name} and {other.name} share none that did not crash; "
             "evaluate both with the same --tasks, --first_seed and --episodes"
         )
-    alike.sort(key=lambda key: key[1])  # all tasks grow at the same pace, as if both evaluations were still going on
+    alike.sort(key=lambda key: key[1])  # all tasks grow at the same pace, as in evaluations that are still running
     wins = [(other.outcomes[key] == "success") - (baseline.outcomes[key] == "success") for key in alike]
     return alike, [k for k, win in enumerate(wins) if win > 0], [k for k, win in enumerate(wins) if win < 0]
 

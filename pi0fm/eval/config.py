@@ -19,7 +19,7 @@ from pi0fm.sim.suite import Suite
 from pi0fm_client.errors import ConfigError
 
 DEFAULT_EXECUTION_HORIZON = 8
-SAMPLE = 10  # episodes of a task, of which one is filmed whatever its outcome
+SAMPLE = 10  # episodes of a task, of which one is filmed for any outcome
 LEAST = {
     "episodes": 1,
     "first_seed": 0,
@@ -40,13 +40,13 @@ class StartsConfig(PolicyChoice):
     After construction `tasks` and `cameras` are tuples, and tasks have their names in reports.
     """
 
-    tasks: str | tuple[str, ...] = required(f"tasks with commas between them, each {catalog.TASK_FORM}")
+    tasks: str | tuple[str, ...] = required(f"tasks separated by commas, each {catalog.TASK_FORM}")
     episodes: int = option(20, "episodes of each task, one seed each")
     first_seed: int = option(1, "seed of the first episode; the others follow one by one")
     allow_seen_seeds: bool = option(False, "accept start positions that the policy saw in its demonstrations")
-    cameras: str | tuple[str, ...] = option((), "NAME=SOURCE:WIDTHxHEIGHT,...; the policy's own when not given, else the simulator's")
-    max_steps: int | None = option(None, "an episode that has not succeeded by then is a failure; the task's own limit when not given")
-    execution_horizon: int | None = option(None, "actions executed of each chunk; the policy's own when not given, else 8")
+    cameras: str | tuple[str, ...] = option((), "NAME=SOURCE:WIDTHxHEIGHT,...; the policy's when not given, else the simulator's")
+    max_steps: int | None = option(None, "steps after which an episode without success is a failure; the task's limit when not given")
+    execution_horizon: int | None = option(None, "actions executed of each chunk; the policy's when not given, else 8")
     output_dir: str = option("outputs/eval", "folder for report.html, summary.json, episodes.json and videos/")
     seed: int = option(0, "seed of the policy's noise")
 
@@ -67,22 +67,22 @@ class StartsConfig(PolicyChoice):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(StartsConfig):
-    """An evaluation whose simulator waits for the policy."""
+    """Options of an evaluation whose simulator waits for the policy."""
 
     num_workers: int | None = option(None, "Ray actors; every core of the cluster when not given, 0 runs in this process")
-    gpus_per_worker: float = option(0.0, "of a GPU for each actor's policy, such as 0.25; 0 infers on the CPU")
-    environments_per_worker: int = option(10, "environments that step together, and the policy's batch")
+    gpus_per_worker: float = option(0.0, "share of a GPU for each actor's policy, such as 0.25; 0 infers on the CPU")
+    environments_per_worker: int = option(10, "environments that step together; also the policy's batch size")
     videos: Literal["failures", "all", "none"] = option(
-        "failures", f"episodes filmed by the pictures that the policy saw: failures and every {SAMPLE}th episode, all, or none"
+        "failures", f"episodes filmed from the policy's input pictures: failures and every {SAMPLE}th episode, all, or none"
     )
     videos_per_task: int | None = option(
-        None, "episodes of each task, from the first on, that are filmed larger and smoother, which costs rendering; 1 when not given"
+        None, "first episodes of each task filmed larger and smoother, at the cost of rendering; 1 when not given"
     )
     scores: bool = option(
         False, "log-likelihood and noise-space norm of every chunk, in the report and episodes.json; outcomes stay the same"
     )
-    score_probes: int = option(1, "random probes of each log-likelihood; 0 computes it exactly, at the price of one product an entry")
-    metrics: str | None = option(None, "a run's metrics.jsonl, whose loss curve goes into the report")
+    score_probes: int = option(1, "random probes of each log-likelihood; 0 computes it exactly, at the cost of one product per entry")
+    metrics: str | None = option(None, "a run's metrics.jsonl, whose loss curve the report shows")
     observation_change: str = option("none", "ablation: none, frozen_image (of another seed) or swapped_prompt (of the next task)")
 
     def __post_init__(self) -> None:
@@ -127,19 +127,19 @@ def camera_specs(config: StartsConfig, metadata: Mapping[str, Any], suite: Suite
 
 
 def checked_cameras(config: StartsConfig, metadata: Mapping[str, Any]) -> tuple[CameraSpec, ...]:
-    """Return `camera_specs`, the same for every suite of the tasks.
+    """Return `camera_specs`, which must be equal for every suite of the tasks.
 
-    Raises ConfigError too for a camera, a task or a step limit that a suite has not, and for suites of another robot than the first.
+    Also raises ConfigError for a camera, task or step limit that a suite lacks, and for suites of different robots.
     """
     suites = catalog.suites_of(config.tasks)
     first, cameras = suites[0], camera_specs(config, metadata, suites[0])
     for suite in suites[1:]:
-        for what, own, other in (
+        for what, ours, other in (
             ("cameras", cameras, camera_specs(config, metadata, suite)),
             ("state", first.state_names, suite.state_names),
             ("actions", first.action_names, suite.action_names),
         ):
-            if own != other:
+            if ours != other:
                 raise ConfigError(
                     f"suites that one policy is judged on together have the same robot and cameras, found other {what} in {suite.name} "
                     f"than in {first.name}; evaluate each by itself" + (", or type --cameras" if what == "cameras" else "")

@@ -1,4 +1,4 @@
-"""An evaluation, from its configuration to its report.
+"""Evaluation, from its configuration to its report.
 
 Owns: the order policy -> episodes -> report. Does not know: how an episode is run (rollout), the page (report/page), Ray.
 
@@ -30,12 +30,12 @@ from pi0fm.sim.environment import CameraSpec
 from pi0fm.sim.suite import Suite
 from pi0fm_client.types import Policy
 
-NOISY = "euler_maruyama"  # flow.solver.EULER_MARUYAMA: that module imports torch, which a driver of remote policies does without
+NOISY = "euler_maruyama"  # flow.solver.EULER_MARUYAMA: that module imports torch, which a driver of remote policies does not need
 
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """The policy, environments and settings of one process that runs episodes; both openers can be pickled."""
+    """Policy, environments and settings of one process that runs episodes; both openers can be pickled."""
 
     open_policy: Callable[[], Policy]
     open_environment: OpenEnvironment
@@ -49,12 +49,12 @@ class WorkerSetup:
 
 
 Executor = Callable[[Sequence[Episode], WorkerSetup], Iterator[EpisodeResult]]
-"""Runs episodes and yields their results in any order; the results do not depend on the executor."""
+"""Function that runs episodes and yields their results in any order; the results do not depend on the executor."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of an evaluation and the place of its report."""
+    """Figures of an evaluation and the path of its report."""
 
     summary: Summary
     rows: tuple[dict[str, Any], ...]
@@ -82,7 +82,7 @@ class Evaluation:
 
 
 def evaluate(config: EvalConfig, execute: Executor) -> Evaluation:
-    """Evaluate a policy and write the report; go on where an interrupted evaluation of the same settings stopped in `output_dir`.
+    """Evaluate a policy and write the report; continue an interrupted evaluation of the same settings in `output_dir`.
 
     Raises OutputError for a folder that holds another evaluation or cannot be written, BundleError or ServingError for the policy,
     ConfigError for demonstrated seeds, an unknown task or camera, and tasks that do not fit the policy, SimulationError for a machine
@@ -149,7 +149,7 @@ def in_this_process(episodes: Sequence[Episode], setup: WorkerSetup) -> Iterator
 
 
 def settings_for(config: EvalConfig, metadata: Mapping[str, Any]) -> RolloutSettings:
-    """Return the settings of the episodes; the policy's where an option is not given."""
+    """Return the settings of the episodes; the policy's for options that are not given."""
     return RolloutSettings(executed_of_a_chunk(config, metadata), config.seed, config.observation_change, tuple(config.tasks))
 
 
@@ -166,7 +166,7 @@ def _open_policy(config: EvalConfig) -> Policy:
 
 def _identity(config: EvalConfig, facts: Mapping[str, str], metadata: Mapping[str, Any]) -> dict[str, str]:
     """Collect everything that an episode's result depends on, except its task and seed."""
-    told = json.dumps(dict(metadata), default=str, sort_keys=True)  # it holds the identity of a bundle
+    told = json.dumps(dict(metadata), default=str, sort_keys=True)  # includes a bundle's identity
     own = {"policy": hashlib.sha256(told.encode()).hexdigest()}
     own |= {name: str(getattr(config, name)) for name in ("robot", "compile", "device", "precision", "threads")}
     ring = ",".join(config.tasks) if config.observation_change == "swapped_prompt" else ""

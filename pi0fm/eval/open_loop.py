@@ -1,10 +1,10 @@
-"""Predicted against recorded chunks, where there is no simulator: a policy judged on the episodes of a data set.
+"""Open-loop evaluation without a simulator: predicted against recorded chunks on the episodes of a data set.
 
-Owns: `OpenLoopConfig`, which episodes and moments, errors beside their baselines. Does not know: the page (report/open_loop), training.
+Owns: `OpenLoopConfig`, the choice of episodes and moments, errors and baselines. Does not know: the page (report/open_loop), training.
 
-    episode    row 0 .. row s .. row 2 s ..      s = stride; each of these rows is a moment, seen as the robot saw it
-    moment     policy.infer_batch -> predicted [H, A], beside recorded [H, A]; rows past the episode's end are left out
-    still      the action before the moment, repeated; of dimensions trained as differences to the state, the state
+    episode    row 0 .. row s .. row 2 s ..      s = stride; each of these rows is a moment, observed as by the robot
+    moment     policy.infer_batch -> predicted [H, A], against recorded [H, A]; rows past the episode's end are left out
+    still      the action before the moment, repeated; in dimensions trained as differences from the state, the state
     mean       the mean recorded chunk of all moments: the best answer that does not depend on the observation
 
 Errors are absolute, in robot units. One figure over all dimensions divides each error by the standard deviation of the recorded actions;
@@ -41,21 +41,21 @@ from pi0fm_client.types import Observation, Policy
 
 RESAMPLES = 2000  # of the bootstrap
 MOMENTS = "moments.parquet"
-UNFINISHED = ".unfinished.npz"  # answers of an evaluation that failed on the way
+UNFINISHED = ".unfinished.npz"  # answers of an interrupted evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenLoopConfig(PolicyChoice):
-    """The policy to judge, the recorded episodes, and where the report goes. Raises ConfigError for a number out of range."""
+    """Options of an open-loop evaluation. Raises ConfigError for a number out of range."""
 
     dataset: DatasetConfig = option(DatasetConfig, "")
     embodiment: Embodiment = option(Embodiment, "")
     stride: int | None = option(None, "rows from one judged moment to the next; the policy's execution horizon when not given")
-    moments: int = option(1000, "about the most moments that are judged; where there are more, some episodes are left out")
-    batch_size: int = option(8, "observations of one inference")
-    likelihood: bool = option(False, "log-likelihood of the recorded chunks too; about twice the time")
-    worst: int = option(8, "moments with the largest errors that the report shows with their pictures")
-    traces: int = option(3, "episodes that the report shows dimension by dimension: from the worst to the best")
+    moments: int = option(1000, "approximate limit of judged moments; beyond it some episodes are left out")
+    batch_size: int = option(8, "observations per inference")
+    likelihood: bool = option(False, "also compute the log-likelihood of the recorded chunks; takes about twice the time")
+    worst: int = option(8, "number of moments with the largest errors that the report shows with pictures")
+    traces: int = option(3, "number of episodes that the report shows by dimension, from the worst to the best")
     seed: int = option(0, "seed of the policy's noise")
     output_dir: str = option("outputs/open_loop", "folder for report.html, summary.json and moments.parquet")
 
@@ -81,13 +81,13 @@ class OpenLoopConfig(PolicyChoice):
         return self.num_flow_steps, self.solver, self.noise_level, self.robot, self.likelihood, self.seed, self.batch_size, self.renamed()
 
     def renamed(self) -> dict[str, Any]:
-        """Return the columns that options give in place of the policy's."""
+        """Return the columns that options give instead of the policy's."""
         return {name: value for name, value in vars(self.embodiment).items() if value != getattr(Embodiment(), name)}
 
 
 @dataclass(frozen=True)
 class Judged:
-    """The part of a policy's metadata that the evaluation reads."""
+    """Part of a policy's metadata that the evaluation reads."""
 
     embodiment: Embodiment
     horizon: int
@@ -101,7 +101,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Moments:
-    """The moments of an evaluation, and the states and actions recorded at and after each.
+    """Moments of an evaluation, and the states and actions recorded at and after each.
 
     place [M]: in the source. recorded [M, H, A] and real [M, H], False past the episode's end; still [M, A]: the action of standing still.
     pictures: [M, C, size, size, 3], as the network sees them.
@@ -137,7 +137,7 @@ class OpenLoop:
 
     error, still, mean: [H, A] of the policy and of the two baselines.
     scale [A]: deviation of the recorded actions, 0 where they never change. each [M]: a moment's error in deviations.
-    nats [M]: negative log-likelihood of an entry of the recorded chunk, NaN where not asked for or past the episode's end.
+    nats [M]: negative log-likelihood per entry of the recorded chunk, NaN where not requested or past the episode's end.
     """
 
     names: tuple[str, ...]
@@ -218,7 +218,7 @@ def evaluate_open_loop(config: OpenLoopConfig) -> tuple[dict[str, Any], OpenLoop
 
 
 def read_policy(config: OpenLoopConfig) -> Judged:
-    """Read the metadata of the bundle or the server, whose pictures are taken to be resized as newer weights expect."""
+    """Read the metadata of the bundle or the server; a server's pictures are resized as newer weights expect."""
     metadata = read_metadata(config)
     if config.remote:
         missing = [name for name in ("cameras", "state_key", "state_dim", "robot_action_dim", "action_horizon") if name not in metadata]
@@ -260,7 +260,7 @@ def read_policy(config: OpenLoopConfig) -> Judged:
 def open_episodes(config: OpenLoopConfig, judged: Judged) -> tuple[LeRobotSource, set[int] | None]:
     """Choose the recorded episodes; return them and those that the policy was trained on, None if that is not known.
 
-    Those of `dataset.episodes`; else, of the data set that the policy was trained on, those that its run held out, if any; else all.
+    Chosen are `dataset.episodes`; else, in the data set that the policy was trained on, the held-out episodes, if any; else all.
     """
     source = open_source(config.dataset, judged.embodiment)
     if judged.fps and abs(judged.fps - source.fps) > 1e-3 * source.fps:
@@ -300,10 +300,10 @@ def choose_moments(config: OpenLoopConfig, judged: Judged, source: LeRobotSource
 
 
 def read_moments(dataset: DatasetConfig, judged: Judged, source: LeRobotSource, place: NDArray[np.int64]) -> Moments:
-    """Rows, chunks and pictures of the moments."""
+    """Read rows, chunks and pictures of the moments."""
     recorded, real = action_chunks(source.action, source.end, place, judged.horizon)
     begins = np.append(True, np.diff(source.episode) != 0)[place]
-    still = source.action[np.where(begins, place, place - 1)]  # before an episode's first row nothing was recorded: its own action
+    still = source.action[np.where(begins, place, place - 1)]  # an episode's first row has no previous action: the row's action
     relative = list(judged.embodiment.delta_actions)
     still[:, relative] = source.state[place][:, relative]
     return Moments(
@@ -314,7 +314,7 @@ def read_moments(dataset: DatasetConfig, judged: Judged, source: LeRobotSource, 
 def judge(
     config: OpenLoopConfig, judged: Judged, source: LeRobotSource, policy: Policy, moments: Moments, unfinished: Path | None = None
 ) -> OpenLoop:
-    """Ask the policy at every moment, and compare. unfinished: where answers are kept when it fails on the way, and taken from."""
+    """Infer at every moment, and compare. unfinished: file of an interrupted evaluation's answers, read and written."""
     predicted, nats = np.empty_like(moments.recorded), np.full(len(moments.place), np.nan)
     whole: NDArray[np.bool_] = np.asarray(moments.real.all(1))
     asked = hashlib.sha256(repr((config.asked(), source.fingerprint, moments.place.tolist(), _of_policy(judged))).encode()).hexdigest()
@@ -355,7 +355,7 @@ def _kept(unfinished: Path | None, asked: str, predicted: NDArray[np.float32], n
 
 @contextmanager
 def _keeping(unfinished: Path | None, asked: str, predicted: NDArray[np.float32], nats: NDArray[np.float64]) -> Iterator[list[int]]:
-    """Save the answers so far when the block fails; it counts them in the list that it receives."""
+    """Save the answers so far when the block fails; the block counts them in the list that it receives."""
     count = [0]
     try:
         yield count
@@ -363,7 +363,7 @@ def _keeping(unfinished: Path | None, asked: str, predicted: NDArray[np.float32]
         if unfinished is not None and count[0]:
             with files.new_file(unfinished) as file:
                 np.savez(file, asked=asked, predicted=predicted[: count[0]], nats=nats[: count[0]])
-            progress.say(f"the answers at {count[0]} of {len(nats)} moments are kept: the same command goes on from there")
+            progress.say(f"the answers at {count[0]} of {len(nats)} moments are kept: the same command continues from there")
         raise
     if unfinished is not None:
         unfinished.unlink(missing_ok=True)
@@ -372,7 +372,7 @@ def _keeping(unfinished: Path | None, asked: str, predicted: NDArray[np.float32]
 def compare(
     moments: Moments, predicted: Float[NDArray[np.float32], "M H A"], nats: Float[NDArray[np.float64], " M"], names: tuple[str, ...]
 ) -> OpenLoop:
-    """Errors of predicted chunks, and of the two baselines, against the recorded ones."""
+    """Compute the errors of predicted chunks and of the two baselines against the recorded ones."""
     real, recorded = moments.real[..., None], moments.recorded.astype(np.float64)
     count = real.sum(0)
     with np.errstate(invalid="ignore"):  # rows that no moment has are 0 / 0: NaN
@@ -395,9 +395,9 @@ def compare(
 
 
 def _ratio(ours: NDArray[np.float64], baseline: NDArray[np.float64], episode: NDArray[np.int64]) -> Ratio:
-    """Mean over moments of one error over that of another; percentiles of the bootstrap over episodes."""
-    numbers, own = np.unique(episode, return_inverse=True)
-    sums = np.stack([np.bincount(own, weights=each) for each in (ours, baseline)])
+    """Divide one error's mean over moments by another's, with percentiles of the bootstrap over episodes."""
+    numbers, group = np.unique(episode, return_inverse=True)
+    sums = np.stack([np.bincount(group, weights=each) for each in (ours, baseline)])
     with np.errstate(invalid="ignore", divide="ignore"):
         value = float(sums[0].sum() / sums[1].sum())
         if len(numbers) < 2:

@@ -1,6 +1,6 @@
-"""The policy that is judged: a bundle in this process, or a server.
+"""Evaluated policy: a bundle in this process, or a server.
 
-Owns: `PolicyChoice`, opening it, what it says of itself. Does not know: what it is judged on.
+Owns: `PolicyChoice`, opening it, its metadata. Does not know: the evaluation.
 """
 
 import os
@@ -19,7 +19,7 @@ class PolicyChoice(LoadOptions):
     """Options that choose a policy and load it. Raises ConfigError for an option that belongs to a server."""
 
     policy: str = required(f"a bundle's directory, or the ws:// address of a server, whose key is in ${TOKEN_VARIABLE}")
-    threads: int | None = option(1, "CPU threads of one inference; with another number sums are in another order, and results differ")
+    threads: int | None = option(1, "CPU threads per inference; another number changes the order of sums, and so the results")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,9 +1,9 @@
-"""Evaluations of one recipe: a learning curve over training steps, and what several training seeds agree on.
+"""Evaluations of one recipe: a learning curve over training steps, and intervals over training seeds.
 
 Owns: which evaluations belong together, the figures over seeds. Does not know: folders, pages.
 
-    recipe    all that a bundle says of its training, but for steps, seed and identity
-    point     the evaluations of a recipe at one number of steps, one a training seed
+    recipe    a bundle's description of its training, except steps, seed and identity
+    point     the evaluations of a recipe at one number of steps, one per training seed
 """
 
 import math
@@ -21,7 +21,7 @@ NORMAL = 1.96
 
 @dataclass(frozen=True)
 class TrainedPolicy:
-    """An evaluation by its name, what its bundle says of the training, and its mean over tasks."""
+    """Evaluation by its name, with its bundle's description of the training and its mean over tasks."""
 
     name: str
     facts: Mapping[str, str]
@@ -30,7 +30,7 @@ class TrainedPolicy:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """interval: of one seed Wilson's over its episodes; of several Student's over their means: what another seed may give."""
+    """Point of a learning curve. interval: for one seed Wilson's over its episodes; for several Student's over their means."""
 
     steps: int
     seeds: tuple[str, ...]
@@ -51,14 +51,14 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Two evaluations or more; points by steps."""
+    """Recipe with two or more evaluations; points by steps."""
 
     name: str
     points: tuple[CurvePoint, ...]
 
 
 def recipes(evaluations: Sequence[TrainedPolicy]) -> list[Recipe]:
-    """Group evaluations whose policies differ in VARIES only; those that stand alone are left out."""
+    """Group evaluations whose policies differ in VARIES only; single ones are left out."""
     groups: dict[tuple[tuple[str, str], ...], list[TrainedPolicy]] = {}
     for each in evaluations:
         if each.mean is not None and each.facts.get("steps", "").isdigit():
@@ -70,11 +70,11 @@ def recipes(evaluations: Sequence[TrainedPolicy]) -> list[Recipe]:
 def _points(group: Sequence[TrainedPolicy]) -> tuple[CurvePoint, ...]:
     found = []
     for steps in sorted({int(each.facts["steps"]) for each in group}):
-        own = [each for each in group if int(each.facts["steps"]) == steps]
-        means = [each.mean for each in own if each.mean is not None]
+        same_steps = [each for each in group if int(each.facts["steps"]) == steps]
+        means = [each.mean for each in same_steps if each.mean is not None]
         rates = tuple(mean.rate for mean in means)
-        seeds = tuple(each.facts.get("seed", "unknown") for each in own)
-        found.append(CurvePoint(steps, seeds, rates, over_seeds(rates) if len(set(seeds)) == len(seeds) > 1 else _together(means)))
+        seeds = tuple(each.facts.get("seed", "unknown") for each in same_steps)
+        found.append(CurvePoint(steps, seeds, rates, over_seeds(rates) if len(set(seeds)) == len(seeds) > 1 else _envelope(means)))
     return tuple(found)
 
 
@@ -85,6 +85,6 @@ def over_seeds(rates: Sequence[float]) -> Interval:
     return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))
 
 
-def _together(means: Sequence[Interval]) -> Interval:
-    """Evaluations of one policy, such as with other flow steps: the mean, and the ends that lie furthest apart."""
+def _envelope(means: Sequence[Interval]) -> Interval:
+    """Join evaluations of one policy, such as with other flow steps: the mean, and the outermost ends."""
     return Interval(statistics.fmean(each.rate for each in means), min(each.low for each in means), max(each.high for each in means))

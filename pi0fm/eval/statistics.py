@@ -1,6 +1,6 @@
 """Intervals for success rates, and tests of two policies on the same start positions.
 
-Owns: Wilson's interval, one for the mean over tasks, one for a paired difference; McNemar's exact test, one that may be read at any time.
+Owns: Wilson's interval, one for the mean over tasks, one for a paired difference; McNemar's exact test, one valid at any time.
 Does not know: episodes.
 
                         second succeeds   second fails
@@ -16,7 +16,7 @@ from statistics import NormalDist
 
 @dataclass(frozen=True)
 class Interval:
-    """A rate in [0, 1], or a difference of two, and its confidence interval."""
+    """Rate in [0, 1], or a difference of two, and its confidence interval."""
 
     rate: float
     low: float
@@ -39,7 +39,7 @@ def mean_over_tasks(counts: Sequence[tuple[int, int]], confidence: float = 0.95)
     counts: (successes, trials) of each of T tasks. The variance of the mean is sum p_i (1 - p_i) / n_i / T^2; it is replaced by
     m (1 - m) / n with the mean m and n = T^2 / sum 1 / n_i, and Wilson's inequality is solved for m. With equal trials that can only
     widen the interval, because p (1 - p) is concave; it is then Wilson's interval of all episodes together, and does not shrink to a
-    point when every episode succeeds. Near 1 it covers better than joining the tasks' own intervals (0.92 against 0.86 at worst for
+    point when every episode succeeds. Near 1 it covers better than the tasks' joined intervals (0.92 against 0.86 at worst for
     three tasks of 20 episodes with rates of 0.95 to 0.99).
     """
     if not counts:
@@ -51,7 +51,7 @@ def mean_over_tasks(counts: Sequence[tuple[int, int]], confidence: float = 0.95)
 
 
 def paired_difference(b: int, c: int, pairs: int, confidence: float = 0.95) -> Interval:
-    """Compute the first rate less the second, with Bonett and Price's interval: Wald's with one more pair in b and in c.
+    """Compute the first rate minus the second, with Bonett and Price's interval: Wald's with one more pair in b and in c.
 
     Statist. Med. 31 (2012), doi 10.1002/sim.4406. Raises ValueError unless 0 <= b, 0 <= c and 1 <= pairs >= b + c.
     """

@@ -1,6 +1,6 @@
 """Figures of an evaluation: success by task and over tasks, with intervals; crashes are counted separately.
 
-Owns: `Summary`. Does not know: how it is shown.
+Owns: `Summary`. Does not know: its presentation.
 """
 
 from collections import Counter
@@ -30,9 +30,9 @@ class MeanScores:
 
 @dataclass(frozen=True)
 class TaskSummary:
-    """One task. interval: None when every episode crashed. scores: of successes and of failures, where there are any.
+    """Figures of one task. interval: None when every episode crashed. scores: of successes and of failures, where there are any.
 
-    alarmed: by outcome, (episodes with an alarm, episodes), of a policy that is calibrated.
+    alarmed: by outcome, (episodes with an alarm, episodes), for a calibrated policy.
     """
 
     task: str
@@ -46,13 +46,13 @@ class TaskSummary:
 
     @property
     def trials(self) -> int:
-        """The number of episodes without a crash, which would tell nothing about the policy."""
+        """Number of episodes without a crash, which says nothing about the policy."""
         return self.successes + self.failures
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All tasks. `mean` is None when a task has no episode that ended: a mean over the others would be biased."""
+    """Figures of all tasks. `mean` is None when every episode of a task crashed: a mean over the others would be biased."""
 
     tasks: tuple[TaskSummary, ...]
     mean: Interval | None
@@ -65,7 +65,7 @@ class Summary:
         return any(task.scores for task in self.tasks)
 
     def of(self, tasks: Collection[str]) -> "Summary":
-        """Return the figures of some of the tasks."""
+        """Return the figures of a subset of the tasks."""
         return _over(tuple(row for row in self.tasks if row.task in tasks))
 
     def json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The files of a comparison of evaluations.
+"""Files of a comparison of evaluations.
 
     output_dir/
       compare.html    one self-contained file: statements, bars and learning curves with intervals, tables, videos side by side
@@ -19,12 +19,12 @@ from pi0fm_client.errors import OutputError
 
 PAGE, RESULT = "compare.html", "compare.json"
 COLOURS = ("#0f766e", "#c8862b", "#5b5fc7", "#b4483d", "#5a7d2b", "#7a4f8f")
-LONGEST = 40  # letters of a name in the legend
+LONGEST = 40  # characters of a name in the legend
 BAR = 0.8  # of the distance between two groups, for all bars of one
 
 
 def write(output_dir: Path, found: Compared) -> Path:
-    """Write page and figures, in the place of an earlier comparison; return the page's path. Raises OutputError for another folder."""
+    """Write page and figures, replacing an earlier comparison; return the page's path. Raises OutputError for another folder."""
     files.make_folder(output_dir)
     others = sorted(path.name for path in output_dir.iterdir() if path.name not in (PAGE, RESULT))
     if others:
@@ -41,21 +41,21 @@ def write(output_dir: Path, found: Compared) -> Path:
 
 
 def side_by_side(found: Compared) -> list[dict[str, Any]]:
-    """Collect episodes that several evaluations filmed, with a data URI each, while the bound has room for all videos of an episode."""
+    """Collect episodes that several evaluations filmed, with data URIs, as far as all videos of an episode fit into the bound."""
     room, shown = EMBEDDED_VIDEO_BYTES, []
     for key in found.filmed():
-        own = [(each, each.videos[key]) for each in found.evaluations if key in each.videos]
-        size = sum(path.stat().st_size for _, path in own)
+        filmed = [(each, each.videos[key]) for each in found.evaluations if key in each.videos]
+        size = sum(path.stat().st_size for _, path in filmed)
         if size > room:
             continue
         room -= size
-        films = [{"name": each.name, "outcome": each.outcomes[key], "uri": embedded(path)} for each, path in own]
+        films = [{"name": each.name, "outcome": each.outcomes[key], "uri": embedded(path)} for each, path in filmed]
         shown.append({"task": key[0], "seed": key[1], "films": films})
     return shown
 
 
 def draw_curves(curves: Sequence[Recipe]) -> bytes:
-    """Draw success over training steps with its intervals, a line a recipe, as PNG."""
+    """Draw success over training steps with its intervals, one line per recipe, as PNG."""
     figure, (axis,) = pages.panels(width=7.8, height=3.2)
     for number, recipe in enumerate(curves):
         colour, steps = COLOURS[number % len(COLOURS)], [point.steps for point in recipe.points]

@@ -1,4 +1,4 @@
-"""The loss curve of a run, for the report of its evaluation.
+"""Loss curve of a run, for the report of its evaluation.
 
 Owns: reading `metrics.jsonl`, the picture. Does not know: the trainer that wrote the lines, the page that shows them.
 """
@@ -18,7 +18,7 @@ LOG_SCALE_FROM = 12.0
 
 
 def read_losses(path: Path) -> list[tuple[int, float]]:
-    """Read the (step, loss) pairs of a metrics.jsonl in order of the steps; of a step logged twice (a resumed run) the later one.
+    """Read the (step, loss) pairs of a metrics.jsonl in order of steps; for a step logged twice (by a resumed run) the later one.
 
     Lines without a finite loss are other metrics. Raises ConfigError for a missing file, a line that is not JSON, or a file without a loss.
     """
@@ -33,7 +33,7 @@ def read_losses(path: Path) -> list[tuple[int, float]]:
         except json.JSONDecodeError:
             if number == len(lines):
                 break  # a running training may be writing it
-            raise ConfigError(f"{path} must hold one JSON object a line, line {number} is {line[:40]!r}") from None
+            raise ConfigError(f"{path} must hold one JSON object per line, line {number} is {line[:40]!r}") from None
         loss = row.get("loss") if isinstance(row, dict) else None
         if isinstance(loss, int | float) and math.isfinite(loss) and isinstance(row.get("step"), int):
             losses[row["step"]] = float(loss)

@@ -1,4 +1,4 @@
-"""One picture of an evaluation, with a row of frames for each task.
+"""Picture of an evaluation, with a row of frames for each task.
 
 Owns: the picture. Does not know: how episodes ran; it reads their videos.
 """

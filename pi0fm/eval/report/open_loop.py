@@ -1,9 +1,9 @@
-"""The files of an open-loop evaluation: report.html, summary.json, moments.parquet.
+"""Files of an open-loop evaluation: report.html, summary.json, moments.parquet.
 
 Owns: their content, and the pictures: error by row of the chunk, episodes dimension by dimension, the worst moments.
-Does not know: how anything was predicted.
+Does not know: how chunks were predicted.
 
-    moments.parquet   a moment a row: episode, index, seconds, task, error, nats_per_entry, predicted and recorded [H x A] row by row, rows
+    moments.parquet   row per moment: episode, index, seconds, task, error, nats_per_entry, predicted and recorded [H x A] row by row, rows
 """
 
 import io
@@ -92,7 +92,7 @@ def table(found: OpenLoop, source: LeRobotSource) -> pa.Table:
 
 
 def traced_episodes(found: OpenLoop, count: int) -> list[int]:
-    """`count` episodes from the one with the largest mean error to the one with the least, evenly between."""
+    """Choose `count` episodes, evenly from the largest to the smallest mean error."""
     episodes = np.unique(found.moments.episode)
     errors = np.array([found.each[found.moments.episode == episode].mean() for episode in episodes])
     order = episodes[np.argsort(-errors, kind="stable")]
@@ -113,7 +113,7 @@ def draw_rows(found: OpenLoop) -> bytes:
 
 
 def draw_trace(found: OpenLoop, source: LeRobotSource, episode: int) -> bytes:
-    """Draw every dimension of an episode: what was recorded, and each predicted chunk up to the next moment, as PNG."""
+    """Draw every dimension of an episode: the recorded actions, and each predicted chunk up to the next moment, as PNG."""
     places = np.flatnonzero(source.episode == episode)
     chosen = np.flatnonzero(found.moments.episode == episode)
     following = [*found.moments.place[chosen][1:].tolist(), int(places[-1]) + 1]
@@ -153,7 +153,7 @@ def draw_moment(found: OpenLoop, source: LeRobotSource, number: int) -> bytes:
 
 
 def _small_charts(found: OpenLoop) -> tuple[Any, Sequence[Any]]:
-    """Lay out a chart for each action dimension, COLUMNS a row."""
+    """Lay out a chart for each action dimension, COLUMNS per row."""
     count = len(found.names)
     rows = -(-count // COLUMNS)
     figure, axes = pages.panels(min(COLUMNS, count), rows, height=2.1 * rows)

@@ -1,4 +1,4 @@
-"""The files of an evaluation.
+"""Files of an evaluation.
 
     output_dir/
       report.html     one self-contained file: no link, no script, videos embedded up to EMBEDDED_VIDEO_BYTES
@@ -28,7 +28,7 @@ from pi0fm_client.errors import OutputError
 
 OWN_FILES = ("report.html", "summary.json", "episodes.json")
 JOURNAL, ROWS = "episodes.jsonl", "episodes.parquet"
-EMBEDDED_VIDEO_BYTES = 13 * 2**20  # a third more as text: with 500 rows a page of less than 20 MB
+EMBEDDED_VIDEO_BYTES = 13 * 2**20  # a third more as base64: with 500 rows a page of less than 20 MB
 
 
 @dataclass(frozen=True)

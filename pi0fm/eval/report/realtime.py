@@ -1,4 +1,4 @@
-"""The files of an evaluation in real time: report.html, summary.json, episodes.parquet.
+"""Files of an evaluation in real time: report.html, summary.json, episodes.parquet.
 
 Owns: their content, the figure. Does not know: how episodes ran.
 """
@@ -36,17 +36,17 @@ def write(
 
 
 def draw(cells: Sequence[Cell]) -> bytes:
-    """Draw success with its interval, jump and reaction time against the delay, a line a mode, as PNG."""
+    """Draw success with its interval, jump and reaction time against the delay, one line per mode, as PNG."""
     figure, axes = pages.panels(3, width=12, height=3.6)
-    for number, (mode, own) in enumerate(by_mode(list(cells))):
-        colour, delays = COLOURS[number % len(COLOURS)], [cell.delay_ms if cell.asked_ms is None else cell.asked_ms for cell in own]
-        known = [(delay, cell.success) for delay, cell in zip(delays, own, strict=True) if cell.success is not None]
+    for number, (mode, of_mode) in enumerate(by_mode(list(cells))):
+        colour, delays = COLOURS[number % len(COLOURS)], [cell.delay_ms if cell.asked_ms is None else cell.asked_ms for cell in of_mode]
+        known = [(delay, cell.success) for delay, cell in zip(delays, of_mode, strict=True) if cell.success is not None]
         low, high = ([100 * getattr(interval, end) for _, interval in known] for end in ("low", "high"))
         axes[0].plot([delay for delay, _ in known], [100 * interval.rate for _, interval in known], color=colour, marker=".", label=mode)
         axes[0].fill_between([delay for delay, _ in known], low, high, color=colour, alpha=0.12, linewidth=0)
-        axes[1].plot(delays, [cell.jump for cell in own], color=colour, marker=".", label=mode)
-        axes[1].plot(delays, [cell.change for cell in own], color=colour, linewidth=0.8, linestyle=":")
-        axes[2].plot(delays, [cell.reaction_ms for cell in own], color=colour, marker=".", label=mode)
+        axes[1].plot(delays, [cell.jump for cell in of_mode], color=colour, marker=".", label=mode)
+        axes[1].plot(delays, [cell.change for cell in of_mode], color=colour, linewidth=0.8, linestyle=":")
+        axes[2].plot(delays, [cell.reaction_ms for cell in of_mode], color=colour, marker=".", label=mode)
     for axis, title, label in (
         (axes[0], "Success, 95 % interval", "%"),
         (axes[1], "Jump between chunks (dotted: elsewhere)", "half ranges"),

@@ -1,6 +1,6 @@
-"""Videos of episodes: which pictures are kept, and their mp4 that every browser plays: H.264 in yuv420p with the index in front.
+"""Videos of episodes: which pictures are kept, and their encoding for every browser: H.264 in yuv420p with the index first.
 
-Owns: `VideoFrames`, its bounds of pictures and pixels, the encoding. Does not know: who draws the pictures, which episodes are filmed.
+Owns: `VideoFrames`, its bounds of pictures and pixels, the encoding. Does not know: the renderer, which episodes are filmed.
 """
 
 import os
@@ -13,16 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-FASTEST = 20.0  # frames a second; a faster video would be hard to judge
+FASTEST = 20.0  # frames per second; a faster video would be hard to judge
 LONGEST = 64  # frames kept
 SIDE = 128  # pixels of the longer side; 1.5 times as many at most
 
 
 @dataclass
 class VideoFrames:
-    """The pictures of one episode, bounded in number and size: beyond LONGEST, every second one is left out.
+    """Pictures of one episode, bounded in number and size: beyond LONGEST, every second one is left out.
 
-    every: pictures that were added for each that is kept.
+    every: pictures added for each one kept.
     """
 
     frames: list[NDArray[np.uint8]] = field(default_factory=list)
@@ -30,7 +30,7 @@ class VideoFrames:
     _added: int = 0
 
     def add(self, picture: NDArray[np.uint8], last: bool = False) -> None:
-        """Keep a small copy of `picture`, uint8 [height, width, 3], if its turn has come, or it is the last one."""
+        """Keep a small copy of `picture`, uint8 [height, width, 3], if it is due, or the last one."""
         if last or self._added % self.every == 0:
             factor = max(1, round(max(picture.shape[:2]) / SIDE))
             self.frames.append(np.asarray(Image.fromarray(picture).reduce(factor)) if factor > 1 else picture.copy())
@@ -47,7 +47,7 @@ def encode(frames: Sequence[NDArray[np.uint8]], fps: float) -> bytes:
     if not frames:
         raise ValueError("a video needs one frame or more, found none")
     height, width = frames[0].shape[0] // 2 * 2, frames[0].shape[1] // 2 * 2
-    # Moving the index to the front needs a file that can be opened a second time; in memory, it cannot fail on a full disk.
+    # Moving the index to the front needs a file that can be reopened; in memory it cannot fail on a full disk.
     with os.fdopen(os.memfd_create("pi0fm-video"), "rb") as file:
         with av.open(f"/proc/self/fd/{file.fileno()}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(min(fps, FASTEST)).limit_denominator(1000))

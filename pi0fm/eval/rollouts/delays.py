@@ -37,16 +37,16 @@ MEASURED = "measured"
 
 @dataclass(frozen=True)
 class Delays:
-    """Grid of delays and modes. Raises ConfigError for an unknown word and a number out of range."""
+    """Grid of delays and modes. Raises ConfigError for an unknown mode and a number out of range."""
 
     delays_ms: tuple[str, ...] = option(
-        ("0", "50", "100", "200", "400"), f"of an answer, on the simulator's clock; {MEASURED} takes what each inference really took here"
+        ("0", "50", "100", "200", "400"), f"delays of an answer, on the simulator's clock; {MEASURED} takes the time of each inference here"
     )
-    jitter_ms: float = option(0.0, "standard deviation of what is added to each delay")
+    jitter_ms: float = option(0.0, "standard deviation of random additions to each delay, in ms")
     modes: tuple[str, ...] = option(
         (),
-        f"of {', '.join(MODES)}; when not given {SYNCHRONOUS}, {ASYNCHRONOUS}, {GUIDED}, and {HARD_PREFIX} of a policy that was trained "
-        "with rtc.max_delay; a server leads chunks in the one way it was started with, or not at all",
+        f"modes from {', '.join(MODES)}; when not given {SYNCHRONOUS}, {ASYNCHRONOUS}, {GUIDED}, and {HARD_PREFIX} for a policy trained "
+        "with rtc.max_delay; a server continues chunks in the one mode it was started with, or not at all",
     )
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class Delays:
 
 @dataclass(frozen=True, kw_only=True)
 class RealtimeConfig(StartsConfig):
-    """An evaluation whose simulator does not wait for the policy; episodes run one after the other in this process."""
+    """Options of an evaluation whose simulator does not wait for the policy; episodes run one by one in this process."""
 
     realtime: Delays = option(Delays, "")
     output_dir: str = option("outputs/realtime", f"folder for report.html, summary.json and {ROWS}")
@@ -106,7 +106,7 @@ class Cell:
 def evaluate_in_real_time(config: RealtimeConfig) -> tuple[dict[str, Any], list[Cell]]:
     """Run the grid and write the report; return the command's last line and the cells.
 
-    Raises as `eval.evaluate.evaluate` does, and ConfigError for a mode that the policy does not know, before the first episode.
+    Raises as `eval.evaluate.evaluate` does, and ConfigError for a mode that the policy lacks, before the first episode.
     """
     from pi0fm.eval.report import realtime as report
 
@@ -118,9 +118,9 @@ def evaluate_in_real_time(config: RealtimeConfig) -> tuple[dict[str, Any], list[
     cameras = checked_cameras(config, metadata)
     horizon = executed_of_a_chunk(config, metadata)
     timings = config.realtime.timings(metadata, config.remote)
-    asks = _asks(config, metadata, {timing.mode for timing in timings})
+    asks = _open_modes(config, metadata, {timing.mode for timing in timings})
     files.make_folder(output)
-    logging.getLogger(execution.__name__).addFilter(_not_a_robot)
+    logging.getLogger(execution.__name__).addFilter(_without_standstills)
     rows: list[DrivenEpisode] = []
     with progress.step("real time", len(timings) * len(config.tasks) * config.episodes) as bar:
         for task in config.tasks:
@@ -161,13 +161,13 @@ def evaluate_in_real_time(config: RealtimeConfig) -> tuple[dict[str, Any], list[
     return last | {"by_suite": by_suite, "output_dir": str(output)}, cells
 
 
-def _not_a_robot(record: logging.LogRecord) -> bool:
+def _without_standstills(record: logging.LogRecord) -> bool:
     """Filter the executor's warnings of standstills, which the table counts."""
     return record.levelno > logging.WARNING
 
 
-class _Asks:
-    """The policy as each mode asks it: a bundle in this process, or a server."""
+class _ModePolicy:
+    """Policy as each mode calls it: a bundle in this process, or a server."""
 
     def __init__(self, config: RealtimeConfig, metadata: Mapping[str, Any], policy: Any) -> None:
         self._config, self._policy = config, policy
@@ -200,14 +200,14 @@ class _Asks:
 
 
 def _fitting(metadata: Mapping[str, Any], remote: bool) -> tuple[str, ...]:
-    """Return the modes that are drawn where none is named."""
+    """Return the modes that are evaluated where none is named."""
     led = (GUIDED, *((HARD_PREFIX,) if metadata.get("rtc_max_delay") else ()))
     if remote:
         led = led[: wire.ACTION_PREFIX in metadata.get(wire.EXTENSIONS, ())]
     return (SYNCHRONOUS, ASYNCHRONOUS, *led)
 
 
-def _asks(config: RealtimeConfig, metadata: Mapping[str, Any], modes: Set[str]) -> _Asks:
+def _open_modes(config: RealtimeConfig, metadata: Mapping[str, Any], modes: Set[str]) -> _ModePolicy:
     """Open the policy. Raises ConfigError for a mode that it does not support."""
     led = sorted(modes & set(GUIDANCE))
     if config.remote:
@@ -215,15 +215,15 @@ def _asks(config: RealtimeConfig, metadata: Mapping[str, Any], modes: Set[str]) 
 
         if len(led) > 1 or (led and wire.ACTION_PREFIX not in metadata.get(wire.EXTENSIONS, ())):
             raise ConfigError(
-                f"{config.policy} leads chunks in the one way it was started with, or not at all, found {', '.join(led)}; "
+                f"{config.policy} continues chunks in the one mode it was started with, or not at all, found {', '.join(led)}; "
                 "name one of them, or judge the bundle"
             )
-        return _Asks(config, metadata, PolicyClient(config.policy, token=os.environ.get(TOKEN_VARIABLE)))
+        return _ModePolicy(config, metadata, PolicyClient(config.policy, token=os.environ.get(TOKEN_VARIABLE)))
     policy: Any = open_policy(config)
     for mode in led:
         policy.guidance = mode
         policy.refuse_prefixes()
-    return _Asks(config, metadata, policy)
+    return _ModePolicy(config, metadata, policy)
 
 
 def _cell(timing: Timing, rows: list[DrivenEpisode], suite: Suite | None = None) -> Cell:

@@ -1,6 +1,6 @@
 """Types of an evaluation: the episode, its settings, its result.
 
-Owns: `Episode`, `EpisodeResult`, `RolloutSettings`, the seed of a policy call. Does not know: environments, policies, where anything runs.
+Owns: `Episode`, `EpisodeResult`, `RolloutSettings`, the seed of a policy call. Does not know: environments, policies, processes.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ SCORES = ("log_prob", "noise_norm")
 
 @dataclass(frozen=True)
 class Episode:
-    """One start position of one task.
+    """Start position of a task.
 
-    film: `large` renders a video beside the policy's pictures; `failure` and `always` make one of the pictures that the policy saw, which
-    costs no rendering: of an episode that failed, or whatever its outcome.
+    film: `large` renders a video in addition to the policy's pictures; `failure` and `always` make one from the policy's pictures, without
+    rendering: for an episode that failed, or for any outcome.
     """
 
     task: str
@@ -36,12 +36,12 @@ class Episode:
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """The result of an episode.
+    """Result of an episode.
 
     steps: executed actions. seconds: wall time of the episode's reset, steps and pictures, without the policy.
     error: one line, for a crash only. video: mp4 bytes, of a filmed episode that did not crash; video_path: their file.
     scores: `ActionChunk.scores` of each policy call, in order; empty without --scores.
-    alarms: policy calls that raised one (policy/saved/calibration.py); None of a policy that is not calibrated.
+    alarms: policy calls that raised one (policy/saved/calibration.py); None for a policy that is not calibrated.
     """
 
     task: str

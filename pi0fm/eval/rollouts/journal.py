@@ -1,8 +1,8 @@
-"""A record of ended episodes on disk, by which an interrupted evaluation goes on.
+"""Record of ended episodes on disk, from which an interrupted evaluation continues.
 
 Owns: episodes.jsonl and videos/ while an evaluation runs, the lock that keeps a second process out. Does not know: the report.
 
-    OUTPUT/episodes.jsonl    {"settings": ...}           the first line: everything that results depend on
+    OUTPUT/episodes.jsonl    {"settings": ...}           the first line: all settings that results depend on
                              {"task": ..., "seed": ...}  one line for each episode, synced before the next; its video is written first
     OUTPUT/unfinished-N/     rows and videos of an interrupted evaluation of other settings
 It is removed once report.html, summary.json and episodes.json are written.
@@ -26,7 +26,7 @@ from pi0fm_client.errors import OutputError
 
 @final
 class Journal:
-    """`with Journal(output_dir, settings) as journal: journal.add(result)`; without a result no file is left."""
+    """Journal of an evaluation, `with Journal(output_dir, settings) as journal: journal.add(result)`; without a result no file is left."""
 
     def __init__(self, output_dir: Path, settings: Mapping[str, str]) -> None:
         self._folder, self._settings = output_dir, dict(settings)
@@ -53,7 +53,7 @@ class Journal:
         os.close(self._file)
 
     def finished(self, episodes: Sequence[Episode]) -> dict[tuple[str, int], EpisodeResult]:
-        """Return the results of those `episodes` that were run before; one to be filmed must have its video."""
+        """Return the results of the `episodes` that were run before; a filmed one must have its video."""
         found = [(episode, self._rows[key]) for episode in episodes if (key := (episode.task, episode.seed)) in self._rows]
         return {
             (row.task, row.seed): row

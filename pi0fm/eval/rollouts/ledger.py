@@ -20,7 +20,7 @@ from pi0fm.eval.rollouts.episode import Episode, EpisodeResult
 
 @final
 class Ledger:
-    """The driver's queue of episodes, each (task, seed) once."""
+    """Queue of the driver's episodes, each (task, seed) once."""
 
     def __init__(self, episodes: Sequence[Episode]) -> None:
         self._fresh = deque(episodes)
@@ -35,15 +35,15 @@ class Ledger:
     def assign(self, worker: int, capacity: int) -> list[Episode]:
         """Assign new episodes to a worker that runs `capacity` at a time.
 
-        A second try waits until no fresh episode is left, and runs alone: an episode that kills its worker harms no other twice.
+        A second try waits until no fresh episode is left, and runs alone, so that an episode that kills its worker harms no other twice.
         """
-        own = self._assigned.setdefault(worker, {})
+        running = self._assigned.setdefault(worker, {})
         new: list[Episode] = []
-        while self._fresh and len(own) + len(new) < capacity:
+        while self._fresh and len(running) + len(new) < capacity:
             new.append(self._fresh.popleft())
-        if not new and not own and self._retry:
+        if not new and not running and self._retry:
             new.append(self._retry.popleft())
-        own.update({(episode.task, episode.seed): episode for episode in new})
+        running.update({(episode.task, episode.seed): episode for episode in new})
         return new
 
     def complete(self, worker: int, results: Sequence[EpisodeResult]) -> None:

@@ -1,19 +1,19 @@
-"""Evaluation in which the simulator's clock runs on while the policy thinks, as a robot's does.
+"""Evaluation in which the simulator's clock keeps running during inference, as a robot's does.
 
-Owns: the clock, the delay of each answer, one episode in one mode, the measures of it. Does not know: alignment and hand-over of chunks
+Owns: the clock, the delay of each answer, one episode in one mode, its measures. Does not know: alignment and hand-over of chunks
 (pi0fm_client.execution, the same that drives a robot), the page (report/realtime).
 
     step       k            k+1 .. k+d-1                k+d
-    robot      o_k sent     goes on, or stands still    the answer to o_k arrives: the measured or injected delay, and jitter
-    policy     infers o_k at once, whatever this machine takes; only the simulator's clock counts
+    robot      o_k sent     moves, or stands still      the answer to o_k arrives: the measured or injected delay, and jitter
+    policy     infers from o_k at once, in any time on this machine; only the simulator's clock counts
 
-    synchronous      stands still until the answer is there, then executes its rows from the first on
-    asynchronous     the executor's `switch`: goes on with the old chunk, then to the newest
+    synchronous      stands still until the answer arrives, then executes its rows from the first on
+    asynchronous     the executor's `switch`: continues the old chunk, then takes the newest
     ensemble         the executor's `ensemble`: averages chunks that overlap
     guided, ...      the executor's `realtime`, with each word of policy.load_options.GUIDANCE
 
     jump        root mean square change of the command from one step to the next where a new chunk takes over, in half the action's range;
-                beside it the same elsewhere
+                also the same elsewhere
     reaction    from an event at any moment to the first command that follows from an observation of it: with observations at o_j, whose
                 answers arrive at a_j, the mean of a_j - t over t in (o_{j-1}, o_j]
 """
@@ -41,12 +41,12 @@ MODES = (SYNCHRONOUS, ASYNCHRONOUS, ENSEMBLE, *GUIDANCE)
 HAND_OVER = {ASYNCHRONOUS: "switch", ENSEMBLE: "ensemble"} | dict.fromkeys(GUIDANCE, "realtime")
 
 Infer = Callable[[Message, int], ActionChunk]
-"""(a flat map of keys with extensions, control step) -> its chunk."""
+"""Function (flat map of keys with extensions, control step) -> chunk."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One cell of the table. delay_ms: injected, or None for what each inference really took; jitter_ms: deviation of what is added."""
+    """Mode and delay of a cell. delay_ms: injected, or None for each inference's measured time; jitter_ms: deviation of additions."""
 
     mode: str
     delay_ms: float | None
@@ -55,10 +55,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class DrivenEpisode:
-    """One episode under one timing. held: share of steps at a standstill. answers, failures: inferences that arrived, that raised.
+    """Episode under one timing. held: share of steps at a standstill. answers, failures: number of inferences that arrived, that raised.
 
-    delay_ms: mean of those that arrived. jump, change, reaction_ms: NaN where there was none. own_ms: of the processor, a step,
-    without policy and simulator.
+    delay_ms: mean over answers. jump, change, reaction_ms: NaN where there was none. own_ms: processor time per step, without policy
+    and simulator.
     """
 
     mode: str
@@ -110,7 +110,7 @@ class LateAnswers:
         return self.step * self._dt
 
     def submit(self, message: Message) -> Future[ActionChunk]:
-        """Infer, and let the answer wait for its time."""
+        """Infer now, and hold the answer until its delay has passed."""
         began, busy, future = time.perf_counter(), time.thread_time(), Future[ActionChunk]()
         answer: ActionChunk | Pi0fmError
         try:
@@ -126,7 +126,7 @@ class LateAnswers:
         return future
 
     def deliver(self) -> None:
-        """Hand over what has arrived by now."""
+        """Deliver the answers that have arrived by now."""
         due = [each for each in self._waiting if each[0] <= self.now() + 1e-9]
         for arrival, asked, future, answer in due:
             if isinstance(answer, Pi0fmError):
@@ -150,7 +150,7 @@ class StandingStill:
         self.held = False
 
     def observe(self, observation: Callable[[], Message], /) -> None:
-        """Send an observation when all rows are executed and none is awaited."""
+        """Send an observation when all rows are executed and no answer is awaited."""
         if self._reply is not None and self._reply.done():
             reply, self._reply = self._reply, None
             if reply.exception() is None:
@@ -182,7 +182,7 @@ def drive(
 ) -> DrivenEpisode:
     """Run one episode. flat: an observation by its keys; limits: of `pi0fm_client.safety`; half_range [A]: of an action's numbers.
 
-    A fault of the environment is this episode's crash; a Pi0fmError of the policy is an answer that does not come.
+    A fault of the environment is this episode's crash; a Pi0fmError of the policy is a missing answer.
     """
     dt = 1.0 / environment.fps
     answers = LateAnswers(infer, timing, seed, dt)
@@ -210,7 +210,7 @@ def drive(
             robot = StandingStill(answers.submit, Limits.read(limits, start.size), start, horizon)
         else:
             robot = Executor(
-                _Named(metadata),
+                _MetadataOnly(metadata),
                 control_hz=environment.fps,
                 initial_command=start,
                 execution_horizon=horizon,
@@ -230,7 +230,7 @@ def drive(
             if result.done:
                 outcome = "success" if result.success else "failure"
                 break
-    except Exception as fault:  # noqa: BLE001  a simulator may raise anything, and the other episodes must go on
+    except Exception as fault:  # noqa: BLE001  a simulator may raise anything, and the other episodes must run
         outcome, error = "crash", one_line(fault)
     own = time.thread_time() - began - simulated - answers.thinking
     jump, change = _changes(commands, held, [arrival for _, arrival in answers.arrived], half_range)
@@ -276,8 +276,8 @@ def _changes(
 
 
 @final
-class _Named:
-    """The part of a policy that an Executor with a `submit` of its own reads: the metadata."""
+class _MetadataOnly:
+    """Part of a policy that an Executor with a `submit` reads: the metadata."""
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self.metadata = {name: value for name, value in metadata.items() if name != wire.EXTENSIONS} | {

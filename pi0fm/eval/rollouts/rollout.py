@@ -1,9 +1,9 @@
-"""Environments that step together, with one batched policy call for each chunk of actions.
+"""Rollout of environments that step together, with one batched policy call for each chunk of actions.
 
 Owns: the advance, the verdict `crash`, the reuse of environments. Does not know: simulators, networks, processes, files.
 
     advance             1                2                3                execution_horizon = 4
-    environment 0     ?aaaa            ?aaS             ?dddd         ?  its observation in the one policy call, here of 3
+    environment 0     ?aaaa            ?aaS             ?dddd         ?  its observation in the batched policy call, here of 3
     environment 1     ?bbbb            ?bbbb            ?bF           a  one action of episode a; S success, F failure, X crash
     environment 2     ?cX              ?eeee            ?eeee
 
@@ -38,7 +38,7 @@ def run_all(episodes: Sequence[Episode], batch: "BatchedRollout") -> Iterator[Ep
 
 @dataclass
 class _RunningEpisode:
-    """An episode that has begun."""
+    """Episode that has begun."""
 
     episode: Episode
     environment: Environment | None = None
@@ -61,7 +61,7 @@ class _RunningEpisode:
             yield
         except pass_on:
             raise
-        except Exception as error:  # noqa: BLE001  a simulator may raise anything, and the other episodes must go on
+        except Exception as error:  # noqa: BLE001  a simulator may raise anything, and the other episodes must run
             self.outcome, self.error = "crash", one_line(error)
         finally:
             self.seconds += time.perf_counter() - began
@@ -69,11 +69,11 @@ class _RunningEpisode:
 
 @final
 class BatchedRollout:
-    """Up to `num_environments` episodes that advance together; the caller adds new ones between advances.
+    """Rollout of up to `num_environments` episodes that advance together; the caller adds new ones between advances.
 
     open_environment: makes the environment of a task. Its Pi0fmError (an unknown camera), and a SimulationError of the first picture
-    (no renderer), are raised, because every episode would fail alike. Any other fault of an environment is a crash of its episode.
-    At most `num_environments` are open at a time; one whose episode did not crash is used again for the next episode of its task.
+    (no renderer), are raised, because every episode would fail. Any other fault of an environment is a crash of its episode.
+    At most `num_environments` are open at a time; one whose episode did not crash is reused for the next episode of its task.
     """
 
     def __init__(self, open_environment: OpenEnvironment, policy: Policy, settings: RolloutSettings, num_environments: int) -> None:
@@ -84,12 +84,12 @@ class BatchedRollout:
 
     @property
     def active(self) -> int:
-        """The number of episodes that are running."""
+        """Number of episodes that are running."""
         return len(self._running)
 
     @property
     def free(self) -> int:
-        """The number of episodes that can begin with the next advance."""
+        """Number of episodes that can begin with the next advance."""
         return self._num_environments - len(self._running)
 
     def advance(self, episodes: Sequence[Episode]) -> list[EpisodeResult]:
@@ -247,19 +247,19 @@ class BatchedRollout:
 def check_fit(environment: Environment, observation: Observation, metadata: Mapping[str, Any], execution_horizon: int) -> None:
     """Raise ConfigError when a policy cannot drive an environment.
 
-    Facts that its metadata lack (a foreign server's) are not compared; its actions are checked at each call.
+    Facts that its metadata lack (those of another server) are not compared; its actions are checked at each call.
     """
     horizon = metadata.get("action_horizon", execution_horizon)
     if execution_horizon > horizon:
         rule = f"execution_horizon must be at most the policy's action_horizon {horizon}, found {execution_horizon}"
         raise ConfigError(f"{rule}; type --execution_horizon {horizon}")
-    for name, own, found in (
+    for name, trained, found in (
         ("robot_action_dim", metadata.get("robot_action_dim"), environment.action_dim),
         ("state_dim", metadata.get("state_dim"), int(observation.state.shape[-1])),
     ):
-        if own is not None and own != found:
-            rule = f"the policy was trained for {name} {own}, but the task {environment.task} has {found}"
-            raise ConfigError(f"{rule}; evaluate it on tasks of its own robot")
+        if trained is not None and trained != found:
+            rule = f"the policy was trained for {name} {trained}, but the task {environment.task} has {found}"
+            raise ConfigError(f"{rule}; evaluate it on tasks of its robot")
     missing = sorted(set(metadata.get("cameras") or ()) - set(observation.images))
     if missing:
         rule = f"the policy needs the camera {missing[0]!r}, the environment shows {sorted(observation.images)}"
