@@ -1,6 +1,6 @@
-"""Checks of a policy's answers: weights that fit, finite and plausible actions, speed, a server that serves this policy.
+"""Checks of a policy's answers: weights that fit, finite and plausible actions, speed, a server of the same policy.
 
-Owns: these checks. Does not know: what the policy is asked about (doctor/batch.py), environments.
+Owns: these checks. Does not know: the observations (doctor/batch.py), environments.
 """
 
 import time
@@ -21,12 +21,12 @@ from pi0fm_client.errors import Pi0fmError
 from pi0fm_client.types import ActionChunk, Observation
 
 CALLS = 5
-ROOM = 1.3  # times the weights' bytes that an inference takes
+ROOM = 1.3  # memory of an inference, as a multiple of the weights' bytes
 COMPARED = ("state_dim", "robot_action_dim", "action_horizon", "fps", "state_key")
 
 
 def judge_weights(path: Path, model: Any) -> list[Finding]:
-    """Names, shapes and numbers of the weights. The file's bytes are checked against the manifest meanwhile."""
+    """Check names, shapes and numbers of the weights, and the file's bytes against the manifest."""
     try:
         with open_weights(path) as weights:
             refuse_misfit(weights, model)
@@ -51,7 +51,7 @@ def judge_answers(
     actions: NDArray[np.float32],
     who: str,
 ) -> tuple[list[Finding], float]:
-    """Ask CALLS times; what is wrong with the answers, and the median seconds of a call. actions [n, A]: recorded ones."""
+    """Infer CALLS times; return findings on the answers, and the median seconds of a call. actions [n, A]: recorded ones."""
     seconds, answers = [], []
     try:
         infer(asked[0])  # the first pays for warming up
@@ -73,7 +73,7 @@ def judge_answers(
             dim = int(beyond.argmax())
             answered = f"{rows[:, dim].min():.3g} to {rows[:, dim].max():.3g}"
             text = f"{who} answers action {dim} from {answered}, recorded were {low[dim]:.3g} to {high[dim]:.3g}"
-            found.append(Finding("warning", "answers", text, "train longer, or check whose statistics the policy has"))
+            found.append(Finding("warning", "answers", text, "train longer, or check that the policy has the statistics of this data set"))
     fps, horizon = float(facts.get("fps") or 0), int(facts.get("action_horizon") or len(answers[0]))
     if fps and median * fps > horizon:
         text = f"{who} takes {1e3 * median:.0f} ms for a chunk of {1e3 * horizon / fps:.0f} ms: a robot would stand still in between"

@@ -1,6 +1,6 @@
-"""What a data set holds: its size, tasks, cameras and numbers, and a sheet of its pictures.
+"""Contents of a data set: its size, tasks, cameras and numbers, and a sheet of its pictures.
 
-Owns: `Contents`, what counts as a constant or saturated dimension and as a short episode, the contact sheet. Does not know: faults,
+Owns: `Contents`, the criteria of constant and saturated dimensions and of short episodes, the contact sheet. Does not know: faults,
 policies, tables on a terminal.
 """
 
@@ -20,13 +20,13 @@ from pi0fm.data.config import DatasetConfig
 from pi0fm.data.pictures.chosen import pictures_at
 
 SHORT = 0.5  # of the median length
-SATURATED, FEW_VALUES = 0.05, 8  # share of the rows at one end of the range; a dimension of so few values is a switch
+SATURATED, FEW_VALUES = 0.05, 8  # share of the rows at one end of the range; a dimension with at most so many values is a switch
 EPISODES, MOMENTS, SIDE, MARGIN, CAPTION = 6, 6, 160, 6, 22  # of the contact sheet; pixels
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """A number of the state or the action, in the data set's units. at_end: the larger share of the rows at its lowest or highest value."""
+    """Dimension of the state or the action, in the data set's units. at_end: the larger share of rows at its minimum or maximum."""
 
     column: str
     name: str
@@ -41,7 +41,7 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Contents:
-    """cameras: by name, the column with its size. short: episodes of less than half of their task's median length."""
+    """Contents of a data set. cameras: column and size by name. short: episodes of less than half of their task's median length."""
 
     fps: float
     seconds: float
@@ -74,7 +74,7 @@ class Contents:
 
 
 def describe(source: LeRobotSource) -> Contents:
-    """Describe the rows of `source`, one or more."""
+    """Describe the rows of `source`, which has one or more."""
     first = source.starts
     lengths = source.end[first] - first
     median = int(np.median(lengths))
@@ -84,15 +84,15 @@ def describe(source: LeRobotSource) -> Contents:
         same = source.task[first] == number
         tasks[source.tasks[number]] = tasks.get(source.tasks[number], 0) + int(same.sum())
         short += source.episode[first[same & (lengths < SHORT * np.median(lengths[same]))]].tolist()
-    own = source.embodiment
-    sizes = {name: " or ".join(f"{width}x{height}" for height, width in source.sizes.get(name, ())) for name in own.cameras}
-    columns = (("state", own.state, source.state), ("action", own.action, source.action))
+    embodiment = source.embodiment
+    sizes = {name: " or ".join(f"{width}x{height}" for height, width in source.sizes.get(name, ())) for name in embodiment.cameras}
+    columns = (("state", embodiment.state, source.state), ("action", embodiment.action, source.action))
     return Contents(
         fps=float(source.fps),
         seconds=round(len(source.rows) / source.fps, 1),
         lengths=(int(lengths.min()), median, int(lengths.max())),
         tasks=dict(sorted(tasks.items(), key=lambda each: -each[1])),
-        cameras={name: f"{column} {sizes[name]}".strip() for name, column in own.cameras.items()},
+        cameras={name: f"{column} {sizes[name]}".strip() for name, column in embodiment.cameras.items()},
         dimensions=tuple(
             _dimension(word, name, values[:, number])
             for word, column, values in columns
@@ -114,7 +114,7 @@ def _dimension(column: str, name: str, values: NDArray[np.float32]) -> Dimension
 
 
 def write_contact_sheet(path: Path, source: LeRobotSource, dataset: DatasetConfig) -> Path:
-    """Write a PNG with a row for each camera of some episodes, a column for each moment. Raises OutputError for a place it cannot write."""
+    """Write a PNG with a row for each camera of some episodes, a column for each moment. Raises OutputError where it cannot."""
     cameras = list(source.embodiment.cameras)
     first = source.starts
     shown = first[np.unique(np.linspace(0, len(first) - 1, max(2, EPISODES // max(1, len(cameras)))).round().astype(int))]

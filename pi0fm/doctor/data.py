@@ -1,6 +1,6 @@
-"""A data set judged as a run would judge it, with every fault instead of the first.
+"""Examination of a data set as by a run, with every fault instead of the first.
 
-Owns: `Findings`, in which order things are judged, what the user is to type. Does not know: training, tables on a terminal.
+Owns: `Findings`, the order of checks, the advice on what to type. Does not know: training, tables on a terminal.
 """
 
 from collections import Counter
@@ -25,9 +25,9 @@ from pi0fm_client.errors import DatasetError
 
 @dataclass(frozen=True)
 class Findings:
-    """The faults of a data set. episodes, rows: judged; extent: the pictures judged; name: its entry in a mixture.
+    """Faults of a data set. episodes, rows: number judged; extent: the pictures judged; name: its entry in a mixture.
 
-    skipped: what is typed as --dataset.skip_bad already. contents, source: of the rows without a fault, if there are any.
+    skipped: the given --dataset.skip_bad. contents, source: of the rows without a fault, if there are any.
     """
 
     root: Path
@@ -46,11 +46,11 @@ class Findings:
         return spoiled(self.faults)
 
     def counts(self) -> dict[str, int]:
-        """Faults by kind, the most frequent first."""
+        """Number of faults by kind, the most frequent first."""
         return dict(Counter(fault.kind for fault in self.faults).most_common())
 
     def advice(self) -> str:
-        """Return the line to type; empty for a healthy data set."""
+        """Return the advice; empty for a healthy data set."""
         if not self.faults:
             return ""
         whole = [fault for fault in self.faults if fault.episode is None]
@@ -80,7 +80,7 @@ class Findings:
 
 
 def counted(count: int, noun: str) -> str:
-    """`1 fault`, `2 faults`."""
+    """Format a count with its noun: `1 fault`, `2 faults`."""
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
@@ -94,7 +94,7 @@ def judge(
 ) -> Findings:
     """Judge the chosen episodes: columns, instructions, pictures. chain: of a policy, against which instructions are judged.
 
-    What spoils the whole data set is a fault without an episode. Raises ConfigError for what the configuration got wrong.
+    A fault of the whole data set has no episode. Raises ConfigError for a wrong configuration.
     """
     where = config.root or Path(config.repo_id)
     try:

@@ -1,7 +1,7 @@
 """Comparison of a policy and its data with the environment in which it will be evaluated.
 
-Owns: the comparison of widths, rates, cameras, sentences, ranges, episode lengths; the replay of recorded actions. Does not know: policies
-that run, other simulators than through `Suite`.
+Owns: the comparison of widths, rates, cameras, sentences, ranges, episode lengths; the replay of recorded actions. Does not know:
+inference, simulators except through `Suite`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,10 +23,10 @@ from pi0fm.sim.suite import Suite
 from pi0fm_client.types import Observation
 
 STARTS, STEPS = 4, 40
-REPLAYED, LOOK = 3, 5  # episodes; steps between two looks at the state
-MOVES_ALIKE, STILL = 0.3, 0.1  # correlation over time; of a state's largest value, what counts as movement
-FAR, TURN = 8.0, 6.0  # the network's units; radians between two forms of one rotation
-LIKER = 0.15  # of correlation, by which a turned picture must be liker to count
+REPLAYED, LOOK = 3, 5  # episodes; steps between two readings of the state
+MOVES_ALIKE, STILL = 0.3, 0.1  # correlation over time; smallest movement, as a share of a state's largest value
+FAR, TURN = 8.0, 6.0  # the network's units; radians between two forms of the same rotation
+BETTER = 0.15  # by which the correlation of a turned picture must be larger
 CHANGES: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
     "upside down (turned by 180 degrees)": lambda picture: picture[:, ::-1, ::-1],
     "upside down (top and bottom exchanged)": lambda picture: picture[:, ::-1],
@@ -37,7 +37,7 @@ CHANGES: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
 
 @dataclass(frozen=True)
 class Judged:
-    """The policy and its data; facts: a policy's metadata; chain and data set are None where unknown."""
+    """Policy and its data. facts: the policy's metadata; chain and data set are None where unknown."""
 
     facts: Mapping[str, Any]
     chain: Chain | None
@@ -84,7 +84,7 @@ def _facts(suite: Suite, judged: Judged) -> Iterator[Finding]:
             "error", "width", f"the policy's actions are {wanted} wide, those of {suite.title} {here}", "take a policy of this robot"
         )
     if fps and horizon and horizon / fps > 2:
-        text = f"the policy executes {horizon} actions, {horizon / fps:.1f} s, without looking"
+        text = f"the policy executes {horizon} actions, {horizon / fps:.1f} s, without an observation"
         yield Finding("warning", "execution horizon", text, "type a smaller --execution_horizon to pi0fm eval")
     if judged.action_low is not None and judged.action_high is not None and len(judged.action_low) == here:
         yield from _range(suite, judged.action_low, judged.action_high)
@@ -181,20 +181,20 @@ def _states(chain: Chain, state: NDArray[np.float32], suite: Suite, facts: Mappi
 
 def _orientation(name: str, here: Mapping[str, NDArray[np.float64]], recorded: Mapping[str, NDArray[np.float64]]) -> Iterator[Finding]:
     """Report a recorded start picture that matches the environment's better after a change (turned, BGR), or another camera's."""
-    plain = _alike(recorded[name], here[name])
-    likes = {what: _alike(change(recorded[name]), here[name]) for what, change in CHANGES.items()}
-    others = {other: _alike(recorded[name], here[other]) for other in here if other != name}
+    plain = _correlation(recorded[name], here[name])
+    likes = {what: _correlation(change(recorded[name]), here[name]) for what, change in CHANGES.items()}
+    others = {other: _correlation(recorded[name], here[other]) for other in here if other != name}
     best = max(likes, key=lambda each: likes[each])
-    if others and (other := max(others, key=lambda each: others[each])) and others[other] > max(plain + LIKER, likes[best]):
+    if others and (other := max(others, key=lambda each: others[each])) and others[other] > max(plain + BETTER, likes[best]):
         text = f"the recorded pictures of camera {name!r} look like the environment's {other!r}: cameras swapped"
         yield Finding("error", "swapped cameras", text, f"type --embodiment.cameras.{name} COLUMN of the other one")
-    elif likes[best] > plain + (LIKER if "red" not in best else LIKER / 3):
-        text = f"the recorded pictures of camera {name!r} are {best} beside the environment's"
+    elif likes[best] > plain + (BETTER if "red" not in best else BETTER / 3):
+        text = f"the recorded pictures of camera {name!r} are {best} compared with the environment's"
         yield Finding("error", "picture", text, "record as the environment draws, or turn one of them")
 
 
-def _alike(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Correlation of two pictures: 1 for pictures that differ in brightness and contrast only."""
+def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Correlate two pictures: 1 for pictures that differ in brightness and contrast only."""
     x, y = a - a.mean(), b - b.mean()
     return float((x * y).sum() / max(np.sqrt((x * x).sum() * (y * y).sum()), 1e-9))
 
@@ -206,7 +206,7 @@ def _mean(pictures: list[NDArray[np.uint8]]) -> NDArray[np.float64]:
 def _replayed(suite: Suite, source: LeRobotSource | None) -> list[Finding]:
     """Execute recorded actions from their recorded seed, and compare the states and the success with the recording.
 
-    A recording with noise keeps the clean actions and not those that were executed, so that it need not solve it again.
+    A recording with noise stores the clean actions instead of the executed ones, so that the replay need not succeed.
     """
     if source is None or not source.demonstration_seeds:
         return []
@@ -223,7 +223,7 @@ def _replayed(suite: Suite, source: LeRobotSource | None) -> list[Finding]:
         finally:
             environment.close()
         tried, solved = tried + 1, solved + success
-        likes.append(_moved_alike(source.state[rows][: LOOK * len(states) : LOOK], states))
+        likes.append(_correlation_over_time(source.state[rows][: LOOK * len(states) : LOOK], states))
     if not tried:
         return []
     like = np.nan_to_num(np.stack(likes), nan=-np.inf).max(0)
@@ -235,9 +235,7 @@ def _replayed(suite: Suite, source: LeRobotSource | None) -> list[Finding]:
         return [Finding("note", "replay", f"recorded actions, executed from their seed, solve {solved} of {tried} episodes again")]
     else:
         text = f"recorded actions, executed from their seed, solve none of {tried} episodes"
-    return [
-        Finding("error", "replay", text, "check sign and range of each action (a gripper turned round?), rate, absolute against relative")
-    ]
+    return [Finding("error", "replay", text, "check sign and range of each action (a gripper reversed?), rate, absolute against relative")]
 
 
 def _executed(environment: Environment, seed: int, actions: NDArray[np.float32]) -> tuple[bool, NDArray[np.float32]]:
@@ -253,7 +251,7 @@ def _executed(environment: Environment, seed: int, actions: NDArray[np.float32])
     return False, np.stack(states)
 
 
-def _moved_alike(recorded: NDArray[np.float32], found: NDArray[np.float32]) -> NDArray[np.float64]:
+def _correlation_over_time(recorded: NDArray[np.float32], found: NDArray[np.float32]) -> NDArray[np.float64]:
     """Correlate recorded and found states over time: [S]; NaN for a dimension that hardly moved in the recording."""
     if recorded.shape != found.shape or len(found) < 4:
         return np.full(found.shape[1], np.nan)

@@ -1,4 +1,4 @@
-"""One thing that a doctor found, and its remedy.
+"""Finding of an examination, and its remedy.
 
 Owns: `Finding`, its severities. Does not know: how it was found.
 """
@@ -15,7 +15,7 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 @dataclass(frozen=True)
 class Finding:
-    """kind: a word that findings are counted by. text: the rule and what was found. remedy: what to type; a note needs none."""
+    """Finding of an examination. kind: the word it is counted under; text: the rule and what was found; remedy: what to type."""
 
     severity: Severity
     kind: str
@@ -37,5 +37,5 @@ class Finding:
 
 
 def worst_first(findings: Sequence[Finding]) -> list[Finding]:
-    """Errors, then warnings, then notes, each in the order found."""
+    """Sort errors first, then warnings, then notes, each in the order found."""
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))

@@ -1,10 +1,10 @@
 """Examination of a policy before it is trained or served: against its data set, an environment, a server.
 
-Owns: what is judged with what, the order, `Examined`. Does not know: the checks (batch, environment, answers), tables on a terminal.
+Owns: the choice and order of checks, `Examined`. Does not know: the checks (batch, environment, answers), tables on a terminal.
 
     CONFIG   policy and statistics that a run would make   --.
-    BUNDLE   those that it made, its weights                 +-- data set -> a batch, the sheet, answers on it
-    URL      what a server says of itself                  --'-- environment, server
+    BUNDLE   those that a run made, and weights              +-- data set -> a batch, the sheet, answers on it
+    URL      a server's greeting                           --'-- environment, server
 """
 
 import os
@@ -40,7 +40,7 @@ STARTS = 8
 
 @dataclass(frozen=True)
 class Counterparts:
-    """The counterparts of a policy, each None if not given. load: infer with a bundle, where memory allows."""
+    """Counterparts of a policy, each None if not given. load: infer with a bundle, where memory allows."""
 
     suite: str | None = None
     server: str | None = None
@@ -51,7 +51,7 @@ class Counterparts:
 
 @dataclass(frozen=True)
 class Subject:
-    """A policy. stats and chain: of it; path: of a bundle, None before training; trained_here: the statistics are those of `source`."""
+    """Policy under examination. path: of a bundle, None before training; trained_here: the statistics are those of `source`."""
 
     name: str
     policy: PolicyConfig
@@ -78,12 +78,12 @@ class Examined:
 
     def json(self) -> dict[str, Any]:
         """Return the figures of the command's last line."""
-        told = {"policy": self.name, "errors": len(self.errors), "findings": [finding.json() for finding in self.findings]}
-        return told | {"measured": dict(self.measured), "sheet": self.sheet and str(self.sheet)}
+        figures = {"policy": self.name, "errors": len(self.errors), "findings": [finding.json() for finding in self.findings]}
+        return figures | {"measured": dict(self.measured), "sheet": self.sheet and str(self.sheet)}
 
 
 def of_bundle(path: Path, robot: str | None) -> Subject:
-    """A bundle, without its weights. Raises BundleError."""
+    """Read a bundle without its weights. Raises BundleError."""
     policy, stats = bundle.read(path, robot)
     chain = policy.chain(stats, None if policy.tokenizer == BYTES else str(path / policy.tokenizer))
     return Subject(str(path), policy, stats, chain, bundle.metadata(path, robot), path)
@@ -115,15 +115,15 @@ def examine(subject: Subject, dataset: DatasetConfig, source: LeRobotSource | No
         sheet = write_sheet(counterparts.sheet, seen)
     broken = any(finding.kind == "weights" for finding in found)
     if subject.path is not None and seen is not None and counterparts.load and not broken:
-        more, told = _asked(subject, seen)
-        found, measured = found + more, measured | told
+        more, figures = _asked(subject, seen)
+        found, measured = found + more, measured | figures
     if counterparts.suite is not None:
         judged = _judged(subject.facts, subject.chain, source, subject.stats)
         found += judge_environment(counterparts.suite, counterparts.max_steps, judged, _starts(source, dataset, subject.chain))
     if counterparts.server is not None:
         asked = [seen.observation(number) for number in range(len(seen.place))] if seen is not None else []
-        more, told = _served(counterparts.server, subject.facts, asked, None if source is None else source.action)
-        found, measured = found + more, measured | told
+        more, figures = _served(counterparts.server, subject.facts, asked, None if source is None else source.action)
+        found, measured = found + more, measured | figures
     return Examined(subject.name, tuple(worst_first(found)), measured, sheet)
 
 
@@ -173,18 +173,18 @@ def _starts(source: LeRobotSource | None, dataset: DatasetConfig, chain: Chain) 
 
 def _of_batch(seen: Seen, chain: Chain) -> dict[str, str]:
     limit = chain.tokenizer.max_tokens
-    told = {}
+    figures = {}
     for name, _, _, normal in seen.columns():
         share = 100 * float((np.abs(normal) > 1).mean())
-        told[name] = (
+        figures[name] = (
             f"mean {normal.mean():.3g}, deviation {normal.std():.3g}, {share:.1f} % beyond -1..1, largest {np.abs(normal).max():.3g}"
         )
     if seen.tokens:
         longest = int(np.argmax(seen.tokens))
-        told["prompt"] = f"{seen.tokens[longest]} of {limit} tokens: {seen.texts[longest]!r}"[:200]
-        told["prompts too long"] = f"{100 * float(np.mean(np.array(seen.tokens) > limit)):.1f} %"
-        told["tokens"] = " ".join(map(str, chain.tokenizer.tokenizer.encode(seen.texts[0], add_special_tokens=False)[:24]))
-    return told
+        figures["prompt"] = f"{seen.tokens[longest]} of {limit} tokens: {seen.texts[longest]!r}"[:200]
+        figures["prompts too long"] = f"{100 * float(np.mean(np.array(seen.tokens) > limit)):.1f} %"
+        figures["tokens"] = " ".join(map(str, chain.tokenizer.tokenizer.encode(seen.texts[0], add_special_tokens=False)[:24]))
+    return figures
 
 
 def _asked(subject: Subject, seen: Seen) -> tuple[list[Finding], dict[str, str]]:
@@ -206,8 +206,8 @@ def _asked(subject: Subject, seen: Seen) -> tuple[list[Finding], dict[str, str]]
     asked = [seen.observation(number) for number in usable]
     found, seconds = answers.judge_answers(infer, asked, subject.facts, seen.source.action, "the policy")
     gib = sum(parameter.numel() * parameter.element_size() for parameter in policy.model.parameters()) / 2**30
-    told = {"inference": f"{1e3 * seconds:.1f} ms a chunk on {policy.device} ({machine.describe_machine()['processor']})"}
-    return found, told | {"weights in memory": f"{gib:.2f} GiB"}
+    figures = {"inference": f"{1e3 * seconds:.1f} ms per chunk on {policy.device} ({machine.describe_machine()['processor']})"}
+    return found, figures | {"weights in memory": f"{gib:.2f} GiB"}
 
 
 def _fits_prompt(seen: Seen, number: int, chain: Chain) -> bool:
@@ -242,6 +242,6 @@ def _served(
             return chunk
 
         more, seconds = answers.judge_answers(infer, asked, served, actions, "the server")
-        return found + more, {"server": f"{1e3 * seconds:.1f} ms a chunk, there and back"}
+        return found + more, {"server": f"{1e3 * seconds:.1f} ms per chunk, round trip"}
     finally:
         remote.close()

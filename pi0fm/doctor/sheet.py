@@ -1,6 +1,6 @@
-"""A PNG with a batch as the network sees it: pictures, prompt and tokens, histograms before and after normalisation.
+"""PNG of a batch as the network sees it: pictures, prompt and tokens, histograms before and after normalisation.
 
-Owns: the sheet. Does not know: what is wrong with it.
+Owns: the sheet. Does not know: the checks.
 """
 
 from pathlib import Path
@@ -37,8 +37,8 @@ def write_sheet(path: Path, seen: Seen) -> Path:
             place = seen.place[moment]
             axis.set_title(f"{camera}, ep {seen.source.episode[place]} row {seen.source.rows[place]}", fontsize=7, color=pages.INK)
     words = [f"{count} tokens: {text!r}"[:190] for text, count in dict(zip(seen.texts, seen.tokens, strict=True)).items()][:3]
-    spoken = grid[len(cameras), 0].text(0, 0.5, "\n".join(words) or "no prompt", fontsize=8, family="monospace", color=pages.INK)
-    spoken.set_in_layout(False)
+    prompts = grid[len(cameras), 0].text(0, 0.5, "\n".join(words) or "no prompt", fontsize=8, family="monospace", color=pages.INK)
+    prompts.set_in_layout(False)
     for number, (title, values, normal) in enumerate(charts):
         row, column = divmod(number, COLUMNS // 2)
         for axis, each, colour, label in (

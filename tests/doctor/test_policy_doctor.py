@@ -99,7 +99,7 @@ def test_a_healthy_bundle(healthy, trained, tmp_path, capsys):
     code, found, said = doctor(capsys, trained, "--dataset.root", healthy, "--output_dir", tmp_path / "out")
     assert code == 0 and found["errors"] == 0, said
     assert (tmp_path / "out/sheet.png").stat().st_size > 10_000
-    assert "ms a chunk" in found["measured"]["inference"] and "'pick up the cube\\n'" in found["measured"]["prompt"]
+    assert "ms per chunk" in found["measured"]["inference"] and "'pick up the cube\\n'" in found["measured"]["prompt"]
     assert found["measured"]["tokens"].startswith("115 108")  # p, i in bytes, three ids on
     assert not any(kind in said for kind in ("warning", "error"))
 
@@ -240,9 +240,9 @@ def test_a_server_of_another_bundle(healthy, trained, tmp_path, capsys, start_se
     server = start_server(policy)
     words = ("--dataset.root", healthy, "--output_dir", tmp_path)
     code, found, said = doctor(capsys, trained, "--server", server.url, "--load", "false", *words)
-    assert code == 0 and "there and back" in found["measured"]["server"], said
+    assert code == 0 and "round trip" in found["measured"]["server"], said
     code, found, said = doctor(capsys, server.url, *words)
-    assert code == 0 and "there and back" in found["measured"]["server"], said
+    assert code == 0 and "round trip" in found["measured"]["server"], said
     other = tmp_path / "other"
     config = replace(of_bundle(trained, None).policy, fps=50.0)
     bundle.save(other, policy.model.state_dict(), config, bundle.read(trained)[1])
