@@ -1,8 +1,8 @@
-"""Writing that never leaves half a file: write aside, fsync, rename.
+"""Atomic files and folders: write under a temporary name, fsync, rename.
 
-Owns: atomic files and directories, the exchange of two names, the line for a place that cannot be written. Does not know: what is in them.
+Owns: atomic files and directories, locks, the exchange of two names, the error for an unwritable path. Does not know: their contents.
 
-    .NAME.HOST-RANDOM   being written; its writer holds flock on it. The next writer of NAME on this host removes those that nobody holds.
+    .NAME.HOST-RANDOM   being written, under its writer's flock. The next writer of NAME on this host removes the unlocked ones.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ _REMEDIES = {
         "choose a folder that this user may write to": (errno.EROFS, errno.EACCES, errno.EPERM),
         "a part of that name is a file: choose another folder": (errno.ENOTDIR, errno.EEXIST),
         "that disk is damaged or gone: choose another": (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO),
-        "no file can be called so: choose another name": (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+        "no file can have that name: choose another": (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
     }.items()
     for code in codes
 }
@@ -39,7 +39,7 @@ _REMEDIES = {
 
 @contextmanager
 def write_faults(path: Path) -> Iterator[None]:
-    """Raise OutputError, one line, where the block meets a disk that is full, read-only or damaged, or a name that cannot be."""
+    """Raise a one-line OutputError where the block meets a full, read-only or damaged disk, or an impossible file name."""
     try:
         yield
     except OSError as error:
@@ -54,23 +54,23 @@ def _unwritable(path: Path, error: OSError) -> OutputError:
 
 
 def visible(folder: Path, pattern: str = "**/*") -> list[Path]:
-    """The entries below a folder in order, without hidden ones and what is in hidden folders: those are of file managers and downloads."""
+    """List the entries below a folder in order, without hidden ones and those in hidden folders, which file managers and downloads make."""
     found = [path for path in folder.glob(pattern) if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     return sorted(found)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder that takes files, and those above it. Raises OutputError as `refuse_name` does, and for any fault of the system."""
+    """Make a writable folder and its parents. Raises OutputError as `refuse_name` does, and for any error of the file system."""
     refuse_name(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:  # of many kinds: /proc, /sys and network drives have their own
+    except OSError as error:  # of any code: /proc, /sys and network drives each have their own
         raise _unwritable(path, error) from error
 
 
 def refuse_name(path: Path) -> None:
-    """Raise OutputError for a name that is no UTF-8, too long or with a NUL in it, and for a link to nothing."""
+    """Raise OutputError for a name that is not UTF-8, is too long or contains NUL, and for a dangling link."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -80,11 +80,11 @@ def refuse_name(path: Path) -> None:
     with write_faults(path):
         dangling = path.is_symlink() and not path.exists()
     if dangling:
-        raise OutputError(f"{path} is a link to {os.readlink(path)}, which is not there; make that folder, or choose another")
+        raise OutputError(f"{path} is a link to {os.readlink(path)}, which does not exist; make that folder, or choose another")
 
 
 def fsync_directory(path: Path) -> None:
-    """Make the names in `path` durable; of a file its bytes."""
+    """Flush a directory's entries, or a file's bytes, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,27 +104,27 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """`new_file` for what is at hand."""
+    """Write bytes to a file atomically, as `new_file` does."""
     with new_file(path) as file:
         file.write(content)
 
 
 def write_text(path: Path, content: str) -> None:
-    """`write_bytes` for UTF-8 text."""
+    """Write text to a file atomically, in UTF-8."""
     write_bytes(path, content.encode())
 
 
 def write_json(path: Path, content: Any) -> None:
-    """`write_bytes` for a JSON document, indented; a non-finite number is an error."""
+    """Write an indented JSON document to a file atomically; a non-finite number is an error."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 @contextmanager
 def new_directory(path: Path, older: Path | None = None) -> Iterator[Path]:
-    """Fill a directory aside, then rename it to `path`; on an error nothing is left.
+    """Fill a directory under a temporary name, then rename it to `path`; an error leaves nothing.
 
-    What is at `path` by then must be an empty directory, or becomes `older`, a name that is free. With the exchange of two names a reader
-    or a kill finds one of them at `path`, never nothing; where the file system has no exchange there is an instant of nothing.
+    An existing `path` must be an empty directory, unless `older`, an unused name, is given: it is then renamed to `older`. Where the file
+    system can exchange two names, a reader or a kill always finds a directory at `path`; elsewhere `path` is missing for an instant.
     """
     with _locked_aside(path, directory=True) as (aside, descriptor):
         yield aside
@@ -158,7 +158,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 @contextmanager
 def _locked_aside(path: Path, directory: bool) -> Iterator[tuple[Path, int]]:
-    """A new file or directory beside `path` and its descriptor, with the modes that the umask leaves; removed on an error."""
+    """Yield a new locked file or directory next to `path`, and its descriptor; its mode follows the umask. An error removes it."""
     if not path.parent.is_dir():
         make_folder(path.parent)
     prefix = f".{path.name}.{socket.gethostname()}-"
@@ -171,7 +171,7 @@ def _locked_aside(path: Path, directory: bool) -> Iterator[tuple[Path, int]]:
             descriptor = os.open(aside, os.O_RDONLY if directory else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileNotFoundError:
             if directory:
-                continue  # swept between its making and its lock
+                continue  # another writer swept it before it was locked
             raise
         if try_lock(descriptor) is not False and aside.exists():
             break
@@ -186,7 +186,7 @@ def _locked_aside(path: Path, directory: bool) -> Iterator[tuple[Path, int]]:
 
 
 def _sweep(folder: Path, prefix: str) -> None:
-    """Remove what killed writers left: whatever of that prefix nobody holds. Where a file system knows no locks it stays."""
+    """Remove the remains of killed writers: entries with this prefix that no process has locked. Without file locks they stay."""
     for left in [entry for entry in folder.iterdir() if entry.name.startswith(prefix)]:
         with suppress(OSError):
             descriptor = os.open(left, os.O_RDONLY)
@@ -198,9 +198,9 @@ def _sweep(folder: Path, prefix: str) -> None:
 
 
 def lock_file(path: Path) -> int | None:
-    """Open `path` for reading and writing, with its folder, and lock it; None when another process holds it.
+    """Open `path` for reading and writing, make it and its folder if needed, and lock it; None when another process holds the lock.
 
-    A process that ends may remove the file between the opening and the lock: then it is made again.
+    Another process that ends may remove the file before it is locked: then it is made again.
     """
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)

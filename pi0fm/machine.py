@@ -1,6 +1,6 @@
-"""The machine, the versions and the command line behind a figure.
+"""The machine, the versions and the command line behind a measurement.
 
-Owns: asking the operating system. Does not know: what is reported.
+Owns: queries to the operating system. Does not know: the reports.
 """
 
 import functools
@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 CGROUPS = Path("/sys/fs/cgroup")
-CGROUP_MEMORY = (  # limit, usage, what of that is cached files; of the second version and of the first
+CGROUP_MEMORY = (  # files with limit, usage, and the statistics that hold the page cache; cgroup v2, then v1
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
 )
@@ -58,13 +58,13 @@ def version() -> str:
 
 
 def free_memory() -> int:
-    """Bytes that this process can still take: of the machine, and of its container where that has a limit."""
+    """Return the bytes that this process can still allocate, within the memory of the machine and the limit of its container."""
     free = psutil.virtual_memory().available
     for limit, used, told in CGROUP_MEMORY:
         try:
             bounds = [int((CGROUPS / name).read_text()) for name in (limit, used)]
             lines = (CGROUPS / told).read_text().splitlines()
-        except (OSError, ValueError):  # there is none, or it says max
+        except (OSError, ValueError):  # no such file, or no limit (`max`)
             continue
         cached = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
         free = min(free, bounds[0] - bounds[1] + cached)
@@ -72,7 +72,7 @@ def free_memory() -> int:
 
 
 def command_line() -> str:
-    """What was typed, quoted for a shell."""
+    """Return the command line as typed, quoted for a shell."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 

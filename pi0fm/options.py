@@ -24,13 +24,13 @@ Tree = dict[str, Any]
 
 @runtime_checkable
 class Foreign(Protocol):
-    """An option of another program that is more than another name."""
+    """An option of another program that needs more than a new name."""
 
     def options(self, name: str, value: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return our options by dotted name. given: everything that was given, by dotted name. Raises ConfigError."""
+        """Translate it into our options by dotted name. given: every option of the command, by dotted name. Raises ConfigError."""
 
 
-LONGEST_SPAN = 10**7  # numbers of a range
+LONGEST_SPAN = 10**7  # most numbers in a range such as 0-49
 WITH = "with"  # key of a file: NAME -> options that apply only where the file NAME is in the same row
 
 
@@ -66,7 +66,7 @@ def find_file(name: str) -> Path:
 
 
 def read_files(names: Sequence[str]) -> Tree:
-    """Merge a row of files in order, and their options `with` other files of the row. Raises ConfigError."""
+    """Merge a row of files in order, with their options under `with` for other files of the row. Raises ConfigError."""
     tree = Tree()
     for part in _parts(names):
         tree = merge(tree, part)
@@ -74,25 +74,25 @@ def read_files(names: Sequence[str]) -> Tree:
 
 
 def _parts(names: Sequence[str]) -> list[Tree]:
-    """Return the options of a row of files, part by part: of each file its own, then those `with` other files of the row."""
+    """List the options of a row of files in the order of merging: those of each file, then its options `with` other files of the row."""
     paths, parts = [find_file(name) for name in names], list[Tree]()
     row = {path.stem for path in paths}
     for path in paths:
-        own = read_yaml(path)
-        beside = own.pop(WITH, {})
-        if not isinstance(beside, Mapping) or not all(isinstance(options, Mapping) for options in beside.values()):
-            raise ConfigError(f"{path} must have options under {WITH} NAME, found {beside!r}; write {WITH}: {{pi05: {{steps: 100}}}}")
-        unknown = [name for name in beside if name not in {*row, *shipped()}]
+        always = read_yaml(path)
+        conditional = always.pop(WITH, {})
+        if not isinstance(conditional, Mapping) or not all(isinstance(options, Mapping) for options in conditional.values()):
+            raise ConfigError(f"{path} must have options under {WITH} NAME, found {conditional!r}; write {WITH}: {{pi05: {{steps: 100}}}}")
+        unknown = [name for name in conditional if name not in {*row, *shipped()}]
         if unknown:
             raise ConfigError(
                 f"{path} has options {WITH} {unknown[0]!r}, but no file has that name: {nearest(unknown[0], list(shipped()))}"
             )
-        parts += [own, *(dict(options) for name, options in beside.items() if name in row)]
+        parts += [always, *(dict(options) for name, options in conditional.items() if name in row)]
     return parts
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key that a mapping holds twice: the last would win, and the first look as if it did."""
+    """YAML's safe loader, except that it refuses duplicate keys in a mapping instead of keeping the last one silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping of a node."""
@@ -129,11 +129,12 @@ def parse[T](
     others: str | None = None,
     defaults: Callable[[Tree], Tree] | None = None,
 ) -> T:
-    """Decode `[FILE.yaml ...] --dotted.option value ...` into `cls`; later options override earlier ones, and files `base`.
+    """Decode `[FILE.yaml ...] --dotted.option value ...` into `cls`; later options override earlier ones, and files override `base`.
 
-    aliases: dotted names in other words (LeRobot's), in files too -> ours, or what their value stands for. positional: the option whose
-    value may come first, instead of files; others: the option of the words after it. named_by_row: the folder that is outputs/NAME_NAME
-    for a row of files that do not set it. defaults: from all that was given to the options under it.
+    aliases: dotted names of another program (LeRobot's), also in files -> our names, or a `Foreign` that translates name and value.
+    positional: the option whose value may come first, instead of files; others: the option that takes the words after it.
+    named_by_row: the option of a folder that defaults to outputs/NAME_NAME for a row of two or more files.
+    defaults: maps the merged options to default options, which they override.
     Raises ConfigError for an unknown option, a value of another type, or a missing required option.
     """
     count = next((index for index, word in enumerate(arguments) if word.startswith("--")), len(arguments))
@@ -156,14 +157,14 @@ def parse[T](
     given |= dict(pairs)
     tree = Tree()
     for together in (*(_named(part, words) for part in parts), pairs):
-        tree = merge(tree, _in_our_words(together, words, given))
+        tree = merge(tree, _translated(together, words, given))
     if positional is None and named_by_row and len(first) > 1:
         tree.setdefault(named_by_row, f"outputs/{'_'.join(Path(name).stem for name in first)}")
     return decode(cls, tree if defaults is None else merge(defaults(tree), tree))
 
 
 def _named(tree: Tree, aliases: Mapping[str, str | Foreign], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return a file's options by dotted names, down to values and to what `aliases` know."""
+    """Flatten a file's options to (dotted name, value), stopping at names in `aliases`."""
     found: list[tuple[str, Any]] = []
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -172,22 +173,23 @@ def _named(tree: Tree, aliases: Mapping[str, str | Foreign], prefix: str = "") -
     return found
 
 
-def _in_our_words(given: Sequence[tuple[str, Any]], aliases: Mapping[str, str | Foreign], everything: Tree) -> Tree:
-    """Return the tree of options that stand together, of one file or of the command line; of a word given twice the last counts.
+def _translated(given: Sequence[tuple[str, Any]], aliases: Mapping[str, str | Foreign], everything: Tree) -> Tree:
+    """Translate the options of one file or of the command line into a tree of ours; the last of a repeated option counts.
 
-    Raises ConfigError for one that has no counterpart, and for two words that say one option differently.
+    everything: the options of all files and of the command line. Raises ConfigError for an option without a counterpart, and for two
+    options that set one of ours to different values.
     """
-    tree, said = Tree(), dict[str, tuple[str, Any]]()
+    tree, set_by = Tree(), dict[str, tuple[str, Any]]()
     for name, value in given:
         parts = name.split(".")
         groups = (aliases.get(".".join(parts[:end])) for end in range(len(parts), 0, -1))
         word = aliases.get(name) or next((group for group in groups if group is not None and not isinstance(group, str)), name)
         pairs = {word: value} if isinstance(word, str) else word.options(name, value, everything)
         for dotted, each in pairs.items():
-            other, before = said.setdefault(dotted, (name, each))
+            other, before = set_by.setdefault(dotted, (name, each))
             if other != name and before != each:
-                raise ConfigError(f"--{other} and --{name} both say {dotted}, found {before!r} and {each!r}; leave one of them out")
-            said[dotted] = (name, each)
+                raise ConfigError(f"--{other} and --{name} both set {dotted}, found {before!r} and {each!r}; leave one of them out")
+            set_by[dotted] = (name, each)
             for part in reversed(dotted.split(".")):
                 each = {part: each}
             tree = merge(tree, each)
@@ -211,7 +213,7 @@ def encode(config: Any) -> Any:
 
 
 def merge(base: Tree, over: Mapping[str, Any]) -> Tree:
-    """Return `base` with every leaf of `over` in its place; neither is changed."""
+    """Return `base` overridden by every leaf of `over`; neither argument is changed."""
     merged = dict(base)
     for key, value in over.items():
         inner = merged.get(key)
@@ -220,7 +222,7 @@ def merge(base: Tree, over: Mapping[str, Any]) -> Tree:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Tree:
-    """Return the values of a tree of groups by dotted names."""
+    """Flatten a tree of groups to values by dotted name."""
     found: Tree = {}
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -285,7 +287,7 @@ def _typed(text: str) -> Any:
 
 
 def _is_text(cls: type, path: Sequence[str]) -> bool:
-    """Tell whether the option is text or a path, for which `0123`, `null` and `true` are text."""
+    """Tell whether the option holds text or a path, so that `0123`, `null` and `true` stay text."""
     hint: Any = cls
     for name in path:
         inner = _dataclass_in(hint)
@@ -299,7 +301,7 @@ def _is_text(cls: type, path: Sequence[str]) -> bool:
 
 
 def _group(cls: type, tree: Any, where: str) -> Any:
-    """Decode the options of one dataclass. where: their dotted name, with a dot at its end."""
+    """Decode the options of one dataclass. where: prefix of their dotted names, with its dot."""
     hints, fields = typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
     if not isinstance(tree, Mapping):
         raise ConfigError(f"option {where[:-1]} is a group: expected options in it, found {tree!r}; options here: {', '.join(fields)}")
@@ -320,7 +322,7 @@ def _group(cls: type, tree: Any, where: str) -> Any:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    """Decode one option to its annotated type. A number may be written as text, and several values with commas."""
+    """Decode one option to its annotated type. A number may be given as text, and a list as text with commas."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -349,7 +351,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def _one_of(hints: Sequence[Any], value: Any, where: str) -> Any:
-    """Decode to the first of several types that takes the value."""
+    """Decode to the first of several types that accepts the value."""
     if value is None and type(None) in hints:
         return None
     choices = [hint for hint in hints if hint is not type(None)]
@@ -377,7 +379,7 @@ def _plain(hint: Any, value: Any, where: str) -> Any:
 
 
 def _span(word: Any, where: str) -> Sequence[Any]:
-    """Return the numbers of `3-7`, both ends among them; of another word itself."""
+    """Expand a range such as `3-7`, both ends included; return any other word unchanged in a list."""
     if not re.fullmatch(r"\d+-\d+", str(word)):
         return [word]
     first, last = map(int, str(word).split("-"))

@@ -1,6 +1,6 @@
 """A self-contained HTML page with matplotlib pictures, for a report that is sent by mail.
 
-Owns: the template environment and its base page, the look of charts, a figure as PNG bytes. Does not know: what is reported.
+Owns: the template environment and its base page, the style of charts, a figure as PNG bytes. Does not know: the reports.
 No pyplot: nothing global is touched, no window opens. matplotlib is imported by the first figure, jinja2 by the first page.
 """
 
@@ -17,7 +17,7 @@ DOTS_PER_INCH = 130
 
 
 def render(template: str, pictures: Mapping[str, bytes], **values: Any) -> str:
-    """Return the page of `template`, a path inside pi0fm. Values are escaped; PNG `pictures` are data URIs: nothing is loaded.
+    """Render `template`, a path inside pi0fm. Values are escaped; PNG `pictures` become data URIs, so that the page loads nothing.
 
     A template extends page.html.j2, which shows `background.facts` (tables by heading), `background.command`, date and revision.
     """
@@ -40,7 +40,7 @@ def panels(columns: int = 1, rows: int = 1, *, width: float = 10.4, height: floa
 
 
 def chart(axis: Any, title: str, x_label: str, y_label: str) -> None:
-    """Dress the axes of a curve: two spines, a faint grid."""
+    """Style the axes of a curve: two spines, a faint grid."""
     axis.set_title(title, fontsize=11, color=INK, loc="left", pad=10)
     axis.set_xlabel(x_label, fontsize=9.5, color=SOFT)
     axis.set_ylabel(y_label, fontsize=9.5, color=SOFT)
@@ -68,7 +68,7 @@ def plain_log(axis: Any) -> None:
 
 
 def png(figure: Any) -> bytes:
-    """Return the figure as a PNG file of 256 colours: a third of the size, and no eye sees the difference."""
+    """Return the figure as a PNG file of 256 colours, a third of the size without a visible difference."""
     from PIL import Image
 
     held, small = io.BytesIO(), io.BytesIO()

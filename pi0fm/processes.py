@@ -1,9 +1,9 @@
-"""Child processes of a command: a function in a fresh one, the end of a child with its parent, time and memory of a whole tree.
+"""Child processes: a function call in a spawned one, the end of a child with its parent, time and memory of a process tree.
 
-Owns: starting a process for one function, its answer and its death; SIGTERM as Ctrl-C; what a process and its descendants have used.
-Does not know: what runs.
+Owns: starting a process for one function, its result and its death; SIGTERM as Ctrl-C; resources used by a process and its descendants.
+Does not know: the function.
 
-    this process          its own time, its own memory
+    this process          its time, its memory
     |- live child         the same, and the time of its ended children
     |  `- live grandchild the same
     `- ended children     their time, kept by the kernel once they have been waited for
@@ -32,9 +32,9 @@ SECONDS_BETWEEN_LOOKS_AT_PARENT = 0.5
 
 
 def in_fresh_process[R](function: Callable[..., R], *arguments: object) -> R:
-    """`function(*arguments)` in a spawned process, which ends with this one; exceptions raised there are raised here.
+    """Call `function(*arguments)` in a spawned process, which ends with this one; its exceptions are raised here.
 
-    Function, arguments and answer are pickled. Raises Pi0fmError when the process dies before it answers.
+    Function, arguments and result are pickled. Raises Pi0fmError when the process dies before it returns.
     """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent, initargs=(os.getpid(),)) as pool:
@@ -42,16 +42,16 @@ def in_fresh_process[R](function: Callable[..., R], *arguments: object) -> R:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
             raise Pi0fmError(
-                "a measurement's process must end by itself, found it killed, as by a system short of memory; "
+                "a measurement's process must end by itself, found it killed, perhaps for lack of memory; "
                 "close other programs, or name fewer --cases"
             ) from None
 
 
 def end_with_parent(parent: int) -> None:
-    """End this process, whatever it does, soon after its parent, the process `parent`, has ended by any cause.
+    """End this process soon after its parent, the process with id `parent`, has ended for any reason.
 
-    Looks at the parent's identity, which changes with its death on every POSIX system. Linux's PR_SET_PDEATHSIG follows the thread that
-    started the child, not the process.
+    Polls the parent's process id, which changes when the parent dies on every POSIX system. Linux's PR_SET_PDEATHSIG follows the thread
+    that started the child, not the process.
     """
 
     def watch() -> None:
@@ -63,7 +63,7 @@ def end_with_parent(parent: int) -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM inside `sigterm_interrupts`."""
+    """SIGTERM received inside `sigterm_interrupts`."""
 
 
 @contextmanager
@@ -87,10 +87,9 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def cpu_seconds_of_tree() -> float:
-    """User and system seconds of this process and its descendants, live or ended. Only differences mean something.
+    """Return the user plus system seconds of this process and its descendants, live or ended; only differences are meaningful.
 
-    A child that ends between two calls and has not been waited for is missing until it has been. Other tenants of the machine change wall
-    time, and hardly this.
+    A child that ended is missing until it has been waited for. Other programs on the machine change wall time, but hardly this.
     """
     ended = os.times()
     total = time.process_time() + ended.children_user + ended.children_system
@@ -102,19 +101,19 @@ def cpu_seconds_of_tree() -> float:
 
 
 def memory_of_tree() -> int:
-    """Bytes of this process and its descendants, now; pages that they share count once where the system tells (PSS, else RSS)."""
+    """Return the bytes held by this process and its descendants; shared pages count once where the system reports PSS (else RSS)."""
     return sum(getattr(info, "pss", 0) or info.rss for info in _each(lambda process: process.memory_full_info()))
 
 
 def anonymous_memory_of_tree() -> int:
-    """Resident bytes of this process and its descendants that neither files nor shared memory back."""
+    """Return the resident bytes of this process and its descendants that are backed neither by files nor by shared memory."""
     return sum(info.rss - getattr(info, "shared", 0) for info in _each(lambda process: process.memory_info()))
 
 
 def peak_resident() -> int:
-    """Bytes of this process's largest resident set.
+    """Return the peak resident set of this process, in bytes.
 
-    Not getrusage where it can be avoided: on Linux that figure outlives exec, and a new process begins with its parent's.
+    Avoids getrusage on Linux, where its figure survives exec, so that a new process starts with its parent's.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -152,5 +151,5 @@ class PeakMemory:
 def _each[T](ask: Callable[[psutil.Process], T]) -> Iterator[T]:
     here = psutil.Process()
     for process in (here, *here.children(recursive=True)):
-        with suppress(psutil.Error):  # it ended while we looked
+        with suppress(psutil.Error):  # it ended in between
             yield ask(process)

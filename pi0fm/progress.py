@@ -1,7 +1,7 @@
-"""One progress line for every long step: how much is done, and the time left.
+"""One progress line for every long step: items done and time left.
 
 Owns: the bar on a terminal, and a plain line every few seconds elsewhere (a log file, a CI run). Both go to standard error,
-so that standard output holds results only. Does not know: what is being done.
+so that standard output holds results only. Does not know: the step's work.
 """
 
 import sys
@@ -25,7 +25,7 @@ class Step:
         self._task = bar.add_task(name, total=total, completed=start, note="") if bar else None
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count `count` items as done; `note` is shown behind the line (a loss, a rate)."""
+        """Count `count` items as done; `note` is shown after the line (a loss, a rate)."""
         self._done += count
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, note=note)
@@ -36,7 +36,7 @@ class Step:
             print(self.line(now, note), file=sys.stderr, flush=True)
 
     def line(self, now: float, note: str = "") -> str:
-        """`name 40/150 (27%), 00:12 so far, 00:33 left, note`"""
+        """Format `name 40/150 (27%), 00:12 so far, 00:33 left, note`."""
         elapsed = now - self._began
         done_here = self._done - self._start
         left = clock(elapsed / done_here * (self._total - self._done)) if done_here else "?"
@@ -46,7 +46,7 @@ class Step:
 
 
 def clock(seconds: float) -> str:
-    """`mm:ss`, or `h:mm:ss` from an hour on."""
+    """Format seconds as `mm:ss`, or as `h:mm:ss` from one hour."""
     whole = max(0, round(seconds))
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes:02d}:{whole % 60:02d}"
@@ -54,7 +54,7 @@ def clock(seconds: float) -> str:
 
 @contextmanager
 def step(name: str, total: int, start: int = 0) -> Iterator[Step]:
-    """Show progress of `total` items, of which `start` were done before (a resumed run)."""
+    """Show the progress of `total` items, `start` of them done earlier (a resumed run)."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Step(name, total, start, None)
@@ -73,20 +73,20 @@ def step(name: str, total: int, start: int = 0) -> Iterator[Step]:
 
 
 def say(text: str) -> None:
-    """A line for the person who watches, on standard error."""
+    """Print a status line to standard error, and pass it to the listeners of `heard`."""
     print(text, file=sys.stderr, flush=True)
-    for hear in list(_HEARERS):
+    for hear in list(_LISTENERS):
         hear(text)
 
 
-_HEARERS: list[Callable[[str], object]] = []
+_LISTENERS: list[Callable[[str], object]] = []
 
 
 @contextmanager
 def heard(hear: Callable[[str], object]) -> Iterator[None]:
-    """Pass every line that is said during the block on, from any thread of this process."""
-    _HEARERS.append(hear)
+    """Pass every status line that any thread of this process prints during the block to `hear`."""
+    _LISTENERS.append(hear)
     try:
         yield
     finally:
-        _HEARERS.remove(hear)
+        _LISTENERS.remove(hear)

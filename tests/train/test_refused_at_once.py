@@ -47,7 +47,7 @@ def test_help_and_version_load_nothing_heavy(words):
         ("--dataset.root DATA --output_dir DATA", "is not a run of pi0fm"),
         ("--dataset.root DATA --num_workers 1 --ray_address 127.0.0.1:1", "no Ray cluster answers at '127.0.0.1:1'"),
         ("--dataset.root DATA --num_workers 2 --cpus_per_worker 9999", "num_workers are Ray workers that train"),
-        ("--dataset.root DATA --batch_size 4 --global_batch_size 8", "--batch_size and --global_batch_size both say global_batch_size"),
+        ("--dataset.root DATA --batch_size 4 --global_batch_size 8", "--batch_size and --global_batch_size both set global_batch_size"),
         ("--dataset.root DATA --lora.rank -1", "lora.rank must be >= 0"),
     ],
 )

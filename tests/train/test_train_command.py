@@ -152,10 +152,10 @@ def test_a_missing_data_set_is_named_before_ray_starts(refused, monkeypatch):
 
 def test_one_option_in_two_words_is_refused_where_they_differ(file, refused, capfd):
     code, line = refused("--batch_size", "4", "--global_batch_size", "8")
-    assert code == 2 and "--batch_size and --global_batch_size both say global_batch_size, found 4 and 8" in line
+    assert code == 2 and "--batch_size and --global_batch_size both set global_batch_size, found 4 and 8" in line
     file.write_text(file.read_text() + "batch_size: 2\n")
     code, line = refused()
-    assert code == 2 and "both say global_batch_size" in line
+    assert code == 2 and "both set global_batch_size" in line
 
 
 def test_a_missing_configuration_file(capsys):
