@@ -1,7 +1,7 @@
 """The options of a run's components: optimiser, sharding, adaptation, validation, training for real-time chunking.
 
-Owns: the dataclasses, their words and ranges. Does not know: the components; torch is not imported, so that a command line is read in a
-moment.
+Owns: the dataclasses, their allowed values and ranges. Does not know: the components. torch is not imported, so that a command line is
+read quickly.
 """
 
 from dataclasses import dataclass, field
@@ -24,16 +24,16 @@ SHARDS = (AUTO, NONE, GRADIENTS, FULL)
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How workers share the state. Raises ConfigError for a word that is not known, or copies of what is not cut."""
+    """Sharding of the state over workers. Raises ConfigError for an unknown value, or for replicas of a state that is not sharded."""
 
     shard: str = option(
         AUTO,
-        "what is cut over the workers: none, gradients (and weights at rest), full (a layer's weights are gathered twice a step: least "
-        "memory); auto takes the first that fits",
+        "what is sharded over the workers: none, gradients (weights are gathered once a step), full (a layer's weights are gathered "
+        "twice a step: least memory); auto takes the first that fits",
     )
-    replicas: int = option(1, "copies of a state that is cut; each is held by workers / replicas of them, best those of one machine")
+    replicas: int = option(1, "copies of a sharded state, each held by workers / replicas workers, best those of one machine")
     accumulate_whole: bool = option(
-        False, "where micro batches make a step, reduce a sharded gradient once at its end: less traffic, 4 bytes for each weight"
+        False, "with several micro batches a step, reduce sharded gradients once at its end: less traffic, 4 bytes for each weight"
     )
 
     def __post_init__(self) -> None:
@@ -44,18 +44,18 @@ class ParallelConfig:
         given = "replicas" if self.replicas > 1 else "accumulate_whole" if self.accumulate_whole else None
         if self.shard == NONE and given:
             raise ConfigError(
-                f"parallel.{given} is of a state that is cut, found parallel.shard none; leave it out, or type --parallel.shard full"
+                f"parallel.{given} needs a sharded state, found parallel.shard none; leave it out, or type --parallel.shard full"
             )
 
     @property
     def cuts(self) -> bool:
-        """Whether any of the state is cut, once `auto` is decided."""
+        """Whether any of the state is sharded, once `auto` is decided."""
         return self.shard in (GRADIENTS, FULL)
 
     def refuse_for(self, world_size: int) -> None:
-        """Raise ConfigError where so many workers cannot share the state as is asked for."""
+        """Raise ConfigError if `world_size` workers cannot share the state as configured."""
         if world_size == 1 and self.cuts:
-            raise ConfigError(f"a state is cut over two or more workers, found one for parallel.shard {self.shard}; leave it out")
+            raise ConfigError(f"a state is sharded over two or more workers, found one for parallel.shard {self.shard}; leave it out")
         each, left = divmod(world_size, self.replicas)
         if left or (each == 1 and self.replicas > 1):
             raise ConfigError(
@@ -64,13 +64,13 @@ class ParallelConfig:
             )
 
     def workers_of_a_state(self, world_size: int) -> int:
-        """How many of the workers hold one state together, each a part of it."""
+        """Number of workers that hold one copy of the state together, each a part."""
         return world_size // self.replicas if self.cuts else 1
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What trains and how it is kept in memory. Raises ConfigError for a word that is not known, or a combination that cannot be."""
+    """Which parameters train, and how they are kept in memory. Raises ConfigError for an unknown value or an impossible combination."""
 
     train_only: str = "full"
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -93,7 +93,7 @@ class Adaptation:
             self.refuse_frozen(target, {part for part in PARTS if part == target})
 
     def refuse_frozen(self, target: str, parts: set[Part]) -> None:
-        """Raise ConfigError for an adapter's target in a part that is frozen. parts: those that the target means."""
+        """Raise ConfigError for an adapter's target in a frozen part. parts: those that the target selects."""
         contradicted = sorted(parts - TRAINED[self.train_only])
         if contradicted:
             raise ConfigError(
@@ -104,16 +104,16 @@ class Adaptation:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """openpi's defaults."""
+    """Options of AdamW and its learning rate, with openpi's defaults."""
 
-    learning_rate: float = option(2.5e-5, "peak learning rate; configs/tiny.yaml, which goes with the preset tiny, says 1e-3")
+    learning_rate: float = option(2.5e-5, "peak learning rate; configs/tiny.yaml, for the preset tiny, sets 1e-3")
     final_learning_rate_ratio: float = option(0.1, "learning rate at the last step over the peak")
     warmup_steps: int = option(1000, "steps from 0 to the peak")
-    decay_steps: int | None = option(None, "steps until the last rate, which then stays; empty takes the run's")
+    decay_steps: int | None = option(None, "steps until the final rate, which then stays; empty takes the run's steps")
     beta1: float = option(0.9, "decay of the mean gradient")
     beta2: float = option(0.95, "decay of the mean squared gradient")
-    weight_decay: float = option(1e-10, "pull of the matrices towards 0; norms and biases have none")
-    clip_norm: float = option(1.0, "largest norm of the gradient")
+    weight_decay: float = option(1e-10, "decay of the matrices towards 0; norms and biases have none")
+    clip_norm: float = option(1.0, "largest norm of the gradient; a longer one is scaled down")
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.clip_norm <= 0:
@@ -133,12 +133,12 @@ FREE_AT_RESUME = ("every", "samples", "likelihood", "probes", "num_flow_steps", 
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """What is held out of the training, and how it is looked at. Raises ConfigError for a value out of range."""
+    """Episodes held out of training, and how they are evaluated. Raises ConfigError for a value out of range."""
 
     every: int = option(0, "optimiser steps between two validations; the last step is validated too; 0 for none")
-    episodes: int = option(0, "episodes held out of training and its statistics, chosen by the seed, over all tasks; so many of each entry")
-    samples: int = option(64, "held-out chunks that are looked at, always the same, of each entry; all of them where there are fewer")
-    likelihood: bool = option(False, "log-likelihood of these chunks too, many times the cost of loss and error")
+    episodes: int = option(0, "episodes of each data set held out of training and its statistics, chosen by the seed over all tasks")
+    samples: int = option(64, "held-out chunks of each data set that are evaluated, always the same; all of them where there are fewer")
+    likelihood: bool = option(False, "compute the log-likelihood of these chunks too, at many times the cost of loss and error")
     probes: int = option(2, "with likelihood, random probes of Hutchinson's divergence for each chunk")
     num_flow_steps: int = option(16, "with likelihood, steps of the integral from a chunk back to its noise")
     solver: str = option("midpoint", "with likelihood, ODE solver of that integral: euler, midpoint, heun, rk4, dopri5")
@@ -156,7 +156,7 @@ class ValidationConfig:
         usual = {"probes": 2, "num_flow_steps": 16, "solver": "midpoint"}
         unread = [name for name, value in usual.items() if getattr(self, name) != value]
         if unread and not self.likelihood:
-            raise ConfigError(f"validation.{unread[0]} is of the log-likelihood, which is off; type --validation.likelihood true")
+            raise ConfigError(f"validation.{unread[0]} is for the log-likelihood, which is off; type --validation.likelihood true")
         if self.every and not self.episodes:
             raise ConfigError(
                 f"validation.every {self.every} needs episodes to validate on, found validation.episodes 0; type --validation.episodes 6"
@@ -167,4 +167,4 @@ class ValidationConfig:
 class RtcConfig:
     """Training for real-time chunking (flow/committed.py)."""
 
-    max_delay: int = option(0, "rows of a chunk that a policy for real-time chunking learns to go on from, 0 to this many; 0 trains none")
+    max_delay: int = option(0, "for real-time chunking: train with the first 0 to this many rows of a chunk given; 0 trains without")

@@ -1,6 +1,6 @@
 """The options of a training run.
 
-Owns: `TrainConfig` and its ranges, the network that it names, what may change at a resume. Does not know: how a run is started.
+Owns: `TrainConfig` and its ranges, the network that it names, which options may change on resume. Does not know: how a run is started.
 """
 
 import re
@@ -24,7 +24,7 @@ from pi0fm.train.components import Adaptation, OptimizerConfig, ParallelConfig, 
 from pi0fm.train.watch.trackers import refuse_unknown
 from pi0fm_client.errors import ConfigError
 
-if TYPE_CHECKING:  # torch's import takes longer than the options of a run: only what computes pays for it
+if TYPE_CHECKING:  # importing torch takes longer than reading options: only the code that computes imports it
     import torch
 
     from pi0fm.train.plan.memory import MemoryEstimate
@@ -38,7 +38,7 @@ FREE_AT_RESUME = (
 )
 ON_NONFINITE = ("stop", "skip")
 FREE_IN_GROUPS = (
-    *(f"dataset.{name}" for name in ("repo_id", "root", "cache_dir", "video_decoder")),  # what it holds is compared (checkpoint/facts)
+    *(f"dataset.{name}" for name in ("repo_id", "root", "cache_dir", "video_decoder")),  # the data are compared instead (checkpoint/facts)
     "optimizer.decay_steps",
     *(f"validation.{name}" for name in FREE_IN_VALIDATION),
 )
@@ -46,30 +46,30 @@ FREE_IN_GROUPS = (
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. The global batch is fixed; how it is split over workers and micro batches changes nothing but speed and memory."""
+    """Options of one run. Splitting the global batch over workers and micro batches changes only speed and memory."""
 
     output_dir: Path = option(Path("outputs/train"), "folder of the run: checkpoints, metrics, and the bundle at the end")
-    resume: str = option("false", "true goes on from the newest checkpoint in output_dir; auto does when it holds this run, else begins it")
+    resume: str = option("false", "true resumes from the newest checkpoint in output_dir; auto does if it holds this run")
     resume_changed: bool = option(False, "resume although options or the data set changed; the differences are printed")
     seed: int = option(0, "fixes initial weights, order of the data, noise and flow times")
     steps: int = option(30_000, "optimiser steps")
     global_batch_size: int = option(32, "samples a step over all workers")
     flow_draws_per_observation: int = option(1, "pairs of noise and flow time that train on one encoding of each observation")
-    micro_batch_size: int | None = option(None, "at most so many samples a forward pass; empty takes a worker's whole share")
+    micro_batch_size: int | None = option(None, "most samples in a forward pass; empty takes a worker's whole share")
     dataset: DatasetConfig = option(DatasetConfig, "")
     embodiment: Embodiment = option(Embodiment, "")
     mixture: dict[str, MixtureEntry] = option(
-        dict, "several data sets in place of dataset.* and embodiment.*: a NAME each, which serve, eval and load take as --robot NAME"
+        dict, "several data sets in place of dataset.* and embodiment.*, each under a NAME that serve, eval and load take as --robot NAME"
     )
     pretrained: Path | None = option(None, "bundle to start from, such as pi0fm convert writes; empty starts from random weights")
-    pretrained_norm_stats: bool = option(False, "keep the bundle's statistics of state and action instead of the data set's own")
+    pretrained_norm_stats: bool = option(False, "keep the bundle's statistics of state and action instead of the data set's")
     train_only: str = option("full", "full, frozen_vision (all but the vision tower) or expert_only (action expert, state, actions, time)")
     lora: LoraConfig = option(LoraConfig, "")
-    frozen_bfloat16: bool = option(False, "keep frozen matrices in bfloat16, in a run that computes in it: half their memory")
+    frozen_bfloat16: bool = option(False, "keep frozen matrices in bfloat16, in a run that computes in bfloat16: half their memory")
     activation_checkpointing: str = option(
-        "none", "none, selective (attention and activations are computed twice) or full (each layer is): the same numbers, less memory"
+        "none", "none, selective (recomputes attention and activations) or full (recomputes each layer): the same numbers, less memory"
     )
-    compile: bool = option(False, "compile each layer: a minute at the start, fewer and larger kernels on a GPU; other rounding")
+    compile: bool = option(False, "compile each layer: a minute at the start, then fewer and larger kernels on a GPU; rounding differs")
     parallel: ParallelConfig = option(ParallelConfig, "")
     model: dict[str, Any] = option(lambda: {"preset": "tiny"}, "preset (tiny, pi0, pi05), and any field of it to change")
     flow: FlowConfig = option(FlowConfig, "")
@@ -84,23 +84,21 @@ class TrainConfig:
         "antialias (openpi's) or plain (LeRobot's) where pictures are scaled down; empty takes the pretrained bundle's, else antialias",
     )
     tokenizer: str = option(BYTES, "byt5, the directory of a tokenizer, or pretrained: the one of the bundle to start from")
-    prompt_dialect: str = option(
-        OPENPI, "how an instruction is written out: openpi, lerobot, openpi_stateless; pretrained takes the bundle's"
-    )
-    augment: bool = option(False, "change the pictures at random, each sample in its own way; augmentation.* says how far")
+    prompt_dialect: str = option(OPENPI, "format of the prompt: openpi, lerobot or openpi_stateless; pretrained takes the bundle's")
+    augment: bool = option(False, "augment the pictures at random, each sample differently; augmentation.* sets the strength")
     augmentation: AugmentConfig = option(AugmentConfig, "")
     loader: LoaderConfig = option(LoaderConfig, "")
     validation: ValidationConfig = option(ValidationConfig, "")
     execution_horizon: int = option(8, "actions executed of each chunk before planning again, kept in the bundle")
     camera_sources: dict[str, str] = option(dict, "camera -> SOURCE:WIDTHxHEIGHT in a simulator, kept in the bundle")
     log_every: int = option(20, "steps between lines of metrics.jsonl")
-    tracker: tuple[str, ...] = option(("tensorboard",), "what draws the run, one or more of tensorboard, trackio, wandb, mlflow, or []")
+    tracker: tuple[str, ...] = option(("tensorboard",), "trackers of metrics, one or more of tensorboard, trackio, wandb, mlflow, or []")
     checkpoint_every: int = option(1000, "steps between checkpoints")
-    bundle_every: int = option(0, "steps between bundles in output_dir/bundles, for pi0fm eval --follow.run; 0 leaves one at the end alone")
+    bundle_every: int = option(0, "steps between bundles in output_dir/bundles, for pi0fm eval --follow.run; 0 writes one at the end only")
     checkpoint_dir: str = option("", "folder or s3://BUCKET/PREFIX that all workers see; empty takes output_dir/checkpoints")
     keep_checkpoints: int = option(2, "newest checkpoints that are kept")
-    on_nonfinite: str = option("stop", "a loss or gradient that is not finite: stop, or skip the step; its batch goes to output_dir/faults")
-    hang_seconds: float = option(900.0, "a run without a step for so long is ended, with the stacks of every worker in output_dir/hangs")
+    on_nonfinite: str = option("stop", "on a loss or gradient that is not finite: stop, or skip the step; output_dir/faults gets its batch")
+    hang_seconds: float = option(900.0, "seconds without a step until the run is ended, with every worker's stacks in output_dir/hangs")
     threads: int | None = option(None, "CPU threads of each worker; empty takes its share of the machine")
 
     def __post_init__(self) -> None:
@@ -120,8 +118,8 @@ class TrainConfig:
         for name in ("micro_batch_size", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, found {getattr(self, name)}")
-        object.__setattr__(self, "resume", self.resume.lower())  # a YAML file says true without quotes
-        older = {"true": "full", "false": "none"}  # its values before there were three words
+        object.__setattr__(self, "resume", self.resume.lower())  # an unquoted true in YAML is a boolean
+        older = {"true": "full", "false": "none"}  # values of older configurations
         recomputed = self.activation_checkpointing.lower()
         object.__setattr__(self, "activation_checkpointing", older.get(recomputed, recomputed))
         if self.resume not in ("true", "false", "auto"):
@@ -159,15 +157,15 @@ class TrainConfig:
             refuse_dialect(self.prompt_dialect, network.state_input == "prompt")
         if self.compile and self.parallel.cuts:
             raise ConfigError(
-                f"compile goes with a state that every worker holds whole, found parallel.shard {self.parallel.shard}; leave one out, or "
+                f"compile needs a state that is not sharded, found parallel.shard {self.parallel.shard}; leave one out, or "
                 "type --parallel.shard none"
             )
         self._refuse_fine_tuning(network)
-        self._refuse_beside_mixture()
+        self._refuse_with_mixture()
         refuse_entries(self.mixture)
 
-    def _refuse_beside_mixture(self) -> None:
-        """Raise ConfigError for an option of one data set beside a mixture, where every entry has its own."""
+    def _refuse_with_mixture(self) -> None:
+        """Raise ConfigError for an option of a single data set in a run with a mixture, where each entry sets it."""
         for name in ("dataset", "embodiment", "camera_sources") if self.mixture else ():
             given = _changed_from_default(name, getattr(self, name))
             if given:
@@ -177,11 +175,11 @@ class TrainConfig:
                 )
 
     def entries(self) -> dict[str, MixtureEntry]:
-        """The data sets by name; without a mixture the one of `dataset` and `embodiment`, under the empty name."""
+        """Return the data sets by name; without a mixture, `dataset` and `embodiment` under the empty name."""
         return self.mixture or {"": MixtureEntry(self.dataset, self.embodiment, camera_sources=self.camera_sources)}
 
     def _refuse_fine_tuning(self, network: Pi0Config) -> None:
-        """Raise ConfigError for a fine-tuning that cannot be, before any data is opened."""
+        """Raise ConfigError for contradictory options of fine-tuning, before any data is opened."""
         if self.pretrained_norm_stats and self.pretrained is None:
             raise ConfigError(
                 "pretrained_norm_stats keeps a bundle's statistics, found no bundle; type --pretrained BUNDLE, or leave it out"
@@ -192,44 +190,44 @@ class TrainConfig:
             raise ConfigError(
                 "a log-likelihood needs float32, but frozen_bfloat16 keeps weights in bfloat16; type --validation.likelihood false"
             )
-        if self.lora.rank and not set(self.lora.targets) <= set(ADAPTABLE):  # names of layers, which the network knows
+        if self.lora.rank and not set(self.lora.targets) <= set(ADAPTABLE):  # names of layers, checked against the network
             from pi0fm.train.start.adaptation import refuse_for
 
             refuse_for(replace(network, action_horizon=1, max_prompt_tokens=1), self.adaptation())  # lengths change no module
         self.adaptation()
 
     def adaptation(self) -> Adaptation:
-        """What trains, and how it is kept. Raises ConfigError for what cannot be combined."""
+        """Return which parameters train, and how they are kept. Raises ConfigError for options that exclude each other."""
         return Adaptation(self.train_only, self.lora, self.frozen_bfloat16, self.activation_checkpointing, self.compile)
 
     @property
     def checkpoint_place(self) -> Path | str:
-        """Where the checkpoints of this run are stored."""
+        """Folder or URL of this run's checkpoints."""
         return self.checkpoint_dir or self.output_dir / "checkpoints"
 
     def network(self) -> Pi0Config:
-        """The preset with its changed fields. Raises ConfigError for an unknown preset or field."""
+        """Return the preset with its changed fields. Raises ConfigError for an unknown preset or field."""
         tree = dict(self.model)
         base = preset(str(tree.pop("preset", "tiny")))
         return options.decode(Pi0Config, options.merge(options.encode(base), tree))
 
     def micro_steps(self, world_size: int) -> int:
-        """Micro batches of a step, of each of `world_size` workers. Raises ConfigError when the global batch cannot be split so."""
+        """Number of micro batches per step of each of `world_size` workers. Raises ConfigError for a global batch that cannot be split."""
         return micro_steps(self.global_batch_size, world_size, self.micro_batch_size)
 
     def largest_micro_batch(self, world_size: int) -> int:
-        """Samples of the largest forward pass. Raises what `micro_steps` raises."""
+        """Number of samples in the largest forward pass. Raises what `micro_steps` raises."""
         parts = (split(self.global_batch_size, rank, world_size, self.micro_batch_size) for rank in range(world_size))
         return max(count for part in parts for _, count in part)
 
     def state(self) -> "StateConfig":
-        """What the state is built from; it is not cut while `auto` is undecided."""
+        """Return the options of the training state, which is not sharded while `auto` is undecided."""
         from pi0fm.train.state import StateConfig
 
         return StateConfig(self.seed, self.optimizer, self.adaptation(), self.ema_decay, self.parallel)
 
     def memory(self, cameras: int, world_size: int, device: "torch.device") -> "MemoryEstimate":
-        """What one of `world_size` workers takes of its device; `auto`, undecided, is counted as none."""
+        """Estimate the memory that one of `world_size` workers takes on its device; an undecided `auto` counts as none."""
         from pi0fm.policy.device import compute_dtype
         from pi0fm.train.plan.memory import estimate
 
@@ -250,13 +248,13 @@ class TrainConfig:
         )
 
     def log(self, full_speed: float | None = None) -> "LogConfig":
-        """When a line of metrics is due. full_speed: as LogConfig takes it."""
+        """Return the options of the metrics log. full_speed: see LogConfig."""
         from pi0fm.train.watch.log import LogConfig
 
         return LogConfig(self.log_every, self.steps, self.global_batch_size, full_speed)
 
     def guard(self) -> "GuardConfig":
-        """When a checkpoint is due, and what follows a loss that is not finite."""
+        """Return the options of checkpoints and of losses that are not finite."""
         from pi0fm.train.watch.faults import FaultConfig
         from pi0fm.train.watch.guard import GuardConfig
 
@@ -265,9 +263,9 @@ class TrainConfig:
 
 
 def refuse_other_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
-    """Raise ConfigError that names what differs between the run in `where` and the one asked for, except for what may change.
+    """Raise ConfigError that names the options that differ between the run in `where` and the new one, except those that may change.
 
-    Under `resume_changed` nothing is refused; the run itself says what changed when it goes on.
+    Under `resume_changed` nothing is refused; the run prints the differences when it resumes.
     """
     differences = [] if new.get("resume_changed") else changed_options(old, new)
     if differences:
@@ -278,10 +276,10 @@ def refuse_other_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> N
 
 
 def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`NAME was X, now Y` for every option that differs between two runs and makes another run of it.
+    """Format `NAME was X, now Y` for every option that differs between two runs and may not change on resume.
 
-    An option that the old run did not know had its default there. Of a mixture first the entries are compared, whose order counts, then
-    what those that are in both say.
+    An option unknown to the old run counts as its default. Of a mixture the names of the entries are compared, in order, then the options
+    of entries that both have.
     """
     known = options.flat(options.encode(TrainConfig()))
     both = (old.get("mixture") or {}).keys() & (new.get("mixture") or {}).keys()
@@ -297,7 +295,7 @@ def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
 
 
 def _comparable(tree: Mapping[str, Any], entries: Collection[str]) -> dict[str, Any]:
-    """The options of a run by dotted name; of its mixture the names in order, and what `entries` say."""
+    """Flatten the options of a run to dotted names; of its mixture the names in order, and the options of `entries`."""
     mixture = tree.get("mixture") or {}
     flat = options.flat({name: value for name, value in tree.items() if name != "mixture"}) | {"mixture": ", ".join(mixture)}
     defaults = options.encode(MixtureEntry())
@@ -307,6 +305,6 @@ def _comparable(tree: Mapping[str, Any], entries: Collection[str]) -> dict[str, 
 
 
 def _changed_from_default(name: str, value: Any) -> str | None:
-    """The dotted name of the first option of a group that is not as it is when nothing is given."""
+    """Return the dotted name of the first option in a group that differs from its default."""
     default = options.flat(options.encode(TrainConfig()))
     return next((key for key, found in options.flat({name: options.encode(value)}).items() if found != default.get(key)), None)

@@ -1,4 +1,4 @@
-"""Open the data set of a run, or all of its mixture: training batches, held-out episodes, and the bundle's facts of each.
+"""The data set of a run, or all those of its mixture: training batches, held-out episodes, and the bundle's facts about each.
 
 Owns: `RunData` and the order in which it is opened. Does not know: the network that trains, steps, workers.
 
@@ -6,7 +6,7 @@ Owns: `RunData` and the order in which it is opened. Does not know: the network 
     entry B: the same                                                          before a video is decoded
     then A: frame cache or stream -> batches;  B: the same;  both dealt by weight into one stream (data/loading/mixture.py)
 
-A run without a mixture has one entry without a name, and the order of its data set alone.
+A run without a mixture has one unnamed entry, and only the order of its data set.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ from pi0fm_client.types import Observation
 class RunDataset:
     """One data set of a run.
 
-    policy: what the bundle says of it; held_out: its episodes that nothing trains on, 0 or more; order: by sample weights, if it has any.
+    policy: its facts in the bundle; held_out: episodes that are not trained on, 0 or more; order: by sample weights, if it has any.
     """
 
     name: str
@@ -61,7 +61,7 @@ class RunDataset:
 
 @dataclass(frozen=True)
 class RunData:
-    """All data sets of a run, opened. training: the batches of all together."""
+    """All data sets of a run, opened. training: batches drawn from all of them."""
 
     parts: tuple[RunDataset, ...]
     training: BatchMaker
@@ -69,7 +69,7 @@ class RunData:
 
     @property
     def policy(self) -> PolicyConfig:
-        """The first entry's; network, flow and normalisation are those of all."""
+        """Policy of the first entry; all entries share its network, flow and normalisation."""
         return self.parts[0].policy
 
     @property
@@ -78,24 +78,24 @@ class RunData:
         return len({camera for part in self.parts for camera in part.policy.embodiment.cameras})
 
     def held_out(self) -> dict[str, Collator]:
-        """By entry, its held-out episodes."""
+        """Return the held-out episodes by entry."""
         return {part.name: part.held_out for part in self.parts}
 
     def robots(self) -> dict[str, tuple[Robot, NormStats]]:
-        """What the bundle of a mixture keeps of each entry; empty for a run without a mixture, whose bundle holds one robot."""
+        """Return robot and statistics of each mixture entry for the bundle; empty without a mixture, whose bundle holds one robot."""
         if not isinstance(self.training, MixtureCollator):
             return {}
         return {part.name: (_robot(part.policy), part.stats) for part in self.parts}
 
     def recorded(self) -> Observation:
-        """One observation of the first data set, as the network sees it, of a held-out episode where there is one."""
+        """Return one observation of the first data set as the network sees it, from a held-out episode if there is one."""
         unseen = self.parts[0].held_out
         made = unseen if len(unseen.source.frames) else self.parts[0].training
         source, place = made.source, made.source.frames[len(made.source.frames) // 2]
         return source.observation(int(place), made.cache.gather(np.array([place]))[0])
 
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint says of the data: of an entry under `mixture.NAME.`."""
+        """Return the facts about the data for a checkpoint, those of a mixture entry under `mixture.NAME.`."""
         return {
             f"mixture.{part.name}.{name}" if part.name else name: value
             for part in self.parts
@@ -103,11 +103,11 @@ class RunData:
         }
 
     def left_out(self) -> dict[str, list[str]]:
-        """By entry, the episodes that were chosen and are not trained on, each with why; only of entries that have such."""
+        """Return by entry the chosen episodes that are not trained on, each with its reason; entries without any are absent."""
         return {part.name: [str(fault) for fault in part.training.source.left_out] for part in self.parts if part.training.source.left_out}
 
     def described(self) -> str:
-        """Format the data sets: frames; of a mixture each entry's share of the samples and its control rate too."""
+        """Format the data sets: frames; for a mixture also each entry's share of the samples and control rate."""
         if not isinstance(self.training, MixtureCollator):
             return self.parts[0].described()
         each = zip(self.parts, shares(self.training.weights), strict=True)
@@ -115,9 +115,9 @@ class RunData:
 
 
 def check_data(config: TrainConfig) -> "CheckedData":
-    """Read the columns of a run's data set, or of all of its mixture, and refuse all that can be refused before a video is decoded.
+    """Read the columns of a run's data sets, and refuse all that can be refused before a video is decoded.
 
-    Raises the errors of data sets and configuration; of a mixture they name the entry.
+    Raises the errors of data sets and configuration; with a mixture they name the entry.
     """
     pretrained = open_pretrained(config.pretrained)
     dialect = chosen_dialect(config.prompt_dialect, pretrained)
@@ -128,9 +128,9 @@ def check_data(config: TrainConfig) -> "CheckedData":
 
 
 def open_data(config: TrainConfig, checked: "CheckedData | None" = None) -> RunData:
-    """Open the data set of a run, or all of its mixture, and decode what is not decoded yet. checked: its `check_data`.
+    """Open the data sets of a run, and decode the pictures that are not decoded yet. checked: result of `check_data`.
 
-    Raises what that does.
+    Raises what `check_data` raises.
     """
     checked = checked or check_data(config)
     parts = tuple(_with_pictures(checked.config, number, found) for number, found in enumerate(checked.parts))
@@ -141,7 +141,7 @@ def open_data(config: TrainConfig, checked: "CheckedData | None" = None) -> RunD
 
 
 def policy_config(config: TrainConfig, source: LeRobotSource, held: tuple[int, ...] = ()) -> PolicyConfig:
-    """What the bundle of this run will say, against the data set that it was resolved with. held: episodes that it never saw."""
+    """Return the policy configuration for this run's bundle, resolved against its data set. held: held-out episodes."""
     facts = {"repo_id": source.repo_id, "dataset": str(source.root), "dataset_fingerprint": source.fingerprint}
     if config.pretrained is not None:
         facts["pretrained"] = str(config.pretrained)
@@ -173,19 +173,19 @@ def policy_config(config: TrainConfig, source: LeRobotSource, held: tuple[int, .
 
 
 def left_out(source: LeRobotSource) -> list[str]:
-    """`NUMBER (KIND)` of every episode that was chosen and is not trained on."""
+    """Format `NUMBER (KIND)` for every chosen episode that is not trained on."""
     kinds = {fault.episode: fault.kind for fault in reversed(source.left_out)}
     return [f"{episode} ({kinds[episode]})" for episode in sorted(kinds, key=lambda number: number or 0)]
 
 
 def shares(weights: Sequence[float]) -> list[str]:
-    """Each weight as a share of their sum, in words."""
+    """Format each weight as a percentage of their sum."""
     return [f"{100 * weight / sum(weights):.1f} %" for weight in weights]
 
 
 @dataclass(frozen=True)
 class _Checked:
-    """An entry whose columns were read and fit the network; no picture was looked at."""
+    """Entry whose columns were read and fit the network; its pictures were not opened."""
 
     name: str
     entry: MixtureEntry
@@ -199,7 +199,7 @@ class _Checked:
 
 @dataclass(frozen=True)
 class CheckedData:
-    """All data sets of a run without their pictures. config: with the bundle's tokenizer and dialect where those were asked for."""
+    """All data sets of a run without their pictures. config: with the bundle's tokenizer and dialect put in for `pretrained`."""
 
     config: TrainConfig
     parts: tuple[_Checked, ...]
@@ -217,20 +217,20 @@ def _read(name: str, entry: MixtureEntry) -> LeRobotSource:
 
 
 def _in_one_order_of_cameras(sources: Mapping[str, LeRobotSource]) -> dict[str, LeRobotSource]:
-    """Each robot's cameras in the order of the mixture: that in which the network saw them, and is given them when the robot is served."""
+    """Order each robot's cameras as in the mixture: the network is given them in that order in training, and when the robot is served."""
     order = dict.fromkeys(camera for source in sources.values() for camera in source.embodiment.cameras)
 
     def arranged(source: LeRobotSource) -> LeRobotSource:
-        own = source.embodiment.cameras
-        return replace(source, embodiment=replace(source.embodiment, cameras={name: own[name] for name in order if name in own}))
+        cameras = source.embodiment.cameras
+        return replace(source, embodiment=replace(source.embodiment, cameras={name: cameras[name] for name in order if name in cameras}))
 
     return {name: arranged(source) for name, source in sources.items()}
 
 
 def _judged(config: TrainConfig, name: str, number: int, recorded: LeRobotSource, pretrained: Pretrained | None) -> _Checked:
-    """The entry, after what only its prompt and its videos can tell; bad episodes are refused, or left out where that is asked for.
+    """Check an entry, its prompts and its videos; bad episodes are refused, or left out under `skip_bad`.
 
-    A cache is built by decoding every picture, so only a stream is looked into here.
+    Building a cache decodes every picture, so without `skip_bad` only the videos of a stream are checked here.
     """
     found = _check(config, name, number, recorded, pretrained)
     dataset, size = found.entry.dataset, found.policy.model.vision.image_size
@@ -263,12 +263,12 @@ def _check(config: TrainConfig, name: str, number: int, recorded: LeRobotSource,
             policy = replace(policy, **{each: getattr(pretrained.policy, each) for each in rules})
         else:
             stats = source.norm_stats(policy.model.action_horizon)
-            policy = _told_of_scales(policy, stats)
+            policy = _with_unusual_scales(policy, stats)
         return _Checked(name, entry, policy, stats, policy.chain(stats), sample_order(source, entry), source, unseen)
 
 
-def _told_of_scales(policy: PolicyConfig, stats: NormStats) -> PolicyConfig:
-    """Say which dimensions are scaled otherwise than their statistics say, and note it in the bundle."""
+def _with_unusual_scales(policy: PolicyConfig, stats: NormStats) -> PolicyConfig:
+    """Print which dimensions are not scaled by their statistics, and note them in the bundle."""
     columns = {"state": stats.state, "action": stats.action}
     told = [text for name, column in columns.items() for text in unusual(column, policy.normalization, policy.norm_floor, name)]
     if not told:

@@ -1,4 +1,4 @@
-"""The moving average of the weights that train.
+"""Moving average of the trainable weights.
 
 Owns: its tensors and its update. Does not know: the optimiser.
 """
@@ -10,8 +10,10 @@ from pi0fm.train.parallel.sharding import local
 
 
 class Ema:
-    """`average <- d average + (1 - d) weights`, with d = min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not
-    averaged with its random start. decay None follows the weights exactly and keeps no copy. What is frozen is its own average.
+    """Average of the weights: `average <- d average + (1 - d) weights`, with d = min(decay, (1 + n) / (10 + n)) after n updates.
+
+    The small d of the first updates keeps the random start out of a short run's average. decay None: the live weights, without a copy.
+    Frozen weights are not averaged.
     """
 
     def __init__(self, model: nn.Module, decay: float | None) -> None:
@@ -21,7 +23,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after step `step` (counted from 0)."""
+        """Average in the weights after step `step`, counted from 0."""
         if self.decay is not None:
             decay = min(self.decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(
@@ -29,5 +31,5 @@ class Ema:
             )
 
     def weights(self) -> dict[str, Tensor]:
-        """The averaged parameters that train, by name; the live ones where no average is kept."""
+        """Return the averaged trainable parameters by name, or the live ones where no average is kept."""
         return self.average if self.decay is not None else {name: value.detach() for name, value in self._live.items()}

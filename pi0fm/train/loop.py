@@ -1,12 +1,12 @@
-"""A run, from its configuration to a bundle; the same plain function under every launcher.
+"""A training run from its configuration to a bundle: one plain function under every launcher.
 
-Owns: the order of things: data, state, steps, metrics, checkpoints, bundle. Does not know: Ray, torchrun, the terminal.
+Owns: the order of data, state, steps, metrics, checkpoints and bundle. Does not know: Ray, torchrun, the terminal.
 
     data set or mixture (train/data.py) -> network, optimiser, average (train/state.py) -> newest checkpoint
       -> [ step, log, checkpoint, validation ] x steps -> bundle
 
-A validation follows the checkpoint of its step, so that nothing is lost with it; a run that was killed in between validates first when
-it continues.
+A step is validated after its checkpoint, so that a failed validation loses no training; a run killed in between validates first when it
+resumes.
 """
 
 import math
@@ -50,7 +50,7 @@ from pi0fm_client.types import Observation
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run leaves. loss: mean over the last logged steps; seconds: of this process's training loop."""
+    """Result of a finished run. loss: mean over the last logged steps; seconds: duration of this process's training loop."""
 
     bundle: Path
     steps: int
@@ -94,7 +94,7 @@ def _run(context: Context, config: TrainConfig, parallel: Parallel, data: RunDat
     if context.is_first and data.left_out():
         files.write_json(config.output_dir / "left_out.json", data.left_out())
     metrics = Metrics(config.output_dir, first, config.tracker, options.encode(config)) if context.is_first else None
-    recorded = data.recorded() if context.is_first else None  # now, while a stream of pictures still begins
+    recorded = data.recorded() if context.is_first else None  # now, while a stream of pictures is at its start
     speed = full_speed(config, data.num_cameras, context.world_size, parallel.device) if context.is_first else None
     own, nodes = OwnTime(state.network, parallel.device, whole=not state.is_sharded), parallel.nodes()
     log = TrainLog(config.log(speed), parallel, metrics, own, nodes, first, (read_last(config.output_dir) or {}).get("loss", math.nan))
@@ -121,25 +121,25 @@ def _run(context: Context, config: TrainConfig, parallel: Parallel, data: RunDat
             guard.after_step(norm)
             if config.bundle_every and state.step % config.bundle_every == 0 and state.step < config.steps:
                 with write_faults(config.output_dir):
-                    _leave_bundle(config.output_dir / f"bundles/step-{state.step:09d}", state, data, recorded, context)
+                    _write_bundle(config.output_dir / f"bundles/step-{state.step:09d}", state, data, recorded, context)
             watch.beat(state.step)
             validation.after(state.step, bar)
     path = config.output_dir / "bundle"
     with write_faults(config.output_dir):
         if metrics is not None:
             metrics.close()
-        _leave_bundle(path, state, data, recorded, context)
+        _write_bundle(path, state, data, recorded, context)
     parallel.barrier()
     return TrainResult(path, config.steps, log.loss, time.perf_counter() - began)
 
 
-def _leave_bundle(path: Path, state: TrainState, data: RunData, recorded: Observation | None, context: Context) -> None:
-    """Write the bundle tensor by tensor: of a state that is cut, each is whole on the first worker for as long as it is written.
+def _write_bundle(path: Path, state: TrainState, data: RunData, recorded: Observation | None, context: Context) -> None:
+    """Write the bundle tensor by tensor; a tensor of a sharded state is gathered on the first worker only while it is written.
 
-    Called by every worker. One of a step that an earlier start of this run left already stays.
+    Called by every worker. A step's bundle from an earlier start of this run is kept.
     """
     if not context.is_first or (path.name != "bundle" and path.exists()):
-        for _ in state.bundle_weights() if state.is_sharded else ():  # this worker's rows of each
+        for _ in state.bundle_weights() if state.is_sharded else ():  # send this worker's rows of each
             pass
         return
     entries = {name: (shape, torch.float32) for name, shape in network_shapes(data.policy.model).items()}

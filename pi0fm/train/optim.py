@@ -1,4 +1,4 @@
-"""AdamW with the clipping inside, warm-up and cosine.
+"""AdamW with fused gradient clipping; learning rate with warm-up and cosine decay.
 
 Owns: the optimiser and its options, its parameter groups, the learning rate as a pure function of the step. Does not know: the loop.
 """
@@ -15,9 +15,9 @@ from pi0fm.train.parallel.sharding import cutting_group, local
 
 @final
 class ClippedAdamW(torch.optim.AdamW):
-    """torch's AdamW in its fused kernel, which divides each gradient on its way in where clipping first is a pass over all of them.
+    """torch's fused AdamW, whose kernel scales each gradient as it reads it, which saves a separate pass for clipping.
 
-    All parameters share one count of steps: torch's own `step` keeps one for each and spends a third of its time on them (docs/LOG.md).
+    All parameters share one step count: torch's `step` keeps one for each, and spends a third of its time on them (docs/LOG.md).
     """
 
     def __init__(self, groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float]) -> None:
@@ -26,7 +26,7 @@ class ClippedAdamW(torch.optim.AdamW):
         self._refused: Tensor | None = None
 
     def allocate_moments(self) -> None:
-        """Moments of 0 for every parameter that has none, and the one count, on the parameters' device, as the kernel wants it."""
+        """Make zero moments for every parameter without any, and the shared count, on the parameters' device as the kernel requires."""
         missing = [parameter for group in self.param_groups for parameter in group["params"] if not self.state[parameter]]
         if missing:
             held = (state["step"] for state in self.state.values() if state)
@@ -36,15 +36,15 @@ class ClippedAdamW(torch.optim.AdamW):
                 self.state[parameter] = {"step": count, **moments}
 
     def clip(self, largest_norm: float) -> Tensor:
-        """The norm of all gradients, all workers' rows of them.
+        """Return the norm of all gradients, over the rows of every worker.
 
-        The next `step` takes them no longer than `largest_norm`, and changes nothing if it is not finite.
-        Nobody waits for the norm: the kernel reads it on the device, as for torch.amp.GradScaler.
+        The next `step` scales the gradients to a norm of at most `largest_norm`, and changes nothing if the norm is not finite.
+        There is no host sync: the kernel reads the norm on the device, as with torch.amp.GradScaler.
         """
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm([local(gradient) for gradient in gradients])
-        if gradients and (group := cutting_group(gradients[0])) is not None:  # a network is cut whole
+        if gradients and (group := cutting_group(gradients[0])) is not None:  # all of a network is sharded, or none of it
             square = norm.square()
             torch.distributed.all_reduce(square, group=group)
             norm = square.sqrt()
@@ -53,7 +53,7 @@ class ClippedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step with the gradients that are there, clipped if `clip` came before it. A closure is refused."""
+        """Take one step with the present gradients, clipped if `clip` was called before. A closure is refused."""
         if closure is not None:
             raise TypeError("ClippedAdamW takes no closure: compute the loss and its gradient before the step")
         self.allocate_moments()
@@ -85,13 +85,13 @@ class ClippedAdamW(torch.optim.AdamW):
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> ClippedAdamW | None:
-    """Ours, which may be inside accelerate's wrapper; None if it is another one."""
+    """Return the ClippedAdamW, out of accelerate's wrapper if needed; None for another optimiser."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner if isinstance(inner, ClippedAdamW) else None
 
 
 def make_optimizer(config: OptimizerConfig, model: nn.Module) -> ClippedAdamW:
-    """AdamW over what trains; the moments have the type of the weights, float32 under every precision."""
+    """Make AdamW over the trainable parameters; its moments have the type of the weights, float32 under every precision."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": config.weight_decay},
@@ -101,7 +101,7 @@ def make_optimizer(config: OptimizerConfig, model: nn.Module) -> ClippedAdamW:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of step 0..steps-1: linear warm-up to the peak, then a half cosine to `final_learning_rate_ratio` of it.
+    """Learning rate of step 0..steps-1: linear warm-up to the peak, then a half cosine to `final_learning_rate_ratio` of the peak.
 
     The cosine ends after `decay_steps`, else with the run. Warm-up takes at most a tenth of that, so that a short run reaches its peak.
     """

@@ -1,10 +1,10 @@
-"""The runs below a folder: what each is, how far it came, its loss; and several of them on one page.
+"""Training runs below a folder: state, progress and loss of each, and a page that compares several.
 
 Owns: finding runs, their states, which options differ between them, the page's picture. Does not know: how a run trains, terminals.
 
-    running       its lease is held on this machine, or was beaten on another one a moment ago
-    finished      its bundle is there, and its last line is of its last step
-    stopped       neither: --resume true goes on
+    running       its lease is held on this machine, or was renewed on another one a moment ago
+    finished      its bundle exists, and its last metrics are of its last step
+    stopped       neither: --resume true continues
     not started   no line of metrics
 """
 
@@ -23,7 +23,7 @@ from pi0fm.train.start import lease
 from pi0fm.train.watch.metrics import read_lines
 from pi0fm_client.errors import ConfigError
 
-DEEPEST = 4  # folders below the one that is named
+DEEPEST = 4  # levels of folders below the one given
 COLOURS = ("#0f766e", "#c8862b", "#5b5fc7", "#b4483d", "#5a7d2b", "#7a4f8f")
 TOLD = ("loss", "validation_loss", "samples_per_second", "share_of_peak", "memory_gib", "seconds_left")
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -32,7 +32,7 @@ Line = Mapping[str, float]
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run. lines: of its metrics.jsonl, in order; config: its run.json."""
+    """One run. lines: its metrics.jsonl, in order; config: its run.json."""
 
     name: str
     state: str
@@ -41,24 +41,24 @@ class RunSummary:
 
     @property
     def step(self) -> int:
-        """The last that was logged, 0 before the first."""
+        """Last logged step, 0 before the first."""
         return int(self.lines[-1]["step"]) if self.lines else 0
 
     @property
     def steps(self) -> int:
-        """All that were asked for."""
+        """Number of steps that the run was configured for."""
         return int(self.config.get("steps", 0))
 
     def last(self, metric: str) -> float | None:
-        """The last value of a metric."""
+        """Return the last value of a metric, None without one."""
         return next((line[metric] for line in reversed(self.lines) if metric in line), None)
 
     def curve(self, metric: str = "loss") -> list[tuple[int, float]]:
-        """(step, value) of every line that has a finite one."""
+        """List (step, value) of every line with a finite value."""
         return [(int(line["step"]), line[metric]) for line in self.lines if math.isfinite(line.get(metric, math.nan))]
 
     def json(self) -> dict[str, Any]:
-        """For the last line."""
+        """Return the run's entry in the command's last line of JSON."""
         found = {name: value for name in TOLD if (value := self.last(name)) is not None}
         return {"state": self.state, "step": self.step, "steps": self.steps} | {
             name: each for name, each in found.items() if each is not None
@@ -66,7 +66,7 @@ class RunSummary:
 
 
 def find_runs(folders: Sequence[Path]) -> list[RunSummary]:
-    """Every run at or below the folders, in order of their names. Raises ConfigError for a folder that is none, or holds none."""
+    """Find every run at or below the folders, in order of name. Raises ConfigError for a missing folder, or one without runs."""
     found: dict[str, RunSummary] = {}
     for folder in folders:
         if not folder.is_dir():
@@ -75,7 +75,7 @@ def find_runs(folders: Sequence[Path]) -> list[RunSummary]:
         for place in _places(folder, 0):
             try:
                 below[str(place)] = summarize(place, str(place))
-            except ConfigError as error:  # one that is not readable hides no other
+            except ConfigError as error:  # an unreadable run does not hide the others
                 if place == folder:
                     raise
                 progress.say(str(error))
@@ -86,7 +86,7 @@ def find_runs(folders: Sequence[Path]) -> list[RunSummary]:
 
 
 def summarize(folder: Path, name: str) -> RunSummary:
-    """The run in `folder`, from its files alone: nothing is locked or changed. Raises ConfigError for one whose run.json is no run's."""
+    """Summarize the run in `folder` from its files, without locks or changes. Raises ConfigError for a run.json that is not a run's."""
     try:
         config = json.loads((folder / "run.json").read_text())
         steps = int(config["steps"])
@@ -109,7 +109,7 @@ def _places(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Draw values as `width` blocks at most, each the mean of a stretch; logarithmic where all are above 0."""
+    """Draw values as at most `width` blocks, each the mean of a segment; logarithmic where all are above 0."""
     if not values:
         return ""
     stretches = np.array_split(np.array(values, dtype=np.float64), min(width, len(values)))
@@ -121,7 +121,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def differences(runs: Sequence[RunSummary]) -> dict[str, list[str]]:
-    """The options that are not alike in all runs, by name; a value a run."""
+    """Return the options that differ between the runs by name, with one value per run."""
     flat = [options.flat(dict(run.config)) for run in runs]
     names = sorted({name for each in flat for name in each} - {"output_dir"})
     return {name: [str(each.get(name, "")) for each in flat] for name in names if len({str(each.get(name)) for each in flat}) > 1}

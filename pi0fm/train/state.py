@@ -2,14 +2,14 @@
 
 Owns: the order in which it is built, its tensors by name, the weights of the bundle. Does not know: files, data, when it is saved.
 
-    layout on meta -> adapt -> cut -> weights -> optimiser -> average -> restore -> prepare
+    layout on meta -> adapt -> shard -> weights -> optimiser -> average -> restore -> prepare
 
     model/NAME                  weights and buffers
-    moments/NAME/exp_avg(_sq)   AdamW's, by the parameter's name, so that no order is relied on
-    moments/step                its count, one for all parameters
+    moments/NAME/exp_avg(_sq)   AdamW's, by parameter name, independent of order
+    moments/step                AdamW's step count, one for all parameters
     average/NAME                the moving average, where one is kept
 
-A state that is cut (parallel/sharding.py) has the same names; each worker holds its rows of every tensor but the count.
+A sharded state (parallel/sharding.py) has the same names; each worker holds its rows of every tensor except the count.
 """
 
 import copy
@@ -35,7 +35,7 @@ from pi0fm.train.start.pretrained import Pretrained
 
 @dataclass(frozen=True)
 class StateConfig:
-    """What a state is built from, beside the network's sizes. parallel: how it is cut, decided."""
+    """Options of a state, apart from the network's sizes. parallel: how it is sharded, with `auto` decided."""
 
     seed: int = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -48,8 +48,8 @@ class StateConfig:
 class TrainState:
     """The state after `step` steps.
 
-    network: the plain module, adapters included; trained, optimizer: the network and AdamW in accelerate's wrapping after `prepare`,
-    as `train_step` takes them; average: of the weights that train.
+    network: the plain module, adapters included; trained, optimizer: the network and AdamW as wrapped by accelerate in `prepare`, for
+    `train_step`; average: of the trainable weights.
     """
 
     def __init__(self, network: Pi0, config: StateConfig) -> None:
@@ -61,7 +61,7 @@ class TrainState:
 
     @classmethod
     def build(cls, network: Pi0Config, config: StateConfig, pretrained: Pretrained | None, parallel: Parallel) -> "TrainState":
-        """The state before the first step, on the worker's device. Raises ConfigError and BundleError for what cannot be built."""
+        """Build the state before the first step, on the worker's device. Raises ConfigError and BundleError."""
 
         def cut(model: Pi0) -> None:
             if config.parallel.cuts:
@@ -71,9 +71,9 @@ class TrainState:
         return cls(model, config)
 
     def prepare(self, parallel: Parallel) -> None:
-        """Wrap network and optimiser for training; again after `parallel` was opened for other workers."""
-        # autocast would cast every matrix once a micro batch, 6 ms of a GPU for pi0; where one makes a step it casts once, and keeps no
-        # copy through the update; on a CPU small matrices cost less than what keeps their copies (docs/LOG.md)
+        """Wrap network and optimiser for training; call it again after `parallel` was opened for other workers."""
+        # autocast casts every matrix once per micro batch: 6 ms of a GPU for pi0. With one micro batch a step that is once, and no copy
+        # outlives the update; on a CPU, casting small matrices costs less than keeping their copies (docs/LOG.md)
         accumulates = parallel.accelerator.gradient_accumulation_steps > 1
         self.network.cast_once(accumulates and not self.is_sharded and parallel.device.type == "cuda")
         self.network.train()
@@ -82,18 +82,18 @@ class TrainState:
         self.trained = cast(Pi0, prepared)
 
     def schedule(self, steps: int) -> float:
-        """Set the learning rate of the coming step of a run of `steps` steps, and return it."""
+        """Set and return the learning rate of the next step in a run of `steps` steps."""
         rate = learning_rate(self.config.optimizer, self.step, steps)
         set_learning_rate(self.optimizer, rate)
         return rate
 
     def advance(self) -> None:
-        """Count one step taken, and average its weights."""
+        """Count one step, and average in its weights."""
         self.average.update(self.step)
         self.step += 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name, the ones that train themselves; moments exist before the first step."""
+        """Return every tensor by name, live rather than copied; moments exist before the first step."""
         self._adamw.allocate_moments()
         names = {id(parameter): name for name, parameter in self.network.named_parameters()}
         found = {f"model/{name}": value for name, value in self.network.state_dict().items()}
@@ -105,18 +105,18 @@ class TrainState:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether workers hold one state together, so that all must ask for its weights."""
+        """Whether workers hold one state together, so that all must take part in gathering its weights."""
         return is_sharded(self.network)
 
     def bundle_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The averaged weights of a plain network, adapters merged, one by one; of a state that is cut for every worker, gathered."""
+        """Yield the averaged weights of a plain network, adapters merged; of a sharded state gathered, so every worker must iterate."""
         return plain_weights(Gathered(self.network.state_dict() | self.average.weights()), self.config.adaptation)
 
     def averaged_network(self) -> Pi0:
-        """The network in evaluation mode with the averaged weights, which it follows as they change; their memory is shared.
+        """Return the network in evaluation mode with the averaged weights, whose memory it shares, so that it follows their changes.
 
-        Of a state that is cut: a network on meta, which has its weights inside of `gathered`.
-        Not by `.to(device)`, which would copy: several workers on CPUs are told cpu:0, and no tensor says so of itself.
+        Of a sharded state: a network on meta, which has its weights inside `gathered`.
+        Avoids `.to(device)`, which would copy: with several workers on CPUs the device is cpu:0, but that of a tensor is cpu.
         """
         if self.is_sharded:
             with torch.device("meta"):
@@ -127,12 +127,12 @@ class TrainState:
             id(parameter): nn.Parameter(weights.get(name, parameter.detach()), requires_grad=False)
             for name, parameter in self.network.named_parameters()
         }
-        # the same modules, adapters and all, around parameters that are given instead of copied
+        # the same modules, adapters included, around the given parameters instead of copies
         return copy.deepcopy(self.network, shared).eval()
 
     @contextmanager
     def gathered(self, averaged: Pi0) -> Iterator[None]:
-        """Give `averaged_network`'s network the whole of its weights for the block, where the state is cut; for every worker."""
+        """Gather the weights of a sharded state into `averaged_network`'s network for the block; entered by every worker."""
         if not self.is_sharded:
             yield
             return
@@ -142,7 +142,7 @@ class TrainState:
         averaged.to_empty(device="meta")
 
     def size(self) -> str:
-        """How many parameters train, of how many."""
+        """Format the number of trainable parameters, and of all if that differs."""
         total, trained = parameter_count(self.network), _count(self._adamw)
         return f"{trained / 1e6:.2f} M parameters" if trained == total else f"{trained / 1e6:.2f} M of {total / 1e6:.2f} M parameters"
 

@@ -1,7 +1,7 @@
 """One optimiser step: the thirty lines to read first.
 
     Batch -> t = times(uniform) -> training_pair(actions, t, noise) -> model(observation, x_t, t) -> masked sum of squares
-             of a policy for real-time chunking, first rows are held clean, at t = 1, and count for nothing (flow/committed.py)
+             for real-time chunking the first rows are kept clean, at t = 1, and masked out of the loss (flow/committed.py)
           -> / valid elements of the whole global batch -> gradients, averaged over workers -> clip -> AdamW
 
 Owns: the loss's normalisation. Does not know: where batches come from, when to log or save.
@@ -32,8 +32,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Train on the next `gradient_accumulation_steps` batches: (this worker's part of the mean loss, norm of the gradient), on the device.
 
-    A norm that is not finite, the same on all workers, leaves weights and moments as they were; nobody waits for the device to know.
-    valid_elements: entries that the loss counts, of the whole global batch, over all workers, micro batches and flow draws, so that the
+    A norm that is not finite, the same on all workers, leaves weights and moments unchanged, without a host sync.
+    valid_elements: entries of the whole global batch that the loss counts, over all workers, micro batches and flow draws, so that the
         gradient does not depend on the split.
     """
     micro_steps = accelerator.gradient_accumulation_steps
@@ -67,6 +67,6 @@ def train_step(
 
 
 def _clip(model: Pi0, optimizer: torch.optim.Optimizer, accelerator: Accelerator, clip_norm: float) -> Tensor:
-    """The gradient's norm. Another optimiser than ours has its gradients clipped in place, and takes those that are not finite too."""
+    """Clip, and return the gradient's norm. An optimiser other than ClippedAdamW is clipped in place, and applies non-finite gradients."""
     ours = unwrapped(optimizer)
     return accelerator.clip_grad_norm_(model.parameters(), clip_norm) if ours is None else ours.clip(clip_norm)

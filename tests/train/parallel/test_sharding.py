@@ -290,8 +290,8 @@ def test_bfloat16_products_and_float32_sums(tmp_path):
     ("wrong", "words"),
     [
         ({"shard": "zero"}, "parallel.shard must be one of auto, none, gradients, full, found 'zero'"),
-        ({"shard": NONE, "replicas": 2}, "parallel.replicas is of a state that is cut, found parallel.shard none"),
-        ({"shard": NONE, "accumulate_whole": True}, "parallel.accumulate_whole is of a state that is cut"),
+        ({"shard": NONE, "replicas": 2}, "parallel.replicas needs a sharded state, found parallel.shard none"),
+        ({"shard": NONE, "accumulate_whole": True}, "parallel.accumulate_whole needs a sharded state"),
         ({"replicas": 0}, "parallel.replicas must be >= 1, found 0"),
     ],
 )
@@ -306,7 +306,7 @@ def test_workers_that_do_not_fit_the_replicas_are_refused_before_any_starts(repl
         TrainingRun(num_workers=world_size, parallel=ParallelConfig(FULL, replicas))
     with pytest.raises(ConfigError, match=r"two or more workers, found one for parallel\.shard full"):
         TrainingRun(num_workers=1, parallel=ParallelConfig(FULL))
-    with pytest.raises(ConfigError, match=r"compile goes with a state that every worker holds whole, found parallel\.shard full"):
+    with pytest.raises(ConfigError, match=r"compile needs a state that is not sharded, found parallel\.shard full"):
         TrainingRun(num_workers=2, parallel=ParallelConfig(FULL), compile=True)
 
 
