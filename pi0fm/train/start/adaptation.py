@@ -1,14 +1,14 @@
-"""What of the network trains, and in which numbers the rest is kept.
+"""Which parameters train, and the number type of the frozen ones.
 
-Owns: `Adaptation`, and the one function that makes a plain network into the one that a run trains. Does not know: optimisers, data.
+Owns: `Adaptation`, and the one function that turns a plain network into the one that a run trains. Does not know: optimisers, data.
 
-    train_only      vision   backbone   action_expert   projections      a part with adapters in it trains nothing but these
+    train_only      vision   backbone   action_expert   projections      a part with adapters trains only the adapters
     full            trains   trains     trains          trains
     frozen_vision   -        trains     trains          trains
     expert_only     -        -          trains          trains
 
-Weights that train, their gradients, moments and average are float32 in every precision: under bfloat16 the products alone are computed
-in it (autocast). What is frozen may be kept in bfloat16, since nothing small is ever added to it.
+Trainable weights, their gradients, moments and average are float32 in every precision: under bfloat16 only the products are computed in
+bfloat16 (autocast). Frozen weights may be kept in bfloat16, since no small update is ever added to them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,23 +26,23 @@ from pi0fm_client.errors import ConfigError
 
 
 def refuse_mismatch(model: Pi0, how: Adaptation) -> None:
-    """Raise ConfigError for adapters that this network has no place for, or in a part that is frozen."""
+    """Raise ConfigError for adapters whose target layers the network does not have, or in a frozen part."""
     for target in how.lora.targets if how.lora.rank else ():
         how.refuse_frozen(target, {part_of(name) for name in target_modules(model, [target])})
 
 
 @lru_cache(maxsize=8)
 def refuse_for(network: Pi0Config, how: Adaptation) -> None:
-    """`refuse_mismatch` for a network that is not built yet: it is laid out without its memory."""
+    """Apply `refuse_mismatch` to a network that is not built yet, laid out on meta without memory."""
     if how.lora.rank:
         with torch.device("meta"):
             refuse_mismatch(Pi0(network), how)
 
 
 def adapt(model: Pi0, how: Adaptation, computes: torch.dtype) -> Pi0:
-    """Adapt a plain network in place: attach adapters, choose what needs a gradient, the type of the rest, and checkpointing.
+    """Adapt a plain network in place and return it: attach adapters, set which parameters train, the frozen type, and checkpointing.
 
-    Returns it. computes: the type of the products, `policy.precision.compute_dtype`'s. Raises ConfigError for what cannot be honoured.
+    computes: the type of the products, from `policy.precision.compute_dtype`. Raises ConfigError for an option that cannot be honoured.
     """
     if how.frozen_bfloat16 and computes != torch.bfloat16:
         raise ConfigError(
@@ -62,12 +62,12 @@ def adapt(model: Pi0, how: Adaptation, computes: torch.dtype) -> Pi0:
 
 
 def plain_weights(weights: Mapping[str, Tensor], how: Adaptation) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of an adapted network as those of a plain one, which a bundle holds."""
+    """Yield an adapted network's weights as those of a plain network, the form that a bundle holds."""
     return merged(weights, how.lora.scaling) if how.lora.rank else iter(weights.items())
 
 
 def _halve_frozen(model: Pi0) -> None:
-    """Cast frozen matrices and embeddings to bfloat16. Norms, and the products that make scale and gate of a norm, stay float32."""
+    """Cast frozen matrices and embeddings to bfloat16; norms, and the matrices that make a norm's scale and gate, stay float32."""
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Embedding) or module.weight.requires_grad:
             continue

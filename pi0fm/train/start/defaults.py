@@ -1,6 +1,6 @@
-"""What a run that says little takes: from its own record, from the bundle that it starts from, or from its preset's file.
+"""Defaults for the options not given: from the run's record, from the bundle that it starts from, or from its preset's file.
 
-Owns: which of them, before options are decoded. Does not know: what any option means.
+Owns: which of the three applies, before options are decoded. Does not know: the meaning of an option.
 
     --resume true in a folder with a run.json    that run's options
     --pretrained BUNDLE                          its network, tokenizer, prompt dialect, normalisation, path and prediction of the flow
@@ -18,15 +18,15 @@ from pi0fm_client.errors import OutputError
 
 OWN = "pretrained"  # --tokenizer pretrained, --prompt_dialect pretrained: the bundle's
 FIXED_IN_FLOW = ("path", "prediction")
-SAID_AGAIN = ("resume", "resume_changed")  # of each command
+SAID_AGAIN = ("resume", "resume_changed")  # given with each command, not taken from the record
 
 
 def defaults(given: options.Tree) -> options.Tree:
-    """Return the options under those that were given. Raises BundleError for a damaged bundle, OutputError for an unreadable record."""
+    """Return defaults for the options not given. Raises BundleError for a damaged bundle, OutputError for an unreadable record."""
     record = Path(given.get("output_dir", TrainConfig.output_dir)) / "run.json"
     if str(given.get("resume")).lower() in ("true", "auto") and record.is_file():
         return _recorded(record)
-    if given.get("pretrained"):  # one that is missing is named when it is opened; a run can be planned without it
+    if given.get("pretrained"):  # a missing bundle is reported when it is opened; a run can be planned without it
         return _of_bundle(Path(given["pretrained"]), given) if Path(given["pretrained"]).is_dir() else {}
     network = given.get("model", {})
     return options.read_files(["tiny"]) if isinstance(network, dict) and network.get("preset", "tiny") == "tiny" else {}
@@ -44,7 +44,7 @@ def _of_bundle(path: Path, given: options.Tree) -> options.Tree:
     check_files(path)
     policy = read_json(path / CONFIG).get("policy")
     if not isinstance(policy, dict) or not isinstance(policy.get("model"), dict):
-        return {}  # a damaged one is named when it is opened
+        return {}  # a damaged bundle is reported when it is opened
     flow = {name: value for name, value in (policy.get("flow") or {}).items() if name in FIXED_IN_FLOW}
     normalization = {name: policy[name] for name in ("normalization",) if name in policy}
     fixed = {"tokenizer": OWN, "prompt_dialect": OWN, "flow": flow, **normalization}

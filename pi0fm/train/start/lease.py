@@ -1,14 +1,14 @@
 """One run at a time in an output folder.
 
-Owns: the lease that a living run holds on its folder. Does not know: what the folder holds.
+Owns: the lease that a live run holds on its folder. Does not know: the contents of the folder.
 
-    .running   JSON: host, process, beat; locked (flock) and beaten every few seconds by the run's first process, removed at its end
+    .running   JSON: host, process, beat; locked (flock) and renewed every 10 s by the run's first process, removed at its end
 
-    the lock is held                         refused at once: on this machine, and where the file system carries locks between machines
-    it is free, written on this machine      its run is dead: taken
-    it is free, written on another machine   a file system without locks: watched for three beats; refused when it beats, else taken
+    locked                                   refused at once: on this machine, and where the file system shares locks between machines
+    unlocked, written on this machine        its run is dead: the lease is taken
+    unlocked, written on another machine     a file system without locks: watched for 3 beats; refused if renewed, else taken
 
-Ages are differences of the file server's own times, so the clocks of machines need not agree.
+Ages are differences of the file server's times, so the clocks of the machines need not agree.
 """
 
 import json
@@ -33,7 +33,7 @@ BEATS_UNTIL_DEAD = 3
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Hold the lease on `folder`, which is made if needed, during the block. Raises OutputError while another run lives there."""
+    """Hold the lease on `folder`, which is made if needed, during the block. Raises OutputError while another run holds it."""
     files.refuse_name(folder)
     made = not folder.exists()
     files.make_folder(folder)
@@ -55,7 +55,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a run seems to live in `folder`, without touching it: by its process on this machine, by its last beat on another one."""
+    """Whether a run seems live in `folder`, without touching it: by its process on this machine, by its last beat on another one."""
     path = folder / NAME
     try:
         held = json.loads(path.read_text())
@@ -82,7 +82,7 @@ def _taken(path: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its holder ended, and removed it, between our opening and our lock
+        os.close(descriptor)  # its holder ended and removed it between our open and our lock
 
 
 def _dead(path: Path, descriptor: int, held: dict[str, Any], *, locks: bool) -> bool:
@@ -108,7 +108,7 @@ def _lives(held: dict[str, Any]) -> bool:
 
 
 def _age(path: Path, descriptor: int) -> float:
-    """Seconds since the last beat, by the clock of the machine that holds the files."""
+    """Return the seconds since the last beat, by the clock of the file server."""
     probe = path.with_name(f"{NAME}.{socket.gethostname()}-{os.getpid()}")
     try:
         probe.touch()
@@ -126,7 +126,7 @@ def _beat(descriptor: int, stop: threading.Event) -> None:
     beat = 0
     while not stop.wait(SECONDS_BETWEEN_BEATS):
         beat += 1
-        with suppress(OSError):  # a full disk ends the run elsewhere, with a line
+        with suppress(OSError):  # a full disk is reported where the run writes
             _write(descriptor, beat)
 
 

@@ -1,11 +1,11 @@
-"""The network that a run starts from, adapted, with its first weights.
+"""The network that a run starts from, adapted, with its initial weights.
 
-Owns: the order: laid out on meta, adapted, cut, filled parameter by parameter. Does not know: optimisers, checkpoints.
+Owns: the order: layout on meta, adapt, shard, fill parameter by parameter. Does not know: optimisers, checkpoints.
 
     no bundle     each parameter a function of (seed, its name in a plain network): models/initial.py
-    a bundle      its tensors, cast to the parameter's type; adapters, which no bundle holds, as without one
+    a bundle      its tensors, cast to the parameter's type; adapters, which no bundle holds, as without a bundle
 
-No parameter is made twice, and one tensor at a time is copied. Of a parameter that is cut, a worker makes or reads its own rows alone.
+No parameter is made twice, and tensors are copied one at a time. Of a sharded parameter a worker makes or reads only its rows.
 """
 
 import math
@@ -35,9 +35,9 @@ def starting_network(
     device: torch.device | None = None,
     cut: Callable[[Pi0], None] = lambda network: None,
 ) -> Pi0:
-    """A network of `config` on `device` (the CPU by default), adapted. computes: the type of the products; cut: shards it in place.
+    """Build an adapted network of `config` on `device` (the CPU by default). computes: the type of the products; cut: shards it in place.
 
-    Raises ConfigError for an adaptation that cannot be, BundleError for a file that does not hold what its configuration promises.
+    Raises ConfigError for an impossible adaptation, BundleError for a weights file that does not match its configuration.
     """
     with torch.device("meta"):
         model = Pi0(config)
@@ -56,5 +56,5 @@ def starting_network(
             elif weights is None:
                 fill(held, initial[plain], seed, plain, start)
             else:
-                held.copy_(weights.rows(plain, rows).float())  # through float32: a bundle's type says nothing of the run's
+                held.copy_(weights.rows(plain, rows).float())  # through float32: the bundle's type is independent of the run's
     return model

@@ -1,10 +1,10 @@
-"""Whose output folder it is.
+"""The claim of a run on its output folder.
 
-Owns: the claim on a folder before any worker starts. Does not know: what is written there later, who else is at work in it (lease.py).
+Owns: the claim before any worker starts. Does not know: what is written there later, other live runs in the folder (lease.py).
 
-    run.json, and something trained       a run: resumed, or refused
-    run.json alone                        a start that came to nothing: begun again with any options
-    something else                        refused
+    run.json, and a step trained          a run: resumed, or refused
+    run.json alone                        a failed start: started again with any options
+    other contents                        refused
 """
 
 import json
@@ -22,7 +22,7 @@ from pi0fm.train.watch.requests import withdraw
 from pi0fm.train.watch.trackers import FOLDERS
 from pi0fm_client.errors import OutputError
 
-RAY_FOLDER = "ray"  # where Ray Train keeps its own notes of the run
+RAY_FOLDER = "ray"  # Ray Train's records of the run
 
 
 def claim(config: TrainConfig) -> None:
@@ -39,7 +39,7 @@ def claim(config: TrainConfig) -> None:
 
 
 def judge(config: TrainConfig) -> list[int]:
-    """Steps of the checkpoints that the run would go on from, with nothing touched. Raises what `claim` does."""
+    """Return the steps of the checkpoints that the run would resume from, without writing. Raises what `claim` raises."""
     directory = config.output_dir
     files.refuse_name(directory)
     with files.write_faults(directory):
@@ -55,10 +55,10 @@ def judge(config: TrainConfig) -> list[int]:
 
 @contextmanager
 def claimed(config: TrainConfig, *, restarted: bool = False) -> Iterator[None]:
-    """Claim the folder for the block, and hold its lease; released at an error under which nothing was trained.
+    """Claim the folder for the block, and hold its lease; an error before anything was trained releases the claim.
 
-    An earlier run's record stands again after such an error. restarted: the launcher started the workers again, and an earlier attempt
-    made the claim.
+    Such an error also restores an earlier run's record. restarted: the launcher restarted the workers, and an earlier attempt made the
+    claim.
     """
     with lease.only_run_in(config.output_dir):
         record = config.output_dir / "run.json"
@@ -70,14 +70,14 @@ def claimed(config: TrainConfig, *, restarted: bool = False) -> Iterator[None]:
             yield
         except BaseException:
             if before is not None and trained is not None and read_last(config.output_dir) == trained:
-                with suppress(OSError):  # a place that went away
+                with suppress(OSError):  # the folder has become unreachable
                     files.write_bytes(record, before)
             release(config)
             raise
 
 
 def release(config: TrainConfig) -> None:
-    """Give up a claim under which nothing was trained: a corrected command may then use the folder."""
+    """Release a claim under which nothing was trained, so that a corrected command may use the folder."""
     directory = config.output_dir
     try:
         if (directory / "run.json").exists() and read_last(directory) is None and not (directory / "checkpoints").exists():
@@ -89,14 +89,14 @@ def release(config: TrainConfig) -> None:
             if not any(directory.iterdir()):
                 directory.rmdir()
     except OSError:
-        return  # a place that went away; the next command judges what is there
+        return  # the folder has become unreachable; the next command judges its contents
 
 
 def _judge_new(config: TrainConfig) -> list[int]:
-    """Refuse a folder without `run.json` that cannot be this run's. Returns the steps of checkpoints elsewhere that it continues from."""
+    """Refuse a folder without `run.json` that cannot be this run's. Returns the steps of checkpoints elsewhere to resume from."""
     directory = config.output_dir
     foreign = directory.exists() and (not directory.is_dir() or any(not _left_by_a_start(path.name) for path in directory.iterdir()))
-    # another machine's run: what it was is held against this one when its checkpoint is read
+    # another machine's run: its options are compared with this run's when the checkpoint is read
     elsewhere = whole(config.checkpoint_dir) if not foreign and config.checkpoint_dir else []
     if elsewhere and config.resume == "false":
         raise OutputError(f"{config.checkpoint_dir} holds checkpoints of a run; add --resume true to go on, or choose another")
@@ -108,7 +108,7 @@ def _judge_new(config: TrainConfig) -> list[int]:
 
 
 def _left_by_a_start(name: str) -> bool:
-    return name.startswith(".")  # a lease, what a killed start wrote aside, what file managers leave
+    return name.startswith(".")  # a lease, temporary files of a killed start, files of file managers
 
 
 def _read(config: TrainConfig) -> dict[str, Any]:

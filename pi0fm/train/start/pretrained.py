@@ -1,11 +1,11 @@
 """The bundle that a run starts from.
 
-Owns: what of it must agree with the run, what is the run's own affair. Does not know: what trains, its weights.
+Owns: which options must agree between bundle and run, and which are the run's. Does not know: what trains, the weights.
 
-    of the bundle, refused by name where the run says otherwise   network, path and prediction of the flow, normalisation, prompt dialect,
+    the bundle's; another value is refused by name                network, path and prediction of the flow, normalisation, prompt dialect,
                                                                   tokenizer
-    of the run, whatever the bundle says                          robot, horizon, longest prompt, time density, solver, camera sources
-    of the data set, unless pretrained_norm_stats                 statistics of state and action
+    the run's, independent of the bundle                          robot, horizon, longest prompt, time density, solver, camera sources
+    the data set's, unless pretrained_norm_stats                  statistics of state and action
 """
 
 from dataclasses import dataclass, replace
@@ -27,29 +27,29 @@ FIXED = ("normalization", "prompt_dialect")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A bundle that was checked against its manifest."""
+    """Bundle that was checked against its manifest."""
 
     path: Path
     policy: PolicyConfig
     stats: NormStats
 
     def tokenizer(self) -> str:
-        """The value of --tokenizer that means this bundle's."""
+        """Return the value of --tokenizer that selects this bundle's."""
         return BYTES if self.policy.tokenizer == BYTES else str(self.path / self.policy.tokenizer)
 
 
 def open_pretrained(path: Path | None) -> Pretrained | None:
-    """The bundle at `path`, None for none. Raises BundleError for one that is damaged."""
+    """Open the bundle at `path`; None without a path. Raises BundleError for a damaged bundle."""
     return None if path is None else Pretrained(path, *bundle.read(path))
 
 
 def chosen_tokenizer(name: str, pretrained: Pretrained | None) -> str:
-    """The run's tokenizer, with `pretrained` put in its place. Raises ConfigError for that word without a bundle."""
+    """Return the run's tokenizer, resolving `pretrained` to the bundle's. Raises ConfigError for `pretrained` without a bundle."""
     return name if name != OWN else _needed("tokenizer", pretrained).tokenizer()
 
 
 def chosen_dialect(word: str, pretrained: Pretrained | None) -> str:
-    """The run's prompt dialect, with `pretrained` put in its place. Raises ConfigError for that word without a bundle."""
+    """Return the run's prompt dialect, resolving `pretrained` to the bundle's. Raises ConfigError for `pretrained` without a bundle."""
     return word if word != OWN else _needed("prompt_dialect", pretrained).policy.prompt_dialect
 
 
@@ -70,9 +70,9 @@ def refuse_other_policy(pretrained: Pretrained, run: PolicyConfig) -> None:
 
 
 def kept_stats(pretrained: Pretrained, entry: str, run: PolicyConfig) -> NormStats:
-    """The bundle's statistics for a run's data set: those of its robot of the entry's name, of its only robot where there is no mixture.
+    """Return the bundle's statistics for a run's data set: of the robot with the entry's name, or of the only robot without a mixture.
 
-    Raises ConfigError where several robots could be meant, or where the statistics have another width than the robot.
+    Raises ConfigError for an ambiguous robot, or statistics of another width than the robot.
     """
     known = bundle.robot_names(pretrained.path)
     whose = f"pretrained_norm_stats keeps a robot's statistics by its name, {pretrained.path} holds those of {', '.join(known)}"
@@ -97,7 +97,7 @@ def _needed(option: str, pretrained: Pretrained | None) -> Pretrained:
 
 
 def _fixed_network(config: Pi0Config) -> dict[str, Any]:
-    # lengths, which no weight knows, are the run's
+    # lengths, which shape no weight, are the run's
     return options.flat(options.encode(replace(config, action_horizon=0, max_prompt_tokens=0)))
 
 
@@ -106,7 +106,7 @@ def _preset_of(config: Pi0Config) -> str | None:
 
 
 def _refuse_other_tokens(pretrained: Pretrained, run: PolicyConfig) -> None:
-    """Raise ConfigError for another tokenizer: one that gives some word another number."""
+    """Raise ConfigError for a tokenizer that gives any token another id than the bundle's."""
     own = pretrained.tokenizer()
     if own == run.tokenizer:
         return

@@ -1,6 +1,6 @@
-"""Continuing a run from its newest checkpoint.
+"""Resuming a run from its newest checkpoint.
 
-Owns: what must agree between the run and the checkpoint, the lines that are said. Does not know: the files, the tensors.
+Owns: what must agree between run and checkpoint, the status lines. Does not know: the files, the tensors.
 """
 
 import math
@@ -19,7 +19,7 @@ from pi0fm_client.errors import ConfigError, DatasetError, OutputError
 
 
 def restore(state: TrainState, checkpoints: Checkpoints, run: RunFacts, context: Context, *, changed_allowed: bool) -> None:
-    """Continue `state` from the newest whole checkpoint, if there is one.
+    """Restore `state` from the newest whole checkpoint, if there is one.
 
     changed_allowed: differences from the checkpoint's run are printed instead of refused. Raises what `refuse_changed` and
     `Checkpoints.restore` raise.
@@ -40,7 +40,7 @@ def restore(state: TrainState, checkpoints: Checkpoints, run: RunFacts, context:
 
 
 def refuse_changed(place: Path | str, old: Mapping[str, Any], run: RunFacts) -> None:
-    """Raise ConfigError or DatasetError with what differs between a checkpoint's facts and the run that would continue from it."""
+    """Raise ConfigError or DatasetError that lists the differences between a checkpoint's facts and the run to resume from it."""
     data, settings = _changes(old, run)
     how = "resume it as it was, choose another output_dir, or add --resume_changed true"
     if settings:
@@ -52,7 +52,7 @@ def refuse_changed(place: Path | str, old: Mapping[str, Any], run: RunFacts) -> 
 def _say_resumed(old: Mapping[str, Any], run: RunFacts, context: Context) -> None:
     data, settings = _changes(old, run)
     if other := _differences(old["versions"], versions()):
-        progress.say(f"the checkpoint is of other versions, so the run may differ in the last bits: {'; '.join(other)}")
+        progress.say(f"the checkpoint was written with other versions, so the run may differ in the last bits: {'; '.join(other)}")
     if data + settings:
         progress.say(f"the run goes on with changes: {'; '.join(data + settings)}")
     if context.is_first:
@@ -73,7 +73,7 @@ def _changes(old: Mapping[str, Any], run: RunFacts) -> tuple[list[str], list[str
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`name was X, now Y` for every name whose value differs."""
+    """Format `name was X, now Y` for every name whose value differs."""
     return [
         f"{name} was {old.get(name)}, now {new.get(name)}" for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)
     ]

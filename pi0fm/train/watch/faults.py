@@ -1,12 +1,12 @@
-"""Faults in mid-run, each by its name: a loss that is not finite, a full disk, a video that cannot be read.
+"""Faults during a run: a loss that is not finite, and a disk that cannot be written.
 
-Owns: what is kept of the batch behind a loss that is not finite, when such a loss ends the run, the lines that are said.
-Does not know: the network. The step itself was refused on the device (train/optim.py); here the host learns of it.
+Owns: the record of the batch behind a loss that is not finite, whether that loss ends the run, the status lines.
+Does not know: the network. The step was already refused on the device (train/optim.py); here the host is told.
 
-    <output_dir>/faults/step-000000038/fault.json                       where in the stream, which episodes, what was not finite
-                                       worker-00000-part-000.safetensors  what the network was given, noise and times included
+    <output_dir>/faults/step-000000038/fault.json                       place in the stream, episodes, norm of the gradient
+                                       worker-00000-part-000.safetensors  inputs of the network, noise and times included
 
-    device   | step k | step k+1 |            the norm of step k travels while step k+1 runs: nobody waits for it
+    device   | step k | step k+1 |            the norm of step k is copied while step k+1 runs: no host sync
     host              | norm of k? -> keep the batch, skip or stop
 """
 
@@ -35,12 +35,12 @@ SKIPS_IN_A_ROW = 10
 
 
 class NonfiniteError(Pi0fmError):
-    """A loss or gradient that is not finite, under the policy to stop, or too many of them in a row."""
+    """A loss or gradient that is not finite under on_nonfinite stop, or too many of them in a row under skip."""
 
 
 @dataclass(frozen=True)
 class _Noted:
-    """A gradient's norm that is being copied to the host. event: recorded after the copy, None on a CPU."""
+    """Gradient norm that is being copied to the host. event: recorded after the copy, None on a CPU."""
 
     step: int
     norm: Tensor
@@ -49,7 +49,7 @@ class _Noted:
 
 @dataclass(frozen=True)
 class FaultConfig:
-    """The policy after a loss that is not finite. folder: where its batch is kept; skip: go on without the step, else stop."""
+    """Policy for a loss that is not finite. folder: of the kept batches; skip: continue without the step, else stop."""
 
     folder: Path
     skip: bool
@@ -59,7 +59,7 @@ class FaultConfig:
 
 @final
 class NonfiniteWatch:
-    """Watch the norms of the gradient, which all workers share, so that all decide alike without a message."""
+    """Watch the gradient norms, which are the same on all workers, so that all decide alike without communication."""
 
     def __init__(self, config: FaultConfig, context: Context, collator: BatchMaker) -> None:
         self._config, self._context, self._collator = config, context, collator
@@ -67,7 +67,7 @@ class NonfiniteWatch:
         self._in_a_row = 0
 
     def after_step(self, step: int, norm: Tensor) -> None:
-        """Record the norm of step `step` (counted from 1) and look at those that have arrived. Raises NonfiniteError by policy."""
+        """Record the norm of step `step`, counted from 1, and judge those that have arrived. Raises NonfiniteError by policy."""
         event = None
         norm = norm.detach()
         if norm.is_cuda:
@@ -79,7 +79,7 @@ class NonfiniteWatch:
             self._look(self._noted.popleft())
 
     def settle(self) -> None:
-        """Judge every recorded norm; before a checkpoint and at the end."""
+        """Judge every recorded norm; called before a checkpoint and at the end."""
         while self._noted:
             self._look(self._noted.popleft())
 
@@ -93,18 +93,18 @@ class NonfiniteWatch:
         self._in_a_row += 1
         place = self._config.folder / f"step-{noted.step:09d}"
         culprits = self._keep(place, noted.step, norm)
-        inputs = f"its {culprits} are not finite" if culprits else "what the network was given is finite"
+        inputs = f"its {culprits} are not finite" if culprits else "the network's inputs are finite"
         line = f"step {noted.step}: the loss or its gradient is not finite (norm {norm}); {inputs}; the batch is kept in {place}"
         if not self._config.skip:
             hint = "correct the data set" if culprits else "lower optimizer.learning_rate"
             raise NonfiniteError(f"{line}; {hint}, or add --resume true --on_nonfinite skip")
         if self._in_a_row >= SKIPS_IN_A_ROW:
-            raise NonfiniteError(f"{line}; {SKIPS_IN_A_ROW} steps in a row are more than on_nonfinite skip bears; resume an earlier run")
+            raise NonfiniteError(f"{line}; {SKIPS_IN_A_ROW} steps in a row are more than on_nonfinite skip allows; resume an earlier run")
         if self._context.is_first:
             progress.say(f"{line}; the step is skipped")
 
     def _keep(self, place: Path, step: int, norm: float) -> str:
-        """Write this worker's part of the batch, made again from its place in the stream. Returns the names of what is not finite."""
+        """Write this worker's part of the batch, collated again from its place in the stream. Returns the names of non-finite inputs."""
         first = (step - 1) * self._config.global_batch_size
         culprits: set[str] = set()
         parts = split(self._config.global_batch_size, self._context.rank, self._context.world_size, self._config.micro_batch_size)
@@ -130,7 +130,7 @@ class NonfiniteWatch:
 
 @contextmanager
 def write_faults(output_dir: Path) -> Iterator[None]:
-    """Raise a write fault during a run as `files.write_faults` does, with how the run continues. Faults of other files pass."""
+    """Raise OutputError for a write fault as `files.write_faults` does, adding how to resume. Faults outside `output_dir` pass."""
     try:
         with files.write_faults(output_dir):
             yield
@@ -144,7 +144,7 @@ def write_faults(output_dir: Path) -> Iterator[None]:
 
 
 def _parts(maker: BatchMaker, positions: NDArray[np.int64]) -> list[tuple[Collator, NDArray[np.int64]]]:
-    """The data sets behind a stretch of the stream, each with the positions in its own stream."""
+    """List the data sets behind positions of the stream, each with the positions in that data set's stream."""
     if isinstance(maker, MixtureCollator):
         part, position = deal(maker.weights, positions)
         return [(collator, position[part == number]) for number, collator in enumerate(maker.parts)]

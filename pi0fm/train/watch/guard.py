@@ -1,11 +1,11 @@
-"""What stands between a run and its loss: after every step, whether to save, to leave, or to stop for a fault.
+"""Decisions after every step: save a checkpoint, stop on request, or stop for a fault.
 
-Owns: the order of these. Does not know: how a step is taken, how each is done.
+Owns: their order. Does not know: how a step is taken, how a checkpoint is written, how a request arrives.
 
     step -> norm finite? -> asked to save or stop? -> checkpoint due? -> next step
-               |                 |                          `-- written behind training's back
-               |                 `-- written at once; then StoppedError, unless only a checkpoint was asked for
-               `-- skipped, or NonfiniteError: no checkpoint beyond it
+               |                 |                          `-- written in another thread while training continues
+               |                 `-- written at once; then StoppedError, unless only a checkpoint was requested
+               `-- skipped, or NonfiniteError: no checkpoint after it
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from pi0fm_client.errors import DatasetError, OutputError
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """steps: of the whole run; checkpoint_every: steps between two checkpoints."""
+    """Options of the guard. steps: of the whole run; checkpoint_every: steps between two checkpoints."""
 
     output_dir: Path
     steps: int
@@ -41,7 +41,7 @@ class GuardConfig:
 def guarded(
     config: GuardConfig, parallel: Parallel, checkpoints: Checkpoints, state: TrainState, run: RunFacts, maker: BatchMaker
 ) -> Iterator["Guard"]:
-    """Guard the steps inside the block. maker: of the batches, for the one behind a loss that is not finite."""
+    """Guard the steps inside the block. maker: makes the batch behind a loss that is not finite again."""
     with write_faults(config.output_dir), StopSignals(parallel, config.output_dir) as stop:
         guard = Guard(config, checkpoints, state, run, NonfiniteWatch(config.faults, parallel.context, maker), stop)
         try:
@@ -69,9 +69,9 @@ class Guard:
         self._nonfinite, self._stop = nonfinite, stop
 
     def after_step(self, norm: Tensor) -> None:
-        """Judge the state's latest step, save and stop where asked. norm: of its gradient, still on the device.
+        """Judge the state's latest step, save and stop if requested. norm: of its gradient, still on the device.
 
-        Raises NonfiniteError, StoppedError, or OutputError where the checkpoint before leaving could not be written.
+        Raises NonfiniteError, StoppedError, or OutputError where the last checkpoint could not be written.
         """
         done, steps = self._state.step, self._config.steps
         self._nonfinite.after_step(done, norm)
@@ -93,7 +93,7 @@ class Guard:
             self._checkpoints.save(done, self._state.tensors(), self._run.at(done))
 
     def without_data(self, error: DatasetError, *, alone: bool) -> DatasetError:
-        """Format the fault of data that could not be read during a run. A single worker first saves the steps that were taken."""
+        """Return the error for data that could not be read during a run. A single worker first saves the steps taken."""
         done = self._state.step
         if alone and done:  # others would wait for this worker in the middle of their step
             try:

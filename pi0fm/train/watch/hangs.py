@@ -1,10 +1,10 @@
-"""A run that takes no step any more: ended after a bound, with the stacks of all threads of every worker.
+"""A run that takes no more steps: ended after a timeout, with the stacks of all threads of every worker.
 
-Owns: the bound, the files of stacks, the lines that are said. Does not know: why a worker hangs, who starts the workers again.
+Owns: the timeout, the files of stacks, the status lines. Does not know: why a worker hangs, who restarts the workers.
 
-    worker 0   | step 57 | all-reduce ................ | bound: stacks, grace, exit      <output_dir>/hangs/step-57-worker-0.txt
-    worker 1   | step 57 | a lock, a dead disk ....... | bound: stacks, grace, exit                              -worker-1.txt
-    worker 2   | step 57 | its machine is gone                                           named by the first one that wrote
+    worker 0   | step 57 | all-reduce ................ | timeout: stacks, grace, exit    <output_dir>/hangs/step-57-worker-0.txt
+    worker 1   | step 57 | a lock, a dead disk ....... | timeout: stacks, grace, exit                            -worker-1.txt
+    worker 2   | step 57 | its machine is gone                                           named by the first worker that wrote
 """
 
 import os
@@ -23,15 +23,15 @@ from pi0fm.train.parallel.context import Context
 
 FOLDER = "hangs"
 SECONDS_BETWEEN_LOOKS = 1.0
-SECONDS_TO_BE_HEARD = 1.0  # what a process says that ends at once may be on its way to another
-SECONDS_OF_GRACE = 5.0  # until all have written: the first one that ends breaks the connections of the others
+SECONDS_TO_BE_HEARD = 1.0  # for a status line to reach another process before this one ends
+SECONDS_OF_GRACE = 5.0  # for all to write: the first worker that ends breaks the connections of the others
 
 
 @final
 class HangWatch:
-    """`with HangWatch(...) as watch: ... watch.beat(step)`; ends the process when no beat came for `seconds`.
+    """`with HangWatch(...) as watch: ... watch.beat(step)`; ends the process after `seconds` without a beat.
 
-    nodes: of every worker, by rank. end: of the process, which nothing else can end: its threads wait for other machines.
+    nodes: of every worker, by rank. end: exits the process with no clean-up, since its threads wait for other machines.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class HangWatch:
         self._thread.join()
 
     def beat(self, step: int | None = None) -> None:
-        """Note progress. step: the one that was finished; None for a part of one."""
+        """Record progress. step: the step finished; None for a part of one."""
         self._step, self._last = self._step if step is None else step, time.monotonic()
 
     def _watch(self) -> None:
         while not self._stop.wait(min(SECONDS_BETWEEN_LOOKS, self._seconds / 4)):
             if time.monotonic() - self._last > self._seconds:
-                with suppress(OSError):  # the disk may be what hangs
+                with suppress(OSError):  # the disk itself may hang
                     self._report()
                 self._end(1)
                 return
@@ -82,7 +82,7 @@ class HangWatch:
         return self._folder / f"step-{self._step}-worker-{rank}.txt"
 
     def _written(self, rank: int, began: float) -> bool:
-        """Remove the file of an earlier hang after the same step."""
+        """Whether a worker has written its stacks; a file of an earlier hang after the same step does not count."""
         found = self._path(rank)
         return found.exists() and found.stat().st_mtime > began - 2 * SECONDS_OF_GRACE
 

@@ -1,6 +1,6 @@
-"""Loss, speed and waiting times of a run, a line every few steps.
+"""Loss, speed and data waiting time of a run, as one line of metrics every few steps.
 
-Owns: what a line of metrics holds. Does not know: the files (metrics.py), the step itself.
+Owns: the contents of a line of metrics. Does not know: the files (metrics.py), the step.
 """
 
 import math
@@ -18,7 +18,7 @@ from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.watch.metrics import Metrics
 from pi0fm.train.watch.stragglers import OwnTime, Stragglers
 
-WAITING_IS_SAID_ABOVE = 0.2  # of the time
+WAITING_IS_SAID_ABOVE = 0.2  # share of the time
 NOTED: Mapping[str, Callable[[float], str]] = {
     "samples_per_second": "{:.1f} samples/s".format,
     "share_of_peak": "{:.0%} of the peak".format,
@@ -28,9 +28,9 @@ NOTED: Mapping[str, Callable[[float], str]] = {
 
 @dataclass(frozen=True)
 class LogConfig:
-    """every: steps between lines; steps: of the whole run, whose last one has a line too.
+    """Options of the log. every: steps between lines; steps: of the whole run, whose last step has a line too.
 
-    full_speed: samples a second at which all cards would multiply at their highest rate, None where it is not known.
+    full_speed: samples a second with all cards at their peak rate, None where it is unknown.
     """
 
     every: int
@@ -41,10 +41,10 @@ class LogConfig:
 
 @final
 class TrainLog:
-    """Losses stay on the device until a line is due: reading each one would stall it.
+    """Log of a run. Losses stay on the device until a line is due: reading each one would stall it.
 
-    metrics: None on all workers but the first; own: of this worker; nodes: of all; first_step: from which the run starts; loss: of the
-    last line, NaN before the first.
+    metrics: None on all workers except the first; own: this worker's OwnTime; nodes: of all workers; first_step: where the run starts;
+    loss: of the last line, NaN before the first.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class TrainLog:
         self.note = f"loss {loss:.4f}"  # of the last line
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the same batches, counting the time that each is waited for."""
+        """Yield the same batches, counting the time spent waiting for each."""
         while True:
             began = time.perf_counter()
             batch = next(batches, None)
@@ -74,7 +74,7 @@ class TrainLog:
             yield batch
 
     def paused(self, seconds: float) -> None:
-        """Leave seconds without training out of the rate."""
+        """Exclude seconds without training from the rate."""
         self._since += seconds
 
     def after_step(self, step: int, part: Tensor, norm: Tensor, rate: float) -> None:
@@ -88,7 +88,7 @@ class TrainLog:
         gathered = self._parallel.sum(torch.cat([torch.stack(self._losses), own.to(part)]))
         total, own = gathered.split([len(self._losses), workers])
         finite = total[total.isfinite()]
-        if len(finite):  # skipped steps count for nothing
+        if len(finite):  # skipped steps are not counted
             self.loss = float(finite.mean())
         now = time.perf_counter()
         if self._metrics is not None:

@@ -1,6 +1,6 @@
-"""What a run says about itself: JSON lines for programs, TensorBoard and other trackers for people.
+"""A run's metrics: JSON lines for programs, TensorBoard and other trackers for people.
 
-Owns: both files. Does not know: what the numbers mean; other trackers (trackers.py).
+Owns: both files. Does not know: the meaning of the numbers, other trackers (trackers.py).
 """
 
 import io
@@ -15,15 +15,15 @@ from typing import Any, final
 from pi0fm import files
 from pi0fm.train.watch.trackers import TENSORBOARD, Tracker
 
-CUT = 2**62  # the step of a line that was cut by a kill: later than any
+CUT = 2**62  # stands for the step of a line truncated by a kill: later than any
 
 
 @final
 class Metrics:
-    """Append to `<output_dir>/metrics.jsonl`, one object a line with `step`, and to trackers: TensorBoard files beside it, and others.
+    """Append to `<output_dir>/metrics.jsonl`, one object per line with `step`, and to trackers: TensorBoard files next to it, and others.
 
-    first_step: lines of later steps belong to a run that was killed before its next checkpoint; they are dropped. config: what trackers
-    are told of the run. Raises what `Tracker` raises.
+    first_step: lines of later steps belong to a run that was killed before its next checkpoint; they are dropped. config: options of the
+    run for trackers. Raises what `Tracker` raises.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class Metrics:
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Write one line and flush it: a driver on another machine draws its progress bar from it."""
+        """Write one line and flush it, since a driver on another machine draws its progress bar from it."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for sink in self._sinks:
             sink.write(step, values)
 
     def close(self) -> None:
-        """Flush all."""
+        """Flush and close all files and trackers."""
         self._file.close()
         for sink in self._sinks:
             sink.close()
@@ -55,15 +55,15 @@ class Metrics:
 
 @final
 class _Board:
-    """One event file of TensorBoard, written without its own writer's thread, whose faults are caught nowhere."""
+    """TensorBoard event file, written without TensorBoard's writer thread, whose errors cannot be caught."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import SessionLog  # here, for those who only read metrics.jsonl
+        from tensorboard.compat.proto.event_pb2 import SessionLog  # not needed to read metrics.jsonl
 
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}").open("ab", buffering=0)
         self._add(file_version="brain.Event:2")
-        self._add(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # hides later steps of a run that was killed
+        self._add(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # hides later steps of a killed run
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -83,7 +83,7 @@ class _Board:
 
 
 def read_last(output_dir: Path, metric: str = "loss") -> dict[str, float] | None:
-    """The last whole line of metrics.jsonl that holds `metric`, or None."""
+    """Return the last whole line of metrics.jsonl that holds `metric`, or None."""
     path = output_dir / "metrics.jsonl"
     if not path.exists():
         return None
@@ -94,7 +94,7 @@ def read_last(output_dir: Path, metric: str = "loss") -> dict[str, float] | None
 
 
 def read_lines(output_dir: Path) -> list[dict[str, float]]:
-    """Every whole line of metrics.jsonl in order; none where there is no file."""
+    """Return every whole line of metrics.jsonl in order; none without a file."""
     path = output_dir / "metrics.jsonl"
     return [dict(json.loads(line)) for line in _lines(path) if 0 <= _step_of(line) < CUT] if path.exists() else []
 
@@ -104,7 +104,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _step_of(line: str) -> int:
-    """The step of a line, CUT of one that is not whole, -1 of an empty one."""
+    """Return the step of a line, CUT for a truncated one, -1 for an empty one."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):

@@ -1,6 +1,6 @@
 """Report a full device in one line: what takes its memory, and which options help.
 
-Owns: the line, the remedies with the memory that each would leave by the estimate. Does not know: the step that failed.
+Owns: the line, the remedies with the estimated memory under each. Does not know: the step that failed.
 """
 
 import math
@@ -21,7 +21,7 @@ from pi0fm.train.plan.memory import GIB
 from pi0fm_client.errors import ConfigError, Pi0fmError
 
 SHARED = "more GPUs whose workers share the weights"
-MOST_TOO_HIGH = 1.35  # the estimate, by the test of plan/memory.py
+MOST_TOO_HIGH = 1.35  # largest ratio of estimate to allocations, by the test of plan/memory.py
 
 
 class OutOfMemoryError(Pi0fmError):
@@ -29,7 +29,7 @@ class OutOfMemoryError(Pi0fmError):
 
 
 def judge_memory(config: TrainConfig, cameras: int, parallel: Parallel) -> None:
-    """Print the estimate of a worker's memory, before anything is allocated. Raises ConfigError where it can never fit."""
+    """Print the estimate of a worker's memory, before anything is allocated. Raises ConfigError where it cannot fit."""
     needed, room, context = config.memory(cameras, parallel.context.world_size, parallel.device), parallel.room(), parallel.context
     if context.is_first:
         fits = "" if needed.total <= room else f"; that is more than the {room / GIB:.1f} GiB that a worker has"
@@ -67,7 +67,7 @@ def _held(device: torch.device) -> str:
 
 
 def _remedies(config: TrainConfig, cameras: int, world_size: int, device: torch.device) -> str:
-    """Options that lower the estimate after a device was full: those that a resumed run may change, and those of a new run."""
+    """Format options that lower the estimate after a device was full: those that a resumed run may change, and those for a new run."""
     same, new = _changes(config, world_size)
     kept, others = (_helpful(config, changes, cameras, world_size, device) for changes in (same, new))
     resumed = f"type {' or '.join(kept)}, and --resume true goes on from the last checkpoint; " if kept else ""
@@ -75,7 +75,7 @@ def _remedies(config: TrainConfig, cameras: int, world_size: int, device: torch.
 
 
 def _fitting(config: TrainConfig, cameras: int, world_size: int, device: torch.device, room: int) -> str:
-    """Options with which the estimate fits the room: each alone where one does, else several together."""
+    """Format options with which the estimate fits `room` bytes: single ones if any suffices, else several together."""
     same, new = _changes(config, world_size)
     alone = _helpful(config, same | new, cameras, world_size, device, room)
     if alone:
@@ -89,7 +89,7 @@ def _fitting(config: TrainConfig, cameras: int, world_size: int, device: torch.d
 
 
 def _changes(config: TrainConfig, world_size: int) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Return changes by their option words, least first: those that keep the numbers of a run, and those that train less."""
+    """Return changes by their option words, smallest first: those that keep a run's numbers, and those that train fewer parameters."""
     half = config.largest_micro_batch(world_size) // 2
     same: dict[str, dict[str, Any]] = {
         f"--micro_batch_size {half}": {"micro_batch_size": half},
@@ -113,12 +113,12 @@ def _helpful(
     device: torch.device,
     room: float = math.inf,
 ) -> list[str]:
-    """Return those of `changes` that lower the estimate, to at most `room`, each with the memory that it leaves."""
+    """List the `changes` that lower the estimate to at most `room` bytes, each with its estimate."""
     now, found = config.memory(cameras, world_size, device).total, []
     for words, change in changes.items():
         try:
             total = replace(config, **change).memory(cameras, world_size, device).total
-        except ConfigError:  # does not go with the rest of this run, or there is no half of one sample
+        except ConfigError:  # conflicts with the rest of this run, or would halve a single sample
             continue
         if total < now and total <= room:
             found.append(f"{words} (about {total / GIB:.2g} GiB)")

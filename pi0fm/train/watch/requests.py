@@ -1,10 +1,10 @@
-"""What a run is asked for through files in its folder, where no signal reaches it.
+"""Requests to a run through files in its folder, where no signal reaches it.
 
-Owns: the names, and which of two wins. Does not know: torch, who listens (signals.py), what is then done (guard.py).
+Owns: their names and precedence. Does not know: torch, who reads them (signals.py), what follows (guard.py).
 
-    SAVE    a checkpoint now; the file is removed when it is there        a person, or Ray before it changes the number of workers
-    MOVE    the same, then leave, to be started again on other nodes      Ray, when a node is announced to go
-    STOP    the same, then end                                            a person, or a driver that was told to
+    SAVE    a checkpoint now; the file is removed once it is written      a person, or Ray before it changes the number of workers
+    MOVE    the same, then leave, to be restarted on other nodes          Ray, when a node is about to shut down
+    STOP    the same, then end                                            a person, or a driver that was stopped
 """
 
 import os
@@ -16,7 +16,7 @@ from pi0fm import files
 
 
 class Request(IntEnum):
-    """A request to a running process; of two at once the greater one is done."""
+    """Request to a running process; of two at once the greater one applies."""
 
     NONE = 0
     SAVE = 1
@@ -25,17 +25,17 @@ class Request(IntEnum):
     STOP = 4
 
 
-FILES = (Request.STOP, Request.MOVE, Request.SAVE)  # each of its name
+FILES = (Request.STOP, Request.MOVE, Request.SAVE)  # each named after its request
 
 
 def ask(output_dir: Path, request: Request) -> Path:
-    """Write the file that asks a run, from another process: a driver for its workers, or a person on a shared disk. Returns it."""
+    """Write the request's file for a run in another process, as a driver does for its workers. Returns the file."""
     with files.write_faults(output_dir):
         files.write_text(output_dir / request.name, f"{os.getpid()}\n")
     return output_dir / request.name
 
 
 def withdraw(output_dir: Path, requests: Iterable[Request] = FILES) -> None:
-    """Remove requests: before a run continues, and when they are done."""
+    """Remove requests, before a run resumes and when they are fulfilled."""
     for request in requests:
         (output_dir / request.name).unlink(missing_ok=True)

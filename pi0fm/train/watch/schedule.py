@@ -1,6 +1,6 @@
-"""When a run validates, and where what was found goes.
+"""When a run validates, and where the metrics go.
 
-Owns: the turn of validations in a run, the catching up on one that a kill prevented. Does not know: what is measured (validation.py).
+Owns: the schedule of validations, catching up on one that a kill prevented. Does not know: what is measured (validation.py).
 """
 
 import time
@@ -18,9 +18,9 @@ from pi0fm.train.watch.validation import LOSS, NLL, Validator
 
 @final
 class ValidationSchedule:
-    """Run validations when they are due; nothing in a run without. paused: called with the seconds that they took.
+    """Run validations when they are due; do nothing without validators. paused: called with the seconds that they took.
 
-    steps: of the whole run, whose last is validated too; output_dir: where metrics.jsonl is; beat: called as a validation gets on.
+    steps: of the whole run, whose last is validated too; output_dir: folder of metrics.jsonl; beat: called as a validation progresses.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ValidationSchedule:
         if self._due(first):
             metric, device = self._validators[0].named(LOSS), self._validators[0].device
             written = self._parallel.context.is_first and int((read_last(self._output_dir, metric) or {}).get("step", 0)) == first
-            # one worker looked, all must agree
+            # only the first worker read the file, and all must agree
             if not bool(self._parallel.sum(torch.tensor(float(written), device=device))):
                 self.after(first, bar)
 

@@ -1,11 +1,11 @@
-r"""Being asked to save or to stop, and all workers agreeing on the step after which they do.
+r"""Requests to save or to stop, and the agreement of all workers on the step after which they do.
 
-Owns: the handlers of SIGTERM and SIGINT for the time of a block, the look at requests.py's files, the agreement.
+Owns: the handlers of SIGTERM and SIGINT during a block, polling requests.py's files, the agreement.
 Does not know: what is saved, and what happens to a run that leaves.
 
     step        |    k    |   k+1   |   k+2   |
-    worker 0    | SIGTERM |                        flags of step k are summed while step k+1 computes, and looked at after it:
-    worker 1    |         |                        nobody waits for anybody, and all leave after the same step
+    worker 0    | SIGTERM |                        flags of step k are summed while step k+1 computes, and read after it:
+    worker 1    |         |                        no worker waits for another, and all leave after the same step
     flags          \__sum of k__/\ -> leave after k+1
 """
 
@@ -25,7 +25,7 @@ from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.watch.requests import FILES, Request, withdraw
 from pi0fm_client.errors import OutputError, Pi0fmError
 
-SECONDS_BETWEEN_LOOKS = 1.0  # at the file; a look may cost a round trip to a file server
+SECONDS_BETWEEN_LOOKS = 1.0  # at the files; each may cost a round trip to a file server
 HANDLED = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -45,11 +45,11 @@ class TerminatedError(StoppedError):
 
 
 class MovedError(TerminatedError):
-    """A run that left a node that is shut down, after a checkpoint."""
+    """A run that left a node about to shut down, after a checkpoint."""
 
 
 def stopped(number: int, line: str) -> StoppedError:
-    """The error of a run that the signal `number` stopped."""
+    """Return the error of a run stopped by signal `number`."""
     return StoppedError(line) if number == signal.SIGINT else TerminatedError(line)
 
 
@@ -65,10 +65,10 @@ def terminated_outside_steps(describe: Callable[[], str]) -> Iterator[None]:
 
 @final
 class NotedSignals:
-    """`with NotedSignals(heard) as noted: ...`: SIGTERM and SIGINT are noted instead of obeyed, and `heard` is called for the first.
+    """`with NotedSignals(heard) as noted: ...`: SIGTERM and SIGINT are recorded instead of obeyed, and `heard` is called for the first.
 
-    number: the first one's; 0 before. Handlers can be set in the main thread alone; elsewhere nothing is noted. The second signal of an
-    impatient person interrupts at once.
+    number: of the first signal; 0 before. Handlers can be set only in the main thread; elsewhere nothing is recorded. A second signal
+    interrupts at once.
     """
 
     def __init__(self, heard: Callable[[], object] | None = None) -> None:
@@ -97,7 +97,7 @@ class NotedSignals:
 class StopSignals:
     """`with StopSignals(parallel, output_dir) as stop: ... number = stop.after_step()`; made by every worker.
 
-    A Ray worker, whose loop does not run in the main thread, listens to the files.
+    A Ray worker, whose loop does not run in the main thread, receives requests only through the files.
     """
 
     def __init__(self, parallel: Parallel, output_dir: Path) -> None:
@@ -114,7 +114,7 @@ class StopSignals:
         self._noted.__exit__(kind, error, trace)
 
     def after_step(self) -> Request:
-        """Return the signal to obey after this step, the same for all workers; a single worker obeys at once."""
+        """Return the request to obey after this step, the same for all workers; a single worker obeys at once."""
         self._look_at_files()
         asked = max(_REQUESTED.get(self._noted.number, Request.NONE), self._found)
         group = self._parallel.host_group("stop")
@@ -129,16 +129,16 @@ class StopSignals:
         return Request(agreed)
 
     def saved(self, request: Request) -> None:
-        """Withdraw the request for a checkpoint, which was written or cannot be; its file is removed."""
+        """Withdraw a request after its checkpoint was written, or could not be; its file is removed."""
         if self._parallel.context.is_first and request in (Request.SAVE, Request.MOVE):
             withdraw(self._folder, (request,))
         self._found = Request.NONE
-        if self._sum is not None:  # the flags of the step in between ask for the same
+        if self._sum is not None:  # the flags of the step in between repeat the request
             self._sum.wait()
             self._sum = None
 
     def error(self, request: Request, step: int, steps: int) -> StoppedError:
-        """Format the line of a run that stops after `step`, with its checkpoint written."""
+        """Return the error of a run that stops after `step`, with its checkpoint written."""
         if request is Request.MOVE:
             return MovedError(f"left after step {step} of {steps} for a node that goes away, with a checkpoint; add --resume true to go on")
         interrupted = request is Request.INTERRUPT

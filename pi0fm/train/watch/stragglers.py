@@ -1,11 +1,11 @@
-"""A worker that is slower than the others, named with its node: all of them wait for it at every step.
+"""Report a worker that is slower than the others, with its node: all workers wait for it at every step.
 
-Owns: what of a step is a worker's own time, whether it is too much. Does not know: the step, why a node is slow.
+Owns: each worker's own time, which includes no waiting for others, and its limit. Does not know: the step, why a node is slow.
 
-    worker 0   | data | forward | backward, gradients averaged ........ |      own time: until the first gradient leaves; behind that a
-    worker 1   | data  | forward ....... | backward, gradients averaged |      worker's time is as much the others'
+    worker 0   | data | forward | backward, gradients averaged ........ |      own time: data and forward; from the first gradient sent,
+    worker 1   | data  | forward ....... | backward, gradients averaged |      a worker's time includes waiting for the others
 
-The forward pass of a state that is cut gathers weights, so there the data alone is a worker's own.
+The forward pass of a sharded state gathers weights, so there only data is a worker's own time.
 """
 
 import time
@@ -16,17 +16,17 @@ from typing import Any, final
 import torch
 from torch import nn
 
-TIMES_THE_MEDIAN = 1.5  # of the other workers' own time
-SHARE_OF_A_STEP = 0.1  # that the excess must be
-SECONDS_JUDGED = 10.0  # together: a single step may meet anything
-TIMES_IN_A_ROW, TIMES_BETWEEN = 2, 60  # such stretches before the first line, and before the next
+TIMES_THE_MEDIAN = 1.5  # own time of a slow worker over the median of the others
+SHARE_OF_A_STEP = 0.1  # least excess over the median, as a share of the step
+SECONDS_JUDGED = 10.0  # judged together: single steps vary too much
+TIMES_IN_A_ROW, TIMES_BETWEEN = 2, 60  # slow intervals before the first line, and between two lines
 
 
 @final
 class OwnTime:
-    """Seconds of the forward passes of `network` since the last call of `take`; on CUDA by events, so that nobody waits.
+    """Time of the forward passes of `network` since the last call of `take`; on CUDA by events, without a host sync.
 
-    whole: its forward pass communicates with nobody.
+    whole: its forward pass does not communicate; forward passes that do are not timed.
     """
 
     def __init__(self, network: nn.Module, device: torch.device, *, whole: bool) -> None:
@@ -37,7 +37,7 @@ class OwnTime:
             network.register_forward_hook(self._finish)
 
     def take(self) -> float:
-        """Waits for the last of them, so best called where the device is waited for anyway."""
+        """Return the seconds, waiting for the last pass; best called where the host waits for the device anyway."""
         marks, self._marks = self._marks, []
         if not self._cuda:
             return float(sum(end - begin for begin, end in marks))
@@ -49,7 +49,7 @@ class OwnTime:
         self._begun = self._now() if network.training else None
 
     def _finish(self, *_: object) -> None:
-        if self._begun is not None:  # a copy that validates has these hooks too
+        if self._begun is not None:  # the copy of the network that validates has these hooks too
             self._marks.append((self._begun, self._now()))
 
     def _now(self) -> Any:
@@ -62,7 +62,7 @@ class OwnTime:
 
 @final
 class Stragglers:
-    """Judges the own times of all workers, some seconds of steps at a time. nodes: by rank; say: prints a line on standard error."""
+    """Judge the own times of all workers, SECONDS_JUDGED of steps at a time. nodes: by rank; say: prints a status line."""
 
     def __init__(self, nodes: Sequence[str], say: Callable[[str], object]) -> None:
         self._nodes, self._say = nodes, say
@@ -70,7 +70,7 @@ class Stragglers:
         self._slow, self._times = -1, 0
 
     def after_line(self, step: int, own: Sequence[float], elapsed: float) -> float:
-        """The slowest worker's own time by the median of the others. own: seconds by rank, of `elapsed` that the steps took."""
+        """Return the slowest worker's own time over the median of the others. own: seconds by rank, out of `elapsed` for the steps."""
         self._own, self._elapsed = [sum(pair) for pair in zip(self._own, own, strict=True)], self._elapsed + elapsed
         if self._elapsed >= SECONDS_JUDGED:
             self._judge(step)
@@ -95,6 +95,6 @@ class Stragglers:
 
 
 def _slowest(own: Sequence[float]) -> tuple[int, float]:
-    """Its rank, and the median of the others."""
+    """Return the slowest worker's rank, and the median of the others."""
     slow = max(range(len(own)), key=lambda rank: own[rank])
     return slow, median([seconds for rank, seconds in enumerate(own) if rank != slow])

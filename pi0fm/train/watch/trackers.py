@@ -1,13 +1,13 @@
-"""Where a run's numbers go beside metrics.jsonl: TensorBoard, trackio, Weights & Biases, MLflow.
+"""Trackers that receive a run's metrics besides metrics.jsonl: TensorBoard, trackio, Weights & Biases, MLflow.
 
-Owns: the words of --tracker, their libraries, the name that a run has there. Does not know: what the numbers mean; accelerate's trackers
-(parallel/accelerate.py), which talk to the libraries.
+Owns: the values of --tracker, their libraries, the name of a run in each. Does not know: the meaning of the numbers; accelerate's trackers
+(parallel/accelerate.py), which call the libraries.
 
-    tensorboard   OUTPUT_DIR/tensorboard                     trackio   its own folder, TRACKIO_DIR, where `trackio show` looks
+    tensorboard   OUTPUT_DIR/tensorboard                     trackio   TRACKIO_DIR, which `trackio show` reads
     wandb         OUTPUT_DIR/wandb; WANDB_MODE=offline       mlflow    MLFLOW_TRACKING_URI, else OUTPUT_DIR/mlflow/mlflow.db
 
-A run that goes on is the same run for wandb and trackio, and another one of the same name for MLflow. A tracker that fails later than at
-its start is dropped with a line: no run ends for its charts.
+A resumed run is the same run in wandb and trackio, and another of the same name in MLflow. A tracker that fails after its start is dropped
+with a status line: it never ends a run.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ FOLDERS = (TENSORBOARD, "wandb", "mlflow")  # of an output folder
 
 
 def refuse_unknown(names: Sequence[str]) -> None:
-    """Raise ConfigError for a word that names no tracker, or one twice."""
+    """Raise ConfigError for an unknown or repeated tracker."""
     for name in names:
         if name not in LIBRARIES:
             raise ConfigError(f"unknown tracker {name!r}: {options.nearest(name, list(LIBRARIES))}")
@@ -36,7 +36,7 @@ def refuse_unknown(names: Sequence[str]) -> None:
 
 
 def refuse_missing(names: Iterable[str]) -> None:
-    """Raise ConfigError for a tracker whose library is not installed here."""
+    """Raise ConfigError for a tracker whose library is not installed."""
     for name in names:
         if importlib.util.find_spec(LIBRARIES[name]) is None:
             typed = "'pi0fm[train]', or pi0fm[all]" if name == TENSORBOARD else f"'pi0fm[{name}]', or --tracker tensorboard"
@@ -45,10 +45,10 @@ def refuse_missing(names: Iterable[str]) -> None:
 
 @final
 class Tracker:
-    """One of trackio, wandb and mlflow, for the first worker of a run. Raises ConfigError where it cannot start."""
+    """Tracker of trackio, wandb or mlflow, for the first worker of a run. Raises ConfigError where it cannot start."""
 
     def __init__(self, name: str, output_dir: Path, config: Mapping[str, Any]) -> None:
-        from pi0fm.train.parallel.accelerate import open_tracker  # torch, which no check of options needs
+        from pi0fm.train.parallel.accelerate import open_tracker  # imports torch, which checking options does not need
 
         self._name = name
         try:
@@ -59,19 +59,19 @@ class Tracker:
             raise ConfigError(f"tracker {name} must start with the run, found {type(error).__name__}: {error}{more}") from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """The values of a step."""
+        """Log the values of a step."""
         if self._inner is not None:
             self._guarded(lambda: self._inner.log(dict(values), step=step))
 
     def close(self) -> None:
-        """Hand over what is left."""
+        """Send what remains, and close the tracker."""
         if self._inner is not None:
             self._guarded(self._inner.finish)
 
     def _guarded(self, call: Callable[[], object]) -> None:
         try:
             call()
-        except Exception as error:  # noqa: BLE001  the library's and its service's; the run goes on
+        except Exception as error:  # noqa: BLE001  errors of the library or its service; the run goes on
             self._inner = None
             progress.say(f"tracker {self._name} is dropped, the run goes on: {type(error).__name__}: {' '.join(str(error).split())}")
 

@@ -1,17 +1,17 @@
-r"""Held-out demonstrations as a metric of training: the loss on them, how far sampled chunks are off, and how likely they are.
+r"""Validation on held-out demonstrations: their loss, the error of sampled chunks, and their likelihood.
 
-Owns: `ValidationConfig`, the fixed chunks, probes, noise and times, and the numbers made of them.
-Does not know: which episodes are held out (data/columns/held_out.py), when it is asked for (train/watch/schedule.py).
+Owns: `ValidationConfig`, the fixed chunks, probes, noise and times, and the metrics computed from them.
+Does not know: which episodes are held out (data/columns/held_out.py), when validation is due (train/watch/schedule.py).
 
     held-out frames --fixed order--> N chunks --pieces of 8--> piece 0 | piece 1 | piece 2 | piece 3 | ...
                                                                rank 0    rank 1    rank 0    rank 1        W = 2
     piece -> encode_prefix once -> push_backward (averaged weights, float32) -> chunks, nats, entries \
                                 -> loss at fixed noise and times             -> sum, count             > one row; ranks add their rows
                                 -> chunk sampled from fixed noise, by the inverse chain to robot units -> absolute errors, rows
-A density is of whole chunks. Past an episode's end training shows repeated actions on their way from noise, and judges none of them: there
-is no value at which such steps could be held that the network knows, so chunks that pass the end are left out. The loss is of all.
-Every number is a function of (seed, weights, held-out episodes): a resumed run, or another number of workers, gives the same ones bit
-by bit, since the pieces are the same and each row is computed by one worker.
+Only whole chunks have a density. Past an episode's end training inputs are repeated actions with noise, which the loss masks: there is no
+clean value for those rows that the network has learned, so chunks that pass the end are left out. The loss covers all chunks.
+Every number is a function of (seed, weights, held-out episodes): a resumed run, or another number of workers, gives the same bits, since
+the pieces are the same and each row is computed by one worker.
 Shape letters: B chunks of a piece, H action horizon, A action dim, K draws of noise.
 """
 
@@ -41,20 +41,20 @@ from pi0fm.train.state import TrainState
 
 NLL, NLL_PER_DIM, LOSS = "validation_nll", "validation_nll_per_dim", "validation_loss"
 ERROR = "validation_error"  # mean absolute, over all rows inside the episode and all dimensions, in robot units
-PIECE = 8  # chunks that go through the network together, whatever the number of workers
-LOSS_DRAWS = 4  # pairs of noise and time of each chunk
-OTHER_STREAM = 1 << 63  # flipped in the seed: noise and order that no training sample has
+PIECE = 8  # chunks in one forward pass, for any number of workers
+LOSS_DRAWS = 4  # pairs of noise and time for each chunk
+OTHER_STREAM = 1 << 63  # flipped in the seed, for noise and order that no training sample has
 
 
 Encode = Callable[[ModelObservation], Velocity]
-"""An observation to the network's answer against it: the prefix is encoded once, the answer is asked for often."""
+"""Map from an observation to its velocity: the prefix is encoded once, the velocity is evaluated many times."""
 
 
 @dataclass(frozen=True)
 class Validator:
-    """The fixed chunks of one data set and what judges them. entry: its name in a mixture, "" without one.
+    """Validator of the fixed chunks of one data set. entry: its name in a mixture, "" without one.
 
-    gathered: a block in which `encode` has its weights; entered by every worker. halved: frozen weights are bfloat16, and so are products.
+    gathered: context in which `encode` has its weights, entered by every worker. halved: frozen weights and products are bfloat16.
     """
 
     config: ValidationConfig
@@ -67,17 +67,17 @@ class Validator:
     halved: bool = False
 
     def named(self, metric: str) -> str:
-        """A metric's name in metrics.jsonl, such as `validation_nll`, of a mixture `validation_nll/NAME`."""
+        """Return a metric's name in metrics.jsonl, such as `validation_nll`, or `validation_nll/NAME` with a mixture."""
         return f"{metric}/{self.entry}" if self.entry else metric
 
     @property
     def num_chunks(self) -> int:
-        """Number of chunks."""
+        """Number of held-out chunks evaluated."""
         return min(self.config.samples, len(self.collator.source.frames))
 
     @property
     def num_whole(self) -> int:
-        """Number of chunks inside their episode, which have a density."""
+        """Number of chunks that end inside their episode, and so have a density."""
         source = self.collator.source
         frames = source.frames[self.collator.places(np.arange(self.num_chunks)).index]
         return int((source.end[frames] - frames >= self.collator.action_horizon).sum())
@@ -87,10 +87,10 @@ class Validator:
         return step > 0 and (step % self.config.every == 0 or step == steps)
 
     def validate(self, parallel: Parallel, step: int, notice: Callable[[str], None]) -> dict[str, float]:
-        """The metrics of the weights as they are; called by every worker, at the same step.
+        """Compute the metrics of the current weights; called by every worker, at the same step.
 
-        notice: is told which piece is being looked at. A metric that is not finite is named on standard error and left out: a weight
-        that is NaN must not cost the run its checkpoint or its bundle.
+        notice: called with a line for each piece. A metric that is not finite is named on standard error and left out: a NaN weight must
+        not cost the run its checkpoint or its bundle.
         """
         context = parallel.context
         found = summarize(parallel.sum(measure(self, context.rank, context.world_size, notice)))
@@ -104,9 +104,9 @@ class Validator:
 def make_validators(
     config: ValidationConfig, collators: Mapping[str, Collator], state: TrainState, flow: FlowMatching, device: torch.device
 ) -> tuple[Validator, ...]:
-    """A validator of each entry of a run, none where it asks for none; they share one averaged network, which follows the state.
+    """Make a validator for each entry of a run, none without validation; they share one averaged network, which follows the state.
 
-    collators: training's, of the held-out episodes.
+    collators: of the held-out episodes, as for training.
     """
     if not config.every:
         return ()
@@ -114,7 +114,7 @@ def make_validators(
     return tuple(
         Validator(
             config,
-            averaged.cached_velocity,  # outside accelerate's wrapping, hence in the float32 of its weights
+            averaged.cached_velocity,  # not wrapped by accelerate, hence in the float32 of its weights
             flow,
             replace(collator, seed=collator.seed ^ OTHER_STREAM, flow_draws=draws),
             device,
@@ -127,9 +127,9 @@ def make_validators(
 
 
 def measure(validator: Validator, rank: int, world_size: int, notice: Callable[[str], None] | None = None) -> Float64[Tensor, "pieces 7"]:
-    """A row for each piece: whole chunks, their nats and entries, the loss's sum and count of all, absolute errors' sum and count.
+    """Return a row per piece: whole chunks, their nats and entries, sum and count of the loss, sum and count of absolute errors.
 
-    0 for other ranks' pieces. Nats are NaN where the density is not finite, errors where the chunk is not; the reason is said.
+    Rows of other ranks' pieces are 0. Nats are NaN where the density is not finite, errors where the chunk is not; the reason is printed.
     """
     firsts = range(0, validator.num_chunks, PIECE)
     rows = torch.zeros(len(firsts), 7, dtype=torch.float64, device=validator.device)
@@ -150,14 +150,14 @@ def measure(validator: Validator, rank: int, world_size: int, notice: Callable[[
 
 
 def summarize(rows: Float64[Tensor, "pieces 7"]) -> dict[str, float]:
-    """The metrics from every piece's row: mean nats of a whole chunk, nats of one entry, where there are any; loss; mean absolute error."""
+    """Return the metrics from all rows: mean nats of a whole chunk and of an entry, if there are any; loss; mean absolute error."""
     chunks, nats, entries, total, count, off, judged = rows.sum(0).tolist()
     density = {NLL: nats / chunks, NLL_PER_DIM: nats / entries} if chunks else {}
     return {**density, LOSS: total / count, ERROR: off / judged}
 
 
 def _nats(validator: Validator, velocity: Velocity, batch: Batch, whole: Bool[Tensor, " B"]) -> Float64[Tensor, ""]:
-    """Negative log-likelihood of a piece, over its whole chunks: nats of the normalised entries."""
+    """Negative log-likelihood of a piece, summed over its whole chunks: nats of the normalised entries."""
     config = validator.config
     # the sign of a normal number is +1 or -1 with equal odds
     probes = torch.where(batch.noise[:, LOSS_DRAWS:] < 0, -1.0, 1.0).transpose(0, 1)
@@ -171,7 +171,7 @@ def _nats(validator: Validator, velocity: Velocity, batch: Batch, whole: Bool[Te
 
 
 def _loss(flow: FlowMatching, velocity: Velocity, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(sum, count) of training's own loss, float64; every draw is answered against the same encoding."""
+    """(sum, count) of the training loss, float64; every draw uses the same encoding."""
     sums = torch.zeros(2, dtype=torch.float64, device=batch.actions.device)
     for noise, uniform in zip(batch.noise[:, :LOSS_DRAWS].unbind(1), batch.uniform[:, :LOSS_DRAWS].unbind(1), strict=True):
         t = flow.times(uniform)
@@ -181,7 +181,7 @@ def _loss(flow: FlowMatching, velocity: Velocity, batch: Batch) -> tuple[Tensor,
 
 
 def _error(validator: Validator, velocity: Velocity, batch: Batch) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
-    """(sum, count) of the absolute errors of one sampled chunk each, in robot units; of a sampler with noise, its ODE's by Euler's rule."""
+    """(sum, count) of the absolute errors of one sampled chunk each, in robot units; a stochastic solver is replaced by Euler's."""
     flow, chain = validator.flow, validator.collator.chain
     real = batch.action_mask.any(1, keepdim=True).expand_as(batch.action_mask)
     solver = flow.solver if flow.solver in SOLVERS else "euler"

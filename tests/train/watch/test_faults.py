@@ -84,14 +84,14 @@ def test_a_loss_that_overflows_while_its_gradient_does_not_is_refused_too(run, m
         return total + torch.inf, elements
 
     monkeypatch.setattr(FlowMatching, "loss", overflow)
-    with pytest.raises(NonfiniteError, match=r"step 1: .* what the network was given is finite; .* lower optimizer.learning_rate"):
+    with pytest.raises(NonfiniteError, match=r"step 1: .* the network's inputs are finite; .* lower optimizer.learning_rate"):
         start(run("run"))
 
 
 def test_too_many_skips_in_a_row_stop_the_run(run, monkeypatch):
     monkeypatch.setattr(faults, "SKIPS_IN_A_ROW", 3)
     monkeypatch.setattr(FlowMatching, "loss", lambda self, predicted, *rest: (predicted.sum() * torch.nan, torch.zeros(())))
-    with pytest.raises(NonfiniteError, match=r"step 3: .* 3 steps in a row are more than on_nonfinite skip bears"):
+    with pytest.raises(NonfiniteError, match=r"step 3: .* 3 steps in a row are more than on_nonfinite skip allows"):
         start(run("run", on_nonfinite="skip"))
 
 
