@@ -1,13 +1,13 @@
-"""The state of a run on disk, so that a killed run goes on where it was.
+"""Checkpoints of a run's state, from which a killed run resumes.
 
-Owns: when a checkpoint is written and by which thread, which worker writes what, retention, the newest whole one.
+Owns: the saving thread, which worker writes which tensors, retention, the choice of the newest whole checkpoint.
 Does not know: what trains, what the tensors mean, the layout of the files (format.py).
 
-    training thread   | step | step | copy | step | step | step | step | copy | ...      copy: this worker's part, to buffers that stay
+    training thread   | step | step | copy | step | step | step | step | copy | ...      copy: this worker's part, to reused buffers
     saving thread                          |  plan, write, fsync ........ COMMIT, older ones removed |
-                                              its workers talk in a process group of their own
+                                              communicates in the process group "checkpoint"
 
-The position in the data needs no tensor of its own: it is the step (data/order/counter.py).
+The position in the data is not stored as a tensor: it follows from the step (data/order/counter.py).
 """
 
 import warnings
@@ -34,14 +34,14 @@ from pi0fm_client.errors import OutputError
 
 __all__ = ["COMMIT", "Checkpoints", "whole"]
 
-_NONE, _UNREADABLE = -1, -2  # in the place of a step, when workers agree on one
+_NONE, _UNREADABLE = -1, -2  # sent instead of a step when workers agree on one
 
 
 @final
 class Checkpoints:
-    """The checkpoints of one run. Made, and each method called, by every worker in the same order.
+    """The checkpoints of one run. Every worker makes it and calls its methods in the same order.
 
-    place: a folder that all workers see, or an `s3://` address; keep: how many of the newest stay.
+    place: a folder that all workers see, or an `s3://` address; keep: how many of the newest to keep.
     """
 
     def __init__(self, place: Path | str, parallel: Parallel, keep: int) -> None:
@@ -49,11 +49,11 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pi0fm-checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
         self._buffers: dict[str, Tensor] = {}
-        self.saved: int | None = None  # the step of the newest checkpoint that this process has written or read
+        self.saved: int | None = None  # step of the newest checkpoint that this process has written or read
 
     @property
     def place(self) -> str:
-        """Where they are stored."""
+        """Folder or `s3://` address of the checkpoints."""
         return self._store.where
 
     @property
@@ -61,16 +61,16 @@ class Checkpoints:
         return self._parallel.host_group("checkpoint")
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Copy the state after `step` steps and write it in another thread, while training continues; waits for an earlier one first.
+        """Copy the state after `step` steps and write it in another thread, while training continues; wait first for an earlier one.
 
-        A checkpoint that could not be written is named on standard error, at the latest by the next call: training goes on, and the
-        earlier one stays.
+        A checkpoint that could not be written is reported on standard error, at the latest by the next call: training goes on, and the
+        earlier checkpoint is kept.
         """
         self.settle()
         self._pending = step, self._thread.submit(self._write, step, self._copied(self._part(tensors)), dict(facts))
 
     def save_now(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write it and wait; nothing to do where `step` was saved. Raises OutputError when it could not be written."""
+        """Write the state and wait, unless `step` was already saved. Raises OutputError when it could not be written."""
         self.settle()
         if self.saved == step:
             return
@@ -84,7 +84,7 @@ class Checkpoints:
             )
 
     def settle(self, *, wait: bool = True) -> str | None:
-        """Record the outcome of the checkpoint that is being written, if any; the reason where it failed. wait: until it is done."""
+        """Record the outcome of the checkpoint being written, if any; return the reason of a failure. wait: until it is done."""
         if self._pending is None or not (wait or self._pending[1].done()):
             return None
         (step, written), self._pending = self._pending, None
@@ -100,16 +100,16 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Wait for what is being written. Nothing can be saved afterwards."""
+        """Wait for the checkpoint being written. Nothing can be saved afterwards."""
         self.settle()
         self._thread.shutdown()
         self._buffers.clear()
 
     def restore(self, tensors: dict[str, Tensor], check: Callable[[Index], None]) -> Index | None:
-        """Read the newest whole checkpoint into `tensors`, in place: its index, or None where there is none.
+        """Read the newest whole checkpoint into `tensors`, in place; return its index, or None without a checkpoint.
 
-        A torn one is named on standard error and skipped. check: called with the index before anything is read; its errors pass through.
-        Raises OutputError where the tensors are others, or where the only checkpoints were found damaged while they were read.
+        A torn one is reported on standard error and skipped. check: called with the index before tensors are read; its errors pass
+        through. Raises OutputError for tensors of other names or shapes, and where every checkpoint proved damaged while it was read.
         """
         damaged: list[int] = []
         while (found := self._newest(damaged)) is not None:
@@ -135,12 +135,12 @@ class Checkpoints:
                 continue
             self.saved = step
             return index
-        if damaged:  # some tensors may hold what was read before the damage was met
+        if damaged:  # some tensors may hold values read before the damage
             raise OutputError(f"no checkpoint in {self._store.where} can be read whole; remove it to start the run again")
         return None
 
     def _newest(self, damaged: list[int]) -> tuple[int, Index] | None:
-        """The first worker looks, all agree."""
+        """Find the newest whole checkpoint on the first worker, and broadcast its step."""
         step, fault = _NONE, None
         if self._parallel.context.is_first:
             try:
@@ -161,7 +161,7 @@ class Checkpoints:
         except TornError as error:
             place = f"{self._store.where}/{folder(step)}"
             raise OutputError(
-                f"worker {self._parallel.context.rank} cannot read {place} ({error}); checkpoints must lie where all workers can read"
+                f"worker {self._parallel.context.rank} cannot read {place} ({error}); checkpoints must be where all workers can read"
             ) from error
 
     def _whole(self, step: int) -> bool:
@@ -187,7 +187,7 @@ class Checkpoints:
             )
 
     def _part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What this worker writes: its boxes of every sharded tensor, and its share of the tensors that all workers hold."""
+        """Select the tensors that this worker writes: its boxes of every sharded tensor, and its share of the replicated tensors."""
         loads = [0] * self._parallel.context.world_size
         mine: dict[str, Tensor] = {}
         for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
@@ -199,7 +199,7 @@ class Checkpoints:
         return mine
 
     def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A copy on the host that training does not touch; its buffers are used again at the next checkpoint."""
+        """Copy tensors to buffers on the host that training does not touch; the next checkpoint reuses the buffers."""
         sharded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
         copied: dict[str, Tensor] = dict(BlockingAsyncStager().stage(sharded)) if sharded else {}
         plain = {name: tensor.detach() for name, tensor in tensors.items() if name not in sharded}
@@ -214,8 +214,8 @@ class Checkpoints:
         return copied
 
     def _write(self, step: int, part: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """In the saving thread of every worker."""
-        # torch warns of `no_dist` at each save; a filter that comes and goes would be seen by other threads
+        """Write a checkpoint; runs in the saving thread of every worker."""
+        # torch warns of `no_dist` at each save; a temporary filter would not be thread-safe
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch")
         try:
             state_dict_saver.save(
@@ -235,19 +235,19 @@ class Checkpoints:
 
 @final
 class _Planner(DefaultSavePlanner):
-    """torch's, given the tensors directly: through `save` each name would be logged twice, a third of the saving thread's Python."""
+    """torch's planner, given the tensors directly: `save` would log each name twice, a third of the saving thread's Python time."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._tensors = dict(tensors)
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        """`state_dict` is empty."""
+        """Set up for the constructor's tensors; `state_dict` is empty."""
         super().set_up_planner(self._tensors, storage_meta, is_coordinator)
 
 
 def _keep_newest(store: Store, step: int, keep: int) -> None:
-    """Of the checkpoints up to `step` the newest `keep` whole ones; later ones are of a course that the run has left."""
+    """Keep the newest `keep` whole checkpoints up to `step`; later ones are from before the run resumed at an earlier step."""
     names = store.sizes()
     kept = sorted(number for number in steps_in(names) if number <= step and f"{folder(number)}/{COMMIT}" in names)[-keep:]
     for number in sorted(steps_in(names) - set(kept)):
@@ -255,7 +255,7 @@ def _keep_newest(store: Store, step: int, keep: int) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The first worker's fault, in one line, without torch's wrapping."""
+    """Return the first worker's fault in one line, without torch's wrapping."""
     if isinstance(error, CheckpointException):
         error = error.failures[min(error.failures)][0]
     return f"{' '.join(str(error).split()) or type(error).__name__:.240}"

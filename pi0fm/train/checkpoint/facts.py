@@ -1,6 +1,6 @@
-"""What a checkpoint says of its run besides tensors.
+"""Facts about a run in its checkpoints, besides tensors.
 
-Owns: step, position, schedule, data, configuration and versions as plain JSON. Does not know: tensors, files, what must agree at a resume.
+Owns: step, position, schedule, data, configuration and versions as plain JSON. Does not know: tensors, files, what must agree on resume.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from pi0fm.train.optim import learning_rate
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run before its first step. configuration: its options as a plain mapping; data: `data_facts` of its data sets."""
+    """Facts known before the first step. configuration: the run's options as a plain mapping; data: `data_facts` of its data sets."""
 
     configuration: Mapping[str, Any]
     data: Mapping[str, Any]
@@ -32,7 +32,7 @@ class RunFacts:
     world_size: int
 
     def at(self, step: int) -> dict[str, Any]:
-        """What is saved with the tensors after `step` steps."""
+        """Return the facts to save with the tensors after `step` steps."""
         return {
             "step": step,
             "position": step * self.global_batch_size,
@@ -45,9 +45,9 @@ class RunFacts:
 
 
 def data_facts(source: LeRobotSource, stats: NormStats, order: Weighted | None = None) -> dict[str, Any]:
-    """What a data set holds, independent of its path: a copy on another disk has the same facts, one with an episode more has not.
+    """Describe the contents of a data set independently of its path: a copy has the same facts, one with another episode has not.
 
-    order: that of its samples, where they have weights.
+    order: of the samples, where they have weights.
     """
     files = {path.relative_to(source.root).as_posix(): path.stat().st_size for path in data_files(source.root)}
     return {
@@ -62,7 +62,7 @@ def data_facts(source: LeRobotSource, stats: NormStats, order: Weighted | None =
 
 
 def columns_digest(source: LeRobotSource) -> str:
-    """What its columns hold; the same for a copy."""
+    """Hash the contents of a data set's columns; the same for a copy."""
     columns = hashlib.blake2b(digest_size=16)
     for column in (source.state, source.action, source.episode, source.task, source.end, source.frames):
         columns.update(np.ascontiguousarray(column))
@@ -71,7 +71,7 @@ def columns_digest(source: LeRobotSource) -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    """Read once: each is a file, and a checkpoint is waited for."""
+    """Return the versions of Python and the libraries, cached, since each is a file to read and training waits for a checkpoint's copy."""
     return {"python": platform.python_version()} | {
         name: metadata.version(name) for name in ("torch", "numpy", "transformers", "accelerate")
     }

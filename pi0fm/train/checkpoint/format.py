@@ -1,14 +1,14 @@
-"""A checkpoint's files, for torch.distributed.checkpoint to write and read: safetensors and JSON, nothing that runs code.
+"""File format of a checkpoint for torch.distributed.checkpoint: safetensors and JSON, nothing that runs code.
 
-Owns: the layout below, its checks; the passage to torch's planner, which says who writes what and who reads what of it.
-Does not know: which checkpoints there are, when one is written.
+Owns: the layout below, its checks, and the interface to torch's planner, which decides which worker writes and reads which parts.
+Does not know: which checkpoints exist, when one is written.
 
-    step-000001000/rank-00000.safetensors    what worker 0 wrote: whole tensors, or boxes of sharded ones
+    step-000001000/rank-00000.safetensors    written by worker 0: whole tensors, or boxes of sharded ones
                    rank-00001.safetensors
                    index.json                facts of the run; every tensor: type, shape, boxes: (offset, shape, file, bytes, CRC-32)
                    COMMIT                    size and CRC-32 of the index, size of every file; written last, when all others are durable
 
-A checkpoint is read by box: any number of workers may have written it, any number may read it.
+A checkpoint is read by box: any number of workers may write it, and any other number read it.
 """
 
 import json
@@ -36,28 +36,28 @@ from pi0fm.train.checkpoint.storage import COMMIT, Store, folder
 
 @final
 class Writer(StorageWriter):
-    """This worker's side of writing one checkpoint: called by torch in the order of its methods."""
+    """Writer of this worker's part of one checkpoint; torch calls its methods in the order below."""
 
     def __init__(self, store: Store, step: int, rank: int, facts: Mapping[str, Any]) -> None:
         self._store, self._step, self._rank, self._facts = store, step, rank, dict(facts)
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing is kept from one checkpoint to the next."""
+        """Do nothing: no state is kept between checkpoints."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to set up."""
+        """Do nothing."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """As torch planned it."""
+        """Return torch's plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On the first worker, before anyone writes: what an earlier attempt left goes, its COMMIT first."""
+        """Remove an earlier attempt's files, COMMIT first; called on the first worker before any worker writes."""
         remove(self._store, self._step, list(self._store.sizes()))
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """One safetensors file with all that this worker was given to write."""
+        """Write one safetensors file with all tensors of this worker's plan."""
         tensors = []
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO:
@@ -84,7 +84,7 @@ class Writer(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the first worker, when all have written: the index, a look at every file, COMMIT."""
+        """Write the index, check every file's size, and write COMMIT; called on the first worker when all have written."""
         places = {result.index: result.storage_data for written in results for result in written}
         tensors, files = {}, dict.fromkeys((place[0] for place in places.values()), 0)
         for name, found in metadata.state_dict_metadata.items():
@@ -101,7 +101,7 @@ class Writer(StorageWriter):
         for name, size in files.items():
             if present.get(f"{place}/{name}") != size:
                 raise OSError(
-                    f"the first worker does not see {place}/{name}, which another wrote; checkpoints must lie where all workers can read"
+                    f"the first worker does not see {place}/{name}, which another wrote; checkpoints must be where all workers can read"
                 )
         commit = {"version": VERSION, "step": self._step, "files": files | {INDEX: len(index)}, "index_crc32": zlib.crc32(index)}
         self._store.write(f"{place}/{COMMIT}", [memoryview(json.dumps(commit).encode())])
@@ -115,16 +115,16 @@ class Writer(StorageWriter):
 
 @final
 class Reader(StorageReader):
-    """This worker's side of reading one checkpoint whose index was read."""
+    """Reader of one checkpoint, whose index was already read."""
 
     def __init__(self, store: Store, step: int, index: Index) -> None:
         self._store, self._step, self._index = store, step, index
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing is kept."""
+        """Do nothing."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index in torch's words."""
+        """Return the index as torch's metadata."""
         return Metadata(
             {
                 name: TensorStorageMetadata(
@@ -137,18 +137,18 @@ class Reader(StorageReader):
         )
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to set up."""
+        """Do nothing."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """As torch planned it."""
+        """Return torch's plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """As torch planned it."""
+        """Return torch's plans unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy what was asked for, box by box. Raises TornError for bytes that are not those that were written."""
+        """Copy the planned parts, box by box. Raises TornError for bytes that differ from those written."""
         asked: dict[tuple[str, int], list[ReadItem]] = {}
         for item in plan.items:
             box = self._box(item.storage_index)

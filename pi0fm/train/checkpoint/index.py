@@ -1,4 +1,4 @@
-"""What a checkpoint holds and whether it is whole, from untrusted JSON.
+"""Index of a checkpoint, and whether it is whole, from untrusted JSON.
 
 Owns: `Index`, the checks of COMMIT and index.json, removing a checkpoint. Does not know: tensors in memory, torch's planner.
 
@@ -23,12 +23,12 @@ _RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
 
 
 class TornError(Exception):
-    """A checkpoint that is not whole; `str(error)` says what is wrong with it."""
+    """A checkpoint that is not whole; `str(error)` gives the reason."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """A part of a tensor, and its bytes: start .. stop - 1 of `file`."""
+    """Part of a tensor, and its bytes: start .. stop - 1 of `file`."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -49,14 +49,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """What a checkpoint holds. facts: the run's own description, plain JSON."""
+    """Contents of a checkpoint. facts: about the run, plain JSON."""
 
     facts: dict[str, Any]
     tensors: dict[str, Entry]
 
 
 def read_index(store: Store, step: int, sizes: Mapping[str, int]) -> Index:
-    """The index of a whole checkpoint; `sizes` is what the store holds. Raises TornError with what is missing or cut."""
+    """Read the index of a whole checkpoint. sizes: bytes by name in the store. Raises TornError that names what is missing or truncated."""
     place = folder(step)
     if f"{place}/{COMMIT}" not in sizes:
         raise TornError(f"it has no {COMMIT}")
@@ -78,14 +78,14 @@ def read_index(store: Store, step: int, sizes: Mapping[str, int]) -> Index:
 
 
 def remove(store: Store, step: int, names: list[str]) -> None:
-    """Remove a checkpoint, its COMMIT first, so that a removal that is cut short leaves a torn one, never a whole one."""
+    """Remove a checkpoint, its COMMIT first, so that an interrupted removal leaves a torn checkpoint, never a whole one."""
     place = f"{folder(step)}/"
     inside = sorted((name for name in names if name.startswith(place)), key=lambda name: name != place + COMMIT)
     store.remove(inside)
 
 
 def _entry(tree: Mapping[str, Any], files: Mapping[str, int]) -> Entry:
-    """Parse one tensor's entry of untrusted JSON: every number is checked against the file that it points into."""
+    """Parse one tensor's entry of untrusted JSON, checking every number against the file that it refers to."""
     dtype, shape = DTYPES[tree["dtype"]], _sizes(tree["shape"])
     boxes = []
     for found in tree["boxes"]:

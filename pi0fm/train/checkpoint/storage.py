@@ -1,10 +1,10 @@
-"""Where checkpoints are stored: a folder that all workers see, or a bucket behind the S3 protocol.
+"""Storage of checkpoints: a folder that all workers see, or a bucket with the S3 protocol.
 
-Owns: `Store`, names to byte strings, where a name appears whole or not at all; which checkpoints are whole, by names alone. Does not know:
-what a checkpoint holds.
+Owns: `Store`, byte strings by name, each written whole or not at all; which checkpoints are whole, judged by names only. Does not know:
+the contents of a checkpoint.
 
-    /disk/run/checkpoints       written aside, fsynced, renamed, the folder fsynced
-    s3://bucket/prefix          one PUT or one multipart upload a name; endpoint and keys from AWS's own variables (AWS_ENDPOINT_URL, ...)
+    /disk/run/checkpoints       written under a temporary name, fsynced, renamed, the folder fsynced
+    s3://bucket/prefix          one PUT or one multipart upload per name; endpoint and keys from AWS's variables (AWS_ENDPOINT_URL, ...)
 """
 
 import os
@@ -18,52 +18,52 @@ from pi0fm import files
 from pi0fm_client.errors import ConfigError, OutputError
 
 SCHEME = "s3://"
-COMMIT = "COMMIT"  # the last name of a whole checkpoint
+COMMIT = "COMMIT"  # the file written last, which makes a checkpoint whole
 
 
 class Store(ABC):
-    """Byte strings by name below one place. Names use `/`. Every failure is an OSError."""
+    """Byte strings by name below one place. Names are separated by `/`. Every failure is an OSError."""
 
     where: str
 
     @abstractmethod
     def write(self, name: str, parts: Sequence[memoryview]) -> None:
-        """Put the parts one behind the other under `name`, replacing what was there; durable on return."""
+        """Write the parts, concatenated, under `name`, replacing an earlier value; durable on return."""
 
     @abstractmethod
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
-        """Bytes start .. stop - 1 of `name`, to its end without `stop`; fewer where it is shorter. FileNotFoundError without it."""
+        """Read bytes start .. stop - 1 of `name`, to its end without `stop`; fewer if it is shorter. Raises FileNotFoundError."""
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
-        """Every name and its number of bytes; none where the place does not exist."""
+        """Return every name and its number of bytes; none where the place does not exist."""
 
     @abstractmethod
     def remove(self, names: Iterable[str]) -> None:
-        """Remove names, in this order; one that is not there is no error."""
+        """Remove names, in this order; a missing name is not an error."""
 
 
 def open_store(place: Path | str) -> Store:
-    """The store at a folder or an `s3://` address. Raises ConfigError for an address without a bucket, or without boto3."""
+    """Open the store at a folder or an `s3://` address. Raises ConfigError for an address without a bucket, or without boto3."""
     return Bucket(str(place)) if str(place).startswith(SCHEME) else Folder(Path(place))
 
 
 @final
 class Folder(Store):
-    """A directory."""
+    """Store in a directory."""
 
     def __init__(self, path: Path) -> None:
         self._path, self.where = path, str(path)
 
     def write(self, name: str, parts: Sequence[memoryview]) -> None:
-        """Aside, fsync, rename, fsync of the folder; nothing is left of a write that failed."""
+        """Write under a temporary name, fsync, rename, fsync the folder; a failed write leaves nothing."""
         with files.new_file(self._path / name) as file:
             for part in parts:
                 _write_all(file.fileno(), part)
         files.fsync_directory(self._path)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
-        """One seek, one read."""
+        """Read with one seek and one read."""
         with (self._path / name).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             content = bytearray(max(0, min(size, size if stop is None else stop) - start))
@@ -72,7 +72,7 @@ class Folder(Store):
         return content[:read]
 
     def sizes(self) -> dict[str, int]:
-        """A file that vanishes meanwhile is not listed."""
+        """Return the size of every file, except those removed meanwhile."""
         found = {}
         for folder, _, names in os.walk(self._path):
             for name in names:
@@ -84,7 +84,7 @@ class Folder(Store):
         return found
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove also the folders that become empty, except the store's root."""
+        """Remove files, and folders that become empty, except the store's root."""
         folders = set()
         for name in names:
             path = self._path / name
@@ -97,7 +97,7 @@ class Folder(Store):
 
 @final
 class Bucket(Store):
-    """Objects below a prefix. boto3 reads endpoint, keys and region where every tool of AWS does."""
+    """Store of objects below a prefix. boto3 reads endpoint, keys and region where every AWS tool does."""
 
     def __init__(self, address: str) -> None:
         self._bucket, _, prefix = address.removeprefix(SCHEME).partition("/")
@@ -109,17 +109,17 @@ class Bucket(Store):
             from botocore.config import Config
         except ImportError as error:
             raise ConfigError(f"{address} needs boto3, which is not installed; type: pip install 'pi0fm[s3]'") from error
-        # our own sums are in every checkpoint; older S3-compatible stores refuse the newer ones of the protocol
+        # every checkpoint holds CRC-32 sums; older S3-compatible stores refuse the newer checksums of the protocol
         sums = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
         self._client: Any = boto3.client("s3", config=Config(retries={"max_attempts": 5, "mode": "standard"}, **sums))
 
     def write(self, name: str, parts: Sequence[memoryview]) -> None:
-        """An object is there when its upload is complete; the pieces of a broken upload are dropped by boto3."""
+        """Upload an object, which exists once the upload is complete; boto3 aborts a failed multipart upload."""
         with self._named(name):
             self._client.upload_fileobj(_Joined(parts), self._bucket, self._prefix + name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
-        """A GET with a range."""
+        """Read with one ranged GET."""
         if stop is not None and stop <= start:
             return bytearray()
         with self._named(name):
@@ -128,13 +128,13 @@ class Bucket(Store):
             return bytearray(self._client.get_object(Bucket=self._bucket, Key=self._prefix + name, **part)["Body"].read())
 
     def sizes(self) -> dict[str, int]:
-        """As listed, a page of a thousand at a time."""
+        """List sizes, a thousand objects per request."""
         with self._named(""):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix)
             return {found["Key"].removeprefix(self._prefix): int(found["Size"]) for page in pages for found in page.get("Contents", [])}
 
     def remove(self, names: Iterable[str]) -> None:
-        """One by one: the order matters, and not every store knows the request for many."""
+        """Remove objects one by one: the order matters, and not every store supports the request for many."""
         for name in names:
             with self._named(name):
                 self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
@@ -153,7 +153,7 @@ class Bucket(Store):
 
 
 def _write_all(descriptor: int, part: memoryview) -> None:
-    """os.write takes at most 2 GiB, and may take less than it is given."""
+    """Write all bytes: os.write takes at most 2 GiB at once, and may write fewer bytes than given."""
     rest = part.cast("B")
     while len(rest):
         rest = rest[os.write(descriptor, rest[: 1 << 26]) :]
@@ -161,13 +161,13 @@ def _write_all(descriptor: int, part: memoryview) -> None:
 
 @final
 class _Joined:
-    """Parts as one file that is read once, so that no part is copied before it is sent."""
+    """File-like object over parts, read once, so that no part is copied before it is sent."""
 
     def __init__(self, parts: Sequence[memoryview]) -> None:
         self._parts = [part.cast("B") for part in parts if part.nbytes]
 
     def read(self, size: int = -1) -> bytes:
-        """The next `size` bytes, all of the rest without; none at the end."""
+        """Return the next `size` bytes, all that remain without `size`; none at the end."""
         taken: list[memoryview] = []
         wanted = sum(part.nbytes for part in self._parts) if size is None or size < 0 else size
         while wanted and self._parts:
@@ -181,12 +181,12 @@ class _Joined:
 
 
 def folder(step: int) -> str:
-    """The folder's name of the checkpoint after `step` steps."""
+    """Return the folder name of the checkpoint after `step` steps."""
     return f"step-{step:09d}"
 
 
 def whole(place: Path | str) -> list[int]:
-    """Steps of the committed checkpoints at a place, oldest first. Raises OutputError where it cannot be listed."""
+    """List the steps of the committed checkpoints at a place, oldest first. Raises OutputError where it cannot be listed."""
     store = open_store(place)
     try:
         names = store.sizes()
@@ -196,11 +196,11 @@ def whole(place: Path | str) -> list[int]:
 
 
 def steps_in(names: Iterable[str]) -> set[int]:
-    """Steps with any file, whole or not."""
+    """Return the steps with any file, whole or not."""
     heads = {name.partition("/")[0] for name in names}
     return {int(head.removeprefix("step-")) for head in heads if head.startswith("step-") and head.removeprefix("step-").isdecimal()}
 
 
 def unlisted(store: Store, why: OSError | str) -> str:
-    """Format the line of a place that cannot be listed."""
+    """Format the error of a place that cannot be listed."""
     return f"checkpoints in {store.where} cannot be listed ({' '.join(str(why).split())}); correct checkpoint_dir, or its access"

@@ -1,6 +1,6 @@
-"""Device, precision, wrapping and process groups of one worker; the one door to accelerate.
+"""Device, precision, wrapping and process groups of one worker; the only importer of accelerate.
 
-Owns: `Parallel`: accelerate, the groups of workers, sums over them. Does not know: what is trained, who started the workers.
+Owns: `Parallel`: accelerate, the process groups, sums over workers. Does not know: what is trained, who started the workers.
 
     default group     gradients, sums: gloo on CPUs, nccl on GPUs      formed by accelerate, Ray Train, or `open`
     host groups       "checkpoint", "stop": gloo, so that neither waits for a training step, nor a step for them
@@ -30,14 +30,14 @@ from pi0fm_client.errors import ConfigError
 __all__ = ["Accelerator", "Parallel", "make_accelerator"]
 
 HOST_GROUPS = ("checkpoint", "stop")
-_LETTERS = 96  # of a node's name
+_LETTERS = 96  # bytes of a node's name that are kept
 
 
 @final
 class Parallel:
-    """One worker's device, precision and process groups. Made, and each method called, by every worker in the same order.
+    """One worker's device, precision and process groups. Every worker makes it and calls its methods in the same order.
 
-    context: rank and world size; accelerator: device, autocast, accumulation; device: where the network is.
+    context: rank and world size; accelerator: device, autocast, accumulation; device: of the network.
     """
 
     context: Context
@@ -49,10 +49,10 @@ class Parallel:
         self.open(context)
 
     def open(self, context: Context, store: Store | None = None) -> None:
-        """Join the workers of `context`. store: where they meet, after `close`; None for the group that the launcher describes."""
+        """Join the workers of `context`. store: rendezvous for use after `close`; None for the group that the launcher describes."""
         if store is not None and context.world_size > 1:
             backend = "nccl" if self._allow_cuda and torch.cuda.is_available() else "gloo"
-            os.environ |= {"RANK": str(context.rank), "WORLD_SIZE": str(context.world_size)}  # accelerate asks them who it is
+            os.environ |= {"RANK": str(context.rank), "WORLD_SIZE": str(context.world_size)}  # accelerate reads its rank from them
             torch.distributed.init_process_group(backend, store=store, rank=context.rank, world_size=context.world_size)
         self.context = context
         self.accelerator = make_accelerator(self._precision, self._micro_steps, self._allow_cuda)
@@ -72,11 +72,11 @@ class Parallel:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The type of the matrix products."""
+        """Type of the matrix products."""
         return compute_dtype(self._precision, self.device)
 
     def prepare[M: nn.Module](self, network: M, optimizer: torch.optim.Optimizer) -> tuple[M, torch.optim.Optimizer]:
-        """Both in accelerate's wrapping: autocast, averaged gradients, accumulation. They may be prepared again after `open`."""
+        """Wrap both with accelerate: autocast, averaged gradients, accumulation. They may be prepared again after `open`."""
         if isinstance(network, Sharded):  # it averages its gradients itself
             wrapped = self.accelerator.prepare_model(network, device_placement=False, evaluation_mode=True)
             return wrapped, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
@@ -84,14 +84,14 @@ class Parallel:
         return wrapped, wrapped_optimizer
 
     def mesh(self, how: ParallelConfig) -> DeviceMesh:
-        """The workers as a line that a state is cut along, or as a row for each replica of it. Made by every worker."""
+        """Return the mesh of workers to shard a state over: one line, or one row per replica. Made by every worker."""
         each = how.workers_of_a_state(self.context.world_size)
         if how.replicas == 1:
             return init_device_mesh(self.device.type, (each,))
         return init_device_mesh(self.device.type, (how.replicas, each), mesh_dim_names=("replicas", "rows"))
 
     def room(self) -> int:
-        """Bytes of the smallest worker's memory: its card's, or its share of its host's."""
+        """Return the bytes of the smallest worker's memory: of its card, or its share of its host's."""
         if self.device.type == "cuda":
             found = torch.cuda.get_device_properties(self.device).total_memory
         else:
@@ -103,17 +103,17 @@ class Parallel:
         return int(smallest)
 
     def used(self) -> int:
-        """Bytes that this worker has held of its card at most; on a CPU those that its process holds."""
+        """Return the peak bytes that this worker allocated on its card; on a CPU the bytes that its process holds now."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return psutil.Process().memory_info().rss
 
     def host_group(self, name: str) -> ProcessGroup | None:
-        """The group `name` of HOST_GROUPS on the hosts' network; None for a single worker."""
+        """Return the group `name` of HOST_GROUPS, on the hosts' network; None for a single worker."""
         return self._host[name]
 
     def nodes(self) -> tuple[str, ...]:
-        """The node of every worker, by rank."""
+        """Return the node of every worker, by rank."""
         mine = self.context.node.encode()[:_LETTERS].ljust(_LETTERS)
         group = self.host_group("stop")
         if group is None:
@@ -128,7 +128,7 @@ class Parallel:
             torch.distributed.barrier()
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over workers; a copy for a single worker."""
+        """Return the sum over workers; a copy for a single worker."""
         total = value.detach().clone()
         if self.context.world_size > 1:
             torch.distributed.all_reduce(total)
@@ -136,7 +136,7 @@ class Parallel:
 
 
 def make_accelerator(precision: str, accumulation_steps: int, allow_cuda: bool = True) -> Accelerator:
-    """accelerate for this worker: nccl on GPUs, gloo on CPUs; autocast to the precision that the device is fast in.
+    """Make accelerate's Accelerator for this worker: nccl on GPUs, gloo on CPUs; autocast to the precision that the device computes fast.
 
     Raises ConfigError when an earlier run of this process had another precision or device, since accelerate keeps both until
     `Parallel.close`, and what `_join_after_restart` raises.
@@ -159,10 +159,10 @@ def make_accelerator(precision: str, accumulation_steps: int, allow_cuda: bool =
 
 
 def _join_after_restart(backend: str) -> None:
-    """Form the group of workers that torchrun restarted; accelerate then takes it as it is.
+    """Form the group of workers that torchrun restarted, before accelerate, which then uses it.
 
-    torchrun lends every attempt the same store, which still holds the dead workers' addresses (pytorch issue 135712), so each attempt
-    uses names of its own. Several nodes do not count attempts alike: raises ConfigError there, with the setting that helps.
+    torchrun gives every attempt the same store, which still holds the dead workers' addresses (pytorch issue 135712), so each attempt
+    uses a different prefix. Several nodes do not count attempts alike: raises ConfigError there, with the setting that helps.
     """
     attempt, world_size = restarts(), context_from_environment().world_size
     if attempt == 0 or world_size == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -184,7 +184,7 @@ def _check_same(earlier: AcceleratorState, mixed: str, device: str) -> None:
 
 
 def open_tracker(name: str, project: str, arguments: Mapping[str, Any]) -> Any:
-    """accelerate's tracker of that name, started: `log(values, step=)`, `finish()`. Raises what its library raises."""
+    """Start accelerate's tracker of that name: `log(values, step=)`, `finish()`. Raises what its library raises."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     tracker = LOGGER_TYPE_TO_CLASS[name](project, **arguments)

@@ -1,8 +1,8 @@
-"""Freed memory stays with the process.
+"""Keep freed memory in the process.
 
 Owns: one call to the C library. Does not know: torch, training.
-A training step on a CPU frees and asks for the same tensors again. glibc gives large ones back to the system each time, and the system
-zeroes every page again: 13 800 page faults a step of the tiny model, a quarter of its time (docs/LOG.md).
+A training step on a CPU frees and allocates the same tensors again. glibc returns large ones to the system each time, and the system zeroes
+every page again: 13 800 page faults in a step of the tiny model, a quarter of its time (docs/LOG.md).
 """
 
 import ctypes
@@ -12,7 +12,7 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep what is freed for the next step; False where the C library is another one. The peak stays the same."""
+    """Tell glibc to keep freed memory for the next step; False with another C library. The peak stays the same."""
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL("libc.so.6").mallopt

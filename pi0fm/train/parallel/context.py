@@ -1,4 +1,4 @@
-"""One worker's rank among all, as its launcher tells it.
+"""One worker's rank and world size, as its launcher sets them.
 
 Owns: `Context`, the variables of torchrun and Ray Train. Does not know: torch, process groups, what is trained.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 class Context:
     """Rank and world size. `shown`: this process draws the progress bar (a Ray worker's terminal belongs to the driver).
 
-    node: for lines about this worker; a machine may hold several.
+    node: host name for lines about this worker; a machine may hold several workers.
     """
 
     rank: int = 0
@@ -22,7 +22,7 @@ class Context:
 
     @property
     def is_first(self) -> bool:
-        """Whether this worker writes what only one may write."""
+        """Whether this worker writes the files that only one worker may write."""
         return self.rank == 0
 
 
@@ -33,5 +33,5 @@ def context_from_environment(shown: bool = True) -> Context:
 
 
 def restarts() -> int:
-    """Count how often torchrun has restarted this node's workers; 0 under any other launcher."""
+    """Return how often torchrun has restarted this node's workers; 0 under any other launcher."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

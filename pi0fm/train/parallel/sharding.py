@@ -1,6 +1,6 @@
-"""A state that is cut over the workers, so that none holds it whole: torch's fully_shard with our layers as units.
+"""A training state sharded over the workers: torch's fully_shard with our layers as units.
 
-Owns: `ParallelConfig`, the units, the passage between a parameter and this worker's rows of it. Does not know: memory, what is trained.
+Owns: `ParallelConfig`, the units, the conversion between a parameter and this worker's rows of it. Does not know: memory, what is trained.
 
     shard        weights, average   moments   gradients           a layer's weights are gathered
     none (DDP)   every worker all   all       all, averaged       -
@@ -10,8 +10,8 @@ Owns: `ParallelConfig`, the units, the passage between a parameter and this work
     replicas 2 of 4 workers (HSDP)     rows 0 | rows 1     workers 0 and 1 hold one state, 2 and 3 the other; gradients are
                                        rows 0 | rows 1     scattered along a row and then averaged down a column
 
-Units: every layer of the vision tower, every dual-stream layer, the words, and the rest. What is kept is float32; a unit is gathered in
-the type of the products, its gradient reduced in float32. The rest is gathered in float32, since its head computes in it.
+Units: every layer of the vision tower, every dual-stream layer, the prompt embedding, and the rest. Rows are float32; a unit is gathered in
+the type of the products, and its gradient reduced in float32. The rest is gathered in float32, since its head computes in float32.
 """
 
 import sys
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pi0fm.train.components import FULL, ParallelConfig
 
-if TYPE_CHECKING:  # torch's sharding takes 92 MB with what it imports: only a run that cuts its state pays for it
+if TYPE_CHECKING:  # torch's sharding takes 92 MB with its imports: only a sharded run imports it
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
@@ -36,7 +36,7 @@ REST = ""
 
 
 def unit_of(name: str) -> str:
-    """The unit that a parameter is gathered with; REST for all that is in none of its own."""
+    """Return the unit that a parameter is gathered with; REST for a parameter outside every layer and the prompt embedding."""
     words = name.split(".")
     if words[0] == "prompt_embedding":
         return words[0]
@@ -44,7 +44,7 @@ def unit_of(name: str) -> str:
 
 
 def shard(network: Pi0, mesh: "DeviceMesh", how: ParallelConfig, computes: torch.dtype) -> None:
-    """Cut a network, best one on meta, over the workers of `mesh`, in place. computes: the type of the products."""
+    """Shard a network in place over the workers of `mesh`, best while it is on meta. computes: the type of the products."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     kept = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)  # positions stay float32
@@ -55,32 +55,32 @@ def shard(network: Pi0, mesh: "DeviceMesh", how: ParallelConfig, computes: torch
 
 
 def is_sharded(network: nn.Module) -> "TypeGuard[FSDPModule]":
-    """Whether `shard` cut it."""
+    """Whether `shard` was applied to the network."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(network, fsdp.FSDPModule)
 
 
 def is_cut(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether this worker holds rows of it alone."""
+    """Whether this worker holds only rows of the tensor."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 @final
 class Sharded(nn.Module):
-    """A sharded network as accelerate takes it: called as it is. no_sync: around every micro batch of a step but the last, as of DDP."""
+    """A sharded network for accelerate, called unchanged. no_sync: entered, as DDP's, around every micro batch except a step's last."""
 
     def __init__(self, network: Pi0, accumulate_whole: bool) -> None:
         super().__init__()
         self.network, self._whole = network, accumulate_whole
 
     def forward(self, *inputs: Any) -> Any:
-        """The network's."""
+        """Call the network."""
         return self.network(*inputs)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Leave gradients whole, or scatter them without averaging replicas: what is left is done at the last micro batch."""
+        """Leave gradients unreduced, or scatter them without averaging replicas; the last micro batch does the rest."""
         assert is_sharded(self.network)
         set_sync = self.network.set_requires_gradient_sync if self._whole else self.network.set_requires_all_reduce
         set_sync(False)
@@ -91,12 +91,12 @@ class Sharded(nn.Module):
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This worker's rows, whose memory is the tensor's; a tensor that is not cut is its own."""
+    """Return this worker's rows, sharing the tensor's memory; a tensor that is not sharded is returned unchanged."""
     return tensor.to_local() if is_cut(tensor) else tensor
 
 
 def local_rows(tensor: Tensor) -> slice:
-    """Which rows of the whole tensor `local` holds; its first axis is cut."""
+    """Return which rows of the whole tensor `local` holds; the first axis is sharded."""
     if not is_cut(tensor):
         return slice(0, tensor.shape[0])
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -106,7 +106,7 @@ def local_rows(tensor: Tensor) -> slice:
 
 
 def cutting_group(tensor: Tensor) -> "ProcessGroup | None":
-    """The workers whose rows make the whole tensor; None for one that is not cut."""
+    """Return the group of workers whose rows make the whole tensor; None for a tensor that is not sharded."""
     if not is_cut(tensor):
         return None
     (axis,) = (axis for axis, placement in enumerate(tensor.placements) if placement.is_shard())
@@ -114,13 +114,13 @@ def cutting_group(tensor: Tensor) -> "ProcessGroup | None":
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor's numbers; called by every worker."""
+    """Gather a tensor; called by every worker."""
     return tensor.full_tensor().detach() if is_cut(tensor) else tensor.detach()
 
 
 @final
 class Gathered(Mapping[str, Tensor]):
-    """Tensors by name, each made whole when it is asked for: every worker asks for the same ones in the same order."""
+    """Tensors by name, each gathered on access: every worker accesses the same ones in the same order."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors

@@ -1,12 +1,12 @@
-"""The operations of pi0, by stage of a call and for a sample of training.
+"""Floating-point operations of pi0, by stage of an inference and for a training sample.
 
-Owns: counting on fake tensors: no number is computed, and no card is needed. Does not know: how a policy or a trainer runs, any device.
+Owns: counting on fake tensors: nothing is computed, and no card is needed. Does not know: how a policy or a trainer runs, any device.
 
     forward      vision + prefix + draws x one evaluation of the velocity
-    backward     a part that trains costs its forward pass twice more; one that a gradient only passes, once more; one before all that
-                 trains, nothing
-    recomputed   activation checkpointing: full, the decoder's forward pass and the tower's where a gradient passes it; selective, their
-                 attention
+    backward     a part that trains costs twice its forward pass; a part that gradients only pass through, once; a part before all
+                 trainable ones, nothing
+    recomputed   activation checkpointing: full, the forward pass of the decoder, and of the tower if gradients pass through it;
+                 selective, their attention
 """
 
 import functools
@@ -28,13 +28,13 @@ from pi0fm.train.components import Adaptation
 from pi0fm.train.plan.memory import gradient_flows
 from pi0fm.train.start.adaptation import adapt
 
-ATTENTION = ("bmm", "attention")  # in the names of the operations that attention consists of
+ATTENTION = ("bmm", "attention")  # parts of the names of attention's operations
 PARTS: tuple[Part, ...] = ("vision", "backbone", "action_expert")
 
 
 @dataclass(frozen=True)
 class StageWork:
-    """Operations of a stage for one observation, and those in attention; bytes of its weights in bfloat16."""
+    """Operations of a stage for one observation, and of its attention; bytes of its weights in bfloat16."""
 
     flops: int
     attention: int
@@ -43,7 +43,7 @@ class StageWork:
 
 @dataclass(frozen=True)
 class TrainingWork:
-    """Operations that one sample of training needs, and those that checkpointing repeats; numbers that go in and out of adapted layers."""
+    """Operations of one training sample, and those that checkpointing repeats; adapted: numbers in and out of layers with adapters."""
 
     forward: float
     backward: float
@@ -53,8 +53,8 @@ class TrainingWork:
 
 @functools.lru_cache(maxsize=16)
 def stage_work(config: Pi0Config, cameras: int, prompt_tokens: int) -> dict[str, StageWork]:
-    """Work of `vision`, `prefix` and `steps`; of `steps` one evaluation of the velocity."""
-    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():  # a CPU would look at the masks, which have no values here
+    """Count the work of `vision`, `prefix` and `steps`; `steps` is one evaluation of the velocity."""
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():  # a CPU would read the masks, which have no values here
         model = laid_out(config)
         size = config.vision.image_size
         observation = ModelObservation(
@@ -69,11 +69,11 @@ def stage_work(config: Pi0Config, cameras: int, prompt_tokens: int) -> dict[str,
         vision = _counted(lambda: model.vision(pictures))
         encoded = _counted(lambda: model.encode_prefix(observation))
         field = model.cached_velocity(observation)
-        field.at(x_t, 0.5)  # what is made once a flow time is no part of an evaluation
+        field.at(x_t, 0.5)  # computes what is cached per flow time, which is not counted
         step = _counted(lambda: field.at(x_t, 0.5))
     weights = Counter[str]()
     for name, parameter in model.named_parameters():
-        if "embedding" not in name:  # words are looked up, not read
+        if "embedding" not in name:  # an embedding is looked up, not read whole
             weights[part_of(name)] += parameter.numel() * torch.bfloat16.itemsize
     prefix = (encoded[0] - vision[0], encoded[1] - vision[1])
     return {
@@ -84,7 +84,7 @@ def stage_work(config: Pi0Config, cameras: int, prompt_tokens: int) -> dict[str,
 
 
 def laid_out(config: Pi0Config) -> Pi0:
-    """The network without numbers, on torch's current default device."""
+    """Return the network with empty weights, on torch's current default device."""
     with torch.device("meta"):
         model = Pi0(config)
     for module in model.modules():
@@ -95,7 +95,7 @@ def laid_out(config: Pi0Config) -> Pi0:
 
 @functools.lru_cache(maxsize=64)
 def training_work(config: Pi0Config, how: Adaptation, cameras: int, flow_draws: int = 1) -> TrainingWork:
-    """Work of one sample whose prompt fills its tokens."""
+    """Count the work of one sample whose prompt has the longest length."""
     with torch.device("meta"):
         model = adapt(Pi0(config), replace(how, frozen_bfloat16=False), torch.bfloat16)
     flowing = gradient_flows(model)
@@ -110,12 +110,12 @@ def training_work(config: Pi0Config, how: Adaptation, cameras: int, flow_draws: 
         forward += times * stage.flops
         backward += times * stage.flops * (2 if part in trained else part in flowing)
         repeated = {"none": 0, "selective": stage.attention, "full": stage.flops}[how.activation_checkpointing]
-        recomputed += times * repeated * (part != "vision" or part in flowing)  # a layer of the decoder is both streams
+        recomputed += times * repeated * (part != "vision" or part in flowing)  # a layer of the decoder holds both streams
     return TrainingWork(forward, backward, recomputed, adapted)
 
 
 def _counted(call: Callable[[], object]) -> tuple[int, int]:
-    """Operations of a call's matrix products, as torch counts them, and those in attention."""
+    """Return the operations of a call's matrix products, as torch counts them, and those in attention."""
     with FlopCounterMode(display=False) as counter:
         call()
     attention = sum(

@@ -1,46 +1,47 @@
-r"""What a training step takes of a device's memory, before anything is trained.
+r"""Estimate of the device memory of a training step, before anything is trained.
 
-Owns: the bytes of a run, part by part, and the sharding that they ask for. Does not know: the device's allocator, and its reserve.
+Owns: the bytes of a run, part by part, and the sharding that fits. Does not know: the device's allocator, and its reserve.
 
     weights      4 a number; 2 for a frozen matrix under frozen_bfloat16
     moments      8 for each number that trains        average   4 for each, with ema_decay
     gradients    4 for each                           casts     bfloat16: the copies of float32 matrices, 2 a number, where a
-                                                                gradient passes; with several micro batches kept all along
-    activations  what the backward pass needs, of one micro batch
+                                                                gradient passes; with several micro batches kept for the step
+    activations  tensors kept for the backward pass of one micro batch
 
-While the backward pass frees activations it makes gradients. Its highest of three moments counts; all at once where several micro
-batches make a step, since gradients then wait through the next one's forward pass, and under DDP, whose buckets always stand:
+The backward pass frees activations as it makes gradients. The highest of three moments counts; their sum where a step has several micro
+batches, since gradients then persist through the next one's forward pass, and under DDP, whose buckets are always allocated:
 
     forward ends                    decoder's backward ends            tower's backward ends
-    activations of both + casts     tower's activations + gradients    all gradients             and in each one layer at work
+    activations of both + casts     tower's activations + gradients    all gradients             plus the layer being computed
 
-A state that is cut (parallel/sharding.py) is divided by the workers that hold it, the four of the table above alike. Beside it a worker has
+A sharded state (parallel/sharding.py) is divided by the workers that hold it: weights, moments, average and gradients alike. Besides it a
+worker has
 
-    gathered    weights as they are multiplied: under `gradients` all of them, under `full` the rest and the three largest units: at work,
-                on its way, just copied; autocast copies the rest alone
-    reduced     the largest unit's gradient whole, as it is made and in float32, and the next largest on its way; under
-                accumulate_whole all that trains, 4 bytes a number
-    validation  at its own time: all averaged weights in float32
+    gathered    weights in the type of the products: under `gradients` all of them, under `full` the rest and the three largest units:
+                in use, being gathered, just copied; autocast copies only the rest
+    reduced     the largest unit's whole gradient, as computed and in float32, and the next largest being reduced; under
+                accumulate_whole all gradients, 4 bytes a number
+    validation  outside a step: all averaged weights in float32
 
 Kept for the backward pass, bytes for each token of one decoder layer (D width, M MLP width, N heads, k key heads, K head width, J keys
 that it sees; c bytes of a product's result, r of the residual stream, s of a score):
 
     norms 2 D r, their results 2 D c | heads (2N + 3k) K c | scores N J s | attended N K c | MLP 3 M c
-    adaptive norms: 2 D (4 + r) more in float32, and the 2 D c that their gates multiply; where rows have times of their own,
+    adaptive norms: 2 D (4 + r) more in float32, and the 2 D c that their gates multiply; where each row has its flow time,
     2 D (4 + c) of modulations
-    each row of the suffix holds the joined keys and values too: 2 k J K c
+    each row of the suffix also keeps the joined keys and values: 2 k J K c
     the last backbone layer: D (r + c) + 3 k K c
 
 and of one layer of the vision tower: norms 2 D 4, their results 2 D c, heads 3 D c, scores, attended D c, MLP 2 M c. Scores are counted
-as if no kernel were fused; on a device that fuses them they are a reserve.
+as if attention were not fused; on a device that fuses it they are a reserve.
 
     activation_checkpointing   kept
-      none                     every layer of that, and once more the largest: at work
-      selective                of every layer norms, products' results (N + 4k) K c, 2 M c (tower M c); the largest layer at work
-      full                     the residual stream at every layer, and the largest layer twice: computed again, and at work
+      none                     the above for every layer, and once more for the largest while it is computed
+      selective                of every layer norms, products' results (N + 4k) K c, 2 M c (tower M c); the largest layer while computed
+      full                     the residual stream at every layer, and the largest layer twice: recomputed, and being computed
 
-A frozen part through which no gradient passes keeps nothing: the tower under frozen_vision, all of the prefix under expert_only.
-The test holds this between 1 and 1.35 times the allocations that torch counts. Shape letters: as above.
+A frozen part that no gradient passes through keeps nothing: the tower under frozen_vision, all of the prefix under expert_only.
+A test requires the estimate to be 1 to 1.35 times the allocations that torch counts. Shape letters: as above.
 """
 
 from collections import defaultdict
@@ -58,15 +59,15 @@ from pi0fm.train.parallel.sharding import REST, unit_of
 from pi0fm.train.start.adaptation import adapt
 
 GIB, MIB = 2**30, 2**20
-SPARE = 0.1  # of a device's memory, left to its allocator
+SPARE = 0.1  # share of a device's memory left to its allocator
 DDP = ParallelConfig(NONE)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one worker. `pass_`: the highest moment of one forward and backward pass: activations, casts and gradients that meet.
+    """Bytes of one worker. `pass_`: peak of one forward and backward pass: activations, casts and gradients held at once.
 
-    gathered, reduced: of a state that is cut. validation: what a validation holds beside the state.
+    gathered, reduced: of a sharded state. validation: held by a validation besides the state.
     """
 
     weights: int
@@ -82,7 +83,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The highest moment of a step, or of a validation."""
+        """Peak of a step, or of a validation."""
         return self.weights + self.moments + self.average + max(self.pass_, self.validation)
 
     def __str__(self) -> str:
@@ -109,10 +110,10 @@ def estimate(
     parallel: ParallelConfig = DDP,
     world_size: int = 1,
 ) -> MemoryEstimate:
-    """The memory of one of `world_size` workers of a run. Builds the network, but none of its memory.
+    """Estimate the memory of one of `world_size` workers of a run, building the network on meta.
 
-    accumulates: several micro batches make a step, so that gradients are there from its first to its last. computes: the type of the
-    products. by_row: rows have flow times of their own (rtc.max_delay). device: cuda or cpu. parallel: `auto` is counted as none.
+    accumulates: a step has several micro batches, so that gradients persist from the first to the last. computes: the type of the
+    products. by_row: each row has its flow time (rtc.max_delay). device: cuda or cpu. parallel: `auto` counts as none.
     Raises ConfigError where `how` cannot be honoured by this network.
     """
     count = count_of(replace(config, action_horizon=1, max_prompt_tokens=1), how, computes)
@@ -142,10 +143,10 @@ def estimate(
 def decided(
     parallel: ParallelConfig, needed: Callable[[ParallelConfig], int], world_size: int, room: int
 ) -> tuple[ParallelConfig, str | None]:
-    """What `auto` becomes: the first sharding whose memory fits the device's `room`, else the last; and why, in one line.
+    """Resolve `auto` to the first sharding whose memory fits the device's `room` bytes, else to the last; and the reason in one line.
 
-    needed: bytes of a worker. Without `auto`, or with one worker, there is nothing to decide and to say. Raises ConfigError where the
-    workers do not fit the replicas.
+    needed: bytes of a worker. Without `auto`, or with one worker, there is no decision and no line. Raises ConfigError where the workers
+    do not fit the replicas.
     """
     parallel.refuse_for(world_size)
     if world_size == 1 or parallel.shard != AUTO:
@@ -162,14 +163,14 @@ def decided(
 
 @dataclass(frozen=True)
 class Bytes:
-    """Of one number: a product's result, an attention score."""
+    """Bytes of one number: of a product's result, of an attention score."""
 
     product: int
     score: int
 
     @classmethod
     def of(cls, halved: bool, device: str) -> "Bytes":
-        """A GPU's softmax answers in float32 under bfloat16 too, and its product with the values wants a copy."""
+        """Return the bytes per number: a GPU's softmax returns float32 under bfloat16 too, and the product with the values needs a copy."""
         if not halved:
             return cls(4, 4)
         return cls(2, 6 if device == "cuda" else 2)
@@ -177,7 +178,7 @@ class Bytes:
 
 @dataclass
 class ShardUnit:
-    """Of one unit of sharding: how many numbers, how many train; bytes of its weights as gathered, and of autocast's copies."""
+    """Unit of sharding: its numbers, those that train; bytes of its gathered weights, and of autocast's copies."""
 
     numbers: int = 0
     trained: int = 0
@@ -187,7 +188,7 @@ class ShardUnit:
 
 @dataclass(frozen=True)
 class NetworkCount:
-    """Bytes of a network: weights, gradients (all, and those without the tower's), autocast's copies; and where gradients pass."""
+    """Bytes of a network: weights, gradients (all, and all without the tower's), autocast's copies; parts that gradients pass through."""
 
     weights: int
     trained: int
@@ -225,10 +226,10 @@ def count_of(config: Pi0Config, how: Adaptation, computes: torch.dtype) -> Netwo
 
 
 def gradient_flows(model: Pi0) -> frozenset[Part]:
-    """The parts whose results need a gradient: those that train, and all that follow them."""
+    """Return the parts whose outputs need a gradient: those that train, and all after them."""
     trained = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     behind: dict[Part, tuple[Part, ...]] = {"vision": ("vision", "backbone", "action_expert"), "backbone": ("backbone", "action_expert")}
-    # projections lie on both sides of the action expert
+    # projections are on both sides of the action expert
     flowing = {part for origin in trained for part in behind.get(origin, ("action_expert", "projections"))}
     return frozenset(flowing | {"projections"})
 
@@ -236,7 +237,7 @@ def gradient_flows(model: Pi0) -> frozenset[Part]:
 def _activations(
     config: Pi0Config, how: Adaptation, flowing: frozenset[Part], cameras: int, draws: int, size: Bytes, by_row: bool
 ) -> tuple[int, int, int]:
-    """Bytes of one sample: kept of the tower, kept of the decoder, at work in the largest layer."""
+    """Return the bytes of one sample: kept by the tower, kept by the decoder, and of the largest layer while it is computed."""
     streams, vision = config.decoder, config.vision
     pictures = cameras * vision.tokens_per_image
     prefix = pictures + config.max_prompt_tokens

@@ -1,4 +1,4 @@
-"""Pictures of a plan: speed against cards, on several networks and kinds of card, and where the time of a step goes.
+"""Pictures of a plan: speed against number of cards, for several networks and kinds of card, and the time of a step by part.
 
 Owns: drawing. Does not know: how a plan is made.
 """
@@ -14,7 +14,7 @@ Curves = Mapping[str, Sequence[Plan]]
 
 
 def scaling(networks: Curves, cards: Curves, chosen: Sequence[Plan]) -> bytes:
-    """Draw `networks` and `cards` as samples a second, each against one card times their number, and `chosen` as shares; as PNG."""
+    """Draw `networks` and `cards` in samples/s with dotted lines of linear scaling, and `chosen` as shares of a step; return a PNG."""
     figure, (by_network, by_card, shares) = pages.panels(3, height=3.9)
     for axis, curves, title in ((by_network, networks, "by network"), (by_card, cards, "by card")):
         for (name, plans), colour in zip(curves.items(), COLOURS, strict=False):

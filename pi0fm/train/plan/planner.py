@@ -1,20 +1,20 @@
-"""What a run takes on a number of cards before any is rented: seconds of a step, memory, money, and what stops scaling.
+"""Plan of a run on a number of cards, before any is rented: seconds of a step, memory, cost, and what limits scaling.
 
-Owns: the model of a step. Does not know: how it is shown, the numbers of a card (cards.yaml) and how they were measured.
+Owns: the model of a step. Does not know: how it is shown, the figures of a card (cards.yaml) and how they were measured.
 
-    a pass      samples x operations / (product rate x efficiency)  +  numbers that train x pass_bytes / copy rate
+    a pass      samples x operations / (product rate x efficiency)  +  trainable numbers x pass_bytes / copy rate
                 + samples x numbers in and out of adapted layers x adapter_bytes / copy rate
-    a step      [ forward | backward ] x micro batches, the optimiser, and what of the network shows:
+    a step      [ forward | backward ] x micro batches, the optimiser, and the communication that is not hidden:
 
       none        -                      gradients averaged, from the last layer's to the first's, during the last backward pass
       gradients   weights gathered       gradients scattered, every backward pass; under accumulate_whole the last one
       full        weights gathered       weights gathered again, gradients scattered
       replicas                           + rows averaged over the replicas, in the last backward pass
 
-    shown       of a collective that a pass is long enough to hide, all but `overlap`; one unit's part has nothing to run beside
+    shown       the part of a collective that is not hidden: a pass hides at most `overlap` of it, and never the part of one unit
 
-The optimiser reads and writes 32 bytes for each number that trains, 12 more with an average. What is left out: loading, validation,
-checkpoints, `compile`, and prompts shorter than their longest.
+The optimiser reads and writes 32 bytes for each trainable number, 12 more with an average. Not modelled: loading, validation, checkpoints,
+`compile`, and prompts shorter than the longest.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +46,7 @@ STOPPED_BY = {
 
 @dataclass(frozen=True)
 class Card:
-    """A device as cards.yaml describes it."""
+    """Device with the figures of cards.yaml, which explains them."""
 
     memory_gib: float
     flops_per_second: float
@@ -65,7 +65,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step of a run on `workers` cards. parts: its seconds by PARTS; hours, cost: of all its steps."""
+    """One step of a run on `workers` cards. parts: seconds by PARTS; hours, cost (US dollars): of the whole run."""
 
     workers: int
     shard: str
@@ -81,21 +81,21 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Seconds of a step."""
         return sum(self.parts.values())
 
     @property
     def samples_per_second(self) -> float:
-        """Of all workers."""
+        """Samples per second of all workers."""
         return self.global_batch / self.seconds
 
     @property
     def stopped_by(self) -> str:
-        """What takes most of the time beside the products; `nothing` where those take most."""
+        """The largest part of a step in words; `nothing` where that is the products."""
         return STOPPED_BY[max(self.parts, key=lambda part: self.parts[part])]
 
     def json(self) -> dict[str, Any]:
-        """For the last line."""
+        """Return the plan as JSON values, for the command's last line."""
         shares = {part: seconds / self.seconds for part, seconds in self.parts.items()}
         rates = {"step_seconds": self.seconds, "samples_per_second": self.samples_per_second, "shares": shares}
         names = ("workers", "shard", "replicas", "micro_batch", "micro_steps", "memory_gib", "fits", "hours", "cost", "stopped_by")
@@ -103,13 +103,13 @@ class Plan:
 
 
 def known_cards() -> dict[str, Card]:
-    """The cards of cards.yaml by name."""
+    """Return the cards of cards.yaml by name."""
     text = (resources.files(__package__) / "cards.yaml").read_text()
     return {name: Card(**values) for name, values in yaml.safe_load(text).items()}
 
 
 def card_named(name: str) -> Card:
-    """One of `known_cards`. Raises ConfigError that names the nearest."""
+    """Return one of `known_cards`. Raises ConfigError that names the nearest."""
     cards = known_cards()
     if name not in cards:
         raise ConfigError(f"unknown gpu {name!r}: {nearest(name, list(cards))}")
@@ -117,7 +117,7 @@ def card_named(name: str) -> Card:
 
 
 def plan(config: TrainConfig, card: Card, network: Network, workers: int, cameras: int, device: str = "cuda") -> Plan:
-    """The step of `config`, whose sharding is decided. Raises ConfigError for a batch or replicas that so many workers cannot share."""
+    """Plan a step of `config`, whose sharding is decided. Raises ConfigError where the workers cannot share the batch or the replicas."""
     how, shard = config.adaptation(), config.parallel
     shard.refuse_for(workers)
     computes = torch.float32 if config.precision == "float32" else torch.bfloat16
@@ -166,7 +166,7 @@ def plan(config: TrainConfig, card: Card, network: Network, workers: int, camera
 
 
 def ways(config: TrainConfig, workers: int, per_machine: int) -> Iterator[TrainConfig]:
-    """`config` with every sharding that so many workers can have; the one that it asks for, where that is not `auto`."""
+    """Yield `config` with every sharding possible for `workers`; only its sharding where that is not `auto`."""
     if config.parallel.shard != AUTO or workers == 1:
         yield config if config.parallel.shard != AUTO else replace(config, parallel=DDP)
         return
@@ -181,7 +181,7 @@ def ways(config: TrainConfig, workers: int, per_machine: int) -> Iterator[TrainC
 
 
 def best(plans: Sequence[Plan]) -> Plan:
-    """The fastest that fits, but DDP where it is as fast within 3 %; where none fits, the one that needs least memory."""
+    """Return the fastest plan that fits, or DDP if within 3 % of it; where none fits, the one that needs least memory."""
     fitting = [each for each in plans if each.fits]
     if not fitting:
         return min(plans, key=lambda each: each.memory_gib)
@@ -190,12 +190,12 @@ def best(plans: Sequence[Plan]) -> Plan:
 
 
 def plans_of(config: TrainConfig, card: Card, network: Network, workers: int, cameras: int) -> list[Plan]:
-    """Of every sharding that may be chosen for so many workers. Raises what `plan` raises."""
+    """Return the plan of every sharding possible for `workers`. Raises what `plan` raises."""
     return [plan(each, card, network, workers, cameras) for each in ways(config, workers, network.per_machine)]
 
 
 def full_speed(config: TrainConfig, cameras: int, workers: int, device: torch.device) -> float | None:
-    """Samples a second at which `workers` cards like this one would multiply at their highest rate; None for one that is not known."""
+    """Return the samples per second of `workers` cards like this one at their peak product rate; None for an unknown card."""
     if device.type != "cuda" or config.precision == "float32":
         return None
     found = torch.cuda.get_device_name(device).lower().replace(" ", "")
@@ -205,5 +205,5 @@ def full_speed(config: TrainConfig, cameras: int, workers: int, device: torch.de
 
 
 def counts(most: int) -> list[int]:
-    """1, 2, 4 and so on up to `most`, and `most`."""
+    """Return the powers of two up to `most`, and `most`."""
     return sorted({2**power for power in range(most.bit_length())} | {most})
