@@ -1,6 +1,6 @@
 """The options of a conversion.
 
-Owns: `ConvertConfig`. Does not know: any format; torch is not imported, so that a command line is read in a moment.
+Owns: `ConvertConfig`. Does not know: any format. torch is not imported, so that a command line is read quickly.
 """
 
 from dataclasses import dataclass
@@ -19,32 +19,32 @@ DTYPES = ("stored", "float32", "bfloat16")
 class ConvertConfig:
     """Source and output of a conversion, and the facts that a foreign checkpoint lacks.
 
-    Shapes give every width, both depths, vocabulary, patch and picture size. They do not give the heads of a PyTorch checkpoint
-    (num_heads, vision_heads), nor any fact of the robot.
+    Tensor shapes give every width, both depths, vocabulary, patch and picture size. They do not give the numbers of heads of a PyTorch
+    checkpoint (num_heads, vision_heads), nor any fact about the robot.
     """
 
     source: Path = required("directory of a bundle, of LeRobot's PI0 or PI05, or of openpi's weights (PyTorch, or JAX with params/)")
     output_dir: Path = required("directory to write; it must not exist")
     to: str = option("bundle", "bundle, or from a bundle: lerobot, openpi (PyTorch)")
-    dtype: str = option("stored", "numbers of the weights: stored keeps float32 and bfloat16, or float32, bfloat16")
+    dtype: str = option("stored", "type of the weights: stored (keeps float32 and bfloat16), float32 or bfloat16")
     embodiment: Embodiment = option(Embodiment, "")
     norm_stats: Path | None = option(None, "statistics where the source has none: norm_stats.json, or a data set's meta/stats.json")
     normalization: str | None = option(None, "z_score or quantile; empty takes the source's, else z_score for pi0, quantile for pi0.5")
-    norm_floor: float | None = option(None, "least scale of a dimension; empty has none, so that nothing changes")
+    norm_floor: float | None = option(None, "least scale of a dimension; empty sets no floor, as in the source")
     tokenizer: str | None = option(None, "directory of the tokenizer, PaliGemma's for released weights; or byt5")
     tokenizer_name: str | None = option(None, "--to lerobot: where LeRobot finds the tokenizer; empty: Hugging Face's name of PaliGemma's")
     prompt_dialect: str | None = option(
-        None, "how the source was trained to be asked: openpi, lerobot, openpi_stateless; --to: how it will be asked. Empty: its own"
+        None, "prompt format of the training: openpi, lerobot, openpi_stateless; --to: of the prompts to come; empty takes the source's"
     )
-    robot: str | None = option(None, "--to lerobot or openpi, of a bundle of several robots: the one that goes out")
-    num_heads: int = option(8, "query heads of the decoder; LeRobot and openpi know 8 only")
-    vision_heads: int = option(16, "heads of the vision tower; LeRobot and openpi know 16 only")
+    robot: str | None = option(None, "--to lerobot or openpi, for a bundle of several robots: the one to export")
+    num_heads: int = option(8, "query heads of the decoder; LeRobot and openpi have only 8")
+    vision_heads: int = option(16, "heads of the vision tower; LeRobot and openpi have only 16")
     action_horizon: int | None = option(None, "actions predicted at once; empty takes the source's, else 50")
     execution_horizon: int | None = option(None, "actions executed before planning again; empty takes the source's, else 8")
     max_prompt_tokens: int | None = option(None, "longest prompt; empty takes the source's, else 48 for pi0, 200 for pi0.5")
     num_flow_steps: int | None = option(None, "steps of the sampling; empty takes the source's, else 10")
-    fps: float = option(0.0, "control steps a second, kept in the bundle; 0 when unknown")
-    any_size: bool = option(False, "--to lerobot or openpi: write sizes too that their own classes cannot load")
+    fps: float = option(0.0, "control steps per second, kept in the bundle; 0 when unknown")
+    any_size: bool = option(False, "--to lerobot or openpi: also write sizes that their classes cannot load")
 
     def __post_init__(self) -> None:
         for name, known in (

@@ -1,12 +1,12 @@
 """Conversion of weights: one directory in, one directory out, every tensor read once.
 
-Owns: the order of a conversion, and the checks before a byte is written. Does not know: any peer's names or files.
+Owns: the order of a conversion, and the checks before any write. Does not know: any peer's names or files.
 
     foreign directory -> facts, headers -> kind -> sizes -> misfit? -> configuration, chain -> [tensor, tensor, ...] -> bundle
     bundle            -> config, headers -> can the peer hold it?   ------------------------> [tensor, tensor, ...] -> peer's directory
 
-The weights decide whether a policy is pi0 or pi0.5, never a path. Everything left of the brackets reads headers only; the brackets hold
-one foreign tensor at a time; the output is written aside and renamed.
+The weights decide whether a policy is pi0 or pi0.5, never a path. Everything left of the brackets reads only headers; the brackets hold
+one foreign tensor at a time; the output is written under a temporary name and renamed.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ from pi0fm_client.errors import BundleError, ConfigError, OutputError
 
 @dataclass(frozen=True)
 class Converted:
-    """The result of a conversion. source, target: bundle or the peer's name. identity: of the bundle at either end."""
+    """Result of a conversion. source, target: bundle or the peer's name. identity: of the bundle, source or target."""
 
     path: Path
     kind: Kind
@@ -50,8 +50,8 @@ class Converted:
 def convert(config: ConvertConfig) -> Converted:
     """Convert `source` into `output_dir`.
 
-    Raises BundleError for a source that is missing, damaged or does not fit, with every key that does not; ConfigError for a fact that
-    neither the source nor the options give; OutputError for an output that exists or a disk without room.
+    Raises BundleError for a source that is missing, damaged or does not fit, listing every misfit key; ConfigError for a fact that neither
+    source nor options give; OutputError for an output that exists or a full disk.
     """
     if not config.source.is_dir():
         raise BundleError(f"source must be a directory, found {config.source}; give the one that holds the weights")
@@ -116,16 +116,16 @@ def _export(config: ConvertConfig) -> Converted:
 def _converted(
     config: ConvertConfig, kind: Kind, source: str, tensors: int, shapes: Mapping[str, tuple[int, ...]], path: Path
 ) -> Converted:
-    """Print and return the result. path: of the bundle at either end."""
+    """Print and return the result. path: of the bundle, source or target."""
     known = identity(path)
-    zero = "" if config.to == "bundle" else "; what no output depends on is zero"
+    zero = "" if config.to == "bundle" else "; tensors that no output depends on are zero"
     say(f"{config.output_dir}: {kind} from {source} to {config.to}, {tensors} tensors, bundle {known}{zero}")
     parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
     return Converted(config.output_dir, kind, source, config.to, tensors, parameters, known)
 
 
 def _open(source: Path, find_stats: bool) -> tuple[ForeignFacts, Weights]:
-    """Open a foreign directory: its facts, and its tensors under openpi's names; print the remarks on both."""
+    """Open a foreign directory: its facts, and its tensors under openpi's names; print remarks about both."""
     if is_orbax(source):
         facts, weights, remarks = read_openpi(source, find_stats), open_orbax(source), [""]
     else:
@@ -154,9 +154,9 @@ def _kind(weights: Weights, facts: ForeignFacts) -> Kind:
 
 
 def _network(config: ConvertConfig, facts: ForeignFacts, weights: Weights, kind: Kind) -> tuple[Pi0Config, dict[str, tuple[Part, ...]]]:
-    """Return the network and the foreign parts of each of its tensors. Raises BundleError with every key that does not fit."""
+    """Return the network and the foreign parts of each of its tensors. Raises BundleError that lists every misfit key."""
     layout = layout_of(weights.shapes)
-    # in JAX's layout heads are axes
+    # in JAX's layout heads are an axis
     known = {"N": config.num_heads, "X": config.vision_heads} if layout == "torch" else {}
     if kind == "pi05" and facts.state_dim is not None:
         known["S"] = facts.state_dim
@@ -179,7 +179,7 @@ def _network(config: ConvertConfig, facts: ForeignFacts, weights: Weights, kind:
 
 
 def _copy(weights: Weights, found: Mapping[str, tuple[Part, ...]], wanted: Mapping[str, tuple[int, ...]], put: Put) -> None:
-    """Read every foreign tensor once, a layer at a time where it stacks layers, and write the parts of our tensors that it holds."""
+    """Read every foreign tensor once, one layer at a time if it stacks layers, and write the parts of our tensors that it holds."""
     uses: dict[str, dict[tuple[int, ...], list[tuple[str, int, Part]]]] = {}
     for ours, group in found.items():
         first = 0

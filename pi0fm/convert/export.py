@@ -1,13 +1,13 @@
 """A bundle's weights under openpi's names, with every key of the peers' classes.
 
-Owns: the check that a peer can hold a bundle, the weights' file. Does not know: the other files of a peer's directory.
+Owns: the check that a peer can hold a bundle, the weights file. Does not know: the other files of a peer's directory.
 
     a bundle lacks the tensors that nothing reads     lm_head                       a copy of the embedding
                                                       expert's lm_head, the last    zeros
                                                       backbone layer after k and v,
                                                       backbone's final norm
 
-openpi ties lm_head and embed_tokens, and its loader refuses a file that holds both: it gets lm_head alone, as openpi writes it.
+openpi ties lm_head and embed_tokens, and its loader refuses a file that holds both: the file has only lm_head, as openpi writes it.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ RELEASED = {"L": 18, "N": 8, "K": 1, "H": 256, "W": 257_152, "D": 1152, "M": 430
 
 
 def variants(config: Pi0Config) -> dict[str, str]:
-    """Return the peers' names of the streams' sizes; for other sizes, which a user's class may have, the released ones."""
+    """Return the peers' names of the streams' sizes; the released names for other sizes, which a user's class may have."""
     streams = {
         "paligemma_variant": (config.decoder.backbone, "gemma_2b"),
         "action_expert_variant": (config.decoder.action_expert, "gemma_300m"),
@@ -39,7 +39,7 @@ def variants(config: Pi0Config) -> dict[str, str]:
 
 
 def kind_of(config: Pi0Config) -> Kind:
-    """Return pi0 or pi05. Raises BundleError for a mixture that no peer has."""
+    """Return pi0 or pi05. Raises BundleError for a combination that no peer has."""
     inputs = (config.state_input, config.time_conditioning)
     kinds: dict[tuple[str, str], Kind] = {("token", "concatenate"): "pi0", ("prompt", "adaptive_norm"): "pi05"}
     if inputs not in kinds:
@@ -55,9 +55,7 @@ def refuse_what_peers_lack(config: PolicyConfig, peer: str, any_size: bool) -> N
     model, flow = config.model, config.flow
     kind = kind_of(model)
     if model.vision.gelu != "tanh" or model.decoder.gelu != "tanh":
-        raise BundleError(
-            f"{peer} has gelu tanh alone, this bundle was trained with {model.decoder.gelu!r}; its actions would differ there"
-        )
+        raise BundleError(f"{peer} has only gelu tanh, this bundle was trained with {model.decoder.gelu!r}; its actions would differ there")
     if (flow.path, flow.prediction, flow.solver) != ("cond_ot", "velocity", "euler"):
         raise BundleError(
             f"{peer} knows path cond_ot, prediction velocity and solver euler, found {flow.path}, {flow.prediction}, {flow.solver}; "
@@ -73,15 +71,15 @@ def refuse_what_peers_lack(config: PolicyConfig, peer: str, any_size: bool) -> N
         odd += [f"state_dim {model.state_dim} for action_dim {model.action_dim}"] * (kind == "pi0" and model.state_dim != model.action_dim)
     if odd and not any_size:
         raise BundleError(
-            f"{peer}'s own classes cannot hold these sizes, and LeRobot would hand back random weights without an error: {'; '.join(odd)}; "
+            f"{peer}'s classes cannot hold these sizes, and LeRobot would return random weights without an error: {'; '.join(odd)}; "
             "type --any_size true for a class of your own"
         )
 
 
 def refuse_other_prompts(config: PolicyConfig, peer: str, asked: str | None) -> None:
-    """Raise BundleError where the peer would write prompts in another dialect than in training.
+    """Raise BundleError where the peer would format prompts in another dialect than in training.
 
-    The peer's code fixes its dialect; no file of it does. asked: the dialect that the user's prompts allow, where one was typed.
+    The peer's code fixes its dialect, none of its files does. asked: dialect that the user's prompts allow, if one was typed.
 
         bundle             openpi pi0   openpi pi0.5                   LeRobot pi0   LeRobot pi0.5
         openpi             x            x                              .             x  the same text
@@ -103,26 +101,26 @@ def refuse_other_prompts(config: PolicyConfig, peer: str, asked: str | None) -> 
     own = LEROBOT if peer == "lerobot" else OPENPI
     if kind == "pi0" and dialect != own:
         raise BundleError(
-            f"{peer} asks a pi0 in its own prompt dialect, this bundle was trained with {trained}, which writes _, line ends and blanks "
-            f"around a prompt otherwise; where your prompts have none of these type --prompt_dialect {own}"
+            f"{peer} gives a pi0 prompts in its dialect, this bundle was trained with {trained}, which writes _, line ends and blanks "
+            f"around a prompt differently; if your prompts have none of these type --prompt_dialect {own}"
         )
 
 
 def say_other_pictures(config: PolicyConfig, peer: str) -> None:
-    """Print a warning where the peer would resize pictures differently than in training: no file of a peer chooses that."""
+    """Print a warning where the peer would resize pictures differently than in training, which none of its files can change."""
     if config.resize != RESIZED[peer]:
         size = config.model.vision.image_size
         say(
-            f"{peer} resizes pictures in the form {RESIZED[peer]}, this bundle was trained with {config.resize}: its actions differ there "
-            f"by some percent, unless pictures come to it as {size} x {size}, resized as pi0fm does"
+            f"{peer} resizes pictures with {RESIZED[peer]}, this bundle was trained with {config.resize}: its actions differ there by some "
+            f"percent, unless it is given pictures of {size} x {size}, resized as pi0fm does"
         )
 
 
 def write_weights(path: Path, weights: Weights, config: PolicyConfig, peer: str, dtype: torch.dtype | None) -> int:
     """Write `path`, a safetensors file with the peer's full key set, tensor by tensor; return the number of tensors.
 
-    Peers feed noise to the action dimensions that the robot lacks. Weights that were trained on zeros there get zero weights: the noise
-    has no effect.
+    Peers feed noise to the action dimensions that the robot lacks. A policy trained on zeros there gets zero input weights for them, so
+    that the noise has no effect.
     """
     model = config.model
     kind, prefix = kind_of(model), "model." if peer == "lerobot" else ""
@@ -130,7 +128,7 @@ def write_weights(path: Path, weights: Weights, config: PolicyConfig, peer: str,
     found = parts("torch", kind, sizes)
     unread = unread_shapes("torch", kind, sizes)
     embedding_dtype = common_dtype([weights.dtypes["prompt_embedding.weight"]], dtype)
-    # lm_head first: LeRobot's loader copies each of the two names to the embedding, and the later one wins
+    # lm_head first: LeRobot's loader copies both names to the embedding, and the later one wins
     entries = {prefix + name: (shape, embedding_dtype) for name, shape in unread.items()}
     for ours, group in found.items():
         entries |= {prefix + part.name: (part.shape, common_dtype([weights.dtypes[ours]], dtype)) for part in group}

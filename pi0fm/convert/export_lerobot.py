@@ -1,6 +1,6 @@
 """The files that LeRobot 0.6.1 reads besides a policy's weights, written without LeRobot.
 
-Owns: config.json, the two processors with their statistics, the tokenizer's place. Does not know: weights.
+Owns: config.json, the two processors with their statistics, the tokenizer's folder. Does not know: weights.
 
     before   rename, batch, [newline, tokenizer, device, relative, normalise]     pi0
                             [relative, normalise, state prompt, tokenizer, device] pi0.5
@@ -67,18 +67,18 @@ def write_lerobot(aside: Path, config: PolicyConfig, stats: NormStats, options: 
 
 
 def refuse_other_tokens(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
-    """Raise BundleError where LeRobot, which lets the tokenizer add its special tokens, would get other ids than pi0fm."""
+    """Raise BundleError where LeRobot, which lets the tokenizer add special tokens, would get other ids than pi0fm."""
     ours, mask = PromptTokenizer(tokenizer, max_tokens)([SAMPLE], np.zeros((1, 1), dtype=np.float32))
     theirs = list(tokenizer(SAMPLE + "\n")["input_ids"])
     if ours[0][mask[0]].tolist() != theirs:
         raise BundleError(
-            f"pi0fm puts <bos> before a prompt and nothing behind it, this tokenizer gives LeRobot {theirs[:3]}...{theirs[-2:]}; "
+            f"pi0fm puts <bos> before a prompt and nothing after it, this tokenizer gives LeRobot {theirs[:3]}...{theirs[-2:]}; "
             "its actions would differ there: use a tokenizer such as PaliGemma's"
         )
 
 
 def columns_of(embodiment: Embodiment) -> dict[str, str]:
-    """Return LeRobot's name of every column. LeRobot passes a policy only columns that begin with `observation.`."""
+    """Return LeRobot's name of every column, since LeRobot passes a policy only columns that begin with `observation.`."""
     found: dict[str, str] = {}
     for camera, column in embodiment.cameras.items():
         name = column if column.startswith(PREFIX) else f"{PREFIX}images.{camera}"
@@ -89,7 +89,7 @@ def columns_of(embodiment: Embodiment) -> dict[str, str]:
 
 
 def _print_differences(embodiment: Embodiment, columns: Mapping[str, str]) -> None:
-    """Print what the user must type, because no file makes LeRobot do it."""
+    """Print the options that the user must type, since no file can set them in LeRobot."""
     renamed = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
     unseen = {ours: theirs for ours, theirs in renamed.items() if not ours.startswith(PREFIX)}
     if unseen:
@@ -106,7 +106,7 @@ def _print_differences(embodiment: Embodiment, columns: Mapping[str, str]) -> No
 
 
 def _relative(config: PolicyConfig) -> dict[str, Any]:
-    """Return LeRobot's options of relative actions, which exclude dimensions by a word in their names."""
+    """Return LeRobot's options of relative actions, which exclude dimensions by words in their names."""
     delta = config.embodiment.delta_actions
     if not delta:
         return {"enabled": False, "exclude_joints": ["gripper"], "action_names": None}

@@ -1,6 +1,6 @@
-"""Facts of a foreign policy besides its weights, which options add to or overrule.
+"""Facts about a foreign policy besides its weights; options add to them and override them.
 
-Owns: `ForeignFacts`, their merging into a `PolicyConfig`. Does not know: any peer's files, tensors.
+Owns: `ForeignFacts`, merging them into a `PolicyConfig`. Does not know: any peer's files, tensors.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -30,7 +30,7 @@ DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class ForeignFacts:
-    """The facts in a directory; None for a missing one. columns: statistics by the peer's names. remarks: lines for the user."""
+    """Facts in a directory; None for a missing one. columns: statistics by the peer's names. remarks: lines for the user."""
 
     peer: str
     where: str
@@ -60,7 +60,7 @@ def policy_config(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config,
     embodiment = replace(facts.embodiment, **typed)
     lacking = [name for name, known in (("cameras", embodiment.cameras), ("statistics", facts.columns)) if not known]
     if lacking and options.norm_stats is None and not typed:
-        say(f"{facts.where} does not say {' and '.join(lacking)}: the bundle is to start from, and takes them from the run's data set")
+        say(f"{facts.where} does not say {' and '.join(lacking)}: the bundle is for training, and a run takes them from its data set")
         return _base(options, facts, model, kind)
     if not embodiment.cameras:
         raise ConfigError(
@@ -80,24 +80,24 @@ def policy_config(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config,
     training = {"converted_from": f"{facts.peer} {kind}"}
     if stand_ins:
         training[STAND_INS_FACT] = ",".join(stand_ins)
-        say(f"absent from the statistics, and read by no {normalization}: {', '.join(stand_ins)}; neighbours stand in")
+        say(f"absent from the statistics, and not read by {normalization}: {', '.join(stand_ins)}; neighbouring ones replace them")
     stated = _stated(options, facts, model, kind)
     robot = replace(embodiment, state_dim=len(stats.state.mean), robot_action_dim=len(stats.action.mean))
     return replace(stated, embodiment=robot, normalization=normalization, fps=options.fps, training=training), stats
 
 
 def _base(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config, kind: Kind) -> tuple[PolicyConfig, NormStats]:
-    """Return what a bundle without a robot says: it can be trained from, not served."""
+    """Return configuration and statistics of a bundle without a robot, which can be trained from but not served."""
     normalization = options.normalization or facts.normalization or NORMALIZATION[kind]
     stated = _stated(options, facts, model, kind)
     policy = replace(stated, normalization=normalization, training={"converted_from": f"{facts.peer} {kind}"})
-    load_tokenizer(policy.tokenizer, model.vocab_size)  # refuses one that does not fit
+    load_tokenizer(policy.tokenizer, model.vocab_size)  # refuses a tokenizer that does not fit
     nothing = ColumnStats(*(np.zeros(0, np.float32) for _ in fields(ColumnStats)))
     return policy, NormStats(nothing, nothing, 0)
 
 
 def _stated(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config, kind: Kind) -> PolicyConfig:
-    """Return what source and options say of a policy beside its robot and statistics."""
+    """Return the policy configuration from source and options, without robot and statistics."""
     horizon = options.execution_horizon or facts.execution_horizon or 8
     if horizon > model.action_horizon and options.execution_horizon:
         raise ConfigError(

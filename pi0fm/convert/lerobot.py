@@ -1,4 +1,4 @@
-"""A directory written by LeRobot's `save_pretrained`, read without LeRobot.
+"""Reading a directory written by LeRobot's `save_pretrained`, without LeRobot.
 
 Owns: config.json, policy_preprocessor.json, policy_postprocessor.json and their statistics, as LeRobot 0.6.1 writes them.
 Does not know: weights, the export (convert/export_lerobot).
@@ -28,7 +28,7 @@ from pi0fm_client.errors import BundleError
 STATE, ACTION = "observation.state", "action"
 EPSILON = 1e-8  # LeRobot's default
 MODES = {"MEAN_STD": "z_score", "QUANTILES": "quantile"}
-# Values at which our network computes the same; an absent key has this value in LeRobot.
+# Values for which our network computes the same; LeRobot's defaults for absent keys.
 FIXED: dict[str, Any] = {"n_obs_steps": 1, "min_period": 4e-3, "max_period": 4.0, "use_peft": False}
 KINDS: dict[str, Kind] = {"pi0": "pi0", "pi05": "pi05"}
 
@@ -62,7 +62,7 @@ def _facts(path: Path, config: Mapping[str, Any]) -> ForeignFacts:
     tokenizer = pre.get("tokenizer_processor", {}).get("config", {}).get("tokenizer_name")
     resolution = config.get("image_resolution", [224, 224])
     kind, normalization = KINDS[config["type"]], _normalization(path, config)
-    # LeRobot adds it to a deviation, but replaces a range of quantiles of 0 by it
+    # LeRobot adds eps to a standard deviation, but replaces a quantile range of 0 by it
     epsilon = float(pre.get("normalizer_processor", {}).get("config", {}).get("eps", EPSILON))
     quantiles = (normalization or NORMALIZATION[kind]) == "quantile"
     return ForeignFacts(
@@ -88,13 +88,13 @@ def _facts(path: Path, config: Mapping[str, Any]) -> ForeignFacts:
 
 
 def _embodiment(path: Path, config: Mapping[str, Any], pre: Mapping[str, Any]) -> Embodiment:
-    """Return the robot with its own column names: LeRobot's rename step is undone."""
+    """Return the robot with the column names of its data, undoing LeRobot's rename step."""
     inputs, outputs = config.get("input_features") or {}, config.get("output_features") or {}
     original = {new: old for old, new in pre.get("rename_observations_processor", {}).get("config", {}).get("rename_map", {}).items()}
     cameras = {
         key.rsplit(".", 1)[-1]: original.get(key, key)
         for key, feature in inputs.items()
-        # an empty camera only pads, and is always masked
+        # an empty camera is padding, always masked
         if feature.get("type") == "VISUAL" and ".empty_camera_" not in key
     }
     state_dim, action_dim = _width(inputs.get(STATE)), _width(outputs.get(ACTION))
@@ -115,7 +115,7 @@ def _embodiment(path: Path, config: Mapping[str, Any], pre: Mapping[str, Any]) -
 
 
 def _relative_dims(names: list[str] | None, excluded: list[str], width: int) -> tuple[int, ...]:
-    """Return every dimension without an excluded word in its name, which is LeRobot's rule; all of them where there are no names."""
+    """Return every dimension without an excluded word in its name, as LeRobot does; all dimensions if there are no names."""
     if not names:
         return tuple(range(width))
     words = [word.lower() for word in excluded if word]
@@ -142,7 +142,7 @@ def _normalization(path: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _steps(path: Path, name: str) -> dict[str, dict[str, Any]]:
-    """Return the steps of a processor's file by registry name; none without the file."""
+    """Return the steps of a processor file by registry name; none without the file."""
     if not (path / name).is_file():
         return {}
     steps = read_json(path / name).get("steps")
@@ -152,7 +152,7 @@ def _steps(path: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def _columns(path: Path, pre: Mapping[str, Any], post: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
-    """Return the statistics of state and action; both files hold those of the action, and must agree."""
+    """Return the statistics of state and action; both files hold the action's, and must agree."""
     found = _state(path, pre.get("normalizer_processor", {}))
     back = _state(path, post.get("unnormalizer_processor", {}))
     for statistic, value in back.get(ACTION, {}).items():

@@ -1,7 +1,7 @@
-"""Names and layouts of foreign checkpoints' tensors, and the tensors of a bundle that they become.
+"""Names and layouts of foreign checkpoints' tensors, and the bundle's tensors that they become.
 
 Owns: the table. Does not know: the sizes of a network (convert/shapes), files, robots.
-The names are those of openpi (PyTorch and JAX); LeRobot's are openpi's with a leading `model.`.
+The names are openpi's (PyTorch and JAX); LeRobot's are openpi's with a leading `model.`.
 
 A row lists the foreign tensors that are stacked into one of ours, and how their axes are permuted:
 
@@ -10,7 +10,7 @@ A row lists the foreign tensors that are stacked into one of ours, and how their
                                               PaliGemma/llm/layers/attn/kv_einsum/w   layer/L 1/2 K B H -> K H B
 
     B       an axis of that size; B' another axis of the same size        N*H, 3*E   an axis of a product's size
-    1/2     entry 1 of an axis of two; `layer/L` this layer's             no arrow   axes in the same order
+    1/2     entry 1 of an axis of 2; `layer/L` this layer's entry         no arrow   axes in the same order
 
 Size letters: B, F width and MLP of the backbone, E, G of the action expert, L depth, N heads, K kv heads, H head dim, W vocabulary,
 A action dim, S state dim; of the tower D width, M MLP, T depth, X heads, Y head dim, P patch, V tokens of a picture.
@@ -29,7 +29,7 @@ _LANGUAGE = "paligemma_with_expert.paligemma.model.language_model"
 EMBEDDING = f"{_LANGUAGE}.embed_tokens.weight"
 LM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
 
-# ours : PyTorch's : JAX's. `[q k v]` stands for three stacked tensors, a capital word for one of _WORDS.
+# ours : PyTorch's : JAX's. `[q k v]` stands for three stacked tensors, an upper-case word for one of _WORDS.
 _TOWER = """
 vision.patch_embedding.weight : SIGLIP.embeddings.patch_embedding.weight D 3 P P' : IMG/embedding/kernel P P' 3 D -> D 3 P P'
 vision.patch_embedding.bias : SIGLIP.embeddings.patch_embedding.bias D : IMG/embedding/bias D
@@ -52,7 +52,7 @@ BLOCK.mlp.fc2.weight : THEIRS.mlp.fc2.weight D M : STACK/MlpBlock_0/Dense_1/kern
 BLOCK.mlp.fc2.bias : THEIRS.mlp.fc2.bias D : STACK/MlpBlock_0/Dense_1/bias block/T D
 prompt_embedding.weight : LANGUAGE.embed_tokens.weight W B : LLM/embedder/input_embedding W B
 """
-# A layer of the backbone. The expert's letters are E for B and G for F, its JAX names end in `_1`, here `@`.
+# A layer of the backbone. The action expert has letters E for B and G for F, and JAX names that end in `_1`, here `@`.
 _STREAM = """
 OURS.qkv.weight : LAYER.self_attn.q_proj.weight N*H B + LAYER.self_attn.[k v]_proj.weight K*H B \
 : LLM/layers/attn/q_einsum@/w layer/L N B H -> N H B + LLM/layers/attn/kv_einsum@/w layer/L [0 1]/2 K B H -> K H B
@@ -92,7 +92,7 @@ _STREAMS = {"backbone": (_LANGUAGE, ""), "action_expert": ("paligemma_with_exper
 
 @dataclass(frozen=True)
 class Row:
-    """A foreign tensor. axes: of the whole tensor, those with `/` first; permuted: of the entry that they pick, in our order."""
+    """A foreign tensor. axes: of the whole tensor, those with `/` first; permuted: of the entry that these select, in our order."""
 
     name: str
     axes: tuple[str, ...]
@@ -112,7 +112,7 @@ def layout_of(names: Iterable[str]) -> Layout:
 
 
 def kinds_of(names: Iterable[str]) -> set[Kind]:
-    """Return the kinds of policy that have tensors of these names: exactly one for a whole checkpoint."""
+    """Return the kinds of policy that have tensors with these names: exactly one for a whole checkpoint."""
     found: set[Kind] = set()
     for name in names:
         if re.match(r"action_time_mlp_(in|out)[./]", name):
@@ -123,7 +123,7 @@ def kinds_of(names: Iterable[str]) -> set[Kind]:
 
 
 def table(layout: Layout, kind: Kind) -> dict[str, tuple[Row, ...]]:
-    """Return the rows of every tensor of ours; `{layer}` and `{block}` stand for each layer of decoder and tower."""
+    """Return the rows for each of our tensors; `{layer}` and `{block}` stand for each layer of decoder and tower."""
     rows: dict[str, tuple[Row, ...]] = {}
     for line in _lines(kind):
         ours, *theirs = line.split(" : ")
@@ -145,13 +145,13 @@ def unread(layout: Layout, kind: Kind) -> list[Row]:
 
 
 def dead_rows(ours: str) -> int:
-    """Return how many leading rows of a tensor of the last backbone layer nothing reads: the queries of `qkv`, and all after attention."""
+    """Return the number of leading rows in a tensor of the last backbone layer that nothing reads: `qkv`'s queries, all after attention."""
     name = ours.rsplit(".backbone.", 1)[-1]
     return {"attention_norm.scale": 0, "qkv.weight": 1}.get(name, 2)
 
 
 def _lines(kind: Kind) -> Iterator[str]:
-    """Yield the lines of a whole network, ours : PyTorch's : JAX's, with every word replaced."""
+    """Yield the lines for a whole network, ours : PyTorch's : JAX's, with the words of _WORDS replaced."""
     for line in _TOWER.strip().splitlines():
         yield _replaced(line, _WORDS)
     for stream, (place, suffix) in _STREAMS.items():

@@ -1,10 +1,10 @@
-"""openpi's files besides the weights: most facts of its policies are in its code.
+"""openpi's files besides the weights; most facts about its policies are in its code.
 
-Owns: config.json of its PyTorch form and assets/NAME/norm_stats.json, in and out. Does not know: weights.
+Owns: reading and writing its PyTorch form's config.json and assets/NAME/norm_stats.json. Does not know: weights.
 
     DIR/model.safetensors                PyTorch, with or without config.json
     DIR/params/                          JAX; DIR may also be params/ itself
-    DIR/assets/NAME/norm_stats.json      statistics; the robot's padding may be in them
+    DIR/assets/NAME/norm_stats.json      statistics, possibly with padding dimensions
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ EPSILON = 1e-6  # openpi adds it to every deviation and range
 
 
 def read_openpi(path: Path, find_stats: bool = True) -> ForeignFacts:
-    """Read the directory's facts, without its statistics where others were chosen. Raises BundleError for those of several robots."""
+    """Read the directory's facts. find_stats: with its statistics. Raises BundleError for statistics of several robots."""
     horizon = read_json(path / "config.json").get("action_horizon") if (path / "config.json").is_file() else None
     if horizon is not None and not isinstance(horizon, int):
         raise BundleError(f"{path / 'config.json'}: action_horizon must be a number, found {horizon!r}; type --action_horizon")

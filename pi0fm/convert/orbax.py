@@ -1,13 +1,12 @@
-"""openpi's JAX weights, written by orbax and read without orbax and JAX, one layer of one array at a time.
+"""openpi's JAX weights, written by orbax, read without orbax and JAX, one layer of one array at a time.
 
-Owns: the layout on disk, the names. Does not know: the meaning of a tensor (convert/names), the decoding of a chunk
-(convert/orbax_chunks).
+Owns: the layout on disk, the names. Does not know: the meaning of a tensor (convert/names), decoding a chunk (convert/orbax_chunks).
 
     params/manifest.ocdbt, d/*, ocdbt.process_N/*    one key-value store; without it the same keys are files
       params.PaliGemma.llm.layers.attn.q_einsum.w.value/.zarray     shape and type
       params.PaliGemma.llm.layers.attn.q_einsum.w.value/0.0.0.0     numbers, zstd; an absent chunk is an error, not zeros
 
-Names lose the leading `params` and, where every one has it, the trailing `value` of a flax.nnx state; `.` becomes `/`.
+Names lose the leading `params` and, if all have it, the trailing `value` of a flax.nnx state; `.` becomes `/`.
 """
 
 import math
@@ -26,8 +25,8 @@ from pi0fm_client.errors import BundleError, ConfigError
 MARKS = ("manifest.ocdbt", "_METADATA")
 DRIVERS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-LARGEST_BYTES = 2**36  # of one array; eight times the largest of the released weights
-# by default tensorstore decodes as many chunks at once as there are cores, and keeps them
+LARGEST_BYTES = 2**36  # of one array, 8 times the largest of the released weights
+# by default tensorstore decodes as many chunks at once as there are cores, and caches them
 FRUGAL = {"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}}
 
 
@@ -37,10 +36,10 @@ def is_orbax(path: Path) -> bool:
 
 
 def open_orbax(path: Path) -> Weights:
-    """Open the arrays under `path`; only their metadata is read here. Read each array's entries in ascending order.
+    """Open the arrays under `path`, reading only their metadata. Each array's entries are best read in ascending order.
 
-    Raises BundleError for a store that is cut or damaged, holds other than floating-point numbers or an array of absurd size,
-    ConfigError without tensorstore.
+    Raises BundleError for a store that is truncated or damaged, or holds an array that is not floating-point or too large; ConfigError
+    without tensorstore.
     """
     try:
         import tensorstore
@@ -98,7 +97,7 @@ def _root(path: Path) -> Path | None:
 
 
 def _reader(arrays: Mapping[str, Any], find: Find) -> Callable[[str, Index], Any]:
-    """Read entries of the arrays, with the streams of one array open at a time."""
+    """Return a function that reads entries of the arrays, with the streams of one array open at a time."""
     latest: tuple[str, ArrayStream | None] | None = None
 
     def read(name: str, index: Index) -> Any:
@@ -112,14 +111,14 @@ def _reader(arrays: Mapping[str, Any], find: Find) -> Callable[[str, Index], Any
 
 
 def _plain(stored: list[str]) -> dict[str, str]:
-    """Return the store's name of each of our names."""
+    """Return the store's name for each of our names."""
     words = {name: name.split(".") for name in stored}
     wrapped = all(parts[-1] == "value" for parts in words.values())
     return {"/".join(parts[parts[0] == "params" : len(parts) - wrapped]): name for name, parts in words.items()}
 
 
 def _tensor(array: Any) -> Tensor:
-    """Reinterpret numpy's bfloat16, which torch does not know, by its bits."""
+    """Convert an array to a tensor; numpy's bfloat16, which torch does not accept, by its bits."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)

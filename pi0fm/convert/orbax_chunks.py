@@ -1,6 +1,6 @@
-"""The arrays of a zarr store, entry by entry, decoded as they are read: no chunk is ever whole in memory.
+"""Arrays of a zarr store, read entry by entry and decoded as a stream: no chunk is ever whole in memory.
 
-Owns: the place of a chunk's bytes on disk, the order of its numbers. Does not know: orbax's names of arrays (convert/orbax).
+Owns: the location of a chunk's bytes on disk, the order of its numbers. Does not know: orbax's names of arrays (convert/orbax).
 
 orbax writes one chunk for each device that held the array, so a chunk may be all layers of a matrix: gigabytes. tensorstore holds the
 decoded chunk, its encoded bytes and the requested array at the same time. Here each chunk is a stream:
@@ -9,7 +9,7 @@ decoded chunk, its encoded bytes and the requested array at the same time. Here 
     chunk 1   layer 0 | layer 1 | layer 2 | ...      read in order, each chunk is decoded once, front to back
                       ^ the position of each stream after entry (0,)
 
-A store of plain files has a file for each chunk. In OCDBT a chunk is a stretch of a larger file, found through a tree of nodes:
+A store of plain files has one file per chunk. In OCDBT a chunk is a byte range of a larger file, found through a tree of nodes:
 
     manifest -> newest version -> node -> ... -> node: key -> value:BASE:FILE:OFFSET:LENGTH
 """
@@ -26,8 +26,8 @@ from urllib.parse import unquote
 import numpy as np
 from numpy.typing import NDArray
 
-PACKED_BYTES = 2**20  # read of a file at a time
-ROWS_BYTES = 2**20  # decoded at a time where the rows of a chunk go to different places
+PACKED_BYTES = 2**20  # read from a file at a time
+ROWS_BYTES = 2**20  # decoded at a time where the rows of a chunk are not contiguous in the array
 PACKINGS = {"zstd": "zstd", None: None}
 
 Index = tuple[int, ...]
@@ -35,7 +35,7 @@ Index = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Stretch:
-    """`length` bytes of a file from `start` on."""
+    """Byte range of a file: `length` bytes from `start`."""
 
     file: Path
     start: int
@@ -43,11 +43,11 @@ class Stretch:
 
 
 Find = Callable[[str], Stretch | None]
-"""Key of the store -> its bytes; None where they are not a stretch of a file, such as a value inside a node."""
+"""Key of the store -> its byte range; None where its value is not one, such as a value inside a node."""
 
 
 def find_in_files(root: Path) -> Find:
-    """Return the finder of a store whose keys are files under `root`."""
+    """Return the lookup of a store whose keys are files under `root`."""
 
     def find(key: str) -> Stretch | None:
         file = root / key
@@ -57,7 +57,7 @@ def find_in_files(root: Path) -> Find:
 
 
 def find_in_tree(root: Path, store: Any, dump: Callable[..., Any]) -> Find:
-    """Return the finder of an OCDBT store. store: tensorstore's view of the files under `root`; dump: tensorstore.ocdbt.dump.
+    """Return the lookup of an OCDBT store. store: tensorstore's view of the files under `root`; dump: tensorstore.ocdbt.dump.
 
     Raises ValueError for a tree that is damaged, or that names a file outside `root`.
     """
@@ -66,7 +66,7 @@ def find_in_tree(root: Path, store: Any, dump: Callable[..., Any]) -> Find:
 
 
 def array_stream(array: Any, name: str, find: Find) -> "ArrayStream | None":
-    """Return the stream of a tensorstore array under the key `name`; None for a layout that only tensorstore can read."""
+    """Return the stream of a tensorstore array with the key `name`; None for a layout that only tensorstore can read."""
     spec = array.spec().to_json()
     layout = spec.get("metadata", {})
     plain = (
@@ -92,7 +92,7 @@ def array_stream(array: Any, name: str, find: Find) -> "ArrayStream | None":
 
 @final
 class ArrayStream:
-    """An array whose chunks are streams."""
+    """Array whose chunks are streams."""
 
     def __init__(self, shape: Index, chunk: Index, dtype: np.dtype[Any], packing: str | None, stretches: Mapping[Index, Stretch]) -> None:
         self._shape, self._chunk, self._dtype = shape, chunk, dtype
@@ -102,7 +102,7 @@ class ArrayStream:
     def read(self, index: Index) -> NDArray[Any]:
         """Read entry `index` of the leading axes. In ascending order every chunk is decoded once; a step back decodes from the start.
 
-        Raises ValueError or OSError for a chunk that is cut or damaged.
+        Raises ValueError or OSError for a truncated or damaged chunk.
         """
         leading = len(index)
         place = tuple(at // step for at, step in zip(index, self._chunk, strict=False))
@@ -117,13 +117,13 @@ class ArrayStream:
                 stream = self._open[where] = _ChunkStream(self._stretches[where], self._packing, self._dtype)
             stream.skip(first - stream.position)
             corner: list[Any] = [slice(at * step, (at + 1) * step) for at, step in zip(where[leading:], entry, strict=True)]
-            _fill(found[*corner, ...], entry, stream)  # the slice ends with the array, the chunk may go on with padding
+            _fill(found[*corner, ...], entry, stream)  # the slice ends with the array, the chunk may have padding after it
         return found
 
 
 @final
 class _ChunkStream:
-    """The numbers of one chunk, front to back."""
+    """Numbers of one chunk, front to back."""
 
     def __init__(self, stretch: Stretch, packing: str | None, dtype: np.dtype[Any]) -> None:
         self._stretch, self._dtype, self.position = stretch, dtype, 0
@@ -135,8 +135,8 @@ class _ChunkStream:
         self._stream = packed
 
     def fill(self, into: NDArray[Any]) -> None:
-        """Read the next numbers into a contiguous array. Raises ValueError when there are fewer."""
-        # numpy's buffer protocol knows no bfloat16
+        """Read the next numbers into a contiguous array. Raises ValueError when fewer remain."""
+        # numpy's buffer protocol does not support bfloat16
         left = memoryview(into.reshape(-1).view(np.uint8))
         while left:
             count = self._stream.readinto(left)
@@ -146,7 +146,7 @@ class _ChunkStream:
         self.position += into.size
 
     def skip(self, count: int) -> None:
-        """Skip numbers."""
+        """Skip `count` numbers."""
         piece = ROWS_BYTES // self._dtype.itemsize
         for first in range(0, count, piece):
             self.fill(np.empty(min(piece, count - first), self._dtype))
@@ -154,7 +154,7 @@ class _ChunkStream:
 
 @final
 class _Bytes(io.RawIOBase):
-    """A stretch of a file, opened for each piece: an array may have more chunks than a process may have open files."""
+    """Byte range of a file, opened for each read: an array may have more chunks than a process may have open files."""
 
     def __init__(self, stretch: Stretch) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ def _fill(into: NDArray[Any], entry: Index, stream: _ChunkStream) -> None:
 
 
 def _values(root: Path, store: Any, dump: Callable[..., Any]) -> Iterator[tuple[bytes, Stretch]]:
-    """Yield key and stretch of every value of the newest version that is in a file."""
+    """Yield key and byte range of every value in the newest version that is stored in a file."""
     newest = max(dump(store).result()["versions"], key=lambda version: version["generation_number"])
     waiting = [(b"", newest["root"]["location"])] if "location" in newest["root"] else []
     while waiting:

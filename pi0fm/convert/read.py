@@ -1,10 +1,10 @@
-"""A foreign checkpoint's tensors, one at a time: names without wrappers, shapes and types of numbers from the headers.
+"""Tensors of a foreign checkpoint, read one at a time: names without wrappers, shapes and number types from the headers.
 
 Owns: sharded safetensors files, the wrappers in names, the embedding under one of its two names. Does not know: the meaning of a tensor
 (convert/names), orbax (convert/orbax).
 
     model.safetensors                  one file
-    model.safetensors.index.json       which shard holds which tensor
+    model.safetensors.index.json       tensor -> shard
     model-00001-of-00003.safetensors
 """
 
@@ -21,15 +21,15 @@ from pi0fm.policy.saved.weights import Shape, Weights, open_file
 from pi0fm_client.errors import BundleError
 
 INDEX = "model.safetensors.index.json"
-# Words that DDP, torch.compile, FSDP and activation checkpointing put into names; no module of a policy has such a name.
+# Words that DDP, torch.compile, FSDP and activation checkpointing add to names; no module of a policy has such a name.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def open_safetensors(path: Path) -> tuple[Weights, str]:
-    """Open the tensors under `path`, in one file or in shards, with a line about the wrappers removed from names (empty for none).
+    """Open the tensors under `path`, in one file or in shards; also return a line about wrappers removed from names, or "".
 
-    Raises BundleError for a file that is missing, cut or damaged, an index that does not fit its shards, two names that are equal
-    without their wrappers, and a tensor of other than floating-point numbers.
+    Raises BundleError for a file that is missing, truncated or damaged, an index that does not match its shards, two names that are equal
+    without their wrappers, and a tensor that is not floating-point.
     """
     origin: dict[str, tuple[Weights, str]] = {}
     removed: set[str] = set()
@@ -51,7 +51,7 @@ def open_safetensors(path: Path) -> tuple[Weights, str]:
 
     shapes = {name: part.shapes[stored] for name, (part, stored) in origin.items()}
     dtypes = {name: part.dtypes[stored] for name, (part, stored) in origin.items()}
-    return Weights(path, shapes, dtypes, read), f"taken out of the tensors' names: {', '.join(sorted(removed))}" if removed else ""
+    return Weights(path, shapes, dtypes, read), f"removed from the tensors' names: {', '.join(sorted(removed))}" if removed else ""
 
 
 def unwrapped(stored: str) -> tuple[str, set[str]]:
@@ -65,10 +65,10 @@ def unwrapped(stored: str) -> tuple[str, set[str]]:
 
 
 def with_one_embedding(weights: Weights, tied: bool) -> tuple[Weights, str]:
-    """Return the tensors with the embedding under `embed_tokens`, and a line about the change (empty for none).
+    """Return the tensors with the embedding under `embed_tokens`, and a line about the change, or "".
 
-    tied: the peer's two names are one tensor, so two that differ are refused. LeRobot's classes do not tie them; they train and read
-    `embed_tokens` only, and lm_head is ignored.
+    tied: the peer's two names are one tensor, so different values are refused. LeRobot's classes do not tie them: they train and read
+    only `embed_tokens`, and lm_head is ignored.
     """
     shapes, dtypes = weights.shapes, weights.dtypes
     if LM_HEAD not in shapes:
@@ -79,18 +79,18 @@ def with_one_embedding(weights: Weights, tied: bool) -> tuple[Weights, str]:
             shapes={**shapes, EMBEDDING: shapes[LM_HEAD]},
             dtypes={**dtypes, EMBEDDING: dtypes[LM_HEAD]},
             read=lambda name, index: weights.read(LM_HEAD if name == EMBEDDING else name, index),
-        ), "the embedding is stored as lm_head alone: it is read from there"
+        ), "the embedding is stored only as lm_head, and read from there"
     if shapes[LM_HEAD] != shapes[EMBEDDING] or _digest(weights, LM_HEAD) == _digest(weights, EMBEDDING):
-        return weights, ""  # another shape is a misfit, and listed with the others
+        return weights, ""  # another shape is a misfit, listed with the others
     if tied:
         raise BundleError(
             f"{LM_HEAD} and {EMBEDDING} are one tensor in openpi, but differ in {weights.path}; remove the one that was not trained"
         )
-    return weights, "lm_head differs from embed_tokens, which alone is read: lm_head is left behind"
+    return weights, "lm_head differs from embed_tokens, and only embed_tokens is read: lm_head is left out"
 
 
 def _digest(weights: Weights, name: str) -> bytes:
-    """Hash a tensor's bytes: two tensors are compared without both being in memory."""
+    """Hash a tensor's bytes, to compare two tensors without both in memory."""
     return hashlib.sha256(memoryview(weights.read(name, ()).reshape(-1).view(torch.uint8).numpy())).digest()
 
 

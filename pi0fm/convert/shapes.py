@@ -1,8 +1,8 @@
-"""A network's sizes from the shapes of a checkpoint, and the parts of the checkpoint that each of its tensors takes.
+"""A network's sizes from the shapes of a checkpoint, and the checkpoint's parts that make each of our tensors.
 
 Owns: the axes of convert/names' notation, the sizes, the list of misfits. Does not know: files, types of numbers, robots.
 
-    names and shapes --tell_sizes--> sizes --parts--> foreign parts of each tensor of ours
+    names and shapes --tell_sizes--> sizes --parts--> foreign parts of each of our tensors
                                        |----misfit--> every missing, unexpected and mis-shaped name
                                        '----network_config--> Pi0Config
 """
@@ -29,7 +29,7 @@ FIELDS = {
     "W": "vocab_size", "A": "action_dim", "S": "state_dim",
     "D": "vision.width", "M": "vision.mlp_width", "T": "vision.depth", "X": "vision.num_heads", "P": "vision.patch_size",
 }  # fmt: skip
-LARGEST_SIZE = 2**24  # no axis of a policy is longer: a header that says so is damaged
+LARGEST_SIZE = 2**24  # no axis of a policy is longer: a header with a larger size is damaged
 LARGEST_DEPTH = 1024
 
 
@@ -46,19 +46,19 @@ class Part:
     order: Shape
 
     def rows(self, tensor: Tensor, trailing: Shape) -> Tensor:
-        """Return the rows [-1, *trailing] of this part, from the whole foreign tensor; a view where no axes are permuted."""
+        """Return the rows [-1, *trailing] of this part from the whole foreign tensor; a view if no axes are permuted."""
         return tensor[self.index].permute(self.order).reshape(-1, *trailing)
 
     @property
     def count(self) -> int:
-        """The number of entries."""
+        """Number of elements."""
         return math.prod(self.shape[len(self.index) :])
 
 
 def tell_sizes(layout: Layout, kind: Kind, shapes: Mapping[str, Shape], known: Mapping[str, int]) -> dict[str, int]:
-    """Return the size letters of convert/names, each by the vote of all tensors; `known` holds those that are given.
+    """Return the sizes by letter of convert/names, each by a vote of all tensors; `known` holds given ones.
 
-    Raises BundleError for a size that no tensor tells, or that no policy has.
+    Raises BundleError for a size that no tensor gives, or that is out of range.
     """
     sizes = dict(known)
     if layout == "torch":
@@ -80,19 +80,19 @@ def tell_sizes(layout: Layout, kind: Kind, shapes: Mapping[str, Shape], known: M
     if silent:
         where = sorted({row.name for row in rows for axis in row.axes if silent & set(_letters(axis))})
         raise BundleError(
-            f"the checkpoint must tell its sizes {', '.join(sorted(silent))}, found none that does of {', '.join(where)}; "
+            f"the checkpoint must give its sizes {', '.join(sorted(silent))}, found no tensor that does among {', '.join(where)}; "
             "they are missing or mis-shaped, or --num_heads does not fit"
         )
     for letter, size in sizes.items():
         if not 0 < size <= (LARGEST_DEPTH if letter in "LT" else LARGEST_SIZE):
             raise BundleError(
-                f"a size of the checkpoint cannot be meant: {letter} is {size}; the file is damaged, or the head count given does not fit"
+                f"a size of the checkpoint is out of range: {letter} is {size}; the file is damaged, or the head count given does not fit"
             )
     return sizes
 
 
 def parts(layout: Layout, kind: Kind, sizes: Mapping[str, int]) -> dict[str, tuple[Part, ...]]:
-    """Return the foreign parts that are stacked in each tensor of the network."""
+    """Return the foreign parts that are stacked into each tensor of the network."""
     found: dict[str, tuple[Part, ...]] = {}
     for ours, rows in table(layout, kind).items():
         for layer in _layers(ours, sizes):
@@ -104,13 +104,13 @@ def parts(layout: Layout, kind: Kind, sizes: Mapping[str, int]) -> dict[str, tup
 
 
 def unread_shapes(layout: Layout, kind: Kind, sizes: Mapping[str, int]) -> dict[str, Shape]:
-    """Return name and shape of the tensors that a peer's file holds and no output depends on."""
+    """Return name and shape of the tensors in a peer's file that no output depends on."""
     found = (_part(row, {"layer": sizes["L"] - 1}, sizes) for row in unread(layout, kind))
     return {part.name: part.shape for part in found}
 
 
 def misfit(layout: Layout, kind: Kind, sizes: Mapping[str, int], shapes: Mapping[str, Shape]) -> str:
-    """List every name that is missing, unknown or of another shape; empty when none is. Unread tensors may be absent."""
+    """Format every name that is missing, unknown or of another shape; empty if none is. Unread tensors may be absent."""
     read = {part.name: part.shape for group in parts(layout, kind, sizes).values() for part in group}
     return weights.misfit(shapes, read, unread_shapes(layout, kind, sizes))
 
@@ -118,7 +118,7 @@ def misfit(layout: Layout, kind: Kind, sizes: Mapping[str, int], shapes: Mapping
 def network_config(kind: Kind, sizes: Mapping[str, int], action_horizon: int, max_prompt_tokens: int) -> Pi0Config:
     """Return the network of these sizes. pi0.5 has no state projection: its state is as wide as the actions.
 
-    Raises BundleError where the number of a picture's tokens is no square.
+    Raises BundleError where the number of a picture's tokens is not a square.
     """
     side = math.isqrt(sizes["V"])
     if side * side != sizes["V"]:
@@ -139,14 +139,14 @@ def network_config(kind: Kind, sizes: Mapping[str, int], action_horizon: int, ma
 
 
 def sizes_of(config: Pi0Config) -> dict[str, int]:
-    """Return the size letters of a network; the inverse of `network_config`."""
+    """Return a network's sizes by letter; the inverse of `network_config`."""
     vision = config.vision
     sizes = {letter: int(attrgetter(field)(config)) for letter, field in FIELDS.items()}
     return {**sizes, "Y": vision.width // vision.num_heads, "V": vision.tokens_per_image}
 
 
 def _votes(witnesses: list[tuple[str, int]], sizes: Mapping[str, int]) -> dict[str, Counter[int]]:
-    """Count the sizes that axes with one unknown letter give it."""
+    """Count, for each unknown letter, the sizes implied by axes in which no other letter is unknown."""
     votes: dict[str, Counter[int]] = {}
     for axis, size in witnesses:
         unknown = [letter for letter in _letters(axis) if letter not in sizes]

@@ -1,6 +1,6 @@
-"""Statistics of foreign policies and data sets as ours, and ours as theirs.
+"""Conversion of normalisation statistics between pi0fm and its peers' policies and data sets.
 
-Owns: the needed statistics, the substitutes for those that nothing reads. Does not know: weights, configurations.
+Owns: the statistics needed, the substitutes for those that nothing reads. Does not know: weights, configurations.
 
     ours     {"state": {"mean", ...}, "action": {...}}                    norm_stats.json of a bundle
     openpi   {"norm_stats": {"state": {"mean", ...}, "actions": {...}}}   assets/NAME/norm_stats.json
@@ -22,7 +22,7 @@ from pi0fm_client.errors import BundleError
 NEEDED = {"z_score": ("mean", "std"), "quantile": ("q01", "q99")}
 # Substitutes for statistics that the normalisation does not read and the source lacks; a line names them.
 STAND_INS = {"q01": "min", "q99": "max", "min": "q01", "max": "q99"}
-# our column -> its names elsewhere
+# our column -> the peers' names
 COLUMNS = {"state": ("state", "observation.state"), "action": ("action", "actions")}
 # in a bundle's training facts: the statistics that are substitutes, which no export writes
 STAND_INS_FACT = "stand_in_statistics"
@@ -31,16 +31,16 @@ Columns = Mapping[str, Mapping[str, Any]]
 
 
 def columns_of(tree: Mapping[str, Any]) -> Columns:
-    """Return the columns in any of the three forms above."""
+    """Return the columns from any of the three forms above."""
     inner = tree.get("norm_stats", tree)
     return {str(name): group for name, group in inner.items() if isinstance(group, Mapping)} if isinstance(inner, Mapping) else {}
 
 
 def foreign_stats(columns: Columns, normalization: str, widths: Mapping[str, int | None], where: str) -> tuple[NormStats, tuple[str, ...]]:
-    """Return our statistics from theirs, and the names of the substitutes.
+    """Return our statistics from a peer's, and the names of the substitutes.
 
-    widths: of `state` and `action`, where known; they cut off the padding that openpi's files may have.
-    Raises BundleError for a missing column, a missing statistic that the normalisation reads, one that is too short or not finite.
+    widths: of `state` and `action`, where known; they remove the padding that openpi's files may have.
+    Raises BundleError for a missing column, a missing statistic that the normalisation reads, or one too short or not finite.
     """
     if normalization not in NEEDED:
         raise BundleError(f"normalization must be one of {', '.join(NEEDED)}, found {normalization!r} in {where}; retrain with one of them")
@@ -69,7 +69,7 @@ def foreign_stats(columns: Columns, normalization: str, widths: Mapping[str, int
 
 
 def written_stats(stats: NormStats, config: PolicyConfig, epsilon: float) -> dict[str, dict[str, NDArray[np.float32]]]:
-    """Return our statistics for a peer, which adds `epsilon` and has no floor; changed where it would otherwise scale differently."""
+    """Return our statistics for a peer, which adds `epsilon` and has no floor; adjusted where its scale would otherwise differ."""
     stand_ins = config.training.get(STAND_INS_FACT, "").split(",")
     columns: dict[str, dict[str, NDArray[np.float32]]] = {}
     for name in COLUMNS:

@@ -201,7 +201,7 @@ def test_two_embeddings_that_differ(openpi, lerobot, bundles, enter, tmp_path, c
     edit(lerobot, lambda tensors: tensors.update({f"model.{LM_HEAD}": tensors[f"model.{LM_HEAD}"] + 1}))
     enter(lerobot)
     assert same_weights(bundles["pi05"], tmp_path / "bundle")
-    assert "lm_head is left behind" in capsys.readouterr().err
+    assert "lm_head is left out" in capsys.readouterr().err
 
 
 def test_no_embedding_at_all(openpi, enter):
@@ -477,7 +477,7 @@ def test_dimensions_that_the_robot_lacks_carry_no_noise_into_weights_that_never_
 @pytest.mark.parametrize(
     ("model", "flow", "words"),
     [
-        ({"vision": {"gelu": "none"}}, {}, "gelu tanh alone"),
+        ({"vision": {"gelu": "none"}}, {}, "only gelu tanh"),
         ({}, {"solver": "heun"}, "solver euler, found cond_ot, velocity, heun"),
         ({"time_conditioning": "adaptive_norm"}, {}, "such a policy stays a bundle"),
     ],
@@ -495,7 +495,7 @@ def test_a_bundle_that_a_peer_would_run_otherwise(model, flow, words, bundles, t
 @pytest.mark.parametrize(
     ("kind", "trained", "asked", "peer", "words"),
     [
-        ("pi0", "openpi", None, "lerobot", "trained with openpi, which writes _, line ends and blanks around a prompt otherwise"),
+        ("pi0", "openpi", None, "lerobot", "trained with openpi, which writes _, line ends and blanks around a prompt differently"),
         ("pi0", "lerobot", None, "openpi", "type --prompt_dialect openpi"),
         ("pi0", "lerobot", "openpi", "lerobot", "type --prompt_dialect lerobot"),
         ("pi05", "openpi_stateless", None, "lerobot", "LeRobot writes the state into every prompt of a pi0.5"),
@@ -624,5 +624,5 @@ def test_pictures_are_resized_as_at_the_weights_origin(peer, own, other, peers, 
         source = make(tmp_path / resize, "pi05", small_policy, character_tokenizer, resize=resize, prompt_dialect=peer)
         capsys.readouterr()
         convert(ConvertConfig(source=source, output_dir=tmp_path / f"{resize}-out", to=peer, any_size=True))
-        said = f"{peer} resizes pictures in the form {own}, this bundle was trained with {other}"
+        said = f"{peer} resizes pictures with {own}, this bundle was trained with {other}"
         assert (said in capsys.readouterr().err) == (resize == other)
