@@ -1,7 +1,7 @@
 """`pi0fm bench NAME`: run a measurement of pi0fm/bench, show its figures and keep them.
 
-Owns: the list, the result's file, tables, the lines about the machine, the rounding of figures. Does not know: what is measured.
-A question is a module of pi0fm/bench with `Options` and `measure(options) -> BenchReport`; it may have `ALIASES` and `POSITIONAL`, and
+Owns: the list, the result file, tables, the lines about the machine, the rounding of figures. Does not know: what is measured.
+A measurement is a module of pi0fm/bench with `Options` and `measure(options) -> BenchReport`; it may have `ALIASES` and `POSITIONAL`, and
 where its options have an `output_dir`, `RESULT` is the file in it: NAME.json when not given, None for no file.
 """
 
@@ -22,16 +22,16 @@ from pi0fm_client.errors import OutputError
 
 HELP = "measure pi0fm and its peers on this machine"
 SUBCOMMANDS = {
-    "loading": "samples a processor second: frame cache and stream against LeRobot's loader, copying and decoding",
-    "learning": "one task, the same data and processor time: pi0fm against LeRobot's own PI0",
-    "inference": "ten Euler steps for one observation: LeRobot's own PI0 against ours",
-    "training": "one optimiser step on the same batch: LeRobot's own PI0 against ours",
+    "loading": "samples per processor second: frame cache and stream against LeRobot's loader, copying and decoding",
+    "learning": "one task, the same data and processor time: pi0fm against LeRobot's PI0",
+    "inference": "ten Euler steps for one observation: LeRobot's PI0 against ours",
+    "training": "one optimiser step on the same batch: LeRobot's PI0 against ours",
     "checkpoint": "steps with an asynchronous checkpoint against steps without",
     "card": "one GPU in eight minutes: whether it computes right, inference and training at full size",
-    "planning": "steps of one, two and four processes, beside what pi0fm plan makes of their rates",
-    "serving": "the server's own time with one robot, eight robots against a server that answers one at a time, a 50-Hz loop",
-    "soak": "a policy server for ten minutes among storms, damaged frames, killed clients and a model that pauses",
-    "scaling": "Ray workers against torchrun's; seconds of a start, a kill and a lost node; bytes of a state that is cut",
+    "planning": "steps of one, two and four processes, against what pi0fm plan predicts from their rates",
+    "serving": "server time with one robot, eight robots against a server that answers one at a time, a 50 Hz loop",
+    "soak": "a policy server for ten minutes under request storms, damaged frames, killed clients and a paused model",
+    "scaling": "Ray workers against torchrun's; seconds of a start, a kill and a lost node; bytes of a sharded state",
     "simulation": "eight simulated environments in one process against one at a time, processor seconds",
     "density": "a chunk's log-likelihood against its sampling, with the same evaluations",
 }
@@ -39,27 +39,27 @@ DIGITS = 6
 
 
 def subcommand(name: str) -> SimpleNamespace:
-    """The question of that name as a command."""
+    """Return the measurement of that name as a command."""
     return question(importlib.import_module("pi0fm.bench.card.run" if name == "card" else f"pi0fm.bench.{name}"), SUBCOMMANDS[name])
 
 
 @functools.cache
 def question(module: ModuleType, text: str) -> SimpleNamespace:
-    """A module of pi0fm/bench as a command; text: its line of help."""
+    """Wrap a module of pi0fm/bench as a command. text: its help line."""
     optional = {"ALIASES": {}, "POSITIONAL": None} | vars(module)
     given = {name: optional[name] for name in ("Options", "ALIASES", "POSITIONAL")}
     return SimpleNamespace(HELP=text, run=functools.partial(ask, module), **given)
 
 
 def ask(module: ModuleType, options: Any) -> dict[str, Any]:
-    """Refuse a place that is taken, measure, and answer."""
+    """Refuse to overwrite a result, measure, and report."""
     name = getattr(module, "RESULT", f"{module.__name__.rpartition('.')[2]}.json")
     written = free_place(getattr(options, "output_dir", None), name)
     return answer(module.measure(options), written, module.__doc__)
 
 
 def answer(report: BenchReport, written: Path | None, notes: str | None) -> dict[str, Any]:
-    """Write the result's file, show the figures, and return them for the last line. notes: what the figures mean, for the file."""
+    """Write the result file, show the figures, and return them for the last line. notes: the meaning of the figures, for the file."""
     figures: dict[str, Any] = rounded(report.figures)
     figures |= {"machine": machine.describe_machine(), "versions": machine.describe_versions()}
     if written is not None:
@@ -74,18 +74,18 @@ def answer(report: BenchReport, written: Path | None, notes: str | None) -> dict
 
 
 def free_place(output_dir: Path | None, name: str | None) -> Path | None:
-    """Where the result goes. Raises OutputError for a folder that is a file, or that holds a result."""
+    """Return the path of the result. Raises OutputError for an output_dir that is a file, or that holds a result."""
     if output_dir is None or name is None:
         return None
     if output_dir.exists() and not output_dir.is_dir():
         raise OutputError(f"output_dir must be a folder, found a file at {output_dir}; type --output_dir ANOTHER")
     if (output_dir / name).exists():
-        raise OutputError(f"a result is never overwritten, and {output_dir / name} is there; type --output_dir ANOTHER")
+        raise OutputError(f"a result is never overwritten, and {output_dir / name} exists; type --output_dir ANOTHER")
     return output_dir / name
 
 
 def show(figures: Mapping[str, Any]) -> None:
-    """Each mapping of alike rows as a table, all other figures as one, on standard error."""
+    """Print each mapping of rows as a table, and all other figures as one table, to standard error."""
     console = Console(stderr=True, highlight=False, width=max(200, Console(stderr=True).width))
     leaves: dict[str, Any] = {}
     for name, value in _parts("", figures):
@@ -98,7 +98,7 @@ def show(figures: Mapping[str, Any]) -> None:
 
 
 def _parts(path: str, tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(name, leaf or mapping of mappings of leaves) of all that is in `tree` but machine and versions."""
+    """Yield (name, leaf or mapping of rows) for everything in `tree` except machine and versions."""
     for key, value in tree.items():
         name = f"{path} {key}".strip().replace("_", " ")
         if not isinstance(value, Mapping) or (value and all(_is_row(row) for row in value.values())):
@@ -112,7 +112,7 @@ def _is_row(value: Any) -> bool:
 
 
 def _table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Rows down and what they hold across, or the other way round, so that the longer side goes down."""
+    """Make a table, transposed where it would have more columns than rows."""
     columns = dict.fromkeys(name for row in rows.values() for name in row)
     cells = {name: {column: row.get(column, "") for column in columns} for name, row in rows.items()}
     if len(columns) > len(rows):
@@ -135,7 +135,7 @@ def _text(value: Any) -> str:
 
 
 def rounded(tree: Any) -> Any:
-    """`tree` with every float at DIGITS significant digits."""
+    """Return `tree` with every float rounded to DIGITS significant digits."""
     if isinstance(tree, Mapping):
         return {name: rounded(value) for name, value in tree.items()}
     if isinstance(tree, list | tuple):

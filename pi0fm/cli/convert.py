@@ -16,7 +16,7 @@ POSITIONAL = "source"
 
 def run(options: ConvertConfig) -> dict[str, Any]:
     """Convert; the result names the directory."""
-    from pi0fm.convert.conversion import convert  # torch, which help does not need
+    from pi0fm.convert.conversion import convert  # imports torch, which help does not need
 
     result = convert(options)
     return {**asdict(result), "path": str(result.path)}

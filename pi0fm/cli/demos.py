@@ -1,6 +1,6 @@
 """`pi0fm demos`: record scripted experts into a LeRobot data set.
 
-Owns: the words of the command. Does not know: how recording works.
+Owns: the command's options and aliases. Does not know: how recording works.
 """
 
 from typing import Any

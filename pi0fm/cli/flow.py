@@ -1,6 +1,6 @@
 """`pi0fm flow NAME`: the mathematics under the policies, drawn and measured.
 
-Owns: the list. Does not know: what any of them does.
+Owns: the list of sub-commands. Does not know: what they do.
 """
 
 import importlib
@@ -16,7 +16,7 @@ SUBCOMMANDS = {
 
 
 def subcommand(name: str) -> Any:
-    """`cli/flow_demo`, or a measurement of pi0fm/bench."""
+    """Return `cli/flow_demo`, or a measurement of pi0fm/bench."""
     if name == "steps":
         return question(importlib.import_module("pi0fm.bench.flow_steps"), SUBCOMMANDS[name])
     return importlib.import_module(f"pi0fm.cli.flow_{name}")

@@ -1,10 +1,10 @@
-"""`pi0fm flow demo`: flow matching and its two ancestors on data in the plane.
+"""`pi0fm flow demo`: flow matching, CNF and diffusion on data in the plane.
 
 Owns: the options, the order compare -> draw -> write, the table, the folder. Does not know: how a method trains, how a picture is drawn.
 
     output_dir/
       report.html       one file that can be sent by mail: pictures inside, no script, nothing loaded from elsewhere
-      demo.json         every figure of the page; removed first and written last, so that a folder with it is one whole demo
+      demo.json         every figure of the page; removed first and written last, so that a folder with it is complete
       over_time.png trajectories.png field.png learned.png comparison.png
 """
 
@@ -42,18 +42,18 @@ FILES = (RESULT, PAGE, *(f"{name}.png" for name in PICTURES))
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Options of `pi0fm flow demo`. Raises ConfigError for an unknown word, a number out of range, an option without a use."""
+    """Options of `pi0fm flow demo`. Raises ConfigError for an unknown value, a number out of range, an unused option."""
 
     dataset: str = option("moons", f"data in the plane: {', '.join(DATASETS)}")
     method: str = option("all", f"what to train, or all to compare: all, {', '.join(METHODS)}")
     path: str | None = option(None, "flow matching's path: cond_ot (when left out), cosine, vp, ve")
     time_density: str | None = option(None, "flow matching's training times: uniform (when left out), pi0, logit_normal, likelihood")
-    prediction: str | None = option(None, "what flow matching's network answers: velocity (when left out), noise, data, score")
+    prediction: str | None = option(None, "output of flow matching's network: velocity (when left out), noise, data, score")
     loss_weighting: str | None = option(None, "flow matching's weights: none (when left out), likelihood")
-    solver: str = option("midpoint", "ODE solver of the sampling, for every method: euler, midpoint, heun, rk4, dopri5")
+    solver: str = option("midpoint", "ODE solver for sampling, for every method: euler, midpoint, heun, rk4, dopri5")
     seconds: float | None = option(None, f"processor seconds of training for each method, {SECONDS:g} when left out")
-    steps: int | None = option(None, "steps of training for each method instead of seconds: the same result at every run")
-    seed: int = option(0, "of weights, data and noise, at least 0")
+    steps: int | None = option(None, "training steps of each method instead of seconds: the same result in every run")
+    seed: int = option(0, "seed of weights, data and noise, at least 0")
     output_dir: Path = option(Path("outputs/flow-demo"), "folder of the page and its pictures; an earlier demo there is replaced")
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class DemoConfig:
             raise ConfigError(f"steps of training must be at least 1, found {self.steps}; type --steps 2000")
         if self.seed < 0:
             raise ConfigError(f"seed must be at least 0, found {self.seed}; type --seed 0")
-        self.methods()  # refuses words that the flow does not know
+        self.methods()  # refuses unknown values of the flow's options
 
     def methods(self) -> tuple[Method, ...]:
         """Return the methods to train, flow matching first."""
@@ -85,11 +85,11 @@ Options = DemoConfig
 
 
 def run(config: DemoConfig) -> dict[str, Any]:
-    """Train, judge, draw, write; the result is the part of demo.json that is one figure a method."""
+    """Train, compare, draw and write; return the figures of LAST_LINE."""
     refuse_other_folder(config.output_dir)
     seconds = SECONDS if config.seconds is None and config.steps is None else config.seconds
     pictures = {}
-    torch.set_num_threads(1)  # processor seconds are seconds then, and all methods have the same machine
+    torch.set_num_threads(1)  # so that processor seconds are seconds, and all methods have the same resources
     found = compare(DATASETS[config.dataset], config.methods(), config.seed, seconds=seconds, steps=config.steps)
     with progress.step("drawing", len(PICTURES)) as bar:
         for name, draw in PICTURES.items():
@@ -109,7 +109,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
 
 
 def refuse_other_folder(output_dir: Path) -> None:
-    """Raise OutputError when `output_dir` is a file, or holds anything that is not of such a demo."""
+    """Raise OutputError when `output_dir` is a file, or holds anything else than an earlier demo."""
     if output_dir.exists() and not output_dir.is_dir():
         raise OutputError(f"output_dir must be a folder, found a file at {output_dir}; type --output_dir ANOTHER")
     others = sorted(path.name for path in output_dir.iterdir() if path.name not in FILES) if output_dir.exists() else []
@@ -118,7 +118,7 @@ def refuse_other_folder(output_dir: Path) -> None:
 
 
 def write(output_dir: Path, figures: Mapping[str, Any], pictures: Mapping[str, bytes], background: Mapping[str, Any]) -> Path:
-    """Write page, pictures and demo.json in the place of an earlier demo; return the page's path.
+    """Write page, pictures and demo.json, replacing an earlier demo; return the page's path.
 
     background: `command`, and `facts`, tables by heading.
     """
@@ -135,12 +135,12 @@ def write(output_dir: Path, figures: Mapping[str, Any], pictures: Mapping[str, b
 
 
 def _seconds(value: float | None) -> str:
-    """`0.41 s`, `12.3 s`, or `not reached`."""
+    """Format `0.41 s`, `12.3 s`, or `not reached`."""
     return "not reached" if value is None else f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
 
 
 def _factor(value: float) -> str:
-    """`3.4` below ten, `27` from there on."""
+    """Format `3.4` below ten, `27` from ten."""
     return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
 

@@ -1,7 +1,7 @@
-"""LeRobot's options in pi0fm's words: each is taken, ignored with a line that says why, or refused with what to type instead.
+"""LeRobot's options translated to pi0fm's: each is taken, ignored with its reason, or refused with what to type instead.
 
 Owns: the tables of `pi0fm train`, `eval` and `serve`. Does not know: how options are parsed. docs/from_lerobot.md is printed from these
-tables by `python -m pi0fm.cli.lerobot`; tests/docs/test_from_lerobot.py holds every field of LeRobot's own configurations to them.
+tables by `python -m pi0fm.cli.lerobot`; tests/docs/test_from_lerobot.py checks that they cover every field of LeRobot's configurations.
 """
 
 import sys
@@ -14,22 +14,22 @@ from pi0fm_client.errors import ConfigError
 
 Given = Mapping[str, Any]
 SAME = ("steps", "seed", "output_dir", "resume", "dataset.repo_id", "dataset.root", "dataset.episodes")
-"""What has one name and one meaning in both."""
+"""Options with the same name and the same meaning in both."""
 OTHERS = {"num_workers": "LeRobot's are processes that load data; pi0fm's are Ray workers that train, and threads load data"}
-"""What has one name and two meanings: pi0fm's is taken."""
+"""Options with the same name and different meanings: pi0fm's is taken."""
 
 
 @final
 @dataclass(frozen=True)
 class Taken:
-    """An option of LeRobot's that stands for `to`. value: from its value, and all that was given, to ours; a mapping for words."""
+    """LeRobot option that sets our option `to`. value: function of its value and all options given, or mapping, to our value."""
 
     to: str
     value: Callable[[Any, Given], Any] | Mapping[Any, Any] | None = None
     note: str = ""
 
     def options(self, name: str, value: Any, given: Given) -> dict[str, Any]:
-        """Our options by dotted name. Raises ConfigError for a value without a counterpart."""
+        """Return our options by dotted name. Raises ConfigError for a value without a counterpart."""
         if self.value is None:
             return {self.to: value}
         if callable(self.value):
@@ -44,14 +44,14 @@ class Taken:
 @final
 @dataclass(frozen=True)
 class Ignored:
-    """An option that would change nothing here. only: the values for which that holds; `instead` says what to type for others."""
+    """LeRobot option that changes nothing here. only: the values for which that holds; instead: what to type for others."""
 
     why: str
     only: tuple[Any, ...] = ()
     instead: str = ""
 
     def options(self, name: str, value: Any, given: Given) -> dict[str, Any]:
-        """Nothing, after a line. Raises ConfigError for a value that would change something."""
+        """Return no options, and print the reason. Raises ConfigError for a value that would change something."""
         del given
         if self.only and value not in self.only:
             raise ConfigError(f"LeRobot's --{name} {_yaml(value)} has no counterpart: {self.instead}")
@@ -62,7 +62,7 @@ class Ignored:
 @final
 @dataclass(frozen=True)
 class Refused:
-    """An option without a counterpart that would change something."""
+    """LeRobot option without a counterpart that would change something. instead: what to type."""
 
     instead: str
 
@@ -77,18 +77,18 @@ def _yaml(value: Any) -> str:
 
 
 def _flag(word: str) -> dict[Any, Any]:
-    """`word` where LeRobot's option is true; where it is false, nothing."""
+    """Map true to `word`, and false to no option."""
     return {True: word, False: None}
 
 
 def _final_ratio(value: Any, given: Given) -> float:
-    """LeRobot gives the learning rate at the end, pi0fm its ratio to the peak."""
+    """Convert LeRobot's final learning rate to pi0fm's ratio of it to the peak."""
     peak = next((given[name] for name in PEAKS if name in given), 2.5e-5)
     return float(value) / float(peak)
 
 
 def _cameras(value: Any, given: Given) -> dict[str, str]:
-    """{column of the data set: column that the policy wants} as {camera of the policy: column of the data set}."""
+    """Convert {column of the data set: column for the policy} to {camera of the policy: column of the data set}."""
     del given
     pictures = "observation.images."
     if not isinstance(value, Mapping) or not all(str(new).startswith(pictures) for new in value.values()):
@@ -110,12 +110,12 @@ ADAMW_EPSILON = Ignored("it is 1e-8 here too", (1e-8, "1e-8", "1e-08"), "leave i
 COMPILE = Taken("compile", note="each layer; pi0fm serve takes off, kernels and graph")
 
 TRAIN: dict[str, str | Taken | Ignored | Refused] = {
-    "batch_size": Taken("global_batch_size", note="over all workers together; LeRobot's is of each process"),
+    "batch_size": Taken("global_batch_size", note="over all workers together; LeRobot's is per process"),
     "log_freq": "log_every",
     "save_freq": "checkpoint_every",
     "save_checkpoint": Ignored("a run can always be resumed", (True,), "--checkpoint_every N with a large N writes few"),
     "save_checkpoint_to_hub": HUB,
-    "eval_steps": Taken("validation.every", note="beside --validation.episodes N"),
+    "eval_steps": Taken("validation.every", note="with --validation.episodes N"),
     "max_eval_samples": Taken("validation.samples", lambda value, _: value or None),
     "dataset.eval_split": Ignored("nothing is held out", (0, 0.0, None), "hold out episodes by number, --validation.episodes N"),
     "env_eval_freq": Ignored("`pi0fm eval --follow.run OUTPUT_DIR` evaluates while a run trains with --bundle_every N"),
@@ -131,7 +131,7 @@ TRAIN: dict[str, str | Taken | Ignored | Refused] = {
     "dataset.repo_type": Ignored("data sets are read from files", ("dataset", None), "leave it out"),
     "dataset.revision": Refused("fetch it with `hf download REPO --repo-type dataset --revision R`, then type --dataset.root DIR"),
     "dataset.image_transforms.enable": "augment",
-    "dataset.image_transforms": Refused("type --augmentation.crop, .rotation, .brightness, ... for how far pictures are changed"),
+    "dataset.image_transforms": Refused("type --augmentation.crop, .rotation, .brightness, ... for the strength of each change"),
     "dataset.use_imagenet_stats": Ignored("pictures are scaled to [-1, 1], as released weights expect"),
     "dataset.video_backend": Taken("dataset.video_decoder", {"pyav": "pyav", "torchcodec": "torchcodec", None: None}),
     "dataset.return_uint8": Ignored("pictures are bytes until they are on the device"),
@@ -153,7 +153,7 @@ TRAIN: dict[str, str | Taken | Ignored | Refused] = {
     "policy.tokenizer_max_length": "model.max_prompt_tokens",
     "policy.num_inference_steps": "flow.num_flow_steps",
     "policy.image_resolution": Taken("model.vision.image_size", lambda value, _: _side(value), "square pictures"),
-    "policy.empty_cameras": Ignored("a camera that is missing is masked, whatever its place"),
+    "policy.empty_cameras": Ignored("a missing camera is masked, at any position"),
     "policy.input_features": Refused("--embodiment.cameras.NAME COLUMN and --embodiment.state COLUMN choose columns"),
     "policy.output_features": Refused("--embodiment.action COLUMN chooses the column"),
     "policy.normalization_mapping": Refused("type --normalization z_score, or quantile"),
@@ -204,12 +204,12 @@ TRAIN: dict[str, str | Taken | Ignored | Refused] = {
     "peft.method_type": Ignored("it is LoRA", ("LORA", "lora"), "leave it out"),
     "peft.init_type": Ignored("adapters begin at 0", (None,), "leave it out"),
     "peft.target_modules": Refused("type --lora.targets backbone,action_expert, or names of this network's layers"),
-    "peft.full_training_modules": Refused("what is not in --lora.targets and small trains whole"),
+    "peft.full_training_modules": Refused("parts of the network without an adapter train whole, as --train_only says"),
     "wandb.enable": Taken("tracker", _flag("wandb"), "the project is pi0fm, the run output_dir's name"),
-    "wandb": Ignored("--tracker wandb names project and run itself, and WANDB_MODE is asked"),
+    "wandb": Ignored("--tracker wandb sets project and run, and WANDB_MODE is respected"),
     "env": SIMULATOR,
     "eval": SIMULATOR,
-    "job": Refused("docs/scaling.md and deploy/ say how a run gets to other machines"),
+    "job": Refused("docs/scaling.md and deploy/ explain how to run on other machines"),
     "reward_model": Refused("pi0fm trains no reward model"),
     "sample_weighting": Refused("a mixture's entries have weights: --mixture.NAME.weight"),
 }
@@ -226,10 +226,10 @@ EVAL: dict[str, str | Taken | Ignored | Refused] = {
     "env.task": "tasks",
     "eval.n_episodes": Taken("episodes", note="of each task"),
     "eval.batch_size": Taken("environments_per_worker", lambda value, _: value or None),
-    "eval.use_async_envs": Ignored("environments of one worker step together, workers beside each other"),
-    "env.max_parallel_tasks": Ignored("--num_workers says how many run beside each other"),
+    "eval.use_async_envs": Ignored("environments of one worker step together, workers run in parallel"),
+    "env.max_parallel_tasks": Ignored("--num_workers sets how many run in parallel"),
     "job_name": Ignored("output_dir names an evaluation"),
-    "trust_remote_code": Ignored("no code of others is run", (False,), "a bundle holds none"),
+    "trust_remote_code": Ignored("no third-party code is run", (False,), "a bundle holds none"),
     "rename_map": Refused("type --cameras NAME=SOURCE:WIDTHxHEIGHT"),
 }
 """`lerobot-eval`'s options."""
@@ -259,7 +259,7 @@ def _side(value: Any) -> int:
 
 
 def page() -> str:
-    """docs/from_lerobot.md's tables."""
+    """Return the tables of docs/from_lerobot.md."""
     found = [
         "## The same in both\n\n" + ", ".join(f"`--{name}`" for name in SAME) + ".\n",
         *(f"`--{name}` has two meanings: {text}.\n" for name, text in OTHERS.items()),

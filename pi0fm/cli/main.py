@@ -7,10 +7,10 @@ A command of several forms has `form(words)`, which returns an object with these
 
     POSITIONAL      the option that may stand first without its name, in the place of files
     OTHERS          the option that takes the words after that
-    NAMED_BY_ROW    the folder that is outputs/NAME_NAME by default where several files stand in a row
-    DEFAULTS        from all options that were given to those under them
-    OFTEN           of more than SHOWN options, those that --help shows beside the command's own; --help all shows the rest
-    NETWORK         the dataclass whose fields stand behind --model.
+    NAMED_BY_ROW    the option of a folder that defaults to outputs/NAME_NAME for a row of several files
+    DEFAULTS        function from the options given to default options
+    OFTEN           of more than SHOWN options, those that --help shows; --help all shows the rest
+    NETWORK         the dataclass whose fields are --model.FIELD
 """
 
 import importlib
@@ -28,7 +28,7 @@ from rich.table import Table
 from pi0fm import options
 from pi0fm_client.errors import ConfigError, Pi0fmError
 
-SHOWN = 40  # options that --help shows before it leaves out what few people set
+SHOWN = 40  # most options that --help shows before it leaves out the rarely set ones
 COMMANDS = {
     "quickstart": "record, train, evaluate, serve and evaluate over the network, with one command",
     "demos": "record scripted experts into a LeRobot data set",
@@ -57,9 +57,9 @@ FOLDERS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Exit code 0; 1 for a fault the user can mend; 2 for a wrong option; 130 when interrupted, 143 when told to stop."""
+    """Run one command. Exit code 0; 1 for a fault the user can correct; 2 for a wrong option; 130 on SIGINT, 143 on SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait spin for milliseconds, which stalls a busy machine (docs/LOG.md)
+    if "OMP_WAIT_POLICY" not in os.environ:  # waiting threads spin for milliseconds, which stalls a busy machine (docs/LOG.md)
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         return _dispatch((), COMMANDS, words)
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def extra_with(library: str) -> str | None:
-    """The extra of the installed package that brings a library: `train` where that does, never `all`; None where none does."""
+    """Return the extra of the installed package that includes a library: `train` if it does, never `all`; None if none does."""
     try:
         needs = metadata.requires("pi0fm") or []
     except metadata.PackageNotFoundError:
@@ -90,9 +90,9 @@ def extra_with(library: str) -> str | None:
 
 
 def _dispatch(path: tuple[str, ...], commands: Mapping[str, str], words: Sequence[str]) -> int:
-    """Run the one of `commands` that the first word names; where that has sub-commands, the next word names one of those."""
+    """Run the command that the first word names; if it has sub-commands, the one that the next word names."""
     if words == ["--version"] and not path:
-        from pi0fm import machine  # psutil, which other commands may do without
+        from pi0fm import machine  # imports psutil, which not every command needs
 
         print(f"pi0fm {machine.version()}")
         return 0
@@ -123,7 +123,7 @@ def _dispatch(path: tuple[str, ...], commands: Mapping[str, str], words: Sequenc
 
 
 def find(path: Sequence[str]) -> Any:
-    """A command's module, or what stands for one: the group's `subcommand(name)` where it has that."""
+    """Return a command's module, or the result of its group's `subcommand(name)`."""
     group = importlib.import_module(f"pi0fm.cli.{path[0]}") if len(path) > 1 else None
     if group is not None and hasattr(group, "subcommand"):
         return group.subcommand(path[1])
@@ -148,7 +148,7 @@ def _print_commands(path: tuple[str, ...], commands: Mapping[str, str]) -> None:
 
 
 def _print_options(name: str, command: Any, everything: bool) -> None:
-    """Print the options by component; of many those that people set."""
+    """Print the options by component; of many, the ones most often set."""
     rows = options.describe(command.Options)
     network = _constant(command, "NETWORK")
     if network is not None and everything:
@@ -165,13 +165,13 @@ def _print_options(name: str, command: Any, everything: bool) -> None:
         return
     same = {other: meaning for other, meaning in command.ALIASES.items() if isinstance(meaning, str)}
     for other, meaning in same.items():
-        console.print(f"  --{other} is another word for --{meaning}", highlight=False)
+        console.print(f"  --{other} is another name for --{meaning}", highlight=False)
     if len(same) < len(command.ALIASES):
         console.print("  LeRobot's other options: docs/from_lerobot.md", highlight=False)
 
 
 def _component(row: tuple[str, str, str]) -> tuple[bool, str]:
-    """The group of an option: what is required first, what is of no component next, the others by their names."""
+    """Return the sort key of an option: required options first, then those of no component, then by component."""
     group, dot, _ = row[0].partition(".")
     return row[1] != "required", group if dot else ""
 

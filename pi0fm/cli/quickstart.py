@@ -1,9 +1,9 @@
 """`pi0fm quickstart`: the five commands one after the other, as a cluster would run them with another configuration.
 
-Owns: the order, the last screen, the figures of the whole. Does not know: how any of the five works.
+Owns: the order, the last screen, the combined figures. Does not know: how any of the five works.
 
     demos -> train -> eval --------------------> report
-                 `-> serve (a process of its own) -> eval over the socket
+                 `-> serve (a separate process) --> eval over the socket
 """
 
 import contextlib
@@ -53,16 +53,16 @@ class QuickstartConfig:
     """Options of `pi0fm quickstart`."""
 
     output_dir: Path = option(Path("outputs/quickstart"), "folder of everything: data set, run, bundle, reports")
-    resume: bool = option(False, "go on with an interrupted quickstart in output_dir")
+    resume: bool = option(False, "continue an interrupted quickstart in output_dir")
     config: Path | None = option(None, "the training configuration; configs/quickstart.yaml when not given")
-    tasks: tuple[str, ...] = option(("button-press-topdown-v3", "drawer-open-v3", "handle-press-v3"), "tasks of the one policy")
+    tasks: tuple[str, ...] = option(("button-press-topdown-v3", "drawer-open-v3", "handle-press-v3"), "tasks of the policy")
     demonstrations: int = option(50, "demonstrations of each task")
     episodes: int = option(20, "evaluation episodes of each task, on seeds that no demonstration used")
     served_episodes: int = option(4, "episodes of each task over the socket")
     steps: int | None = option(None, "training steps; the configuration's when not given")
     seed: int = option(0, "seed of the training")
     num_workers: int | None = option(None, "processes that simulate; every core when not given")
-    ablate: bool = option(False, "evaluate too with the picture frozen and with the sentences swapped")
+    ablate: bool = option(False, "also evaluate with the picture frozen and with the prompts swapped")
 
     def __post_init__(self) -> None:
         for name in ("demonstrations", "episodes", "served_episodes"):
@@ -74,7 +74,7 @@ Options = QuickstartConfig
 
 
 def run(config: QuickstartConfig) -> dict[str, Any]:
-    """Run the five and return the figures of the whole."""
+    """Run the five commands and return the combined figures."""
     root = config.output_dir.absolute()
     files.make_folder(root)
     if any(root.iterdir()) and not config.resume:
@@ -150,7 +150,7 @@ def _evaluate(config: EvalConfig) -> Evaluation:
 
 @contextlib.contextmanager
 def _server(bundle: Path) -> Iterator[str]:
-    """Start `pi0fm serve` on a free port; its url once it is warm. It ends with this process."""
+    """Start `pi0fm serve` on a free port; yield its URL once it is warm. The server ends with this process."""
     command = [sys.executable, "-c", SERVE, str(os.getpid()), "serve", "--bundle", str(bundle), "--port", "0"]
     with (bundle.parent / "serve.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -169,7 +169,7 @@ def _server(bundle: Path) -> Iterator[str]:
 
 
 def _fresh(folder: Path) -> Path:
-    """Return `folder`, or the next free name after it, unless its evaluation is unfinished: one that ended is never overwritten."""
+    """Return `folder` if it is new or holds an unfinished evaluation, else the next such name: a finished one is never overwritten."""
     number, candidate = 2, folder
     while candidate.exists() and not (candidate / JOURNAL).exists():
         candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1

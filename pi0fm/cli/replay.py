@@ -16,7 +16,7 @@ POSITIONAL = "log"
 
 
 def run(options: ReplayConfig) -> dict[str, Any]:
-    """Replay, say what was found, and return the figures."""
+    """Replay, print the comparison, and return the figures."""
     found: dict[str, Any] = rounded(replay(options))
     if "other" in found:
         dims = range(len(found["other"]))

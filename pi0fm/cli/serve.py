@@ -1,6 +1,6 @@
 """`pi0fm serve`: serve a bundle on a port.
 
-Owns: the options, and the line that says ready. Does not know: the protocol, the content of a bundle.
+Owns: the options, and the ready line. Does not know: the protocol, the contents of a bundle.
 """
 
 import asyncio
@@ -38,30 +38,30 @@ class ServeConfig(LoadOptions, limits.ServingLimits):
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens it to every network, so give a token with it")
     port: int = option(8000, "port to listen on; 0 takes a free one, which the ready line names")
     token: str | None = option(
-        None, f"key that clients must send; others can read it in the list of processes, so prefer ${TOKEN_VARIABLE} or --tokens"
+        None, f"key that clients must send; other users can read it in the process list, so prefer ${TOKEN_VARIABLE} or --tokens"
     )
     tokens: Path | None = option(None, "file of keys, one a line, any of which a client may send; a line that begins with # is a comment")
-    tls_certificate: Path | None = option(None, "PEM file with the server's certificate and those that vouch for it: clients say wss://")
-    tls_key: Path | None = option(None, "PEM file with its key")
-    tls_clients: Path | None = option(None, "PEM file of the authorities that a client's own certificate must come from")
-    log_format: str = option("text", "text, or json: one object a line with time, level, logger, message and, of a fault, its traceback")
+    tls_certificate: Path | None = option(None, "PEM file with the server's certificate chain; clients connect with wss://")
+    tls_key: Path | None = option(None, "PEM file with the certificate's key")
+    tls_clients: Path | None = option(None, "PEM file of the authorities that must have issued a client's certificate")
+    log_format: str = option("text", "text, or json: one object per line with time, level, logger, message and the traceback of a fault")
     guidance: str = option(
         GUIDED,
-        "real-time chunking: guided continues the robot's last chunk by a backward pass a flow step, "
-        "guided_no_jacobian without it: cheaper, cruder, and with --compile too; hard_prefix keeps the rows that are executed meanwhile, "
-        "at hardly a cost, of a policy that was trained with --rtc.max_delay",
+        "real-time chunking: guided continues the robot's last chunk with a backward pass in each flow step; guided_no_jacobian does "
+        "without it: cheaper, less accurate, works with --compile; hard_prefix keeps the rows that are executed meanwhile, at almost no "
+        "cost, for a policy trained with --rtc.max_delay",
     )
-    keys: Path | None = option(None, "YAML file: a robot's own observation key -> a column of the bundle (serve/keys.py says the rest)")
+    keys: Path | None = option(None, "YAML file: a robot's observation key -> a column of the bundle (format in serve/keys.py)")
 
     live: bool = option(
-        False, "show /live: pictures, actions, latency of each robot, in a browser; with the key as password where one is asked for"
+        False, "serve the page /live: pictures, actions and latency of each robot; its password is the key, if clients need one"
     )
-    log_requests: Path | None = option(None, "folder for a log of the inferences, pictures too: pi0fm replay repeats them")
-    log_mb: int = option(1024, "most megabytes of that log; the oldest requests go first")
+    log_requests: Path | None = option(None, "folder for a log of inferences with pictures, for pi0fm replay")
+    log_mb: int = option(1024, "most megabytes of that log; the oldest requests are removed first")
 
-    replicas: int = option(0, "copies of the policy behind Ray Serve, each on a device of its own; 0 serves in this process")
+    replicas: int = option(0, "copies of the policy behind Ray Serve, each on a separate device; 0 serves in this process")
     most_replicas: int | None = option(None, "replicas that Ray Serve may add while more robots are connected; --replicas when not given")
-    robots_per_replica: int = option(8, "robots connected to each replica beyond which one is added")
+    robots_per_replica: int = option(8, "robots connected to each replica above which a replica is added")
 
     def __post_init__(self) -> None:
         LoadOptions.__post_init__(self)
@@ -90,7 +90,7 @@ Options = ServeConfig
 def run(options: ServeConfig) -> None:
     """Serve until SIGINT or SIGTERM; SIGHUP loads the bundle again, as POST /swap with the key $PI0FM_ADMIN_TOKEN does.
 
-    The only line on standard output is the JSON that says ready; a parent process may wait for it.
+    The only line on standard output is the JSON ready line, for which a parent process may wait.
     """
     tokens, admin = known_tokens(options), os.environ.get(ADMIN_VARIABLE)
     if admin is not None:
@@ -107,12 +107,12 @@ def run(options: ServeConfig) -> None:
     certificates = None
     if options.tls_certificate is not None and options.tls_key is not None:
         certificates = server.Certificates(options.tls_certificate, options.tls_key, options.tls_clients)
-        certificates.context()  # a wrong file is told before a policy is loaded
+        certificates.context()  # reports a wrong file before a policy is loaded
     with server.until_stopped(), server.bind(options.host, options.port) as bound:
         url = server.url_of(bound, encrypted=certificates is not None)
         keys = _keys(options)
         say(f"loading {options.bundle}")
-        # Imported here: torch takes seconds, and a port in use should be told at once.
+        # Imported here: torch takes seconds, and a port in use should be reported at once.
         from pi0fm.policy.local import LocalPolicy
         from pi0fm.policy.saved.bundle import load
 
@@ -144,7 +144,7 @@ def run(options: ServeConfig) -> None:
         )
 
         def announce(seconds: float) -> None:
-            # a collection of garbage would look at a million objects of the libraries, a third of a second in which no robot is answered
+            # a garbage collection would visit a million objects of the libraries: a third of a second without an answer to any robot
             gc.collect()
             gc.freeze()
             known = {name: policy.metadata[name] for name in ("identity", "robot") if name in policy.metadata}
@@ -167,7 +167,7 @@ def _serve_replicas(options: ServeConfig, tokens: list[str]) -> None:
     from pi0fm.policy.saved.bundle import metadata
 
     serving.free_of_what_one_server_has(options)
-    metadata(options.bundle, options.robot)  # a fault is told before Ray starts
+    metadata(options.bundle, options.robot)  # reports a fault before Ray starts
     keys = _keys(options)
 
     def build() -> Starlette:
@@ -188,7 +188,7 @@ def _serve_replicas(options: ServeConfig, tokens: list[str]) -> None:
 
 
 def _keys(options: ServeConfig) -> Keys | None:
-    """Read the file of keys, by the bundle's small files, so that a fault is told before weights are loaded."""
+    """Read the file of keys with the bundle's metadata, so that a fault is reported before weights are loaded."""
     if options.keys is None:
         return None
     from pi0fm.policy.saved.bundle import metadata
@@ -197,7 +197,7 @@ def _keys(options: ServeConfig) -> Keys | None:
 
 
 def known_tokens(options: ServeConfig) -> list[str]:
-    """Return the keys of the option or else the environment, and of the file. Raises ConfigError for one that protects nothing."""
+    """Return the key of the option or else of the environment, and those of the file. Raises ConfigError for an invalid or empty key."""
     token, where = options.token, "--token"
     if token is None:
         token, where = os.environ.get(TOKEN_VARIABLE), f"${TOKEN_VARIABLE}"
@@ -213,7 +213,7 @@ def known_tokens(options: ServeConfig) -> list[str]:
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:
-    """The lines of a file of keys by number, without blanks around them. A byte order mark, as editors on Windows write it, is no key."""
+    """Return the lines of a key file with their numbers, stripped, without the byte order mark that editors on Windows write."""
     try:
         raw = file.read_bytes()
     except OSError as error:

@@ -135,7 +135,7 @@ def test_help_of_a_command_names_options_defaults_and_aliases(command: Any, caps
     shown = capsys.readouterr().out
     assert "a command of this test" in shown
     assert ["--steps", "3", "how", "many"] in [line.split() for line in shown.splitlines()]
-    assert "--count is another word for --steps" in shown
+    assert "--count is another name for --steps" in shown
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])

@@ -1,4 +1,4 @@
-"""`pi0fm calibrate BUNDLE`: the threshold of its alarm, from held-out episodes.
+"""`pi0fm calibrate BUNDLE`: set the threshold of its alarm from held-out episodes.
 
 Owns: the printed line. Does not know: how it is found (eval/calibrate).
 """
@@ -16,7 +16,7 @@ ALIASES: dict[str, str] = {"policy.path": "bundle"}
 
 
 def run(options: CalibrateConfig) -> dict[str, Any]:
-    """Calibrate, say the threshold, return the figures."""
+    """Calibrate, print the threshold, return the figures."""
     found: dict[str, Any] = rounded(calibrate(options))
     of_episodes = f"{100 * found['false_alarm_rate']:g} % of episodes like these {found['episodes']}"
     say(f"{options.bundle}: a chunk with a spread above {found['threshold']:g} raises an alarm, at most in {of_episodes}")

@@ -1,6 +1,6 @@
-"""`pi0fm doctor DATASET | CONFIG.yaml ... | BUNDLE | ws://SERVER`: what is wrong, before anything is trained, served or driven.
+"""`pi0fm doctor DATASET | CONFIG.yaml ... | BUNDLE | ws://SERVER`: find faults before anything is trained, served or run on a robot.
 
-Owns: the options, the tables, the exit code. Does not know: what is judged (doctor/data.py, doctor/policy.py).
+Owns: the options, the tables, the exit code. Does not know: the checks (doctor/data.py, doctor/policy.py).
 
     DATASET [CONFIG ...]   its faults; with a configuration also a batch as that run's network would see it
     CONFIG                 the same for the data set, or each of the mixture, that it names
@@ -43,29 +43,29 @@ HELP = "check a data set, a configuration, a bundle or a server: every fault wit
 POSITIONAL = "data"
 OTHERS = "config"
 SHOWN = 20  # faults in the table
-WIDE = 600  # letters of a line that no terminal folds
+WIDE = 600  # columns where no terminal folds lines
 
 
 @dataclass(frozen=True)
 class Options:
-    """A data set, and the run that is to train on it."""
+    """Options of `pi0fm doctor`: a data set and the run to train on it, or a policy."""
 
     data: str = required(
-        "folder of the data set, or its name as in --dataset.repo_id; the first configuration file of a run that names its own; a bundle; "
-        "or the ws:// address of a server"
+        "folder of the data set, or its name as in --dataset.repo_id; the first configuration file of a run that names its data set; a "
+        "bundle; or the ws:// address of a server"
     )
-    config: tuple[str, ...] = option((), "configuration files of the run, as pi0fm train takes them: prompts are judged by its network")
-    pictures: Extent = option("ends", "ends looks at the first and last picture of every file, all at every one, none at columns only")
+    config: tuple[str, ...] = option((), "configuration files of the run, as for pi0fm train: prompts are checked against its network")
+    pictures: Extent = option("ends", "ends reads the first and last picture of every file, all reads every picture, none only columns")
     dataset: DatasetConfig = option(DatasetConfig, "")
     embodiment: Embodiment = option(Embodiment, "")
-    mixture: dict[str, MixtureEntry] = option(dict, "of a mixture, options of its entries, as in pi0fm train")
-    suite: str | None = option(None, f"simulator that the policy is to be judged in, NAME or {catalog.TASK_FORM}")
+    mixture: dict[str, MixtureEntry] = option(dict, "options of a mixture's entries, as in pi0fm train")
+    suite: str | None = option(None, f"simulator in which the policy will be evaluated, NAME or {catalog.TASK_FORM}")
     server: str | None = option(None, "ws:// address of a server that should serve this policy")
-    max_steps: int | None = option(None, "the step limit that pi0fm eval will be given; the task's own when not given")
-    robot: str | None = option(None, "of a mixture's bundle, the robot to judge; its first when not given")
-    load: bool = option(True, "infer with a bundle: its answers, speed and memory")
+    max_steps: int | None = option(None, "step limit that pi0fm eval will be given; the task's when not given")
+    robot: str | None = option(None, "robot of a mixture's bundle to check; the first when not given")
+    load: bool = option(True, "run inference with a bundle, to check its answers, speed and memory")
     output_dir: Path = option(
-        Path("outputs/doctor"), "folder for contact.png, pictures of the data set, and for sheet.png, where a policy sees it"
+        Path("outputs/doctor"), "folder for contact.png, pictures of the data set, and for sheet.png, pictures as the policy sees them"
     )
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ OFTEN = frozenset(
 
 
 def run(given: Options) -> None:
-    """Judge, print tables and a last line of JSON. Raises DatasetError or BundleError, and so exit code 1, where there is an error."""
+    """Check, print tables and a last line of JSON. Raises DatasetError or BundleError (exit code 1) for a fault."""
     examined = _policy(given)
     if examined is not None:
         show_policy(examined)
@@ -110,13 +110,13 @@ def run(given: Options) -> None:
 
 
 def _contact_sheet(given: Options, findings: Findings) -> Path | None:
-    """Write the sheet of a data set's pictures; None where none is looked at, or a picture is not to be read."""
+    """Write the contact sheet of a data set; return None where pictures are not checked, or one cannot be read."""
     if findings.source is None or given.pictures == "none" or not findings.source.embodiment.cameras:
         return None
     path = given.output_dir / (f"contact-{findings.name}.png" if findings.name else "contact.png")
     try:
         return write_contact_sheet(path, findings.source, given.dataset)
-    except DatasetError:  # a fault in the middle of a file, which --pictures all names
+    except DatasetError:  # a fault in the middle of a file, which --pictures all reports
         return None
 
 
@@ -141,7 +141,7 @@ def _policy(given: Options) -> Examined | None:
             raise ConfigError(f"--server and --robot go with a bundle, found {given.data}; name one, or leave them out")
         return None
     if given.config or given.mixture:
-        raise ConfigError(f"{given.data} is a policy already, found a configuration beside it; leave one of them out")
+        raise ConfigError(f"{given.data} is a policy already, found a configuration with it; leave one of them out")
     has_data = bool(given.dataset.root or given.dataset.repo_id)
     if is_server:
         return examine_server(given.data, given.dataset if has_data else None, _counterparts(given))
@@ -156,13 +156,13 @@ def _counterparts(given: Options, name: str = "") -> Counterparts:
 
 
 def _judged(given: Options) -> list[tuple[Findings, Examined | None]]:
-    """Judge each data set; with a configuration, also examine a batch as its network would see it."""
+    """Check each data set; with a configuration, also examine a batch as its network would see it."""
     _refuse_word(given.data)
     path = Path(given.data)
     is_file = not path.is_dir() and (path.suffix == ".yaml" or given.data in options.shipped())
     place: dict[str, Any] = {}
     if not is_file:
-        # a name of the hub has one slash; anything else that is no folder was meant as one
+        # a name on the hub has one slash; any other word was meant as a folder
         is_folder = path.exists() or path.is_absolute() or given.data.startswith((".", "~")) or given.data.count("/") > 1
         place = {"repo_id": "", "root": path} if is_folder else {"repo_id": given.data, "root": None}
     if not (is_file or given.config):
@@ -217,7 +217,7 @@ def _judged(given: Options) -> list[tuple[Findings, Examined | None]]:
 
 
 def _refuse_word(word: str) -> None:
-    """Raise ConfigError for a word that can be none of what a doctor judges."""
+    """Raise ConfigError for a word that is no data set, configuration, bundle or server."""
     kinds = "a data set's folder or USER/NAME, a configuration, a bundle, or a server's ws:// address"
     scheme, separated, rest = word.partition("//")
     if separated and scheme.rstrip(":").isalpha():
@@ -246,7 +246,7 @@ def _changed(tree: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(findings: Findings, sheet: Path | None = None) -> None:
-    """Print what a data set holds and its faults to standard error."""
+    """Print a data set's contents and faults to standard error."""
     console = Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else WIDE)
     entry = f"{findings.name}: " if findings.name else ""
     console.print(f"{entry}{findings.root}: {findings.episodes} episodes, {findings.rows} rows")

@@ -1,7 +1,7 @@
-"""`pi0fm eval`: judge a policy in simulation, with `--realtime.*` in real time, with `--follow.run` of a run
-that trains, or with `--dataset.root` on recorded episodes.
+"""`pi0fm eval`: evaluate a policy in simulation, with `--realtime.*` in real time, with `--follow.run` during its training, or with
+`--dataset.root` on recorded episodes.
 
-Owns: which of the four, the printed tables. Does not know: how either runs.
+Owns: the choice among the four, the printed tables. Does not know: how each runs.
 """
 
 import sys
@@ -25,12 +25,12 @@ from pi0fm.eval.statistics import Interval
 from pi0fm_client.errors import ConfigError
 
 HELP = (
-    "judge a policy in simulation; on recorded episodes with --dataset.root DIR, in real time with --realtime.delays_ms MS, or while it "
+    "evaluate a policy in simulation; on recorded episodes with --dataset.root DIR, in real time with --realtime.delays_ms MS, or while it "
     "trains with --follow.run RUN"
 )
 OPEN_LOOP = "compare a policy's action chunks with those of recorded episodes"
-FOLLOWED = "judge each bundle that a training run leaves, while it trains; the best is kept, and the run may be stopped early"
-REAL_TIME = "judge a policy in a simulator that does not wait for it: success, jumps and reaction time against delay"
+FOLLOWED = "evaluate each bundle of a training run while it trains; the best is kept, and the run may be stopped early"
+REAL_TIME = "evaluate a policy in a simulator that does not wait for it: success, jumps and reaction time against delay"
 Options = EvalConfig
 ALIASES = lerobot.EVAL
 
@@ -40,7 +40,7 @@ def form(words: Sequence[str]) -> Any:
     forms = {"--dataset.": ON_EPISODES, "--realtime.": IN_REAL_TIME, "--follow.": FOLLOWING}
     found = [each for start, each in forms.items() if any(word.startswith(start) for word in words)]
     if len(found) > 1:
-        raise ConfigError("--dataset.*, --realtime.* and --follow.* are evaluations of their own: leave all but one out")
+        raise ConfigError("--dataset.*, --realtime.* and --follow.* are different evaluations: leave all but one out")
     return found[0] if found else sys.modules[__name__]
 
 
@@ -68,7 +68,7 @@ def run_open_loop(options: OpenLoopConfig) -> dict[str, Any]:
 
 
 def run_in_real_time(options: RealtimeConfig) -> dict[str, Any]:
-    """Drive, print a table, return the figures."""
+    """Evaluate in real time, print a table, return the figures."""
     figures, cells = evaluate_in_real_time(options)
     table = Table(box=None, padding=(0, 2), header_style="")
     table.add_column("mode")

@@ -1,6 +1,6 @@
-"""`pi0fm verify BUNDLE`: replay the bundle's recorded observation here, and say whether the chunk is the recorded one.
+"""`pi0fm verify BUNDLE`: infer the bundle's recorded observation here, and compare the chunk with the recorded one.
 
-Owns: the options, in which order device and conversion are told apart, the table and the exit code. Does not know: how a chunk is compared.
+Owns: the options, the order of checks that tells device from conversion, the table and the exit code. Does not know: the comparison.
 """
 
 import json
@@ -23,12 +23,10 @@ ALIASES = {"policy.path": "bundle"}
 
 @dataclass(frozen=True)
 class Options:
-    """A bundle, and how it is to run here."""
+    """A bundle, and how to run it here."""
 
     bundle: Path = required("folder of the policy")
-    against: Path | None = option(
-        None, "another bundle, whose recorded observation and chunk are taken: of a conversion the one that it started from"
-    )
+    against: Path | None = option(None, "another bundle, whose recorded observation and chunk are used: for a converted bundle its source")
     device: str | None = option(None, "cpu, cuda or cuda:N; the best one that works when not given")
     precision: str = option("auto", "auto, float32 or bfloat16, of the towers' matrices")
     threads: int | None = option(None, "CPU threads of one inference; torch's choice when not given")
@@ -39,7 +37,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not self.tolerance > 0:
-            raise ConfigError(f"--tolerance must be above 0, found {self.tolerance}; leave it out for the usual")
+            raise ConfigError(f"--tolerance must be above 0, found {self.tolerance}; leave it out for the default")
 
     def loading(self) -> LoadOptions:
         """Return the load options."""
@@ -47,13 +45,13 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Print a table and a last line of JSON. Raises BundleError, and so exit code 1, for a chunk that is another one."""
+    """Print a table and a last line of JSON. Raises BundleError (exit code 1) for a chunk that differs."""
     recorded = reference.read(options.bundle if options.against is None else options.against)
     policy = bundle.load(options.bundle, options.loading())
     found = {"here": reference.compare(policy, recorded, options.tolerance)}
     known, here = policy.metadata["identity"], found["here"].here
     plain = here["device"].startswith("cpu") and (here["numbers"], here["compile"]) == ("float32", "off")
-    if not (found["here"].agrees or plain):  # as it was recorded: is it the device, or all that came before?
+    if not (found["here"].agrees or plain):  # run it as it was recorded, to tell the device from the conversion
         del policy
         policy = bundle.load(options.bundle, LoadOptions(device="cpu", precision="float32", threads=options.threads))
         found["float32 on a CPU"] = reference.compare(policy, recorded)

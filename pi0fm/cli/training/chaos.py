@@ -1,4 +1,4 @@
-"""`pi0fm chaos`: a training run that is disturbed, and ends in the weights of a quiet one.
+"""`pi0fm chaos`: disturb a training run, and check that it ends with the weights of an undisturbed one.
 
 Owns: the options. Does not know: what is killed, how a run survives.
 """
@@ -32,5 +32,5 @@ OFTEN = train.often_of(Options)
 
 
 def run(options: ChaosRun) -> dict[str, Any]:
-    """Run in quiet and disturbed, return the figures."""
+    """Run undisturbed and disturbed, return the figures."""
     return disturbing.chaos(options, options.chaos)

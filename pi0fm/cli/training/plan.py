@@ -1,4 +1,4 @@
-"""`pi0fm plan CONFIG --gpus N`: what a run takes on N cards, before any is rented.
+"""`pi0fm plan CONFIG --gpus N`: time, memory and cost of a run on N cards, before any is rented.
 
 Owns: the options, tables and the picture's file. Does not know: how a plan is made (train/plan/planner.py).
 """
@@ -27,7 +27,7 @@ HELP = "estimate step time, memory, cost and scaling limits for any number of ca
 ALIASES = lerobot.TRAIN
 DEFAULTS = defaults
 NETWORK = train.NETWORK
-GBITS = (10.0, 25.0, 100.0, 400.0)  # of the picture
+GBITS = (10.0, 25.0, 100.0, 400.0)  # networks in the picture, Gb/s
 
 MOST_GPUS = 4096
 
@@ -36,27 +36,27 @@ MOST_GPUS = 4096
 class Options(TrainingRun):
     """A run, and the cards that it might run on. Raises ConfigError for a value out of range."""
 
-    gpus: int = option(1, "cards in all; takes the place of num_workers")
+    gpus: int = option(1, "total number of cards; replaces num_workers")
     gpu: str = option("h100", "kind of card: h100, a100 or rtx4090")
-    gpus_per_machine: int = option(8, "cards of a full machine")
+    gpus_per_machine: int = option(8, "cards in a full machine")
     gbits: float = option(100.0, "network of each machine, Gb/s each way, which its cards share")
-    price: float | None = option(None, "US dollars for a card and hour; empty takes an assumption, see train/plan/cards.yaml")
-    cameras: int | None = option(None, "pictures of a sample; empty counts embodiment.cameras")
-    samples_per_gpu: int | None = option(None, "global_batch_size grows with the cards: so many samples for each")
+    price: float | None = option(None, "US dollars per card and hour; empty takes the assumption in train/plan/cards.yaml")
+    cameras: int | None = option(None, "pictures per sample; empty counts embodiment.cameras")
+    samples_per_gpu: int | None = option(None, "samples per card, so that global_batch_size grows with the cards")
     picture: Path | None = option(None, "PNG file of speed and shares from 1 to `gpus` cards")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "num_workers", 0)  # a plan shares the batch out over `gpus`
+        object.__setattr__(self, "num_workers", 0)  # a plan splits the batch over `gpus`
         super().__post_init__()
         for name, least in (("gpus", 1), ("gpus_per_machine", 1), ("cameras", 1), ("samples_per_gpu", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ConfigError(f"{name} must be {least} or more, found {getattr(self, name)}; type --{name} {least}")
         if self.gpus > MOST_GPUS:
-            raise ConfigError(f"gpus must be 1 to {MOST_GPUS}, which is what the plan's networks stand for, found {self.gpus}")
+            raise ConfigError(f"gpus must be 1 to {MOST_GPUS}, the range of the plan's network model, found {self.gpus}")
         if not self.gbits > 0:
             raise ConfigError(f"gbits must be above 0, found {self.gbits}; type --gbits 100")
         if self.price is not None and not self.price >= 0:
-            raise ConfigError(f"price must be 0 or more, in US dollars for a card and hour, found {self.price}; leave it out")
+            raise ConfigError(f"price must be 0 or more, in US dollars per card and hour, found {self.price}; leave it out")
         if self.precision == "float32":
             raise ConfigError("the rates of cards are those of bfloat16, found precision float32; type --precision bfloat16")
         if self.picture is not None and self.picture.suffix != ".png":
@@ -78,9 +78,9 @@ def run(options: Options) -> dict[str, Any]:
     if not chosen.fits:
         progress.say(f"no sharding fits: the least takes {chosen.memory_gib:.1f} of {card.memory_gib:.1f} GiB; type --micro_batch_size 1")
     if not card.measured:
-        progress.say(f"no {options.gpu} was measured: its data sheet, and the shares of it that an H100 reached")
+        progress.say(f"no {options.gpu} was measured: the figures are its data sheet's, times the shares that an H100 reached of its own")
     if options.compile:
-        progress.say("compile is not in the plan, which is that of plain layers")
+        progress.say("compile is not in the plan, which models layers without it")
     if options.picture is not None:
         files.make_folder(options.picture.parent)
         files.write_bytes(options.picture, _picture(options, smaller, cameras))
@@ -110,7 +110,7 @@ def _with_batch(options: Options, gpus: int) -> TrainConfig:
 
 
 def _curve(options: Options, card: Card, gbits: float, cameras: int) -> list[Plan]:
-    """The best plan for each number of cards that can share the batch."""
+    """Return the best plan for each number of cards that can share the batch."""
     found = []
     for gpus in counts(options.gpus):
         config = _with_batch(options, gpus)

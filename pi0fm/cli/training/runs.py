@@ -1,4 +1,4 @@
-"""`pi0fm runs DIR`: the runs below a folder, and several of them on one page.
+"""`pi0fm runs DIR`: list the runs below a folder, and compare several on one page.
 
 Owns: the options and the table. Does not know: what a run is (train/runs.py).
 """
@@ -19,15 +19,15 @@ from pi0fm_client.errors import ConfigError
 HELP = "list runs with state, step and loss curve; --page compares them on one HTML page"
 POSITIONAL, OTHERS = "folder", "others"
 ALIASES: dict[str, str] = {}
-WIDTH = 32  # of a curve
+WIDTH = 32  # characters of a loss curve
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which runs. Raises ConfigError for a page that is no HTML file."""
+    """Runs to show. Raises ConfigError for a page that is not an HTML file."""
 
     folder: Path = option(Path("outputs"), "a run, or a folder with runs below it")
-    others: tuple[Path, ...] = option((), "more of them")
+    others: tuple[Path, ...] = option((), "more runs, or folders with runs")
     page: Path | None = option(None, "HTML file that shows the curves together, and the options that differ")
 
     def __post_init__(self) -> None:

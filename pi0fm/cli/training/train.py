@@ -1,4 +1,4 @@
-"""`pi0fm train`: a row of configuration files to a bundle.
+"""`pi0fm train`: train a bundle from a row of configuration files.
 
 Owns: the command's result. Does not know: how training runs.
 """
@@ -30,14 +30,14 @@ OFTEN = frozenset(
 
 
 def often_of(cls: type) -> frozenset[str]:
-    """OFTEN, and what `cls` has beside a training run's options."""
+    """Return OFTEN and the options that `cls` adds to a training run's."""
     return OFTEN | {field.name for field in fields(cls)} - {field.name for field in fields(Options)}
 
 
 def run(options: TrainingRun) -> dict[str, Any] | None:
-    """Train; the result names the bundle. Under torchrun it is one line, the first process's."""
+    """Train; the result names the bundle. Under torchrun only the first process returns it."""
     refuse_at_once(options)
-    from pi0fm.cluster.training import run_training  # torch: seconds, which a wrong path need not wait for
+    from pi0fm.cluster.training import run_training  # imports torch, which takes seconds: a wrong path is reported before
 
     result = run_training(options)
     if options.workers == (0, 0) and not context_from_environment().is_first:
