@@ -31,7 +31,7 @@ _REMEDIES = {
         "choose a folder that this user may write to": (errno.EROFS, errno.EACCES, errno.EPERM),
         "a part of that name is a file: choose another folder": (errno.ENOTDIR, errno.EEXIST),
         "that disk is damaged or gone: choose another": (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO),
-        "no file can have that name: choose another": (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+        "no file can have that name: choose another name": (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
     }.items()
     for code in codes
 }
