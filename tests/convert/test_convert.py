@@ -206,7 +206,7 @@ def test_two_embeddings_that_differ(openpi, lerobot, bundles, enter, tmp_path, c
 
 def test_no_embedding_at_all(openpi, enter):
     edit(openpi, lambda tensors: tensors.pop(LM_HEAD))
-    assert f"sizes W, found none that does of {EMBEDDING}; they are missing" in refused(enter, openpi)
+    assert f"sizes W, found no tensor that does among {EMBEDDING}; they are missing" in refused(enter, openpi)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.model.", "_fsdp_wrapped_module."])
@@ -548,7 +548,7 @@ def test_a_peer_gets_one_robot_of_several(bundles, peers, enter, small_policy, t
 
 def test_sizes_that_a_peers_class_cannot_hold_need_a_word(bundles, tmp_path):
     line = refused(convert, ConvertConfig(source=bundles["pi0"], output_dir=tmp_path / "out", to="lerobot", prompt_dialect="lerobot"))
-    assert "would hand back random weights" in line
+    assert "would return random weights" in line
     assert "num_heads 2 for 8" in line
     assert "--any_size true" in line
 
