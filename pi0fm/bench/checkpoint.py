@@ -1,16 +1,17 @@
-"""The cost of an asynchronous checkpoint to the training steps during which it is written.
+"""The slowdown of training steps while an asynchronous checkpoint is written.
 
-Owns: blocks of steps with and without a checkpoint, in turn in one process. Does not know: how a checkpoint is written.
+Owns: blocks of steps with and without a checkpoint, alternating in one process. Does not know: how a checkpoint is written.
 
-    with      | step | save | step | step | step | ... | step | (wait)      wait: for a checkpoint that outlasts its block
+    with      | step | save | step | step | step | ... | step | (wait)      wait: until the checkpoint is written, if it is not yet
     without   | step | step | step | step | ... | step |
               |------------------- CLOCK ---------------------------|
 
 Inside the clock: the steps of `pi0fm train` with the moving average, gathering and copying the state, the facts of the run, and the time
-that the saving thread takes from the steps while it plans, sums, writes and fsyncs, retention included. Outside: reading data, logs.
-A block is `every` steps. A checkpoint costs the same whatever that number is, so short blocks measure it best, and its share at another
-number follows: `slowdown_every_1000`. A slowdown of 0.01 is one hundredth more wall time a step. Processor time is measured too: it charges
-the saving thread in full, as on a machine without a core to spare, and other work on the machine moves it less.
+that the saving thread takes from the steps while it plans, computes checksums, writes, fsyncs and removes old checkpoints. Outside:
+reading data, logs.
+A block is `every` steps. The cost of a checkpoint does not depend on that number, so short blocks measure it best; `slowdown_every_1000`
+converts the result to a checkpoint every 1000 steps. A slowdown of 0.01 is 1 % more wall time per step. Processor time is measured too: it
+charges the saving thread in full, as on a machine without an idle core, and depends less on other programs.
 """
 
 import tempfile
@@ -56,10 +57,10 @@ class CheckpointOptions(PairedOptions):
 
     case: str = option("tiny", "network: " + ", ".join(NETWORKS))
     batch_size: int = option(32, "samples of a step")
-    every: int = option(10, "steps of a block, with a checkpoint after the first; the default in training is 1000")
+    every: int = option(10, "steps of a block, with a checkpoint after the first; training saves every 1000 by default")
     precision: str = option("auto", "as pi0fm train takes it")
-    folder: Path | None = option(None, "folder on the disk to write to; the system's folder for temporary files when not given")
-    keep: int = option(2, "checkpoints that are kept, so that older ones are removed as in training")
+    folder: Path | None = option(None, "folder on the disk to measure; the system's folder for temporary files when not given")
+    keep: int = option(2, "checkpoints to keep; older ones are removed, as in training")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,7 +73,7 @@ Options = CheckpointOptions
 
 @dataclass(frozen=True)
 class Block:
-    """Processor seconds of one block, seconds of the call that saves, steps until the checkpoint was written; 0 without one."""
+    """Processor seconds of a block, seconds of the call to save, steps until the checkpoint was written (both 0 without one)."""
 
     cpu: float
     blocking: float
@@ -80,7 +81,7 @@ class Block:
 
 
 def measure(options: CheckpointOptions) -> BenchReport:
-    """Measure in this process. Raises OutputError for a full disk."""
+    """Run both kinds of block in this process. Raises OutputError for a full disk."""
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as training does
     with torch.random.fork_rng(devices=[]):
@@ -106,7 +107,7 @@ def measure(options: CheckpointOptions) -> BenchReport:
 
 
 def figures_of(options: CheckpointOptions, wall: PairedRatio, with_one: Sequence[Block], without: Sequence[Block]) -> dict[str, Any]:
-    """The shares of a step that a checkpoint takes, by wall and by processor time."""
+    """Slowdown by a checkpoint, by wall time and by processor time."""
     cpu = ratio_of([(one.cpu, other.cpu) for one, other in zip(with_one, without, strict=True)])
     steps = median(block.steps for block in with_one)
     every, usual = options.every, TrainConfig.checkpoint_every
@@ -131,7 +132,7 @@ def take_block(options: CheckpointOptions, trainer: Trainer, step: Callable[[], 
     began, asked, there, blocking = time.process_time(), state.step + 1, 0, 0.0
     for number in range(1, options.every + 1):
         step()
-        checkpoints.settle(wait=False)  # as training looks after every step
+        checkpoints.settle(wait=False)  # as training does after every step
         if saves and number == 1:
             blocking = seconds_of(lambda: checkpoints.save(asked, state.tensors(), facts.at(asked)))
         if saves and not there and checkpoints.saved == asked:

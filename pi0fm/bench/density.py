@@ -2,7 +2,7 @@
 
 Owns: the three comparisons. Does not know: how either is computed.
 
-    cached     log_prob of a chunk            : sampling it            both against one cached prefix, the same evaluations
+    cached     log_prob of a chunk            : sampling it            both with one cached prefix and as many evaluations
     one pass   sampling with its log_prob     : sampling it            the same
     call       LocalPolicy.log_prob           : LocalPolicy.infer      each encodes pictures and prompt
 """
@@ -31,23 +31,23 @@ class LikelihoodOptions(PairedOptions):
     """Options of `pi0fm bench density`. Raises ConfigError for a value out of range."""
 
     bundle: Path | None = option(None, "folder of a policy; a random one of the tiny preset when not given")
-    rounds: int = option(40, "times that both sides of a comparison run")
+    rounds: int = option(40, "runs of both sides of each comparison")
     num_probes: int = option(1, "random probes of the log-likelihood; 0 computes the divergence exactly")
-    num_flow_steps: int = option(10, "steps of sampling and log-likelihood alike")
-    solver: str = option("euler", "of both: euler, midpoint, heun, rk4")
+    num_flow_steps: int = option(10, "flow steps of sampling and of the log-likelihood")
+    solver: str = option("euler", "solver of both: euler, midpoint, heun, rk4")
     batch_size: int = option(1, "chunks in one call")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, num_probes=0, num_flow_steps=1, batch_size=1)
-        check_words("solver", (self.solver,), FIXED_GRID_SOLVERS)  # another takes other evaluations on each side
+        check_words("solver", (self.solver,), FIXED_GRID_SOLVERS)  # an adaptive one takes unequal evaluations on the two sides
 
 
 Options = LikelihoodOptions
 
 
 def measure(options: LikelihoodOptions) -> BenchReport:
-    """Measure in this process; `ratio` is log-likelihood by sampling against one cached prefix."""
+    """Run the comparisons in this process; `ratio` is time of the log-likelihood / time of sampling, with one cached prefix."""
     torch.set_num_threads(options.threads)
     cpu, flow = torch.device("cpu"), FlowConfig(solver=options.solver, num_flow_steps=options.num_flow_steps)
     if options.bundle is None:

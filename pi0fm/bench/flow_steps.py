@@ -1,17 +1,17 @@
-"""The error of a sampled action chunk against the evaluations of the network that it cost, for every solver of the ODE.
+"""Error of a sampled action chunk against the number of network evaluations, for every ODE solver.
 
 Owns: the settings that are compared, the reference, the errors, the cheapest setting, the observations, the figure.
-Does not know: how a chunk is solved.
+Does not know: how a solver works.
 
-    noise --rk4, many steps-----> reference     its own error: the same with half the steps
+    noise --rk4, many steps-----> reference     its error: the distance to rk4 with half the steps
           --solver, n steps-----> chunk         error = chunk - reference over the real entries, normalised units
 
 All settings share noise and velocity. Where the velocity is smooth in t, halving the reference's steps multiplies its error by 16.
-pi0's is not: its embedding of t has periods down to 0.004, which a policy trained for minutes does not smooth out; with longer steps
-every solver converges like one of order 1.
+pi0's velocity is not: its embedding of t has periods down to 0.004, which a policy trained for minutes does not smooth out; with longer
+steps every solver converges with order 1.
 
-    observations of a data set   |--x-----x-----x-----x--|             in the middle of equal stretches of its frames
-    of the simulator             seed n + 1:  x . . x . . x . . x      the start, and then along the policy's own steps,
+    observations of a data set   |--x-----x-----x-----x--|             in the middle of equal segments of its frames
+    of the simulator             seed n + 1:  x . . x . . x . . x      the start, then along an episode of the policy,
                                  seed n + 2:  x . . x . . x . . x      execution_horizon apart; n is the last seed that was demonstrated
 """
 
@@ -51,7 +51,7 @@ POSITIONAL = "bundle"
 RESULT, FIGURE = "steps.json", "steps.png"
 ADAPTIVE, REFERENCE = "dopri5", "rk4"
 PER_EPISODE = 4  # observations of an episode
-# Okabe and Ito's colours, which colour-blind readers tell apart; each solver has its marker too.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; each solver also has a marker.
 STYLES = {"euler": "o#0072B2", "midpoint": "s#E69F00", "heun": "^#009E73", "rk4": "D#CC79A7", "dopri5": "v#444444"}
 
 
@@ -62,12 +62,12 @@ class StepsOptions:
     bundle: Path = required("folder of the policy, as pi0fm train wrote it")
     dataset: DatasetConfig = option(DatasetConfig, "")
     output_dir: Path = option(Path("outputs/flow-steps"), "folder of steps.json and steps.png")
-    tolerance: float = option(0.05, "RMS error of a chunk that is accepted, in normalised units")
-    observations: int = option(8, "from the data set, where one is named, else from the simulator at seeds that were not demonstrated")
+    tolerance: float = option(0.05, "largest accepted RMS error of a chunk, in normalised units")
+    observations: int = option(8, "observations: from the data set if one is named, else from the simulator at undemonstrated seeds")
     evaluations: tuple[int, ...] = option((1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 64, 100), "budgets of the fixed-grid solvers")
     dopri5_tolerances: tuple[float, ...] = option((1e-1, 1e-2, 1e-3, 1e-4), "tolerances of dopri5; the bundle's is added")
-    reference_steps: int = option(256, "RK4 steps of what counts as exact, an even number")
-    seed: int = option(0, "of the noise that every chunk starts from")
+    reference_steps: int = option(256, "RK4 steps of the reference solution, an even number")
+    seed: int = option(0, "seed of the noise that every chunk starts from")
     device: str | None = option(None, "cpu, cuda or cuda:N; the best one that works when not given")
     threads: int | None = option(None, "CPU threads; torch's choice when not given")
 
@@ -81,7 +81,7 @@ class StepsOptions:
         if self.reference_steps % 2 or self.reference_steps < max(self.evaluations):
             raise ConfigError(
                 f"reference_steps must be even and at least the largest of evaluations, {max(self.evaluations)}, so that the reference "
-                f"is finer than all that is held to it; found {self.reference_steps}"
+                f"is finer than everything compared with it; found {self.reference_steps}"
             )
 
 
@@ -90,10 +90,11 @@ Options = StepsOptions
 
 @dataclass(frozen=True)
 class SolverError:
-    """The cost of one way to sample, and its error against the reference.
+    """Cost of one solver setting, and its error against the reference.
 
-    solver_tolerance: of dopri5, which tries 1 / num_flow_steps first and chooses its own steps. evaluations: of the network, as counted.
-    rms, largest: over all real entries, normalised units. robot_rms_per_chunk: over all entries of each chunk, in robot units.
+    solver_tolerance: of dopri5, whose first step is 1 / num_flow_steps and whose others are adaptive; else None. evaluations: of the
+    network, counted. rms, largest: over all real entries, normalised units. robot_rms_per_chunk: over all entries of each chunk, in
+    robot units.
     """
 
     solver: str
@@ -105,14 +106,14 @@ class SolverError:
     robot_rms_per_chunk: tuple[float, ...]
 
     def json(self) -> dict[str, Any]:
-        """All of it, and the options of serving and evaluation for it."""
+        """All fields, and the options that select the setting in serving and evaluation."""
         return asdict(self) | {"options": f"--solver {self.solver} --num_flow_steps {self.num_flow_steps}"}
 
 
 def measure(options: StepsOptions) -> BenchReport:
-    """Load, observe, solve, draw; the figures hold `error` by solver and evaluations, and `cheapest`."""
+    """Load the bundle, collect observations, solve, draw; the figures hold `error` by solver and evaluations, and `cheapest`."""
     progress.say(f"loading {options.bundle}")
-    # float32: in bfloat16 the rounding of the network would be most of what is measured
+    # float32: in bfloat16 the network's rounding would be most of the error
     policy = bundle.load(options.bundle, device=options.device, precision="float32", threads=options.threads)
     observations, where = observe(options, policy)
     rows, floor = solve(options, policy, observations)
@@ -143,7 +144,7 @@ def measure(options: StepsOptions) -> BenchReport:
 
 
 def observe(options: StepsOptions, policy: LocalPolicy) -> tuple[list[Observation], str]:
-    """Observations, and their source in words."""
+    """Observations, and a description of their source."""
     if options.dataset.root is not None or options.dataset.repo_id:
         name = options.dataset.repo_id or Path(str(options.dataset.root)).name
         return from_dataset(policy.chain, options.dataset, options.observations), f"the data set {name}"
@@ -156,7 +157,7 @@ def observe(options: StepsOptions, policy: LocalPolicy) -> tuple[list[Observatio
 def from_dataset(chain: Chain, dataset: DatasetConfig, count: int) -> list[Observation]:
     """`count` observations spread over the frames of a data set; all frames where there are fewer.
 
-    Raises ConfigError for a data set that is not of the policy's robot, DatasetError for one that cannot be read.
+    Raises ConfigError for a data set of another robot than the policy's, DatasetError for one that cannot be read.
     """
     source = open_source(dataset, chain.embodiment)
     number = min(count, len(source.frames))
@@ -180,7 +181,7 @@ def simulated_tasks(metadata: Mapping[str, Any]) -> dict[str, int]:
 
 
 def from_simulator(policy: Policy, count: int, seed: int, advance: Callable[[int], None]) -> list[Observation]:
-    """`count` observations spread over the policy's tasks: undemonstrated start positions, and the episode that the policy makes from each.
+    """`count` observations spread over the policy's tasks: undemonstrated start positions, and the policy's episode from each.
 
     Raises ConfigError as `simulated_tasks` does, SimulationError when the machine cannot render.
     """
@@ -204,7 +205,7 @@ def from_simulator(policy: Policy, count: int, seed: int, advance: Callable[[int
 
 
 def solve(options: StepsOptions, policy: LocalPolicy, observations: list[Observation]) -> tuple[list[SolverError], float]:
-    """A row for each setting, and the distance between the reference and one of half its steps; the prefix is encoded once."""
+    """A row for each setting, and the distance of the reference to one with half its steps; the prefix is encoded once."""
     model, flow = policy.model, policy.flow
     shape = (model.config.action_horizon, model.config.action_dim)
     compared = settings(options.evaluations, (*options.dopri5_tolerances, flow.tolerance), flow.num_flow_steps)
@@ -227,7 +228,8 @@ def solve(options: StepsOptions, policy: LocalPolicy, observations: list[Observa
 def settings(evaluations: Sequence[int], tolerances: Sequence[float], first_steps: int) -> list[tuple[str, int, float | None]]:
     """(solver, num_flow_steps, solver_tolerance) of every setting.
 
-    Each fixed-grid solver at each number of evaluations that it can spend exactly, then dopri5 at each tolerance, coarse to fine.
+    Each fixed-grid solver at each number of evaluations that is a multiple of its evaluations per step, then dopri5 at each tolerance,
+    coarse to fine.
     """
     grids: list[tuple[str, int, float | None]] = [
         (solver, spent // num_evaluations(solver, 1), None)
@@ -256,7 +258,7 @@ def errors(
 ) -> list[SolverError]:
     """A row for each of `settings`, in order; all tensors [chunks, ...].
 
-    to_robot: normalised chunks to robot units. advance: called after each. Raises FlowError when a chunk is not finite.
+    to_robot: normalised chunks to robot units. advance: called after each row. Raises FlowError when a chunk is not finite.
     """
     exact, rows = to_robot(reference), []
     for solver, steps, tolerance in compared:
@@ -270,7 +272,7 @@ def errors(
 
 
 def cheapest(rows: Sequence[SolverError], tolerance: float, own_tolerance: float) -> dict[str, SolverError]:
-    """By solver, cheapest first, the row that reaches `tolerance` (RMS) with the fewest evaluations and is not left by finer ones.
+    """By solver, cheapest first, the coarsest row that is within `tolerance` (RMS) together with all finer rows.
 
     A solver that never reaches it is absent. Of dopri5 only the row at `own_tolerance` counts: a policy's options set no other.
     """
@@ -286,9 +288,9 @@ def cheapest(rows: Sequence[SolverError], tolerance: float, own_tolerance: float
 
 
 def observed_order(rows: Sequence[SolverError], solver: str, floor: float) -> float | None:
-    """Minus the slope of log error against log steps, over the finest rows (at most five) of a fixed grid with ten times `floor` or more.
+    """Minus the slope of log error against log steps, over the finest rows (at most 5) of a fixed grid whose error is above 10 `floor`.
 
-    None with fewer than three; smaller errors are those of the reference, not the solver's.
+    None with fewer than 3 rows; smaller errors are those of the reference, not of the solver.
     """
     own = [row for row in rows if row.solver == solver and row.rms > 10 * floor][-5:]
     if len(own) < 3 or solver not in FIXED_GRID_SOLVERS:

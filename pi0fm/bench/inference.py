@@ -1,21 +1,21 @@
-"""Ten Euler steps for one observation: LeRobot's PI0 against ours, in one process, with the same weights and noise.
+"""Time of ten Euler steps for one observation: LeRobot's PI0 against ours, in one process, with the same weights and noise.
 
-Owns: the work inside the two clocks, the two modes, the bounds within which the chunks must agree, the figures of a comparison of speed.
+Owns: the timed work of both sides, the two modes, the bounds within which the chunks must agree, the figures of a comparison of speed.
 Does not know: how its report is shown.
 
-    inside both clocks     pictures, prompt and state to keys and values once; ten velocities; the chunk, normalised
-    only inside ours       masked cameras and unused prompt columns left out, pictures from uint8 to [-1, 1]
-    inside neither         resizing, tokenizing, normalising, drawing noise, actions to robot units
+    timed on both sides    pictures, prompt and state to keys and values once; ten velocities; the chunk, normalised
+    timed on ours only     removing masked cameras and unused prompt columns, pictures from uint8 to [-1, 1]
+    timed on neither       resizing, tokenizing, normalising, drawing noise, actions to robot units
 
 LeRobot's side is `PI0Pytorch.sample_actions` with the arguments that its `predict_action_chunk` passes on; ours is `LocalPolicy`'s work
-on an observation that its chain has made. Both are eager, unless ours is told to compile.
+on an observation that its chain has prepared. Both are eager, unless `--compile` is given for ours.
 
     like_for_like   float32 on both sides, torch's default for products, the same threads
     as_shipped      LeRobot's configuration on a CPU is float32; `pi0fm.load` takes bfloat16 for the towers' matrices where the processor
                     multiplies it in hardware, and float32 elsewhere
 
-`ratio` is LeRobot's time over ours, `gemm_ratio` ours over that of its bare matrix products, `roofline_share` the least time that the
-machine's limits allow over ours.
+`ratio` is LeRobot's time / ours, `gemm_ratio` our time / that of our matrix products alone, `roofline_share` the least time by the
+machine's limits / ours.
 """
 
 import copy
@@ -42,7 +42,7 @@ from pi0fm_client.errors import ConfigError
 ALIASES = {"num_threads": "threads"}
 MODES = ("like_for_like", "as_shipped")
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Of `displacement_difference`, by the type of our matrices. bfloat16 keeps 8 bits, and ten steps through some ten layers add up."""
+"""Bounds of `displacement_difference`, by the type of our matrices. bfloat16 keeps 8 bits; the errors of 10 steps and 10 layers add up."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ Options = InferenceOptions
 
 
 def measure(options: InferenceOptions) -> BenchReport:
-    """Measure both modes of every case. Raises Pi0fmError when the two sides differ, ConfigError for a device that is not there."""
+    """Time both modes of every case. Raises Pi0fmError when the two sides differ, ConfigError for a missing device."""
     progress.say("loading LeRobot")
     from pi0fm.bench.harness import peer  # LeRobot's import alone takes many seconds
 
@@ -81,7 +81,7 @@ def measure(options: InferenceOptions) -> BenchReport:
                 ours = OurCall.of(pair.ours, observation, noise, dtype, options.compile)
                 difference = peer.displacement_difference(ours(), theirs(), noise)
                 peer.check_alike(f"{name} {mode}", "action chunks", difference, BOUNDS[dtype])
-                # products inside compiled kernels cannot be seen; they are those of the uncompiled network
+                # products inside compiled kernels cannot be traced; they equal those of the uncompiled network
                 plain = ours if options.compile == "off" else OurCall.of(pair.ours, observation, noise, dtype)
                 found = speed(theirs, ours, plain, plain.sampler.model, options.rounds, device, rates)
                 rows[mode][name] = found | {"max_abs_difference": difference, "difference_bound": BOUNDS[dtype]}
@@ -91,7 +91,7 @@ def measure(options: InferenceOptions) -> BenchReport:
 
 @dataclass(frozen=True)
 class OurCall:
-    """A call of ours: one chunk [B, H, A] from `observation`, which is on the host as the chain leaves it."""
+    """A call of our sampler: one chunk [B, H, A] from `observation`, which is on the host as the chain leaves it."""
 
     sampler: Sampler
     observation: ModelObservation
@@ -99,11 +99,11 @@ class OurCall:
 
     @classmethod
     def of(cls, model: Pi0, observation: ModelObservation, noise: Tensor, dtype: torch.dtype, compile: str = "off") -> "OurCall":
-        """On a copy of the model. dtype: of the matrices. compile: a word of `policy.sampler.COMPILE`."""
+        """Build the call on a copy of the model. dtype: of the matrices. compile: a word of `policy.sampling.sampler.COMPILE`."""
         return cls(Sampler(copy.deepcopy(model), FlowMatching.from_config(EULER), noise.device, dtype, compile), observation, noise)
 
     def __call__(self) -> Tensor:
-        """The chunk."""
+        """Sample the chunk."""
         return self.sampler(self.observation.trimmed(), self.noise, torch.ones_like(self.noise, dtype=torch.bool))
 
 
@@ -116,7 +116,7 @@ def speed(
     device: torch.device,
     rates: Rates,
 ) -> dict[str, Any]:
-    """The figures of one comparison. plain: `ours` as a call whose products can be listed; model: whose weights it reads."""
+    """Figures of one comparison. plain: `ours` as a call whose products can be traced; model: the network whose weights it reads."""
     products, their_products = products_of(plain, model.parameters()), products_of(theirs)
     their_call, our_call, bare_call = (synchronized(call, device) for call in (theirs, ours, products.run))
     ratio, over_products = paired_ratio(their_call, our_call, rounds), paired_ratio(our_call, bare_call, rounds)
@@ -140,7 +140,7 @@ def speed(
 def speed_report(
     rows: Mapping[str, Mapping[str, Mapping[str, Any]]], rates: Rates, figures: Mapping[str, Any] | None = None
 ) -> BenchReport:
-    """`rows`, by mode and case, and `figures` behind them."""
+    """Report of `rows`, by mode and case, followed by `figures`."""
 
     def column(mode: str, name: str) -> dict[str, Any]:
         return {case: row[name] for case, row in rows[mode].items()}

@@ -1,27 +1,28 @@
-"""pi0fm against LeRobot's own PI0: one task, the same demonstrations, the same size, the same processor time.
+"""Success rates of pi0fm and LeRobot's PI0 trained on one task: the same demonstrations, network size and processor time.
 
 Owns: the order of the trainings, how each side trains on the shared data, the figures. Does not know: LeRobot's network
 (bench/harness/peer), how an episode is run (eval/rollouts/rollout), how demonstrations are recorded (demos).
 
-    seed 0: pi0fm trains -> is judged | LeRobot trains -> is judged | seed 1: pi0fm ... one process, one after the other
+    seed 0: pi0fm trains -> is evaluated | LeRobot trains -> is evaluated | seed 1: pi0fm ... in one process, one after the other
 
-    build -> [calibration on a copy: seconds a step -> length of the schedule] -> step, step, ... until the seconds are spent
+    build -> [calibration on a copy: seconds per step -> length of the schedule] -> step, step, ... until the seconds are spent
                                  not charged                                          charged
 
-With `steps` instead of processor time a policy is a function of the data, the configuration and the seed, on a busy machine too.
+With `steps` instead of processor time a policy is a function of the data, the configuration and the seed, even on a busy machine.
 
-Alike: the parameters that take part (8 query heads, the only number that LeRobot's PI0 runs), the frames, decoded in memory, the samples
-of each step, the batch size, the peak learning rate, the threads, the calibration that stretches each side's schedule over its budget
-(the same budget, unless LeRobot is given another), the start positions, the rule of the noise seeds, the execution horizon, 10 Euler
+Equal: the number of parameters in use (8 query heads, the only number that LeRobot's PI0 supports), the frames, decoded in memory, the
+samples of each step, the batch size, the peak learning rate, the threads, the calibration that stretches each side's schedule over its
+budget (the same budget, unless LeRobot is given another), the start positions, the rule of the noise seeds, the execution horizon, 10 Euler
 steps.
-Charged to each: making its batches, forward, backward, optimiser, average. Charged to neither: imports, building, decoding,
-calibration, evaluation. `LeRobotDataset` itself would spend about 80 % of a laptop's processor time on queries in Python; a comparison of
-learning would measure that, so both sides read frames that are decoded in memory.
+Charged to each side: making its batches, forward, backward, optimiser, average. Charged to neither: imports, building, decoding,
+calibration, evaluation. `LeRobotDataset` would spend about 80 % of a laptop's processor time on queries in Python, which would hide the
+difference in learning, so both sides read frames that are decoded in memory.
 LeRobot's side is its `lerobot_train` on one process: its optimiser and scheduler presets (AdamW, clipping at 1, warm-up that scales with
-the number of steps, cosine to a tenth), whose 2.5e-5 for three billion pretrained parameters gives way to the shared learning rate.
-Not alike, because each side runs as shipped: bfloat16 where the processor has it and a moving average of the weights here, float32 and the
-last weights there; GELU by the error function here, by its tanh approximation there; padded prompts there; steps past an episode's end are
-left out of the loss here and count there, so the two losses are not comparable.
+the number of steps, cosine to a tenth); the preset's learning rate, 2.5e-5 for 3 billion pretrained parameters, is replaced by the shared
+one.
+Different, because each side runs as shipped: ours takes bfloat16 where the processor has it, a moving average of the weights and GELU by
+the error function; LeRobot's takes float32, the last weights, GELU by the tanh approximation and padded prompts. Steps past an episode's
+end are left out of our loss and count in LeRobot's, so the two losses are not comparable.
 """
 
 import gc
@@ -72,8 +73,8 @@ from pi0fm_client.types import ActionChunk, Observation, Policy
 
 ALIASES = {"tasks": "task", "repo_id": "dataset.repo_id", "root": "dataset.root"}
 CALIBRATION_STEPS = 10
-# Options of a training configuration: of its workers, which a comparison ignores; and those that training both sides from scratch, on all
-# demonstrations of one task, could not honour.
+# Options of a training configuration that a comparison ignores (its workers), and those that it refuses: both sides train from scratch on
+# all demonstrations of one task.
 PLACEMENT = ("num_workers", "gpus_per_worker", "cpus_per_worker", "max_failures", "ray_address", "ship_code", "resize_seconds")
 PASSED_OVER = (
     *("validation", "mixture", "pretrained", "pretrained_norm_stats", "train_only", "lora", "frozen_bfloat16"),
@@ -86,16 +87,16 @@ class LearningOptions:
     """Options of `pi0fm bench learning`. Raises ConfigError for a value out of range."""
 
     task: str = option("button-press-topdown-v3", f"task that both sides learn, {catalog.TASK_FORM}")
-    cpu_seconds: float = option(240.0, "processor seconds of each training, of all its threads and processes")
-    lerobot_cpu_seconds: float | None = option(None, "of LeRobot's trainings; empty takes cpu_seconds, 0 leaves them out")
+    cpu_seconds: float = option(240.0, "processor seconds of each training, over all its threads and processes")
+    lerobot_cpu_seconds: float | None = option(None, "processor seconds of LeRobot's trainings; empty takes cpu_seconds, 0 skips them")
     steps: int | None = option(
-        None, "optimiser steps of each training, instead of processor seconds: the same policies however busy the machine is"
+        None, "optimiser steps of each training, instead of processor seconds: the same policies even on a busy machine"
     )
-    seeds: int = option(3, "trainings of each side, with seeds 0 to K - 1")
+    seeds: int = option(3, "trainings of each side: K of them, with seeds 0 to K - 1")
     demonstrations: int = option(50, "episodes to record when no data set is named")
-    episodes: int = option(20, "start positions that judge each policy; none of them was demonstrated")
-    first_seed: int = option(1, "seed of the first start position; the others follow one by one")
-    max_steps: int = option(400, "an episode that has not succeeded by then is a failure")
+    episodes: int = option(20, "start positions for evaluating each policy; none of them was demonstrated")
+    first_seed: int = option(1, "seed of the first start position; the others count up from it")
+    max_steps: int = option(400, "control steps after which an episode without success is a failure")
     threads: int = option(1, "torch's CPU threads, of both sides")
     config: Path | None = option(None, "training configuration of pi0fm's side; configs/quickstart.yaml when not given")
     dataset: DatasetConfig = option(DatasetConfig, "")
@@ -114,12 +115,12 @@ class LearningOptions:
         check_least(self, steps=1, seeds=1, demonstrations=1, episodes=1, max_steps=1, threads=1, first_seed=0)
         if self.steps is not None and (self.cpu_seconds != LearningOptions.cpu_seconds or self.lerobot_cpu_seconds not in {None, 0}):
             raise ConfigError(
-                f"steps or processor seconds end a training: found --steps {self.steps} beside --cpu_seconds {self.cpu_seconds:g} and "
+                f"a training ends after steps or processor seconds, found --steps {self.steps} with --cpu_seconds {self.cpu_seconds:g} and "
                 f"--lerobot_cpu_seconds {self.lerobot_cpu_seconds}; leave one out (--lerobot_cpu_seconds 0 may stay)"
             )
 
     def budget(self, side: str) -> float:
-        """CPU-seconds of one training of `side`, pi0fm or lerobot; infinite where its steps are counted."""
+        """Processor seconds of one training of `side`, pi0fm or lerobot; infinite where `steps` ends it."""
         if self.steps is not None:
             return math.inf
         return self.lerobot_cpu_seconds if side == "lerobot" and self.lerobot_cpu_seconds is not None else self.cpu_seconds
@@ -129,11 +130,11 @@ Options = LearningOptions
 
 
 def measure(options: LearningOptions) -> BenchReport:
-    """Record missing demonstrations, train and judge both sides. Loss curves are in learning.json alone."""
+    """Record missing demonstrations, train and evaluate both sides. Loss curves are written to learning.json only."""
     base = read_training(options.config or option_files.shipped()["quickstart"])
     if options.dataset.root is None and not options.dataset.repo_id:
         root = options.output_dir / "dataset"
-        # in this process: Ray's processes would still run during the trainings
+        # in this process: Ray's processes would go on running during the trainings
         demos = DemosConfig(options.task, options.demonstrations, dataset=DatasetName("local/bench-learning", str(root)), num_workers=0)
         record_here(demos)
         options = replace(options, dataset=replace(options.dataset, root=root))
@@ -142,7 +143,7 @@ def measure(options: LearningOptions) -> BenchReport:
     data = open_shared(run, catalog.prompt_of(options.task))
     judge = make_judge(options, run.execution_horizon, data.policy)
     sizes = parameters(data)
-    progress.say(f"parameters: {sizes['pi0fm']:,} here; {sizes['lerobot']:,} there, of which {sizes['lerobot_used']:,} take part")
+    progress.say(f"parameters: pi0fm {sizes['pi0fm']:,}; LeRobot {sizes['lerobot']:,}, of which {sizes['lerobot_used']:,} are used")
     figures, curves = compare(options, run, data, judge)
     background = {"curves": curves, "training": option_files.encode(run)}
     found = {"task": options.task, **figures, "parameters": sizes}
@@ -150,20 +151,20 @@ def measure(options: LearningOptions) -> BenchReport:
 
 
 def read_training(path: Path) -> TrainConfig:
-    """Read our side's training. Raises ConfigError for options that a comparison would not honour."""
+    """Read our side's training configuration. Raises ConfigError for options that a comparison cannot honour."""
     tree = {name: value for name, value in option_files.read_files([str(path)]).items() if name not in PLACEMENT}
     run, usual = option_files.decode(TrainConfig, tree), TrainConfig()
     given = [name for name in PASSED_OVER if getattr(run, name) != getattr(usual, name)]
     if given:
         raise ConfigError(
-            f"a comparison trains both sides from scratch on all of one task's demonstrations, and judges them in the simulator: "
+            f"a comparison trains both sides from scratch on all of one task's demonstrations and evaluates them in the simulator, "
             f"found {', '.join(given)} in --config; leave {'it' if len(given) == 1 else 'them'} out"
         )
     return run
 
 
 def comparable(run: TrainConfig, options: LearningOptions) -> TrainConfig:
-    """`run` at a shape that LeRobot's PI0 can take, sampled as LeRobot samples. Raises ConfigError when there is no such shape."""
+    """`run` with a network shape that LeRobot's PI0 supports and LeRobot's solver. Raises ConfigError when there is no such shape."""
     from pi0fm.bench.harness.peer import at_lerobots_heads  # LeRobot's import alone takes many seconds
 
     decoder = at_lerobots_heads(run.network()).decoder
@@ -174,7 +175,7 @@ def comparable(run: TrainConfig, options: LearningOptions) -> TrainConfig:
 
 @dataclass(frozen=True)
 class SharedData:
-    """The demonstrations that both sides learn from; `policy` says how pi0fm's side reads them.
+    """Demonstrations that both sides learn from; `policy` is how pi0fm's side reads them.
 
     data set -> frames decoded once, copied into memory
                                                  |
@@ -188,17 +189,17 @@ class SharedData:
     policy: PolicyConfig
 
     def collator(self, seed: int, flow_draws: int = 1) -> Collator:
-        """pi0fm's batches, in the order of `seed`."""
+        """Collator of pi0fm's batches, in the order of `seed`."""
         model = self.policy.model
         return Collator(self.source, self.cache, self.policy.chain(self.stats), model.action_horizon, model.action_dim, seed, flow_draws)
 
     def lerobot_stats(self) -> dict[str, dict[str, Any]]:
-        """Mean and standard deviation as LeRobot's processors take them; the numbers that pi0fm normalises with, before its floor."""
+        """Mean and standard deviation in the form of LeRobot's processors; pi0fm's values, before its floor is applied."""
         columns = {"observation.state": self.stats.state, "action": self.stats.action}
         return {key: {"mean": torch.from_numpy(column.mean), "std": torch.from_numpy(column.std)} for key, column in columns.items()}
 
     def lerobot_batch(self, collator: Collator, first: int, count: int) -> dict[str, Any]:
-        """The samples that `collator(first, count)` holds, as LeRobot's DataLoader makes a batch: robot units, not normalised.
+        """Samples of `collator(first, count)` as a batch of LeRobot's DataLoader: robot units, not normalised.
 
         `observation.images.NAME` uint8 [B, 3, size, size], `observation.state` [B, S], `action` [B, H, A], `action_is_pad` bool [B, H],
         `task`.
@@ -217,13 +218,13 @@ class SharedData:
 
 
 def open_shared(run: TrainConfig, prompt: str) -> SharedData:
-    """The episodes of the data set whose sentence is `prompt`, decoded and in memory.
+    """Episodes of the data set whose task is `prompt`, decoded in memory.
 
-    Raises DatasetError for a data set without such episodes, ConfigError for an embodiment that LeRobot's PI0 cannot follow.
+    Raises DatasetError for a data set without such episodes, ConfigError for an embodiment that LeRobot's PI0 does not support.
     """
     if run.embodiment.delta_actions:
         raise ConfigError(
-            f"LeRobot's PI0 trains on actions as they are, found embodiment.delta_actions {run.embodiment.delta_actions}; leave it out"
+            f"LeRobot's PI0 trains on absolute actions, found embodiment.delta_actions {run.embodiment.delta_actions}; leave it out"
         )
     source = open_source(run.dataset, run.embodiment)
     if prompt not in source.tasks:
@@ -234,17 +235,17 @@ def open_shared(run: TrainConfig, prompt: str) -> SharedData:
     source = open_source(replace(run.dataset, episodes=tuple(taught.tolist())), run.embodiment)
     policy = policy_config(run, source)
     decoded = open_cache(source, run.dataset, policy.model.vision.image_size)
-    # in a memory map the side that reads a page first would pay for its page fault
+    # copied: in a memory map the first side to read a page would be charged for its page fault
     cache = FrameCache(tuple(np.array(camera) for camera in decoded.cameras))
     return SharedData(source, cache, source.norm_stats(policy.model.action_horizon), policy)
 
 
 @final
 class OurTraining:
-    """The parts of `train/loop` that learn, without its files, as shipped.
+    """Training of `train/loop` as shipped, without its files.
 
     accelerate with bfloat16 where the processor has it, AdamW, warm-up and cosine, the moving average of the weights as the policy.
-    Batches are made in the thread that trains: a loader's thread saves wall time, not processor time.
+    Batches are made in the training thread: a loader thread saves wall time, not processor time.
     """
 
     def __init__(self, run: TrainConfig, data: SharedData, seed: int, scheduled_steps: int) -> None:
@@ -255,7 +256,7 @@ class OurTraining:
         self._trainer = Trainer(state, parallel, FlowMatching.from_config(run.flow))
 
     def update(self, step: int) -> float:
-        """The loss of one step on the batch of that number, which is made within, as in `train.loop`."""
+        """Make batch number `step`, take the step as in `train.loop`, and return its loss."""
         run = self._run
         first, count = step * run.global_batch_size, run.global_batch_size
         valid = self._collator.valid_elements(first, count)
@@ -264,7 +265,7 @@ class OurTraining:
         return float(self._trainer.step(batches, valid))
 
     def policy(self) -> LocalPolicy:
-        """The averaged weights, as a bundle of this run would load on the CPU."""
+        """Policy with the averaged weights, as a bundle of this run would load on the CPU."""
         policy, trainer = self._data.policy, self._trainer
         network, chain, parallel = trainer.state.averaged_network(), policy.chain(self._data.stats), trainer.parallel
         return LocalPolicy(network, trainer.flow, chain, policy.metadata(), parallel.device, parallel.compute_dtype)
@@ -290,7 +291,7 @@ class LeRobotTraining:
         self._scheduler = config.get_scheduler_preset().build(optimizer, scheduled_steps)
 
     def update(self, step: int) -> float:
-        """The loss of one step on the samples that our side trains on in its step of the same number."""
+        """Take a step on the same samples as step number `step` of our side, and return its loss."""
         self._policy.train()
         self._first = step * self._count
         loss = self._step()
@@ -298,29 +299,29 @@ class LeRobotTraining:
         return loss
 
     def loss(self, first: int, count: int) -> torch.Tensor:
-        """Of samples of the stream: pictures from bytes to [0, 1], then LeRobot's own steps (newline, tokens, normalisation)."""
+        """Loss of samples of the stream: pictures from bytes to [0, 1], then LeRobot's processor steps (newline, tokens, normalisation)."""
         raw = self._data.lerobot_batch(self._collator, first, count)
         pictures = {key: value.float() / 255 for key, value in raw.items() if key.startswith("observation.images")}
         loss: torch.Tensor = self._policy.forward(dict(self._processors[0](raw | pictures)))[0]
         return loss
 
     def used(self) -> tuple[int, int]:
-        """Parameters, and how many of them ever get a gradient that is not zero.
+        """Number of parameters, and of those that get a nonzero gradient.
 
-        Its two language heads, and the part of the last backbone layer that only feeds the prefix's own output, do not.
+        The two language heads, and the part of the last backbone layer that only feeds the prefix's output, do not.
         """
         self.loss(0, 2).backward()
         used = sum(weight.numel() for weight in self._policy.parameters() if weight.grad is not None and bool(weight.grad.any()))
         return parameter_count(self._policy), used
 
     def policy(self) -> "LeRobotPolicy":
-        """The last weights."""
+        """Policy with the last weights."""
         return LeRobotPolicy(self._policy, self._processors)
 
 
 @final
 class LeRobotPolicy:
-    """LeRobot's PI0 as a `Policy`, so that one evaluation judges both: its `predict_action_chunk`, prefix cache and 10 Euler steps."""
+    """LeRobot's PI0 as a `Policy`, for one evaluation of both sides: its `predict_action_chunk`, prefix cache and 10 Euler steps."""
 
     def __init__(self, policy: Any, processors: Any) -> None:
         self._policy = policy.eval()
@@ -339,7 +340,7 @@ class LeRobotPolicy:
         }
 
     def infer_batch(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> list[ActionChunk]:
-        """One chunk for each observation; the same seed and observation give the same chunk, None lets LeRobot draw its noise."""
+        """Infer a chunk for each observation, a function of seed and observation; with None LeRobot draws the noise."""
         began, config = time.perf_counter(), self._policy.config
         batch: dict[str, Any] = {"task": [seen.prompt for seen in observations]}
         batch["observation.state"] = torch.from_numpy(np.stack([seen.state for seen in observations])).float()
@@ -360,10 +361,10 @@ SIDES: dict[str, type[OurTraining | LeRobotTraining]] = {"pi0fm": OurTraining, "
 def train(
     side: str, run: TrainConfig, data: SharedData, seed: int, cpu_seconds: float, steps: int | None
 ) -> tuple[Policy, int, list[float], list[float]]:
-    """Train from scratch until `cpu_seconds` of the process tree are spent or `steps` done; at most one step is over the budget.
+    """Train from scratch until `cpu_seconds` of the process tree are spent or `steps` done; at most one step exceeds the budget.
 
-    The policy, the length of the learning-rate schedule (later steps keep the last rate), and what `spend` returns. The caller's random
-    state is left as it was.
+    Returns the policy, the length of the learning-rate schedule (later steps keep the last rate), the losses, and the seconds used by the
+    end of each step. The caller's random state does not change.
     """
     with torch.random.fork_rng(devices=[]):
         make = SIDES[side]
@@ -374,7 +375,7 @@ def train(
 
 
 def spend(name: str, update: Callable[[int], float], cpu_seconds: float, steps: int | None) -> tuple[list[float], list[float]]:
-    """Call `update` until `cpu_seconds` are spent or `steps` done: its losses, and the seconds used by the end of each."""
+    """Call `update` until `cpu_seconds` are spent or `steps` done; returns its losses, and the seconds used by the end of each step."""
     losses: list[float] = []
     spent = [0.0]
     shown, unit, whole = 0, *(("CPU-seconds", math.ceil(cpu_seconds)) if steps is None else ("steps", steps))
@@ -390,7 +391,7 @@ def spend(name: str, update: Callable[[int], float], cpu_seconds: float, steps: 
 
 
 def steps_in_budget(update: Callable[[int], float], cpu_seconds: float) -> int:
-    """How many steps the seconds hold, from a few of `update`; the first, which pays for allocation, is not counted."""
+    """Estimate the number of steps in `cpu_seconds` from a few of `update`; the first, slowed by allocation, is not counted."""
     update(0)
     used = seconds_of(lambda: [update(step) for step in range(1, CALIBRATION_STEPS + 1)], cpu_seconds_of_tree)
     return max(1, round(cpu_seconds * CALIBRATION_STEPS / used))
@@ -399,12 +400,12 @@ def steps_in_budget(update: Callable[[int], float], cpu_seconds: float) -> int:
 def compare(
     options: LearningOptions, run: TrainConfig, data: SharedData, judge: Callable[[Policy], Summary]
 ) -> tuple[dict[str, dict[str, list[Any]]], dict[str, list[Any]]]:
-    """Train and judge both sides with each seed, in turn: for each side its figures by seed, and its loss curves.
+    """Train and evaluate both sides in turn with each seed; returns each side's figures by seed, and its loss curves.
 
-    run: what `comparable` returned, and what `data` was opened with. A success of None: every episode crashed.
+    run: returned by `comparable`, and used to open `data`. A success of None means that every episode crashed.
     """
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # a setting of the process, as pi0fm train makes it; LeRobot's side gains from it as well
+    keep_freed_memory()  # a process-wide setting of pi0fm train; LeRobot's side gains from it as well
     names = ("success", "cpu_seconds", "steps", "scheduled_steps", "crashes")
     figures: dict[str, dict[str, list[Any]]] = {side: {name: [] for name in names} for side in SIDES}
     curves: dict[str, list[Any]] = {side: [] for side in SIDES}
@@ -421,19 +422,19 @@ def compare(
         finite = [round(loss, 6) if math.isfinite(loss) else None for loss in losses]
         curves[side].append({"cpu_seconds": [round(seconds, 3) for seconds in spent], "loss": finite})
         del policy
-        gc.collect()  # not within the next budget
+        gc.collect()  # here, so that the next budget is not charged for it
     return figures, curves
 
 
 def parameters(data: SharedData) -> dict[str, int]:
-    """Parameters of both sides, and how many of LeRobot's take part."""
+    """Number of parameters of both sides, and of LeRobot's that are used."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         lerobot, used = LeRobotTraining(TrainConfig(), data, 0, 1).used()
     return {"pi0fm": parameter_count(Pi0(data.policy.model)), "lerobot": lerobot, "lerobot_used": used}
 
 
 def make_judge(options: LearningOptions, execution_horizon: int, policy: PolicyConfig) -> Callable[[Policy], Summary]:
-    """The evaluation that both sides go through. Raises ConfigError for start positions that were demonstrated."""
+    """Build the evaluation of both sides. Raises ConfigError for start positions that were demonstrated."""
     config = EvalConfig(
         policy="both sides",
         tasks=(options.task,),

@@ -1,29 +1,28 @@
-"""The cost of loading: samples from the cache, from the stream, building the cache, statistics; compared with LeRobot and plain decoding.
+"""Processor time of data loading: cached samples, streamed samples, building the cache, statistics; against LeRobot and plain decoding.
 
-Owns: each side's work in a round and the part of it inside the clock, a data set drawn for it. Does not know: training.
+Owns: the work of each side in a round, the timed part of it, a generated data set. Does not know: training.
 
     cached_ratio               LeRobotDataset in its DataLoader : our loader from the frame cache    same pictures and chunks; at least 30
-    cached_of_memcpy           copying as many bytes as one block : gathering a batch of pictures    both into fresh arrays; at least 0.5
+    cached_of_memcpy           copying as many bytes as one block : gathering a batch of pictures    both into new arrays; at least 0.5
     batch_of_memcpy            the same : a whole batch, noise included
     build_of_decode            decoding every video once, in order : building the frame cache        on one processor; at least 0.8
     .._on_all_processors       the same, as many files at once as there are processors               wall time
     streaming_of_decode        decoding in order : as many pictures in the stream's order            on one processor; at least 0.6
     streamed_batch_of_decode   the same : as many samples of the stream, noise included
-    norm_stats_seconds         statistics of a million frames, whose columns are in memory           at most 20
-    memory_mib                 that no file backs, of this process and its workers, over many batches: a leak, however small, shows
+    norm_stats_seconds         statistics of a million frames whose columns are in memory            at most 20
+    memory_mib                 anonymous memory of this process and its workers over many batches, which reveals a leak
 
-A ratio is of the first's processor seconds to the second's, both sides in turns in this process. Decoding threads share one processor on
-both sides: two on the two halves of a core are charged twice the seconds for hardly more frames. Not measured: disks slower than the page
-cache, which holds everything after the first round; the share of a cache's building in a run of few epochs. LeRobot with workers pays for
-moving batches between processes (--lerobot_workers). The drawn data set has a key frame every 4 frames, as `pi0fm demos` records;
-LeRobot's own recordings have one every 2, which makes its random access cheaper: --root.
+A ratio is the first's processor seconds / the second's, both sides alternating in this process. Decoding threads share one processor on
+both sides: two hyper-threads of one core are charged twice the seconds for few more frames. Not measured: disks slower than the page
+cache, which holds everything after the first round; the share of building the cache in a run of few epochs. LeRobot with workers pays for
+moving batches between processes (--lerobot_workers). The generated data set has a key frame every 4 frames, as `pi0fm demos` records;
+LeRobot's recordings have one every 2, which makes random access cheaper for LeRobot: --root measures one of them.
 
-    stream, one round     a new buffer | first window, no clock | the middle of an epoch: CLOCK | whole windows, and one is left
-    of one epoch                         fills the buffer         decodes as much ahead at its end as was ready at its begin
+    stream, one round     a new buffer | first window, not timed | the middle of an epoch: TIMED | whole windows, one is left
+    of one epoch                         fills the buffer          decodes as much ahead at its end as was ready at its start
 
-In the middle of one epoch every group is used once. Over whole epochs a buffer of half the data set would still hold the begin of the next
-one, which no buffer does whose data set is as large as streams are for. A small data set has shorter groups than such a buffer, which cost
-more seeks.
+In the middle of an epoch every group is used once. Over whole epochs a buffer of half the data set would still hold the start of the next
+epoch, which the buffer of a data set large enough for streaming never does. A small data set has shorter groups, which cost more seeks.
 """
 
 import os
@@ -66,39 +65,39 @@ from pi0fm_client.errors import ConfigError
 ALIASES = {"chunk_size": "action_horizon", "dataset.root": "root"}
 NETWORK_WIDTH, PROMPT_TOKENS = 32, 64  # pi0's widths of state and action
 STATS_FRAMES, STATS_WIDTH, STATS_EPISODE = 1_000_000, 14, 300
-OURS_A_ROUND = 20  # samples of ours for each of LeRobot's in a round: both sides then take a time that can be measured
+OURS_A_ROUND = 20  # our samples for each of LeRobot's in a round, so that our side also takes a measurable time
 BUFFER_SHARE = 0.5  # of the data set: groups are then about as long as in a buffer of 4 GiB
 MEMORY_LOOKS = 500
-FPS, EPISODE_FRAMES, SEGMENT_EPISODES = 50, 100, 10  # of the drawn data set
-DISTINCT_EPISODES = 40  # encoded once and written again and again: a decoder works as much on a picture that it has seen
+FPS, EPISODE_FRAMES, SEGMENT_EPISODES = 50, 100, 10  # of the generated data set
+DISTINCT_EPISODES = 40  # encoded once and written repeatedly: decoding a repeated picture takes as long
 
 
 @dataclass(frozen=True)
 class LoadingOptions(PairedOptions):
     """Options of `pi0fm bench loading`. Raises ConfigError for a value out of range."""
 
-    root: Path | None = option(None, "folder of a LeRobot data set with videos; one is drawn and written when not given")
-    frames: int = option(16000, "frames of the data set that is written")
-    size: int = option(128, "side of the pictures, of the data set that is written and of those that are loaded")
+    root: Path | None = option(None, "folder of a LeRobot data set with videos; one is generated when not given")
+    frames: int = option(16000, "frames of the generated data set")
+    size: int = option(128, "side in pixels of the generated and of the loaded pictures")
     action_horizon: int = option(50, "actions of a sample")
     batch_size: int = option(32, "samples of a batch, on both sides")
-    rounds: int = option(3, "times that both sides of a comparison run")
-    lerobot_batches: int = option(2, "batches of LeRobot's loader in a round; at least one a worker is taken")
-    lerobot_workers: int = option(0, "processes of LeRobot's DataLoader; 0, its cheapest, loads in the calling process")
-    memory_batches: int = option(2000, "batches over which memory is watched; 100000 take some five minutes")
+    rounds: int = option(3, "runs of both sides of each comparison")
+    lerobot_batches: int = option(2, "batches of LeRobot's loader in a round; at least one per worker is taken")
+    lerobot_workers: int = option(0, "processes of LeRobot's DataLoader; 0, the cheapest, loads in the calling process")
+    memory_batches: int = option(2000, "batches over which memory is sampled; 100000 take about 5 minutes")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, frames=1400, size=16, action_horizon=1, batch_size=1, memory_batches=10, lerobot_batches=1, lerobot_workers=0)
         if self.size % 2:
-            raise ConfigError(f"size must be even, since video is, found {self.size}; type --size {self.size + 1}")
+            raise ConfigError(f"size must be even, as video codecs require, found {self.size}; type --size {self.size + 1}")
 
 
 Options = LoadingOptions
 
 
 def measure(options: LoadingOptions) -> BenchReport:
-    """Measure in this process. Raises DatasetError for a data set that cannot be read."""
+    """Run all comparisons in this process. Raises DatasetError for a data set that cannot be read."""
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as training does
     with tempfile.TemporaryDirectory(prefix="pi0fm-bench-loading-") as folder:
@@ -143,7 +142,7 @@ def measure(options: LoadingOptions) -> BenchReport:
 
 
 def make_collator(source: LeRobotSource, pictures: Pictures, options: LoadingOptions) -> Collator:
-    """Our batches at pi0's widths: normalised, padded, tokenised, with noise and flow times."""
+    """Collator of our batches at pi0's widths: normalised, padded, tokenised, with noise and flow times."""
     state_dim, action_dim = (max(NETWORK_WIDTH, own) for own in source.embodiment.dims())
     chain = make_chain(
         source.embodiment,
@@ -159,10 +158,10 @@ def make_collator(source: LeRobotSource, pictures: Pictures, options: LoadingOpt
 
 
 def compare_lerobot(source: LeRobotSource, collator: Collator, options: LoadingOptions) -> PairedRatio:
-    """LeRobot's processor seconds for its batches by ours for as many samples.
+    """LeRobot's processor seconds for its batches / ours for as many samples.
 
-    LeRobot's side as its training sets it up: pictures as uint8, workers that stay from round to round with their open files, four batches
-    ahead. Opening the data set and starting workers are outside the clock. Our threads begin and end with a round.
+    LeRobot's side is set up as in its training: pictures as uint8, persistent workers with open files, four batches ahead. Opening the data
+    set and starting workers are not timed. Our threads start and end with a round.
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
     from torch.utils.data import DataLoader, RandomSampler
@@ -193,7 +192,7 @@ def compare_lerobot(source: LeRobotSource, collator: Collator, options: LoadingO
 
 
 def compare_copying(collator: Collator, options: LoadingOptions) -> tuple[PairedRatio, PairedRatio]:
-    """Seconds of copying a block of the cache by those of gathering as many pictures, and by those of making the whole batch."""
+    """Seconds of copying a block of the cache / those of gathering as many pictures, and / those of making the whole batch."""
     cache = collator.cache
     assert isinstance(cache, FrameCache)
     camera, pictures = np.array(cache.cameras[0]), options.batch_size * len(cache.cameras)
@@ -217,9 +216,9 @@ def compare_copying(collator: Collator, options: LoadingOptions) -> tuple[Paired
 
 
 def compare_building(source: LeRobotSource, dataset: DatasetConfig, options: LoadingOptions) -> tuple[PairedRatio, PairedRatio]:
-    """Seconds of decoding every video once by those of building the cache, of a frame: on one processor, and on all of them.
+    """Seconds per frame of decoding every video once / those of building the cache: on one processor, and on all of them.
 
-    The first counts processor seconds, the second wall time, in which either side decodes as many files at once as there are processors.
+    The first counts processor seconds; the second counts wall time, and both sides decode as many files at once as there are processors.
     """
     frames = len(source.state) * len(source.clips)
 
@@ -242,9 +241,9 @@ def compare_building(source: LeRobotSource, dataset: DatasetConfig, options: Loa
 
 
 def compare_streaming(source: LeRobotSource, dataset: DatasetConfig, options: LoadingOptions) -> tuple[PairedRatio, PairedRatio, float]:
-    """Processor seconds of decoding in order what a sample shows, by those of a sample of the stream: its pictures, and whole batches.
+    """Processor seconds of decoding a sample's pictures in order / those of a streamed sample: its pictures alone, and in whole batches.
 
-    The last is how many frames the stream decoded for a sample's pictures; 1 is every frame once.
+    The last value is the number of frames that the stream decoded for a sample's pictures; 1 means every frame once.
     Raises ConfigError for a data set that is shorter than three windows.
     """
     pairs: tuple[list[tuple[float, float]], ...] = ([], [])
@@ -267,7 +266,7 @@ def compare_streaming(source: LeRobotSource, dataset: DatasetConfig, options: Lo
 
 
 def _gather(collator: Collator, first: int, stop: int, batch: int) -> None:
-    """The pictures of some steps in the stream's order, nothing else of a batch."""
+    """Gather the pictures of some steps in the stream's order, without the rest of a batch."""
     for start in range(first * batch, stop * batch, batch):
         places = collator.places(np.arange(start, start + batch))
         assert len(collator.cache.gather(collator.source.frames[places.index])) == batch
@@ -275,7 +274,7 @@ def _gather(collator: Collator, first: int, stop: int, batch: int) -> None:
 
 
 def _take(collator: Collator, first: int, stop: int, batch: int) -> None:
-    """Whole batches of some steps, as training's loader makes them in threads."""
+    """Make the whole batches of some steps in threads, as in training."""
     for made in micro_batches(collator, first, stop, batch, 0, 1, batch, LoaderConfig()):
         assert len(made.actions) == batch
 
@@ -283,13 +282,13 @@ def _take(collator: Collator, first: int, stop: int, batch: int) -> None:
 def _stream_round(
     source: LeRobotSource, dataset: DatasetConfig, options: LoadingOptions, epoch: int, read: Callable[[Collator, int, int, int], None]
 ) -> tuple[float, float]:
-    """(processor seconds, frames decoded) for each sample in the middle of an epoch, see the drawing."""
+    """(processor seconds, frames decoded) per sample in the middle of an epoch; see the drawing."""
     gib = BUFFER_SHARE * len(source.state) * len(source.clips) * options.size**2 * 3 / 2**30
     pictures = FrameStream(source, dataset, options.size, options.batch_size, gib)
     collator = make_collator(source, pictures, options)
     size, batch = len(source.frames), options.batch_size
     first, window = -(-epoch * size // batch), -(-pictures.look_ahead // batch)
-    windows = ((epoch + 1) * size // batch - first) // window - 2  # whole ones: a window that is begun is decoded as a whole
+    windows = ((epoch + 1) * size // batch - first) // window - 2  # whole ones: a window once started is decoded to its end
     begin, end = first + window, first + (1 + windows) * window
     if windows < 1:
         raise ConfigError(f"streaming is measured over more than three windows of {window * batch} samples, found {size}; raise --frames")
@@ -307,9 +306,9 @@ def _stream_round(
 
 
 def decode_all(source: LeRobotSource, dataset: DatasetConfig) -> None:
-    """Every video once, from its first frame to its last, by the decoder that the loader takes; nothing is kept.
+    """Decode every video once from first to last frame, with the loader's decoder, and discard the frames.
 
-    As many files at once as there are processors.
+    Decodes as many files at once as there are processors.
     """
     decoder = choose_decoder(dataset.video_decoder)
 
@@ -323,7 +322,7 @@ def decode_all(source: LeRobotSource, dataset: DatasetConfig) -> None:
 
 @contextmanager
 def one_processor() -> Iterator[None]:
-    """Keep this thread, and the threads and programs that it starts meanwhile, on one processor, where the system can."""
+    """Pin this thread, and the threads and programs that it starts in the block, to one processor, where the system supports it."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -336,7 +335,7 @@ def one_processor() -> Iterator[None]:
 
 
 def norm_stats_seconds(frames: int = STATS_FRAMES) -> float:
-    """Processor seconds for the statistics of a million frames, of 14 state and 14 action dimensions, scaled from `frames`."""
+    """Processor seconds for the statistics of a million frames of 14 state and 14 action dimensions, scaled from `frames`."""
     random = np.random.default_rng(0)
     state, action = (random.standard_normal((frames, STATS_WIDTH), dtype=np.float32) for _ in range(2))
     end = np.minimum((np.arange(frames) // STATS_EPISODE + 1) * STATS_EPISODE, frames)
@@ -344,9 +343,9 @@ def norm_stats_seconds(frames: int = STATS_FRAMES) -> float:
 
 
 def memory_over(collator: Collator, options: LoadingOptions) -> dict[str, float]:
-    """MiB that no file backs, of this process and its children: after a tenth of the batches, after all, and the most seen in between.
+    """Anonymous memory in MiB of this process and its children: after a tenth of the batches, after all, and the peak in between.
 
-    The first tenth fills tables and the allocator's reserve.
+    The first tenth of the batches fills tables and the allocator's reserve.
     """
     last, size = options.memory_batches, options.batch_size
     begin, between = last // 10, max(1, last // MEMORY_LOOKS)
@@ -361,7 +360,7 @@ def memory_over(collator: Collator, options: LoadingOptions) -> dict[str, float]
 
 
 def write_dataset(root: Path, frames: int, size: int) -> None:
-    """At least `frames` frames of one camera, size x size (even), in whole episodes, in LeRobot's format; `root` must not exist."""
+    """Write at least `frames` frames of one camera, size x size (even), in whole episodes in LeRobot's format; `root` must not exist."""
     names = ("x0", "x1", "x2", "x3")
     layout = Layout(FPS, "drawn", names, names, {"base": (size, size)})
     episodes, written = -(-frames // EPISODE_FRAMES), Contents()
@@ -375,10 +374,9 @@ def write_dataset(root: Path, frames: int, size: int) -> None:
 
 
 def draw_episode(seed: int, size: int) -> Demonstration:
-    """A gripper of two dark bars that follows a slow curve over a lit table with a few blocks on it, a function of the seed.
+    """Draw an episode, a function of the seed: a gripper of two dark bars follows a slow curve over a lit table with a few blocks.
 
-    Pictures compress as a simulator's do. Nothing is noisy: noise would cost the decoder time, and so make everything that avoids decoding
-    look better.
+    Pictures compress like a simulator's. There is no noise, which would slow the decoder and so flatter everything that avoids decoding.
     """
     random = np.random.default_rng(seed)
     time = np.arange(EPISODE_FRAMES) / FPS

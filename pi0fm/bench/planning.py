@@ -1,15 +1,15 @@
-"""The plan of a step against steps that run: one, two and four processes of this machine, and every sharding.
+"""Planned against measured time of a training step: one, two and four processes on this machine, with every sharding.
 
-Owns: the rates of N processes at once, the steps that are timed. Does not know: the plan's model (train/plan/planner.py).
+Owns: the rates of N simultaneous processes, the steps that are timed. Does not know: the plan's model (train/plan/planner.py).
 
-    alone       every process trains by itself, all at once, on a small and on a large batch: seconds a sample, seconds a pass, seconds
-                of the optimiser, as N processes share the cores
-    exchange    the same units of fewer and of more weights, which compute nothing (harness/exchange.py): seconds a unit, bytes a second
-    together    a batch between both, by DDP and by each sharding: what the plan makes of the rates above, and what is measured
+    alone       all processes train at the same time, without exchange, on a small and a large batch: seconds per sample, per pass and
+                of the optimiser while N processes share the cores
+    exchange    the same units with fewer and with more weights and no computation (harness/exchange.py): seconds per unit, bytes per second
+    together    a batch of medium size, by DDP and by each sharding: planned from the rates above, and measured
 
-A figure is the mean over the steps of a turn, of the slowest process; of all turns the fastest, since a neighbour on the machine can only
-slow one down. Each process keeps to one core: where two wait for each other at every unit, the system moves them to the same one for
-milliseconds at a time, which is no property of a plan.
+A figure is the mean over the steps of a turn, of the slowest process; of all turns the fastest counts, since other programs can only slow
+a turn down. Each process is pinned to one core: where two wait for each other at every unit, the system moves them to the same core for
+milliseconds at a time, which the plan does not model.
 """
 
 import math
@@ -50,22 +50,22 @@ from pi0fm.train.plan.planner import UPDATE_BYTES, Card, plan
 from pi0fm.train.state import StateConfig, TrainState
 from pi0fm_client.errors import ConfigError
 
-SMALL, BETWEEN, LARGE = 2, 6, 10  # samples of a process
+SMALL, BETWEEN, LARGE = 2, 6, 10  # samples per process
 WARM_UP = 2  # steps
-FEW, MANY = 0.25, 2.0  # weights of the exchange, in those of the network
+FEW, MANY = 0.25, 2.0  # weights of the exchange, relative to the network's
 CPU = torch.device("cpu")
-PATIENCE = timedelta(seconds=120)  # with a process that has died
+PATIENCE = timedelta(seconds=120)  # until a process counts as dead
 WHO = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-Seconds = dict[str, float]  # by what was timed
+Seconds = dict[str, float]  # by the name of the timed part
 
 
 @dataclass(frozen=True)
 class Options:
     """Options of `pi0fm bench planning`. Raises ConfigError for a value out of range."""
 
-    processes: tuple[int, ...] = option((1, 2, 4), "how many processes train together")
-    turns: int = option(6, "times that everything is measured in turn")
-    steps: int = option(4, "steps of each figure and turn, after one that does not count")
+    processes: tuple[int, ...] = option((1, 2, 4), "numbers of processes that train together")
+    turns: int = option(6, "repetitions of the whole measurement")
+    steps: int = option(4, "steps of each figure and turn, after the warm-up")
     output_dir: Path | None = option(None, "folder of the result's JSON; nothing is written when not given")
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class Options:
 
 
 def measure(config: Options) -> BenchReport:
-    """Measure each number of processes, plan it, and compare."""
+    """Measure and plan each number of processes, and compare."""
     rows: dict[str, dict[str, Any]] = {}
     with progress.step("processes", len(config.processes)) as bar, tempfile.TemporaryDirectory() as place:
         for count in config.processes:
@@ -91,7 +91,7 @@ def measure(config: Options) -> BenchReport:
 
 
 def compared(found: Seconds, count: int) -> dict[str, dict[str, Any]]:
-    """Rows of `count` processes: planned and measured milliseconds of a step, and their ratio."""
+    """Rows of `count` processes: planned and measured milliseconds per step, and their ratio."""
     card, network = rates(found, count)
     rows = {}
     for shard in _shards(count):
@@ -106,12 +106,12 @@ def compared(found: Seconds, count: int) -> dict[str, dict[str, Any]]:
 
 
 def rates(found: Seconds, count: int) -> tuple[Card, Network]:
-    """What a process of `count` at once reaches of products, memory and network."""
+    """Rates of products, memory and network that one of `count` simultaneous processes reaches."""
     work = training_work(TINY, Adaptation(), cameras=1)
     trained = count_of(TINY, Adaptation(), torch.float32).trained // 4
     a_sample = (found[f"pass {LARGE}"] - found[f"pass {SMALL}"]) / (LARGE - SMALL)
     a_pass = max(1e-9, found[f"pass {SMALL}"] - SMALL * a_sample)
-    bandwidth = trained / a_pass  # with one byte a number
+    bandwidth = trained / a_pass  # with one byte per number
     update = UPDATE_BYTES * trained / (bandwidth * found["optimizer"])
     flops = (work.forward + work.backward) / a_sample
     card = Card(
@@ -150,7 +150,7 @@ def _shards(count: int) -> tuple[str, ...]:
 
 
 def _worker(rank: int, count: int, store: str, config: Options) -> list[Seconds]:
-    """Each turn's figures of one process. Called in `count` processes at once."""
+    """Figures of one process by turn. Called in `count` processes at once."""
     torch.set_num_threads(1)
     keep_freed_memory()
     this = psutil.Process()
@@ -163,7 +163,7 @@ def _worker(rank: int, count: int, store: str, config: Options) -> list[Seconds]
 
 def _turn(rank: int, count: int, store: FileStore, turn: str, steps: int) -> Seconds:
     for name in WHO:
-        os.environ.pop(name, None)  # accelerate asks them whether it is alone
+        os.environ.pop(name, None)  # accelerate reads from them whether there are other processes
     found: Seconds = {}
     for samples in (SMALL, LARGE):
         parallel = Parallel(Context(), "float32", allow_cuda=False)
@@ -192,7 +192,7 @@ def _turn(rank: int, count: int, store: FileStore, turn: str, steps: int) -> Sec
 
 
 def _stepped(trainer: Trainer, samples: int, count: int, steps: int) -> Seconds:
-    """Seconds of a step by part, the mean over `steps` of them."""
+    """Seconds per step by part, the mean over `steps` steps."""
     batch, clock = make_batch(Case(TINY, (True,), TINY.max_prompt_tokens, samples), seed=0), StepClock(CPU)
     for _ in range(steps):
         trainer.step(repeat(batch), batch.action_mask.numel() * count, clock.mark)

@@ -1,13 +1,13 @@
-"""The time of a run's steps by part, each part's share of the device's limit, options to change, and torch's trace.
+"""Time of a run's steps by part, the device's limit for each part, options to change, and torch's trace.
 
-Owns: the steps that are timed, counted and traced, the bounds of each part, the advice. Does not know: how a step is taken.
+Owns: the steps that are timed, counted and traced, the bounds of each part, the advice. Does not know: how a step works.
 
-    steps      warm-up | timed: marks around each part | one counted: operations by part | one traced: torch.profiler
+    steps      warm-up | timed: marks around each part | 1 counted: operations by part | 1 traced: torch.profiler
     limit      forward, backward    the longer of: operations of the products / product rate, weights read / copy rate
                optimizer, average   bytes of weights, gradients, moments and average / copy rate
                data                 nothing: a batch that is ready in time costs no time
 
-The data set is read and decoded as in training, in this process alone; no checkpoint, metric or bundle is written.
+The data set is read and decoded as in training, in this process only; no checkpoint, metric or bundle is written.
 """
 
 from collections.abc import Callable
@@ -33,15 +33,15 @@ from pi0fm.train.state import TrainState
 from pi0fm_client.errors import ConfigError
 
 TRACE, RESULT = "trace.json", "profile.json"
-WAITING, UPDATING, FAR = 0.05, 0.15, 0.4  # shares of a step, of a step, of the limit, beyond which advice is given
+WAITING, UPDATING, FAR = 0.05, 0.15, 0.4  # thresholds of advice: shares of a step, of a step, of the limit
 
 
 @dataclass(frozen=True)
 class ProfileSteps:
-    """The steps of a run that are measured."""
+    """Numbers of steps of a run to measure."""
 
     warm_up: int = option(3, "steps before the clock starts")
-    steps: int = option(10, "steps that are timed; two more are counted and traced")
+    steps: int = option(10, "timed steps; two more are counted and traced")
 
     def __post_init__(self) -> None:
         for name in ("warm_up", "steps"):
@@ -50,7 +50,7 @@ class ProfileSteps:
 
 
 def measure(config: TrainConfig, shape: ProfileSteps, folder: Path) -> BenchReport:
-    """Take some steps of the run in this process; TRACE goes to `folder`. Raises the errors of the data set and of the configuration."""
+    """Take some steps of the run in this process and write TRACE to `folder`. Raises the errors of data set and configuration."""
     keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -111,7 +111,7 @@ def measure(config: TrainConfig, shape: ProfileSteps, folder: Path) -> BenchRepo
 def advise(
     config: TrainConfig, parts: dict[str, dict[str, float]], computes: torch.dtype, device: torch.device, peak: int = 0, memory: int = 0
 ) -> list[str]:
-    """Options for a faster step, the largest gain first; peak, memory: bytes used, and the device's."""
+    """Options for a faster step, the largest gain first. peak: bytes used; memory: bytes of the device."""
     share = {name: part["share"] for name, part in parts.items()}
     passes = share["forward"] + share["backward"]
     reached = sum(parts[name]["limit_ms"] for name in ("forward", "backward")) / sum(parts[name]["ms"] for name in ("forward", "backward"))
@@ -122,7 +122,7 @@ def advise(
         found.append((share["data"], f"steps wait for data {share['data']:.0%} of the time: --loader.threads {more}"))
     updating = share["optimizer"] + share["average"]
     if updating > UPDATING:
-        text = f"clipping, optimiser and average take {updating:.0%}, whatever the batch: a larger --global_batch_size"
+        text = f"clipping, optimiser and average take {updating:.0%}, independent of the batch: a larger --global_batch_size"
         if config.ema_decay is not None and share["average"] > UPDATING / 3:
             text += ", or --ema_decay null"
         found.append((updating, text))
@@ -138,7 +138,7 @@ def advise(
 
 
 def _counted(step: Callable[[Callable[[str], object]], None]) -> dict[str, float]:
-    """Operations of a step by part, those that checkpointing repeats included."""
+    """Operations of a step by part, including those repeated by checkpointing."""
     found, before = dict.fromkeys(PARTS, 0.0), 0
     with FlopCounterMode(display=False) as counter:
 
@@ -154,7 +154,7 @@ def _counted(step: Callable[[Callable[[str], object]], None]) -> dict[str, float
 
 
 def _traced(step: Callable[[], None], device: torch.device, path: Path) -> dict[str, float]:
-    """A step under torch.profiler: its trace to `path`, and the milliseconds of the ten operations that take longest."""
+    """Trace a step with torch.profiler to `path`; returns the milliseconds of the ten longest operations."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -169,7 +169,7 @@ def _traced(step: Callable[[], None], device: torch.device, path: Path) -> dict[
 
 
 def _bytes_moved(state: TrainState, micro_steps: int) -> dict[str, float]:
-    """Bytes that a step cannot do without, by part."""
+    """Least number of bytes that a step must read and write, by part."""
     parameters = list(state.network.parameters())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)

@@ -1,15 +1,15 @@
-"""Two Ray workers against two torchrun workers, and what a start, a kill and a lost node cost; bytes of a state that is cut in four.
+"""Two Ray workers against two torchrun workers; seconds of a start, a kill and a lost node; bytes of a state sharded over four workers.
 
-Owns: the runs, each a command of pi0fm in processes of its own, and their figures. Does not know: Ray, how a run survives.
+Owns: the runs, each a command of pi0fm in separate processes, and their figures. Does not know: Ray, how a run recovers.
 
-    ray_of_torchrun      steps a second after the start: two Ray Train workers by two torchrun workers, runs in turns     at least 0.97
-    first_step_seconds   from the command on Ray to its first step, imports and Ray's own start included                  at most 25
-    kill_seconds         SIGKILL of one of two workers, to the next step                                                  at most 30
-    shrink_seconds       a node of two is lost and never returns: to the next step of the one that is left                at most 30
-    shard_bytes_ratio    weights, moments, gradients of the fullest of four workers under full sharding, by one process's at most 0.30
+    ray_of_torchrun      steps per second after the start: two Ray Train workers / two torchrun workers, alternating      at least 0.97
+    first_step_seconds   from the command on Ray to its first step, including imports and the start of Ray                at most 25
+    kill_seconds         from SIGKILL of one of two workers to the next step                                              at most 30
+    shrink_seconds       from the loss of one of two nodes, for good, to the next step of the other                       at most 30
+    shard_bytes_ratio    weights, moments, gradients of the fullest of four workers under full sharding / one process's   at most 0.30
 
-All but the last are wall times of many processes that start at once: they mean something on an idle machine alone, so the load average at
-the begin and the end stands beside them.
+All but the last are wall times of many processes that start at once and are valid only on an idle machine: the report contains the load
+average at the start and at the end.
 """
 
 import json
@@ -37,7 +37,7 @@ from pi0fm_client.errors import Pi0fmError
 
 ALIASES: dict[str, str] = {}
 PICTURE, FRAMES = 96, 1400
-LINES_LEFT_OUT = 5  # of metrics, at the begin of each run
+LINES_LEFT_OUT = 5  # of metrics, at the start of each run
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
 
 
@@ -45,9 +45,9 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-back
 class ScalingOptions:
     """Options of `pi0fm bench scaling`. Raises ConfigError for a value out of range."""
 
-    rounds: int = option(3, "runs of each side, in turns")
+    rounds: int = option(3, "runs of each side, alternating")
     steps: int = option(150, "steps of each of these runs")
-    disturbed_steps: int = option(600, "steps of the runs that are disturbed; they must last longer than what disturbs them")
+    disturbed_steps: int = option(600, "steps of the runs with a kill; they must last beyond it")
     batch_size: int = option(16, "samples of a step, over both workers")
     output_dir: Path | None = option(None, "folder of scaling.json; nothing is written when not given")
 
@@ -59,14 +59,14 @@ Options = ScalingOptions
 
 
 def measure(options: ScalingOptions) -> BenchReport:
-    """Run the commands one after the other. Raises Pi0fmError with the last line of one that fails."""
+    """Run the commands one after the other. Raises Pi0fmError with the last line of a failed one."""
     load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory(prefix="pi0fm-bench-scaling-") as name:
         folder = Path(name)
         write_dataset(folder / "dataset", FRAMES, PICTURE)
         config = folder / "config.yaml"
         config.write_text(yaml.safe_dump(_run(folder, options)))
-        _trained(folder, "cache", ("--num_workers", "0", "--steps", "2"))  # decodes the videos, once for all
+        _trained(folder, "cache", ("--num_workers", "0", "--steps", "2"))  # decodes the videos for all runs
         sides: dict[str, list[float]] = {"ray": [], "torchrun": []}
         starts: list[float] = []
         for number in range(options.rounds):
@@ -92,7 +92,7 @@ def measure(options: ScalingOptions) -> BenchReport:
 
 
 def _run(folder: Path, options: ScalingOptions) -> dict[str, Any]:
-    """The tiny preset on the drawn data set; a line of metrics each step, one thread a worker."""
+    """Configuration of the tiny preset on the generated data set: a line of metrics each step, one thread per worker."""
     return {
         "global_batch_size": options.batch_size,
         "dataset": {"root": str(folder / "dataset"), "cache_dir": str(folder / "frames")},
@@ -106,7 +106,7 @@ def _run(folder: Path, options: ScalingOptions) -> dict[str, Any]:
 
 
 def _trained(folder: Path, name: str, words: tuple[str, ...], launcher: tuple[str, ...] = ()) -> tuple[float, float]:
-    """Seconds until the first step of a run, and its samples a second after the start."""
+    """Seconds until the first step of a run, and its samples per second after the start."""
     run, command = folder / name, [sys.executable, *launcher, "-m", "pi0fm.cli.main", "train", str(folder / "config.yaml"), *words]
     with run.with_suffix(".log").open("wb") as log:
         began = time.perf_counter()
@@ -124,7 +124,7 @@ def _trained(folder: Path, name: str, words: tuple[str, ...], launcher: tuple[st
 
 
 def _disturbed(folder: Path, kind: str, workers: str, options: ScalingOptions) -> dict[str, Any]:
-    """The figures of `pi0fm chaos` with one kill; a lost node is not replaced."""
+    """Figures of `pi0fm chaos` with one kill; a lost node is not replaced."""
     place = folder / f"chaos-{kind}"
     words = ["--output_dir", str(place), "--num_workers", workers, "--steps", str(options.disturbed_steps)]
     words += ["--chaos.kinds", kind, "--chaos.kills", "1", "--chaos.nodes", "2", "--chaos.every", "5", "--chaos.back_seconds", "null"]
@@ -136,7 +136,7 @@ def _disturbed(folder: Path, kind: str, workers: str, options: ScalingOptions) -
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     if kind not in found["median_seconds"]:
         more = 2 * options.disturbed_steps
-        raise Pi0fmError(f"a disturbed run must outlast what disturbs it, found it ended before; type --disturbed_steps {more}")
+        raise Pi0fmError(f"a disturbed run must last beyond its kill, found it ended before; type --disturbed_steps {more}")
     progress.say(f"{kind} killed: {found['median_seconds'][kind]:.1f} s to the next step, {found['most_steps_again']} steps again")
     return found
 
@@ -154,7 +154,7 @@ def _failed(log: Path) -> Pi0fmError:
 
 
 def held_bytes(workers: int) -> list[int]:
-    """Bytes of weights, moments and gradients of each of so many gloo workers of one tiny state, cut where they are several."""
+    """Bytes of weights, moments and gradients on each of `workers` gloo workers of a tiny state, fully sharded if they are several."""
     with tempfile.TemporaryDirectory() as folder:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent, initargs=(os.getpid(),)) as pool:
@@ -162,7 +162,7 @@ def held_bytes(workers: int) -> list[int]:
 
 
 def _held_bytes(rank: int, workers: int, folder: str) -> int:
-    """In a process of its own."""
+    """Bytes on worker `rank`, called in a separate process."""
     import torch
 
     from pi0fm.bench.harness.steps import Trainer

@@ -1,19 +1,19 @@
-"""The policy server's overhead with one robot and its gain by batching with eight, on loopback.
+"""Overhead of the policy server with one robot, and its gain by batching with eight robots, on loopback.
 
-Owns: the two servers, the robots that ask them, the figures. Does not know: how either server works.
+Owns: the two servers, the robots that query them, the figures. Does not know: how either server works.
 
-    overhead_ms          one robot at 20 Hz: from sending an observation to having its reply, without the policy's own `infer_ms`
-    throughput_ratio_8   eight robots that ask again at once: answers a second, by those of a server of openpi's design, which infers for
-                         one connection at a time in its event loop; the same bundle, frames, clients and threads, in turns
-    batch_gain_8         eight inferences one after the other, by one of a batch of eight, in one process: without servers and robots
-    loop_rate_ratio      a control loop of 50 Hz by the executor, 100 ms of delay added to each answer: its commands a second by 50
-    bare_loop_rate_ratio the same of a loop that only sleeps: the rate that this machine reaches at that moment
-    expired_applied      of its commands, those applied further than EXPIRED control steps from the moment that they were meant for
-    hold_after_steps     after the server was killed: control steps from the moment of the last action to the standstill
-    fairness_8           of the eight on our server, the answers of the one that got fewest by their mean
+    overhead_ms          one robot at 20 Hz: from sending an observation to receiving its reply, without the policy's `infer_ms`
+    throughput_ratio_8   eight robots that ask again at once: replies per second / those of a server of openpi's design, which infers for
+                         one connection at a time in its event loop; the same bundle, frames, clients and threads, alternating
+    batch_gain_8         time of eight inferences one after the other / time of one batch of eight, in one process without a server
+    loop_rate_ratio      a 50-Hz control loop of the executor with 100 ms of delay added to each reply: its commands per second / 50
+    bare_loop_rate_ratio the same for a loop that only sleeps: the rate that this machine reaches at that time
+    expired_applied      commands of the control loop applied more than EXPIRED control steps from their intended time
+    hold_after_steps     after the server was killed: control steps from the time of the last action to the standstill
+    fairness_8           eight robots on our server: replies to the robot that got the fewest / mean replies
 
-Servers and robots are processes of their own. A frame holds three pictures of 224 pixels and is packed once, so that the robots' own work
-is small. The policy is random, of the tiny preset.
+Servers and robots are separate processes. A frame holds three pictures of 224 x 224 pixels and is packed once, to keep the robots' work
+small. The policy is random, of the tiny preset.
 """
 
 import asyncio
@@ -52,9 +52,9 @@ from pi0fm_client.types import ActionChunk
 SIDE, WIDTH = 224, 7
 ROBOTS, HZ = 8, 20.0
 LOOP_HZ, LOOP_DELAY = 50.0, 0.1
-EXPIRED = 1.5  # control steps: an observation may be taken 0.75 before or 0.5 after its step begins, and so may a command
-SETTLING = 10  # requests that do not count
-# a server that infers for one connection at a time lets the last of eight wait for its handshake
+EXPIRED = 1.5  # control steps: observation and command may each come 0.75 before or 0.5 after the start of their step
+SETTLING = 10  # warm-up requests
+# a server that infers for one connection at a time makes the last of eight wait for its handshake
 CONNECTION: dict[str, Any] = {"compression": None, "max_size": None, "proxy": None, "ping_interval": None, "open_timeout": 60}
 
 
@@ -62,10 +62,10 @@ CONNECTION: dict[str, Any] = {"compression": None, "max_size": None, "proxy": No
 class ServingOptions:
     """Options of `pi0fm bench serving`. Raises ConfigError for a value out of range."""
 
-    seconds: int = option(10, "of each measurement")
-    rounds: int = option(3, "times that eight robots ask each server")
+    seconds: int = option(10, "seconds of each measurement")
+    rounds: int = option(3, "measurements of each server with eight robots")
     num_flow_steps: int = option(10, "steps of the policy's solver")
-    threads: int = option(1, "CPU threads of one inference, of both servers")
+    threads: int = option(1, "CPU threads of an inference, on both servers")
 
     def __post_init__(self) -> None:
         check_least(self, seconds=1, rounds=1, num_flow_steps=1, threads=1)
@@ -75,7 +75,7 @@ Options = ServingOptions
 
 
 def measure(options: ServingOptions) -> BenchReport:
-    """Ask both servers."""
+    """Measure both servers and the control loop."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bundle"
         _save_random_policy(path, options.num_flow_steps)
@@ -105,7 +105,7 @@ def measure(options: ServingOptions) -> BenchReport:
 
 
 def _batch_gain(path: Path, options: ServingOptions) -> float:
-    """Time of ROBOTS inferences by that of a batch of as many, in turns; the median."""
+    """Median ratio of the time of ROBOTS inferences to that of one batch of as many, alternating."""
     policy = bundle.load(path, threads=options.threads)
     observation = policy.observation(wire.unpack(_frame()))
 
@@ -123,7 +123,7 @@ def _batch_gain(path: Path, options: ServingOptions) -> float:
 
 
 def _lone_robot(url: str, seconds: int) -> tuple[list[float], list[float]]:
-    """Milliseconds beyond the policy's own, as the robot sees them and within the server, of each request at HZ."""
+    """Milliseconds of each request at HZ in addition to `infer_ms`: measured at the robot, and within the server."""
     frame = _frame()
     seen: list[float] = []
     inside: list[float] = []
@@ -145,7 +145,7 @@ def _lone_robot(url: str, seconds: int) -> tuple[list[float], list[float]]:
 
 @dataclass
 class _Delayed:
-    """A policy whose answers take LOOP_DELAY longer."""
+    """Policy with LOOP_DELAY seconds added to each answer."""
 
     policy: PolicyClient
 
@@ -159,7 +159,7 @@ class _Delayed:
 
 
 def _control_loop(seconds: int) -> dict[str, Any]:
-    """Drive a robot whose actions are the moments that they are meant for, in control steps, and kill the server at the end."""
+    """Drive a robot whose actions are their intended times, in control steps, and kill the server at the end."""
     bare = _loop_rate(seconds, lambda: None, lambda: time.sleep(1 / LOOP_HZ - time.monotonic() % (1 / LOOP_HZ)))
     with (
         soak.step_server(0.002) as (url, process),
@@ -169,7 +169,7 @@ def _control_loop(seconds: int) -> dict[str, Any]:
         began, expired, last = time.monotonic(), 0, 0.0
 
         def step() -> float:
-            """Apply one command; returns the moment, in control steps."""
+            """Apply one command; returns the time, in control steps."""
             nonlocal expired, last
             executor.observe(lambda: soak.message((time.monotonic() - began) * LOOP_HZ, 0.0))
             action, now = executor.next(), (time.monotonic() - began) * LOOP_HZ
@@ -188,7 +188,7 @@ def _control_loop(seconds: int) -> dict[str, Any]:
 
 
 def _loop_rate(seconds: int, step: Callable[[], object], pace: Callable[[], object]) -> float:
-    """Steps that a loop took by those that LOOP_HZ has in the same time."""
+    """Rate of a loop relative to LOOP_HZ."""
     began, steps = time.monotonic(), 0
     while (passed := time.monotonic() - began) < seconds:
         step()
@@ -198,7 +198,7 @@ def _loop_rate(seconds: int, step: Callable[[], object], pace: Callable[[], obje
 
 
 def _robots(url: str, seconds: int) -> list[int]:
-    """Answers that each of ROBOTS got in `seconds`."""
+    """Number of replies to each of ROBOTS in `seconds`."""
     frame = _frame()
 
     def ask(_: int) -> int:
@@ -219,13 +219,13 @@ def _robots(url: str, seconds: int) -> list[int]:
 
 @contextmanager
 def _running(target: Any, path: Path, threads: int) -> Iterator[str]:
-    """The address of a server in a process of its own."""
+    """Run a server in a separate process and give its address."""
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=target, args=(os.getpid(), path, threads, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
-        yield ours.recv()  # EOFError where it could not start, and it has said why
+        yield ours.recv()  # EOFError if the server could not start; it has printed why
     finally:
         process.kill()
         process.join()
@@ -239,7 +239,7 @@ def _serve_ours(parent: int, path: Path, threads: int, ready: Connection) -> Non
 
 
 def _serve_one_at_a_time(parent: int, path: Path, threads: int, ready: Connection) -> None:
-    """openpi's WebsocketPolicyServer in its essentials."""
+    """Run a minimal version of openpi's WebsocketPolicyServer."""
     end_with_parent(parent)
     policy = bundle.load(path, threads=threads)
     policy.infer(wire.unpack(_frame()))

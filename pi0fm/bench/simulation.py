@@ -1,12 +1,12 @@
-"""The cost of simulating: environments together in one process against one at a time.
+"""Simulation speed of several environments in one process, relative to one environment.
 
-Owns: the two sides and a policy that costs nothing. Does not know: how an environment steps or draws.
+Owns: the two sides and a policy without cost. Does not know: how an environment steps or renders.
 
-    together   one rollout of N environments, a start position each    : steps a processor second; at least 0.9 of
-    alone      one rollout of 1 environment, the same start positions  : the same, one after the other
+    together   one rollout of N environments, a start position each                       : steps per processor second; at least 0.9 of
+    alone      one rollout of 1 environment, the same start positions one after the other : its steps per processor second
 
-Both run the same episodes with the same actions, and look every `execution_horizon` steps. Processor seconds count every thread of the
-software renderer. Less than 1 is what sharing a process costs: caches, switches between GL contexts, larger batches.
+Both run the same episodes with the same actions and render every `execution_horizon` steps. Processor seconds count every thread of the
+software renderer. A ratio below 1 is the cost of sharing a process: caches, switches between GL contexts, larger batches.
 """
 
 import time
@@ -35,8 +35,8 @@ class SimulationOptions(PairedOptions):
     tasks: tuple[str, ...] = option(("reach-v3", "pusht/push-t"), f"tasks, each {catalog.TASK_FORM}")
     environments: int = option(8, "environments in one process")
     max_steps: int = option(64, "steps of an episode")
-    execution_horizon: int = option(8, "steps between two looks at the pictures")
-    rounds: int = option(6, "times that both sides of a comparison run")
+    execution_horizon: int = option(8, "steps between two observations")
+    rounds: int = option(6, "runs of both sides of each comparison")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +51,7 @@ Options = SimulationOptions
 
 @final
 class Wandering:
-    """A policy that answers random actions by its seeds, at once."""
+    """Policy that returns random actions, a function of the seed, without delay."""
 
     def __init__(self, suite: Suite, horizon: int) -> None:
         self.metadata: dict[str, Any] = {"action_horizon": horizon}
@@ -64,7 +64,7 @@ class Wandering:
 
 
 def measure(options: SimulationOptions) -> BenchReport:
-    """Measure in this process; `speed` is that of environments together, relative to one at a time."""
+    """Run both sides in this process; `speed` is that of all environments together, relative to one at a time."""
     figures: dict[str, Any] = {}
     for task in options.tasks:
         progress.say(f"{task}, {options.environments} environments, {options.rounds} rounds")

@@ -1,16 +1,16 @@
-"""A policy server under everything that goes wrong around robots, for minutes: does it answer right, stay up, stay small, and recover?
+"""Endurance test of the policy server under faults for minutes: correct answers, no crash, constant memory, recovery.
 
-Owns: the faults, a policy whose answers say what they answer, the figures. Does not know: how the server defends itself.
+Owns: the faults, a policy whose answers can be checked, the figures. Does not know: how the server handles faults.
 
-    clean robots     ask by pi0fm_client at HZ and check every number of every answer
-    dirty robots     ask by a bare WebSocket; one frame in a hundred is damaged
-    storms           200 sockets at once that say nothing, or half a request, and stay; upgraded ones that say nothing
+    clean robots     query by pi0fm_client at HZ and check every number of every answer
+    dirty robots     query by a plain WebSocket; one frame in 100 is damaged
+    storms           200 sockets at once that send nothing or half a request and stay open, and upgraded ones that send nothing
     killed           connections that are reset in the middle of a frame
-    paused           once, the model does not answer for `pause_seconds`: robots are refused, /healthz turns red, and all recover
+    paused           once, the model does not answer for `pause_seconds`: robots are refused, /healthz reports it, and all recover
 
-    wrong_answers      of clean and of undamaged dirty requests: a number that was not asked for
+    wrong_answers      wrong answers to clean requests and to undamaged ones of dirty robots
     recovery_seconds   from the end of the pause to the first right answer of the slowest clean robot; chunk_seconds: a chunk's duration
-    memory_mb          resident, of the server: medians of the second tenth of the time and of the last one
+    memory_mb          resident memory of the server: medians of the second tenth of the time and of the last
 """
 
 import asyncio
@@ -53,9 +53,9 @@ SIDE = 64
 
 
 class StepPolicy:
-    """actions[h] = (state[0] + h, state[1]): a request's first number counts on by the row, its second one says whose it is.
+    """Policy with actions[h] = (state[0] + h, state[1]): state[0] identifies the request, state[1] the robot.
 
-    An inference takes `seconds`; `pause` lets all wait.
+    An inference takes `seconds`; `pause` delays all inferences.
     """
 
     metadata: ClassVar[dict[str, Any]] = {
@@ -73,11 +73,11 @@ class StepPolicy:
         self._seconds, self._until = seconds, 0.0
 
     def pause(self, seconds: float) -> None:
-        """Answer nothing for so long."""
+        """Answer nothing for `seconds`."""
         self._until = time.monotonic() + seconds
 
     def observation(self, flat: Mapping[str, Any]) -> Observation:
-        """Return the observation in a map. Raises ObservationError for another one."""
+        """Return the observation in a flat map. Raises ObservationError for wrong contents."""
         state, picture = flat.get("observation.state"), flat.get("observation.images.base")
         if not isinstance(state, np.ndarray) or state.shape != (2,) or state.dtype.kind != "f" or not np.isfinite(state).all():
             raise ObservationError("observation.state must be two finite numbers")
@@ -86,7 +86,7 @@ class StepPolicy:
         return Observation({"base": picture}, state.astype(np.float64), str(flat.get("prompt", ""))[:100])  # type: ignore[arg-type]
 
     def infer_batch(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> list[ActionChunk]:
-        """One chunk for each observation."""
+        """Infer a chunk for each observation."""
         began = time.perf_counter()
         time.sleep(max(self._seconds, self._until - time.monotonic()))
         found = [expected(*observation.state) for observation in observations]
@@ -94,20 +94,20 @@ class StepPolicy:
 
 
 def expected(step: float, robot: float) -> Any:
-    """Return the actions that a StepPolicy answers."""
+    """Return the actions of a StepPolicy."""
     rows = np.arange(StepPolicy.metadata["action_horizon"], dtype=np.float64)
     return np.stack([step + rows, np.full_like(rows, robot)], axis=1).astype(np.float32)
 
 
 def message(step: float, robot: float) -> dict[str, Any]:
-    """Return the observation that asks for them."""
+    """Return the observation with that state."""
     picture = np.full((SIDE, SIDE, 3), int(step) % 256, np.uint8)
     return {"observation.images.base": picture, "observation.state": np.array([step, robot], np.float32), "prompt": "go on"}
 
 
 @contextmanager
 def step_server(seconds: float, pause_seconds: float = 0.0) -> Iterator[tuple[str, Any]]:
-    """Give the address and the process of a server of StepPolicy; SIGUSR1 pauses its model."""
+    """Run a server of StepPolicy and give its address and process; SIGUSR1 pauses its model."""
     ours, theirs = Pipe()
     process = get_context("spawn").Process(target=_serve, args=(os.getpid(), seconds, pause_seconds, theirs), daemon=True)
     process.start()
@@ -131,8 +131,8 @@ def _serve(parent: int, seconds: float, pause_seconds: float, ready: Connection)
 class SoakOptions:
     """Options of `pi0fm bench soak`. Raises ConfigError for a value out of range."""
 
-    seconds: int = option(600, "in all")
-    pause_seconds: int = option(30, "that the model does not answer, once, after a third of the time")
+    seconds: int = option(600, "duration in seconds")
+    pause_seconds: int = option(30, "duration in seconds of the pause, once, after a third of the time, in which the model does not answer")
 
     def __post_init__(self) -> None:
         check_least(self, seconds=20, pause_seconds=1)
@@ -143,7 +143,7 @@ Options = SoakOptions
 
 @dataclass
 class _Soak:
-    """State that all threads share. right: by clean robot, the times of its right answers."""
+    """State shared by all threads. right: by clean robot, the times of its right answers."""
 
     url: str
     end: float
@@ -163,7 +163,7 @@ class _Soak:
 
 
 def measure(options: SoakOptions) -> BenchReport:
-    """Run all of it at once."""
+    """Run the robots and all faults at once."""
     with step_server(0.005, options.pause_seconds) as (url, process):
         soak = _Soak(url, time.monotonic() + options.seconds)
         work: list[tuple[Callable[..., None], tuple[Any, ...]]] = [(_storms, (soak,)), (_kills, (soak,)), (_health, (soak,))]
@@ -196,7 +196,7 @@ def measure(options: SoakOptions) -> BenchReport:
 
 
 def _watch(soak: _Soak, process: Any, options: SoakOptions) -> tuple[list[float], float]:
-    """Sample the server's memory each half second, and pause its model once; returns MiB, and when the model went on."""
+    """Sample the server's memory every 0.5 s and pause its model once; returns MiB, and the time when the pause ended."""
     memory: list[float] = []
     began, resumed = time.monotonic(), float("inf")
     seen = psutil.Process(process.pid)
@@ -272,7 +272,7 @@ def _storms(soak: _Soak) -> None:
 
 
 def _kills(soak: _Soak) -> None:
-    """Reset a connection in the middle of a frame, once a second."""
+    """Reset a connection in the middle of a frame every second."""
     frame = wire.pack(message(0.0, 999.0))
     while soak.going():
         with suppress(OSError, WebSocketException):
@@ -287,7 +287,7 @@ def _kills(soak: _Soak) -> None:
 
 
 def _health(soak: _Soak) -> None:
-    """Ask /healthz four times a second; 503 is an answer too."""
+    """Request /healthz every 0.25 s; 503 counts as an answer."""
     while soak.going():
         began = time.monotonic()
         with suppress(OSError):

@@ -1,22 +1,22 @@
-"""One optimiser step on the same batch: LeRobot's PI0 against ours; what 8 flow draws cost; the memory of each side.
+"""Time of an optimiser step on the same batch, LeRobot's PI0 against ours; the cost of 8 flow draws; the memory of each side.
 
 Owns: the processes and their measurements, the bounds within which losses and gradients must agree.
 Does not know: how its report is shown.
 
     this process                imports neither side
-      |- like_for_like          both sides, in turns
-      |- as_shipped             both sides, in turns
-      |- flow draws             8 draws against 1 of ours
+      |- like_for_like          both sides, alternating
+      |- as_shipped             both sides, alternating
+      |- flow draws             8 draws against 1, our side only
       '- memory                 one side alone, a process for each side, case and mode
 
-Neither side's step reads data or averages weights. Ours takes its batch as the chain leaves it: bytes of pictures. A mode has a process of
-its own since accelerate keeps its precision to the end of one. Both sides of a mode's process keep freed memory, as `pi0fm train` asks of
-the C library; LeRobot gains from it as well. In its memory process LeRobot does not.
+Neither side's step reads data or averages weights. Ours takes its batch as the chain leaves it: pictures as bytes. Each mode has a separate
+process, since accelerate cannot change its precision within one. Both sides of such a process keep freed memory, as `pi0fm train` asks of
+the C library; LeRobot gains from it as well. LeRobot's memory process does not keep it.
 
     like_for_like   float32, torch's default for products, the fused AdamW on both sides
     as_shipped      LeRobot: float32 and its optimiser preset. Ours: bfloat16 autocast where the processor has it, and the fused AdamW
-    peer_bfloat16   where ours takes bfloat16: LeRobot as shipped over LeRobot under autocast: the part of the second ratio that is
-                    due to precision alone
+    peer_bfloat16   where ours takes bfloat16: time of LeRobot as shipped / time of LeRobot under autocast, the part of the second ratio
+                    that is due to precision alone
 """
 
 from collections.abc import Callable
@@ -44,18 +44,18 @@ ALIASES = {"num_threads": "threads"}
 PRECISIONS = dict(zip(MODES, ("float32", "auto"), strict=True))
 LOSS_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-3}
 GRADIENT_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.09}
-"""Relative to the largest entry of each parameter's gradient: the worst of a few hundred parameters, whose gradients may nearly cancel."""
+"""Bounds relative to the largest entry of a parameter's gradient, for the worst of a few hundred parameters, which may nearly cancel."""
 DRAWS = 8
-MEMORY_STEPS = 3  # the moments are there after the first, so the second is the first that has all at once
+MEMORY_STEPS = 3  # the first step allocates the moments, so the second is the first with its full memory
 
 
 @dataclass(frozen=True)
 class TrainingOptions(PeerOptions):
     """Options of `pi0fm bench training`. Raises ConfigError for a value out of range."""
 
-    cases: tuple[str, ...] = option(PEER_CASES[:2], f"which networks and batches, of {', '.join(PEER_CASES)}")
+    cases: tuple[str, ...] = option(PEER_CASES[:2], f"networks and batches, of {', '.join(PEER_CASES)}")
     rounds: int = option(10, "pairs of steps, ours and LeRobot's, behind each ratio")
-    flow_draws_cases: tuple[str, ...] = option(("pi0_proportions",), f"where 8 flow draws are held against 1, of {', '.join(CASES)}")
+    flow_draws_cases: tuple[str, ...] = option(("pi0_proportions",), f"cases that compare 8 flow draws with 1, of {', '.join(CASES)}")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +66,7 @@ Options = TrainingOptions
 
 
 def measure(options: TrainingOptions) -> BenchReport:
-    """Measure each part in its process. Raises Pi0fmError when the two sides differ, ConfigError for a device that is not there."""
+    """Measure each part in a separate process. Raises Pi0fmError when the two sides differ, ConfigError for a missing device."""
     device = choose_device(options.device)
     torch.set_num_threads(options.threads)
     rates = measure_rates(device, LOSS_BOUNDS)
@@ -86,7 +86,7 @@ def measure(options: TrainingOptions) -> BenchReport:
 
 
 def lerobots_step(policy: Any, batch: Batch, device: torch.device, fused: bool, bfloat16: bool = False) -> Callable[[], float]:
-    """One step of LeRobot's policy. fused: its AdamW with the kernel of ours, else its preset. bfloat16: under autocast."""
+    """Step of LeRobot's policy. fused: its AdamW with torch's fused kernel, else its preset. bfloat16: under autocast."""
     preset, weights = policy.config.get_optimizer_preset(), list(policy.train().get_optim_params())
     optimizer = preset.build(weights)
     if fused:
@@ -95,7 +95,7 @@ def lerobots_step(policy: Any, batch: Batch, device: torch.device, fused: bool, 
 
 
 def our_loss(trainer: Trainer, batch: Batch) -> Tensor:
-    """The mean loss that `train_step` sends backwards, when every entry of the batch is real and has one draw."""
+    """Mean loss of `train_step` for a batch without padding and with one draw per sample."""
     flow, given = trainer.flow, batch.to(trainer.parallel.device)
     t = flow.times(given.uniform[:, 0])
     pair = flow.training_pair(given.actions, t, given.noise[:, 0])
@@ -104,7 +104,7 @@ def our_loss(trainer: Trainer, batch: Batch) -> Tensor:
 
 
 def steps_compared(options: TrainingOptions, mode: str, rates: Rates) -> dict[str, dict[str, Any]]:
-    """A row for each case; in a process that has no accelerate yet."""
+    """A row for each case; to be called in a process that has not used accelerate."""
     _settle(options.threads)
     return {name: _compared(name, mode, options, rates) for name in options.cases}
 
@@ -136,7 +136,7 @@ def _compared(name: str, mode: str, options: TrainingOptions, rates: Rates) -> d
 
 
 def draws_compared(options: TrainingOptions) -> dict[str, dict[str, Any]]:
-    """Time of a step with 8 flow draws over one with 1, as shipped, and what their operations predict: one network, its batches in turn."""
+    """Time of a step with 8 flow draws / with 1, as shipped, and the ratio of their operations; one network, alternating batches."""
     _settle(options.threads)
     device = choose_device(options.device)
     found: dict[str, dict[str, Any]] = {f"flow_draws_8{name}": {} for name in ("", "_predicted", "_intervals", "_seconds")}
@@ -152,7 +152,7 @@ def draws_compared(options: TrainingOptions) -> dict[str, dict[str, Any]]:
 
 
 def peaks(name: str, options: TrainingOptions) -> dict[str, dict[str, float]]:
-    """Megabytes of each side's whole process at its peak, and above what it held before its network was built; ratios to LeRobot's."""
+    """Peak megabytes of each side's process, in total and above its memory before the network was built; ratios to LeRobot's."""
     found: dict[str, dict[str, float]] = {}
     for side, precision in {"lerobot": None, **PRECISIONS}.items():
         whole, imported = in_fresh_process(peak_of_training, name, precision, options)
@@ -164,9 +164,9 @@ def peaks(name: str, options: TrainingOptions) -> dict[str, dict[str, float]]:
 
 
 def peak_of_training(name: str, precision: str | None, options: TrainingOptions) -> tuple[int, int]:
-    """Take steps of one side: bytes at the peak, and before the network was built. To be called first in its process.
+    """Take steps of one side; returns bytes at the peak and before the network was built. To be called first in its process.
 
-    On a GPU: the most ever allocated there, and 0. precision: of ours; None trains LeRobot's, in float32.
+    On a GPU: the peak allocated there, and 0. precision: of our side; None trains LeRobot's, in float32.
     """
     case, device, on_cpu = CASES[name], torch.device(options.device), options.device == "cpu"
     if precision is None:

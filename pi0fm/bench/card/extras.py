@@ -1,7 +1,7 @@
-"""The cost of scores and of several candidates relative to one chunk, and of an asynchronous checkpoint relative to a step.
+"""The cost of a log-likelihood and of several candidates relative to one chunk, and of an asynchronous checkpoint relative to a step.
 
-Owns: best of eight from one prefix, the log-likelihood of a chunk; a checkpoint of a third of the layers, whose bytes and step are each a
-third of the whole. Does not know: which candidate is best, how a checkpoint is written.
+Owns: best of eight from one prefix, the log-likelihood of a chunk; a checkpoint of a network with a third of the layers, whose bytes and
+step time are each a third of the whole. Does not know: which candidate is best, how a checkpoint is written.
 """
 
 import functools
@@ -26,13 +26,13 @@ from pi0fm.train.checkpoint.checkpoints import Checkpoints
 from pi0fm.train.components import Adaptation
 
 CANDIDATES = 8
-LAYERS_OF = 3  # the checkpoint's network has one layer of so many
-EVERY = 100  # steps from one checkpoint to the next, of the target
-LONGEST = 20.0  # seconds of steps beside one checkpoint
+LAYERS_OF = 3  # the checkpoint's network has 1 / LAYERS_OF of the layers
+EVERY = 100  # steps between checkpoints, in the target
+LONGEST = 20.0  # seconds of steps during one checkpoint, at most
 
 
 def measure(results: Results, device: torch.device, whole: bool) -> None:
-    """All cases, the checkpoint first, since no card has measured it. whole: at full size; else the tiny preset."""
+    """Run all cases, the checkpoint first, since no GPU has measured it yet. whole: at full size; else the tiny preset."""
     results.attempt("asynchronous checkpoint", functools.partial(_checkpoint, results, device, whole), 50 if whole else 1, clear)
     clear()
     shared = Inference(results, device, whole)
@@ -70,7 +70,7 @@ def _likelihood(results: Results, shared: Inference) -> None:
 
 
 def _checkpoint(results: Results, device: torch.device, whole: bool) -> None:
-    """Full fine-tuning at the batch of the training part; the second checkpoint, whose page-locked buffers are there."""
+    """Measure the second checkpoint, which reuses page-locked buffers, in full fine-tuning at the training part's batch size."""
     full = PI0 if whole else TINY
     config = replace(
         full,

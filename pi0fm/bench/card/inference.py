@@ -1,13 +1,12 @@
-"""A policy call at full size: host observation to host actions, and its time by stage.
+"""Time of a policy call at full size, from host observation to host actions, and by stage.
 
-Owns: the cases in order of worth, the stages. Does not know: how long the part may take, other than by asking.
+Owns: the cases in order of importance, the stages. Does not know: how much time is left (card/results.py).
 
     host      chain: pictures, prompt, state -> tensors
     device    copy in -> vision -> prefix -> ten evaluations of the velocity -> copy out
     host      inverse chain: actions in robot units
 
-The stages of the device are measured as CUDA graphs of the same operations, so that the host's launches have no part in them; on a CPU as
-they are.
+The stages of the device are timed as CUDA graphs of the same operations, to exclude the host's kernel launches; on a CPU directly.
 """
 
 import functools
@@ -51,12 +50,12 @@ GIB = 2**30
 
 
 def measure(results: Results, device: torch.device, whole: bool) -> None:
-    """All cases. whole: at full size; else the tiny preset, a try of every line."""
+    """Run all cases. whole: at full size; else with the tiny preset, to try every line of code."""
     Inference(results, device, whole).run()
 
 
 class Inference:
-    """The part's cases, which share networks, compiled policies and the device's rates."""
+    """Cases of the inference part, which share networks, compiled policies and the device's rates."""
 
     def __init__(self, results: Results, device: torch.device, whole: bool) -> None:
         self.results, self.device, self.whole = results, device, whole
@@ -68,7 +67,7 @@ class Inference:
         self.p50: dict[tuple[str, str, CallSize], float] = {}
 
     def run(self) -> None:
-        """What was never measured first; what does not fit into the time is named."""
+        """Run all cases, those never measured before first; report those for which no time is left."""
         self.results.add("copy rate", self.rates.bytes_per_second / 1e9, "GB/s", note="read and written")
         product = self.rates.flops_per_second[torch.bfloat16] / 1e12
         self.results.add("bfloat16 product rate", product, "TFLOP/s", note="8192 x 8192 x 8192, random")
@@ -94,11 +93,11 @@ class Inference:
             self.call("pi0", mode, size)
 
     def attempt(self, what: str, case: Callable[[], None], seconds: float) -> None:
-        """Run `case` where the time allows. seconds: that it takes at full size."""
+        """Run `case` if enough time is left. seconds: its duration at full size."""
         self.results.attempt(what, case, seconds if self.whole else 1, self.clear)
 
     def call(self, name: str, mode: str, size: CallSize) -> None:
-        """The whole call of one case."""
+        """Time whole calls of one case."""
         what, known = f"{name}, {size}, {mode}", (name, size.cameras, mode) in self.policies
         self.attempt(what, functools.partial(self._call, what, name, mode, size), 5 if known or mode == "off" else 20)
 
@@ -139,7 +138,7 @@ class Inference:
         )
 
     def attempt_stages(self, name: str, mode: str) -> None:
-        """The stages of a call of one observation."""
+        """Time the stages of a call with one observation."""
         what = f"{name}, {BEST}, {mode}, by stage"
         if (name, BEST.cameras, mode) in self.policies:
             self.attempt(what, functools.partial(self._stages, what, name, mode), 8)
@@ -176,7 +175,7 @@ class Inference:
         self.results.add(what, total, "ms", limit_share=sum(limits.values()) / total, note=note, stages_ms=ms, limits_ms=limits)
 
     def staged(self, precision: Callable[[], torch.autocast], rounds: int, call: Callable[[], object]) -> list[float]:
-        """Seconds of the device for a call without the host's launches."""
+        """Device seconds of a call, without the host's kernel launches."""
 
         def whole() -> Tensor:
             with torch.inference_mode(), precision():
@@ -188,18 +187,18 @@ class Inference:
         return device_seconds(Recorder(self.device)(whole), self.device, rounds)
 
     def policy(self, name: str, cameras: int, mode: str) -> LocalPolicy:
-        """The policy, made at its first use; all of one model share its weights, and those of one mode what they compiled."""
+        """Get a policy, built at its first use; policies of a model share its weights, those of a mode also the compiled code."""
         key = (name, cameras, mode)
         if key not in self.policies:
             made = make_policy(self.network(name), cameras, self.device, self.dtype, mode)
             earlier = [policy for (other, _, word), policy in self.policies.items() if (other, word) == (name, mode)]
-            if earlier:  # another robot in front of the same sampler
+            if earlier:  # another number of cameras with the same sampler
                 made.sampler = earlier[0].sampler
             self.policies[key] = made
         return self.policies[key]
 
     def network(self, name: str) -> Pi0:
-        """Random weights, made on the device."""
+        """Get a network with random weights, built on the device at its first use."""
         if name not in self.networks:
             began = time.perf_counter()
             config: Pi0Config = (MODELS if self.whole else TRIED)[name]
@@ -209,10 +208,10 @@ class Inference:
         return self.networks[name]
 
     def lerobot(self) -> None:
-        """LeRobot's own network, eager, from tensors that are on the device; ours from the robot's observation to its actions."""
+        """Time LeRobot's network, eager, from tensors on the device; ours is timed from the robot's observation to its actions."""
         from pi0fm.bench.card import peer  # LeRobot, where it can be imported
 
-        if not self.whole:  # LeRobot has no small network: the import is what can be tried
+        if not self.whole:  # LeRobot has no small network: only the import can be tried
             peer.imported()
             return
         case = Case(PI0, (True,) * len(CAMERAS), PI0.max_prompt_tokens, training_batch=1)
@@ -225,6 +224,6 @@ class Inference:
             self.results.add(f"LeRobot's PI0, {BEST}, {name}", 1e3 * p50, "ms", target=">= 3 x graph, >= 1.3 x off", note=note)
 
     def clear(self) -> None:
-        """After a failure: give back what it held."""
+        """Release memory after a failure."""
         gc.collect()
         forget_peak(self.device)

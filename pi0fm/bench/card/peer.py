@@ -1,15 +1,15 @@
-"""LeRobot's own PI0 network at full size, on a machine that has LeRobot's wheel and little else.
+"""LeRobot's PI0 network at full size, on a machine that has LeRobot's wheel but few of its dependencies.
 
-Owns: its import, its construction on the device. Does not know: what it is given, clocks.
+Owns: its import, its construction on the device. Does not know: its inputs, clocks.
 
-LeRobot's packages import simulators, data sets and every other policy on the way to one network. Here the packages on that way are empty
-ones over the same folders, so that `modeling_pi0` and what it computes with are LeRobot's files, unchanged:
+LeRobot's packages import simulators, data sets and every other policy before the network. Here empty packages over the same folders take
+their place, so `modeling_pi0` and the modules that it computes with are LeRobot's files, unchanged:
 
-    lerobot.policies, .pi0, .rtc     empty packages: nothing but what is asked for is imported
+    lerobot.policies, .pi0, .rtc     empty packages: only the modules asked for are imported
     .pretrained, lerobot.transforms  stand-ins for two names that the network never calls
-    create_causal_mask               without `cache_position`, which LeRobot gives and newer transformers neither take nor need
+    create_causal_mask               without `cache_position`, which LeRobot passes and newer transformers neither accept nor need
 
-Only in a process that uses LeRobot for nothing else.
+To be used only in a process that uses LeRobot for nothing else.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from torch import nn
 
 
 def network(device: torch.device, precision: str) -> Any:
-    """`PI0Pytorch` with the weights that its constructors draw. precision: LeRobot's `dtype`, bfloat16 or float32.
+    """Build `PI0Pytorch` with its initial random weights. precision: LeRobot's `dtype`, bfloat16 or float32.
 
-    Raises ImportError where LeRobot is not there, or its network asks for more than a bare machine has.
+    Raises ImportError where LeRobot or a library that its network needs is not installed.
     """
     modeling, configuration = imported()
     with device:
@@ -37,7 +37,7 @@ def network(device: torch.device, precision: str) -> Any:
 
 
 def imported() -> tuple[Any, Any]:
-    """`modeling_pi0` and `configuration_pi0`."""
+    """Import LeRobot's modules `modeling_pi0` and `configuration_pi0`."""
     if "lerobot.policies.pi0.modeling_pi0" not in sys.modules:
         for name in ("lerobot.policies", "lerobot.policies.pi0", "lerobot.policies.rtc"):
             _add(name)
@@ -57,7 +57,7 @@ def _drop_cache_position(gemma: Any) -> None:
 
 
 def _add(name: str, **contents: object) -> None:
-    """An empty module in the place of LeRobot's; an empty package still finds the files of its folder."""
+    """Put an empty module in the place of LeRobot's; an empty package still finds the files of its folder."""
     found = importlib.util.find_spec("lerobot")
     if found is None or not found.submodule_search_locations:
         raise ImportError("LeRobot is not installed here; `make gpu-wheels` fetches its wheel for a bare machine")

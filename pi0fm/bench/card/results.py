@@ -1,10 +1,10 @@
-"""The figures of one part of the card's measurements, on disk after every one.
+"""Figures of one part of `pi0fm bench card`, written to disk after each.
 
-Owns: the rows, the time that is left to a part, what becomes of a case that fails. Does not know: what is measured; it imports no torch.
+Owns: the rows, the time left to a part, the handling of a case that fails. Does not know: what is measured; it imports no torch.
 
     case -> enough time left? -> run -> row, written at once
-                  |               `-> out of memory, error: a row that says so, and the next case goes on
-                  `-> a row that says that there was no time
+                  |               `-> out of memory, error: a row with the reason, then the next case
+                  `-> a row that says "not measured"
 """
 
 import time
@@ -19,7 +19,7 @@ OUT_OF_MEMORY = "out of memory"
 
 @final
 class Results:
-    """The rows of one part, in `path` as JSON. seconds: how long the part may take from now on."""
+    """Rows of one part, written to `path` as JSON. seconds: time limit of the part, from now on."""
 
     def __init__(self, part: str, path: Path, seconds: float) -> None:
         self._part, self._path, self._began, self._seconds = part, path, time.monotonic(), seconds
@@ -38,18 +38,18 @@ class Results:
         note: str = "",
         **details: Any,
     ) -> None:
-        """Keep a figure.
+        """Add a row and write all rows.
 
-        limit_share: of the limit measured in the same run, 0 to 1; target: the value to reach; note: any words, or why there is no figure.
+        limit_share: share of the limit measured in the same run, 0 to 1; target: value to reach; note: a remark, or why there is no value.
         """
         row = {"what": what, "value": _short(value), "unit": unit, "limit_share": _short(limit_share), "target": target, "note": note}
         self.rows.append(row | {"details": details})
         self.write(finished=False)
 
     def attempt(self, what: str, case: Callable[[], None], seconds: float, clear: Callable[[], None] = lambda: None) -> str:
-        """Run a case that adds its own rows, when `seconds` are left. The reason when it could not be run to its end, else empty.
+        """Run a case, which adds its rows, if `seconds` are left; returns the reason if it did not run to its end, else "".
 
-        clear: called after a failure, once the case's own objects are gone.
+        clear: called after a failure, when the case's objects have been freed.
         """
         left = self._began + self._seconds - time.monotonic()
         if left < seconds:
@@ -58,7 +58,7 @@ class Results:
             return reason
         try:
             case()
-        except Exception as error:  # noqa: BLE001  (whatever it is, the other cases are still worth having)
+        except Exception as error:  # noqa: BLE001  (the other cases run even so)
             short = OUT_OF_MEMORY if "out of memory" in str(error) else f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
         else:
             return ""
@@ -74,5 +74,5 @@ class Results:
 
 
 def _short(value: float | None) -> float | None:
-    """Four significant digits."""
+    """Round to four significant digits."""
     return None if value is None else float(f"{value:.4g}")

@@ -1,9 +1,9 @@
-"""pi0 at full size on one GPU in eight minutes: all parts, each in a separate process that may fail, hang or be killed.
+"""Measurements of pi0 at full size on one GPU in eight minutes: each part in a separate process that may fail, hang or be killed.
 
-Owns: the options, the processes and their time, the files. Does not know: what is measured; it imports no torch.
+Owns: the options, the processes and their time limits, the files. Does not know: what is measured; it imports no torch.
 
-    part's process    rows -> PART.json, after every row            ends by itself, or is ended when its time is over
-    this process      waits; then reads what is there               output_dir: PART.json, card.json, card.log
+    part's process    rows -> PART.json, after every row            ends by itself, or is killed at its time limit
+    this process      waits; then reads PART.json                   output_dir: PART.json, card.json, card.log
 """
 
 import contextlib
@@ -29,10 +29,10 @@ from pi0fm.options import option
 from pi0fm_client.errors import ConfigError
 
 PARTS = {"right": 170, "training": 130, "extras": 90, "inference": 90}
-"""What no card has measured yet comes early; with the seconds that each may take: eight minutes in all."""
+"""Parts with their time limits in seconds, 8 minutes in total; those that no GPU has measured yet come early."""
 RIGHT, LOG = "right", "card.log"
 RESULT = None  # a later run replaces the files of an earlier one
-GRACE = 5.0  # seconds that a part has to end by itself
+GRACE = 5.0  # seconds beyond its time limit in which a part may end by itself
 _OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b")
 
 
@@ -40,10 +40,10 @@ _OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b")
 class CardOptions:
     """Options of `pi0fm bench card`. Raises ConfigError for a part that is not known, or a time out of range."""
 
-    parts: tuple[str, ...] = option(tuple(PARTS), "what is measured, in order; PART=SECONDS gives a part another time")
-    output_dir: Path = option(Path("outputs/gpu"), "folder of the results, a file a part")
-    device: str = option("cuda", "cuda, or cpu for a try")
-    whole: bool = option(True, "full size; false takes the tiny preset, to try every line of it without a GPU")
+    parts: tuple[str, ...] = option(tuple(PARTS), "parts to measure, in order; PART=SECONDS sets a part's time limit")
+    output_dir: Path = option(Path("outputs/gpu"), "folder of the results, one file per part")
+    device: str = option("cuda", "cuda, or cpu for a trial run")
+    whole: bool = option(True, "full size; false takes the tiny preset, to try the measurement without a GPU")
 
     def __post_init__(self) -> None:
         check_words("parts", [word.partition("=")[0] for word in self.parts], PARTS)
@@ -56,7 +56,7 @@ class CardOptions:
             raise ConfigError("full size takes hours on a CPU; type --whole false, or --device cuda")
 
     def bounds(self) -> dict[str, float]:
-        """Seconds of each part that is asked for, in order."""
+        """Time limit in seconds of each requested part, in order."""
         return {name: float(seconds or PARTS[name]) for name, _, seconds in (word.partition("=") for word in self.parts)}
 
 
@@ -64,7 +64,7 @@ Options = CardOptions
 
 
 def measure(options: CardOptions) -> BenchReport:
-    """Run the parts one after the other. Raises ConfigError where the tests are not at hand."""
+    """Run the parts one after the other. Raises ConfigError where tests/gpu is missing."""
     tests = Path("tests/gpu")
     if RIGHT in options.bounds() and not tests.is_dir():
         raise ConfigError(f"part {RIGHT} runs {tests} of a checkout, found none in {Path.cwd()}; go there, or leave the part out")
@@ -107,7 +107,7 @@ def _measured(options: CardOptions, part: str, seconds: float) -> dict[str, Any]
 
 
 def _right(options: CardOptions, seconds: float) -> dict[str, Any]:
-    """The tests of the CUDA path, several at a time; on a CPU their quick form. Those that ended before the time was over count."""
+    """Run the tests of the CUDA path in parallel, on a CPU their quick form; those that end within the time limit count."""
     where = ["-m", "gpu", "-n", "4", "--dist", "worksteal"] if options.device == "cuda" else ["-m", "not gpu", "-n", "0"]
     words = [sys.executable, "-m", "pytest", "tests/gpu", "-v", "--tb=short", *where, "-o", f"timeout={seconds:.0f}"]
     began = time.monotonic()
@@ -127,7 +127,7 @@ def _right(options: CardOptions, seconds: float) -> dict[str, Any]:
 
 
 def _ended(words: Sequence[str], log: Path, seconds: float) -> tuple[int | None, list[str]]:
-    """The exit code of a program and its lines; None when it was ended for its time; all that it started ends with it."""
+    """Run a program to its end or time limit; returns its exit code (None at the limit) and its lines, and kills its process group."""
     before = log.stat().st_size if log.exists() else 0
     with log.open("ab") as output:
         process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -144,12 +144,12 @@ def _ended(words: Sequence[str], log: Path, seconds: float) -> tuple[int | None,
 
 def _how(code: int | None) -> str:
     if code is None:
-        return "its time was over"
+        return "time limit reached"
     return "whole" if code == 0 else f"exit code {code}"
 
 
 def _device(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The name that a part found, else the one that the driver gives the first device."""
+    """Name of the device as a part found it, else as the driver names the first device."""
     names = [part.get("facts", {}).get("device") for part in found.values()]
     if any(names) or shutil.which("nvidia-smi") is None:
         return next(filter(None, names), "CPU")

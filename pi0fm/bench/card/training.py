@@ -1,8 +1,8 @@
-"""Optimiser steps at full size, on batches that are on the device.
+"""Optimiser steps at full size, on batches in device memory.
 
-Owns: the cases, growing batches until memory ends, the estimate beside the peak. Does not know: data sets, checkpoints.
+Owns: the cases, growing batches until memory runs out, estimated and peak memory. Does not know: data sets, checkpoints.
 
-    full, checkpointed    with the moving average and without; the batch grows until the device has no memory left
+    full, checkpointed    with and without the moving average; the batch grows until the device runs out of memory
     expert only, LoRA     the largest batch of a few that fits
 """
 
@@ -30,7 +30,7 @@ from pi0fm.train.state import StateConfig
 
 @dataclass(frozen=True)
 class TrainingCase:
-    """One way to train. batches: in growing order; the case ends with the first that does not fit."""
+    """A way to train. batches: sizes in ascending order; the case ends with the first that does not fit."""
 
     name: str
     how: Adaptation
@@ -41,9 +41,9 @@ class TrainingCase:
 
 
 def cases() -> list[TrainingCase]:
-    """What was never measured first, that whose compilation once did not end in 95 s last of it; docs/gpu.md has the others.
+    """Cases in order: those never measured, of which one whose compilation once took over 95 s is the last, then those in docs/gpu.md.
 
-    The first is what LeRobot's step is held against.
+    LeRobot's step is compared with the first.
     """
     full, lora = Adaptation(activation_checkpointing="full"), LoraConfig(rank=16)
     adapted = Adaptation(lora=lora, frozen_bfloat16=True, activation_checkpointing="full")
@@ -61,26 +61,26 @@ def cases() -> list[TrainingCase]:
 
 
 def measure(results: Results, device: torch.device, whole: bool) -> None:
-    """All cases. whole: at full size; else the tiny preset with two small batches."""
+    """Run all cases. whole: at full size; else the tiny preset with two small batches."""
     rates = measure_rates(device, whole=whole)
     results.add("bfloat16 product rate", rates.flops_per_second[torch.bfloat16] / 1e12, "TFLOP/s")
     for case in cases():
         tried = case if whole else replace(case, batches=(1, 2))
         results.attempt(f"training, {case.name}", functools.partial(_grow, results, tried, device, rates, whole), 12 if whole else 1, clear)
         clear()
-        if case.compiled and case.how.train_only == "full":  # the step that the peer's is held against
+        if case.compiled and case.how.train_only == "full":  # the step that LeRobot's is compared with
             results.attempt("training, LeRobot's PI0, full", functools.partial(_peer, results, device, whole), 15 if whole else 1, clear)
 
 
 def clear() -> None:
-    """Give back what the last case held."""
+    """Release the last case's memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def prepared(config: Pi0Config, case: TrainingCase, device: torch.device) -> Trainer:
-    """Network, optimiser and average on the device, as `pi0fm train` makes them."""
+    """Build network, optimiser and average on the device, as `pi0fm train` does."""
     model = adapt(random_network(config, device), case.how, torch.bfloat16).to(device)
     if case.compiled:
         model.compile_layers()
@@ -88,7 +88,7 @@ def prepared(config: Pi0Config, case: TrainingCase, device: torch.device) -> Tra
 
 
 def full_batch(config: Pi0Config, size: int, device: torch.device) -> Batch:
-    """On the device; every camera, token and action is real."""
+    """Make a batch without padding on the device."""
     return make_batch(Case(config, (True,) * len(CAMERAS), config.max_prompt_tokens, size), seed=0).to(device)
 
 
@@ -144,10 +144,10 @@ def _one(results: Results, what: str, case: TrainingCase, trainer: Trainer, size
 
 
 def _peer(results: Results, device: torch.device, whole: bool) -> None:
-    """LeRobot's network in float32 under autocast, checkpointed, at growing batch; AdamW in torch's fused kernel, as ours."""
+    """Time LeRobot's network in float32 under autocast, checkpointed, with growing batch and torch's fused AdamW, like ours."""
     from pi0fm.bench.card import peer  # LeRobot, where it can be imported
 
-    if not whole:  # LeRobot has no small network: the import is what can be tried
+    if not whole:  # LeRobot has no small network: only the import can be tried
         peer.imported()
         return
     model = peer.network(device, "float32").train()

@@ -1,8 +1,8 @@
-"""The operations and bytes of a call of pi0, by stage, and the least time that they take.
+"""Operations and bytes of a call of pi0 by stage, and the least time that they take.
 
-Owns: the stages' sums. Does not know: how they are counted (train/plan/flops.py), how a policy runs.
+Owns: the sums of each stage. Does not know: how they are counted (train/plan/flops.py), how a policy runs.
 
-    stage       bytes: weights, once a stage and once an evaluation of the velocity; keys and values, once an evaluation
+    bytes       weights: once per stage, in the flow steps once per evaluation of the velocity; keys and values: once per evaluation
 """
 
 from collections.abc import Mapping
@@ -26,11 +26,11 @@ def inference_work(config: Pi0Config, batch: int, cameras: int, prompt_tokens: i
 
 
 def least_seconds(work: Mapping[str, tuple[float, float]], rates: Rates) -> dict[str, float]:
-    """The least time of each stage, in bfloat16."""
+    """Least seconds of each stage, in bfloat16."""
     return {stage: rates.seconds({torch.bfloat16: flops}, moved) for stage, (flops, moved) in work.items()}
 
 
 def training_flops(config: Pi0Config, how: Adaptation, cameras: int) -> float:
-    """Operations that one sample needs forwards and backwards, without what checkpointing repeats."""
+    """Operations of the forward and backward pass of a sample, without those that checkpointing repeats."""
     work = training_work(config, how, cameras)
     return work.forward + work.backward

@@ -1,17 +1,16 @@
-"""The networks, policies and inputs that are timed: random, all functions of a seed.
+"""Networks, policies and inputs for measurements: random, all functions of a seed.
 
-Owns: the sizes of each case; its observations, noise and batches; policies of random weights and what a robot would send them, with
-prompts of an exact length. Does not know: LeRobot's library, clocks. A random policy costs what a trained one does: no operation looks at
-values.
+Owns: the sizes of each case; its observations, noise and batches; policies with random weights and observations for them, with prompts of
+an exact length. Does not know: LeRobot's library, clocks. A random policy takes as long as a trained one: no operation depends on values.
 
-    case                           cameras   tokens a picture   prompt tokens     horizon   what it shows
-    tiny                           1         36                 23 of 64          16        the quickstart's size: the cost of calls
+    case                           cameras   tokens a picture   prompt tokens     horizon   purpose
+    tiny                           1         36                 23 of 64          16        the quickstart's size: overhead of calls
     width_512                      3         256                18 of 48          50        both streams and the tower 512 wide
-    width_512_one_camera_missing   2 of 3    256                18 of 48          50        what a masked camera costs
+    width_512_one_camera_missing   2 of 3    256                18 of 48          50        cost of a masked camera
     pi0_proportions                3         256                18 of 48          50        half of pi0's widths, a third of its layers
 
 LeRobot's code fixes 8 query heads and the tanh form of GELU, so every case has them. The vocabulary is ByT5's: a lookup in a larger one
-costs the same, and takes memory that nothing here measures. Shape letters: B batch, H horizon, A action dim.
+takes as long, and its memory is not measured here. Shape letters: B batch, H horizon, A action dim.
 """
 
 from dataclasses import dataclass, replace
@@ -40,10 +39,10 @@ CAMERAS, FLOW_STEPS = ("base", "left_wrist", "right_wrist"), 10
 
 @dataclass(frozen=True)
 class Case:
-    """One network and its inputs.
+    """A network and its inputs.
 
-    present: by camera, False for a masked one. prompt_tokens: real ones, the rest of the width is padding. training_batch: observations in
-    a training step.
+    present: by camera, False for a masked one. prompt_tokens: real tokens, the rest is padding. training_batch: observations in a
+    training step.
     """
 
     config: Pi0Config
@@ -70,16 +69,16 @@ CASES = {
     "width_512_one_camera_missing": Case(WIDTH_512, (True, True, False), prompt_tokens=18, training_batch=2),
     "pi0_proportions": Case(PROPORTIONS, (True, True, True), prompt_tokens=18, training_batch=1),
 }
-PEER_CASES = tuple(CASES)[:3]  # on which LeRobot's side is timed too
+PEER_CASES = tuple(CASES)[:3]  # those on which LeRobot's side is timed too
 
 
 @dataclass(frozen=True)
 class PeerOptions(PairedOptions):
     """Options of both comparisons of speed with LeRobot's PI0. Raises ConfigError for a value out of range."""
 
-    cases: tuple[str, ...] = option(PEER_CASES, f"which networks and inputs, of {', '.join(PEER_CASES)}")
-    device: str = option("cpu", "cpu or cuda, of both sides")
-    seed: int = option(0, "of weights, inputs and noise")
+    cases: tuple[str, ...] = option(PEER_CASES, f"networks and inputs, of {', '.join(PEER_CASES)}")
+    device: str = option("cpu", "device of both sides: cpu or cuda")
+    seed: int = option(0, "seed of weights, inputs and noise")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +88,7 @@ class PeerOptions(PairedOptions):
 
 
 def make_observation(case: Case, batch: int, seed: int) -> ModelObservation:
-    """Pictures of random bytes (0 where a camera is missing, as the chain leaves it), random tokens and states; on the CPU."""
+    """Make pictures of random bytes (0 for a missing camera, as in the chain), random tokens and states; on the CPU."""
     random = torch.Generator().manual_seed(seed)
     config, size = case.config, case.config.vision.image_size
     present = torch.tensor(case.present)
@@ -105,13 +104,13 @@ def make_observation(case: Case, batch: int, seed: int) -> ModelObservation:
 
 
 def make_noise(case: Case, batch: int, seed: int) -> Tensor:
-    """N(0, I), [B, H, A]; another stream of numbers than the observation's."""
+    """Draw N(0, I), [B, H, A], independent of the observation."""
     random = torch.Generator().manual_seed(seed + 1)
     return torch.randn(batch, case.config.action_horizon, case.config.action_dim, generator=random)
 
 
 def make_batch(case: Case, seed: int, flow_draws: int = 1) -> Batch:
-    """`training_batch` observations with actions, `flow_draws` of noise and time each; every entry is real."""
+    """Make `training_batch` observations with actions and `flow_draws` draws of noise and time each, without padding."""
     random = torch.Generator().manual_seed(seed + 2)
     count, horizon, width = case.training_batch, case.config.action_horizon, case.config.action_dim
     return Batch(
@@ -125,7 +124,7 @@ def make_batch(case: Case, seed: int, flow_draws: int = 1) -> Batch:
 
 @dataclass(frozen=True)
 class CallSize:
-    """So many observations, of so many cameras, in one call."""
+    """Numbers of observations and of cameras in one call."""
 
     batch: int
     cameras: int
@@ -135,7 +134,7 @@ class CallSize:
 
 
 def random_network(config: Pi0Config, device: torch.device, seed: int = 0) -> Pi0:
-    """Small random numbers, made on the device: the host never holds the network."""
+    """Build a network of small random weights on the device, without a copy on the host."""
     with torch.device("meta"):
         model = Pi0(config)
     model.to_empty(device=device)
@@ -153,13 +152,13 @@ EULER = FlowConfig(solver="euler", num_flow_steps=FLOW_STEPS)
 def random_policy(
     model: Pi0, cameras: int, device: torch.device, dtype: torch.dtype, compile: str = "off", flow: FlowConfig = EULER, joints: int = 7
 ) -> LocalPolicy:
-    """Several policies may share one network: the first arranges its matrices, which the others find arranged."""
+    """Build a policy; several may share one network, whose matrices the first rearranges for all."""
     robot, stats = random_robot(model.config, cameras, joints)
     return LocalPolicy(model, FlowMatching.from_config(flow), robot.chain(stats), {}, device, dtype, compile=compile)
 
 
 def random_robot(config: Pi0Config, cameras: int, joints: int = 7, flow: FlowConfig = EULER) -> tuple[PolicyConfig, NormStats]:
-    """A robot with `joints` joints, or as many as the network's action width allows, whose statistics are those of N(0, 1)."""
+    """Configure a robot with `joints` joints, or as many as the network's widths allow, with the statistics of N(0, 1)."""
     width = min(joints, config.action_dim, config.state_dim)
     robot = Embodiment(cameras={name: f"observation.images.{name}" for name in CAMERAS[:cameras]}, state_dim=width, robot_action_dim=width)
     normal = np.random.default_rng(0).normal(size=(200, width)).astype(np.float32)
@@ -168,7 +167,7 @@ def random_robot(config: Pi0Config, cameras: int, joints: int = 7, flow: FlowCon
 
 
 def random_observations(policy: LocalPolicy, batch: int, seed: int, prompt: str | None = None) -> list[Observation]:
-    """Random pictures of the network's size and random states. prompt: None for one that fills the network's prompt tokens."""
+    """Make random pictures of the network's size and random states. prompt: None for one that fills all prompt tokens."""
     random, chain = np.random.default_rng(seed), policy.chain
     size, (width, _) = chain.image_size, chain.embodiment.dims()
     found = []

@@ -1,12 +1,12 @@
-"""What workers exchange in a step, without the computing: a network of the same units, whose passes read each weight once.
+"""Time of the workers' exchange in a step, without computation: a network of the same units whose passes read each weight once.
 
 Owns: `StillNetwork`, the seconds of its passes. Does not know: rates, plans.
 
     DDP         buckets filled, summed over the workers, read
     sharded     a unit's rows copied in, gathered, copied out into weights; its gradient copied in, scattered, added
-    alone       what its passes take without any of that: it is subtracted
+    alone       the same passes without exchange, whose time is subtracted
 
-So copies, hooks, and the waiting of one worker for another at each unit count as they do in a step of the real network.
+So copies, hooks, and the time in which one worker waits for another at each unit count as in a step of the real network.
 """
 
 import time
@@ -26,14 +26,14 @@ from pi0fm.train.parallel.sharding import REST, shard, unit_of
 
 @final
 class StillUnit(nn.Module):
-    """Weights of given shapes, and their sum."""
+    """Module with weights of given shapes that returns their sum."""
 
     def __init__(self, shapes: list[torch.Size]) -> None:
         super().__init__()
         self.weights = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for shape in shapes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """A scalar: x and all weights."""
+        """Return the scalar x + the sum of all weights."""
         for weight in self.weights:
             x = x + weight.sum()
         return x
@@ -41,7 +41,7 @@ class StillUnit(nn.Module):
 
 @final
 class StillNetwork(nn.Module):
-    """The units of `network`, with `times` as many rows of each weight; called as they follow each other there."""
+    """Units of `network` with `times` as many rows in each weight, called in the network's order."""
 
     def __init__(self, network: nn.Module, times: float) -> None:
         super().__init__()
@@ -56,18 +56,18 @@ class StillNetwork(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """A scalar."""
+        """Return the scalar x + the sum of all weights."""
         for unit in (*cast(nn.ModuleList, self.vision.layers), self.prompt_embedding, *cast(nn.ModuleList, self.decoder.layers), self.rest):
             x = unit(x)
         return x
 
     def bytes(self) -> int:
-        """Of its weights."""
+        """Bytes of its weights."""
         return sum(weight.nbytes for weight in self.parameters())
 
 
 def exchanged(network: nn.Module, parallel: Parallel, times: float, steps: int) -> dict[str, float]:
-    """Seconds that a pass of `network`'s weights, `times` as many, takes more than without other workers, by sharding; `bytes` of them."""
+    """Seconds that the exchange adds to a pass over `times` as many weights as `network`'s, by sharding; and their `bytes`."""
     alone = StillNetwork(network, times)
     calls: dict[str, nn.Module] = {"alone": alone}
     for word in (NONE, GRADIENTS, FULL):

@@ -1,8 +1,8 @@
-"""The rates that a device reaches at best, the clocks of its work, and the matrix products of a call.
+"""Peak rates of a device, clocks for its work, and the matrix products of a call.
 
-Owns: rates, clocks and peak memory of a device; the products of a call, seen as it runs, by torch's formulas. Does not know: what runs.
+Owns: rates, clocks and peak memory of a device; the products of a call, traced as it runs, by torch's formulas. Does not know: what runs.
 
-    rates       a copy of a large tensor: bytes read and written a second; a large product: operations a second
+    rates       copying a large tensor: bytes read and written per second; a large product: operations per second
     least time  the longer of operations / product rate, bytes / copy rate
 """
 
@@ -33,21 +33,21 @@ FUSED = tuple(f"aten::_scaled_dot_product_{kernel}_attention" for kernel in ("fl
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations of products a second by type of number; bytes a second, read and written both counted."""
+    """Operations of matrix products per second, by dtype; bytes read and written per second."""
 
     flops_per_second: Mapping[torch.dtype, float]
     bytes_per_second: float
 
     def seconds(self, flops: Mapping[torch.dtype, float], moved: float) -> float:
-        """The least time: all operations at full speed, or all bytes to or from memory, whichever takes longer."""
+        """Least time: that of all operations or that of all bytes to and from memory, whichever is longer."""
         computing = sum(count / self.flops_per_second[dtype] for dtype, count in flops.items())
         return max(computing, moved / self.bytes_per_second)
 
 
 def measure_rates(device: torch.device, dtypes: Iterable[torch.dtype] = (torch.bfloat16,), whole: bool = True) -> Rates:
-    """Copies, and products of random numbers: those of equal numbers take less power and go faster. whole: large ones, else a try.
+    """Measure copies, and products of random numbers (equal numbers take less power and run faster). whole: full size, else a small try.
 
-    A card's limit is the median, which it holds for long; a processor's is the best, from which other programs can only take.
+    A GPU's rate is the median, which it sustains; a processor's is the best of several, since other programs can only slow it down.
     """
     on_card = device.type == "cuda"
     copied, side = (COPY[device.type], SIDE[device.type]) if whole else (TRIED_COPY, TRIED_SIDE)
@@ -72,7 +72,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def synchronized(call: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    """`call`, then a wait for the device, so that a clock around it sees the whole."""
+    """Wrap `call` to wait for the device, so that a clock around it covers all work."""
 
     def whole() -> None:
         call()
@@ -82,12 +82,12 @@ def synchronized(call: Callable[[], object], device: torch.device) -> Callable[[
 
 
 def host_seconds(call: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
-    """How long the host waits for each of several calls and the device's work behind it."""
+    """Host seconds of each of several calls, including the device's work."""
     return [seconds_of(synchronized(call, device)) for _ in range(rounds)]
 
 
 def device_seconds(call: Callable[[], object], device: torch.device, rounds: int, warm_up: int = 3) -> list[float]:
-    """How long the device takes for each of several calls, between events; on a CPU how long the call takes."""
+    """Device seconds of each of several calls, between events; on a CPU host seconds."""
     host_seconds(call, device, warm_up)
     if device.type != "cuda":
         return host_seconds(call, device, rounds)
@@ -101,17 +101,17 @@ def device_seconds(call: Callable[[], object], device: torch.device, rounds: int
 
 
 def percentile(seconds: Sequence[float], share: float) -> float:
-    """The value that `share` of the seconds do not exceed."""
+    """Smallest of the seconds that a `share` of them does not exceed."""
     return sorted(seconds)[min(len(seconds) - 1, math.ceil(share * len(seconds)) - 1)]
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak of the bytes that torch holds on the device since the last `forget_peak`; 0 on a CPU."""
+    """Peak bytes allocated by torch on the device since the last `forget_peak`; 0 on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def forget_peak(device: torch.device) -> None:
-    """Reset the peak, and give freed memory back."""
+    """Release cached memory and reset the peak."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -119,10 +119,10 @@ def forget_peak(device: torch.device) -> None:
 
 @final
 class Products(TorchDispatchMode):
-    """The matrix products of the code that runs inside: their operations by torch's formulas, the bytes of weights that they read.
+    """Trace of the matrix products in its block: their operations by torch's formulas, the bytes of weights that they read.
 
-    `run` repeats them and nothing else: no norm, softmax or copy. Weights are the call's, so that they come from memory as often as
-    in the call; all other operands of one shape share one tensor, as if they had just been written to the cache.
+    `run` repeats only the products: no norm, softmax or copy. Weights are the call's, so they are read from memory as often as in the call;
+    all other operands of one shape share one tensor, as if they had just been written to the cache.
     """
 
     def __init__(self, weights: Iterable[nn.Parameter] = ()) -> None:
@@ -130,18 +130,18 @@ class Products(TorchDispatchMode):
         self.flops: Counter[torch.dtype] = Counter()
         self.weight_bytes = 0
         self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
-        self._kept: list[Tensor] = []  # another tensor at the old address of a weight in another type would pass for a weight
+        self._kept: list[Tensor] = []  # casts of weights, kept alive: a new tensor at the same address would be taken for a weight
         self._shared: dict[Any, Tensor] = {}
         self._calls: list[Callable[[], object]] = []
 
     def run(self) -> None:
-        """Repeat the products, one after the other."""
+        """Repeat all products, one after the other."""
         with torch.inference_mode():
             for call in self._calls:
                 call()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """See every operation below autograd and autocast; composite ones are taken apart first, as inference mode leaves them whole."""
+        """Handle every operation below autograd and autocast; composite ones, which inference mode leaves whole, are decomposed first."""
         kwargs, packet, name = kwargs or {}, func.overloadpacket, func.name()
         if not (packet in PLAIN or packet is PACKED or packet in flop_registry or name.startswith(FUSED)):
             with self:
@@ -157,7 +157,7 @@ class Products(TorchDispatchMode):
         elif packet is PACKED:
             x, matrix, bias = args[:3]
             self._weights.add(id(matrix))
-            self._add(PACKED, (x, matrix, bias, "none", [], ""), {}, None, 2 * x.numel() * matrix.shape[0])  # what follows is no product
+            self._add(PACKED, (x, matrix, bias, "none", [], ""), {}, None, 2 * x.numel() * matrix.shape[0])  # without the fused activation
         elif name.startswith(FUSED):
             self._add_attention(args, backward="backward" in name)
         elif packet in flop_registry:
@@ -165,7 +165,7 @@ class Products(TorchDispatchMode):
         return result
 
     def _add(self, operation: Any, args: Any, options: Mapping[str, Any], out: Tensor | None, flops: int | None = None) -> None:
-        """Note a call. out: the result of a product that can write into a given tensor, else None; flops: by torch's formula if None."""
+        """Record a product. out: its result if it can write into a given tensor, else None; flops: by torch's formula if None."""
         tensors = [value for value in args if isinstance(value, Tensor)]
         self.flops[tensors[0].dtype] += flop_registry[operation](*args, **options, out_val=out) if flops is None else flops
         self.weight_bytes += sum(tensor.numel() * tensor.itemsize for tensor in tensors if self._is_weight(tensor))
@@ -174,7 +174,7 @@ class Products(TorchDispatchMode):
         self._calls.append(functools.partial(operation, *tree_map_only(Tensor, self._operand, tuple(args)), **options))
 
     def _add_attention(self, args: Sequence[Any], backward: bool) -> None:
-        """The products that it fuses: scores and their use; backward, the scores again and a gradient for each of the four factors."""
+        """Record the products of fused attention: scores and their use; backward, the scores again and gradients of the four factors."""
         query, key = args[1:3] if backward else args[:2]
         rows, keys, width = query.shape[2], key.shape[2], query.shape[3]
         score, use, turned = ((rows, width), (width, keys)), ((rows, keys), (keys, width)), ((keys, rows), (rows, width))
@@ -192,7 +192,7 @@ class Products(TorchDispatchMode):
 
 
 def products_of(call: Callable[[], object], weights: Iterable[nn.Parameter] = ()) -> Products:
-    """Run `call` once and list its products. weights: the parameters whose bytes count as read."""
+    """Run `call` once and trace its products. weights: the parameters whose bytes count as read."""
     with Products(weights) as products:
         call()
     return products

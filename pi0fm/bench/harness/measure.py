@@ -1,11 +1,11 @@
-"""The frame of every measurement: options, runs in turns, their ratio, the report.
+"""Common parts of all measurements: options, alternating runs, their ratio, the report.
 
-Owns: `Options` of every measurement and their checks, paired runs with the interval of their ratio, `BenchReport`. Does not know: torch,
-the work that runs, how a report is shown (cli/bench).
+Owns: common options and their checks, paired runs with the interval of their ratio, `BenchReport`. Does not know: torch, the work that
+runs, how a report is shown (cli/bench).
 
-    round      0        1        2        3             the side that begins changes every round, so that neither always finds
-    runs    first,   second,  first,   second,          a warm cache; a neighbour on the machine slows both of a round alike,
-            second   first    second   first            and their ratio stays
+    round      0        1        2        3             the first side changes every round, so that neither always finds a warm
+    runs    first,   second,  first,   second,          cache; another program slows both runs of a round equally, which leaves
+            second   first    second   first            their ratio unchanged
 """
 
 import time
@@ -23,7 +23,7 @@ RESAMPLES, CONFIDENCE = 4000, 0.95
 
 
 def check_least(config: object, **least: int) -> None:
-    """Raise ConfigError for an option of `config` that is below its least value; None passes."""
+    """Raise ConfigError for an option of `config` below its least value; None is accepted."""
     for name, smallest in least.items():
         value = getattr(config, name)
         if value is not None and value < smallest:
@@ -31,7 +31,7 @@ def check_least(config: object, **least: int) -> None:
 
 
 def check_words(name: str, words: Sequence[str], known: Iterable[str]) -> None:
-    """Raise ConfigError for no word, a word twice, or one that is not known."""
+    """Raise ConfigError for an empty list, a repeated word or an unknown one."""
     known = tuple(known)
     if not words or len(set(words)) != len(words):
         raise ConfigError(f"{name} must name one or more, each once, found {', '.join(words) or 'none'}; type --{name} {known[0]}")
@@ -42,9 +42,9 @@ def check_words(name: str, words: Sequence[str], known: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class PairedOptions:
-    """Options of a measurement whose sides run in turns. Raises ConfigError for a value out of range."""
+    """Options of a measurement with alternating sides. Raises ConfigError for a value out of range."""
 
-    rounds: int = option(20, "times that both sides of a comparison run")
+    rounds: int = option(20, "runs of both sides of each comparison")
     threads: int = option(1, "torch's CPU threads, of both sides")
     output_dir: Path | None = option(None, "folder of the result's JSON; nothing is written when not given")
 
@@ -54,7 +54,7 @@ class PairedOptions:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """The answer to a question. figures: the last line; shown: what the tables hold, all of it if None; background: in the file alone."""
+    """Result of a measurement. figures: the last line; shown: contents of the tables, all figures if None; background: only in the file."""
 
     figures: Mapping[str, Any]
     shown: Mapping[str, Any] | None = None
@@ -63,7 +63,7 @@ class BenchReport:
 
 @dataclass(frozen=True)
 class PairedRatio:
-    """Time of the first by time of the second: the median over rounds with its bootstrap interval; seconds: the median of one run."""
+    """Ratio of the first side's time to the second's: median over rounds, bootstrap interval, and each side's median seconds per run."""
 
     median: float
     interval: tuple[float, float]
@@ -71,7 +71,7 @@ class PairedRatio:
     second_seconds: float
 
     def per_piece(self, first: float, second: float) -> "PairedRatio":
-        """The ratio of unequal work, `first` pieces on one side and `second` on the other; seconds become those of a piece."""
+        """Ratio per piece where a run is `first` pieces of work on one side and `second` on the other; seconds become those of a piece."""
         times, (low, high) = second / first, self.interval
         return PairedRatio(times * self.median, (times * low, times * high), self.first_seconds / first, self.second_seconds / second)
 
@@ -81,7 +81,7 @@ class PairedRatio:
 
 
 def seconds_of(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds of one run."""
+    """Seconds of one run of `work`."""
     began = clock()
     work()
     return clock() - began
@@ -96,9 +96,9 @@ def paired_ratio(
     clock: Callable[[], float] = time.perf_counter,
     after: Callable[[], object] = lambda: None,
 ) -> PairedRatio:
-    """Run both `rounds` times in turns in this process, after `warm_up` rounds that do not count.
+    """Run both sides `rounds` times, alternating in this process, after `warm_up` rounds that do not count.
 
-    after: called after each run, outside the clock, to remove what the run leaves. Raises ConfigError for less than one round.
+    after: called after each run, not timed, to remove the run's files. Raises ConfigError for less than one round.
     """
     if rounds < 1:
         raise ConfigError(f"a comparison needs 1 round or more, found {rounds}; try 30")
@@ -113,7 +113,7 @@ def paired_ratio(
 
 
 def ratio_of(pairs: Sequence[tuple[float, float]]) -> PairedRatio:
-    """The ratio of paired seconds; its 95 % interval by the percentiles of resampled medians, from a fixed seed."""
+    """Median ratio of paired seconds, and its 95 % interval by percentiles of resampled medians, from a fixed seed."""
     seconds = np.array(pairs, dtype=np.float64)
     ratios = seconds[:, 0] / seconds[:, 1]
     chosen = np.random.default_rng(0).integers(0, len(ratios), (RESAMPLES, len(ratios)))

@@ -1,12 +1,12 @@
-"""LeRobot's own PI0 at a size that a laptop trains, with our weights: the peer that pi0fm is compared with.
+"""LeRobot's PI0 at a size that a laptop can train, with our weights: the peer of pi0fm's comparisons.
 
 Owns: constructors for sizes other than LeRobot's named variants ("gemma_2b", "gemma_300m"), a prompt tokenizer that needs no download,
-weights and gradients under both sides' names, the distance between answers. Does not know: data sets, clocks, budgets.
+weights and gradients under both sides' names, the distance between chunks. Does not know: data sets, clocks, budgets.
 
-LeRobot's (inherited, not one line changed): every `forward`, `sample_actions` and `denoise_step`, the sampling of flow time and noise,
-the loss, the attention masks, the layers, the preparation of pictures, states and actions, the normalisation steps, the optimiser presets.
-Ours: three constructors that repeat theirs with other widths, depths and vocabulary, and ByT5's bytes in the place of PaliGemma's
-gated tokenizer. Weights start as LeRobot's constructors leave them when nothing pretrained is loaded.
+LeRobot's (inherited, unchanged): every `forward`, `sample_actions` and `denoise_step`, the sampling of flow time and noise, the loss, the
+attention masks, the layers, the preparation of pictures, states and actions, the normalisation steps, the optimiser presets.
+Ours: three constructors that repeat LeRobot's with other widths, depths and vocabulary, and ByT5's bytes instead of PaliGemma's gated
+tokenizer. Initial weights are those of LeRobot's constructors without a pretrained checkpoint.
 
     PI0Policy ----------------- ShrunkPI0                    each arrow overrides __init__ alone
     PI0Pytorch ---------------- _ShrunkCore
@@ -57,14 +57,14 @@ class RobotFeatures:
 
 
 def image_key(camera: str) -> str:
-    """The column of a data set, and the key of a batch, that holds a camera's pictures."""
+    """Data set column and batch key of a camera's pictures."""
     return f"{OBS_IMAGES}.{camera}"
 
 
 def at_lerobots_heads(config: Pi0Config) -> Pi0Config:
-    """`config` with its query width split into the 8 heads that LeRobot insists on.
+    """`config` with its query width split into the 8 heads that LeRobot requires.
 
-    Raises ConfigError when the query width is no multiple of 16 (8 heads of an even size), or the configuration is not a pi0.
+    Raises ConfigError when the query width is not a multiple of 16 (8 heads of an even size), or the configuration is not of pi0.
     """
     query_width = config.decoder.num_heads * config.decoder.head_dim
     if query_width % (2 * QUERY_HEADS):
@@ -78,7 +78,7 @@ def at_lerobots_heads(config: Pi0Config) -> Pi0Config:
 
 
 def policy_config(config: Pi0Config, robot: RobotFeatures, learning_rate: float = 1e-3) -> PI0Config:
-    """LeRobot's configuration for a CPU: its defaults, except for sizes and learning rate. Its two `variant` fields are not read here.
+    """LeRobot's configuration for a CPU: defaults except for sizes and learning rate; its two `variant` fields are not used.
 
     The last learning rate stays a tenth of the peak, as in LeRobot's preset. Raises ConfigError for a robot wider than the padding.
     """
@@ -107,7 +107,7 @@ def policy_config(config: Pi0Config, robot: RobotFeatures, learning_rate: float 
 
 @final
 class ShrunkPI0(PI0Policy):
-    """LeRobot's PI0Policy around a small PI0Pytorch; `forward(batch)` and `predict_action_chunk(batch)` are LeRobot's."""
+    """LeRobot's PI0Policy with a small PI0Pytorch; `forward(batch)` and `predict_action_chunk(batch)` are LeRobot's."""
 
     def __init__(self, config: PI0Config, size: Pi0Config) -> None:
         # PI0Policy's own constructor would build three billion parameters first.
@@ -150,7 +150,7 @@ class _ShrunkStreams(PaliGemmaWithExpertModel):
 
 
 def gemma_config(size: Pi0Config, stream: StreamConfig) -> GemmaConfig:
-    """One stream's configuration, without adaptive norms. Raises ConfigError for other than 8 query heads."""
+    """Configuration of one stream, without adaptive norms. Raises ConfigError for a number of query heads other than 8."""
     if size.decoder.num_heads != QUERY_HEADS:
         raise ConfigError(
             f"LeRobot's PI0 has {QUERY_HEADS} query heads written into its code, found num_heads {size.decoder.num_heads}: "
@@ -163,7 +163,7 @@ def gemma_config(size: Pi0Config, stream: StreamConfig) -> GemmaConfig:
 
 
 def paligemma_config(size: Pi0Config) -> PaliGemmaConfig:
-    """The vision tower and the backbone. No token stands for a picture: its index is outside the vocabulary, as it does in LeRobot."""
+    """Configuration of vision tower and backbone; the picture token's index is outside the vocabulary, as in LeRobot."""
     tower, width = size.vision, size.decoder.backbone.width
     widths = {"hidden_size": tower.width, "intermediate_size": tower.mlp_width, "num_hidden_layers": tower.depth}
     pictures = {"num_attention_heads": tower.num_heads, "patch_size": tower.patch_size, "image_size": tower.image_size}
@@ -175,10 +175,10 @@ def paligemma_config(size: Pi0Config) -> PaliGemmaConfig:
 
 @final
 class ByteTokenizer:
-    """ByT5's bytes, each sentence once.
+    """ByT5 tokenizer that caches each sentence.
 
-    transformers' ByT5 is plain Python, 3 ms a sentence where PaliGemma's compiled tokenizer takes microseconds: LeRobot must not pay
-    for our choice of tokenizer.
+    transformers' ByT5 is plain Python and takes 3 ms per sentence, PaliGemma's compiled tokenizer microseconds: without the cache our
+    choice of tokenizer would slow LeRobot's side.
     """
 
     def __init__(self) -> None:
@@ -186,7 +186,7 @@ class ByteTokenizer:
         self._known: dict[tuple[Any, ...], dict[str, Tensor]] = {}
 
     def __call__(self, text: list[str], **settings: Any) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, int64 [len(text), length]; settings as a transformers tokenizer takes them."""
+        """Return `input_ids` and `attention_mask`, int64 [len(text), length]; settings as a transformers tokenizer takes them."""
         keys = [(sentence, *sorted(settings.items())) for sentence in text]
         for key in keys:
             if key not in self._known:
@@ -195,10 +195,10 @@ class ByteTokenizer:
 
 
 def processors(config: PI0Config, stats: Mapping[str, Mapping[str, Any]]) -> Processors:
-    """LeRobot's steps before and after the policy, in its order, with ByT5's bytes for the prompt.
+    """LeRobot's processors before and after the policy, in its order, with ByT5's bytes for the prompt.
 
     stats: `mean` and `std` of `observation.state` and `action`, as in `LeRobotDataset.meta.stats`.
-    Raises DatasetError when one is missing: LeRobot would silently leave that column as it is.
+    Raises DatasetError when one is missing: LeRobot would silently leave that column unnormalised.
     """
     for key in (OBS_STATE, ACTION):
         if not {"mean", "std"} <= set(stats.get(key, {})):
@@ -216,7 +216,7 @@ def processors(config: PI0Config, stats: Mapping[str, Mapping[str, Any]]) -> Pro
 
 @dataclass(frozen=True)
 class PeerPair:
-    """Two networks that answer alike."""
+    """Two networks with the same weights."""
 
     case: Case
     theirs: ShrunkPI0
@@ -224,16 +224,16 @@ class PeerPair:
 
 
 def build_theirs(case: Case) -> ShrunkPI0:
-    """LeRobot's policy at the case's size, all padded widths the robot's own."""
+    """LeRobot's policy at the case's size, with the padded widths as the robot's widths."""
     cameras = tuple(f"camera_{number}" for number in range(len(case.present)))
     return ShrunkPI0(policy_config(case.config, RobotFeatures(cameras, case.config.state_dim, case.config.action_dim)), case.config)
 
 
 def build_pair(case: Case, seed: int, device: torch.device) -> PeerPair:
-    """LeRobot's policy with random weights, and ours with the same. The caller's random state is left as it was.
+    """LeRobot's policy with random weights, and ours with the same. The caller's random state does not change.
 
-    Every token has a variance of about 1: LeRobot's constructors leave norms and biases at 0 and the rest so small that a network moves its
-    noise by almost nothing, and an error would not show.
+    The weights give every token a variance of about 1: with LeRobot's initial weights, norms and biases 0 and the rest small, a network
+    hardly moves its noise, which would hide errors.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -246,7 +246,7 @@ def build_pair(case: Case, seed: int, device: torch.device) -> PeerPair:
 
 
 def translated(theirs: Mapping[str, Tensor], config: Pi0Config) -> dict[str, Tensor]:
-    """Tensors under LeRobot's names (weights or gradients of its `model`) under ours, in our shapes."""
+    """Convert weights or gradients of LeRobot's `model` to our names and shapes."""
     with torch.device("meta"):
         wanted = {name: value.shape for name, value in Pi0(config).state_dict().items()}
     named = parts("torch", "pi0", sizes_of(config)).items()
@@ -254,16 +254,16 @@ def translated(theirs: Mapping[str, Tensor], config: Pi0Config) -> dict[str, Ten
 
 
 def displacement_difference(ours: Tensor, theirs: Tensor, noise: Tensor) -> float:
-    """The largest difference of two chunks over the largest way that the network moved an action from its noise.
+    """Largest difference of two chunks, relative to the largest displacement of an action from its noise.
 
-    Stricter than relative to the chunk, most of which is the noise, the same on both sides.
+    Stricter than relative to the chunk, which consists mostly of the noise that both sides share.
     """
     theirs, noise = theirs.float(), noise.float()
     return float((ours.float() - theirs).abs().max() / (theirs - noise).abs().max())
 
 
 def gradient_difference(pair: PeerPair) -> float:
-    """The largest difference of any shared parameter's gradient over its own largest entry (or 1 % of the largest of all)."""
+    """Largest difference of a parameter's gradient, relative to its largest entry or, if that is more, to 1 % of the largest of all."""
     named = pair.theirs.model.named_parameters(remove_duplicate=False)
     expected = translated({name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in named}, pair.case.config)
     largest = max(float(value.abs().max()) for value in expected.values())
@@ -276,7 +276,7 @@ def gradient_difference(pair: PeerPair) -> float:
 
 
 def check_alike(where: str, what: str, difference: float, bound: float) -> None:
-    """Raise Pi0fmError when the two sides do not compute the same: the times of different things say nothing."""
+    """Raise Pi0fmError when the two sides do not compute the same, which makes their times incomparable."""
     if not difference <= bound:  # NaN too
         raise Pi0fmError(
             f"{what} of both sides must agree within {bound:g} before they are timed, found {difference:.3g} for {where}; "

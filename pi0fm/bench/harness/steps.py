@@ -1,8 +1,8 @@
-"""A chunk and an optimiser step of LeRobot's PI0 and of ours, on tensors that are given; and where the time of our step goes.
+"""A chunk and an optimiser step of LeRobot's PI0 and of ours on given tensors, and the time of our step by part.
 
-Owns: what each side's call consists of, the marks around what `train_step` is given. Does not know: LeRobot's library, data sets, limits.
+Owns: each side's call, the time marks around the parts of `train_step`. Does not know: LeRobot's library, data sets, limits.
 
-    ours       train.step.train_step, the very function of `pi0fm train`, with accelerate's precision; then the moving average, if any
+    ours       train.step.train_step, the function of `pi0fm train`, with accelerate's precision; then the moving average, if any
     LeRobot    its model's forward with noise and time given -> mean -> backward -> clip -> AdamW, as its `update_policy` does
 
     next(batches)    forward, loss    accelerator.backward    clip, optimizer.step    the average
@@ -36,14 +36,14 @@ PARTS = ("data", "forward", "backward", "optimizer", "average")
 
 @final
 class StepClock:
-    """The marks of several steps."""
+    """Clock of the parts of several steps."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._marks: list[tuple[str, Any]] = []
 
     def mark(self, ended: str) -> None:
-        """A part of a step has ended; an empty name begins a step."""
+        """Mark the end of a part; an empty name starts a step."""
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))
@@ -52,7 +52,7 @@ class StepClock:
             self._marks.append((ended, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """The sum over the steps since the last call, by part; waits for the device."""
+        """Wait for the device; returns the sum over the steps since the last call, by part."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         found = dict.fromkeys(PARTS, 0.0)
@@ -66,7 +66,7 @@ class StepClock:
 @final
 @dataclass(frozen=True)
 class Trainer:
-    """One worker's training, as `pi0fm train` sets it up."""
+    """Training in one worker, as `pi0fm train` sets it up."""
 
     state: TrainState
     parallel: Parallel
@@ -77,12 +77,12 @@ class Trainer:
 
     @classmethod
     def of(cls, model: Pi0, precision: str, device: torch.device, config: StateConfig | None = None) -> "Trainer":
-        """`model` in training, with the precision of `pi0fm train --precision`."""
+        """Build the training of `model`. precision: as `pi0fm train --precision`."""
         parallel = Parallel(Context(), precision, allow_cuda=device.type == "cuda")
         return cls(TrainState(model.to(parallel.device), config or StateConfig()), parallel)
 
     def step(self, batches: Iterator[Batch], valid: int, mark: Callable[[str], object] | None = None) -> Tensor:
-        """The loss of one step, on the device. valid: as `train_step` takes it. mark: called when a part has ended."""
+        """Take a step and return its loss, on the device. valid: as `train_step` takes it. mark: called at the end of each part."""
         ended = mark or (lambda _: None)
         accelerator: Any = self.parallel.accelerator if mark is None else _Marked(self.parallel.accelerator, mark)
         state, clip_norm = self.state, self.state.config.optimizer.clip_norm
@@ -94,7 +94,7 @@ class Trainer:
         return loss
 
     def on(self, batch: Batch) -> Callable[[], float]:
-        """A step on `batch`, as the chain trims it each time."""
+        """Build a step on `batch`, which it trims each time as the chain does."""
         batches = (replace(batch, observation=batch.observation.trimmed()) for _ in itertools.count())
         valid = int(batch.action_mask.sum()) * batch.uniform.shape[1]
         return lambda: float(self.step(batches, valid))
@@ -107,7 +107,7 @@ def _marked(batches: Iterator[Batch], mark: Callable[[str], object]) -> Iterator
 
 
 class _Marked:
-    """accelerate's, with a mark on either side of the backward pass."""
+    """accelerate's Accelerator, with a mark before and after the backward pass."""
 
     def __init__(self, inner: Accelerator, mark: Callable[[str], object]) -> None:
         self._inner, self._mark = inner, mark
@@ -122,7 +122,7 @@ class _Marked:
 
 
 def their_prefix(observation: ModelObservation, device: torch.device) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """Pictures in [-1, 1], their masks, tokens and mask, as LeRobot's `predict_action_chunk` and `forward` hand them to its model."""
+    """Pictures in [-1, 1], their masks, tokens and mask, as LeRobot's `predict_action_chunk` and `forward` pass them to its model."""
     seen = observation.to(device)
     cameras = range(seen.images.shape[1])
     pictures, masks = [pixels(seen.images[:, camera]) for camera in cameras], [seen.image_mask[:, camera] for camera in cameras]
@@ -130,14 +130,14 @@ def their_prefix(observation: ModelObservation, device: torch.device) -> tuple[l
 
 
 def their_sampler(model: Any, observation: ModelObservation, noise: Tensor) -> Callable[[], Tensor]:
-    """A chunk of LeRobot's `PI0Pytorch`, from tensors that are on the device of `noise`."""
+    """Build the sampling of a chunk by LeRobot's `PI0Pytorch`, from tensors on the device of `noise`."""
     prefix, state = their_prefix(observation, noise.device), observation.state.to(noise.device)
     model.eval()
     return lambda: model.sample_actions(*prefix, state, noise=noise, num_steps=FLOW_STEPS)
 
 
 def their_loss(model: nn.Module, batch: Batch, device: torch.device) -> Callable[[], Tensor]:
-    """The mean loss of LeRobot's `PI0Pytorch` on one draw an observation; its tensors are prepared now. Its clock is 1 - t."""
+    """Build the mean loss of LeRobot's `PI0Pytorch` with one draw per observation, its tensors prepared now; its time is 1 - t."""
     prefix, state = their_prefix(batch.observation, device), batch.observation.state.to(device)
     actions, noise = batch.actions.to(device), batch.noise[:, 0].to(device)
     time = (1.0 - FlowMatching.from_config(FlowConfig()).times(batch.uniform[:, 0])).to(device)
@@ -147,7 +147,7 @@ def their_loss(model: nn.Module, batch: Batch, device: torch.device) -> Callable
 def their_step(
     loss_of: Callable[[], Tensor], optimizer: torch.optim.Optimizer, clip_norm: float, autocast: torch.device | None = None
 ) -> Callable[[], float]:
-    """A step of what `optimizer` holds. autocast: the device on which the forward pass is in bfloat16."""
+    """Build a step of the parameters in `optimizer`. autocast: the device on which the forward pass is in bfloat16."""
     weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def step() -> float:
