@@ -1,11 +1,12 @@
-"""The frame cache on every node of a Ray cluster, before workers ask for it.
+"""Building the frame cache on every node of a Ray cluster before the workers open it.
 
-Owns: one task a node, and its faults. Does not know: how a cache is built; a node that shares its disk with another finds it built.
+Owns: one task per node, and its faults. Does not know: how a cache is built; a node that shares its disk with another finds it built.
 
     driver ── task on node A ──> open_cache of every data set of the run: all cores of A decode, under A's lock
            ── task on node B ──> the same on B
            <── seconds and digests of each, or the line of the first fault, with its node ──
-Workers open the cache themselves, so a run without this is as right: the first worker of each node then builds while the others wait.
+Workers open the cache themselves, so a run without this step gives the same result: the first worker of each node then builds the cache
+while the others wait.
 """
 
 import time
@@ -29,10 +30,10 @@ def cache_everywhere(
     needs: Mapping[str, float] = MappingProxyType({}),
     resize: Resize = ANTIALIAS,
 ) -> dict[str, float]:
-    """Build the caches of all data sets of a run on every node that is alive; by node id, the seconds that it took. Paths must be absolute.
+    """Build the caches of all data sets of a run on every live node; returns the seconds by node id. Paths must be absolute.
 
-    needs: resources of a worker; a node that has less, such as a head without CPUs, trains nothing and may not even see the data.
-    A data set beyond its `cache_limit_gib` is streamed, so nothing is built for it. Raises what `open_source` and `open_cache` do.
+    needs: resources of a worker; a node with less, such as a head without CPUs, is skipped: it does not train and may not see the data.
+    A data set larger than its `cache_limit_gib` is streamed and gets no cache. Raises the errors of `open_source` and `open_cache`.
     """
     with ray_session(ray_address):
         names = nodes_with(needs)
@@ -46,12 +47,12 @@ def cache_everywhere(
         read = {names[node]: digests[number] for node, (_, digests) in found.items()}
         if len(set(read.values())) > 1:
             each = ", ".join(f"{name} has {digest:.8}" for name, digest in read.items())
-            raise DatasetError(f"all nodes must read the same data set, found others at {entry.dataset.root}: {each}; copy it again")
+            raise DatasetError(f"all nodes must read the same data set, found several at {entry.dataset.root}: {each}; copy it again")
     return {node: seconds for node, (seconds, _) in found.items()}
 
 
 def build(entries: Sequence[MixtureEntry], size: int, resize: Resize = ANTIALIAS) -> tuple[float, list[str]]:
-    """What a node does; the seconds that it took, and a digest of each data set as this node reads it."""
+    """Build the caches on this node; returns the seconds, and a digest of each data set as this node reads it."""
     began = time.perf_counter()
     digests = []
     for entry in entries:

@@ -1,19 +1,19 @@
-"""A training run whose workers, nodes or command are killed at intervals, against an undisturbed one: do both end in the same weights?
+"""Fault injection: kill workers, nodes or the command of a training run at intervals, and compare its weights with an undisturbed run's.
 
-Owns: what is killed and when, by a seed; what each kill cost; the comparison. Does not know: how a run survives.
+Owns: what is killed and when, by a seed; the cost of each kill; the comparison. Does not know: how a run recovers.
 
-    quiet        |--------------------------------| bundle          `pi0fm train` on nodes of this machine, or on a cluster of yours
-    disturbed-0  |----x .... ----x ...... ---------| bundle         the same command with --resume auto, typed again where it ended
+    quiet        |--------------------------------| bundle          `pi0fm train` on nodes of this machine, or on your cluster
+    disturbed-0  |----x .... ----x ...... ---------| bundle         the same command with --resume auto, started again where it ended
                       worker     node                               compared: bit by bit where the number of workers is fixed
     disturbed-1  until `minutes` are over
 
-A kill is due `every` seconds after the last one, and a third of that after a step was taken since, so that the run gets on: a kill's cost
-is the seconds until that step, and the steps that were taken again.
+A kill is due `every` seconds after the last one, and at least a third of that after the first step since, so that the run makes progress.
+The cost of a kill is the seconds until that step, and the number of repeated steps.
 
     worker    SIGKILL of one training process                      any cluster whose nodes the command may join
     driver    SIGKILL of the command                               any cluster
-    node      its raylet and all that it started; another one joins after `back_seconds`        this machine's own nodes
-    drain     a notice of some seconds, then the same              this machine's own nodes
+    node      SIGKILL of its raylet and that raylet's processes; another node joins after `back_seconds`   nodes of this machine
+    drain     a notice of SECONDS_OF_NOTICE, then as `node`        nodes of this machine
 """
 
 import json
@@ -46,20 +46,20 @@ from pi0fm_client.errors import ClusterError, ConfigError
 
 ANYWHERE, HERE = ("worker", "driver"), ("worker", "driver", "node", "drain")
 SECONDS_BETWEEN_LOOKS, SECONDS_UNTIL_STARTED, SECONDS_OF_NOTICE = 0.05, 600.0, 20.0
-TOLERANCE = 1e-2  # of the norm of all weights, where another number of workers adds in another order: AdamW makes much of such last bits
+TOLERANCE = 1e-2  # of the norm of all weights, where the number of workers changes the order of summation: AdamW amplifies rounding
 
 
 @dataclass(frozen=True)
 class ChaosConfig:
-    """What is killed, how often. Raises ConfigError for a value out of range."""
+    """Kinds and times of kills. Raises ConfigError for a value out of range."""
 
     every: float = option(30.0, "seconds between two kills")
-    minutes: float = option(10.0, "after which nothing is killed any more; a run that ends before is followed by another")
-    kinds: str = option("", f"of {', '.join(HERE)}, with commas; empty takes all, on a cluster that is joined {' and '.join(ANYWHERE)}")
-    kills: int | None = option(None, "at most so many; empty leaves it to the minutes")
-    seed: int = option(0, "of what is killed, and when first")
+    minutes: float = option(10.0, "minutes after which nothing is killed; until then a run that ends is followed by another")
+    kinds: str = option("", f"kills, of {', '.join(HERE)}, comma-separated; empty takes all, on a joined cluster {' and '.join(ANYWHERE)}")
+    kills: int | None = option(None, "largest number of kills; empty for no limit but the minutes")
+    seed: int = option(0, "seed of the kinds and of the time of the first kill")
     nodes: int | None = option(None, "nodes of this machine, one worker each; empty takes one more than the most workers")
-    back_seconds: float | None = option(15.0, "until another node joins in place of a lost one; null for never")
+    back_seconds: float | None = option(15.0, "seconds until a new node joins in place of a lost one; null for never")
 
     def __post_init__(self) -> None:
         for name in ("every", "minutes"):
@@ -70,13 +70,13 @@ class ChaosConfig:
                 raise ConfigError(f"chaos.kinds: {options.nearest(kind, HERE)}")
 
     def names(self, default: tuple[str, ...]) -> tuple[str, ...]:
-        """The kinds by name."""
+        """Kinds of kills by name, `default` when none is given."""
         return tuple(word.strip() for word in self.kinds.split(",") if word.strip()) or default
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill, and what it cost. again: steps that were taken before, and once more after it; None while nothing was taken since."""
+    """A kill and its cost. seconds: until the next step, None before that; again: number of repeated steps."""
 
     kind: str
     step: int
@@ -85,18 +85,18 @@ class Kill:
 
 
 def chaos(run: TrainingRun, config: ChaosConfig) -> dict[str, Any]:
-    """Run in quiet, then disturbed until the time is over; the figures.
+    """Run undisturbed, then disturbed until the time is over; returns the figures.
 
-    run.output_dir: new, or with the quiet run of an earlier call with the same options. Raises ClusterError where the weights differ, or a
-    run cannot go on.
+    run.output_dir: new, or holding the quiet run of an earlier call with the same options. Raises ClusterError where the weights differ or
+    a run does not recover.
     """
     kinds = config.names(ANYWHERE if run.ray_address else HERE)
     if run.ray_address and not set(kinds) <= set(ANYWHERE):
-        raise ConfigError(f"on a cluster that is joined chaos.kinds are {' and '.join(ANYWHERE)}, found {', '.join(kinds)}; leave it out")
+        raise ConfigError(f"on a joined cluster chaos.kinds must be {' and '.join(ANYWHERE)}, found {', '.join(kinds)}; leave it out")
     if run.workers == (0, 0):
-        raise ConfigError("chaos is for workers of Ray, found num_workers 0; type --num_workers 2")
+        raise ConfigError("pi0fm chaos needs Ray workers, found num_workers 0; type --num_workers 2")
     if run.checkpoint_dir:
-        raise ConfigError(f"each run of chaos keeps its checkpoints in its folder, found checkpoint_dir {run.checkpoint_dir}; leave it out")
+        raise ConfigError(f"pi0fm chaos keeps checkpoints in each run's folder, found checkpoint_dir {run.checkpoint_dir}; leave it out")
     files.make_folder(run.output_dir)
     commanded = run.output_dir / "config.yaml"
     files.write_text(commanded, yaml.safe_dump(_for_command(run)))
@@ -125,7 +125,7 @@ def chaos(run: TrainingRun, config: ChaosConfig) -> dict[str, Any]:
 
 
 def _for_command(run: TrainingRun) -> dict[str, Any]:
-    """The options that each command is given by file; where it runs and what it writes comes on its line."""
+    """Options that each command reads from a file; its cluster and output folder are on its command line."""
     names = {name: value for name, value in options.encode(run).items() if name in TrainingRun.__dataclass_fields__}
     return {name: value for name, value in names.items() if name not in ("output_dir", "ray_address", "resume")}
 
@@ -150,7 +150,7 @@ def _told(kills: list[Kill]) -> str:
 
 
 def difference_of(one: Path, other: Path) -> float:
-    """Of all weights of two runs' bundles, by the norm of the other's; 0 where every bit is the same, infinite where one is not finite."""
+    """Distance of the weights of two runs' bundles relative to the norm of `other`'s; 0 if bitwise equal, infinite if any is not finite."""
     ours, theirs = (load_file(run / "bundle" / "model.safetensors") for run in (one, other))
     if all(torch.equal(ours[name], tensor) for name, tensor in theirs.items()):
         return 0.0
@@ -163,7 +163,7 @@ def difference_of(one: Path, other: Path) -> float:
 
 @final
 class _Command:
-    """`pi0fm train` in a process of its own, started again as often as it ends before its run does."""
+    """A `pi0fm train` command in a separate process, which can be started again."""
 
     def __init__(self, config: Path, folder: Path, address: str) -> None:
         self.folder, self._metrics = folder, folder / "metrics.jsonl"
@@ -172,12 +172,12 @@ class _Command:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it; what it says goes to FOLDER.log."""
+        """Start the command, with its output in FOLDER.log."""
         with self.folder.with_suffix(".log").open("ab") as log:
             self._process = subprocess.Popen(self._words, stdout=log, stderr=log, start_new_session=True)
 
     def finish(self) -> None:
-        """Run to the end without looking. Raises ClusterError with its last line where it fails."""
+        """Run the command undisturbed to its end. Raises ClusterError with its last line where it fails."""
         self.start()
         try:
             while self.code() is None:
@@ -188,22 +188,22 @@ class _Command:
             raise ClusterError(f"the run in {self.folder} must end by itself, found: {self.last_line()}")
 
     def code(self) -> int | None:
-        """None while it runs."""
+        """Exit code, None while the command runs."""
         return None if self._process is None else self._process.poll()
 
     def kill(self) -> None:
-        """End it at once, where it still runs."""
+        """Kill the command if it still runs."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
 
     def last_line(self) -> str:
-        """The last line of its output."""
+        """Last line of its output."""
         lines = self.folder.with_suffix(".log").read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "no output"
 
     def reached(self) -> tuple[int, int]:
-        """The last step of metrics.jsonl, and which file that is: the workers write another one whenever they start."""
+        """Last step in metrics.jsonl, and that file's inode: workers replace the file whenever they start."""
         try:
             with self._metrics.open("rb") as file:
                 which = os.fstat(file.fileno()).st_ino
@@ -216,7 +216,7 @@ class _Command:
 
 @final
 class _Disturbed:
-    """One run, disturbed until `until`."""
+    """A run with kills until the time `until`."""
 
     def __init__(
         self, command: _Command, nodes: LocalNodes | None, config: ChaosConfig, kinds: tuple[str, ...], chance: random.Random, until: float
@@ -224,12 +224,12 @@ class _Disturbed:
         self._command, self._nodes, self._config, self._kinds, self._chance, self._until = command, nodes, config, kinds, chance, until
         self._kills: list[Kill] = []
         self._killed = self._deadline = self._settled = time.monotonic()
-        self._before = -1  # which file of metrics there was when the last kill came
+        self._before = -1  # inode of the metrics file at the last kill
         self._resumed: int | None = None
         self._joins: list[float] = []
 
     def run(self) -> list[Kill]:
-        """To the end of the run; the kills."""
+        """Run to the end; returns the kills."""
         due, first = math.inf, self._chance.uniform(0.3, 1.0) * self._config.every
         self._command.start()
         self._deadline = time.monotonic() + SECONDS_UNTIL_STARTED
@@ -257,7 +257,7 @@ class _Disturbed:
         return self._kills
 
     def _start_again(self) -> None:
-        """The command ended before its run: expected of a driver that was killed alone."""
+        """Start the command again if it was killed. Raises ClusterError if it ended for another reason."""
         if not self._kills or self._kills[-1].kind != "driver" or self._kills[-1].seconds is not None:
             raise ClusterError(
                 f"the run in {self._command.folder} must survive, found it ended after {_told(self._kills)}: {self._command.last_line()}"
@@ -265,7 +265,7 @@ class _Disturbed:
         self._command.start()
 
     def _measure(self, now: float) -> bool:
-        """Note what the last kill cost as soon as a step was taken; whether that is still to come."""
+        """Record the cost of the last kill once a step was taken; returns whether that is pending."""
         if not self._kills or self._kills[-1].seconds is not None:
             return False
         step, which = self._command.reached()
@@ -288,7 +288,7 @@ class _Disturbed:
         try:
             self._do(kind)
         except (OSError, ValueError, KeyError, StopIteration, psutil.Error):
-            return  # the run ended meanwhile, or is starting: tried again
+            return  # the run has ended or is starting: try again at the next look
         self._killed, self._resumed = time.monotonic(), None
         self._deadline = self._killed + SECONDS_UNTIL_STARTED
         self._kills.append(Kill(kind, step))
@@ -299,7 +299,7 @@ class _Disturbed:
             return
         folder = self._command.folder
         workers = sorted((folder / RAY_FOLDER).glob("worker-*.json"))
-        # a file of a worker that the run no longer has is older than the run's own
+        # files of workers that the run no longer has are older
         newest = max(path.stat().st_mtime for path in workers)
         found = [json.loads(path.read_text()) for path in workers if path.stat().st_mtime > newest - SECONDS_OF_NOTICE]
         chosen = self._chance.choice(found)
@@ -333,7 +333,7 @@ def _kill_worker(process: int, node: str, nodes: LocalNodes | None, folder: Path
 
 
 def end_worker(process: int) -> None:
-    """What a node does. Raises ValueError for a process that is none of Ray's, as a number that was given again."""
+    """Kill a worker on this node. Raises ValueError for a process that is not Ray's, such as one with a reused number."""
     with suppress(psutil.NoSuchProcess):
         if "ray::" in " ".join(psutil.Process(process).cmdline()):
             os.kill(process, signal.SIGKILL)

@@ -1,11 +1,11 @@
-"""Ray Train's controller, told what a run of pi0fm needs when workers come and go.
+"""Callbacks and settings of Ray Train's controller for workers that join and leave a run.
 
-Owns: `Foresight`, which asks the workers for a checkpoint before Ray stops them; how quickly Ray looks; how often it may start them again.
+Owns: `Foresight`, which asks the workers for a checkpoint before Ray stops them; Ray's polling intervals.
 Does not know: training, how the workers save (train/watch/guard.py), who starts the controller (training.py).
 
-    more room in the cluster    Ray decides -> SAVE, waits for the checkpoint -> stops the workers, starts as many as fit
-    a node is announced to go   Ray's watcher -> MOVE, the workers save and leave -> started again on the other nodes
-    a worker or node is lost    nothing can be asked: the newest checkpoint; as many as fit are started, or Ray waits for room
+    more free resources         Ray decides -> SAVE, wait for the checkpoint -> Ray stops the workers and starts as many as fit
+    a node will be preempted    Ray's watcher -> MOVE, the workers save and leave -> Ray starts them on the other nodes
+    a worker or node is lost    no request is possible: Ray starts as many as fit from the newest checkpoint, or waits for resources
 """
 
 import os
@@ -19,55 +19,55 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 from pi0fm.train.watch.requests import Request, ask
 
 SECONDS_FOR_A_CHECKPOINT, SECONDS_BETWEEN_LOOKS = 300.0, 0.2
-# Ray reads these where `fit` is called; each is left as it is where it is set. Ray's own are 2 s, 60 s and 5 s: a run that lost a node
-# waits the second one for a placement on that node, until the cluster knows that it is gone.
+# Ray reads these when `fit` is called; those already set are kept. Ray's defaults are 2 s, 60 s and 5 s: a run that lost a node waits the
+# second for a placement on that node, until the cluster has noticed the loss.
 QUICK = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
-# On the one machine where this process started Ray, without a dashboard: nothing drains that node or scrapes those metrics, and each
-# look takes time from the workers on the same cores.
+# Where this process started Ray, on this machine without a dashboard: nothing drains that node or scrapes those metrics, and each poll
+# takes processor time from the workers.
 ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}
 
 
 def look_quickly(alone: bool) -> None:
-    """Set what `fit` hands to its controller and workers. alone: this process started Ray, on this machine."""
+    """Set the environment variables that `fit` passes to its controller and workers. alone: this process started Ray, on this machine."""
     for name, value in (QUICK | ALONE if alone else QUICK).items():
         os.environ.setdefault(name, value)
 
 
 def preempted(reason: str) -> RayActorError:
-    """What a worker raises that leaves a node before it goes: Ray starts it elsewhere, and counts no failure."""
+    """Build the error that a worker raises to leave a node before its end: Ray starts it elsewhere and counts no failure."""
     return RayActorError(error_msg=reason, preempted=True)
 
 
 class Foresight(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """In Ray Train's controller, whose thread waits while it saves; the workers are other processes."""
+    """Callback in Ray Train's controller that requests a checkpoint and blocks the controller's thread until the workers have saved."""
 
     def __init__(self, output_dir: Path) -> None:
         self._output_dir, self._trains, self._told = output_dir, False, False
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
-        """Called when the workers have begun."""
+        """Handle the start of the workers."""
         self._trains, self._told = True, False
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
-        """Called when they are gone."""
+        """Handle the end of the workers."""
         self._trains = False
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-        """Called when one of them has failed: no worker is left to ask."""
+        """Handle a failed worker: no worker is left to ask."""
         self._trains = False
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        """Called after each look at the workers."""
+        """Request MOVE when a poll of the workers reports a preemption."""
         if not self._told and self._trains and worker_group_status.get_preemption_info() is not None:
             self._told = True
             ask(self._output_dir, Request.MOVE)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        """Called before Ray stops the workers that there are, if any, to start another number of them."""
+        """Request SAVE and wait for the checkpoint before Ray changes the number of workers."""
         if not self._trains:
             return
         asked, deadline = ask(self._output_dir, Request.SAVE), time.monotonic() + SECONDS_FOR_A_CHECKPOINT

@@ -1,4 +1,4 @@
-"""An evaluation's episodes on Ray actors.
+"""Running the episodes of an evaluation on Ray actors.
 
 Owns: the actors, and the restart of one that dies. Does not know: which worker gets which episode (eval/rollouts/ledger), how an episode is
 run.
@@ -24,14 +24,14 @@ from pi0fm_client.errors import ConfigError
 
 
 def evaluate_on_cluster(config: EvalConfig) -> Evaluation:
-    """Evaluate on `config.num_workers` actors, or in this process when that is 0; SIGTERM acts like Ctrl-C meanwhile."""
+    """Evaluate on `config.num_workers` actors, or in this process when that is 0; SIGTERM acts like Ctrl-C during the call."""
     with sigterm_interrupts():
         return evaluate(config, in_this_process if config.num_workers == 0 else partial(on_actors, num_workers=config.num_workers))
 
 
 def on_actors(episodes: Sequence[Episode], setup: WorkerSetup, num_workers: int | None) -> Iterator[EpisodeResult]:
     """Run episodes on actors: the Executor of a cluster. num_workers None takes every core that Ray has."""
-    with ray_session(), sigterm_interrupts():  # Ray takes the signal for itself when it starts
+    with ray_session(), sigterm_interrupts():  # inside: Ray installs a handler when it starts
         yield from _stream(episodes, setup, num_workers)
 
 
@@ -41,7 +41,7 @@ def _stream(episodes: Sequence[Episode], setup: WorkerSetup, num_workers: int | 
 
     workers = min(num_workers or max(1, int(ray.cluster_resources().get("CPU", 1))), len(episodes))
     require_resources({"CPU": 1, "GPU": setup.gpus_per_worker} if setup.gpus_per_worker else {"CPU": 1}, workers)
-    # A worker never takes more than its share, or the first one would leave nothing for the others.
+    # A worker takes at most its share, so that the first one leaves episodes for the others.
     capacity = min(setup.environments_per_worker, -(-len(episodes) // workers))
     actor = ray.remote(_EvaluationActor).options(num_cpus=1, num_gpus=setup.gpus_per_worker, runtime_env=dict(ONE_THREAD))
     ledger = Ledger(episodes)
@@ -61,13 +61,13 @@ def _stream(episodes: Sequence[Episode], setup: WorkerSetup, num_workers: int | 
                 results = ray.get(ready)
                 ledger.complete(worker, results)
             except RayTaskError as error:
-                # Ray wraps what was raised there, with a traceback in its text; the user reads the fault itself.
+                # Ray wraps the worker's error, with a traceback in its text; the user reads the fault itself.
                 raise error.cause from None
             except (RayActorError, OutOfMemoryError) as error:
                 if getattr(error, "actor_init_failed", False):
-                    # No episode is to blame, and every further actor would fail alike.
+                    # No episode is the cause, and every other actor would fail in the same way.
                     raise ConfigError(
-                        f"an evaluation worker cannot start ({_last_line(error)}); install pi0fm alike on every node"
+                        f"an evaluation worker cannot start ({_last_line(error)}); install the same pi0fm on every node"
                     ) from None
                 results = ledger.worker_died(worker, one_line(error))
                 ray.kill(actors[worker])
@@ -80,7 +80,7 @@ def _stream(episodes: Sequence[Episode], setup: WorkerSetup, num_workers: int | 
 
 @final
 class _EvaluationActor:
-    """One process: its policy is opened by the first call, so that a fault of it arrives as itself and not as the death of an actor."""
+    """Evaluation worker; the first call opens the policy, so that its faults are raised as themselves, not as the death of an actor."""
 
     def __init__(self, setup: WorkerSetup, num_environments: int) -> None:
         end_with_parent(os.getppid())  # the raylet, whose sudden death Ray's workers outlive

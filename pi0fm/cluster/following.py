@@ -1,11 +1,11 @@
-"""`pi0fm eval --follow.run RUN`: evaluate each bundle that a run leaves, on other workers, while it trains.
+"""`pi0fm eval --follow.run RUN`: evaluate each bundle that a run saves, on other workers, while it trains.
 
 Owns: which bundle is next, the best one, when to ask the run to stop. Does not know: how a run trains, how episodes run.
 
-    run      --bundle_every N --> RUN/bundles/step-N ... RUN/bundle              RUN/STOP --> a checkpoint, and its end
-    here     RUN/bundles/step-N --evaluate--> RUN/evaluations/step-N --> RUN/best.json;  no better one for `patience` of them --> RUN/STOP
+    run      --bundle_every N --> RUN/bundles/step-N ... RUN/bundle              RUN/STOP --> a checkpoint, then the run ends
+    here     RUN/bundles/step-N --evaluate--> RUN/evaluations/step-N --> RUN/best.json;  no better one in `patience` of them --> RUN/STOP
 
-Killed and typed again, it goes on: an evaluation that has ended is read, one that has not goes on from its journal.
+The same command continues after a kill: finished evaluations are read, an unfinished one continues from its journal.
 """
 
 import json
@@ -31,11 +31,11 @@ BEST = "best.json"
 
 @dataclass(frozen=True)
 class FollowOptions:
-    """Which run. Raises ConfigError for a number out of range."""
+    """Run to follow. Raises ConfigError for a number out of range."""
 
-    run: Path = required("output_dir of pi0fm train --bundle_every N, which may be running, still begin, or have ended")
-    patience: int = option(0, "ask the run to stop when so many evaluations in a row were no better than the best; 0 never does")
-    keep: Literal["best", "all"] = option("best", "bundles of steps that are kept once they are judged; the newest always is")
+    run: Path = required("output_dir of pi0fm train --bundle_every N, which may be running, about to start, or finished")
+    patience: int = option(0, "number of evaluations in a row without a better one, after which the run is asked to stop; 0 for never")
+    keep: Literal["best", "all"] = option("best", "which of RUN/bundles to keep once they are evaluated; the newest is always kept")
 
     def __post_init__(self) -> None:
         if self.patience < 0:
@@ -44,27 +44,27 @@ class FollowOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class FollowConfig(EvalConfig):
-    """As an evaluation, of every bundle of the run. Raises ConfigError for a policy that is named."""
+    """Options of an evaluation of every bundle of a run. Raises ConfigError if a policy is given."""
 
-    policy: str = option("", "none: the run's own")
+    policy: str = option("", "not to be given: the bundles of the run are evaluated")
     follow: FollowOptions = required("")
     output_dir: str = option("", "folder for the evaluations; RUN/evaluations when not given")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.policy:
-            raise ConfigError(f"--follow.run judges the run's own bundles, found --policy {self.policy}; leave one of the two out")
+            raise ConfigError(f"--follow.run evaluates the bundles of the run, found --policy {self.policy}; leave one of the two out")
 
 
 def follow(config: FollowConfig, evaluate: Callable[[EvalConfig], Any] = evaluate_on_cluster) -> dict[str, Any]:
-    """Evaluate until the run has ended and all of its bundles are judged; the command's last line.
+    """Evaluate until the run has ended and all its bundles are evaluated; returns the command's last line.
 
-    Raises ConfigError for a folder without a run, and as `evaluate` does.
+    Raises ConfigError for a folder without a run, and the errors of `evaluate`.
     """
     run, judged, asked = config.follow.run, dict[int, dict[str, Any]](), False
     _await_run(run)
     while True:
-        alive = is_held(run)  # before the look, or a run's last bundle could be missed
+        alive = is_held(run)  # read before listing the bundles, or a run's last one could be missed
         left = {steps: path for steps, path in bundles(run).items() if steps not in judged}
         for steps, path in sorted(left.items()):
             judged[steps] = _judged(config, steps, path, evaluate)
@@ -89,7 +89,7 @@ def follow(config: FollowConfig, evaluate: Callable[[EvalConfig], Any] = evaluat
 
 
 def _await_run(run: Path) -> None:
-    """Wait for a run that may be starting. Raises ConfigError where none does."""
+    """Wait for a run that may be starting. Raises ConfigError if none starts."""
     until, said = time.monotonic() + SECONDS_TO_START, False
     while not (run.is_dir() and (is_held(run) or (run / "run.json").is_file() or bundles(run))):
         if not said:
@@ -101,7 +101,7 @@ def _await_run(run: Path) -> None:
 
 
 def bundles(run: Path) -> dict[int, Path]:
-    """The whole bundles of a run by their steps; that of its end is the one for its steps."""
+    """Complete bundles of a run by number of steps; for its last step the final bundle."""
     found = {int(path.parent.name.removeprefix("step-")): path.parent for path in sorted(run.glob(f"bundles/step-*/{MANIFEST}"))}
     end = run / "bundle"
     if (end / MANIFEST).is_file():
@@ -110,7 +110,7 @@ def bundles(run: Path) -> dict[int, Path]:
 
 
 def _judged(config: FollowConfig, steps: int, path: Path, evaluate: Callable[[EvalConfig], Any]) -> dict[str, Any]:
-    """The row of one bundle, of an evaluation that has ended or of a new one."""
+    """Row of a bundle, from its finished evaluation or from a new one."""
     output = Path(config.output_dir or config.follow.run / "evaluations") / f"step-{steps:09d}"
     if not (output / "summary.json").is_file():
         given = {field.name: getattr(config, field.name) for field in fields(EvalConfig)}
@@ -122,7 +122,7 @@ def _judged(config: FollowConfig, steps: int, path: Path, evaluate: Callable[[Ev
 
 
 def _remove_others(run: Path, judged: dict[int, dict[str, Any]], best: int, newest: int) -> None:
-    """Remove the judged bundles of steps that are neither the best nor the newest."""
+    """Remove the evaluated bundles in RUN/bundles that are neither the best nor the newest."""
     for steps in judged:
         path = run / f"bundles/step-{steps:09d}"
         if steps not in (best, newest) and path.is_dir():

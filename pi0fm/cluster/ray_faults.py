@@ -1,6 +1,6 @@
-"""Faults inside Ray's wrapping: which are the user's to mend, which are Ray's, and which end a run instead of a restart.
+"""Classification of Ray's errors: faults that the user can fix, failures of Ray, and faults that end a run without a restart.
 
-Owns: `EndAtFaults`, the fault behind one of Ray's errors. Does not know: training.
+Owns: `EndAtFaults`, the fault inside one of Ray's errors. Does not know: training.
 """
 
 import json
@@ -14,9 +14,10 @@ from pi0fm_client.errors import ClusterError, Pi0fmError
 
 
 class EndAtFaults(UserCallback):  # type: ignore[misc]
-    """In Ray Train's controller: raise there what no restart mends, which ends the run instead of starting its workers again.
+    """Callback in Ray Train's controller that ends a run for a fault that no restart can fix.
 
-    That is a worker's Pi0fmError, and more than `most` failures with no step between them: a node that is lost once an hour ends no run.
+    Such a fault is a worker's Pi0fmError, or more than `most` failures without a step between them: the loss of a node every hour does not
+    end a run.
     """
 
     def __init__(self, output_dir: Path, most: int) -> None:
@@ -24,7 +25,7 @@ class EndAtFaults(UserCallback):  # type: ignore[misc]
         self._failures, self._reached = 0, -1
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called with the errors of one look at the workers."""
+        """Handle the errors of one poll of the workers, and raise the fault that ends the run."""
         del run_context
         for error in worker_exceptions.values():
             if (fault := _fault_in(error)) is not None:
@@ -37,15 +38,15 @@ class EndAtFaults(UserCallback):  # type: ignore[misc]
         if self._failures > self._most:
             rank, error = min(worker_exceptions.items())
             if not isinstance(error, RayError):
-                raise error  # a bug's, with its traceback
+                raise error  # a bug, with its traceback
             raise ClusterError(
-                f"workers must get a step further between failures, found {self._failures} after step {self._reached} (worker {rank}: "
-                f"{_short(error)}); mend that, then type the same command with --resume true, or raise --max_failures"
+                f"workers must complete a step between failures, found {self._failures} failures at step {self._reached} (worker {rank}: "
+                f"{_short(error)}); fix the cause, then type the same command with --resume true, or raise --max_failures"
             )
 
 
 def explained(error: BaseException) -> BaseException:
-    """The fault of ours inside an error of `fit`, a line for a failure of Ray itself, else the error, which is a bug's."""
+    """Find the Pi0fmError inside an error of `fit`; build a ClusterError for a failure of Ray; else return the error, which is a bug."""
     failures = list((getattr(error, "worker_failures", None) or {}).values())
     for candidate in (getattr(error, "controller_failure", None), *failures, error):
         if candidate is not None and (fault := _fault_in(candidate)) is not None:
@@ -60,7 +61,7 @@ def explained(error: BaseException) -> BaseException:
 
 
 def _last_step(metrics: Path) -> int:
-    """Of the last whole line; read here, since metrics.py imports TensorBoard, and Ray's controller does without."""
+    """Step of the last complete line; read here, since metrics.py imports TensorBoard, which Ray's controller does not need."""
     try:
         whole = metrics.read_bytes()[-4096:].rpartition(b"\n")[0].rpartition(b"\n")[2]
         return int(json.loads(whole)["step"])
@@ -73,7 +74,7 @@ def _short(error: BaseException) -> str:
 
 
 def _fault_in(error: BaseException | None) -> Pi0fmError | None:
-    """The worker's error, which Ray keeps as `cause` or `_base_exc`, sometimes wrapped twice."""
+    """Find a worker's Pi0fmError, which Ray keeps as `cause` or `_base_exc`, sometimes wrapped twice."""
     for _ in range(5):
         if error is None or isinstance(error, Pi0fmError):
             return error

@@ -1,6 +1,6 @@
 """Recording demonstrations on Ray: many processes simulate and encode, the calling one writes.
 
-Owns: the simulating actors and how episodes are dealt to them. Does not know: seeds, order, data sets.
+Owns: the simulating actors and the assignment of episodes to them. Does not know: seeds, order, data sets.
 
     driver ── submit(task, seed), in turn ──┬─> actor 1: [running][waiting]
        ^                                    └─> actor 2: [running][waiting]
@@ -19,23 +19,23 @@ from pi0fm.demos.encoding import EncodedDemonstration
 from pi0fm.demos.record import Submit, record, record_here, simulate
 from pi0fm.processes import end_with_parent, sigterm_interrupts
 
-EPISODES_AHEAD = 2  # for each actor: one runs and one waits; more would only fill the object store
+EPISODES_AHEAD = 2  # per actor: one runs and one waits; more would only fill the object store
 
 
 def record_demonstrations(config: DemosConfig) -> dict[str, object]:
     """Record with `config.num_workers` Ray actors of one core each, or in this process when that is 0.
 
-    SIGTERM acts like Ctrl-C meanwhile. Raises ConfigError when Ray has fewer cores than that, and what `record` raises.
+    SIGTERM acts like Ctrl-C during the call. Raises ConfigError when Ray has fewer cores than that, and the errors of `record`.
     """
     if config.num_workers == 0:
         return record_here(config)
-    # inside Ray's session: Ray takes the signal for itself when it starts
+    # inside Ray's session: Ray installs a handler when it starts
     with ray_session(config.ray_address), sigterm_interrupts(), simulators(config) as submit:
         return record(config, submit, window=EPISODES_AHEAD * config.num_workers)
 
 
 class Simulator:
-    """An actor that simulates; it keeps its environments from one episode to the next."""
+    """Actor that simulates episodes and keeps its environments from one to the next."""
 
     def __init__(self) -> None:
         end_with_parent(os.getppid())  # the raylet, whose sudden death Ray's workers outlive
@@ -47,7 +47,7 @@ class Simulator:
 
 @contextmanager
 def simulators(config: DemosConfig) -> Iterator[Submit]:
-    """Keep actors for the time of the block. The episode of one that dies is simulated again elsewhere, with the same result."""
+    """Run the actors during the block; the episode of one that dies is simulated again elsewhere, with the same result."""
     import ray
 
     require_resources({"CPU": 1}, config.num_workers)
@@ -66,7 +66,7 @@ def simulators(config: DemosConfig) -> Iterator[Submit]:
 
 
 def _wait(reference: object) -> EncodedDemonstration | None:
-    """Wait for the episode; raise a fault as the simulator raised it, so that the user reads its line."""
+    """Wait for the episode; raises the simulator's fault without Ray's wrapping, so that the user reads its line."""
     import ray
 
     first_ready([reference])

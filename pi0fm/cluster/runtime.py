@@ -1,7 +1,7 @@
-"""Starting Ray, joining it, and leaving it as it was found.
+"""Starting Ray or joining a cluster, and shutting down only what was started.
 
-Owns: the options of `ray.init` that keep a laptop quiet and small, the environment of one-threaded workers, the check that a
-request for resources can be met. Does not know: what runs on Ray.
+Owns: the options of `ray.init` that keep output and memory small on a laptop, the environment of one-threaded workers, the check that
+requested resources exist. Does not know: what runs on Ray.
 """
 
 import os
@@ -25,7 +25,7 @@ TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 SECONDS_BETWEEN_HEAD_LOOKS, SECONDS_WITHOUT_HEAD = 5.0, 30.0  # Ray ends the driver after 60
 SMALLEST_OBJECT_STORE_BYTES = 80 * 2**20  # Ray refuses less than 75 MiB
 
-# For `.options(runtime_env=ONE_THREAD)`: a worker that simulates or loads must not start one thread a core, where others run too.
+# For `.options(runtime_env=ONE_THREAD)`: workers that simulate or load run side by side, so each must not start a thread per core.
 ONE_THREAD: Mapping[str, Any] = {"env_vars": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}}
 
 START_ONE = "start one with `ray start --head`, or leave the address out"
@@ -40,14 +40,14 @@ def ray_session(
     object_store_bytes: int = OBJECT_STORE_BYTES,
     ship_code: bool = False,
 ) -> Iterator[None]:
-    """Start or join Ray for the time of the block; stop it afterwards only if this call started it.
+    """Start or join Ray during the block; afterwards stop it only if this call started it.
 
-    A Ray that this process already initialised is used as it is. Otherwise:
+    If this process has already initialised Ray, that Ray is used unchanged. Otherwise:
     address: of a running cluster (`auto`, `HOST:PORT`, `ray://HOST:PORT`); None takes RAY_ADDRESS, and without that starts Ray here.
-    num_cpus, resources: what the Ray that is started here claims to have; None means the machine's cores. Ignored when joining.
-    object_store_bytes: upper bound of its shared memory, lowered to half of what /dev/shm has left. Ignored when joining.
-    ship_code: send this pi0fm to the nodes of a cluster that is joined, in front of what is installed there.
-    Raises ConfigError when the address does not answer, ClusterError when a Ray of its own does not start.
+    num_cpus, resources: declared resources of a Ray started here; None means the machine's cores. Ignored when joining.
+    object_store_bytes: upper bound of its shared memory, lowered to half of the free space in /dev/shm. Ignored when joining.
+    ship_code: send this pi0fm to the nodes of a joined cluster, with precedence over the version installed there.
+    Raises ConfigError when the address does not answer, ClusterError when a local Ray does not start.
     """
     # Ray reads this when it is imported: without it `uv run` as driver zips the working directory and starts every worker through uv.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -70,7 +70,7 @@ def ray_session(
 
 
 def started_here() -> tuple[psutil.Process, ...]:
-    """Ray's own processes among the children of this one; none where a running cluster was joined."""
+    """Ray's processes among the children of this one; none if a running cluster was joined."""
     return tuple(child for child in psutil.Process().children() if child.name() in ("raylet", "gcs_server"))
 
 
@@ -82,19 +82,19 @@ def refuse_ended(processes: Iterable[psutil.Process], advice: str = "type the sa
 
 
 class Head:
-    """The process of Ray that all others register with: of a cluster that was joined, on any machine.
+    """Ray's head process, with which all others register, on any machine of a joined cluster.
 
-    Ray itself waits a minute for it and then ends the driver without a word of ours; a head that is restarted sooner goes on.
+    Ray waits 60 s for it and then ends the driver without a message of pi0fm; after an earlier restart of the head the run continues.
     """
 
     def __init__(self) -> None:
         import ray
 
-        self._address = str(getattr(ray.get_runtime_context(), "gcs_address", ""))  # none for Ray's client
+        self._address = str(getattr(ray.get_runtime_context(), "gcs_address", ""))  # missing for Ray's client
         self._answered = self._looked = time.monotonic()
 
     def refuse_gone(self) -> None:
-        """Raise ClusterError when it has not answered for SECONDS_WITHOUT_HEAD; looks every few seconds."""
+        """Raise ClusterError when the head has not answered for SECONDS_WITHOUT_HEAD; checks every few seconds."""
         now = time.monotonic()
         if not self._address or now - self._looked < SECONDS_BETWEEN_HEAD_LOOKS:
             return
@@ -112,10 +112,10 @@ class Head:
 
 
 def require_resources(each: Mapping[str, float], count: int = 1) -> None:
-    """Refuse what the running Ray can never give, before Ray waits for it without end.
+    """Refuse a request for resources that the running Ray does not have, for which Ray would wait forever.
 
-    each: what one worker asks for, such as `{"CPU": 1, "GPU": 1}`; it must fit on one node. count: workers at the same time.
-    Nodes that an autoscaler would add later are not counted. Raises ConfigError that names the resource, the need and what each node has.
+    each: resources of one worker, such as `{"CPU": 1, "GPU": 1}`; they must fit on one node. count: workers at the same time.
+    Nodes that an autoscaler would add later are not counted. Raises ConfigError with the resource, the need and what each node has.
     """
     import ray
 
@@ -134,20 +134,20 @@ def require_resources(each: Mapping[str, float], count: int = 1) -> None:
             for node, number in zip(nodes, room, strict=True)
         ]
         raise ConfigError(
-            f"{count} workers with {wanted} each are asked for, but Ray has room for {sum(room)} ({'; '.join(there)}), {count - sum(room)} "
+            f"{count} workers with {wanted} each are requested, but Ray has room for {sum(room)} ({'; '.join(there)}), {count - sum(room)} "
             "too few; lower the number of workers, or add nodes"
         )
 
 
 def room_on(node: Mapping[str, float], each: Mapping[str, float], most: int) -> int:
-    """How many workers fit on a node of such resources, at most `most`."""
+    """Number of workers that fit on a node with these resources, at most `most`."""
     return min((int(node.get(name, 0.0) / amount + 1e-9) for name, amount in each.items() if amount > 0), default=most)
 
 
 def first_ready(references: Sequence[Any]) -> Any:
     """Wait for the first of `references`.
 
-    Raises ClusterError soon after a process of the Ray that was started here has died; Ray itself waits on, without end or for a minute.
+    Raises ClusterError soon after a process of the Ray started here has died, where Ray would wait for a minute or forever.
     """
     import ray
 
@@ -159,11 +159,11 @@ def first_ready(references: Sequence[Any]) -> Any:
 
 
 def _start(num_cpus: int | None, resources: dict[str, float] | None, object_store_bytes: int) -> None:
-    """Start Ray on this machine; try a second time when the first is too slow, as on a machine that is busy with something else.
+    """Start Ray on this machine; try once more if the first start times out, as on a busy machine.
 
-    Its token is of this process alone. Ray's own would stay in the home folder, and meet every cluster that is joined later. The mode is
-    left to Ray: it reads that variable when it is imported, and would send no token if it were set afterwards.
-    Its workers get the processor as any other process does: at Ray's own niceness of 15 all else on the machine goes before them.
+    The token is valid for this process only. Ray's default token would stay in the home folder and be sent to every cluster joined later.
+    RAY_AUTH_MODE is not set here: Ray reads it at import, and would send no token if it were set afterwards.
+    Workers run at normal priority: with Ray's default niceness of 15 all other processes on the machine would go first.
     """
     import ray
 
@@ -187,7 +187,7 @@ def _start(num_cpus: int | None, resources: dict[str, float] | None, object_stor
 
 
 def _forget_token(given: Mapping[str, str | None]) -> None:
-    """Leave the variables as they were, for Ray to read again: the token of a Ray that ended would meet every other of this process."""
+    """Restore the variables and let Ray read them again, or it would send this token to the next Ray of this process."""
     for name, value in given.items():
         if value is None:
             os.environ.pop(name, None)
@@ -209,21 +209,21 @@ def _join(address: str, ship_code: bool) -> None:
         if address == "auto":
             raise ConfigError(f"no Ray cluster answers at {address!r} ({reason}); {START_ONE}") from None
         raise ConfigError(
-            f"{address!r} answers, but lets nobody join from here ({reason}); where its token is another (Ray says InvalidAuthToken), copy "
-            "what `ray get-auth-token` prints there into RAY_AUTH_TOKEN here, with RAY_AUTH_MODE=token"
+            f"{address!r} answers, but refuses this process ({reason}); if its token differs (Ray says InvalidAuthToken), copy "
+            "the output of `ray get-auth-token` there into RAY_AUTH_TOKEN here, with RAY_AUTH_MODE=token"
         ) from None
 
 
 def refuse_silent(address: str | None) -> None:
-    """Raise ConfigError where nothing listens at the address of a cluster, within seconds: Ray itself waits for ten minutes.
+    """Raise ConfigError within seconds if nothing listens at the address of a cluster, for which Ray would wait ten minutes.
 
-    address: as `ray_session` takes it; `auto` and `local` are left to Ray, which is not imported.
+    address: as `ray_session` takes it; `auto` and `local` are not checked. Does not import Ray.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address in ("auto", "local"):
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    # Ray asks this machine's own address instead of the loopback
+    # Ray connects to this machine's network address instead of the loopback
     asked = _own_address() if host in ("localhost", "127.0.0.1") and not address.startswith("ray:") else host
     try:
         socket.create_connection((asked, int(port)), timeout=5).close()
@@ -233,7 +233,7 @@ def refuse_silent(address: str | None) -> None:
 
 
 def _own_address() -> str:
-    """This machine's address on its network, found as Ray finds it: nothing is sent."""
+    """This machine's network address, determined as Ray does; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("8.8.8.8", 80))
@@ -243,7 +243,7 @@ def _own_address() -> str:
 
 
 def _own_code() -> list[str]:
-    """The folders of the packages that a node needs."""
+    """Folders of the packages that a node needs."""
     import pi0fm
     import pi0fm_client
 
@@ -251,7 +251,7 @@ def _own_code() -> list[str]:
 
 
 def _object_store_that_fits(wanted: int) -> int:
-    """Limit the store to free shared memory: 64 MB in a plain container. A larger store falls back to a slow disk."""
+    """Limit the object store to half of the free shared memory, 64 MB in a plain container; a larger store would use a slow disk."""
     shared = Path("/dev/shm")
     free = shutil.disk_usage(shared).free // 2 if shared.is_dir() else wanted
     return max(SMALLEST_OBJECT_STORE_BYTES, min(wanted, free))

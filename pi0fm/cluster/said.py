@@ -1,6 +1,6 @@
-"""What the first worker says, on the driver's standard error: Ray shows nothing of its workers' output.
+"""Status lines of the first worker, repeated on the driver's standard error, since Ray's own forwarding is off.
 
-Owns: the file that carries the lines, both of its ends. Does not know: who says what.
+Owns: writing and reading the file that carries the lines. Does not know: their contents.
 
     worker   progress.say -> heard_by -- appends -->  RUN/ray/said.txt  <-- every second --  driver   `Echo.repeat`
 """
@@ -14,7 +14,7 @@ from pi0fm import progress
 
 @contextmanager
 def heard_by(path: Path | None) -> Iterator[None]:
-    """Append what this process says during the block to a file; None for nowhere. A disk that takes no line does not end the run."""
+    """Append this process's status lines to a file during the block; None for no file. A failed write does not end the run."""
     if path is None:
         yield
         return
@@ -28,13 +28,13 @@ def heard_by(path: Path | None) -> Iterator[None]:
 
 
 class Echo:
-    """Says here the lines that others append to a file from now on."""
+    """Reader that repeats the lines appended to a file from now on."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._read = path, path.stat().st_size if path.exists() else 0
 
     def repeat(self) -> None:
-        """Say what was appended since the last call, whole lines only."""
+        """Print the complete lines appended since the last call."""
         with suppress(OSError), self._path.open("rb") as file:
             file.seek(self._read)
             whole = file.read().rpartition(b"\n")[0]

@@ -1,12 +1,12 @@
-"""The policy server behind Ray Serve: the same application in several replicas, each with the policy on a device of its own.
+"""The policy server behind Ray Serve: the same application in several replicas, each with the policy on a separate device.
 
-Owns: replicas, their number by the robots that are connected, their health. Does not know: the protocol, what is served.
+Owns: replicas, their number by the connected robots, their health. Does not know: the protocol, the application.
 
     robots 1, 2 ====                          ==== replica 1: application, batcher, policy
     robots 3, 4 ====  the HTTP proxy of Ray  ==== replica 2: added when `robots_per_replica` are connected to each of the others
 
-A connection stays with its replica, and a robot's session is its connection: whatever a request needs of the one before travels with it,
-so a robot that connects again may be answered by any replica.
+A connection stays with its replica, and a robot's session is its connection: a request carries everything that it needs of earlier ones,
+so any replica may answer a robot that connects again.
 """
 
 import time
@@ -28,7 +28,10 @@ Fault = Callable[[Starlette], str | None]
 
 @dataclass(frozen=True)
 class Replicas:
-    """least, most: replicas; robots_per_replica: connections to each beyond which one is added; each: resources of one, such as GPU."""
+    """Number and resources of replicas: from `least` to `most`, one added beyond `robots_per_replica` connections to each.
+
+    each: resources of one replica, such as {"GPU": 1}.
+    """
 
     least: int
     most: int
@@ -37,12 +40,12 @@ class Replicas:
 
 
 def serve_replicas(build: Build, fault: Fault, replicas: Replicas, host: str, port: int, announce: Callable[[], None]) -> None:
-    """Serve what `build` makes in each replica until the process is told to end; `announce` is called when all `least` are warm.
+    """Serve the application of `build` in each replica until the process is told to end; calls `announce` when all `least` are warm.
 
-    fault: what is wrong with an application in one line, or None; a replica with one is started again. Raises ClusterError where Ray Serve
-    is not installed or no replica comes up, ConfigError for resources that Ray does not have.
+    fault: describes an application's fault in one line, else None; a replica with a fault is restarted. Raises ClusterError if Ray Serve is
+    not installed or no replica starts, ConfigError for resources that Ray does not have.
     """
-    with ray_session(), sigterm_interrupts():  # Ray takes the signal for itself when it starts
+    with ray_session(), sigterm_interrupts():  # inside: Ray installs a handler when it starts
         try:
             from ray import serve
         except ImportError as error:
@@ -67,7 +70,7 @@ def serve_replicas(build: Build, fault: Fault, replicas: Replicas, host: str, po
         except RuntimeError:
             told = serve.status().applications[NAME].deployments[NAME].message.strip().splitlines()
             why = told[-1].strip()[:300] if told else "its reason is in Ray's logs"
-            raise ClusterError(f"no replica came up ({why}): try pi0fm serve without --replicas") from None
+            raise ClusterError(f"no replica started ({why}): try pi0fm serve without --replicas") from None
         finally:
             serve.shutdown()
 
@@ -76,7 +79,7 @@ def free_of_what_one_server_has(options: Any) -> None:
     """Raise ConfigError for options of `pi0fm serve` that belong to one process and its socket."""
     for name in ("live", "log_requests", "tls_certificate", "log_format"):
         if getattr(options, name) not in (None, False, "text"):
-            raise ConfigError(f"--{name} is of a single server, found it with --replicas: leave one of them out")
+            raise ConfigError(f"--{name} works with a single server only, found it with --replicas; leave one of the two out")
 
 
 def _replica_of(build: Build, fault: Fault) -> type:

@@ -1,9 +1,9 @@
-"""A training run on Ray workers, in this process, or under torchrun: three thin ways to call `train.loop.train`.
+"""A training run on Ray workers, in this process, or under torchrun: three ways to call `train.loop.train`.
 
-Owns: who starts the workers and what they are given; drawing their progress from metrics.jsonl. Does not know: what training is.
+Owns: the start of the workers and their arguments; drawing their progress from metrics.jsonl. Does not know: training.
 
-    num_workers 0              train() here                     (torchrun sets RANK and WORLD_SIZE: then each of its processes does)
-    num_workers N    driver -> TorchTrainer -> N x train()      gloo on CPUs, nccl on GPUs; N..M: as many as there is room for
+    num_workers 0              train() here                     (under torchrun, which sets RANK and WORLD_SIZE: in each of its processes)
+    num_workers N    driver -> TorchTrainer -> N x train()      gloo on CPUs, nccl on GPUs; N..M: as many as the cluster has room for
                        `---- reads metrics.jsonl, draws the bar
 """
 
@@ -39,18 +39,18 @@ from pi0fm_client.errors import ClusterError, ConfigError
 if TYPE_CHECKING:
     from pi0fm.train.loop import TrainResult
 
-SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_LOOKS_FOR_ROOM = 0.2, 5.0  # at signals and Ray's own processes; at the nodes that there are
+SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_LOOKS_FOR_ROOM = 0.2, 5.0  # at signals and Ray's processes; at the cluster's nodes
 
 
 def train(context: Context, run: TrainingRun) -> "TrainResult":
-    """As `pi0fm.train.loop.train`, whose libraries a driver of Ray workers does not wait for."""
+    """Call `pi0fm.train.loop.train`, imported here since a driver of Ray workers does not need its libraries."""
     from pi0fm.train import loop
 
     return loop.train(context, run)
 
 
 def run_training(run: TrainingRun) -> "TrainResult":
-    """Claim the output folder, train where `run` says, and return what was reached."""
+    """Claim the output folder, train on the workers that `run` asks for, and return the result."""
     refuse_at_once(run)
 
     def ended() -> str:
@@ -59,14 +59,14 @@ def run_training(run: TrainingRun) -> "TrainResult":
     with terminated_outside_steps(ended):
         if run.workers == (0, 0):
             return _in_this_process(run)
-        # again inside: Ray takes the signal for itself when it starts
+        # again inside: Ray installs a signal handler when it starts
         with claimed(run), ray_session(run.ray_address, ship_code=run.ship_code), terminated_outside_steps(ended):
             return _on_ray(run)
 
 
 def _in_this_process(run: TrainingRun) -> "TrainResult":
     context = context_from_environment()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's agent, killed, would leave its workers training beside the next run
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # when torchrun's agent is killed, its workers would train on during the next run
         end_with_parent(os.getppid())
     if not context.is_first:
         return train(context, run)
@@ -103,7 +103,7 @@ def _on_ray(run: TrainingRun) -> "TrainResult":
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"run": options.encode(placed)},
-        # a hang is ended by its watch, with stacks; this ends what even that cannot
+        # hangs end by the watchdog, with stacks; this longer timeout is for hangs that the watchdog cannot end
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(2 * run.hang_seconds) + 60),
         scaling_config=ScalingConfig(
             num_workers=fewest if fewest == most else (fewest, most),
@@ -131,10 +131,10 @@ def _on_ray(run: TrainingRun) -> "TrainResult":
 
 
 def _fit(trainer: Any, output_dir: Path, no_room: Callable[[], str | None], noted: NotedSignals) -> None:
-    """`trainer.fit()` in a thread: in the main one Ray would take the handler of SIGINT, and a signal could not be answered meanwhile.
+    """Run `trainer.fit()` in a thread: in the main thread Ray would replace the SIGINT handler, and signals would wait.
 
-    Returns early when a signal was noted while the cluster has `no_room` for the workers, so that nobody else can answer it. Raises the
-    fault behind Ray's error, ClusterError where Ray itself ended.
+    Returns early on a signal while the cluster has `no_room` for the workers, since no worker can respond to it. Raises the fault inside
+    Ray's error, and ClusterError if Ray itself ended.
     """
     from pi0fm.cluster.ray_faults import explained
 
@@ -155,7 +155,7 @@ def _fit(trainer: Any, output_dir: Path, no_room: Callable[[], str | None], note
         try:
             head.refuse_gone()
         except ClusterError:
-            ask(output_dir, Request.STOP)  # workers on other machines may live on: they save and leave
+            ask(output_dir, Request.STOP)  # workers on other machines may still run: they save and leave
             raise
         if time.monotonic() - looked < SECONDS_BETWEEN_LOOKS_FOR_ROOM:
             continue
@@ -170,39 +170,39 @@ def _fit(trainer: Any, output_dir: Path, no_room: Callable[[], str | None], note
 
 
 def _no_room(each: Mapping[str, float], fewest: int) -> str | None:
-    """What the cluster lacks for the fewest workers, None where it lacks nothing or does not say."""
+    """Describe the resources missing for the fewest workers; None if none are missing or the cluster does not answer."""
     try:
         require_resources(each, fewest)
     except ConfigError as error:
         return str(error)
-    except Exception:  # noqa: BLE001  a head that is gone is told of elsewhere, by a line of its own
+    except Exception:  # noqa: BLE001  Head.refuse_gone reports a lost head
         return None
     return None
 
 
 def _say_what_is_taken(each: Mapping[str, float], fewest: int) -> None:
-    """Say what others hold of what the workers need: Ray waits for it."""
+    """Print which of the workers' resources other jobs hold, for which Ray waits."""
     import ray
 
     free = ray.available_resources()
     lacking = {name: amount * fewest - free.get(name, 0.0) for name, amount in each.items()}
     taken = ", ".join(f"{amount:g} {name}" for name, amount in lacking.items() if amount > 0)
     if taken:
-        progress.say(f"other work on the cluster holds {taken} too many of what {fewest} workers need: the run waits until it ends")
+        progress.say(f"other jobs on the cluster hold {taken} that {fewest} workers need: the run waits until they end")
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """What Ray runs in every worker; its process group exists already."""
+    """Train in a Ray worker, whose process group exists already."""
     import ray
     from ray import train as ray_train
 
     from pi0fm.cluster.elastic import preempted
 
-    end_with_parent(os.getppid())  # the raylet: its sudden death is a node's, and Ray's workers outlive it for seconds
+    end_with_parent(os.getppid())  # the raylet: when it is killed, its node is lost, but Ray's workers run on for seconds
     run, place = options.decode(TrainingRun, config["run"]), ray_train.get_context()
     rank, node = place.get_world_rank(), f"{socket.gethostname()} ({ray.get_runtime_context().get_node_id()[:6]})"
     if rank == 0:
-        withdraw(run.output_dir, (Request.SAVE, Request.MOVE))  # what was asked of workers that are gone
+        withdraw(run.output_dir, (Request.SAVE, Request.MOVE))  # requests to earlier workers
     files.write_json(worker_file(run.output_dir, rank), {"process": os.getpid(), "node": ray.get_runtime_context().get_node_id()})
     with said.heard_by(said_file(run.output_dir) if rank == 0 else None):
         try:
@@ -210,24 +210,24 @@ def _worker(config: dict[str, Any]) -> None:
         except MovedError as error:
             raise preempted(str(error)) from None
         except StoppedError:
-            return  # as a fault it would make Ray start the workers again
+            return  # an error would make Ray start the workers again
         except Exception as error:
-            error.add_note(traceback.format_exc())  # which pickling loses
+            error.add_note(traceback.format_exc())  # pickling loses the traceback
             raise
 
 
 def worker_file(output_dir: Path, rank: int) -> Path:
-    """Where a worker says which process it is, and on which node."""
+    """File in which a worker records its process and node."""
     return output_dir / RAY_FOLDER / f"worker-{rank}.json"
 
 
 def said_file(output_dir: Path) -> Path:
-    """Where the first worker leaves what it says, for the driver."""
+    """File with the first worker's status lines, for the driver."""
     return output_dir / RAY_FOLDER / "said.txt"
 
 
 def _share_of_cpus(num_workers: int, gpus: float) -> int:
-    """On one machine the workers share its cores; on a cluster the loader's threads want a few beside each GPU."""
+    """CPUs of each worker: an equal share of one machine's cores; on a cluster 4 per GPU worker for the loader's threads, else 1."""
     import ray
 
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
@@ -237,7 +237,7 @@ def _share_of_cpus(num_workers: int, gpus: float) -> int:
 
 
 def _absolute(run: TrainingRun) -> TrainingRun:
-    """Ray's workers have another working directory."""
+    """Make all paths absolute: Ray's workers have another working directory."""
     tokenizer = Path(run.tokenizer)
     if run.pretrained is not None:
         run = replace(run, pretrained=run.pretrained.absolute())
@@ -253,7 +253,7 @@ def _found_anywhere(dataset: DatasetConfig) -> DatasetConfig:
 
 
 class _Watcher:
-    """Draws the workers' progress bar in the driver and repeats the first worker's lines, both from files in the output folder."""
+    """Progress bar and status lines of the workers in the driver, read from files in the output folder."""
 
     def __init__(self, run: TrainingRun) -> None:
         self._run, self._said, self._stop = run, said.Echo(said_file(run.output_dir)), threading.Event()
@@ -285,4 +285,4 @@ class _Watcher:
                 self._said.repeat()
                 if ended:
                     return
-                ended = self._stop.wait(1.0)  # the last lines may have been written since the look before it: one more look
+                ended = self._stop.wait(1.0)  # read once more after the end: the last lines may be newer than the last read

@@ -1,6 +1,6 @@
-"""The options of a training run and of where it runs.
+"""The options of a training run and of its workers.
 
-Owns: `TrainingRun`, what can be refused of it in a moment. Does not know: how workers are started; neither torch nor Ray is imported.
+Owns: `TrainingRun`, and its checks before a run starts. Does not know: how workers are started; neither torch nor Ray is imported.
 """
 
 import os
@@ -24,17 +24,17 @@ from pi0fm_client.errors import ConfigError, Pi0fmError
 
 @dataclass(frozen=True)
 class TrainingRun(TrainConfig):
-    """A run and where it runs."""
+    """Options of a run and of its workers."""
 
     num_workers: int | str = option(
-        0, "0 trains in the calling process, and under torchrun in each of its; else Ray workers, or 2..8: as many as there is room for"
+        0, "0 trains in the calling process, under torchrun in each of its processes; N on N Ray workers, 2..8 on as many as fit"
     )
     gpus_per_worker: float | None = option(None, "GPUs of each Ray worker; empty takes 1 where the cluster has GPUs")
-    cpus_per_worker: int | None = option(None, "CPUs of each Ray worker; empty shares out the machine, or takes 1 on a larger cluster")
-    max_failures: int = option(3, "how often Ray restarts the workers from the newest checkpoint without a step in between")
+    cpus_per_worker: int | None = option(None, "CPUs of each Ray worker; empty divides those of one machine, on a cluster takes 4 or 1")
+    max_failures: int = option(3, "restarts of the Ray workers from the newest checkpoint without a step in between, at most")
     ray_address: str | None = option(None, "address of a running Ray cluster; without it one is started here")
-    ship_code: bool = option(False, "send this pi0fm to the nodes of that cluster, instead of asking for the same one there")
-    resize_seconds: float = option(60.0, "with num_workers 2..8, seconds between two looks for room for more workers")
+    ship_code: bool = option(False, "send this pi0fm to the nodes of that cluster, instead of requiring the same one there")
+    resize_seconds: float = option(60.0, "seconds between two checks for room for more workers, with num_workers 2..8")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,7 +42,7 @@ class TrainingRun(TrainConfig):
         if fewest < 0 or self.max_failures < 0:
             raise ConfigError(f"num_workers and max_failures must be >= 0, found {self.num_workers} and {self.max_failures}")
         if fewest > most or (fewest < most and not fewest):
-            raise ConfigError(f"num_workers must be a number, or FEWEST..MOST with 1 or more, found {self.num_workers!r}; type 2..8")
+            raise ConfigError(f"num_workers must be a number, or FEWEST..MOST from 1 up, found {self.num_workers!r}; type 2..8")
         if self.resize_seconds <= 0:
             raise ConfigError(f"resize_seconds must be above 0, found {self.resize_seconds:g}; leave it out for 60")
         if self.ship_code and self.ray_address is None:
@@ -59,7 +59,7 @@ class TrainingRun(TrainConfig):
 
     @property
     def workers(self) -> tuple[int, int]:
-        """The fewest and the most; two equal numbers where the cluster does not decide. Raises ConfigError for what is neither."""
+        """Fewest and most workers, equal if the number is fixed. Raises ConfigError for neither a number nor a range."""
         fewest, dots, most = str(self.num_workers).partition("..")
         try:
             return int(fewest), int(most if dots else fewest)
@@ -68,7 +68,7 @@ class TrainingRun(TrainConfig):
 
 
 def refuse_at_once(run: TrainingRun) -> None:
-    """Raise one error for all that can be refused of a run before torch or Ray is loaded: paths, libraries, addresses, the folder."""
+    """Raise one error for all faults that can be found before torch or Ray is loaded: paths, libraries, addresses, the folder."""
     faults: list[Pi0fmError] = []
     for check in _checks(run):
         try:
@@ -96,17 +96,17 @@ def _checks(run: TrainingRun) -> Iterator[Callable[[], object]]:
 
 
 def _refuse_too_many(run: TrainingRun) -> None:
-    """Raise ConfigError for more workers than this machine has cores for. Not an option's fault: workers on other machines read it too."""
+    """Raise ConfigError for more workers than this machine has cores; not in `TrainingRun`, which workers on other machines decode too."""
     each, cores = run.cpus_per_worker or 1, os.cpu_count() or 1
     if run.workers[0] * each > cores and not (run.ray_address or os.environ.get("RAY_ADDRESS")):
         raise ConfigError(
             f"num_workers are Ray workers that train, here with {each} of {cores} cores each, found {run.num_workers}; type --num_workers "
-            f"{cores // each}, or leave it out: one process trains, and its threads load data (LeRobot's num_workers has no counterpart)"
+            f"{cores // each}, or leave it out: one process trains and its threads load data (LeRobot's num_workers has no counterpart)"
         )
 
 
 def _refuse_taken_port() -> None:
-    """Raise ConfigError where another program listens at the port at which this process, the first, would wait for the others."""
+    """Raise ConfigError if another program uses the port at which this process, the first, would wait for the others."""
     context, port = context_from_environment(), os.environ.get("MASTER_PORT", "")
     if context.world_size == 1 or not context.is_first or "TORCHELASTIC_RUN_ID" in os.environ or not port.isdecimal():
         return

@@ -36,9 +36,9 @@ def test_what_cannot_be_is_refused(change, line):
 @pytest.mark.parametrize(
     ("run", "line"),
     [
-        ({"num_workers": 0}, "chaos is for workers of Ray"),
+        ({"num_workers": 0}, "pi0fm chaos needs Ray workers"),
         ({"num_workers": 2, "checkpoint_dir": "/elsewhere"}, "leave it out"),
-        ({"num_workers": 2, "ray_address": "auto"}, "on a cluster that is joined chaos.kinds are worker and driver, found node"),
+        ({"num_workers": 2, "ray_address": "auto"}, "on a joined cluster chaos.kinds must be worker and driver, found node"),
     ],
 )
 def test_a_run_that_it_cannot_disturb_is_refused_before_anything_starts(tmp_path, monkeypatch, run, line):

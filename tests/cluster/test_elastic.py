@@ -95,7 +95,7 @@ def test_failures_with_progress_between_them_never_end_a_run(failures):
 def test_failures_without_a_step_further_end_it_with_the_last_ones_cause(failures):
     failures(5)
     failures(3)  # it went on from a checkpoint, and got less far
-    with pytest.raises(ClusterError, match=r"found 3 after step 5 \(worker 1: The worker died unexpectedly\).* --max_failures"):
+    with pytest.raises(ClusterError, match=r"found 3 failures at step 5 \(worker 1: The worker died unexpectedly\).* --max_failures"):
         failures(5)
 
 
@@ -119,8 +119,8 @@ def test_workers_are_a_number_or_two(given, found):
     ("options", "line"),
     [
         ({"num_workers": "many"}, "num_workers must be a number, or FEWEST..MOST, found 'many'; type 2 or 2..8"),
-        ({"num_workers": "8..2"}, "FEWEST..MOST with 1 or more, found '8..2'"),
-        ({"num_workers": "0..2"}, "FEWEST..MOST with 1 or more, found '0..2'"),
+        ({"num_workers": "8..2"}, "FEWEST..MOST from 1 up, found '8..2'"),
+        ({"num_workers": "0..2"}, "FEWEST..MOST from 1 up, found '0..2'"),
         ({"num_workers": -1}, "num_workers and max_failures must be >= 0"),
         ({"num_workers": "2..64", "global_batch_size": 32}, "global_batch_size must be at least the number of workers, found 32 for 33"),
         ({"num_workers": "2..4", "parallel": ParallelConfig(FULL, replicas=2)}, "found 2 for parallel.replicas 2"),

@@ -26,7 +26,7 @@ def test_each_difference_is_told_with_its_node_and_what_is_here():
     failed = RuntimeError("Traceback\n  many lines\nray.exceptions.NodeDiedError: gone\n")
     assert differences(HERE, {"b (10.0.0.2)": older, "c": bare, "d": failed}) == [
         f"on b (10.0.0.2): torch 2.10.0 (here 2.11.0), {CODE} ba9876543210 (here 0123456789ab)",
-        "on c: no pi0fm beside /bin/python3, torch missing (here 2.11.0)",
+        "on c: no pi0fm for /bin/python3, torch missing (here 2.11.0)",
         "on d: ray.exceptions.NodeDiedError: gone",
     ]
 

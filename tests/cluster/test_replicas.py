@@ -45,7 +45,7 @@ def test_numbers_of_replicas_that_cannot_be_are_refused(words: list[str], line: 
 
 @pytest.mark.parametrize("words", [["--live", "true"], ["--log_requests", "log"], ["--log_format", "json"]])
 def test_what_belongs_to_one_server_is_refused_with_replicas(words: list[str]) -> None:
-    with pytest.raises(ConfigError, match="is of a single server"):
+    with pytest.raises(ConfigError, match="works with a single server only"):
         command.run(parse(command.Options, ["--bundle", "b", "--replicas", "2", *words]))
 
 

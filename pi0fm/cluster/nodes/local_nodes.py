@@ -1,9 +1,9 @@
-"""Several nodes of Ray on this machine, which can be killed, added, and announced to go.
+"""Several Ray nodes on this machine that can be killed, added and drained.
 
 Owns: their processes. Does not know: what runs there.
 
-    head, no CPU    | drivers, Ray Train's controller        a machine that lives
-    node 0, 1, ...  | one worker each                        machines that come and go
+    head, no CPU    | drivers, Ray Train's controller        stands for a machine that stays
+    node 0, 1, ...  | one worker each                        stand for machines that join and leave
 """
 
 import signal
@@ -17,13 +17,16 @@ import psutil
 from pi0fm.cluster.runtime import SMALLEST_OBJECT_STORE_BYTES
 from pi0fm_client.errors import ClusterError
 
-# A node that does not answer for three seconds is gone; Ray's own are 3 s, five times.
+# A node that does not answer for 3 s counts as lost; Ray's defaults are 5 checks of 3 s each.
 QUICK_TO_NOTICE = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3, "health_check_timeout_ms": 3000}
 
 
 @final
 class LocalNodes:
-    """`with LocalNodes(2) as nodes: ... nodes.address ...`; in the main thread alone. cpus: of each but the head, which has none."""
+    """Cluster of `count` nodes and a head: `with LocalNodes(2) as nodes: ... nodes.address ...`, only in the main thread.
+
+    cpus: CPUs of each node; the head has none. environments: variables of the first nodes.
+    """
 
     def __init__(self, count: int, cpus: int = 1, environments: tuple[dict[str, str], ...] = ()) -> None:
         from ray.cluster_utils import Cluster
@@ -51,21 +54,21 @@ class LocalNodes:
 
     @property
     def address(self) -> str:
-        """For `--ray_address`."""
+        """Address for `--ray_address`."""
         return str(self._cluster.address)
 
     @property
     def alive(self) -> list[str]:
-        """The ids of the nodes, without the head."""
+        """Ids of the live nodes, without the head."""
         return [node.node_id for node in self._cluster.worker_nodes if all(process.is_running() for process in _raylets(node))]
 
     def add(self, environment: dict[str, str] | None = None) -> str:
-        """Start a node; its id. environment: of what runs there."""
+        """Start a node and return its id. environment: variables of its processes."""
         more = {"env_vars": environment} if environment else {}
         return str(self._cluster.add_node(num_cpus=self._cpus, object_store_memory=self._store, **more).node_id)
 
     def kill(self, node_id: str) -> None:
-        """End a node at once, as a machine that loses its power: its raylet, and what the raylet had started."""
+        """Kill a node as a power failure does: its raylet and the raylet's processes."""
         node = self._node(node_id)
         family = [child for raylet in _raylets(node) for child in (*raylet.children(recursive=True), raylet)]
         for process in family:
@@ -74,11 +77,11 @@ class LocalNodes:
         self._cluster.remove_node(node, allow_graceful=False)
 
     def kill_head(self) -> None:
-        """End what all nodes register with; nothing of the cluster outlives it for long."""
+        """Kill the head; the other nodes end soon after."""
         self._cluster.remove_node(self._cluster.head_node, allow_graceful=False)
 
     def drain(self, node_id: str, seconds: float) -> None:
-        """Announce that a node will be taken away, as a cloud does with a spot machine."""
+        """Announce the preemption of a node in `seconds`, as a cloud does for a spot machine."""
         from ray._raylet import GcsClient
         from ray.core.generated import autoscaler_pb2
 

@@ -1,7 +1,7 @@
-"""What is installed on the computer that runs this: versions of Python and of what training needs, and pi0fm's own code.
+"""Versions of Python and of training's libraries on this computer, and a digest of pi0fm's code.
 
-Owns: one function and what it needs, of the standard library alone: it is sent to nodes by value, where pi0fm may be another or missing.
-Does not know: Ray, what the facts are compared with.
+Owns: `node_facts` and its helpers, with the standard library only: it is sent to nodes by value, where pi0fm may differ or be missing.
+Does not know: Ray, how the facts are compared.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "ray", "transformers", "accelerate")
 
 
 def node_facts() -> dict[str, str]:
-    """Versions by name; `host` and `interpreter` say where."""
+    """Versions by name, and `host` and `interpreter` of this computer."""
     found = {"host": socket.gethostname(), "interpreter": sys.executable, "python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -27,12 +27,12 @@ def node_facts() -> dict[str, str]:
 
 
 def code_of(*packages: str) -> str:
-    """Twelve digits that any change of a module changes; `missing` where a package cannot be found."""
+    """Digest of 12 hexadecimal digits of all modules; `missing` if a package cannot be found."""
     digest = hashlib.sha256()
     for package in packages:
         try:
             spec = util.find_spec(package)
-        except ValueError:  # of a name that was made unimportable
+        except ValueError:  # for a name that was made unimportable
             spec = None
         if spec is None or spec.origin is None:
             return "missing"

@@ -1,9 +1,9 @@
-"""What a cluster must agree on before a run starts there: the same versions and code on every node, and storage that all of them see.
+"""Checks of a cluster before a run starts there: the same versions and code on every node, and storage that all nodes share.
 
-Owns: one task a node that asks, the lines for what differs. Does not know: training, resources (runtime.py), data sets (caching.py).
+Owns: one task per node for each check, a line for each difference. Does not know: training, resources (runtime.py), data sets (caching.py).
 
     driver ── node_facts, by value ──> node A, B, ...     python, torch, pi0fm: a node without pi0fm answers too
-           ── look_at_storage ───────> node A, B, ...     run.json as the driver wrote it; a file written where checkpoints go
+           ── look_at_storage ───────> node A, B, ...     run.json as the driver wrote it; writing a file to the checkpoint folder
 """
 
 import runpy
@@ -17,12 +17,12 @@ from pi0fm.cluster.nodes import node_facts
 from pi0fm.train.checkpoint.storage import open_store
 from pi0fm_client.errors import ClusterError, OutputError, Pi0fmError
 
-SECONDS_FOR_AN_ANSWER = 120.0  # of a node: it starts a process, which imports torch
+SECONDS_FOR_AN_ANSWER = 120.0  # a node starts a process, which imports torch
 WHERE = ("host", "interpreter")
 
 
 def nodes_with(each: Mapping[str, float]) -> dict[str, str]:
-    """The living nodes on which a worker fits, by id: their host and address. each: what a worker takes."""
+    """Host and address by id of the live nodes on which a worker fits. each: resources of a worker."""
     import ray
 
     return {
@@ -35,12 +35,12 @@ def nodes_with(each: Mapping[str, float]) -> dict[str, str]:
 def on_each_node(
     function: Callable[..., Any], nodes: Iterable[str], *arguments: Any, seconds: float | None = SECONDS_FOR_AN_ANSWER
 ) -> dict[str, Any]:
-    """`function(*arguments)` once on every node: what it returned, or the error that it raised, by node id. seconds: that are waited."""
+    """Call `function(*arguments)` once on every node; returns its result, or the error that it raised, by node id. seconds: time limit."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task, here = ray.remote(function), NodeAffinitySchedulingStrategy
-    # of no CPU, so that it starts at once; containers of one machine may share its name, but not a node's id
+    # 0 CPUs, so that it starts at once; by node id, since containers of one machine may share the host name
     running = {
         node: task.options(num_cpus=0, max_retries=1, scheduling_strategy=here(node, soft=False)).remote(*arguments) for node in nodes
     }
@@ -48,23 +48,23 @@ def on_each_node(
     for node, reference in running.items():
         try:
             found[node] = ray.get(reference, timeout=seconds)
-        except Exception as error:  # noqa: BLE001  Ray wraps whatever was raised there, and has errors of its own
+        except Exception as error:  # noqa: BLE001  Ray wraps any error of the function, and raises others
             found[node] = getattr(error, "cause", None) or error
     return found
 
 
 def refuse_nodes(nodes: Mapping[str, str], output_dir: Path, checkpoint_place: Path | str) -> None:
-    """Raise ClusterError for nodes whose versions or code differ from the driver's, OutputError for one that does not see the storage.
+    """Raise ClusterError for nodes whose versions or code differ from the driver's, OutputError for one without the shared storage.
 
     nodes: names by id. output_dir: claimed, so it holds the run's run.json.
     """
-    # a function of a module that no node can import is sent by value
+    # loaded by path: Ray sends a function by value if its module cannot be imported
     found = on_each_node(runpy.run_path(node_facts.__file__)[node_facts.node_facts.__name__], nodes)
     lines = differences(node_facts.node_facts(), {nodes[node]: facts for node, facts in found.items()})
     if lines:
         raise ClusterError(
-            f"every node must have what this one has, found {'; '.join(lines)}; install the same there, or, where only the code of pi0fm "
-            "differs, type --ship_code true"
+            f"every node must have the same versions as this one, found {'; '.join(lines)}; install them there, or, if only the code of "
+            "pi0fm differs, type --ship_code true"
         )
     seen = on_each_node(look_at_storage, nodes, output_dir, (output_dir / "run.json").read_bytes(), checkpoint_place)
     for node, fault in seen.items():
@@ -75,7 +75,7 @@ def refuse_nodes(nodes: Mapping[str, str], output_dir: Path, checkpoint_place: P
 
 
 def differences(here: Mapping[str, str], there: Mapping[str, Mapping[str, str] | Exception]) -> list[str]:
-    """A line for each node that is not as this one. there: facts by name of a node, or the error that asking met."""
+    """A line for each node that differs from this one. there: facts by node name, or the error of the request."""
     lines = []
     for name, facts in there.items():
         if isinstance(facts, Exception):
@@ -84,21 +84,21 @@ def differences(here: Mapping[str, str], there: Mapping[str, Mapping[str, str] |
         compared = {each: mine for each, mine in here.items() if each not in WHERE}
         other = [f"{each} {facts.get(each, 'missing')} (here {mine})" for each, mine in compared.items() if facts.get(each) != mine]
         if facts.get(node_facts.CODE) == "missing":
-            other = [f"no pi0fm beside {facts['interpreter']}", *(each for each in other if not each.startswith(node_facts.CODE))]
+            other = [f"no pi0fm for {facts['interpreter']}", *(each for each in other if not each.startswith(node_facts.CODE))]
         if other:
             lines.append(f"on {name}: {', '.join(other)}")
     return lines
 
 
 def look_at_storage(output_dir: Path, record: bytes, checkpoint_place: Path | str) -> str | None:
-    """What a node does: the fault of its storage in a line, or None. record: the driver's run.json."""
+    """Check this node's storage; returns its fault in a line, or None. record: the driver's run.json."""
     name = f".seen-by-{socket.gethostname()}"
     try:
         seen = output_dir / "run.json"
         if not seen.is_file() or seen.read_bytes() != record:
             return f"{output_dir} must be on a disk that all nodes share, found another folder or none there; choose another --output_dir"
         files.make_folder(output_dir)
-        if isinstance(checkpoint_place, str):  # else it is made in output_dir by the first checkpoint
+        if isinstance(checkpoint_place, str):  # a path is in output_dir and made by the first checkpoint
             store = open_store(checkpoint_place)
             store.write(name, [memoryview(b"1")])
             store.remove([name])
@@ -110,6 +110,6 @@ def look_at_storage(output_dir: Path, record: bytes, checkpoint_place: Path | st
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of Ray's long texts names the fault."""
+    """Last line of an error's text, which in Ray's long texts names the fault."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{lines[-1] if lines else type(error).__name__:.200}"

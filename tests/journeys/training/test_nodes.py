@@ -76,7 +76,8 @@ def test_a_node_without_pi0fm_is_a_line_and_trains_when_it_is_sent_along(tmp_pat
         refused = trained()
         assert refused.returncode == 1 and "Traceback" not in refused.stderr, refused.stderr
         line = refused.stderr.splitlines()[-1]
-        assert line.startswith("pi0fm: every node must have what this one has, found on ") and line.count(": no pi0fm beside ") == 1
+        assert line.startswith("pi0fm: every node must have the same versions as this one, found on ")
+        assert line.count(": no pi0fm for ") == 1
         assert line.endswith("; install the same there, or, where only the code of pi0fm differs, type --ship_code true")
         assert not (tmp_path / "run").exists()
         sent = trained("--ship_code", "true")
