@@ -1,6 +1,6 @@
-"""Flow matching with a network of your own, on tensors of any shape: python examples/03_own_network.py [STEPS].
+"""Use flow matching with your own network, on tensors of any shape: python examples/03_own_network.py [STEPS].
 
-`FlowMatching` owns path, times, loss and solver, and knows neither robots nor pi0. Here: two moons in the plane.
+`FlowMatching` owns path, times, loss and solver, independent of robots and of pi0. Data here: two moons in the plane.
 """
 
 import sys
@@ -16,14 +16,14 @@ torch.manual_seed(0)
 
 
 def moons(count):
-    """Points [count, 2] on two half circles."""
+    """Draw points [count, 2] on two half circles."""
     angle, second = torch.rand(count) * torch.pi, torch.rand(count) < 0.5
     points = torch.stack([angle.cos(), angle.sin()], dim=1)
     return torch.where(second[:, None], torch.tensor([1.0, 0.5]) - points, points) + 0.05 * torch.randn(count, 2)
 
 
 class Velocity(nn.Module):
-    """(x [B, 2], t [B]) -> velocity [B, 2]: any module of this form will do."""
+    """Network (x [B, 2], t [B]) -> velocity [B, 2]; any module of this form works."""
 
     def __init__(self):
         super().__init__()
@@ -47,4 +47,4 @@ for _ in range(steps):
 with torch.no_grad():
     samples = flow.sample(network, torch.randn(1000, 2), num_flow_steps=20)
 distance = torch.cdist(samples, moons(4000)).min(dim=1).values
-print(f"loss {value.item():.3f}; of 1000 samples {(distance < 0.15).float().mean():.0%} lie within 0.15 of the moons")
+print(f"loss {value.item():.3f}; of 1000 samples {(distance < 0.15).float().mean():.0%} are within 0.15 of the moons")

@@ -1,7 +1,7 @@
-"""Train on arrays of your own, without a LeRobot data set: python examples/04_own_data.py BUNDLE [STEPS].
+"""Train on your own arrays, without a LeRobot data set: python examples/04_own_data.py BUNDLE [STEPS].
 
-A chain normalises, pads and tokenises; the bundle keeps it, so that a served policy speaks robot units. Here: an arm of two joints whose
-command is its distance from a target that only the prompt tells.
+A chain normalises, pads and tokenises; the bundle saves it, so a served policy takes and returns robot units. Data here: an arm of two
+joints that moves to a target given by the prompt.
 """
 
 import sys
@@ -24,7 +24,7 @@ from pi0fm.policy.saved.bundle import PolicyConfig
 target, steps = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 300
 network, random, count, batch_size = preset("tiny"), np.random.default_rng(0), 512, 16
 
-# your arrays: pictures, states, action chunks in robot units, sentences
+# your arrays: pictures, states, action chunks in robot units, prompts
 goals = {"reach left": np.array([-40.0, 10.0]), "reach right": np.array([40.0, -10.0])}
 prompts = [str(random.choice(list(goals))) for _ in range(count)]
 state = random.normal(0, 15, (count, 2)).astype(np.float32)
@@ -47,7 +47,7 @@ for step in range(steps):
     has_camera = np.ones((batch_size, 1), bool)
     observation = chain.to_model(images[rows], has_camera, sample.state, [prompts[row] for row in rows])
     x_1 = torch.from_numpy(sample.actions)
-    real = (torch.arange(network.action_dim) < 2).expand_as(x_1)  # padded dimensions count for nothing
+    real = (torch.arange(network.action_dim) < 2).expand_as(x_1)  # padded dimensions do not count in the loss
     t = flow.times(torch.rand(batch_size))
     pair = flow.training_pair(x_1, t, torch.randn_like(x_1), real)
     value = flow.mean_loss(model(observation, pair.x_t, t), pair.target, real, t)

@@ -1,6 +1,6 @@
-"""A network of your own under our flow, sampler and server: python examples/05_own_policy.py [STEPS].
+"""Train and serve your own network with pi0fm's flow, sampler and server: python examples/05_own_policy.py [STEPS].
 
-What is served is any object with `metadata`, `observation` and `infer_batch`. Here: an arm of two joints that goes where the prompt says.
+The server takes any object with `metadata`, `observation` and `infer_batch`. Here: an arm of two joints that moves to the prompt's target.
 """
 
 import asyncio
@@ -27,12 +27,12 @@ torch.manual_seed(0)
 
 
 def chunks(state, goal):
-    """Commands [B, HORIZON, JOINTS] from the state to the goal in equal steps."""
+    """Make commands [B, HORIZON, JOINTS] from the state to the goal in equal steps."""
     return state[:, None] + (goal - state)[:, None] * (torch.arange(1, HORIZON + 1) / HORIZON)[:, None]
 
 
 class Network(nn.Module):
-    """(state [B, J], goal [B, J], x_t [B, H, J], t [B]) -> velocity [B, H, J]."""
+    """Network (state [B, J], goal [B, J], x_t [B, H, J], t [B]) -> velocity [B, H, J]."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ class Network(nn.Module):
 
 
 class OwnPolicy:
-    """What pi0fm serves and evaluates; your own normalisation and tokenizer belong in `infer_batch`."""
+    """Policy for serving and evaluation; put your normalisation and tokenizer into `infer_batch`."""
 
     def __init__(self, network, flow):
         self.network, self.flow = network.eval(), flow
@@ -53,12 +53,12 @@ class OwnPolicy:
         self.metadata |= {"robot_action_dim": JOINTS, "action_horizon": HORIZON}
 
     def observation(self, flat):
-        """The observation in a client's map; whatever is wrong is refused here, in one line."""
+        """Read a client's map and refuse faults in it, in one line."""
         return ROBOT.observation(flat)
 
     @torch.no_grad()
     def infer_batch(self, observations, noise_seeds=None):
-        """One chunk for each observation; the same seed gives the same chunk."""
+        """Infer a chunk for each observation, a function of observation and seed."""
         state = torch.from_numpy(np.stack([each.state for each in observations]))
         goal = torch.tensor([GOALS.get(each.prompt, [0.0, 0.0]) for each in observations])
         seeds = noise_seeds or np.random.default_rng().integers(2**62, size=len(observations)).tolist()

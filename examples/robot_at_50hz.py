@@ -1,4 +1,4 @@
-"""Drive an arm 50 times a second with a policy server: python examples/robot_at_50hz.py ws://HOST:8000 [SECONDS]. `Arm` is yours."""
+"""Control an arm at 50 Hz with a policy server: python examples/robot_at_50hz.py ws://HOST:8000 [SECONDS]. Replace `Arm` by your driver."""
 
 import sys
 
@@ -8,7 +8,7 @@ from pi0fm_client import Executor, Pi0fmError, PolicyClient
 
 
 class Arm:
-    """Stands for a robot's driver: pictures uint8 [height, width, 3], positions and commands in the units of the training data."""
+    """Placeholder for a robot's driver: pictures uint8 [height, width, 3], positions and commands in the units of the training data."""
 
     def __init__(self, facts):
         self.facts, self.position = facts, np.zeros(facts["robot_action_dim"])
@@ -24,7 +24,7 @@ class Arm:
 def drive(url, seconds):
     with PolicyClient(url, timeout_seconds=1.0) as policy:
         arm = Arm(policy.metadata)
-        limits = {"velocity": 0.05, "acceleration": 0.02}  # of one step; or the path of the robot's own file
+        limits = {"velocity": 0.05, "acceleration": 0.02}  # per control step; or the path of the robot's limits file
         with Executor(policy, control_hz=50, initial_command=arm.position, limits=limits, state_check="warn") as executor:
             for _ in range(round(50 * seconds)):
                 executor.observe(arm.observe)

@@ -119,7 +119,7 @@ def test_a_loop_of_ones_own_ends_in_a_bundle_that_answers(
 
 def test_a_network_of_ones_own_finds_the_data(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run(monkeypatch, "03_own_network.py", 400)
-    near = re.search(r"(\d+)% lie", capsys.readouterr().out)
+    near = re.search(r"(\d+)% are within", capsys.readouterr().out)
     assert near is not None and int(near[1]) >= 60
 
 
