@@ -1,4 +1,4 @@
-"""What every test shares: shape checks on, one thread, no network, journeys last.
+"""Settings of all tests: shape checks on, one thread, no network, journeys last.
 
 The environment is set before any library that reads it once is imported; nothing here imports torch, so that a test of the
 command line or of deploy/ starts at once.

@@ -1,4 +1,4 @@
-"""The measurements of one GPU, as far as a CPU can try them: what is kept, what is counted, what a bare machine needs."""
+"""Tests of `pi0fm bench card` on a CPU: rows kept on disk, counted work, LeRobot's import on a bare machine."""
 
 import json
 import os

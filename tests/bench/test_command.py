@@ -1,4 +1,4 @@
-"""The one way to ask a question: wrong words, places that are taken, what is shown, kept and rounded. Nothing is measured here."""
+"""Tests of the bench commands without measuring: wrong options, taken output folders, tables, files and rounding."""
 
 import importlib
 import json

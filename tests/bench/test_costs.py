@@ -1,4 +1,4 @@
-"""What `pi0fm bench checkpoint` and `pi0fm bench density` compare, not how fast this machine is."""
+"""Tests of the comparisons in `pi0fm bench checkpoint` and `pi0fm bench density`, independent of this machine's speed."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The table of errors against fields whose flow is known, where a policy is observed, and the command from a bundle to a figure."""
+"""Tests of the solver errors on fields with a known flow, of the observations, and of the command from a bundle to a figure."""
 
 import json
 import math

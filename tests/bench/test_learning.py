@@ -1,4 +1,4 @@
-"""The comparison of learning: the same samples for both sides, each side its own training, whose turn it is, the budget, the figures."""
+"""Tests of the comparison of learning: the same samples on both sides, separate trainings, order, budget, figures."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The drawn data set is a data set, and what of each side is inside the clock; the measurement itself is a journey."""
+"""Tests of the generated data set and of the timed part of each side; the measurement is tested as a journey."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

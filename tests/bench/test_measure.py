@@ -1,4 +1,4 @@
-"""Ratios of paired runs, by a clock that the work itself turns; the matrix products of a call, counted as torch counts them."""
+"""Tests of ratios of paired runs, with a clock set by the work, and of the matrix products of a call, against torch's counts."""
 
 import numpy as np
 import pytest

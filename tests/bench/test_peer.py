@@ -1,4 +1,4 @@
-"""LeRobot's PI0 at a small size and ours beside it: what is theirs stays theirs, and both answer alike within bounds, or not at all."""
+"""Tests of LeRobot's PI0 at a small size against ours: inherited code is unchanged, and both sides agree within bounds or are refused."""
 
 import math
 from dataclasses import replace

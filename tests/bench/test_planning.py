@@ -1,4 +1,4 @@
-"""What the check of the plan measures: an exchange of the network's units without its computing, and the rates that follow."""
+"""Tests of the planning measurement: an exchange of the network's units without computation, and the rates from it."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Where the steps of a run go: times, operations and advice of a small run on a CPU."""
+"""Tests of `pi0fm profile`: times, operations and advice of a small run on a CPU."""
 
 import json
 import time

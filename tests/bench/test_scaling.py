@@ -1,4 +1,4 @@
-"""The figures of two launchers, a kill and a lost node, from runs that are told; the bytes are measured."""
+"""Tests of the figures of `pi0fm bench scaling` from simulated runs; the bytes are measured."""
 
 import json
 import subprocess

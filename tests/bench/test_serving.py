@@ -1,4 +1,4 @@
-"""What `pi0fm bench serving` compares, not how fast this machine is."""
+"""Tests of the comparisons in `pi0fm bench serving`, independent of this machine's speed."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What `pi0fm bench simulation` compares: the same episodes on both sides, in as many environments as it says."""
+"""Tests of `pi0fm bench simulation`: the same episodes on both sides, in the given number of environments."""
 
 import pytest
 from eval_fakes import FakeEnvironment

@@ -1,4 +1,4 @@
-"""A server among faults answers right, stays up, and goes on."""
+"""Test of a server under faults: right answers, no crash, recovery."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The client's wheel, installed alone where there is no torch, asks a server of this process; pi0fm's own wheel holds the client too."""
+"""Tests of the client's wheel, installed alone without torch, against a server of this process; pi0fm's wheel contains the client too."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Errors cross process borders: Ray pickles them from a worker to the driver."""
+"""Tests that errors survive pickling: Ray sends them from a worker to the driver."""
 
 import inspect
 import pickle

@@ -1,4 +1,4 @@
-"""A simulated arm with a clock: delay, jitter, loss, stalls, reordering and a dead server, without a second of waiting."""
+"""Tests of the executor with a simulated arm and clock: delay, jitter, loss, stalls, reordering and a dead server, without waiting."""
 
 import asyncio
 import logging

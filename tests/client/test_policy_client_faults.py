@@ -1,4 +1,4 @@
-"""A client hands out the answer to its own request or an error, in time, whatever the caller, the server and the network do."""
+"""Tests that a client returns the answer to its request or an error, in time, under any fault of caller, server or network."""
 
 import asyncio
 import signal

@@ -1,4 +1,4 @@
-"""Commands within a robot's limits, and observations like the training's."""
+"""Tests of a robot's limits, and of the check that observations are in the training range."""
 
 import json
 import logging

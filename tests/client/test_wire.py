@@ -1,4 +1,4 @@
-"""openpi's bytes, exactly, and nothing that a hostile frame can do."""
+"""Tests of openpi's encoding, byte by byte, and of hostile frames."""
 
 from types import MappingProxyType
 from typing import Any

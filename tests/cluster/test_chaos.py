@@ -1,4 +1,4 @@
-"""What is killed and when, what a kill cost, and whether weights are the same; tests/journeys/training/test_survival.py kills for real."""
+"""Tests of fault injection: kinds, times and costs of kills, comparison of weights; real kills: journeys/training/test_survival.py."""
 
 import json
 import os

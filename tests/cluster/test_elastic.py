@@ -1,4 +1,4 @@
-"""What Ray Train's controller is told: a checkpoint before workers are stopped, and when no further start helps."""
+"""Tests of the callbacks in Ray Train's controller: a checkpoint before workers are stopped, and faults that end a run."""
 
 import json
 import pickle

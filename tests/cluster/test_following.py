@@ -1,4 +1,4 @@
-"""`pi0fm eval --follow.run`: which bundle is next, the best one, an early stop; and the run that leaves the bundles."""
+"""Tests of `pi0fm eval --follow.run`: the next bundle, the best one, an early stop; and of the run that saves the bundles."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""What nodes must agree on, told by node; what a node finds where the driver wrote."""
+"""Tests of the checks of a cluster's nodes: versions and code by node, and the shared storage."""
 
 import runpy
 import subprocess

@@ -1,4 +1,4 @@
-"""The policy server behind Ray Serve: connections stay with their replica, more robots bring more replicas, the end is clean."""
+"""Tests of the policy server behind Ray Serve: connections stay with their replica, robots add replicas, the end is clean."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Weights in and out: what goes out comes back bit by bit, and every fault is named before a file is there."""
+"""Tests of conversion: an export converts back bitwise, and every fault is reported before a file is written."""
 
 import dataclasses
 import json

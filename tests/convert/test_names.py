@@ -1,4 +1,4 @@
-"""The tables of foreign names: they fill the network exactly, tell its sizes, and name every fault."""
+"""Tests of the tables of foreign names: they fill the network exactly, give its sizes, and report every fault."""
 
 import dataclasses
 

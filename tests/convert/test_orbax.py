@@ -1,4 +1,4 @@
-"""openpi's JAX weights, as orbax wrote them (orbax/make_fixtures.py): every product of theirs is the product of ours."""
+"""Tests of openpi's JAX weights, written by orbax (orbax/make_fixtures.py): every product equals that of our weights."""
 
 import importlib.util
 import shutil

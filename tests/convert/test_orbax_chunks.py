@@ -1,4 +1,4 @@
-"""Arrays unpacked as they are read: the same numbers as tensorstore's, whatever the chunks, the packing, the store and the order."""
+"""Tests of arrays decoded as they are read: equal to tensorstore's for any chunks, compression, store and order."""
 
 import tracemalloc
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The chain between robot units and tensors: every transform and its inverse, closed forms, and what is refused."""
+"""Tests of the chain between robot units and tensors: every transform with its inverse, closed forms, refusals."""
 
 import dataclasses
 

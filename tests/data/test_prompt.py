@@ -1,4 +1,4 @@
-"""Instructions to tokens: known by hand, never cut."""
+"""Tests of prompts to tokens: known values, never cut."""
 
 import time
 

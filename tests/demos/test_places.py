@@ -1,4 +1,4 @@
-"""Disks and folders that a recording meets: full, read-only, linked, mounted, damaged, locked."""
+"""Tests of recordings in difficult folders: full, read-only, linked, mounted, damaged, locked."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Rendering and judging of the manifests, without a cluster.
+"""Rendering and validation of the manifests, without a cluster.
 
 Owns: `render` (kubectl's own kustomize) and `problems` (one line for each field that Kubernetes or KubeRay would refuse or ignore).
 Does not know: what the manifests say.

@@ -1,4 +1,4 @@
-"""The Dockerfiles, as far as text can be judged without an engine that builds them."""
+"""Tests of the Dockerfiles' text, without building them."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""The dashboard asks for metrics that a server has, under the labels that they have, and leaves none out."""
+"""Tests that the dashboard queries the server's metrics by their labels, and all of them."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Everything renders to objects that Kubernetes and KubeRay take, a misspelt field would be seen, and each job fits its own pods."""
+"""Tests that everything renders to valid objects, that a misspelt field is found, and that each job fits its pods."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""LeRobot's options are taken, ignored or refused, every one of them, and the page says which."""
+"""Tests that every option of LeRobot is accepted, ignored or refused, as docs/from_lerobot.md says."""
 
 import dataclasses
 import typing

@@ -1,4 +1,4 @@
-"""No line of README.md and the guides may rot: each command's options are decoded by the program itself, each import exists."""
+"""Tests of README.md and the guides: the program decodes each command's options, each import exists."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""The site of docs/: every page is in its menu, links lead somewhere on it too, quoted error lines are the program's, examples run."""
+"""Tests of the site of docs/: every page is in the menu, links are valid, quoted error lines are the program's, examples run."""
 
 import ast
 import importlib.util

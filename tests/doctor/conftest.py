@@ -1,4 +1,4 @@
-"""The fixtures of support/fake_server.py, and a folder of its own for what a doctor writes where no place is typed."""
+"""The fixtures of support/fake_server.py, and a temporary folder for doctor's output without an option."""
 
 import pytest
 from fake_server import leaving, start_server

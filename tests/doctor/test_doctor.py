@@ -1,4 +1,4 @@
-"""`pi0fm doctor`: every fault of a data set at once, what to type, and the exit code; and a run that leaves out what it names."""
+"""Tests of `pi0fm doctor`: every fault of a data set at once, what to type, the exit code; and a run that skips the named episodes."""
 
 import json
 import time

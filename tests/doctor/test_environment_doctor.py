@@ -1,4 +1,4 @@
-"""What `pi0fm doctor --suite` says of a recording beside the simulator that it was made in, and of one with a planted fault."""
+"""Tests of `pi0fm doctor --suite` on a recording with its simulator, and on one with a planted fault."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""`pi0fm doctor` of a configuration, a bundle, a server: every fault that can be planted is named, and a healthy policy has none."""
+"""Tests of `pi0fm doctor` on a configuration, a bundle, a server: every planted fault is named, and a healthy policy has none."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""`pi0fm calibrate`: of which episodes a threshold is made, and the alarms of an evaluation."""
+"""Tests of `pi0fm calibrate`: the episodes behind a threshold, and the alarms of an evaluation."""
 
 import json
 from dataclasses import replace

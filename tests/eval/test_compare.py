@@ -1,4 +1,4 @@
-"""`pi0fm compare`: pairs, statements, the page, and folders that are no evaluation."""
+"""Tests of `pi0fm compare`: pairs, statements, the page, and folders that are not evaluations."""
 
 import json
 from pathlib import Path

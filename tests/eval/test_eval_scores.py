@@ -1,4 +1,4 @@
-"""Scores of every policy call: in the rows, the summary and the page, and nowhere in what happens."""
+"""Tests of the scores of every policy call: in the rows, the summary and the page, without effect on the episodes."""
 
 import json
 

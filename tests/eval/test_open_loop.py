@@ -1,4 +1,4 @@
-"""Predicted against recorded chunks: closed forms of the errors, whose episodes are judged, and the files that a user reads."""
+"""Tests of predicted against recorded chunks: closed forms of the errors, the evaluated episodes, the files."""
 
 import json
 import re

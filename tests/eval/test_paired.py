@@ -1,4 +1,4 @@
-"""Paired statistics: McNemar against scipy, exact coverage of the difference's interval, and of the test that is read after every pair."""
+"""Tests of paired statistics: McNemar against scipy, exact coverage of the difference's interval and of the sequential test."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""Counts, and crashes that stay out of every rate."""
+"""Tests of counts, and of crashes, which no rate includes."""
 
 import pytest
 

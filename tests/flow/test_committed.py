@@ -1,4 +1,4 @@
-"""Rows that are decided already: they stay, the rest is sampled given them, and a robot's actions go on without a jump."""
+"""Tests of committed rows: they are kept, the rest is sampled given them, and a robot's actions continue without a jump."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Guided flows: the weights by their definition, the velocity by closed forms, and where a guided sample ends."""
+"""Tests of guided flows: the weights by definition, the velocity by closed forms, the end of a guided sample."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The import contracts of pyproject.toml: all hold, and each sees the import that it is there to refuse."""
+"""Tests of the import contracts of pyproject.toml: all hold, and each detects the import that it forbids."""
 
 import copy
 from functools import cache

@@ -1,4 +1,4 @@
-"""What is imported is declared, and what is declared is imported: nothing comes along by chance with another library."""
+"""Tests that imported libraries are declared and declared ones imported, so that none is only a dependency of another."""
 
 import ast
 import re

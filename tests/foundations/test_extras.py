@@ -1,4 +1,4 @@
-"""What works without an extra: loading, verifying and serving a bundle; what an extra is missing for says which, in one line."""
+"""Tests of pi0fm without extras: loading, verifying and serving a bundle work; other commands name the missing extra in one line."""
 
 import json
 import os

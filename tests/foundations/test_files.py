@@ -1,4 +1,4 @@
-"""A reader sees the old content or the new one, never a part, whatever stops the writer."""
+"""Tests that a reader sees the old contents or the new, never a part, at any interruption of the writer."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""What the operating system says of memory, in a container too."""
+"""Tests of the memory that the operating system reports, also in a container."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What `make` does before there is a .venv: the search for an interpreter that really starts."""
+"""Tests of `make` without a .venv: the search for an interpreter that starts."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""An option is honoured or refused: every way to write one, and every way to get one wrong."""
+"""Tests that an option is honoured or refused, in every form, right or wrong."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A function in a process of its own, children that end with their parent, and what a tree of processes has used."""
+"""Tests of functions in a separate process, of children that end with their parent, and of the use of a process tree."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Progress lines say how much is done and how long the rest takes, on standard error only."""
+"""Tests that progress lines show the share done and the remaining time, only on standard error."""
 
 import pytest
 

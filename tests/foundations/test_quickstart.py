@@ -1,4 +1,4 @@
-"""The folder of a quickstart: places that cannot be written, and evaluations that an interruption left."""
+"""Tests of the folder of a quickstart: places that cannot be written, and interrupted evaluations."""
 
 import pytest
 

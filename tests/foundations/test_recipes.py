@@ -1,4 +1,4 @@
-"""The shipped files in a row: every combination is read strictly, built on the meta device, and fits the card that its file names."""
+"""Tests of the shipped configurations: every combination decodes strictly, builds on the meta device, and fits its GPU."""
 
 import re
 from functools import cache

@@ -1,4 +1,4 @@
-"""The import hook of tests/conftest.py is on, or every shape that pi0fm declares would be a comment."""
+"""Tests that the import hook of tests/conftest.py is active and shapes are checked."""
 
 import jaxtyping
 import pytest

@@ -1,4 +1,4 @@
-"""pi0fm from its built wheel, outside the checkout: package, client, configuration files, and a quickstart with them."""
+"""Tests of pi0fm's wheel outside the checkout: package, client, configuration files, and a quickstart."""
 
 import json
 import os

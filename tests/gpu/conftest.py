@@ -1,4 +1,4 @@
-"""Every test here runs small on a CPU in the default suite, and on a CUDA device under `-m gpu`: known right before a card sees it."""
+"""Fixtures of tests that run small on a CPU in the default suite, and on a CUDA device with `-m gpu`."""
 
 from collections.abc import Iterator
 

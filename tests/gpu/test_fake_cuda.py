@@ -1,4 +1,4 @@
-"""What runs on a card, run without one on fake CUDA tensors: no tensor stays on the host, and nobody looks at a value in a hot loop."""
+"""Tests of the CUDA path on fake tensors: no tensor remains on the host, and no hot loop reads a value."""
 
 import itertools
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Compiled and recorded chunks beside plain ones; the first file of the card's tests, since a compiler takes its minutes."""
+"""Tests of compiled and recorded chunks against plain ones; the first file of the GPU's tests, since compilation takes minutes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The kernels of models/fused.py against the plain layers: here by Triton's interpreter, on a GPU by the GPU."""
+"""Tests of the kernels of models/fused.py against the plain layers: by Triton's interpreter, or on a GPU."""
 
 import json
 

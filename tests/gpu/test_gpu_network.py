@@ -1,4 +1,4 @@
-"""Velocity, loss and every gradient on the device against float64 on the host."""
+"""Tests of velocity, loss and every gradient on the device against float64 on the host."""
 
 import copy
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Chunks and scores on the device against the host's, and compiled, recorded and plain chunks beside each other."""
+"""Tests of chunks and scores on the device against the host's, and of compiled, recorded and plain chunks."""
 
 import copy
 

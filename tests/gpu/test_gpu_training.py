@@ -1,4 +1,4 @@
-"""The optimiser, what trains, and a step on the device against the host; no step waits for the device."""
+"""Tests of the optimiser, trained parameters and a step on the device against the host; no step waits for the device."""
 
 import copy
 import itertools

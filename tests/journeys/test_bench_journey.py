@@ -1,4 +1,4 @@
-"""Every measurement that needs no GPU to its last line, as small as it goes: the figures that a result has, not the speed."""
+"""Run every measurement that needs no GPU at its smallest size and check the figures in its last line."""
 
 import json
 import math

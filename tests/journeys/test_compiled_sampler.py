@@ -1,4 +1,4 @@
-"""torch.compile of a sampler: the same chunks, and hardly a further compilation once a server is warm."""
+"""Tests of torch.compile of a sampler: the same chunks, and few compilations once a server is warm."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The memory of a conversion, every direction: the largest tensor that must exist once, and little beside it."""
+"""Tests of the memory of a conversion in every direction: little more than the largest tensor."""
 
 import importlib.util
 import json

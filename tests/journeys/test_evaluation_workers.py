@@ -1,4 +1,4 @@
-"""Evaluation on real Ray actors: the same results as in the calling process, an actor that dies, faults that arrive as themselves."""
+"""Tests of evaluation on Ray actors: the same results as in the calling process, an actor that dies, faults without Ray's wrapping."""
 
 import os
 import re

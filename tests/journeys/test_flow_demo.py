@@ -1,4 +1,4 @@
-"""`pi0fm flow demo` from words to its last line, and test 6 of the specification: the CNF reaches flow matching's NLL."""
+"""Test of `pi0fm flow demo` to its last line, and test 6 of the specification: the CNF reaches flow matching's NLL."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The whole way through the command line: record, train on two Ray workers, resume, evaluate, serve, query.
+"""Test of the command line end to end: record, train on two Ray workers, resume, evaluate, serve, query.
 
 Each step uses what the one before it left on disk, as a user's would. Sizes are the smallest that still go through every part.
 """

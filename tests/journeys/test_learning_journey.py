@@ -1,4 +1,4 @@
-"""`pi0fm bench learning` from a recorded data set to its last line: both sides train for real, the arm is a fake."""
+"""Test of `pi0fm bench learning` from a recorded data set to its last line, with real trainings and a fake arm."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""README.md's own commands, one after the other in an empty folder, and its Python with the policy that they made.
+"""Test of README.md's commands in order in an empty folder, and of its Python with the resulting policy.
 
 The words are the README's; a few options behind them make each run small. No path is among those, so the test also shows that what
 one command writes is where the next one looks.

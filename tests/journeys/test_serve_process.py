@@ -1,4 +1,4 @@
-"""`pi0fm serve` as a process of its own, around a policy of a few lines: the ready line, a query, a signal, the exit code."""
+"""Tests of `pi0fm serve` in a separate process with a small policy: the ready line, a query, a signal, the exit code."""
 
 import json
 import os

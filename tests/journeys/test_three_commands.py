@@ -1,4 +1,4 @@
-"""From eight episodes by LeRobot's own writer to a page and a served policy, with three commands as a new user types them.
+"""Test of three commands of a new user: from eight episodes of LeRobot's writer to a page and a served policy.
 
     pi0fm train tiny --dataset.root DATA    pi0fm eval --policy BUNDLE --dataset.root DATA    pi0fm serve BUNDLE
 

@@ -1,4 +1,4 @@
-"""The folded attention of the CPU against plain formulas and torch's scaled_dot_product_attention, values and gradients."""
+"""Tests of the CPU's folded attention against plain formulas and torch's scaled_dot_product_attention, values and gradients."""
 
 import pytest
 import torch

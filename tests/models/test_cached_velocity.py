@@ -1,4 +1,4 @@
-"""Sampling's way through the network: what is kept between evaluations changes no velocity."""
+"""Tests that values kept between a sampler's evaluations change no velocity."""
 
 import dataclasses
 

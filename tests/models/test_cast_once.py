@@ -1,4 +1,4 @@
-"""Matrices that are cast once an update: autocast's numbers, bit by bit, and one copy where it makes one a micro batch."""
+"""Tests of matrices cast once per update: bitwise equal to autocast, with one copy instead of one per micro batch."""
 
 import copy
 

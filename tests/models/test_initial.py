@@ -1,4 +1,4 @@
-"""Initial weights: one function of (seed, name), whole or in parts, whatever is built around them; each distribution its variance."""
+"""Tests of initial weights: a function of (seed, name), whole or in parts, in any network; the variance of each distribution."""
 
 from dataclasses import replace
 

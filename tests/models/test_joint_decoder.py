@@ -1,4 +1,4 @@
-"""Who sees whom: the drawing of joint_decoder.py, cell by cell."""
+"""Tests of the attention mask against the drawing in joint_decoder.py, cell by cell."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for a Hopper GPU at released sizes, on a machine without one; tests/gpu holds their numbers."""
+"""Tests that the Triton kernels compile for a Hopper GPU at released sizes, on any machine; tests/gpu checks their results."""
 
 import json
 

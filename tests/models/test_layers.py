@@ -1,4 +1,4 @@
-"""Norms, rotations, the gated MLP and the time embedding against closed forms, torch's own, and finite differences."""
+"""Tests of norms, rotations, the gated MLP and the time embedding against closed forms, torch's layers, and finite differences."""
 
 import math
 

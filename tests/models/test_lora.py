@@ -1,4 +1,4 @@
-"""Adapters: exactly the layers that are meant, nothing changed at the start, plain weights at the end."""
+"""Tests of adapters: on exactly the chosen layers, without effect at the start, merged into plain weights at the end."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""The network as a whole: the cache is exact, what is masked changes nothing, nothing is dead."""
+"""Tests of the whole network: the cache is exact, masked inputs have no effect, every parameter has one."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The released sizes, counted three times: by the network on the meta device, by formula, and by LeRobot's own class (tests/parity)."""
+"""Tests of the released sizes by three counts: of the network on the meta device, by formula, and of LeRobot's class (tests/parity)."""
 
 import pytest
 import torch

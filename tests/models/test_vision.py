@@ -1,4 +1,4 @@
-"""The tower is transformers' SigLIP: its numbers, its gradients, its start."""
+"""Tests of the tower against transformers' SigLIP: values, gradients, initial weights."""
 
 import pytest
 import torch

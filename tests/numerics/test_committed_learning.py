@@ -1,4 +1,4 @@
-"""A network that is trained with held rows learns to go on from them; the same training without does so less often."""
+"""Test that a network trained with held rows learns to continue them, more often than without."""
 
 import pytest
 import torch

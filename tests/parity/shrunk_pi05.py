@@ -1,4 +1,4 @@
-"""LeRobot's own PI05 at a small size: constructors alone, as pi0fm/bench/harness/peer.py has them for PI0, and both with processors."""
+"""LeRobot's PI05 at a small size: only constructors, as pi0fm/bench/harness/peer.py has them for PI0, and both with processors."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""bfloat16 of ours against LeRobot's float32, beside what LeRobot's own bfloat16 makes of the same weights.
+"""Tests of our bfloat16 against LeRobot's float32, with the error of LeRobot's bfloat16 on the same weights as scale.
 
 A bound is three times the largest difference that LeRobot's own bfloat16 (its `dtype: bfloat16`) had from its float32 over six seeds of
 pi0 and three of pi0.5, at the size of parity_pair, with every token of variance 1:

@@ -1,4 +1,4 @@
-"""LeRobot's own PI0 and PI05, saved by LeRobot and converted, act as before; a bundle that LeRobot loads acts as in pi0fm.
+"""Tests that LeRobot's PI0 and PI05, saved and converted, give the same actions, and so does a bundle loaded by LeRobot.
 
 Both sides get the same pictures, states, sentences and noise, in robot units at both ends: normalisation, prompt and relative actions
 are compared too.

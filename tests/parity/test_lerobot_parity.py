@@ -1,4 +1,4 @@
-"""LeRobot's own PI0 and PI05 and ours with the same weights: the same loss, velocity, samples and gradients, in float32."""
+"""Tests of LeRobot's PI0 and PI05 and ours with the same weights: the same loss, velocity, samples and gradients, in float32."""
 
 from dataclasses import dataclass
 from functools import cache

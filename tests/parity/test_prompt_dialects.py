@@ -1,4 +1,4 @@
-"""The text of a prompt against LeRobot 0.6.1's own processors, odd instructions included."""
+"""Tests of a prompt's text against LeRobot 0.6.1's processors, unusual prompts included."""
 
 import numpy as np
 import pytest

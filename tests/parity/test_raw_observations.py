@@ -1,4 +1,4 @@
-"""Raw observations (pictures of any size, states in robot units) through our chain and through LeRobot's own processors.
+"""Tests of raw observations (pictures of any size, states in robot units) in our chain against LeRobot's processors.
 
 The network's weights are the same on both sides once converted; here everything in front of them is compared.
 """

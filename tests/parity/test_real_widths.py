@@ -1,4 +1,4 @@
-"""The released widths on two layers: LeRobot's PI0 and PI05 and ours, float32. Only depth and vocabulary are small."""
+"""Tests of the released widths on two layers: LeRobot's PI0 and PI05 and ours, float32, with small depth and vocabulary."""
 
 import dataclasses
 import gc

@@ -1,4 +1,4 @@
-"""The small policy that a bundle and a conversion are tried on."""
+"""The small policy of the tests of bundles and conversion."""
 
 from small_policies import character_tokenizer, observations, saved, small_policy
 

@@ -1,4 +1,4 @@
-"""A bundle behind LeRobot's calls: its own chain's answers, and lerobot-eval from the command line."""
+"""Tests of a bundle as a LeRobot policy: the answers of the bundle's chain, and lerobot-eval from the command line."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""One batched inference: a chunk depends on its own observation and seed, and on nothing else."""
+"""Tests of batched inference: a chunk depends only on its observation and seed."""
 
 from dataclasses import replace
 

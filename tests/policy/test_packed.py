@@ -1,4 +1,4 @@
-"""Packed matrices give the numbers of the plain ones, with their gelu, their gradient in x, and after a copy."""
+"""Tests that packed matrices give the results of plain ones, with GELU, gradient in x, and after a copy."""
 
 import copy
 import pickle

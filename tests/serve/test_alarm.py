@@ -1,4 +1,4 @@
-"""A calibrated policy's alarm over the network: told to clients that know extensions, and to nobody else."""
+"""Tests of a calibrated policy's alarm over the network: sent only to clients with extensions."""
 
 import numpy as np
 import pytest

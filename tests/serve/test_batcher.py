@@ -1,4 +1,4 @@
-"""Who shares a batch, who fails, who is refused."""
+"""Tests of the batcher: which requests share a batch, fail, or are refused."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""The live page: what it is told of each robot, who may see it, and what a browser draws of it."""
+"""Tests of the live page: its data of each robot, its access control, its rendering in a browser."""
 
 import base64
 import json

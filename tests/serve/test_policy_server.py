@@ -1,4 +1,4 @@
-"""The whole exchange, spoken by a client that shares no code with pi0fm: bytes by hand, as interop.md section 3 describes them."""
+"""Tests of the whole exchange with an independent client: bytes by hand, as in interop.md section 3."""
 
 import logging
 import re

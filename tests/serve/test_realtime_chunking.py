@@ -1,4 +1,4 @@
-"""What is left of a robot's chunk, sent with its next observation: the server's answer is the policy's own, led to it."""
+"""Tests of the rest of a robot's chunk, sent with its next observation: the server's answer is the guided policy's."""
 
 import numpy as np
 import pytest

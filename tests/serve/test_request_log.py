@@ -1,4 +1,4 @@
-"""What a server inferred is inferred again bit for bit, batch by batch; the log keeps its bound and survives a kill."""
+"""Tests of the log of requests: replay is bitwise equal, batch by batch; it keeps its bound and survives a kill."""
 
 import json
 import shutil

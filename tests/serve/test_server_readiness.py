@@ -1,4 +1,4 @@
-"""What an application refuses before it serves, and when it calls itself healthy."""
+"""Tests of an application's checks before it serves, and of its health."""
 
 import asyncio
 from typing import Any

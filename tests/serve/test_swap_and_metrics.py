@@ -1,4 +1,4 @@
-"""Another bundle in the place of the served one, and what a server counts."""
+"""Tests of replacing the served bundle, and of the server's metrics."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A bundle behind vla-eval's own runner: every chunk is the bundle's, the noise is a function of task, episode and step."""
+"""Tests of a bundle behind vla-eval's runner: every chunk is the bundle's, the noise is a function of task, episode and step."""
 
 import numpy as np
 import pytest

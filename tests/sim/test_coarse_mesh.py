@@ -1,4 +1,4 @@
-"""Meshes made coarse for small pictures, and several environments that draw in one process."""
+"""Tests of meshes reduced for small pictures, and of several environments that render in one process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

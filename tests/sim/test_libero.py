@@ -1,4 +1,4 @@
-"""LIBERO by its conventions: the same observation as LeRobot's wrapper, success counted, what is missing said."""
+"""Tests of LIBERO's conventions: the observation of LeRobot's wrapper, success, missing files."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What a task is called, which suite has it, what is refused; and that only sim/ knows a simulator by name."""
+"""Tests of task names, their suites, refusals; and that only sim/ names a simulator."""
 
 import re
 from dataclasses import replace

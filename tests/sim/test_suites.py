@@ -1,4 +1,4 @@
-"""ALOHA, PushT and SO-101 behind `Suite`: starts from seeds, success counted, pictures, what is missing said with the command."""
+"""Tests of ALOHA, PushT and SO-101 as `Suite`: seeded starts, success, pictures, missing extras."""
 
 import numpy as np
 import pytest

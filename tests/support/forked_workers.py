@@ -1,4 +1,4 @@
-"""Workers as forks of the test's process, which talk over gloo: they cost no imports."""
+"""Workers as forks of the test's process, over gloo, without new imports."""
 
 import multiprocessing
 import os

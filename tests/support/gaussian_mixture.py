@@ -1,4 +1,4 @@
-"""Data whose flow is known in closed form: Gaussian mixtures; and the signs that estimate a divergence.
+"""Gaussian mixtures, whose flow is known in closed form, and signs that estimate a divergence.
 
 Owns: the marginal density, velocity and score of a mixture along any path. Does not know: networks, solvers.
 Every solver, sampler and density of pi0fm.flow is measured against it.

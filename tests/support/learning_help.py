@@ -1,4 +1,4 @@
-"""A sentence, a network of some ten thousand parameters and an arm without a simulator, on which the comparison of learning is tried."""
+"""A prompt, a network of about 10 000 parameters and an arm without a simulator, for testing the comparison of learning."""
 
 import numpy as np
 import tiny_dataset

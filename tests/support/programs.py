@@ -1,4 +1,4 @@
-"""Programs of this folder in a process of their own, without the shape checks of the tests, which a compiler cannot look through."""
+"""Run programs of this folder in a separate process, without the tests' shape checks, which a compiler cannot trace."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""README.md and the guides taken apart: their fenced blocks and the command lines in them."""
+"""Parser of README.md and the guides: their fenced blocks and the command lines in them."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""The loss curve of a small run, recorded: what does not mean to change numbers does not change these.
+"""Recorded loss curve of a small run: a change that should not alter numbers reproduces it.
 
     .venv/bin/python tests/support/recorded_curve.py          records it anew, when numbers are meant to change: say so in the commit
 

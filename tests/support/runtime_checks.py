@@ -1,4 +1,4 @@
-"""Every annotated shape and type of pi0fm, checked at every call under test, and only there.
+"""Checks of every annotated shape and type of pi0fm at every call under test.
 
     import pi0fm.x  ->  jaxtyping's finder  ->  its rewritten source  ->  compiled here, then run as any module is
 

@@ -1,4 +1,4 @@
-"""Full disks, and places that cannot be written."""
+"""Full disks, and folders that cannot be written."""
 
 import os
 import subprocess

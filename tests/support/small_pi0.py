@@ -1,4 +1,4 @@
-"""Networks of width 32, pi0-like and pi0.5-like, in other sizes where a test needs them, and observations for them."""
+"""Networks of width 32, like pi0 and pi0.5, in other sizes for some tests, and observations for them."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Runs in the test's process: started, killed in a step, and their bundles compared bit by bit."""
+"""Runs in the test's process: started, killed in a step, and their bundles compared bitwise."""
 
 from pathlib import Path
 

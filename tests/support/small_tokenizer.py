@@ -1,4 +1,4 @@
-"""A tokenizer in a directory, as PaliGemma's is used: `<bos>` in front, nothing behind, one token a character."""
+"""A tokenizer in a directory, used like PaliGemma's: `<bos>` in front, no end token, one token per character."""
 
 from pathlib import Path
 

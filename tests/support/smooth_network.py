@@ -1,4 +1,4 @@
-"""A random network whose velocity is smooth in time, as a trained one's is.
+"""A random network whose velocity is smooth in time, like a trained network's.
 
 A wave of period 0.004 in the time embedding is noise to any solver with fewer than a thousand steps.
 """

@@ -1,4 +1,4 @@
-"""As `pip install pi0fm` without an extra leaves it: a distribution that the package's own dependencies do not bring is not found.
+"""Run a program as after `pip install pi0fm` without extras: distributions that pi0fm does not require are not found.
 
 python tests/support/without_extras.py PROGRAM WORDS ...     runs `pi0fm.cli.main.main(WORDS)` where PROGRAM is pi0fm, else PROGRAM
 """

@@ -1,4 +1,4 @@
-"""NLL and distance against closed forms, and the figures that are counted from them."""
+"""Tests of NLL and distance against closed forms, and of the figures computed from them."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Data in the plane: samples and density of each set belong together."""
+"""Tests that samples and density of each data set in the plane agree."""
 
 import math
 

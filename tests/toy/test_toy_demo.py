@@ -1,4 +1,4 @@
-"""The demo's options, figures, pictures and page: refused by name, counted to what all reach, self-contained, whole."""
+"""Tests of the demo: options refused by name, figures at a common loss, complete self-contained page."""
 
 import errno
 import io

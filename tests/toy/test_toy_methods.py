@@ -1,4 +1,4 @@
-"""Each method's divergence, loss and gradient are those of the formulas; the loop spends its budget and no more."""
+"""Tests of each method's divergence, loss and gradient against the formulas, and of the training loop's budget."""
 
 import math
 from dataclasses import replace

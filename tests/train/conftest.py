@@ -1,4 +1,4 @@
-"""A run of ten steps on the tiny data set, a second or two long."""
+"""A run of ten steps on the tiny data set, which takes 1 to 2 s."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A disk that fills up at any point of a run: one line, what was there stays, and the same command finishes once there is room.
+"""Tests of a disk that fills up during a run: one line, existing files stay, and the same command finishes when there is space.
 
 Needs the right to mount a small file system; skipped without.
 """

@@ -1,4 +1,4 @@
-"""Whole runs: resumed = uninterrupted, any micro batch the same curve, and the loss goes down."""
+"""Tests of whole runs: resumed = uninterrupted, the same curve for any micro batch, and a decreasing loss."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A mixture as a configuration: every way to write one, what goes with it, what a resume holds against it."""
+"""Tests of a mixture's configuration: every form, combinations with other options, comparison at a resume."""
 
 from pathlib import Path
 

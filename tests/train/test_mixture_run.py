@@ -1,4 +1,4 @@
-"""A run on two robots that have nothing in common but their network: one curve, one state, one bundle that serves both."""
+"""Tests of a run on two robots that share only the network: one curve, one state, one bundle for both."""
 
 import json
 import pickle

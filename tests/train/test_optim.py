@@ -1,4 +1,4 @@
-"""The learning rate and the average against their closed forms; the optimiser against torch's, its groups."""
+"""Tests of learning rate and average against closed forms, and of the optimiser and its groups against torch's."""
 
 import copy
 import math

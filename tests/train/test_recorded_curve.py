@@ -1,4 +1,4 @@
-"""The small run's loss curve is the one that was committed (tests/support/recorded_curve.py says how it is recorded)."""
+"""Test that the small run's loss curve is the committed one (recorded by tests/support/recorded_curve.py)."""
 
 import pytest
 import recorded_curve

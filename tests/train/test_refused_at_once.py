@@ -1,4 +1,4 @@
-"""What is refused of `pi0fm train` before torch or Ray is loaded, so that a wrong word costs a moment."""
+"""Tests of the checks of `pi0fm train` before torch or Ray is loaded."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Runs found below a folder: their state, their curves, which options differ; without touching one."""
+"""Tests of the list of runs below a folder: state, curves, differing options; read-only."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The first seconds of a run: stopped, it leaves a line and nothing that is in the way of the next; two runs, and torchrun's agent."""
+"""Tests of the start of a run: a stop leaves one line and does not block the next start; two runs, and torchrun's agent."""
 
 import os
 import signal

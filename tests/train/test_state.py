@@ -1,4 +1,4 @@
-"""The state of a run: its tensors by name before the first step, wherever it is built."""
+"""Tests of the state of a run: its tensors by name before the first step, on any device."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""One step: the loss and the gradient of the whole global batch, however it is split; padded entries have no part in them."""
+"""Tests of a step: loss and gradient of the global batch for every split; padded entries have no effect."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""`pi0fm train` in the calling process: the result on standard output, and every wrong input one line and an exit code."""
+"""Tests of `pi0fm train` in the calling process: the result on standard output, and one line and an exit code for every wrong input."""
 
 import json
 import shutil

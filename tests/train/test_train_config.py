@@ -1,4 +1,4 @@
-"""The options of a run: ranges, the network that they name, how a global batch is split."""
+"""Tests of the options of a run: ranges, the network, the split of a global batch."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A robot's names and widths, and flat maps of keys: what is wrong is said in one line that names the nearest right word."""
+"""Tests of a robot's columns and widths, and of flat maps of keys: an error is one line with the nearest name."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Data sets that others wrote: what is said twice and differs is one line, or the right value; each kind against the slow reader."""
+"""Tests of data sets of other tools: facts stored twice that differ are one line, or read right; each kind against the slow reader."""
 
 import json
 from io import BytesIO

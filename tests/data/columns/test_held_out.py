@@ -1,4 +1,4 @@
-"""Held-out episodes: spread over tasks, a function of the seed, absent from what is trained on."""
+"""Tests of held-out episodes: spread over tasks, a function of the seed, absent from training."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""A row of a LeRobotDataset is answered as the same observation in pi0fm's own form."""
+"""Tests that a row of a LeRobotDataset gives the same answer as the observation in pi0fm's form."""
 
 import numpy as np
 import pytest

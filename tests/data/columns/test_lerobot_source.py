@@ -1,4 +1,4 @@
-"""Every column, picture and chunk against LeRobotDataset's own items; and data sets that are not what they say."""
+"""Tests of every column, picture and chunk against LeRobotDataset's items, and of inconsistent data sets."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Data sets that LeRobot's own recorder and tools wrote have no fault, whatever is deleted, split and merged."""
+"""Tests that data sets written by LeRobot's recorder and tools have no fault, after deleting, splitting and merging."""
 
 import numpy as np
 import pytest

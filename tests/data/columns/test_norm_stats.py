@@ -1,4 +1,4 @@
-"""Statistics against numpy on chunks that are cut out one by one."""
+"""Tests of statistics against numpy on chunks cut out one by one."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Batches as pure functions of their place in the stream, whoever asks; and the thread that prepares them."""
+"""Tests of batches as pure functions of the position in the stream, and of the thread that prepares them."""
 
 import dataclasses
 import threading

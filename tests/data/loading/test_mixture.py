@@ -1,4 +1,4 @@
-"""Several data sets in one stream: their shares, their own streams, one batch for one network."""
+"""Tests of several data sets in one stream: their shares, their orders, one batch for one network."""
 
 from dataclasses import replace
 

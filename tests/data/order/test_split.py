@@ -1,4 +1,4 @@
-"""Shares and micro batches: together the global batch, in order, as equal as they can be."""
+"""Tests of shares and micro batches: together the global batch, in order, of nearly equal size."""
 
 import pytest
 

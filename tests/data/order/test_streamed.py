@@ -1,4 +1,4 @@
-"""The order of a stream: every sample once an epoch, in windows, each worker in lanes of its own."""
+"""Tests of the order of a stream: every sample once per epoch, in windows, each worker in separate lanes."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Augmentation against closed forms: nothing at zero strength, known turns and windows, colours by hand, counters."""
+"""Tests of augmentation against closed forms: identity at strength 0, known rotations and windows, colours, counters."""
 
 import dataclasses
 import math

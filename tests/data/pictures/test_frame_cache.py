@@ -1,4 +1,4 @@
-"""Decoded frames: built once, whole or not at all, and never taken for those of another data set or camera."""
+"""Tests of decoded frames: built once, completely or not at all, and never used for another data set or camera."""
 
 import os
 import shutil

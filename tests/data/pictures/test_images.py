@@ -1,4 +1,4 @@
-"""Resizing with padding: geometry, no distortion, and the band is black."""
+"""Tests of resizing with padding: geometry, no distortion, a black border."""
 
 import numpy as np
 import pytest

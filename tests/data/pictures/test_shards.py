@@ -1,4 +1,4 @@
-"""A shard's file: what was written is read, and nothing else passes for it."""
+"""Tests of a shard's file: it reads back as written, and damaged files are refused."""
 
 import numpy as np
 import pytest

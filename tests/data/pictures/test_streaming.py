@@ -1,4 +1,4 @@
-"""The stream shows the same pictures as the cache, in its own order, within its memory."""
+"""Tests that the stream shows the same pictures as the cache, in the stream's order, within its memory."""
 
 import threading
 from dataclasses import replace

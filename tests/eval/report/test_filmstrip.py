@@ -1,4 +1,4 @@
-"""One picture of an evaluation whose films differ in size."""
+"""Tests of the picture of an evaluation whose videos differ in size."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The page: self-contained, escaped, complete; the folder: never overwritten."""
+"""Tests of the report: the page is self-contained, escaped, complete; the folder is never overwritten."""
 
 import base64
 import io

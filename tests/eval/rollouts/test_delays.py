@@ -1,4 +1,4 @@
-"""Episodes whose simulator does not wait: the same commands at no delay, reaction times in closed form, a grid with its report."""
+"""Tests of episodes whose simulator does not wait: equal commands without delay, reaction times in closed form, a grid with its report."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""An evaluation that is interrupted, meets a full disk or a place that cannot be written, and the command typed again."""
+"""Tests of an evaluation that is interrupted, or meets a full or read-only disk, and is started again by the same command."""
 
 import json
 from pathlib import Path

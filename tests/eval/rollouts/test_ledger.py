@@ -1,4 +1,4 @@
-"""Which worker runs which episode; a second try; the verdict."""
+"""Tests of the assignment of episodes to workers, the second try, and the verdict."""
 
 from pi0fm.eval.rollouts.episode import Episode, EpisodeResult
 from pi0fm.eval.rollouts.ledger import Ledger

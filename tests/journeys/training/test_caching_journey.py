@@ -1,4 +1,4 @@
-"""A frame cache that a task of Ray builds, and that workers then open."""
+"""Test of a frame cache that a Ray task builds and workers open."""
 
 from pathlib import Path
 

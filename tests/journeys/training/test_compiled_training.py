@@ -1,4 +1,4 @@
-"""Training with --compile: the same numbers, and no compilation for a batch of another prompt length."""
+"""Tests of training with --compile: the same result, and no compilation for another prompt length."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A run that is killed at random moments ends in the very weights of a quiet one; so does one that is asked to stop.
+"""Tests that a run killed at random steps, or asked to stop, ends in the same weights as an undisturbed one.
 
 process    SIGKILL at three random steps, SIGTERM at a fourth
 driver     of Ray, SIGKILL; its worker dies with it

@@ -1,4 +1,4 @@
-"""Our writer of LeRobot's format against LeRobot's own, file by file, and LeRobot at work on what ours wrote.
+"""Tests of our writer of LeRobot's format against LeRobot's, file by file, and of LeRobot's tools on our files.
 
 episodes ──┬── Recording ──────────────── ours    segments of ten and of two
            └── LeRobotDataset ─────────── theirs  the same twelve, resumed after ten, so that files hold the same

@@ -1,4 +1,4 @@
-"""Two nodes of Ray, here two on one machine.
+"""Tests of two Ray nodes, both on this machine.
 
 With a cache folder each both build their cache, and train as one process does. One without pi0fm is told of in a line before anything
 starts, and trains when it is sent along.

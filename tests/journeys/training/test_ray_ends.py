@@ -1,4 +1,4 @@
-"""How a run on Ray ends: Ctrl-C saves as SIGTERM does, a user's fault is said once, Ray's own death is one line."""
+"""Tests of the end of a run on Ray: Ctrl-C saves as SIGTERM does, a user's fault is reported once, a failure of Ray is one line."""
 
 import os
 import signal

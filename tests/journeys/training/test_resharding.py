@@ -1,4 +1,4 @@
-"""What some workers saved, any other number of workers goes on from; and all of them agree on every fault and every stop.
+"""Tests that any number of workers continues from a checkpoint of any other, and that all agree on every fault and stop.
 
 The workers are forks of this process that talk over gloo: they cost no imports.
 """

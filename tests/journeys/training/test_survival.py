@@ -1,4 +1,4 @@
-"""A run on several nodes of Ray, here raylets of one machine, that outlives what it is given: the curve stays that of one process.
+"""Tests of a run on several Ray nodes (raylets of one machine) under faults: the loss curve is that of one process.
 
 workers   a process killed, a node killed that never returns, one that joins, one that is announced to go: one run of 1..2 workers
 command   SIGKILL of the driver, then of Ray's head: the same command goes on, on another cluster

@@ -1,4 +1,4 @@
-"""Two gloo processes under torchrun train as one process does, and go on from each other's checkpoints."""
+"""Tests that two gloo processes under torchrun train as one process does, and continue each other's checkpoints."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Several chunks from one prefix are those of separate calls; one of them is chosen by its criterion."""
+"""Tests that several chunks from one prefix equal those of separate calls, and of the choice of one by each criterion."""
 
 from dataclasses import replace
 

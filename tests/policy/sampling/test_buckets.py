@@ -1,4 +1,4 @@
-"""A compiled policy meets few shapes, its warm-up meets all of them, and no padding changes a chunk."""
+"""Tests that a compiled policy has few shapes, warm-up covers them all, and padding changes no chunk."""
 
 from dataclasses import replace
 

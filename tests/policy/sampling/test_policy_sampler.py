@@ -1,4 +1,4 @@
-"""One network made ready for sampling: what is kept, compiled or recorded changes no chunk."""
+"""Tests that caching, compiling and recording a network change no chunk."""
 
 import pytest
 import torch

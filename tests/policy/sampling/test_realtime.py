@@ -1,4 +1,4 @@
-"""Real-time chunking: a chunk that goes on from what is left of the one before."""
+"""Tests of real-time chunking: a chunk that continues the rest of the previous one."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""How likely a policy finds a chunk: the density of flow/density, conditioned on an observation, in the units of a robot."""
+"""Tests of the log-density of a chunk given an observation, in robot units."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Bundles: what was saved is what is loaded, and anything else is refused in one line."""
+"""Tests of bundles: they load as saved, and anything else is refused in one line."""
 
 import errno
 import json

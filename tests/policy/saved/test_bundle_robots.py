@@ -1,4 +1,4 @@
-"""A bundle of several robots: one network, each robot with its own columns, widths, statistics and facts."""
+"""Tests of a bundle of several robots: one network, and columns, widths, statistics and facts by robot."""
 
 import json
 import shutil

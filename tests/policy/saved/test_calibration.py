@@ -1,4 +1,4 @@
-"""The alarm of a calibrated bundle: its threshold by definition and by simulation, its file, and whom it is said to."""
+"""Tests of a calibrated bundle's alarm: its threshold by definition and by simulation, its file, its recipients."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The recorded observation of a bundle: what replays it, and what tells device, versions and conversion apart."""
+"""Tests of a bundle's recorded observation: replaying it, and telling device, versions and conversion apart."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""TLS by files: whom a client may trust, and which clients a server lets in."""
+"""Tests of TLS from files: the servers that a client trusts, the clients that a server accepts."""
 
 import shutil
 import socket

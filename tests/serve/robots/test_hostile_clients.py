@@ -1,4 +1,4 @@
-"""One client that sends, or does not send, what it may not: everyone else is answered, and it costs nothing that grows."""
+"""Tests of a client that breaks the rules: all others are answered, and no resource grows."""
 
 import asyncio
 import json

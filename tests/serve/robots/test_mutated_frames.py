@@ -1,4 +1,4 @@
-"""Frames that no client should send: each is answered or its connection closed, nothing leaks, nothing grows."""
+"""Tests of damaged frames: each is answered or its connection closed, without leaks or growth."""
 
 import gc
 import tracemalloc

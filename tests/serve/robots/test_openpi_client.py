@@ -1,4 +1,4 @@
-"""Physical Intelligence's own client, in an environment of its own, drives the server as any robot of theirs does."""
+"""Tests of openpi's client, in a separate environment, against the server."""
 
 import json
 import subprocess

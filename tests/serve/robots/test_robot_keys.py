@@ -1,4 +1,4 @@
-"""A robot's own keys, and pictures in other forms, become what the policy takes."""
+"""Tests of a robot's observation keys, and of pictures in other forms, as inputs of the policy."""
 
 import time
 from io import BytesIO

@@ -1,4 +1,4 @@
-"""A program: chunks of a compiled sampler beside the plain ones, for several batches and prompt lengths; JSON on standard output.
+"""Program: compare chunks of a compiled sampler with plain ones for several batches and prompt lengths; JSON on standard output.
 
 Run apart from the tests, whose shape checks torch.compile cannot look through.
 """

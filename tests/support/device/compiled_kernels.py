@@ -1,4 +1,4 @@
-"""A program: compile every launch of models/fused.py for a Hopper GPU, at released sizes, on any machine; print the kernels' names.
+"""Program: compile every launch of models/fused.py for a Hopper GPU, at released sizes, on any machine; print the kernels' names.
 
 The interpreter, which tests their numbers on a CPU, knows neither registers nor shared memory, and passes over an argument that no kernel
 has.

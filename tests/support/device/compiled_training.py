@@ -1,4 +1,4 @@
-"""A program: losses and gradients of a compiled network beside the plain one's, over prompts of several lengths; JSON on standard output.
+"""Program: compare losses and gradients of a compiled network with the plain one's for several prompt lengths; JSON on standard output.
 
 Run apart from the tests, whose shape checks torch.compile cannot look through.
 """

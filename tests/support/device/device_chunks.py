@@ -1,4 +1,4 @@
-"""A program: chunks of compiled and recorded samplers beside the plain one on a device; JSON on the last line.
+"""Program: compare chunks of compiled and recorded samplers with plain ones on a device; JSON on the last line.
 
 python device_chunks.py pi0 wide cuda bfloat16 kernels graph
 """

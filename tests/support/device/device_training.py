@@ -1,4 +1,4 @@
-"""A program: a small training on synthetic batches, with asynchronous checkpoints; goes on from the newest.
+"""Program: train a little on synthetic batches with asynchronous checkpoints, continuing from the newest.
 
     python device_training.py cuda FOLDER STEPS_MORE_THAN_NEEDED
 

@@ -1,4 +1,4 @@
-"""A program: velocities by models/fused.py beside the plain ones; JSON on the last line.
+"""Program: compare velocities of models/fused.py with the plain ones; JSON on the last line.
 
 TRITON_INTERPRET=1 python fused_layers.py pi0 cpu        python fused_layers.py pi05 cuda
 """

@@ -1,4 +1,4 @@
-"""Environments and a policy in numpy: a point on a line that must reach a goal which only the image shows.
+"""Environments and a policy in numpy: a point on a line that must reach a goal shown only in the image.
 
 The chunk holds the policy's noise, so the number of steps of an episode tells whether its noise was the same.
 """

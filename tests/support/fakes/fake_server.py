@@ -1,4 +1,4 @@
-"""A policy of a few lines of numpy, and a server around it on a free port, in a thread of this process."""
+"""A small numpy policy, and a server of it on a free port, in a thread of this process."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""A policy server that does exactly what a test says, on the websockets library: as far from pi0fm's own as there is one."""
+"""A policy server that follows a test's script, on the websockets library, independent of pi0fm's server."""
 
 import threading
 from collections.abc import Callable, Iterator

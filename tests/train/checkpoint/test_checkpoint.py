@@ -1,4 +1,4 @@
-"""Checkpoints: whole or passed over, never more than were asked for, nothing in them that runs code."""
+"""Tests of checkpoints: complete or skipped, at most the given number, without executable content."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Going on with a run: asked to stop, resumed exactly; another data set or configuration refused with what differs."""
+"""Tests of resuming: exact after a stop; another data set or configuration is refused with the difference."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Checkpoints in a bucket: the same rules as in a folder, against an S3 server of moto's on loopback that this test starts."""
+"""Tests of checkpoints in a bucket: as in a folder, against moto's S3 server, which the test starts on loopback."""
 
 import sys
 

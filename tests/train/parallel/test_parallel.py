@@ -1,4 +1,4 @@
-"""Process groups that are closed and made again, with other workers; the gradient follows."""
+"""Tests of process groups that are closed and created again with other workers, and of their gradients."""
 
 import torch
 from forked_workers import workers

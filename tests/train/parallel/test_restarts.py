@@ -1,4 +1,4 @@
-"""Workers that torchrun starts anew, as far as one process can tell; tests/journeys/training/test_kills.py has real ones."""
+"""Tests of workers restarted by torchrun, in one process; real ones: tests/journeys/training/test_kills.py."""
 
 import pytest
 

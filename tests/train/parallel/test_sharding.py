@@ -1,4 +1,4 @@
-"""A state that is cut over workers trains as one process does, with every option; and a worker holds its share of the bytes.
+"""Tests that a sharded state trains as one process does, with every option, and that a worker holds its share of the bytes.
 
 The workers are forks that talk over gloo. One group of them runs all cases of a table, since a group costs more than a case.
 """

@@ -1,4 +1,4 @@
-"""Operations by stage and multiplier, against those that torch counts in a real forward and backward pass."""
+"""Tests of operations by stage against torch's counts in a real forward and backward pass."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The estimate against every allocation of a real step, as torch's profiler counts them on a CPU."""
+"""Tests of the estimate against every allocation of a real step, counted by torch's profiler on a CPU."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`pi0fm plan`: its options, its last line, its picture, and the figures of docs/scaling.md."""
+"""Tests of `pi0fm plan`: its options, last line, picture, and the figures of docs/scaling.md."""
 
 import json
 import re

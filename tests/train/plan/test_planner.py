@@ -1,4 +1,4 @@
-"""The plan against what was measured: steps of an H100, and the bytes that workers send; and its own arithmetic by hand."""
+"""Tests of the plan against measurements: steps of an H100, and the bytes that workers send; and of its arithmetic."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What trains: every pair of what a fine-tuning may choose works together, or is refused with its reason."""
+"""Tests of trained parameters: every pair of fine-tuning options works together, or is refused with the reason."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""A run that says little takes the rest from its record, its bundle or its preset's file."""
+"""Tests of a run with few options, which takes the rest from its record, its bundle or its preset's file."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Two runs in one folder: the second is refused while the first lives, whatever machine it is on, and not when it is dead."""
+"""Tests of two runs in one folder: the second is refused while the first lives, on any machine, but not after it died."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Whose folder it is: every case of the claim, and nothing overwritten in those that are refused."""
+"""Tests of the ownership of an output folder: every case of the claim, and no overwriting in the refused ones."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Starting from a bundle: what must agree, what is the run's own, whose statistics."""
+"""Tests of starting from a bundle: facts that must agree, facts of the run, choice of statistics."""
 
 import dataclasses
 import json

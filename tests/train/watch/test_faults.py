@@ -1,4 +1,4 @@
-"""Faults in mid-run: the run says which, keeps what explains it, and loses nothing that it had."""
+"""Tests of faults during a run: the run reports the fault, keeps its cause, and loses no earlier result."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""A run that takes no step: the bound, the stacks of every worker, and who of them is silent."""
+"""Tests of a run without a step: the time limit, the stacks of every worker, the silent one."""
 
 import threading
 import time

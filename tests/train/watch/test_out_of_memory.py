@@ -1,4 +1,4 @@
-"""A device that is full ends a run in one line, whose options let it go on; a saved run goes on bit by bit."""
+"""Tests of a device out of memory: the run ends in one line, whose options fit; a saved run continues bitwise."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""A worker that all wait for: judged by its own time alone, said with its node, and not at each line."""
+"""Tests of a worker that all others wait for: judged by its time, reported with its node, and not at each line."""
 
 import time
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A run's numbers in each tracker's own store, without a network; and what happens where a tracker cannot start, or ends."""
+"""Tests of a run's metrics in each tracker's storage, without a network, and of trackers that fail at start or end."""
 
 import importlib.util
 import json

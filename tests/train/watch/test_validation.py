@@ -1,4 +1,4 @@
-"""Validation on held-out episodes: against closed forms, the same for every number of workers and after a restart, and never in the way."""
+"""Tests of validation on held-out episodes: closed forms, the same for any number of workers and after a restart, non-blocking."""
 
 import json
 import math

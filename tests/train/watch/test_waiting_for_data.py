@@ -1,4 +1,4 @@
-"""A run that stands still for data says so, in a line and in its metrics; the clock is the test's own."""
+"""Tests of a run that waits for data: reported in a line and in its metrics, with the test's clock."""
 
 from types import SimpleNamespace
 
