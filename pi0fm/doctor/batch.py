@@ -1,7 +1,7 @@
-"""Rows of a data set as a policy's network sees them, and what is wrong with them.
+"""Rows of a data set as a policy's network sees them, and their faults.
 
 Owns: `Seen`, the checks of columns, statistics, prompts and pictures. Does not know: simulators,
-servers, the sheet that shows it (doctor/sheet.py).
+servers, the sheet (doctor/sheet.py).
 Shape letters: N rows whose numbers are judged, M moments with pictures, C cameras, H action horizon, S state dim, A robot action dim.
 """
 
@@ -30,15 +30,15 @@ FAR = 6.0  # in the network's units, where most numbers are within 1 or 3
 BLOWN_UP, SQUASHED = 30.0, 0.02
 MANY = 0.05  # of the rows
 FOREIGN_SHIFT, FOREIGN_RATIO = 1.5, 4.0
-UNITS = 15.0  # between episodes: degrees and radians are 57, metres and centimetres 100 apart
+UNITS = 15.0  # ratio between episodes: degrees to radians is 57, centimetres to metres 100
 DARK, FLAT = 8.0, 2.0  # of 255
 
 
 @dataclass(frozen=True)
 class Seen:
-    """state [N, S] and actions [N, H, A] before and after the chain (normal_*), real [N, H] False past an episode's end.
+    """State [N, S] and actions [N, H, A] before and after the chain (normal_*), real [N, H] False past an episode's end.
 
-    place [M], pictures [M, C, size, size, 3], texts and tokens [M]: what the network is told in words, and how many tokens that is.
+    place [M], pictures [M, C, size, size, 3], texts and tokens [M]: each prompt and its number of tokens.
     """
 
     source: LeRobotSource
@@ -64,7 +64,7 @@ class Seen:
 
 
 def see(source: LeRobotSource, dataset: DatasetConfig, chain: Chain, horizon: int) -> Seen:
-    """Rows evenly spread over the data set, and moments of as many episodes as are looked at."""
+    """Read rows evenly spread over the data set, and moments with pictures of EPISODES episodes."""
     state_dim, action_dim = source.state.shape[1], source.action.shape[1]
     rows = np.unique(np.linspace(0, len(source.rows) - 1, min(MOST_ROWS, len(source.rows))).round().astype(np.int64))
     actions, real = action_chunks(source.action, source.end, rows, horizon)
@@ -76,7 +76,7 @@ def see(source: LeRobotSource, dataset: DatasetConfig, chain: Chain, horizon: in
     place = np.concatenate(spread)
     states = chain.forward(Sample(source.state[place], None)).state[:, :state_dim]
     prompts = [source.tasks[number] for number in source.task[place]]
-    spoken = [(prompt, state) for prompt, state in zip(prompts, states, strict=True) if prompt.strip()]
+    prompted = [(prompt, state) for prompt, state in zip(prompts, states, strict=True) if prompt.strip()]
     return Seen(
         source,
         source.state[rows],
@@ -86,8 +86,8 @@ def see(source: LeRobotSource, dataset: DatasetConfig, chain: Chain, horizon: in
         normal.actions[..., :action_dim],
         place,
         pictures_at(source, dataset, place, chain.image_size, chain.resize),
-        tuple(chain.tokenizer.text(*each) for each in spoken),
-        tuple(chain.tokenizer.length(*each) for each in spoken),
+        tuple(chain.tokenizer.text(*each) for each in prompted),
+        tuple(chain.tokenizer.length(*each) for each in prompted),
     )
 
 
@@ -107,7 +107,7 @@ def judge_batch(seen: Seen, policy: PolicyConfig, stats: NormStats, chain: Chain
 
 
 def _named(source: LeRobotSource) -> Iterator[Finding]:
-    """Report names of dimensions that are in another order than the policy's, or other names."""
+    """Report names of dimensions that differ from the policy's, or their order."""
     own, here = source.embodiment, read_info(source.root, source.repo_id).names
     for word, names, column in (("state", own.state_names, own.state), ("action", own.action_names, own.action)):
         theirs = here.get(column, names)
@@ -262,7 +262,7 @@ def _pictures(seen: Seen) -> Iterator[Finding]:
         ]
         if frozen:
             severity: Severity = "error" if len(frozen) > len(np.unique(episode)) / 2 else "warning"
-            text = f"camera {camera!r} must move with the robot, found one picture all along episodes {str(frozen)[1:-1]}"
+            text = f"camera {camera!r} must move with the robot, found the same picture throughout episodes {str(frozen)[1:-1]}"
             yield Finding(severity, "frozen camera", text, "leave these out with --dataset.episodes, or record again")
     flat_pictures = seen.pictures.reshape(len(seen.place), seen.pictures.shape[1], -1)
     names = list(seen.source.embodiment.cameras)

@@ -330,10 +330,10 @@ def test_a_name_of_the_hub_without_a_network_is_one_line(monkeypatch, capsys, tm
     monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path))
 
     def offline(repo_id):
-        raise DatasetError(f"data set {repo_id!r} is neither on this disk nor to be downloaded (no network); give --dataset.root")
+        raise DatasetError(f"data set {repo_id!r} is not on this disk, and cannot be downloaded (no network); give --dataset.root")
 
     monkeypatch.setattr(lerobot_source, "_download", offline)
     assert main(["doctor", "lerobot/pusht"]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "pi0fm: data set 'lerobot/pusht' is neither on this disk nor to be downloaded (no network); give --dataset.root"
+        "pi0fm: data set 'lerobot/pusht' is not on this disk, and cannot be downloaded (no network); give --dataset.root"
     )

@@ -1,6 +1,6 @@
-"""A robot as its data set describes it: which column is which camera, where state and action are, how wide they are.
+"""Robot as its data set describes it: columns of cameras, state and action, widths, names and units of dimensions.
 
-Owns: the names and dimensions of one robot, and the passage from a flat map of keys to an `Observation`.
+Owns: the names and dimensions of one robot, and the conversion of a flat map of keys to an `Observation`.
 Does not know: normalisation, padding, tensors.
 """
 
@@ -20,12 +20,12 @@ from pi0fm_client.safety import Limits
 from pi0fm_client.types import Observation
 
 PROMPT_KEYS = ("prompt", "task")
-BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # LeRobot's own columns
+BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # columns that LeRobot adds
 
 
 @dataclass(frozen=True)
 class Embodiment:
-    """One robot. State and action widths may be left to the data set; a width that is given must match it."""
+    """Robot of a data set. Widths of state and action may be left to the data set; a given width must match it."""
 
     name: str = option("robot", "name of the robot, kept in the bundle")
     cameras: dict[str, str] = option(dict, "camera name -> column of the data set; empty takes every picture column, in order")
@@ -39,13 +39,13 @@ class Embodiment:
     units: dict[str, str] = option(dict, "name of a dimension of state or action -> its unit, such as deg; kept in the bundle, and shown")
     limits: dict[str, list[float | None]] = option(
         dict,
-        "of a command, kept by the robot's client: low, high, and of one control step velocity, acceleration; increments; null for none",
+        "limits of a command, kept by the robot's client: low, high; velocity, acceleration per control step; increments; null for none",
     )
 
     def __post_init__(self) -> None:
         if len(set(self.cameras.values())) != len(self.cameras):
             raise ConfigError(f"embodiment.cameras names one column twice: {self.cameras}")
-        # an action dimension without the state's same dimension has nothing to differ from
+        # a delta action needs the same dimension of the state
         limit = min((width for width in (self.state_dim, self.robot_action_dim) if width is not None), default=None)
         for dim in self.delta_actions:
             if dim < 0 or (limit is not None and dim >= limit):
@@ -71,10 +71,10 @@ class Embodiment:
         return self.state_dim, self.robot_action_dim
 
     def observation(self, flat: Mapping[str, Any]) -> Observation:
-        """The observation in a flat map such as `{"observation.images.base": uint8 [h, w, 3], "observation.state": [S], "prompt": str}`.
+        """Read an observation of keys such as `{"observation.images.base": uint8 [h, w, 3], "observation.state": [S], "prompt": str}`.
 
-        `/` and `.` in a key are the same, and so are `task` and `prompt`. A camera that is absent is treated as missing.
-        Raises ObservationError for an unknown key, one that is given twice, no camera at all, or an array of another shape or type.
+        `/` and `.` in a key are equal, and so are `task` and `prompt`. An absent camera is treated as missing.
+        Raises ObservationError for an unknown or repeated key, no camera at all, or an array of another shape or type.
         """
         given: dict[str, Any] = {}
         for key, value in flat.items():
@@ -100,7 +100,7 @@ class Embodiment:
 
 
 def of_sample(flat: Mapping[str, Any], embodiment: Embodiment) -> Mapping[str, Any]:
-    """A row of a LeRobotDataset as a flat map of keys: what a policy sees of it, pictures [3, height, width] in [0, 1] as uint8.
+    """Convert a row of a LeRobotDataset to a flat map of the keys that a policy reads, pictures [3, height, width] in [0, 1] to uint8.
 
     A map without torch's tensors is returned as it is. Raises ObservationError for pictures of another form.
     """
@@ -124,12 +124,12 @@ def _pixels(value: Any, key: str) -> NDArray[np.uint8]:
 
 
 def dotted(key: str) -> str:
-    """A key in the one spelling that keys are compared in."""
+    """Spell a key in the form in which keys are compared."""
     return key.replace("/", ".")
 
 
 def picture(value: Any, key: str) -> NDArray[np.uint8]:
-    """`value` as uint8 [height, width, 3]; anything else raises ObservationError."""
+    """Check that `value` is uint8 [height, width, 3]. Raises ObservationError for anything else."""
     array = np.asarray(value)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
         raise ObservationError(
@@ -139,7 +139,7 @@ def picture(value: Any, key: str) -> NDArray[np.uint8]:
 
 
 def vector(value: Any, width: int, key: str) -> NDArray[np.float32]:
-    """`value` as finite float32 [width]; anything else raises ObservationError."""
+    """Convert `value` to finite float32 [width]. Raises ObservationError for anything else."""
     try:
         array = np.asarray(value)
     except ValueError:
@@ -154,7 +154,7 @@ def vector(value: Any, width: int, key: str) -> NDArray[np.float32]:
 
 
 def camera_names(columns: Sequence[str]) -> dict[str, str]:
-    """Camera name -> column: the last word of the column, with as many words before it as tell it from the others.
+    """Name the camera of each column by its last word, and by as many words before it as distinguish it from the others.
 
     observation.images.base                        base
     left/rgb, right/rgb                            left_rgb, right_rgb
@@ -177,8 +177,8 @@ def resolve(
 ) -> Embodiment:
     """Fill every blank of the embodiment from a data set's columns (name -> shape) and the names of their dimensions.
 
-    depth: its depth maps, which are no pictures. Raises ConfigError when it names a column that is not there, a depth map, a width that
-    differs, or a unit of no dimension.
+    depth: the data set's depth maps, which are no pictures. Raises ConfigError for a missing column, a depth map, a different width, or a
+    unit of no dimension.
     """
     cameras = dict(embodiment.cameras) or camera_names(picture_columns)
     if not cameras:
@@ -195,13 +195,13 @@ def resolve(
             f"columns {' and '.join(map(repr, alike))} of {where} are one key to a client; type --embodiment.cameras.NAME COLUMN"
         )
     widths: dict[str, Any] = {}
-    for option_, column, field, stated in (
+    for part, column, field, stated in (
         ("state", embodiment.state, "state_dim", embodiment.state_dim),
         ("action", embodiment.action, "robot_action_dim", embodiment.robot_action_dim),
     ):
         shape = columns.get(column)
         if shape is None:
-            raise ConfigError(f"{where} must hold the {option_} under {column!r}, found no such column; {_suggested(option_, columns)}")
+            raise ConfigError(f"{where} must hold the {part} under {column!r}, found no such column; {_suggested(part, columns)}")
         if len(shape) > 1:
             raise ConfigError(
                 f"column {column!r} of {where} must be one-dimensional, found shape {list(shape)}; write it as one row of numbers"
@@ -212,7 +212,7 @@ def resolve(
                 f"embodiment.{field} is {stated}, but column {column!r} of {where} is {width} wide; leave it out or correct it"
             )
         widths[field] = width
-        widths[f"{option_}_names"] = getattr(embodiment, f"{option_}_names") or names.get(column, ())
+        widths[f"{part}_names"] = getattr(embodiment, f"{part}_names") or names.get(column, ())
     found = replace(embodiment, cameras=cameras, **widths)
     known = [*found.state_names, *found.action_names]
     for name in found.units:
@@ -222,7 +222,7 @@ def resolve(
 
 
 def _suggested(word: str, columns: Mapping[str, tuple[int, ...]]) -> str:
-    """What to type for a state or an action column that has another name: one whose last word begins with `word`, else the nearest."""
+    """Advise on a state or action column of another name: type one whose last word begins with `word`, else choose from all."""
     rows = [name for name, shape in columns.items() if len(shape) <= 1 and name not in BOOKKEEPING]
     fitting = [name for name in rows if dotted(name).rsplit(".", 1)[-1].startswith(word)]
     if fitting:

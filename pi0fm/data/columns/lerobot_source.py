@@ -1,9 +1,9 @@
-"""A LeRobot data set (format v3.0) as arrays: state, action, task, episode and time of every row, and where its pictures lie.
+"""LeRobot data set (format v3.0) as arrays: state, action, task, episode and time of every row, and the places of its pictures.
 
-Owns: `DatasetConfig`, `LeRobotSource`, opening one. Does not know: how files are read and compared (metadata, rows), normalisation, the
+Owns: `LeRobotSource`, opening one. Does not know: how files are read and compared (metadata, rows), normalisation, the
 network, the order of training.
-The columns are read with pyarrow, in a tenth of a second; lerobot itself, whose import alone costs many CPU-seconds, is called only to
-download what is not on the disk. tests/data compares every column and picture with LeRobotDataset's own.
+The columns are read with pyarrow, in 0.1 s; lerobot, whose import alone costs many CPU-seconds, is called only to download a data set
+that is not on disk. tests/data compares every column and picture with LeRobotDataset's.
 
     meta/*  -> chosen episodes -> their rows -> compared with meta/* -> faults of episodes, which are refused or left out -> arrays
 
@@ -36,12 +36,12 @@ from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError, DatasetError
 from pi0fm_client.types import Observation
 
-RECORDING = "meta/pi0fm_recording.json"  # what `pi0fm demos` leaves beside LeRobot's own files
+RECORDING = "meta/pi0fm_recording.json"  # written by `pi0fm demos` in addition to LeRobot's files
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One episode's pictures from one camera, for the rows `first .. first + count - 1`: those of `file` from `begin` to `end` seconds."""
+    """Pictures of one episode and camera, for the rows `first .. first + count - 1`: those of `file` from `begin` to `end` seconds."""
 
     file: Path
     begin: float
@@ -53,14 +53,14 @@ class Clip:
 
 @dataclass(frozen=True)
 class LeRobotSource:
-    """All that is used of a data set but its pictures.
+    """Data set without its pictures.
 
     state [N, S], action [N, A] float32; episode (its number in the data set), task (place in `tasks`), rows (`index` in the data set) and
-    end (the place behind the row's episode) [N] int64; time [N] float64, seconds since the episode's start.
-    frames: the places to train on; clips: by camera name, one an episode; stored_pictures: cameras kept in parquet; files: with the rows.
-    demonstration_seeds: by task, lowest and highest; camera_sources: by camera; both only from a recording that says so.
-    sizes: by camera, (height, width) of its pictures as meta/info.json says it, in each of the ways that it does.
-    left_out: why episodes that were chosen are not here.
+    end (the place after the row's episode) [N] int64; time [N] float64, seconds since the episode's start.
+    frames: the places to train on; clips: by camera name, one per episode; stored_pictures: cameras kept in parquet; files: with the rows.
+    demonstration_seeds: by task, lowest and highest; camera_sources: by camera; both only from a recording that has them.
+    sizes: by camera, every (height, width) that meta/info.json declares for its pictures.
+    left_out: faults of chosen episodes that were left out.
     """
 
     root: Path
@@ -87,7 +87,7 @@ class LeRobotSource:
 
     @property
     def starts(self) -> NDArray[np.int64]:
-        """The place of each episode's first row."""
+        """Place of each episode's first row."""
         return np.flatnonzero(np.diff(self.episode, prepend=self.episode[:1] - 1))
 
     def observation(self, place: int, pictures: NDArray[np.uint8]) -> Observation:
@@ -96,13 +96,13 @@ class LeRobotSource:
         return Observation(images, self.state[place], self.tasks[self.task[place]])
 
     def norm_stats(self, action_horizon: int) -> NormStats:
-        """Statistics over the rows that are trained on, and the chunks that begin there."""
+        """Compute statistics over the rows that are trained on, and the chunks that begin there."""
         return compute_norm_stats(self.state, self.action, self.end, self.embodiment.delta_actions, action_horizon, self.frames)
 
     def stored(self, camera: str, file: int | None = None, groups: list[int] | None = None) -> Iterator[tuple[int, Any]]:
-        """(place, what the column holds of the picture) of a camera whose pictures lie in the parquet files, file by file.
+        """Yield (place, value of the picture's column) of a camera whose pictures are in the parquet files, file by file.
 
-        file, groups: of the file of this number alone, of these row groups alone.
+        file, groups: only the file of this number, only these row groups.
         """
         column = self.embodiment.cameras[camera]
         for path in self.files if file is None else self.files[file : file + 1]:
@@ -118,7 +118,7 @@ class LeRobotSource:
                     yield from zip(places[used].tolist(), kept.to_pylist(), strict=True)
 
     def column(self, name: str) -> NDArray[np.float64]:
-        """A column of one number a row. Raises DatasetError where it does not exist, or a row has no finite number."""
+        """Read a column of one number per row. Raises DatasetError where it does not exist, or a row has no finite number."""
         values = np.full(len(self.rows), np.nan)
         for path in self.files:
             with reading(path):
@@ -134,13 +134,13 @@ class LeRobotSource:
         if len(wrong):
             row = int(self.frames[wrong[0]])
             raise DatasetError(
-                f"the column {name!r} of {self.root} must be one finite number a row, found none in row {self.rows[row]} of episode "
+                f"the column {name!r} of {self.root} must be one finite number per row, found none in row {self.rows[row]} of episode "
                 f"{self.episode[row]}; correct the column, or weigh by another"
             )
         return values
 
     def without(self, episodes: Sequence[int], faults: Sequence[Fault] = ()) -> "LeRobotSource":
-        """The source without these episodes, which `faults` are noted for."""
+        """Leave out these episodes, and record their `faults`."""
         kept = ~np.isin(self.episode, list(episodes))
         place = np.cumsum(kept) - 1
         framed = np.zeros(len(kept), dtype=bool)
@@ -161,10 +161,10 @@ class LeRobotSource:
 
 
 def open_source(config: DatasetConfig, embodiment: Embodiment, selection: Selection | None = None) -> LeRobotSource:
-    """Read a data set. selection: of its episodes; those of `config.episodes` when None.
+    """Read a data set. selection: of its episodes; those of `config.episodes` for None.
 
-    Raises ConfigError for what the configuration got wrong, DatasetError for what the data set got wrong: with `config.skip_bad` only for
-    what no choice of episodes mends.
+    Raises ConfigError for a fault of the configuration, DatasetError for one of the data set: with `config.skip_bad` only for a fault that
+    no choice of episodes avoids.
     """
     source, faults = examine(config, embodiment, selection)
     if not config.skip_bad:
@@ -173,7 +173,7 @@ def open_source(config: DatasetConfig, embodiment: Embodiment, selection: Select
 
 
 def leave_out(source: LeRobotSource, faults: Sequence[Fault]) -> LeRobotSource:
-    """The source without the episodes that have faults, which is said. Raises DatasetError when none is left or a fault has no episode."""
+    """Leave out the episodes that have faults, and report it. Raises DatasetError when none is left or a fault has no episode."""
     refuse([fault for fault in faults if fault.episode is None], source.root)
     bad = spoiled(faults)
     if not bad:
@@ -188,7 +188,7 @@ def leave_out(source: LeRobotSource, faults: Sequence[Fault]) -> LeRobotSource:
 
 
 def examine(config: DatasetConfig, embodiment: Embodiment, selection: Selection | None = None) -> tuple[LeRobotSource, list[Fault]]:
-    """The chosen episodes that could be read, and what is wrong with them, their columns only; faulty episodes are in the source still.
+    """Read the columns of the chosen episodes, and find their faults; faulty episodes are still in the source.
 
     Raises as `open_source` does where nothing can be read.
     """
@@ -218,7 +218,7 @@ def examine(config: DatasetConfig, embodiment: Embodiment, selection: Selection 
     read = chosen & ~np.isin(episodes.number, spoiled(faults))
     picked = set(episodes.number[read].tolist())
     faults += [fault for fault in episodes.faults if fault.episode in picked]
-    broken = spoiled(faults)  # what their metadata lacks cannot be compared
+    broken = spoiled(faults)  # incomplete metadata cannot be compared
     comparable = read & ~np.isin(episodes.number, broken)
     compared = rows.take(~np.isin(rows.episode, broken)) if broken else rows
     faults += compare(compared, episodes, comparable, info, tasks, embodiment, any_video_order=config.any_video_order)
@@ -242,7 +242,7 @@ def _source(
     selection: Selection,
     videos: list[str],
 ) -> LeRobotSource:
-    """Rows as they are; several numbers with one sentence become one task."""
+    """Make the source of the rows; several numbers with one sentence become one task."""
     begins = np.flatnonzero(np.diff(rows.episode, prepend=rows.episode[:1] - 1))
     ends = np.append(begins[1:], len(rows.episode))
     end = np.repeat(ends, ends - begins)
@@ -287,7 +287,7 @@ def _source(
 
 
 def _present(episodes: Episodes, sentences: set[str]) -> NDArray[np.bool_]:
-    """[E] False where an episode's file of rows is not on this disk and none of its sentences is wanted: it may be left out unread."""
+    """[E] False where an episode's file of rows is missing and none of its sentences is wanted: it is left out unread."""
     exists = {path: path is None or path.is_file() for path in set(episodes.files)}
     noted = zip(episodes.files, episodes.tasks, strict=True)
     return np.array([exists[path] or tasks is None or bool(tasks & sentences) for path, tasks in noted], dtype=bool)
@@ -302,7 +302,7 @@ def _nothing(root: Path, selection: Selection, count: int) -> DatasetError | Con
 
 
 def locate(config: DatasetConfig) -> Path:
-    """The data set's directory: `root`, else `$HF_LEROBOT_HOME/repo_id`, else a download by lerobot."""
+    """Find the data set's directory: `root`, else `$HF_LEROBOT_HOME/repo_id`, else a download by lerobot."""
     refuse_missing(config)
     if config.root is not None:
         return config.root
@@ -313,27 +313,27 @@ def locate(config: DatasetConfig) -> Path:
 
 
 def _download(repo_id: str) -> Path:
-    said = logging.getLogger("lerobot.utils.import_utils")  # of a torchcodec that does not load, every traceback
-    level = said.level
-    said.setLevel(logging.ERROR)
+    logger = logging.getLogger("lerobot.utils.import_utils")  # logs tracebacks of a torchcodec that does not load
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
         try:
             return Path(LeRobotDataset(repo_id).root)
-        except Exception as error:  # the hub's client raises a dozen unrelated classes for one meaning
+        except Exception as error:  # the hub's client raises a dozen unrelated classes for the same fault
             reason = " ".join(str(error).split())
             raise DatasetError(
-                f"data set {repo_id!r} is neither on this disk nor to be downloaded ({reason:.120}); give --dataset.root"
+                f"data set {repo_id!r} is not on this disk, and cannot be downloaded ({reason:.120}); give --dataset.root"
             ) from error
     finally:
-        said.setLevel(level)
+        logger.setLevel(level)
 
 
 def _clips(
     episodes: Episodes, comparable: NDArray[np.bool_], column: str, span: dict[int, tuple[int, int]], time: NDArray[np.float64], fps: float
 ) -> tuple[Clip, ...]:
-    """One a comparable episode, in the order of the rows."""
+    """Clips of one column, one per comparable episode, in the order of the rows."""
     videos = episodes.videos[column]
     found = []
     for place in np.flatnonzero(comparable).tolist():
@@ -347,7 +347,7 @@ def _clips(
 
 
 def _camera_sources(recording: dict[str, Any], embodiment: Embodiment) -> dict[str, str]:
-    """By camera of the embodiment, where the simulator that recorded it finds it."""
+    """Source in the recording simulator of each camera of the embodiment."""
     noted = recording.get("cameras")
     sources = dict(text.split("=", 1) for text in noted if isinstance(text, str) and "=" in text) if isinstance(noted, list) else {}
     by_column = {f"observation.images.{name}": source for name, source in sources.items()}
@@ -363,12 +363,12 @@ def _seed_ranges(seeds: NDArray[np.int64], task: NDArray[np.int64], tasks: list[
 
 
 def data_files(root: Path) -> list[Path]:
-    """The tables and videos of a data set."""
+    """List the tables and videos of a data set."""
     return [path for path in sorted([*visible(root, "**/*.parquet"), *visible(root, "**/*.mp4")]) if path.is_file()]
 
 
 def _fingerprint(root: Path) -> str:
-    """Changes when a file of the data set does: names, sizes and times of all, and the bytes of meta/info.json."""
+    """Hash names, sizes and times of all files, and the bytes of meta/info.json: it changes with any file of the data set."""
     digest = hashlib.sha256((root / "meta" / "info.json").read_bytes())
     for path in data_files(root):
         status = path.stat()

@@ -1,10 +1,10 @@
-"""What a LeRobot data set (format v3.0) says of itself: meta/info.json, meta/episodes, meta/tasks.parquet.
+"""Metadata of a LeRobot data set (format v3.0): meta/info.json, meta/episodes, meta/tasks.parquet.
 
-Owns: reading them in every layout that LeRobot's versions and converters have written, and what is wrong in them alone.
+Owns: reading them in every layout that LeRobot's versions and converters have written, and their faults.
 Does not know: the rows.
 
-    meta/info.json        features, fps, number of frames, where files lie
-    meta/episodes/*/*     an episode a row: number, first and last row, its file of rows, the file and span of each of its videos
+    meta/info.json        features, fps, number of frames, paths of files
+    meta/episodes/*/*     an episode per row: number, first and last row, its file of rows, the file and span of each of its videos
     meta/tasks.parquet    number -> sentence; a number is a key: there may be gaps, and it may begin anywhere
 """
 
@@ -34,9 +34,9 @@ CHANNELS = (1, 3, 4)
 
 @dataclass(frozen=True)
 class Info:
-    """meta/info.json as far as it is needed.
+    """Contents of meta/info.json that are needed.
 
-    shapes: of the columns that are no pictures; names: of columns' dimensions, where given; pictures: column -> `video` or `image`;
+    shapes: of the columns without pictures; names: of columns' dimensions, where given; pictures: column -> `video` or `image`;
     sizes: picture column -> (height, width), in each form that is given.
     """
 
@@ -53,11 +53,11 @@ class Info:
     video_path: str | None
 
 
-LONGEST_SIDE = 2**20  # of a feature
+LONGEST_SIDE = 2**20  # of a feature's shape
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises DatasetError."""
+    """Read a JSON object. Raises DatasetError."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -65,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_info(root: Path, repo_id: str) -> Info:
-    """meta/info.json. Raises DatasetError for another format, or for an entry that is missing or of another form."""
+    """Read meta/info.json. Raises DatasetError for another format, or for an entry that is missing or of another form."""
     path = root / "meta" / "info.json"
     tree = read_json(path)
     version = str(tree.get("codebase_version", "unknown"))
@@ -107,7 +107,7 @@ def read_info(root: Path, repo_id: str) -> Info:
 
 
 def _names(feature: dict[str, Any]) -> tuple[str, ...]:
-    """The distinct names of a column's dimensions, flat or under one heading; none where they are of another number."""
+    """Distinct names of a column's dimensions, flat or under one heading; none where their number differs."""
     found = feature.get("names")
     if isinstance(found, Mapping) and len(found) == 1:
         found = next(iter(found.values()))
@@ -117,7 +117,7 @@ def _names(feature: dict[str, Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Videos:
-    """Where the videos of one column lie, by episode: file and its two numbers, span in seconds, NaN where unknown."""
+    """Videos of one column by episode: file and its two numbers, span in seconds, NaN where unknown."""
 
     files: tuple[Path, ...]
     chunk: NDArray[np.int64]
@@ -128,9 +128,9 @@ class Videos:
 
 @dataclass(frozen=True)
 class Episodes:
-    """meta/episodes by ascending episode number, E rows. files: of each episode's rows, None where none is named.
+    """Contents of meta/episodes by ascending episode number, E rows. files: of each episode's rows, None where none is named.
 
-    tasks: the sentences that are noted of an episode, None where none are; path: the folder, for messages.
+    tasks: the sentences noted for an episode, None where none are; path: the folder, for messages.
     """
 
     path: Path
@@ -145,9 +145,9 @@ class Episodes:
 
 
 def read_episodes(root: Path, info: Info, video_columns: Sequence[str], *, sentences: bool = False) -> Episodes:
-    """meta/episodes, the sentences of each only on demand.
+    """Read meta/episodes, with the sentences of each on demand only.
 
-    Raises DatasetError for what spoils the whole data set; what spoils one episode is among `faults`.
+    Raises DatasetError for a fault of the whole data set; faults of single episodes are in `faults`.
     """
     folder = root / "meta" / "episodes"
     paths = visible(folder, "*/*.parquet")
@@ -168,7 +168,7 @@ def read_episodes(root: Path, info: Info, video_columns: Sequence[str], *, sente
         where = np.repeat(np.arange(len(paths)), [len(table) for table in tables])[order]
         first, second = paths[where[twice[0]]], paths[where[twice[0] + 1]]
         raise DatasetError(
-            f"episode {numbers[twice[0]]} is listed twice, in {first} and {second}; remove the file or the rows that are there twice"
+            f"episode {numbers[twice[0]]} is listed twice, in {first} and {second}; remove the file or the rows that are repeated"
         )
     if info.total_episodes is not None and len(numbers) != info.total_episodes:
         raise DatasetError(f"{info.path} promises {info.total_episodes} episodes, but {folder} lists {len(numbers)}; {RECORD_AGAIN}")
@@ -184,7 +184,7 @@ def read_episodes(root: Path, info: Info, video_columns: Sequence[str], *, sente
 
     length, first, stop = (column(name, _whole) for name in BOUNDS)
     names = set(tables[0].column_names)
-    shared: dict[Any, Path] = {}  # one object a file: hashing a path again costs more than reading its rows
+    shared: dict[Any, Path] = {}  # one object per file: hashing a path again costs more than reading its rows
     files: tuple[Path | None, ...] = (None,) * len(numbers)
     if names.issuperset(DATA_PLACE):
         chunks, numbered = (_whole(paths, tables, name) for name in DATA_PLACE)
@@ -210,7 +210,7 @@ def read_episodes(root: Path, info: Info, video_columns: Sequence[str], *, sente
 
 
 def read_means(root: Path, column: str) -> dict[int, NDArray[np.float64]]:
-    """The mean of each of three channels of a picture column by episode, of those whose statistics meta/episodes has."""
+    """Read the mean of a picture column's three channels by episode, where meta/episodes has its statistics."""
     found: dict[int, NDArray[np.float64]] = {}
     name = f"stats/{column}/mean"
     for path in visible(root / "meta" / "episodes", "*/*.parquet"):
@@ -227,7 +227,7 @@ def read_means(root: Path, column: str) -> dict[int, NDArray[np.float64]]:
 
 
 def read_tasks(root: Path) -> dict[int, str | None]:
-    """Sentence by number. Raises DatasetError for a table without numbers or sentences, or with one number for two sentences."""
+    """Read sentences by number. Raises DatasetError for a table without numbers or sentences, or with one number for two sentences."""
     path = root / "meta" / "tasks.parquet"
     table = read_table(path)
     keys, words = _task_columns(path, table)
@@ -280,7 +280,7 @@ def _real(paths: Sequence[Path], tables: Sequence[pa.Table], name: str) -> Numbe
 
 
 def _joined(paths: Sequence[Path], tables: Sequence[pa.Table], name: str, read: Any) -> Numbers:
-    """A column over all files. Raises DatasetError for a file without it."""
+    """Concatenate a column over all files. Raises DatasetError for a file without it."""
     parts = []
     for path, table in zip(paths, tables, strict=True):
         if name not in table.column_names:
@@ -321,7 +321,7 @@ def _shape(feature: dict[str, Any]) -> tuple[int, ...] | None:
 
 
 def _sizes(feature: dict[str, Any]) -> tuple[tuple[int, int], ...]:
-    """(height, width) by `shape`, with the channels first or last, and by the note of the video."""
+    """(height, width) by `shape`, with the channels first or last, and by the video's entry."""
     shape, names = feature.get("shape"), feature.get("names")
     sides = list(shape) if isinstance(shape, list | tuple) and all(type(each) is int for each in shape) else []
     if len(sides) == 3:
