@@ -96,7 +96,7 @@ def describe(source: LeRobotSource) -> Contents:
         dimensions=tuple(
             _dimension(word, name, values[:, number])
             for word, column, values in columns
-            for number, name in enumerate(own.labels(column, values.shape[1]))
+            for number, name in enumerate(embodiment.labels(column, values.shape[1]))
         ),
         short=tuple(sorted(short)),
     )

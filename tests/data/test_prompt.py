@@ -90,7 +90,7 @@ def test_lerobots_line_end_is_not_doubled():
 
 
 @pytest.mark.parametrize(
-    ("dialect", "with_state", "words"), [("openpy", True, "did you mean 'openpi'"), ("openpi_stateless", False, "token of its own")]
+    ("dialect", "with_state", "words"), [("openpy", True, "did you mean 'openpi'"), ("openpi_stateless", False, "a separate token")]
 )
 def test_a_dialect_that_does_not_fit(dialect, with_state, words):
     with pytest.raises(ConfigError, match=words):
