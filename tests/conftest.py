@@ -60,7 +60,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what lies in tests/journeys, give it time, and run it after every unit test."""
+    """Mark the tests in tests/journeys, give them a longer time limit, and run them after the unit tests."""
     for item in items:
         if item.path.is_relative_to(JOURNEYS) and item.get_closest_marker("journey") is None:
             item.add_marker(pytest.mark.journey)

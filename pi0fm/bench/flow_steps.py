@@ -167,7 +167,7 @@ def from_dataset(chain: Chain, dataset: DatasetConfig, count: int) -> list[Obser
 
 
 def simulated_tasks(metadata: Mapping[str, Any]) -> dict[str, int]:
-    """For each demonstrated task that a simulator has, the first seed after the demonstrations.
+    """First seed after the demonstrations, for each demonstrated task of a simulator.
 
     Raises ConfigError where the bundle names no such task or no camera.
     """

@@ -165,7 +165,7 @@ def test_calibration_leaves_no_trace(run, data, side, monkeypatch):
 
 
 def test_lerobots_policy_is_its_prediction_in_robot_units(run, data):
-    """Alone and beside another observation; every key of an observation matters."""
+    """Alone and in a batch; every key of an observation has an effect."""
     training = LeRobotTraining(run, data, 0, 1)
     policy, config = training.policy(), training._policy.config
     dark = replace(SEEN, images={"base": np.zeros((48, 32, 3), np.uint8)})

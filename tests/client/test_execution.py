@@ -26,9 +26,9 @@ Chunk = Callable[[Mapping[str, Any], int], Any]
 
 @dataclass
 class Link:
-    """A policy behind a network, on a clock of its own: request n is answered after `delays[n]` steps (the last one for all further ones).
+    """Policy behind a network with a simulated clock: request n is answered after `delays[n]` steps (later ones after the last delay).
 
-    A delay of None is a loss: an error after 10 steps. `chunk(message, step)` makes the answer, when the request is sent.
+    A delay of None is a loss: an error after 10 steps. `chunk(message, step)` makes the answer when the request is sent.
     """
 
     chunk: Chunk
@@ -238,7 +238,7 @@ def test_a_hand_over_with_the_remainder_has_no_jump_and_one_without_has(delay: i
 
 
 def test_the_remainder_is_absolute_and_starts_at_the_observations_step() -> None:
-    """Relative rows are decoded once, against the state of their own observation."""
+    """Relative rows are decoded once, against the state of their observation."""
     link = Link(lambda message, step: np.full((HORIZON, 2), 0.5), [3])
     link.metadata |= {"extensions": [wire.ACTION_PREFIX, wire.DEADLINE_MS], "state_key": "observation/state"}
     executor = link.executor(2, relative_to_state=[1])

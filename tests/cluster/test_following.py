@@ -72,7 +72,7 @@ def test_the_best_bundle_is_kept_and_every_one_is_judged_once(leave, tmp_path):
 
 
 def test_a_run_that_trains_is_followed_and_asked_to_stop(leave, tmp_path, monkeypatch):
-    """It leaves a bundle while the one before is judged, and ends when it finds STOP."""
+    """The run saves a bundle while the previous one is evaluated, and ends when it finds STOP."""
     monkeypatch.setattr(following, "SECONDS_BETWEEN_LOOKS", 0.01)
     run, asked = tmp_path / "run", []
 

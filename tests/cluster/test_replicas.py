@@ -51,7 +51,7 @@ def test_what_belongs_to_one_server_is_refused_with_replicas(words: list[str]) -
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[object]:
-    """`start(*words)`: a server in a process of its own, once it said ready; its first line."""
+    """`start(*words)`: a server in a separate process, when it is ready, and its first line."""
     pytest.importorskip("ray.serve", reason="needs Ray Serve: pip install 'ray[serve]'", exc_type=ImportError)
     with ExitStack() as stack:
 

@@ -446,7 +446,7 @@ def test_openpis_epsilon_is_honoured_for_weights_that_come_from_there(kind, peer
 
 
 def test_lerobot_is_asked_by_names_that_it_can_read(small_policy, character_tokenizer, tmp_path, capsys):
-    """It hands a policy only what begins with `observation.`; what no file can say is said."""
+    """LeRobot passes a policy only keys that begin with `observation.`; facts that no file can hold are reported."""
     robot = dataclasses.replace(
         small_policy.config.embodiment, cameras={"base": "image", "wrist": "observation.images.left"}, state="observation.qpos"
     )

@@ -19,7 +19,7 @@ HOLE = "\0"  # what an f-string fills in
 
 
 class _Loader(yaml.SafeLoader):
-    """mkdocs.yml has tags of its own."""
+    """YAML loader for the custom tags of mkdocs.yml."""
 
 
 _Loader.add_constructor("!ENV", lambda loader, node: None)

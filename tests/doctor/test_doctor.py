@@ -40,7 +40,7 @@ def doctor(capsys, *words) -> tuple[int, dict, str]:
 
 
 def training(network, root, tmp_path) -> list[str]:
-    """The words of a run on the data set at `root`, with a cache of its own."""
+    """Options of a run on the data set at `root`, with a separate cache."""
     places = {"root": root, "cache_dir": tmp_path / "cache"}
     return [
         "train",

@@ -76,7 +76,7 @@ def test_pi05_trains_as_on_the_host(device):
 
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
 def test_steps_with_held_rows_are_the_host_s(device, name):
-    """As `--rtc.max_delay` trains: first rows of a chunk clean, at flow time 1, without a loss; each draw with a delay of its own."""
+    """As `--rtc.max_delay` trains: first rows of a chunk clean, at flow time 1, without a loss; each draw with its delay."""
     delays = torch.tensor([[0, 3], [1, 2], [2, 0], [3, 1]])
     config = configuration(name, "small")
     batches = [replace(make_batch(config, size=4, seed=seed, draws=2), delays=delays.roll(seed, 0)) for seed in range(2)]

@@ -24,7 +24,7 @@ JOINTS = ["shoulder_pan.pos", "shoulder_lift.pos", "elbow_flex.pos", "wrist_flex
 
 
 def record(root: Path) -> Any:
-    """Each episode reaches for a block at a place of its own, which both cameras see."""
+    """Each episode reaches for a block at a different position, which both cameras see."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     joints = {"dtype": "float32", "shape": (len(JOINTS),), "names": JOINTS}

@@ -24,7 +24,7 @@ from pi0fm_client.types import Observation
 @pytest.mark.timeout(180)
 @pytest.mark.usefixtures("shapes_unchecked")
 def test_the_exact_log_prob_of_a_chunk_is_the_jacobian_determinant_of_the_discretised_flow():
-    """[16, 4] in a network of width [16, 5]: 64 entries, one more padded dimension, a delta action and scales of its own."""
+    """[16, 4] in a network of width [16, 5]: 64 entries, one more padded dimension, a delta action and different scales."""
     config = PolicyConfig(
         model=dataclasses.replace(tiny_dataset.network(), action_horizon=16),
         flow=FlowConfig(solver="rk4", num_flow_steps=24),  # 8 leave 3e-3, 16 1.4e-4: the quadrature, of order 4

@@ -44,7 +44,7 @@ def data(url: str, path: str = "/live/data") -> dict[str, Any]:
 
 @pytest.fixture
 def arm(start_server: Any, small_policy: Any) -> Iterator[tuple[str, Callable[[int], Executor]]]:
-    """A server with the page, and what lets a patient robot, on a clock of its own, live for some control steps."""
+    """A server with the page, and a function that runs a robot with a simulated clock for some control steps."""
     policy = small_policy.in_memory()
     policy.metadata["limits"] = {"low": [-5.0, -20.0, None], "high": [5.0, 20.0, None], "velocity": 1.0}
     server = start_server(policy, live=True)

@@ -26,10 +26,10 @@ def install() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """jaxtyping's finder with its loader narrowed.
+    """jaxtyping's finder with its loader restricted to pi0fm.
 
-    That loader renames the cache of compiled code while a module of pi0fm runs, so that torch and transformers, imported from there,
-    find none of theirs and are compiled anew: 15 seconds a session.
+    The original loader renames the cache of compiled code while a module of pi0fm runs, so that torch and transformers, imported by it,
+    are compiled again: 15 s per session.
     """
 
     def __init__(self, inner: Any) -> None:

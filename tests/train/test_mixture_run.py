@@ -175,7 +175,7 @@ def test_shares_match_the_weights_and_each_has_its_own_statistics(mixed, tmp_pat
 
 
 def test_a_mixture_of_one_is_the_run_without_a_mixture(configure, curve, tmp_path):
-    """Bit by bit, but for the name."""
+    """Bitwise equal, except for the name."""
     plain = start(configure(tmp_path / "plain", steps=2))
     one = configure(tmp_path / "one")
     entry = MixtureEntry(one.dataset, one.embodiment)

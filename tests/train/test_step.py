@@ -86,7 +86,7 @@ def counted(whole: Batch) -> torch.Tensor:
 
 
 def by_hand(whole: Batch) -> tuple[torch.Tensor, Pi0]:
-    """The mean over the valid elements and the draws of the whole batch; a pass of its own for each draw, held rows at t = 1."""
+    """The mean over the valid elements and the draws of the whole batch; a separate pass for each draw, held rows at t = 1."""
     network = model()
     delays = torch.zeros_like(whole.uniform) if whole.delays is None else whole.delays
     errors = []

@@ -105,7 +105,7 @@ def _checkpoint(results: Results, device: torch.device, whole: bool) -> None:
     note = (
         f"{size / 1e9:.1f} GB to {'memory' if place else 'disk'}, waited for {waited[1]:.2f} s ({waited[0]:.1f} the first time), "
         f"{written:.1f} s until written, "
-        f"{len(beside)} steps beside it of {1e3 * percentile(beside, 0.5):.0f} ms, {1e3 * quiet:.0f} without"
+        f"{len(beside)} steps during it of {1e3 * percentile(beside, 0.5):.0f} ms, {1e3 * quiet:.0f} ms without"
     )
     share = cost / (EVERY * quiet)
     results.add(f"asynchronous checkpoint every {EVERY} steps", 100 * share, "% of a step", target="<= 3", note=note, bytes=size)

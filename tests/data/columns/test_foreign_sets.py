@@ -200,7 +200,7 @@ def test_columns_that_contradict_each_other(tmp_path, name, values, words):
 
 
 def test_times_that_differ_from_the_frame_index_and_are_right(tmp_path):
-    """Rows that were taken out and numbered anew; a clock that runs 5 % slow in rows and video; times from the recording's start."""
+    """Rows that were removed and renumbered; a clock that runs 5 % slow in rows and video; times from the recording's start."""
     root = write_set(tmp_path / "taken out", kind="video")
     take_out(root, {(0, 0), (0, 1), (1, 4)})
     set_column(data_file(root), "frame_index", [*range(6), *range(7)])

@@ -125,7 +125,7 @@ def test_parts_need_seeds_of_their_own_and_one_network(collator, other):
 
 
 def test_filters_of_episodes(tiny_config):
-    """Lengths 12, 9, 7; the second episode has a sentence of its own."""
+    """Lengths 12, 9, 7; the second episode has a different prompt."""
 
     def kept(**filters) -> list[int]:
         source = open_source(tiny_config, Embodiment(), MixtureEntry(**filters).selection())

@@ -28,7 +28,7 @@ def short_groups(monkeypatch) -> None:
 
 @pytest.fixture
 def opened(tiny_config, short_groups):
-    """`opened(frames)`: a stream with room for so many; its threads end with the test."""
+    """`opened(frames)`: a stream with room for `frames` frames; its threads end with the test."""
     streams = []
 
     def make(frames: int) -> FrameStream:

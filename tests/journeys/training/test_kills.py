@@ -36,7 +36,7 @@ TORCHRUN = ("torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `config.yaml` lies, of a run of some seconds whose checkpoints are many."""
+    """Folder of `config.yaml`, for a run of a few seconds with many checkpoints."""
     place = tmp_path_factory.mktemp("kills")
     root = tiny_dataset.written(tmp_path_factory)
     tree = record.options_of(root, place) | {"steps": STEPS, "checkpoint_every": 7, "keep_checkpoints": 2, "num_workers": 0}
@@ -53,7 +53,7 @@ def quiet(folder: Path) -> Path:
 
 @pytest.fixture
 def started(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """`started(RUN, "--option", "value")`: `pi0fm train` in a process of its own; ended with all its children."""
+    """`started(RUN, "--option", "value")`: `pi0fm train` in a separate process, ended with all its children."""
     processes: list[subprocess.Popen[str]] = []
 
     def start(name: str, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:

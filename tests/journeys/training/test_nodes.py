@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.journey, pytest.mark.long, pytest.mark.timeout(600)]
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """Two nodes of one CPU; what they start looks for the user's cache in folders of their own."""
+    """Two nodes with one CPU each, whose processes have separate cache folders."""
     nodes = [{"num_cpus": 1, "env_vars": {"XDG_CACHE_HOME": str(tmp_path / name)} | ONE_THREAD} for name in ("node-0", "node-1")]
     found = Cluster(initialize_head=True, head_node_args=nodes[0])
     try:

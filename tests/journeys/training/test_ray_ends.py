@@ -34,7 +34,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def started(config: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """`started(run, "--option", "value")`: the command in a process group of its own, as a terminal starts it."""
+    """`started(run, "--option", "value")`: the command in a separate process group, as a terminal starts it."""
     processes: list[subprocess.Popen[str]] = []
 
     def start(run: Path, *words: str) -> subprocess.Popen[str]:

@@ -36,7 +36,7 @@ STEPS, LAST = 500, 200  # of the runs in tests 1 and 2
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where config.yaml lies: of a run whose steps take a while, at a rate at which runs on other workers stay comparable."""
+    """Folder of config.yaml, for a run with slow steps and a learning rate at which runs on other workers stay comparable."""
     folder = tmp_path_factory.mktemp("survival")
     tree = record.options_of(tiny_dataset.written(tmp_path_factory), folder) | {"micro_batch_size": 1}
     tree |= {"steps": STEPS, "optimizer": {"learning_rate": 1e-4, "warmup_steps": 1}, "checkpoint_every": 25, "cpus_per_worker": 1}
