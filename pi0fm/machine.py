@@ -60,10 +60,10 @@ def version() -> str:
 def free_memory() -> int:
     """Return the bytes that this process can still allocate, within the memory of the machine and the limit of its container."""
     free = psutil.virtual_memory().available
-    for limit, used, told in CGROUP_MEMORY:
+    for limit, used, statistics in CGROUP_MEMORY:
         try:
             bounds = [int((CGROUPS / name).read_text()) for name in (limit, used)]
-            lines = (CGROUPS / told).read_text().splitlines()
+            lines = (CGROUPS / statistics).read_text().splitlines()
         except (OSError, ValueError):  # no such file, or no limit (`max`)
             continue
         cached = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))

@@ -97,7 +97,7 @@ class Adaptation:
         contradicted = sorted(parts - TRAINED[self.train_only])
         if contradicted:
             raise ConfigError(
-                f"lora.targets must lie in what trains, found {target!r} in {', '.join(contradicted)}, which train_only {self.train_only} "
+                f"lora.targets must be in trained parts, found {target!r} in {', '.join(contradicted)}, which train_only {self.train_only} "
                 "freezes; type --train_only full, or other targets"
             )
 

@@ -127,7 +127,7 @@ class TrainConfig:
         if self.on_nonfinite not in ON_NONFINITE:
             raise ConfigError(f"on_nonfinite must be {' or '.join(ON_NONFINITE)}, found {self.on_nonfinite!r}")
         if self.augmentation != AugmentConfig() and not self.augment:
-            raise ConfigError("augmentation.* says how pictures are changed, but augment is false; type --augment true, or leave them out")
+            raise ConfigError("augmentation.* sets how pictures are changed, but augment is false; type --augment true, or leave them out")
         if self.hang_seconds <= 0:
             raise ConfigError(f"hang_seconds must be above 0, found {self.hang_seconds:g}; leave it out for 900")
         refuse_unknown(self.tracker)

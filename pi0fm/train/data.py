@@ -270,10 +270,10 @@ def _check(config: TrainConfig, name: str, number: int, recorded: LeRobotSource,
 def _with_unusual_scales(policy: PolicyConfig, stats: NormStats) -> PolicyConfig:
     """Print which dimensions are not scaled by their statistics, and note them in the bundle."""
     columns = {"state": stats.state, "action": stats.action}
-    told = [text for name, column in columns.items() for text in unusual(column, policy.normalization, policy.norm_floor, name)]
-    if not told:
+    unusual_scales = [text for name, column in columns.items() for text in unusual(column, policy.normalization, policy.norm_floor, name)]
+    if not unusual_scales:
         return policy
-    line = "; ".join(told)
+    line = "; ".join(unusual_scales)
     progress.say(f"normalization {policy.normalization}: {line}")
     return replace(policy, training={**policy.training, "normalization": line})
 

@@ -92,8 +92,8 @@ def run(given: Options) -> None:
         show(findings, _contact_sheet(given, findings))
         if seen is not None:
             show_policy(seen)
-    told = [findings.json() | ({} if seen is None else {"seen": seen.json()}) for findings, seen in judged]
-    _say(told[0] if not judged[0][0].name else {"faults": sum(each["faults"] for each in told), "entries": told})
+    entries = [findings.json() | ({} if seen is None else {"seen": seen.json()}) for findings, seen in judged]
+    _say(entries[0] if not judged[0][0].name else {"faults": sum(each["faults"] for each in entries), "entries": entries})
     faulty = [findings for findings, _ in judged if findings.faults]
     for findings in faulty[:1]:
         if findings.source is None and len(findings.faults) == 1:
@@ -210,8 +210,8 @@ def _judged(given: Options) -> list[tuple[Findings, Examined | None]]:
                 source, _ = examine_source(entry.dataset, entry.embodiment, entry.selection())
                 source = source.without(faults.bad)
                 seen = examine(subject(name, source), entry.dataset, source, _counterparts(given, name))
-                told = _of_training(run_, len(source.embodiment.cameras))
-                seen = replace(seen, measured={**seen.measured, **told})
+                training = _of_training(run_, len(source.embodiment.cameras))
+                seen = replace(seen, measured={**seen.measured, **training})
             found.append((faults, seen))
     return found
 

@@ -22,7 +22,7 @@ NETWORK = train.NETWORK
 
 @dataclass(frozen=True)
 class ChaosRun(TrainingRun):
-    """A run as `pi0fm train` takes it; its folders go below output_dir."""
+    """Options of a run as for `pi0fm train`; its folders are below output_dir."""
 
     chaos: disturbing.ChaosConfig = option(disturbing.ChaosConfig, "")
 

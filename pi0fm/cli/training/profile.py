@@ -24,7 +24,7 @@ NETWORK = train.NETWORK
 
 @dataclass(frozen=True)
 class ProfiledRun(TrainingRun):
-    """A run as `pi0fm train` takes it; one worker's share of some steps is measured. Its files go to output_dir/profile."""
+    """Options of a run as for `pi0fm train`; one worker's share of some steps is measured. Files are in output_dir/profile."""
 
     profile: profiling.ProfileSteps = option(profiling.ProfileSteps, "")
 

@@ -108,7 +108,7 @@ class Writer(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """The step is given to the constructor, never an id."""
+        """Refuse every id, since the step is given to the constructor."""
         del checkpoint_id
         return False
 
@@ -182,6 +182,6 @@ class Reader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """The step is given to the constructor, never an id."""
+        """Refuse every id, since the step is given to the constructor."""
         del checkpoint_id
         return False

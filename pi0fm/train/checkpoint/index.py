@@ -93,7 +93,7 @@ def _entry(tree: Mapping[str, Any], files: Mapping[str, int]) -> Entry:
             _sizes(found["offset"]), _sizes(found["shape"]), found["file"], int(found["start"]), int(found["stop"]), int(found["crc32"])
         )
         if not _RANK_FILE.fullmatch(box.file) or not 0 <= box.start <= box.stop <= files[box.file]:
-            raise ValueError(f"a box lies at {box.start}..{box.stop} of {box.file!r}")
+            raise ValueError(f"a box is at {box.start}..{box.stop} of {box.file!r}")
         if len(box.shape) != len(shape) or any(o + n > size for o, n, size in zip(box.offset, box.shape, shape, strict=True)):
             raise ValueError(f"a box of {box.shape} at {box.offset} of {shape}")
         if box.stop - box.start != math.prod(box.shape) * dtype.itemsize:

@@ -133,8 +133,8 @@ def plan(config: TrainConfig, card: Card, network: Network, workers: int, camera
     forward = samples * one_forward + (adapters + weights) / 3
     backward = samples * one_backward + 2 * (adapters + weights) / 3
 
-    def shown(collective: float, beside: float, units: int) -> float:
-        hidden = min(collective * (1 - 1 / units), beside) * card.overlap
+    def shown(collective: float, computation: float, units: int) -> float:
+        hidden = min(collective * (1 - 1 / units), computation) * card.overlap
         return collective - hidden
 
     units = len(count.units)

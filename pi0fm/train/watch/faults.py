@@ -1,7 +1,7 @@
 """Faults during a run: a loss that is not finite, and a disk that cannot be written.
 
 Owns: the record of the batch behind a loss that is not finite, whether that loss ends the run, the status lines.
-Does not know: the network. The step was already refused on the device (train/optim.py); here the host is told.
+Does not know: the network. The step was already refused on the device (train/optim.py); here the host reads the norm.
 
     <output_dir>/faults/step-000000038/fault.json                       place in the stream, episodes, norm of the gradient
                                        worker-00000-part-000.safetensors  inputs of the network, noise and times included

@@ -25,7 +25,7 @@ MOST_TOO_HIGH = 1.35  # largest ratio of estimate to allocations, by the test of
 
 
 class OutOfMemoryError(Pi0fmError):
-    """A device, or the host, that has no memory left for what a run needs."""
+    """A device, or the host, without the memory that a run needs."""
 
 
 def judge_memory(config: TrainConfig, cameras: int, parallel: Parallel) -> None:
@@ -70,7 +70,7 @@ def _remedies(config: TrainConfig, cameras: int, world_size: int, device: torch.
     """Format options that lower the estimate after a device was full: those that a resumed run may change, and those for a new run."""
     same, new = _changes(config, world_size)
     kept, others = (_helpful(config, changes, cameras, world_size, device) for changes in (same, new))
-    resumed = f"type {' or '.join(kept)}, and --resume true goes on from the last checkpoint; " if kept else ""
+    resumed = f"type {' or '.join(kept)}, and --resume true continues from the last checkpoint; " if kept else ""
     return f"{resumed}in a new run {' or '.join([*others, SHARED])}"
 
 

@@ -71,8 +71,8 @@ class ValidationSchedule:
         seconds = time.perf_counter() - began
         self._paused(seconds)
         if self._parallel.context.shown and found:
-            said = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-            progress.say(f"step {step}: {said} ({seconds:.1f} s)")
+            listed = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+            progress.say(f"step {step}: {listed} ({seconds:.1f} s)")
 
     def _due(self, step: int) -> bool:
         return bool(self._validators) and self._validators[0].due(step, self._steps)

@@ -142,8 +142,8 @@ class StopSignals:
         if request is Request.MOVE:
             return MovedError(f"left after step {step} of {steps} for a node that goes away, with a checkpoint; add --resume true to go on")
         interrupted = request is Request.INTERRUPT
-        told = "Ctrl-C" if interrupted else "SIGTERM or its STOP file"
-        line = f"stopped by {told} after step {step} of {steps}, with a checkpoint; add --resume true to go on"
+        cause = "Ctrl-C" if interrupted else "SIGTERM or its STOP file"
+        line = f"stopped by {cause} after step {step} of {steps}, with a checkpoint; add --resume true to go on"
         return stopped(signal.SIGINT if interrupted else signal.SIGTERM, line)
 
     def _look_at_files(self) -> None:

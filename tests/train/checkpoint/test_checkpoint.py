@@ -271,8 +271,8 @@ def test_saving_at_once_what_is_saved_does_nothing(run, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda tree: tree["tensors"]["model/weight"]["boxes"][0].update(file="../../secret"), "a box lies"),
-        (lambda tree: tree["tensors"]["model/weight"]["boxes"][0].update(stop=10**12), "a box lies"),
+        (lambda tree: tree["tensors"]["model/weight"]["boxes"][0].update(file="../../secret"), "a box is at"),
+        (lambda tree: tree["tensors"]["model/weight"]["boxes"][0].update(stop=10**12), "a box is at"),
         (lambda tree: tree["tensors"]["model/weight"]["boxes"][0].update(offset=[1]), "a box of"),
         (lambda tree: tree["tensors"]["model/weight"]["boxes"][0].update(shape=[2]), "bytes for"),
         (lambda tree: tree["tensors"]["model/weight"].update(boxes=[]), "do not fill"),
