@@ -27,48 +27,23 @@ import torch
 
 from pi0fm import options as option_files
 from pi0fm import progress
-from pi0fm.bench.harness.cases import CASES, make_batch
+from pi0fm.bench.config import CheckpointOptions
+from pi0fm.bench.harness.cases import make_batch
 from pi0fm.bench.harness.measure import (
     BenchReport,
-    PairedOptions,
     PairedRatio,
-    check_least,
-    check_words,
     paired_ratio,
     ratio_of,
     seconds_of,
 )
+from pi0fm.bench.harness.sizes import CASES
 from pi0fm.bench.harness.steps import Trainer
 from pi0fm.models.pi0 import Pi0, parameter_count
-from pi0fm.options import option
 from pi0fm.train.checkpoint.checkpoints import Checkpoints
 from pi0fm.train.checkpoint.facts import RunFacts
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.parallel.allocator import keep_freed_memory
 from pi0fm.train.state import StateConfig
-
-ALIASES = {"checkpoint_every": "every", "keep_checkpoints": "keep"}
-NETWORKS = ("tiny", "width_512", "pi0_proportions")
-
-
-@dataclass(frozen=True)
-class CheckpointOptions(PairedOptions):
-    """Options of `pi0fm bench checkpoint`. Raises ConfigError for a value out of range."""
-
-    case: str = option("tiny", "network: " + ", ".join(NETWORKS))
-    batch_size: int = option(32, "samples of a step")
-    every: int = option(10, "steps of a block, with a checkpoint after the first; training saves every 1000 by default")
-    precision: str = option("auto", "as pi0fm train takes it")
-    folder: Path | None = option(None, "folder on the disk to measure; the system's folder for temporary files when not given")
-    keep: int = option(2, "checkpoints to keep; older ones are removed, as in training")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_words("case", (self.case,), NETWORKS)
-        check_least(self, batch_size=1, every=2, keep=1)
-
-
-Options = CheckpointOptions
 
 
 @dataclass(frozen=True)

@@ -7,43 +7,18 @@ Owns: the three comparisons. Does not know: how either is computed.
     call       LocalPolicy.log_prob           : LocalPolicy.infer      each encodes pictures and prompt
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 
+from pi0fm.bench.config import LikelihoodOptions
 from pi0fm.bench.harness.cases import random_network, random_observations, random_policy
-from pi0fm.bench.harness.measure import BenchReport, PairedOptions, check_least, check_words, paired_ratio
-from pi0fm.flow.config import FIXED_GRID_SOLVERS, FlowConfig
+from pi0fm.bench.harness.measure import BenchReport, paired_ratio
+from pi0fm.flow.config import FlowConfig
 from pi0fm.flow.density import push_backward, push_forward
 from pi0fm.flow.solver import num_evaluations
 from pi0fm.models.config import preset
-from pi0fm.options import option
 from pi0fm.policy.sampling import noise
 from pi0fm.policy.sampling.scores import ScoreOptions
 from pi0fm.policy.saved import bundle
-
-ALIASES = {"policy.path": "bundle"}
-
-
-@dataclass(frozen=True)
-class LikelihoodOptions(PairedOptions):
-    """Options of `pi0fm bench density`. Raises ConfigError for a value out of range."""
-
-    bundle: Path | None = option(None, "folder of a policy; a random one of the tiny preset when not given")
-    rounds: int = option(40, "runs of both sides of each comparison")
-    num_probes: int = option(1, "random probes of the log-likelihood; 0 computes the divergence exactly")
-    num_flow_steps: int = option(10, "flow steps of sampling and of the log-likelihood")
-    solver: str = option("euler", "solver of both: euler, midpoint, heun, rk4")
-    batch_size: int = option(1, "chunks in one call")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, num_probes=0, num_flow_steps=1, batch_size=1)
-        check_words("solver", (self.solver,), FIXED_GRID_SOLVERS)  # an adaptive one takes unequal evaluations on the two sides
-
-
-Options = LikelihoodOptions
 
 
 def measure(options: LikelihoodOptions) -> BenchReport:

@@ -16,7 +16,6 @@ steps every solver converges with order 1.
 """
 
 import io
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,8 @@ import torch
 from torch import Tensor
 
 from pi0fm import files, progress
-from pi0fm.bench.harness.measure import BenchReport, check_least
+from pi0fm.bench.config import StepsOptions
+from pi0fm.bench.harness.measure import BenchReport
 from pi0fm.data.chain import Chain, Sample
 from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.data.config import DatasetConfig
@@ -38,7 +38,6 @@ from pi0fm.eval.rollouts.episode import noise_seed
 from pi0fm.flow.config import FIXED_GRID_SOLVERS
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.solver import Counted, Velocity, num_evaluations
-from pi0fm.options import option, required
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.saved import bundle
 from pi0fm.sim import catalog
@@ -46,46 +45,11 @@ from pi0fm.sim.environment import parse_cameras
 from pi0fm_client.errors import ConfigError
 from pi0fm_client.types import Observation, Policy
 
-ALIASES = {"repo_id": "dataset.repo_id", "root": "dataset.root", "policy.path": "bundle"}
-POSITIONAL = "bundle"
 RESULT, FIGURE = "steps.json", "steps.png"
 ADAPTIVE, REFERENCE = "dopri5", "rk4"
 PER_EPISODE = 4  # observations of an episode
 # Okabe and Ito's colours, which colour-blind readers can distinguish; each solver also has a marker.
 STYLES = {"euler": "o#0072B2", "midpoint": "s#E69F00", "heun": "^#009E73", "rk4": "D#CC79A7", "dopri5": "v#444444"}
-
-
-@dataclass(frozen=True)
-class StepsOptions:
-    """Options of `pi0fm flow steps`. Raises ConfigError for a value out of range."""
-
-    bundle: Path = required("folder of the policy, as pi0fm train wrote it")
-    dataset: DatasetConfig = option(DatasetConfig, "")
-    output_dir: Path = option(Path("outputs/flow-steps"), "folder of steps.json and steps.png")
-    tolerance: float = option(0.05, "largest accepted RMS error of a chunk, in normalised units")
-    observations: int = option(8, "observations: from the data set if one is named, else from the simulator at undemonstrated seeds")
-    evaluations: tuple[int, ...] = option((1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 64, 100), "budgets of the fixed-grid solvers")
-    dopri5_tolerances: tuple[float, ...] = option((1e-1, 1e-2, 1e-3, 1e-4), "tolerances of dopri5; the bundle's is added")
-    reference_steps: int = option(256, "RK4 steps of the reference solution, an even number")
-    seed: int = option(0, "seed of the noise that every chunk starts from")
-    device: str | None = option(None, "cpu, cuda or cuda:N; the best one that works when not given")
-    threads: int | None = option(None, "CPU threads; torch's choice when not given")
-
-    def __post_init__(self) -> None:
-        for name, values in (("tolerance", (self.tolerance,)), ("dopri5_tolerances", self.dopri5_tolerances)):
-            if not all(0 < each < math.inf for each in values):
-                raise ConfigError(f"{name} must be above 0, found {getattr(self, name)}; type --{name} 0.01")
-        check_least(self, observations=1, seed=0)
-        if not self.evaluations or min(self.evaluations) < 1:
-            raise ConfigError(f"evaluations must be numbers >= 1, found {self.evaluations}; type --evaluations 4,8,16")
-        if self.reference_steps % 2 or self.reference_steps < max(self.evaluations):
-            raise ConfigError(
-                f"reference_steps must be even and at least the largest of evaluations, {max(self.evaluations)}, so that the reference "
-                f"is finer than everything compared with it; found {self.reference_steps}"
-            )
-
-
-Options = StepsOptions
 
 
 @dataclass(frozen=True)

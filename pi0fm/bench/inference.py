@@ -27,38 +27,21 @@ import torch
 from torch import Tensor, nn
 
 from pi0fm import progress
-from pi0fm.bench.harness.cases import CASES, EULER, PeerOptions, make_noise, make_observation
+from pi0fm.bench.config import InferenceOptions
+from pi0fm.bench.harness.cases import EULER, make_noise, make_observation
 from pi0fm.bench.harness.limits import Rates, measure_rates, products_of, synchronized
-from pi0fm.bench.harness.measure import BenchReport, check_words, paired_ratio
+from pi0fm.bench.harness.measure import BenchReport, paired_ratio
+from pi0fm.bench.harness.sizes import CASES
 from pi0fm.bench.harness.steps import their_sampler
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import Pi0
-from pi0fm.options import option
 from pi0fm.policy.device import choose_device, inference_dtype
-from pi0fm.policy.sampling.sampler import COMPILE, Sampler
-from pi0fm_client.errors import ConfigError
+from pi0fm.policy.sampling.sampler import Sampler
 
-ALIASES = {"num_threads": "threads"}
 MODES = ("like_for_like", "as_shipped")
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Bounds of `displacement_difference`, by the type of our matrices. bfloat16 keeps 8 bits; the errors of 10 steps and 10 layers add up."""
-
-
-@dataclass(frozen=True)
-class InferenceOptions(PeerOptions):
-    """Options of `pi0fm bench inference`. Raises ConfigError for a value out of range."""
-
-    compile: str = option("off", "compilation of our side: off (as shipped), kernels, graph (CUDA only)")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_words("compile", (self.compile,), COMPILE)
-        if self.compile == "graph" and self.device != "cuda":
-            raise ConfigError(f"compile graph records CUDA graphs, found device {self.device}; type --device cuda, or --compile kernels")
-
-
-Options = InferenceOptions
 
 
 def measure(options: InferenceOptions) -> BenchReport:
@@ -99,7 +82,7 @@ class OurCall:
 
     @classmethod
     def of(cls, model: Pi0, observation: ModelObservation, noise: Tensor, dtype: torch.dtype, compile: str = "off") -> "OurCall":
-        """Build the call on a copy of the model. dtype: of the matrices. compile: a word of `policy.sampling.sampler.COMPILE`."""
+        """Build the call on a copy of the model. dtype: of the matrices. compile: a word of `policy.load_options.COMPILE`."""
         return cls(Sampler(copy.deepcopy(model), FlowMatching.from_config(EULER), noise.device, dtype, compile), observation, noise)
 
     def __call__(self) -> Tensor:

@@ -40,12 +40,12 @@ import torch
 
 from pi0fm import options as option_files
 from pi0fm import progress
+from pi0fm.bench.config import LearningOptions
 from pi0fm.bench.harness.cases import FLOW_STEPS
-from pi0fm.bench.harness.measure import BenchReport, check_least, seconds_of
+from pi0fm.bench.harness.measure import BenchReport, seconds_of
 from pi0fm.bench.harness.steps import Trainer, their_step
 from pi0fm.data.columns.lerobot_source import LeRobotSource, open_source
 from pi0fm.data.columns.norm_stats import NormStats
-from pi0fm.data.config import DatasetConfig
 from pi0fm.data.loading.loader import Collator, action_chunks
 from pi0fm.data.order.counter import slots
 from pi0fm.data.order.split import split
@@ -57,7 +57,6 @@ from pi0fm.eval.evaluate import WorkerSetup, in_this_process, run_episodes, sett
 from pi0fm.eval.summary import Summary, summarize
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.pi0 import Pi0, parameter_count
-from pi0fm.options import option
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.saved.bundle import PolicyConfig
 from pi0fm.processes import cpu_seconds_of_tree
@@ -71,7 +70,6 @@ from pi0fm.train.state import TrainState
 from pi0fm_client.errors import ConfigError, DatasetError
 from pi0fm_client.types import ActionChunk, Observation, Policy
 
-ALIASES = {"tasks": "task", "repo_id": "dataset.repo_id", "root": "dataset.root"}
 CALIBRATION_STEPS = 10
 # Options of a training configuration that a comparison ignores (its workers), and those that it refuses: both sides train from scratch on
 # all demonstrations of one task.
@@ -80,53 +78,6 @@ PASSED_OVER = (
     *("validation", "mixture", "pretrained", "pretrained_norm_stats", "train_only", "lora", "frozen_bfloat16"),
     *("activation_checkpointing", "augment", "augmentation", "resume"),
 )
-
-
-@dataclass(frozen=True)
-class LearningOptions:
-    """Options of `pi0fm bench learning`. Raises ConfigError for a value out of range."""
-
-    task: str = option("button-press-topdown-v3", f"task that both sides learn, {catalog.TASK_FORM}")
-    cpu_seconds: float = option(240.0, "processor seconds of each training, over all its threads and processes")
-    lerobot_cpu_seconds: float | None = option(None, "processor seconds of LeRobot's trainings; empty takes cpu_seconds, 0 skips them")
-    steps: int | None = option(
-        None, "optimiser steps of each training, instead of processor seconds: the same policies even on a busy machine"
-    )
-    seeds: int = option(3, "trainings of each side: K of them, with seeds 0 to K - 1")
-    demonstrations: int = option(50, "episodes to record when no data set is named")
-    episodes: int = option(20, "start positions for evaluating each policy; none of them was demonstrated")
-    first_seed: int = option(1, "seed of the first start position; the others count up from it")
-    max_steps: int = option(400, "control steps after which an episode without success is a failure")
-    threads: int = option(1, "torch's CPU threads, of both sides")
-    config: Path | None = option(None, "training configuration of pi0fm's side; configs/quickstart.yaml when not given")
-    dataset: DatasetConfig = option(DatasetConfig, "")
-    output_dir: Path = option(Path("outputs/bench-learning"), "folder of learning.json, and of the recorded data set")
-
-    def __post_init__(self) -> None:
-        catalog.find(self.task)
-        object.__setattr__(self, "task", catalog.report_name(self.task))
-        if not 0 < self.cpu_seconds < math.inf:
-            raise ConfigError(f"cpu_seconds must be above 0, found {self.cpu_seconds:g}; type --cpu_seconds 240")
-        if self.lerobot_cpu_seconds is not None and not 0 <= self.lerobot_cpu_seconds < math.inf:
-            raise ConfigError(
-                f"lerobot_cpu_seconds must be 0 or more, found {self.lerobot_cpu_seconds:g}; leave it out for cpu_seconds, "
-                "or type 0 to train pi0fm's side only"
-            )
-        check_least(self, steps=1, seeds=1, demonstrations=1, episodes=1, max_steps=1, threads=1, first_seed=0)
-        if self.steps is not None and (self.cpu_seconds != LearningOptions.cpu_seconds or self.lerobot_cpu_seconds not in {None, 0}):
-            raise ConfigError(
-                f"a training ends after steps or processor seconds, found --steps {self.steps} with --cpu_seconds {self.cpu_seconds:g} and "
-                f"--lerobot_cpu_seconds {self.lerobot_cpu_seconds}; leave one out (--lerobot_cpu_seconds 0 may stay)"
-            )
-
-    def budget(self, side: str) -> float:
-        """Processor seconds of one training of `side`, pi0fm or lerobot; infinite where `steps` ends it."""
-        if self.steps is not None:
-            return math.inf
-        return self.lerobot_cpu_seconds if side == "lerobot" and self.lerobot_cpu_seconds is not None else self.cpu_seconds
-
-
-Options = LearningOptions
 
 
 def measure(options: LearningOptions) -> BenchReport:

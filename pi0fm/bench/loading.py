@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ import numpy as np
 import torch
 
 from pi0fm import progress
-from pi0fm.bench.harness.measure import BenchReport, PairedOptions, PairedRatio, check_least, paired_ratio, ratio_of, seconds_of
+from pi0fm.bench.config import LoadingOptions
+from pi0fm.bench.harness.measure import BenchReport, PairedRatio, paired_ratio, ratio_of, seconds_of
 from pi0fm.data.chain import make_chain
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import LeRobotSource, open_source
@@ -57,12 +58,10 @@ from pi0fm.data.prompt import BYTES, PromptTokenizer, load_tokenizer
 from pi0fm.demos.demonstration import Demonstration
 from pi0fm.demos.encoding import EncodedDemonstration, encode
 from pi0fm.demos.lerobot_writer import Contents, Layout, write_segment
-from pi0fm.options import option
 from pi0fm.processes import anonymous_memory_of_tree, cpu_seconds_of_tree
 from pi0fm.train.parallel.allocator import keep_freed_memory
 from pi0fm_client.errors import ConfigError
 
-ALIASES = {"chunk_size": "action_horizon", "dataset.root": "root"}
 NETWORK_WIDTH, PROMPT_TOKENS = 32, 64  # pi0's widths of state and action
 STATS_FRAMES, STATS_WIDTH, STATS_EPISODE = 1_000_000, 14, 300
 OURS_A_ROUND = 20  # our samples for each of LeRobot's in a round, so that our side also takes a measurable time
@@ -70,30 +69,6 @@ BUFFER_SHARE = 0.5  # of the data set: groups are then about as long as in a buf
 MEMORY_LOOKS = 500
 FPS, EPISODE_FRAMES, SEGMENT_EPISODES = 50, 100, 10  # of the generated data set
 DISTINCT_EPISODES = 40  # encoded once and written repeatedly: decoding a repeated picture takes as long
-
-
-@dataclass(frozen=True)
-class LoadingOptions(PairedOptions):
-    """Options of `pi0fm bench loading`. Raises ConfigError for a value out of range."""
-
-    root: Path | None = option(None, "folder of a LeRobot data set with videos; one is generated when not given")
-    frames: int = option(16000, "frames of the generated data set")
-    size: int = option(128, "side in pixels of the generated and of the loaded pictures")
-    action_horizon: int = option(50, "actions of a sample")
-    batch_size: int = option(32, "samples of a batch, on both sides")
-    rounds: int = option(3, "runs of both sides of each comparison")
-    lerobot_batches: int = option(2, "batches of LeRobot's loader in a round; at least one per worker is taken")
-    lerobot_workers: int = option(0, "processes of LeRobot's DataLoader; 0, the cheapest, loads in the calling process")
-    memory_batches: int = option(2000, "batches over which memory is sampled; 100000 take about 5 minutes")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, frames=1400, size=16, action_horizon=1, batch_size=1, memory_batches=10, lerobot_batches=1, lerobot_workers=0)
-        if self.size % 2:
-            raise ConfigError(f"size must be even, as video codecs require, found {self.size}; type --size {self.size + 1}")
-
-
-Options = LoadingOptions
 
 
 def measure(options: LoadingOptions) -> BenchReport:

@@ -17,7 +17,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from itertools import repeat
 from multiprocessing import get_context
@@ -30,13 +30,14 @@ from torch import distributed
 from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]
 
 from pi0fm import progress
-from pi0fm.bench.harness.cases import Case, make_batch
+from pi0fm.bench.config import PlanningOptions
+from pi0fm.bench.harness.cases import make_batch
 from pi0fm.bench.harness.exchange import exchanged
-from pi0fm.bench.harness.measure import BenchReport, check_least
+from pi0fm.bench.harness.measure import BenchReport
+from pi0fm.bench.harness.sizes import Case
 from pi0fm.bench.harness.steps import StepClock, Trainer
 from pi0fm.models.config import TINY
 from pi0fm.models.pi0 import Pi0
-from pi0fm.options import option
 from pi0fm.processes import end_with_parent
 from pi0fm.train.components import FULL, GRADIENTS, NONE, Adaptation, ParallelConfig
 from pi0fm.train.config import TrainConfig
@@ -48,7 +49,6 @@ from pi0fm.train.plan.memory import count_of
 from pi0fm.train.plan.network import Network
 from pi0fm.train.plan.planner import UPDATE_BYTES, Card, plan
 from pi0fm.train.state import StateConfig, TrainState
-from pi0fm_client.errors import ConfigError
 
 SMALL, BETWEEN, LARGE = 2, 6, 10  # samples per process
 WARM_UP = 2  # steps
@@ -59,22 +59,7 @@ WHO = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 Seconds = dict[str, float]  # by the name of the timed part
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of `pi0fm bench planning`. Raises ConfigError for a value out of range."""
-
-    processes: tuple[int, ...] = option((1, 2, 4), "numbers of processes that train together")
-    turns: int = option(6, "repetitions of the whole measurement")
-    steps: int = option(4, "steps of each figure and turn, after the warm-up")
-    output_dir: Path | None = option(None, "folder of the result's JSON; nothing is written when not given")
-
-    def __post_init__(self) -> None:
-        check_least(self, turns=1, steps=1)
-        if not self.processes or min(self.processes) < 1:
-            raise ConfigError(f"processes must name counts of 1 or more, found {list(self.processes)}; type --processes [1,2,4]")
-
-
-def measure(config: Options) -> BenchReport:
+def measure(config: PlanningOptions) -> BenchReport:
     """Measure and plan each number of processes, and compare."""
     rows: dict[str, dict[str, Any]] = {}
     with progress.step("processes", len(config.processes)) as bar, tempfile.TemporaryDirectory() as place:
@@ -149,7 +134,7 @@ def _shards(count: int) -> tuple[str, ...]:
     return (NONE,) if count == 1 else (NONE, GRADIENTS, FULL)
 
 
-def _worker(rank: int, count: int, store: str, config: Options) -> list[Seconds]:
+def _worker(rank: int, count: int, store: str, config: PlanningOptions) -> list[Seconds]:
     """Figures of one process by turn. Called in `count` processes at once."""
     torch.set_num_threads(1)
     keep_freed_memory()

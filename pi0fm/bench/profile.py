@@ -11,42 +11,27 @@ The data set is read and decoded as in training, in this process only; no checkp
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pi0fm import progress
+from pi0fm.bench.config import ProfileSteps
 from pi0fm.bench.harness.limits import forget_peak, measure_rates, peak_bytes, synchronize
 from pi0fm.bench.harness.measure import BenchReport
 from pi0fm.bench.harness.steps import PARTS, StepClock, Trainer
 from pi0fm.data.loading.loader import micro_batches
 from pi0fm.flow.matching import FlowMatching
-from pi0fm.options import option
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.data import open_data
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.allocator import keep_freed_memory
 from pi0fm.train.parallel.context import Context
 from pi0fm.train.state import TrainState
-from pi0fm_client.errors import ConfigError
 
 TRACE, RESULT = "trace.json", "profile.json"
 WAITING, UPDATING, FAR = 0.05, 0.15, 0.4  # thresholds of advice: shares of a step, of a step, of the limit
-
-
-@dataclass(frozen=True)
-class ProfileSteps:
-    """Numbers of steps of a run to measure."""
-
-    warm_up: int = option(3, "steps before the clock starts")
-    steps: int = option(10, "timed steps; two more are counted and traced")
-
-    def __post_init__(self) -> None:
-        for name in ("warm_up", "steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"profile.{name} must be 1 or more, found {getattr(self, name)}; leave it out for the default")
 
 
 def measure(config: TrainConfig, shape: ProfileSteps, folder: Path) -> BenchReport:

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,34 +28,17 @@ from typing import Any
 import yaml
 
 from pi0fm import progress
-from pi0fm.bench.harness.cases import CASES, make_batch
-from pi0fm.bench.harness.measure import BenchReport, check_least
+from pi0fm.bench.config import ScalingOptions
+from pi0fm.bench.harness.cases import make_batch
+from pi0fm.bench.harness.measure import BenchReport
+from pi0fm.bench.harness.sizes import CASES
 from pi0fm.bench.loading import write_dataset
-from pi0fm.options import option
 from pi0fm.processes import end_with_parent
 from pi0fm_client.errors import Pi0fmError
 
-ALIASES: dict[str, str] = {}
 PICTURE, FRAMES = 96, 1400
 LINES_LEFT_OUT = 5  # of metrics, at the start of each run
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
-
-
-@dataclass(frozen=True)
-class ScalingOptions:
-    """Options of `pi0fm bench scaling`. Raises ConfigError for a value out of range."""
-
-    rounds: int = option(3, "runs of each side, alternating")
-    steps: int = option(150, "steps of each of these runs")
-    disturbed_steps: int = option(600, "steps of the runs with a kill; they must last beyond it")
-    batch_size: int = option(16, "samples of a step, over both workers")
-    output_dir: Path | None = option(None, "folder of scaling.json; nothing is written when not given")
-
-    def __post_init__(self) -> None:
-        check_least(self, rounds=1, steps=20, disturbed_steps=100, batch_size=4)
-
-
-Options = ScalingOptions
 
 
 def measure(options: ScalingOptions) -> BenchReport:

@@ -36,11 +36,11 @@ from websockets.asyncio.server import serve as websocket_server
 from websockets.sync.client import connect
 
 from pi0fm.bench import soak
+from pi0fm.bench.config import ServingOptions
 from pi0fm.bench.harness.cases import CAMERAS, random_network, random_robot
-from pi0fm.bench.harness.measure import BenchReport, check_least
+from pi0fm.bench.harness.measure import BenchReport
 from pi0fm.flow.config import FlowConfig
 from pi0fm.models.config import preset
-from pi0fm.options import option
 from pi0fm.policy.saved import bundle
 from pi0fm.processes import end_with_parent
 from pi0fm.serve import server
@@ -56,22 +56,6 @@ EXPIRED = 1.5  # control steps: observation and command may each come 0.75 befor
 SETTLING = 10  # warm-up requests
 # a server that infers for one connection at a time makes the last of eight wait for its handshake
 CONNECTION: dict[str, Any] = {"compression": None, "max_size": None, "proxy": None, "ping_interval": None, "open_timeout": 60}
-
-
-@dataclass(frozen=True)
-class ServingOptions:
-    """Options of `pi0fm bench serving`. Raises ConfigError for a value out of range."""
-
-    seconds: int = option(10, "seconds of each measurement")
-    rounds: int = option(3, "measurements of each server with eight robots")
-    num_flow_steps: int = option(10, "steps of the policy's solver")
-    threads: int = option(1, "CPU threads of an inference, on both servers")
-
-    def __post_init__(self) -> None:
-        check_least(self, seconds=1, rounds=1, num_flow_steps=1, threads=1)
-
-
-Options = ServingOptions
 
 
 def measure(options: ServingOptions) -> BenchReport:

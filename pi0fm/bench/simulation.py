@@ -12,41 +12,19 @@ software renderer. A ratio below 1 is the cost of sharing a process: caches, swi
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
 
 import numpy as np
 
 from pi0fm import progress
-from pi0fm.bench.harness.measure import BenchReport, PairedOptions, check_least, paired_ratio
+from pi0fm.bench.config import SimulationOptions
+from pi0fm.bench.harness.measure import BenchReport, paired_ratio
 from pi0fm.eval.rollouts.episode import Episode, RolloutSettings
 from pi0fm.eval.rollouts.rollout import BatchedRollout, run_all
-from pi0fm.options import option
 from pi0fm.sim import catalog
 from pi0fm.sim.suite import Suite
 from pi0fm_client.types import ActionChunk, Observation
-
-
-@dataclass(frozen=True)
-class SimulationOptions(PairedOptions):
-    """Options of `pi0fm bench simulation`. Raises ConfigError for a value out of range or an unknown task."""
-
-    tasks: tuple[str, ...] = option(("reach-v3", "pusht/push-t"), f"tasks, each {catalog.TASK_FORM}")
-    environments: int = option(8, "environments in one process")
-    max_steps: int = option(64, "steps of an episode")
-    execution_horizon: int = option(8, "steps between two observations")
-    rounds: int = option(6, "runs of both sides of each comparison")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, environments=2, max_steps=1, execution_horizon=1)
-        for task in self.tasks:
-            suite, name = catalog.find(task)
-            suite.check(name, max_steps=self.max_steps)
-
-
-Options = SimulationOptions
 
 
 @final

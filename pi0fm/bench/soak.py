@@ -36,8 +36,8 @@ from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
 from pi0fm import progress
-from pi0fm.bench.harness.measure import BenchReport, check_least
-from pi0fm.options import option
+from pi0fm.bench.config import SoakOptions
+from pi0fm.bench.harness.measure import BenchReport
 from pi0fm.processes import end_with_parent
 from pi0fm.serve import server
 from pi0fm.serve.app import create_app
@@ -125,20 +125,6 @@ def _serve(parent: int, seconds: float, pause_seconds: float, ready: Connection)
     signal.signal(signal.SIGUSR1, lambda *_: policy.pause(pause_seconds))
     app = create_app(policy, options)
     asyncio.run(server.serve(server.make_server(app, options), app, bound, lambda _: ready.send(server.url_of(bound))))
-
-
-@dataclass(frozen=True)
-class SoakOptions:
-    """Options of `pi0fm bench soak`. Raises ConfigError for a value out of range."""
-
-    seconds: int = option(600, "duration in seconds")
-    pause_seconds: int = option(30, "duration in seconds of the pause, once, after a third of the time, in which the model does not answer")
-
-    def __post_init__(self) -> None:
-        check_least(self, seconds=20, pause_seconds=1)
-
-
-Options = SoakOptions
 
 
 @dataclass

@@ -20,7 +20,6 @@ the C library; LeRobot gains from it as well. LeRobot's memory process does not 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -28,41 +27,25 @@ import torch
 from torch import Tensor
 
 from pi0fm import progress
-from pi0fm.bench.harness.cases import CASES, PEER_CASES, PeerOptions, make_batch
+from pi0fm.bench.config import TrainingOptions
+from pi0fm.bench.harness.cases import make_batch
 from pi0fm.bench.harness.limits import Rates, measure_rates, products_of, synchronized
-from pi0fm.bench.harness.measure import BenchReport, check_words, paired_ratio
+from pi0fm.bench.harness.measure import BenchReport, paired_ratio
+from pi0fm.bench.harness.sizes import CASES
 from pi0fm.bench.harness.steps import Trainer, their_loss, their_step
 from pi0fm.bench.inference import MODES, speed, speed_report
 from pi0fm.data.loading.batch import Batch
 from pi0fm.models.pi0 import Pi0
-from pi0fm.options import option
 from pi0fm.policy.device import choose_device, compute_dtype
 from pi0fm.processes import in_fresh_process, peak_resident
 from pi0fm.train.parallel.allocator import keep_freed_memory
 
-ALIASES = {"num_threads": "threads"}
 PRECISIONS = dict(zip(MODES, ("float32", "auto"), strict=True))
 LOSS_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-3}
 GRADIENT_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.09}
 """Bounds relative to the largest entry of a parameter's gradient, for the worst of a few hundred parameters, which may nearly cancel."""
 DRAWS = 8
 MEMORY_STEPS = 3  # the first step allocates the moments, so the second is the first with its full memory
-
-
-@dataclass(frozen=True)
-class TrainingOptions(PeerOptions):
-    """Options of `pi0fm bench training`. Raises ConfigError for a value out of range."""
-
-    cases: tuple[str, ...] = option(PEER_CASES[:2], f"networks and batches, of {', '.join(PEER_CASES)}")
-    rounds: int = option(10, "pairs of steps, ours and LeRobot's, behind each ratio")
-    flow_draws_cases: tuple[str, ...] = option(("pi0_proportions",), f"cases that compare 8 flow draws with 1, of {', '.join(CASES)}")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_words("flow_draws_cases", self.flow_draws_cases, CASES)
-
-
-Options = TrainingOptions
 
 
 def measure(options: TrainingOptions) -> BenchReport:

@@ -1,8 +1,8 @@
 """`pi0fm bench NAME`: run a measurement of pi0fm/bench, show its figures and keep them.
 
 Owns: the list, the result file, tables, the lines about the machine, the rounding of figures. Does not know: what is measured.
-A measurement is a module of pi0fm/bench with `Options` and `measure(options) -> BenchReport`; it may have `ALIASES` and `POSITIONAL`, and
-where its options have an `output_dir`, `RESULT` is the file in it: NAME.json when not given, None for no file.
+A measurement is a module of pi0fm/bench with `measure(options) -> BenchReport`, imported when it runs; its options are in bench/config.
+Where they have an `output_dir`, the module's `RESULT` is the file in it: NAME.json when not given, None for no file.
 """
 
 import functools
@@ -40,19 +40,22 @@ DIGITS = 6
 
 def subcommand(name: str) -> SimpleNamespace:
     """Return the measurement of that name as a command."""
-    return question(importlib.import_module("pi0fm.bench.card.run" if name == "card" else f"pi0fm.bench.{name}"), SUBCOMMANDS[name])
+    return question("card.run" if name == "card" else name, SUBCOMMANDS[name])
 
 
 @functools.cache
-def question(module: ModuleType, text: str) -> SimpleNamespace:
-    """Wrap a module of pi0fm/bench as a command. text: its help line."""
-    optional = {"ALIASES": {}, "POSITIONAL": None} | vars(module)
-    given = {name: optional[name] for name in ("Options", "ALIASES", "POSITIONAL")}
-    return SimpleNamespace(HELP=text, run=functools.partial(ask, module), **given)
+def question(name: str, text: str) -> SimpleNamespace:
+    """Wrap a measurement of bench/config as a command. text: its help line."""
+    from pi0fm.bench.config import QUESTIONS  # here: other commands use only this module's tables
+
+    asked = QUESTIONS[name]
+    run = functools.partial(ask, f"pi0fm.bench.{name}")
+    return SimpleNamespace(HELP=text, run=run, Options=asked.options, ALIASES=asked.aliases, POSITIONAL=asked.positional)
 
 
-def ask(module: ModuleType, options: Any) -> dict[str, Any]:
-    """Refuse to overwrite a result, measure, and report."""
+def ask(path: str, options: Any) -> dict[str, Any]:
+    """Import the module, refuse to overwrite a result, measure, and report."""
+    module: ModuleType = importlib.import_module(path)
     name = getattr(module, "RESULT", f"{module.__name__.rpartition('.')[2]}.json")
     written = free_place(getattr(options, "output_dir", None), name)
     return answer(module.measure(options), written, module.__doc__)

@@ -18,5 +18,5 @@ SUBCOMMANDS = {
 def subcommand(name: str) -> Any:
     """Return `cli/flow_demo`, or a measurement of pi0fm/bench."""
     if name == "steps":
-        return question(importlib.import_module("pi0fm.bench.flow_steps"), SUBCOMMANDS[name])
+        return question("flow_steps", SUBCOMMANDS[name])
     return importlib.import_module(f"pi0fm.cli.flow_{name}")

@@ -12,27 +12,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from pi0fm import files, machine, options, pages, progress
 from pi0fm.flow.config import FlowConfig
-from pi0fm.flow.solver import check_solver
 from pi0fm.options import nearest, option
-from pi0fm.toy import methods
-from pi0fm.toy.comparison import compare
-from pi0fm.toy.datasets import DATASETS
-from pi0fm.toy.methods import Method
-from pi0fm.toy.pictures import PICTURES
+from pi0fm.toy.names import DATASETS, METHODS, PICTURES
 from pi0fm_client.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from pi0fm.toy.methods import Method
 
 HELP = "compare flow matching, CNF and diffusion on data in the plane, with figures"
 ALIASES: dict[str, str] = {}
 SECONDS = 15.0
-METHODS = {"flow": methods.flow_matching, "cnf": methods.cnf, "diffusion": methods.diffusion}
 FLOW_ONLY = ("path", "time_density", "prediction", "loss_weighting")
 VERSIONS = ("python", "pi0fm", "torch", "numpy")
 LAST_LINE = ("dataset", "nll", "entropy", "train_seconds", "evaluations", "probability_flow_evaluations", "common_nll", "speedup")
@@ -57,8 +53,10 @@ class DemoConfig:
     output_dir: Path = option(Path("outputs/flow-demo"), "folder of the page and its pictures; an earlier demo there is replaced")
 
     def __post_init__(self) -> None:
+        from pi0fm.flow.solver import check_solver  # torch: seconds, which --help need not wait for
+
         check_solver(self.solver)
-        for name, value, known in (("dataset", self.dataset, tuple(DATASETS)), ("method", self.method, ("all", *METHODS))):
+        for name, value, known in (("dataset", self.dataset, DATASETS), ("method", self.method, ("all", *METHODS))):
             if value not in known:
                 raise ConfigError(f"unknown {name} {value!r}: {nearest(value, known)}")
         idle = [name for name in FLOW_ONLY if getattr(self, name) is not None]
@@ -74,11 +72,14 @@ class DemoConfig:
             raise ConfigError(f"seed must be at least 0, found {self.seed}; type --seed 0")
         self.methods()  # refuses unknown values of the flow's options
 
-    def methods(self) -> tuple[Method, ...]:
+    def methods(self) -> "tuple[Method, ...]":
         """Return the methods to train, flow matching first."""
+        from pi0fm.toy import methods
+
+        makers = dict(zip(METHODS, (methods.flow_matching, methods.cnf, methods.diffusion), strict=True))
         words = {"time_density": "uniform"} | {name: value for name in FLOW_ONLY if (value := getattr(self, name)) is not None}
         flow = FlowConfig(solver=self.solver, **words)
-        return tuple(make(flow) for name, make in METHODS.items() if self.method in ("all", name))
+        return tuple(make(flow) for name, make in makers.items() if self.method in ("all", name))
 
 
 Options = DemoConfig
@@ -86,13 +87,19 @@ Options = DemoConfig
 
 def run(config: DemoConfig) -> dict[str, Any]:
     """Train, compare, draw and write; return the figures of LAST_LINE."""
+    import torch
+
+    from pi0fm.toy import datasets
+    from pi0fm.toy import pictures as drawing
+    from pi0fm.toy.comparison import compare
+
     refuse_other_folder(config.output_dir)
     seconds = SECONDS if config.seconds is None and config.steps is None else config.seconds
     pictures = {}
     torch.set_num_threads(1)  # so that processor seconds are seconds, and all methods have the same resources
-    found = compare(DATASETS[config.dataset], config.methods(), config.seed, seconds=seconds, steps=config.steps)
+    found = compare(datasets.DATASETS[config.dataset], config.methods(), config.seed, seconds=seconds, steps=config.steps)
     with progress.step("drawing", len(PICTURES)) as bar:
-        for name, draw in PICTURES.items():
+        for name, draw in drawing.PICTURES.items():
             pictures[name] = draw(found)
             bar.advance(note=name)
     versions = machine.describe_versions()

@@ -15,27 +15,24 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from pi0fm import files, options, progress
 from pi0fm.cli import bench
-from pi0fm.cli.judging import eval as eval_command
-from pi0fm.cluster.evaluation import evaluate_on_cluster
-from pi0fm.cluster.recording import record_demonstrations
 from pi0fm.cluster.runtime import ray_session
-from pi0fm.cluster.training import run_training
 from pi0fm.cluster.training_run import TrainingRun
 from pi0fm.demos.config import DatasetName, DemosConfig
 from pi0fm.eval.config import EvalConfig
-from pi0fm.eval.evaluate import Evaluation
-from pi0fm.eval.report.filmstrip import write_filmstrip
 from pi0fm.eval.report.page import JOURNAL
 from pi0fm.options import option
 from pi0fm.processes import PeakMemory
 from pi0fm.train.watch.metrics import read_last
 from pi0fm_client.errors import ConfigError, OutputError, ServingError
+
+if TYPE_CHECKING:
+    from pi0fm.eval.evaluate import Evaluation
 
 HELP = "record, train, evaluate, serve and evaluate over the network, with one command"
 ALIASES: dict[str, str] = {}
@@ -75,6 +72,9 @@ Options = QuickstartConfig
 
 def run(config: QuickstartConfig) -> dict[str, Any]:
     """Run the five commands and return the combined figures."""
+    from pi0fm.cluster.recording import record_demonstrations
+    from pi0fm.eval.report.filmstrip import write_filmstrip
+
     root = config.output_dir.absolute()
     files.make_folder(root)
     if any(root.iterdir()) and not config.resume:
@@ -129,6 +129,8 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
 
 def _train(config: QuickstartConfig, root: Path) -> Path:
     """Train and return the bundle. A run that is complete is not run again."""
+    from pi0fm.cluster.training import run_training  # torch: seconds, which --help need not wait for
+
     folder = root / "train"
     tree = options.read_files([str(config.config or options.shipped()["quickstart"])])
     over: dict[str, Any] = {"output_dir": str(folder), "dataset": {"root": str(root / "dataset")}, "seed": config.seed}
@@ -142,7 +144,10 @@ def _train(config: QuickstartConfig, root: Path) -> Path:
     return run_training(replace(run, resume="auto")).bundle
 
 
-def _evaluate(config: EvalConfig) -> Evaluation:
+def _evaluate(config: EvalConfig) -> "Evaluation":
+    from pi0fm.cli.judging import eval as eval_command
+    from pi0fm.cluster.evaluation import evaluate_on_cluster
+
     evaluation = evaluate_on_cluster(config)
     eval_command.show(evaluation)
     return evaluation
@@ -176,7 +181,7 @@ def _fresh(folder: Path) -> Path:
     return candidate
 
 
-def _rounded(evaluation: Evaluation) -> float | None:
+def _rounded(evaluation: "Evaluation") -> float | None:
     mean = evaluation.json()["mean_success"]
     return None if mean is None else round(float(mean), 4)
 
@@ -185,7 +190,7 @@ def _heading(number: int, text: str) -> None:
     progress.say(f"\n[{number}/5] {text}")
 
 
-def _last_screen(config: QuickstartConfig, result: Mapping[str, Any], sides: Mapping[str, Evaluation]) -> None:
+def _last_screen(config: QuickstartConfig, result: Mapping[str, Any], sides: "Mapping[str, Evaluation]") -> None:
     bench.show({"successes": {task: {name: _cell(side, task) for name, side in sides.items()} for task in config.tasks}})
     progress.say(f"{result['seconds'] / 60:.1f} minutes, peak {result['peak_memory_bytes'] / 2**30:.1f} GiB")
     places = {"policy": result["bundle"], "report": result["report"], "picture": result["filmstrip"], "data set": result["dataset"]}
@@ -193,6 +198,6 @@ def _last_screen(config: QuickstartConfig, result: Mapping[str, Any], sides: Map
         progress.say(f"{name:>9}  {place}")
 
 
-def _cell(evaluation: Evaluation, task: str) -> str:
+def _cell(evaluation: "Evaluation", task: str) -> str:
     row = next(row for row in evaluation.summary.tasks if row.task == task)
     return f"{row.successes}/{row.trials}" + (f" ({row.crashes} crashed)" if row.crashes else "")

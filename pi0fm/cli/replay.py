@@ -7,7 +7,7 @@ from typing import Any
 
 from pi0fm.cli.bench import rounded, show
 from pi0fm.progress import say
-from pi0fm.serve.records.replay import ReplayConfig, replay
+from pi0fm.serve.records.config import ReplayConfig
 
 HELP = "repeat a server's request log bit for bit, and compare two bundles on it"
 Options = ReplayConfig
@@ -17,6 +17,8 @@ POSITIONAL = "log"
 
 def run(options: ReplayConfig) -> dict[str, Any]:
     """Replay, print the comparison, and return the figures."""
+    from pi0fm.serve.records.replay import replay  # torch: seconds, which --help need not wait for
+
     found: dict[str, Any] = rounded(replay(options))
     if "other" in found:
         dims = range(len(found["other"]))

@@ -31,9 +31,7 @@ from statistics import median
 from typing import Any, final
 
 import psutil
-import torch
 import yaml
-from safetensors.torch import load_file
 
 from pi0fm import files, options, progress
 from pi0fm.cluster.nodes.local_nodes import LocalNodes
@@ -151,6 +149,9 @@ def _told(kills: list[Kill]) -> str:
 
 def difference_of(one: Path, other: Path) -> float:
     """Distance of the weights of two runs' bundles relative to the norm of `other`'s; 0 if bitwise equal, infinite if any is not finite."""
+    import torch
+    from safetensors.torch import load_file
+
     ours, theirs = (load_file(run / "bundle" / "model.safetensors") for run in (one, other))
     if all(torch.equal(ours[name], tensor) for name, tensor in theirs.items()):
         return 0.0

@@ -12,14 +12,13 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pi0fm import files, progress
 from pi0fm.cluster.evaluation import evaluate_on_cluster
-from pi0fm.eval.config import EvalConfig
-from pi0fm.options import option, required
+from pi0fm.eval.config import EvalConfig, FollowConfig
 from pi0fm.policy.saved import bundle
 from pi0fm.policy.saved.manifest import MANIFEST
 from pi0fm.train.start.lease import is_held
@@ -27,33 +26,6 @@ from pi0fm_client.errors import ConfigError
 
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_START = 2.0, 120.0
 BEST = "best.json"
-
-
-@dataclass(frozen=True)
-class FollowOptions:
-    """Run to follow. Raises ConfigError for a number out of range."""
-
-    run: Path = required("output_dir of pi0fm train --bundle_every N, which may be running, about to start, or finished")
-    patience: int = option(0, "number of evaluations in a row without a better one, after which the run is asked to stop; 0 for never")
-    keep: Literal["best", "all"] = option("best", "which of RUN/bundles to keep once they are evaluated; the newest is always kept")
-
-    def __post_init__(self) -> None:
-        if self.patience < 0:
-            raise ConfigError(f"follow.patience must be 0 or more, found {self.patience}; leave it out")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FollowConfig(EvalConfig):
-    """Options of an evaluation of every bundle of a run. Raises ConfigError if a policy is given."""
-
-    policy: str = option("", "not to be given: the bundles of the run are evaluated")
-    follow: FollowOptions = required("")
-    output_dir: str = option("", "folder for the evaluations; RUN/evaluations when not given")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.policy:
-            raise ConfigError(f"--follow.run evaluates the bundles of the run, found --policy {self.policy}; leave one of the two out")
 
 
 def follow(config: FollowConfig, evaluate: Callable[[EvalConfig], Any] = evaluate_on_cluster) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pi0fm.data.order.orders import deal
 from pi0fm.options import option
 from pi0fm_client.errors import ConfigError, DatasetError
 
+Extent = Literal["none", "ends", "all"]  # of the pictures that are looked at
 Decoder = Literal["auto", "pyav", "torchcodec"]
 
 

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,14 +24,13 @@ from pi0fm.data.columns.faults import Fault
 from pi0fm.data.columns.lerobot_source import Clip, LeRobotSource
 from pi0fm.data.columns.metadata import read_means
 from pi0fm.data.columns.tables import may_be_null, reading
-from pi0fm.data.config import DatasetConfig
+from pi0fm.data.config import DatasetConfig, Extent
 from pi0fm.data.pictures.decoding import TooFarError, cores, shown
 from pi0fm.data.pictures.frame_cache import make_job, read_stored, wider_tolerance
 from pi0fm.data.pictures.stored import is_nothing
 from pi0fm.data.prompt import bin_numbers
 from pi0fm_client.errors import DatasetError, ObservationError
 
-Extent = Literal["none", "ends", "all"]
 TOO_FAR = "too far"  # replaced by `video` once the tolerance that all rows need is known
 EPISODES_OF_A_MEAN = 3  # fewer give no usual shift
 LEAST_SHIFT = 0.05  # of the mean of a channel in 0..1

@@ -16,8 +16,8 @@ from pi0fm.data.chain import Chain
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.faults import Fault, spoiled
 from pi0fm.data.columns.lerobot_source import LeRobotSource, examine
-from pi0fm.data.config import DatasetConfig, Selection
-from pi0fm.data.judging import Extent, judge_pictures, judge_prompts, num_files
+from pi0fm.data.config import DatasetConfig, Extent, Selection
+from pi0fm.data.judging import judge_pictures, judge_prompts, num_files
 from pi0fm.data.loading.mixture import as_typed
 from pi0fm.doctor.contents import Contents, describe
 from pi0fm_client.errors import DatasetError

@@ -4,45 +4,17 @@ Owns: `CalibrateConfig`, the choice of episodes, the largest spread of each. Doe
 (policy/saved/calibration).
 """
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pi0fm import progress
-from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.config import DatasetConfig
-from pi0fm.eval.open_loop import OpenLoopConfig, choose_moments, open_episodes, read_moments, read_policy
+from pi0fm.eval.open_loop import choose_moments, open_episodes, read_moments, read_policy
+from pi0fm.eval.recorded_config import CalibrateConfig
 from pi0fm.eval.rollouts.episode import noise_seed
-from pi0fm.options import option, required
-from pi0fm.policy.load_options import LoadOptions
 from pi0fm.policy.saved import bundle, calibration
 from pi0fm.policy.saved.calibration import Calibration
 from pi0fm_client.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrateConfig(LoadOptions):
-    """Options of `pi0fm calibrate`. Raises ConfigError for a number out of range."""
-
-    bundle: Path = required("folder of the policy")
-    false_alarm_rate: float = option(0.1, "share of episodes like the held-out ones that may raise an alarm; 0.1 needs 9 episodes, 0.05 19")
-    dataset: DatasetConfig = option(DatasetConfig, "")
-    embodiment: Embodiment = option(Embodiment, "")
-    stride: int | None = option(None, "rows from one chunk to the next; the policy's execution horizon when not given")
-    moments: int = option(2000, "approximate limit of chunks; beyond it some episodes are left out")
-    batch_size: int = option(8, "observations per inference")
-    seed: int = option(0, "seed of the policy's noise")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        calibration.needed(self.false_alarm_rate)
-
-    def open_loop(self) -> OpenLoopConfig:
-        """Return the options of the open-loop evaluation."""
-        alike = ("dataset", "embodiment", "stride", "moments", "batch_size", "seed", *vars(LoadOptions()))
-        return OpenLoopConfig(policy=str(self.bundle), **{name: getattr(self, name) for name in alike})
 
 
 def calibrate(config: CalibrateConfig) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """Options of an evaluation.
 
-Owns: `StartsConfig`, `EvalConfig`, their ranges, the list of episodes, the refusal of demonstrated seeds.
+Owns: `StartsConfig`, `EvalConfig`, `FollowConfig`, their ranges, the list of episodes, the refusal of demonstrated seeds.
 Does not know: how episodes run.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -101,6 +102,33 @@ class EvalConfig(StartsConfig):
             raise ConfigError(
                 f"scores need the derivatives of the network, and {self.policy} sends actions only; give --policy the bundle's directory"
             )
+
+
+@dataclass(frozen=True)
+class FollowOptions:
+    """Run to follow. Raises ConfigError for a number out of range."""
+
+    run: Path = required("output_dir of pi0fm train --bundle_every N, which may be running, about to start, or finished")
+    patience: int = option(0, "number of evaluations in a row without a better one, after which the run is asked to stop; 0 for never")
+    keep: Literal["best", "all"] = option("best", "which of RUN/bundles to keep once they are evaluated; the newest is always kept")
+
+    def __post_init__(self) -> None:
+        if self.patience < 0:
+            raise ConfigError(f"follow.patience must be 0 or more, found {self.patience}; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FollowConfig(EvalConfig):
+    """Options of an evaluation of every bundle of a run. Raises ConfigError if a policy is given."""
+
+    policy: str = option("", "not to be given: the bundles of the run are evaluated")
+    follow: FollowOptions = required("")
+    output_dir: str = option("", "folder for the evaluations; RUN/evaluations when not given")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.policy:
+            raise ConfigError(f"--follow.run evaluates the bundles of the run, found --policy {self.policy}; leave one of the two out")
 
 
 def plan(config: EvalConfig) -> list[Episode]:

@@ -32,57 +32,16 @@ from pi0fm.data.config import DatasetConfig
 from pi0fm.data.loading.loader import action_chunks
 from pi0fm.data.pictures.chosen import pictures_at
 from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
-from pi0fm.eval.policy import PolicyChoice, open_policy, read_metadata
+from pi0fm.eval.policy import open_policy, read_metadata
+from pi0fm.eval.recorded_config import OpenLoopConfig
 from pi0fm.eval.report.page import OWN_FILES, refuse_ended
 from pi0fm.eval.rollouts.episode import noise_seed
-from pi0fm.options import option
 from pi0fm_client.errors import ConfigError
 from pi0fm_client.types import Observation, Policy
 
 RESAMPLES = 2000  # of the bootstrap
 MOMENTS = "moments.parquet"
 UNFINISHED = ".unfinished.npz"  # answers of an interrupted evaluation
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpenLoopConfig(PolicyChoice):
-    """Options of an open-loop evaluation. Raises ConfigError for a number out of range."""
-
-    dataset: DatasetConfig = option(DatasetConfig, "")
-    embodiment: Embodiment = option(Embodiment, "")
-    stride: int | None = option(None, "rows from one judged moment to the next; the policy's execution horizon when not given")
-    moments: int = option(1000, "approximate limit of judged moments; beyond it some episodes are left out")
-    batch_size: int = option(8, "observations per inference")
-    likelihood: bool = option(False, "also compute the log-likelihood of the recorded chunks; takes about twice the time")
-    worst: int = option(8, "number of moments with the largest errors that the report shows with pictures")
-    traces: int = option(3, "number of episodes that the report shows by dimension, from the worst to the best")
-    seed: int = option(0, "seed of the policy's noise")
-    output_dir: str = option("outputs/open_loop", "folder for report.html, summary.json and moments.parquet")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in {"stride": 1, "moments": 1, "batch_size": 1, "worst": 0, "traces": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be {least} or more, found {value}; type --{name} {least} or leave it out")
-        foreign = sorted(self.renamed().keys() - {"cameras", "state", "action"})
-        if foreign:
-            raise ConfigError(
-                f"the robot is the policy's: embodiment.{foreign[0]} cannot be given; columns can: cameras.NAME, state, action"
-            )
-        if self.likelihood and (self.remote or self.compile != "off"):
-            found = self.policy if self.remote else f"compile {self.compile}"
-            raise ConfigError(
-                f"a likelihood needs the derivatives of a bundle's network, not compiled; found {found}; leave one of them out"
-            )
-
-    def asked(self) -> tuple[Any, ...]:
-        """Return the settings that answers depend on, in addition to policy, data set and moments."""
-        return self.num_flow_steps, self.solver, self.noise_level, self.robot, self.likelihood, self.seed, self.batch_size, self.renamed()
-
-    def renamed(self) -> dict[str, Any]:
-        """Return the columns that options give instead of the policy's."""
-        return {name: value for name, value in vars(self.embodiment).items() if value != getattr(Embodiment(), name)}
 
 
 @dataclass(frozen=True)

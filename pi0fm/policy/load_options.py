@@ -10,6 +10,7 @@ from pi0fm_client.errors import ConfigError
 
 TOKEN_VARIABLE = "PI0FM_TOKEN"  # noqa: S105 - the name, not the key: of a server, and of a command that asks one
 PRECISIONS = ("auto", "float32", "bfloat16")
+COMPILE = ("off", "kernels", "graph")
 GUIDED, WITHOUT_JACOBIAN, HARD_PREFIX = "guided", "guided_no_jacobian", "hard_prefix"
 GUIDANCE = (GUIDED, WITHOUT_JACOBIAN, HARD_PREFIX)  # how a chunk continues the previous one: policy/sampling/realtime.py
 

@@ -68,6 +68,9 @@ class ParallelConfig:
         return world_size // self.replicas if self.cuts else 1
 
 
+DDP = ParallelConfig(NONE)
+
+
 @dataclass(frozen=True)
 class Adaptation:
     """Which parameters train, and how they are kept in memory. Raises ConfigError for an unknown value or an impossible combination."""

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pi0fm.bench.card.results import OUT_OF_MEMORY, Results
-from pi0fm.bench.card.run import PARTS, CardOptions
 from pi0fm.bench.card.training import cases
 from pi0fm.bench.card.work import inference_work, least_seconds
+from pi0fm.bench.config import CARD_PARTS, CardOptions
 from pi0fm.bench.harness.cases import random_network, random_observations, random_policy
 from pi0fm.bench.harness.limits import Rates, percentile
 from pi0fm.models.config import PI0, TINY
@@ -45,7 +45,7 @@ def test_every_row_is_on_disk_and_a_fault_stops_nothing(tmp_path):
 
 def test_parts_take_eight_minutes_and_can_be_named():
     assert sum(CardOptions().bounds().values()) <= 8 * 60
-    assert CardOptions(parts=("extras", "right=9")).bounds() == {"extras": PARTS["extras"], "right": 9.0}
+    assert CardOptions(parts=("extras", "right=9")).bounds() == {"extras": CARD_PARTS["extras"], "right": 9.0}
     for parts, rule in ((("rigt",), "did you mean 'right'"), (("right=x",), "whole seconds"), ((), "found none")):
         with pytest.raises(ConfigError, match=rule):
             CardOptions(parts=parts)

@@ -24,8 +24,10 @@ class Options:
 
 def asked(report: BenchReport, output_dir: Path | None = None) -> dict:
     module = ModuleType("pi0fm.bench.probe", doc="What is alike.")
-    module.__dict__.update(Options=Options, ALIASES={}, RESULT="probe.json", measure=lambda options: report)
-    return bench.question(module, "a probe").run(Options(output_dir))
+    module.__dict__.update(RESULT="probe.json", measure=lambda options: report)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "pi0fm.bench.probe", module)
+        return bench.ask("pi0fm.bench.probe", Options(output_dir))
 
 
 def test_figures_are_rounded_shown_kept_and_returned(tmp_path, capsys):

@@ -7,6 +7,7 @@ import tiny_dataset
 
 from pi0fm.bench import checkpoint, density
 from pi0fm.bench.checkpoint import Block
+from pi0fm.bench.config import CheckpointOptions, LikelihoodOptions
 from pi0fm.bench.harness.measure import PairedRatio
 from pi0fm.models.config import preset
 
@@ -23,7 +24,7 @@ def test_blocks_are_alike_but_for_one_checkpoint(monkeypatch, tmp_path):
             super().save(step, {name: tensors[name] for name in sorted(tensors)[:3]}, facts)
 
     monkeypatch.setattr(checkpoint, "Checkpoints", Spied)
-    options = checkpoint.Options(every=3, rounds=1, batch_size=1, precision="float32", folder=tmp_path)
+    options = CheckpointOptions(every=3, rounds=1, batch_size=1, precision="float32", folder=tmp_path)
     found = checkpoint.measure(options).figures
     assert len(taken) == 12
     assert sorted(saved) in ([(1, 1, 1), (10, 10, 10)], [(4, 4, 4), (7, 7, 7)])  # the warming round, then the one that counts
@@ -35,7 +36,7 @@ def test_blocks_are_alike_but_for_one_checkpoint(monkeypatch, tmp_path):
 def test_a_checkpoints_share_of_a_step():
     """Blocks of 50 steps, 2 % and 4 % slower; the checkpoint takes 4 of the 50, and would be one of 1000 steps in training."""
     wall, with_one, without = PairedRatio(1.02, (1.01, 1.03), 5.1, 5.0), Block(5.2, 0.02, 4), Block(5.0, 0.0, 0)
-    found = checkpoint.figures_of(checkpoint.Options(every=50), wall, [with_one], [without])
+    found = checkpoint.figures_of(CheckpointOptions(every=50), wall, [with_one], [without])
     names = ("slowdown", "cpu_slowdown", "slowdown_every_1000", "slowdown_while_written", "step_seconds", "blocking_seconds")
     assert [found[name] for name in names] == pytest.approx([0.02, 0.04, 0.001, 0.25, 0.1, 0.02])
     assert found["interval"] == pytest.approx([0.01, 0.03])
@@ -62,7 +63,7 @@ def test_both_sides_of_a_density_take_the_same_evaluations(monkeypatch):
     make = density.random_policy
     monkeypatch.setattr(density, "paired_ratio", counting)
     monkeypatch.setattr(density, "random_policy", spied)
-    found = density.measure(density.Options(num_flow_steps=2, solver="heun", rounds=3)).figures
+    found = density.measure(LikelihoodOptions(num_flow_steps=2, solver="heun", rounds=3)).figures
     assert counts == [4] * 6
     assert (found["ratio"], found["interval"], found["evaluations"], found["rounds"]) == (1.0, (0.9, 1.1), 4, 3)
     assert set(found) >= {"log_prob_seconds", "sample_seconds", "one_pass", "call", "num_probes", "policy"}

@@ -16,10 +16,10 @@ from lerobot.utils.random_utils import seeded_context
 
 from pi0fm import options
 from pi0fm.bench import learning
+from pi0fm.bench.config import LearningOptions
 from pi0fm.bench.harness import peer
 from pi0fm.bench.learning import (
     LeRobotTraining,
-    Options,
     comparable,
     compare,
     open_shared,
@@ -50,7 +50,7 @@ SEEN = Observation({"base": np.full((48, 32, 3), 90, np.uint8)}, np.zeros(4, np.
 def run(learning_run):
     dataset = replace(learning_run().dataset, episodes=(0, 1, 2))
     run = learning_run(steps=STEPS, log_every=1, micro_batch_size=2, flow_draws_per_observation=2, dataset=dataset)
-    return comparable(run, Options(task="reach-v3", dataset=run.dataset))
+    return comparable(run, LearningOptions(task="reach-v3", dataset=run.dataset))
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_as_many_parameters_take_part_on_both_sides(data):
 
 def test_the_shipped_configuration_becomes_lerobots_eight_heads_and_keeps_every_width():
     base = read_training(options.shipped()["quickstart"])
-    run = comparable(replace(base, flow=replace(base.flow, solver="heun", num_flow_steps=3)), Options(threads=2))
+    run = comparable(replace(base, flow=replace(base.flow, solver="heun", num_flow_steps=3)), LearningOptions(threads=2))
     network = run.network()
     assert (network.decoder.num_heads, network.decoder.head_dim) == (8, 24)
     assert replace(network, decoder=replace(network.decoder, num_heads=4, head_dim=48)) == TINY
@@ -248,7 +248,9 @@ def test_sides_take_turns_with_the_same_plan_and_lerobots_can_be_left_out(run, d
 
     monkeypatch.setattr(learning, "train", fake)
     verdicts = {"pi0fm 0": ("success", "failure"), "lerobot 0": ("crash",)}
-    figures, curves = compare(Options(cpu_seconds=7, seeds=2), run, data, lambda policy: judged(*verdicts.get(policy, ("success",))))
+    figures, curves = compare(
+        LearningOptions(cpu_seconds=7, seeds=2), run, data, lambda policy: judged(*verdicts.get(policy, ("success",)))
+    )
     assert turns == [("pi0fm", 0, 7, None), ("lerobot", 0, 7, None), ("pi0fm", 1, 7, None), ("lerobot", 1, 7, None)]
     columns = {"cpu_seconds": [6.0, 4.0], "steps": [3, 2], "scheduled_steps": [3, 3]}
     assert figures == {
@@ -257,11 +259,11 @@ def test_sides_take_turns_with_the_same_plan_and_lerobots_can_be_left_out(run, d
     }
     assert curves["pi0fm"][0] == {"cpu_seconds": [2.0, 4.0, 6.0], "loss": [1.0, None, None]}
     turns.clear()
-    figures, _ = compare(Options(cpu_seconds=7, lerobot_cpu_seconds=0, seeds=1), run, data, lambda policy: judged("success"))
+    figures, _ = compare(LearningOptions(cpu_seconds=7, lerobot_cpu_seconds=0, seeds=1), run, data, lambda policy: judged("success"))
     assert (turns, figures["lerobot"]["success"]) == ([("pi0fm", 0, 7, None)], [])
     turns.clear()
-    compare(Options(steps=5, seeds=1), run, data, lambda policy: judged("success"))
-    compare(Options(cpu_seconds=7, lerobot_cpu_seconds=9, seeds=1), run, data, lambda policy: judged("success"))
+    compare(LearningOptions(steps=5, seeds=1), run, data, lambda policy: judged("success"))
+    compare(LearningOptions(cpu_seconds=7, lerobot_cpu_seconds=9, seeds=1), run, data, lambda policy: judged("success"))
     assert turns == [("pi0fm", 0, math.inf, 5), ("lerobot", 0, math.inf, 5), ("pi0fm", 0, 7, None), ("lerobot", 0, 9, None)]
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pi0fm.bench import loading
-from pi0fm.bench.loading import EPISODE_FRAMES, FPS, Options, draw_episode, make_collator, one_processor, write_dataset
+from pi0fm.bench.config import LoadingOptions
+from pi0fm.bench.loading import EPISODE_FRAMES, FPS, draw_episode, make_collator, one_processor, write_dataset
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.data.config import DatasetConfig
@@ -16,7 +17,7 @@ from pi0fm.data.pictures.decoding import cores
 from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm_client.errors import ConfigError
 
-OPTIONS = Options(size=32, batch_size=4, action_horizon=4, rounds=1, memory_batches=20)
+OPTIONS = LoadingOptions(size=32, batch_size=4, action_horizon=4, rounds=1, memory_batches=20)
 
 
 @pytest.fixture(scope="module")

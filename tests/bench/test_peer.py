@@ -9,10 +9,12 @@ from lerobot.policies.pi0 import modeling_pi0
 from lerobot.policies.pi0.modeling_pi0 import PaliGemmaWithExpertModel, PI0Policy, PI0Pytorch
 
 from pi0fm.bench import inference
+from pi0fm.bench.config import InferenceOptions
 from pi0fm.bench.harness import peer
-from pi0fm.bench.harness.cases import CASES, PEER_CASES, Case, make_batch, make_noise, make_observation
+from pi0fm.bench.harness.cases import make_batch, make_noise, make_observation
 from pi0fm.bench.harness.limits import Rates, products_of
 from pi0fm.bench.harness.peer import RobotFeatures, ShrunkPI0, image_key, policy_config, processors
+from pi0fm.bench.harness.sizes import CASES, PEER_CASES, Case
 from pi0fm.bench.harness.steps import Trainer, their_loss, their_sampler
 from pi0fm.bench.inference import OurCall
 from pi0fm.bench.training import lerobots_step, our_loss
@@ -189,7 +191,7 @@ def test_no_figure_is_given_when_the_chunks_differ(monkeypatch):
     monkeypatch.setattr(inference, "measure_rates", lambda *_: Rates({}, 1.0))
     monkeypatch.setitem(inference.BOUNDS, torch.float32, 0.0)
     with pytest.raises(Pi0fmError, match="action chunks of both sides"):
-        inference.measure(inference.Options(cases=("tiny",), rounds=1))
+        inference.measure(InferenceOptions(cases=("tiny",), rounds=1))
 
 
 def test_cases_have_what_their_names_say():

@@ -11,8 +11,9 @@ import yaml
 
 from pi0fm import options
 from pi0fm.bench import profile
+from pi0fm.bench.config import ProfileSteps
 from pi0fm.bench.harness.steps import PARTS, StepClock
-from pi0fm.bench.profile import ProfileSteps, advise, measure
+from pi0fm.bench.profile import advise, measure
 from pi0fm.cli.main import main
 from pi0fm.cli.training.profile import ProfiledRun
 from pi0fm.data.loading.loader import Collator

@@ -6,7 +6,8 @@ import subprocess
 import pytest
 
 from pi0fm.bench import scaling
-from pi0fm.bench.scaling import ScalingOptions, held_bytes
+from pi0fm.bench.config import ScalingOptions
+from pi0fm.bench.scaling import held_bytes
 from pi0fm_client.errors import ConfigError, Pi0fmError
 
 

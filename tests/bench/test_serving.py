@@ -3,13 +3,14 @@
 import pytest
 
 from pi0fm.bench import serving
+from pi0fm.bench.config import ServingOptions
 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_eight_robots_are_answered_faster_together_than_one_at_a_time() -> None:
     """A minute on an idle machine of two cores."""
-    found = serving.measure(serving.Options(seconds=5, rounds=2)).figures
+    found = serving.measure(ServingOptions(seconds=5, rounds=2)).figures
     assert found["throughput_ratio_8"] > 1.2 and found["fairness_8"] > 0.8
     assert 0 < found["server_overhead_ms"]["p50"] < found["overhead_ms"]["p50"]
 

@@ -4,7 +4,7 @@ import pytest
 from eval_fakes import FakeEnvironment
 
 from pi0fm.bench import simulation
-from pi0fm.bench.simulation import SimulationOptions
+from pi0fm.bench.config import SimulationOptions
 from pi0fm.sim import catalog
 from pi0fm_client.errors import ConfigError
 

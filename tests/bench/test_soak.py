@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pi0fm.bench import soak
+from pi0fm.bench.config import SoakOptions
 
 
 def test_an_answer_says_what_it_answers() -> None:
@@ -17,7 +18,7 @@ def test_an_answer_says_what_it_answers() -> None:
 @pytest.mark.timeout(300)
 def test_a_short_soak() -> None:
     """The ten minutes' figures are in docs/LOG.md."""
-    found = soak.measure(soak.Options(seconds=60, pause_seconds=12)).figures
+    found = soak.measure(SoakOptions(seconds=60, pause_seconds=12)).figures
     assert not found["crashed"] and found["wrong_answers"] == 0 and found["right_answers"] > 500
     assert found["recovery_seconds"] < 3 * found["chunk_seconds"], "on a machine of other work; a chunk is 1.6 s"
     assert found["memory_mb"]["end"] < found["memory_mb"]["begin"] + 10

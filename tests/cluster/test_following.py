@@ -15,7 +15,8 @@ from tiny_dataset import NETWORK
 from pi0fm import files
 from pi0fm.cli.main import main
 from pi0fm.cluster import following
-from pi0fm.cluster.following import FollowConfig, FollowOptions, bundles, follow
+from pi0fm.cluster.following import bundles, follow
+from pi0fm.eval.config import FollowConfig, FollowOptions
 from pi0fm.policy.saved import bundle
 from pi0fm.train.start.lease import only_run_in
 from pi0fm_client.errors import ConfigError

@@ -16,7 +16,8 @@ from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.data.config import DatasetConfig
 from pi0fm.data.pictures.streaming import open_pictures
 from pi0fm.eval import open_loop
-from pi0fm.eval.open_loop import Moments, OpenLoopConfig, choose_moments, compare, judge, open_episodes, read_moments, read_policy
+from pi0fm.eval.open_loop import Moments, choose_moments, compare, judge, open_episodes, read_moments, read_policy
+from pi0fm.eval.recorded_config import OpenLoopConfig
 from pi0fm.eval.report import open_loop as report
 from pi0fm.policy.saved import bundle
 from pi0fm_client.errors import ConfigError, OutputError, ServingError

@@ -17,8 +17,9 @@ from small_policies import small_policy
 
 from pi0fm.cluster import following
 from pi0fm.cluster.evaluation import on_actors
-from pi0fm.cluster.following import FollowConfig, FollowOptions, follow
+from pi0fm.cluster.following import follow
 from pi0fm.cluster.runtime import ray_session
+from pi0fm.eval.config import FollowConfig, FollowOptions
 from pi0fm.eval.evaluate import in_this_process, run_episodes
 from pi0fm.eval.rollouts.episode import Episode
 from pi0fm.policy.saved import bundle

@@ -17,7 +17,8 @@ from pi0fm.cli.main import main
 from pi0fm.policy.load_options import LoadOptions
 from pi0fm.policy.saved import bundle
 from pi0fm.serve.batcher import Request
-from pi0fm.serve.records.replay import ReplayConfig, describe, replay
+from pi0fm.serve.records.config import ReplayConfig
+from pi0fm.serve.records.replay import describe, replay
 from pi0fm.serve.records.request_log import RequestLog, read
 from pi0fm_client import wire
 from pi0fm_client.errors import BundleError, ConfigError, OutputError, ServingError

@@ -13,6 +13,7 @@ from PIL import Image
 from pi0fm import options
 from pi0fm.cli import flow_demo
 from pi0fm.cli.flow_demo import DemoConfig
+from pi0fm.toy import names as words
 from pi0fm.toy.comparison import Comparison, Outcome, Quality
 from pi0fm.toy.datasets import DATASETS
 from pi0fm.toy.methods import PlaneField
@@ -131,3 +132,7 @@ def test_only_a_demo_is_replaced(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="found a file"):
         flow_demo.refuse_other_folder(folder / "notes.txt")
     flow_demo.refuse_other_folder(tmp_path / "new")
+
+
+def test_words_of_the_options_are_those_of_data_and_pictures():
+    assert (tuple(DATASETS), tuple(PICTURES)) == (words.DATASETS, words.PICTURES)

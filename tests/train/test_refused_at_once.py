@@ -19,6 +19,20 @@ print("loaded:", *loaded, file=sys.stderr)
 sys.exit(code)
 """
 
+EVERY = f"""
+import contextlib, io, sys
+from pi0fm.cli.main import COMMANDS, find, main
+named = [(name, *part) for name in COMMANDS for part in [(), *((sub,) for sub in getattr(find((name,)), "SUBCOMMANDS", ()))]]
+forms = [("eval", *option) for option in (("--follow.run", "r"), ("--dataset.root", "d"), ("--realtime.delays_ms", "0"))]
+known = set()
+for words in (*named, *forms):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = main([*words, "--help"])
+    loaded = {{name for name in "{HEAVY}".split(", ") if name in sys.modules}} - known
+    known |= loaded
+    print(*words[:2], "helps" if code == 0 and out.getvalue().startswith("pi0fm " + words[0]) else "fails", *sorted(loaded))
+"""
+
 
 def asked(*words: str, **variables: str) -> tuple[int, str, str]:
     """Exit code, standard output and error of a fresh process, which must load nothing of HEAVY."""
@@ -34,6 +48,13 @@ def asked(*words: str, **variables: str) -> tuple[int, str, str]:
 def test_help_and_version_load_nothing_heavy(words):
     code, out, _ = asked(*words.split())
     assert code == 0 and "pi0fm" in out
+
+
+def test_no_help_of_any_command_loads_anything_heavy():
+    found = subprocess.run([sys.executable, "-c", EVERY], capture_output=True, text=True, timeout=100, check=True)
+    lines = found.stdout.splitlines()
+    assert {"eval --follow.run helps", "bench card helps", "flow steps helps", "doctor helps"} <= set(lines)
+    assert [line for line in lines if not line.endswith(" helps")] == []
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pi0fm.bench.card.results import Results
 from pi0fm.bench.card.work import inference_work, least_seconds
-from pi0fm.bench.harness.cases import CAMERAS, FLOW_STEPS, CallSize, Case, make_noise, make_observation, random_network, random_observations
+from pi0fm.bench.harness.cases import CAMERAS, FLOW_STEPS, CallSize, make_noise, make_observation, random_network, random_observations
 from pi0fm.bench.harness.cases import random_policy as make_policy
 from pi0fm.bench.harness.limits import (
     device_seconds,
@@ -33,6 +33,7 @@ from pi0fm.bench.harness.limits import (
     synchronize,
 )
 from pi0fm.bench.harness.measure import seconds_of
+from pi0fm.bench.harness.sizes import Case
 from pi0fm.bench.harness.steps import their_sampler
 from pi0fm.data.chain import Sample
 from pi0fm.models.config import PI0, PI05, TINY, Pi0Config

@@ -1,6 +1,6 @@
 """Measurements of pi0 at full size on one GPU in eight minutes: each part in a separate process that may fail, hang or be killed.
 
-Owns: the options, the processes and their time limits, the files. Does not know: what is measured; it imports no torch.
+Owns: the processes and their time limits, the files. Does not know: what is measured; it imports no torch.
 
     part's process    rows -> PART.json, after every row            ends by itself, or is killed at its time limit
     this process      waits; then reads PART.json                   output_dir: PART.json, card.json, card.log
@@ -18,49 +18,19 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pi0fm import files, progress
 from pi0fm.bench.card.results import Results
-from pi0fm.bench.harness.measure import BenchReport, check_words
-from pi0fm.options import option
+from pi0fm.bench.config import CARD_PARTS, CardOptions
+from pi0fm.bench.harness.measure import BenchReport
 from pi0fm_client.errors import ConfigError
 
-PARTS = {"right": 170, "training": 130, "extras": 90, "inference": 90}
-"""Parts with their time limits in seconds, 8 minutes in total; those that no GPU has measured yet come early."""
 RIGHT, LOG = "right", "card.log"
 RESULT = None  # a later run replaces the files of an earlier one
 GRACE = 5.0  # seconds beyond its time limit in which a part may end by itself
 _OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b")
-
-
-@dataclass(frozen=True)
-class CardOptions:
-    """Options of `pi0fm bench card`. Raises ConfigError for a part that is not known, or a time out of range."""
-
-    parts: tuple[str, ...] = option(tuple(PARTS), "parts to measure, in order; PART=SECONDS sets a part's time limit")
-    output_dir: Path = option(Path("outputs/gpu"), "folder of the results, one file per part")
-    device: str = option("cuda", "cuda, or cpu for a trial run")
-    whole: bool = option(True, "full size; false takes the tiny preset, to try the measurement without a GPU")
-
-    def __post_init__(self) -> None:
-        check_words("parts", [word.partition("=")[0] for word in self.parts], PARTS)
-        check_words("device", (self.device,), ("cuda", "cpu"))
-        for word in self.parts:
-            name, given, seconds = word.partition("=")
-            if given and not seconds.isdigit():
-                raise ConfigError(f"a part's time must be whole seconds, found {word!r}; type {name}={PARTS[name]}")
-        if self.whole and self.device == "cpu":
-            raise ConfigError("full size takes hours on a CPU; type --whole false, or --device cuda")
-
-    def bounds(self) -> dict[str, float]:
-        """Time limit in seconds of each requested part, in order."""
-        return {name: float(seconds or PARTS[name]) for name, _, seconds in (word.partition("=") for word in self.parts)}
-
-
-Options = CardOptions
 
 
 def measure(options: CardOptions) -> BenchReport:
@@ -175,5 +145,5 @@ def _main(part: str, path: str, seconds: str, device: str, whole: str) -> None:
 
 
 if __name__ == "__main__":
-    assert sys.argv[1] in PARTS
+    assert sys.argv[1] in CARD_PARTS
     _main(*sys.argv[1:6])

@@ -17,8 +17,9 @@ import torch
 from pi0fm.bench.card.inference import GIB
 from pi0fm.bench.card.results import OUT_OF_MEMORY, Results
 from pi0fm.bench.card.work import training_flops
-from pi0fm.bench.harness.cases import CAMERAS, Case, make_batch, random_network
+from pi0fm.bench.harness.cases import CAMERAS, make_batch, random_network
 from pi0fm.bench.harness.limits import Rates, device_seconds, forget_peak, measure_rates, peak_bytes, percentile, synchronize
+from pi0fm.bench.harness.sizes import Case
 from pi0fm.bench.harness.steps import PARTS, StepClock, Trainer, their_loss, their_step
 from pi0fm.data.loading.batch import Batch
 from pi0fm.models.config import PI0, TINY, LoraConfig, Pi0Config

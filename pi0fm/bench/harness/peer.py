@@ -35,7 +35,7 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
 
-from pi0fm.bench.harness.cases import Case
+from pi0fm.bench.harness.sizes import Case
 from pi0fm.convert.shapes import parts, sizes_of
 from pi0fm.models.config import Pi0Config, StreamConfig
 from pi0fm.models.pi0 import Pi0

@@ -7,22 +7,22 @@ Owns: the choice among the four, the printed tables. Does not know: how each run
 import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from pi0fm import progress
 from pi0fm.cli import lerobot
-from pi0fm.cluster.evaluation import evaluate_on_cluster
-from pi0fm.cluster.following import FollowConfig, follow
-from pi0fm.eval.config import EvalConfig
-from pi0fm.eval.evaluate import Evaluation
-from pi0fm.eval.open_loop import OpenLoopConfig, evaluate_open_loop
+from pi0fm.eval.config import EvalConfig, FollowConfig
+from pi0fm.eval.recorded_config import OpenLoopConfig
 from pi0fm.eval.report.page import percent
 from pi0fm.eval.rollouts.delays import RealtimeConfig, evaluate_in_real_time
 from pi0fm.eval.statistics import Interval
 from pi0fm_client.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pi0fm.eval.evaluate import Evaluation
 
 HELP = (
     "evaluate a policy in simulation; on recorded episodes with --dataset.root DIR, in real time with --realtime.delays_ms MS, or while it "
@@ -46,13 +46,24 @@ def form(words: Sequence[str]) -> Any:
 
 def run(options: EvalConfig) -> dict[str, Any]:
     """Evaluate, print a table, return the figures."""
+    from pi0fm.cluster.evaluation import evaluate_on_cluster
+
     evaluation = evaluate_on_cluster(options)
     show(evaluation)
     return evaluation.json()
 
 
+def run_following(options: FollowConfig) -> dict[str, Any]:
+    """Evaluate each bundle of the run, return the figures."""
+    from pi0fm.cluster.following import follow  # torch: seconds, which --help need not wait for
+
+    return follow(options)
+
+
 def run_open_loop(options: OpenLoopConfig) -> dict[str, Any]:
     """Compare, print a table, return the figures."""
+    from pi0fm.eval.open_loop import evaluate_open_loop  # torch, as above
+
     figures, found = evaluate_open_loop(options)
     table = Table(box=None, padding=(0, 2), header_style="")
     table.add_column("dimension")
@@ -83,7 +94,7 @@ def run_in_real_time(options: RealtimeConfig) -> dict[str, Any]:
     return figures
 
 
-def show(evaluation: Evaluation) -> None:
+def show(evaluation: "Evaluation") -> None:
     """Print the table of tasks, and warnings of crashes, to standard error."""
     summary = evaluation.summary
     table = Table(box=None, padding=(0, 2), header_style="")
@@ -115,7 +126,9 @@ def _texts(interval: Interval | None) -> tuple[str, str]:
 
 
 ON_EPISODES = SimpleNamespace(HELP=OPEN_LOOP, Options=OpenLoopConfig, ALIASES={"policy.path": "policy"}, run=run_open_loop)
-FOLLOWING = SimpleNamespace(HELP=FOLLOWED, Options=FollowConfig, ALIASES={"eval.n_episodes": "episodes", "env.task": "tasks"}, run=follow)
+FOLLOWING = SimpleNamespace(
+    HELP=FOLLOWED, Options=FollowConfig, ALIASES={"eval.n_episodes": "episodes", "env.task": "tasks"}, run=run_following
+)
 IN_REAL_TIME = SimpleNamespace(
     HELP=REAL_TIME,
     Options=RealtimeConfig,

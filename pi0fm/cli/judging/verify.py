@@ -7,14 +7,16 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pi0fm.cli.bench import rounded, show
 from pi0fm.options import option, required
 from pi0fm.policy.load_options import LoadOptions
-from pi0fm.policy.saved import bundle, reference
-from pi0fm.policy.saved.reference import Agreement
 from pi0fm.progress import say
 from pi0fm_client.errors import BundleError, ConfigError
+
+if TYPE_CHECKING:
+    from pi0fm.policy.saved.reference import Agreement
 
 HELP = "check that this machine computes the bundle's recorded chunk: device, versions, conversion"
 POSITIONAL = "bundle"
@@ -46,6 +48,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Print a table and a last line of JSON. Raises BundleError (exit code 1) for a chunk that differs."""
+    from pi0fm.policy.saved import bundle, reference  # torch: seconds, which --help need not wait for
+
     recorded = reference.read(options.bundle if options.against is None else options.against)
     policy = bundle.load(options.bundle, options.loading())
     found = {"here": reference.compare(policy, recorded, options.tolerance)}
@@ -68,7 +72,7 @@ def run(options: Options) -> None:
     say(f"{options.bundle} ({known}) gives the recorded chunk here")
 
 
-def _verdict(options: Options, found: dict[str, Agreement]) -> str:
+def _verdict(options: Options, found: "dict[str, Agreement]") -> str:
     here, as_recorded = found["here"], found.get("float32 on a CPU")
     line = f"{options.bundle} must give the recorded chunk within {here.tolerance:g} deviations, found {here.largest:.3g} apart (another "
     line += f"noise seed: {here.another_seed:.3g})"

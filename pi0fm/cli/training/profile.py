@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pi0fm import progress
-from pi0fm.bench import profile as profiling
+from pi0fm.bench.config import ProfileSteps
 from pi0fm.cli import lerobot
 from pi0fm.cli.bench import answer
 from pi0fm.cli.training import train
@@ -26,7 +26,7 @@ NETWORK = train.NETWORK
 class ProfiledRun(TrainingRun):
     """Options of a run as for `pi0fm train`; one worker's share of some steps is measured. Files are in output_dir/profile."""
 
-    profile: profiling.ProfileSteps = option(profiling.ProfileSteps, "")
+    profile: ProfileSteps = option(ProfileSteps, "")
 
 
 Options = ProfiledRun
@@ -35,6 +35,8 @@ OFTEN = train.often_of(Options)
 
 def run(options: ProfiledRun) -> dict[str, Any]:
     """Measure, print the table and the advice, return the figures."""
+    from pi0fm.bench import profile as profiling  # torch: seconds, which --help need not wait for
+
     share, folder = options.global_batch_size // max(1, options.workers[1]), options.output_dir / "profile"
     if options.workers[1] > 1:
         progress.say(f"one process takes the {share} samples of one of {options.num_workers} workers, without communication")

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from pi0fm import files, machine, pages
 from pi0fm.data.columns.lerobot_source import LeRobotSource
-from pi0fm.eval.open_loop import MOMENTS, OpenLoop, OpenLoopConfig
+from pi0fm.eval.open_loop import MOMENTS, OpenLoop
+from pi0fm.eval.recorded_config import OpenLoopConfig
 from pi0fm.eval.report.page import ReportContext
 
 POLICY, RECORDED, STILL, MEAN = "#0f766e", pages.INK, "#c8862b", "#5b5fc7"

@@ -17,9 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pi0fm import files, pages
 from pi0fm.eval.report import curve
 from pi0fm.eval.rollouts.episode import EpisodeResult
@@ -73,6 +70,9 @@ def keep_video(output_dir: Path, result: EpisodeResult) -> EpisodeResult:
 
 def write(output_dir: Path, summary: Summary, rows: Sequence[Mapping[str, Any]], background: ReportContext) -> Path:
     """Write the two JSON files and the page; return the page's path. rows: of `EpisodeResult.row`, with their videos written."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     page = render(output_dir, summary, rows, background)
     files.write_json(output_dir / "episodes.json", list(rows))
     with files.new_file(output_dir / ROWS) as file:

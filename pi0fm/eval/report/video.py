@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-import av
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 FASTEST = 20.0  # frames per second; a faster video would be hard to judge
 LONGEST = 64  # frames kept
@@ -31,6 +29,8 @@ class VideoFrames:
 
     def add(self, picture: NDArray[np.uint8], last: bool = False) -> None:
         """Keep a small copy of `picture`, uint8 [height, width, 3], if it is due, or the last one."""
+        from PIL import Image
+
         if last or self._added % self.every == 0:
             factor = max(1, round(max(picture.shape[:2]) / SIDE))
             self.frames.append(np.asarray(Image.fromarray(picture).reduce(factor)) if factor > 1 else picture.copy())
@@ -44,6 +44,8 @@ def encode(frames: Sequence[NDArray[np.uint8]], fps: float) -> bytes:
 
     An odd height or width loses its last row or column: yuv420p halves both. Raises ValueError without frames.
     """
+    import av
+
     if not frames:
         raise ValueError("a video needs one frame or more, found none")
     height, width = frames[0].shape[0] // 2 * 2, frames[0].shape[1] // 2 * 2

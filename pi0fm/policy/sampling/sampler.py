@@ -25,11 +25,11 @@ from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import CachedVelocity, FlowTime, Pi0
 from pi0fm.models.prefix_cache import PrefixCache
 from pi0fm.options import nearest
+from pi0fm.policy.load_options import COMPILE
 from pi0fm.policy.packed import can_pack, pack
 from pi0fm.policy.sampling.cuda_graphs import Graphs, Record
 from pi0fm_client.errors import ConfigError
 
-COMPILE = ("off", "kernels", "graph")
 Committed = tuple[Float[Tensor, "B H A"], Bool[Tensor, "B H"]]
 
 

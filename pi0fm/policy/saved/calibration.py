@@ -15,12 +15,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pi0fm import files, options
-from pi0fm.flow.matching import FlowMatching
 from pi0fm.policy.saved.manifest import CALIBRATION, identity, read_json
 from pi0fm_client.errors import BundleError, ConfigError
+
+if TYPE_CHECKING:  # torch, which the options of pi0fm calibrate do without
+    from pi0fm.flow.matching import FlowMatching
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def read(path: Path) -> Calibration | None:
     return found
 
 
-def sampling(flow: FlowMatching) -> str:
+def sampling(flow: "FlowMatching") -> str:
     """Describe the sampling, which the spread of a chunk depends on besides weights and observation."""
     noise = f", noise level {flow.noise_level:g}" if flow.solver == "euler_maruyama" else ""
     return f"{flow.solver}, {flow.num_flow_steps} steps{noise}"

@@ -1,6 +1,6 @@
 """`pi0fm replay`: infer a log of requests again, in its batches and by its seeds, and compare a second bundle on the same requests.
 
-Owns: the options, the order of passes, the figures. Does not know: how a log is written (request_log.py), the network.
+Owns: the order of passes, the figures. Does not know: how a log is written (request_log.py), the network.
 
     identical            answers that are the log's, bit for bit: the same bundle, machine, versions and number of threads give all of them
     largest_difference   to the log's answers, robot units; differs: facts that have changed since the log was written
@@ -10,7 +10,6 @@ Owns: the options, the order of passes, the figures. Does not know: how a log is
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -20,33 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0fm import machine, progress
-from pi0fm.options import option, required
 from pi0fm.policy.load_options import LoadOptions
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.saved import bundle
 from pi0fm.serve.batcher import infer
+from pi0fm.serve.records.config import ReplayConfig
 from pi0fm.serve.records.request_log import read
 from pi0fm.serve.served import refuse_another_robot
 from pi0fm_client.errors import BundleError, ConfigError, ServingError
 
 WORST = 5  # requests that are named
-
-
-@dataclass(frozen=True)
-class ReplayConfig:
-    """Options of `pi0fm replay`; the log's values stand for those that are not given. Raises ConfigError for a value out of range."""
-
-    log: Path = required("folder that pi0fm serve --log_requests wrote")
-    bundle: Path | None = option(None, "bundle that answers; the log's own when not given")
-    other: Path | None = option(None, "a second bundle, compared with the first on the same requests")
-    most: int | None = option(None, "batches to infer, the oldest first; all when not given")
-    device: str | None = option(None, "cpu, cuda or cuda:N; the log's when not given")
-    threads: int | None = option(None, "CPU threads of one inference; the log's when not given")
-
-    def __post_init__(self) -> None:
-        for name in ("most", "threads"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"--{name} must be >= 1, found {getattr(self, name)}; leave it out for the usual")
 
 
 def replay(options: ReplayConfig) -> dict[str, Any]:

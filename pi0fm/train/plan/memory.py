@@ -54,13 +54,12 @@ import torch
 from pi0fm.models.config import Pi0Config
 from pi0fm.models.parts import Part, part_of
 from pi0fm.models.pi0 import Pi0
-from pi0fm.train.components import AUTO, FULL, GRADIENTS, NONE, Adaptation, ParallelConfig
+from pi0fm.train.components import AUTO, DDP, FULL, GRADIENTS, NONE, Adaptation, ParallelConfig
 from pi0fm.train.parallel.sharding import REST, unit_of
 from pi0fm.train.start.adaptation import adapt
 
 GIB, MIB = 2**30, 2**20
 SPARE = 0.1  # share of a device's memory left to its allocator
-DDP = ParallelConfig(NONE)
 
 
 @dataclass(frozen=True)

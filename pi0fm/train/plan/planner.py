@@ -20,18 +20,18 @@ The optimiser reads and writes 32 bytes for each trainable number, 12 more with 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from pi0fm.options import nearest
-from pi0fm.train.components import AUTO, FULL, GRADIENTS, NONE
+from pi0fm.train.components import AUTO, DDP, FULL, GRADIENTS, NONE
 from pi0fm.train.config import TrainConfig
-from pi0fm.train.plan.flops import training_work
-from pi0fm.train.plan.memory import DDP, GIB, SPARE, count_of
 from pi0fm.train.plan.network import Network
 from pi0fm_client.errors import ConfigError
+
+if TYPE_CHECKING:  # seconds, which the options of pi0fm plan need not wait for
+    import torch
 
 UPDATE_BYTES, AVERAGE_BYTES, BUCKET_BYTES = 32, 12, 25 * 2**20
 PARTS = ("products", "adapters", "weights", "network", "optimizer")
@@ -118,6 +118,11 @@ def card_named(name: str) -> Card:
 
 def plan(config: TrainConfig, card: Card, network: Network, workers: int, cameras: int, device: str = "cuda") -> Plan:
     """Plan a step of `config`, whose sharding is decided. Raises ConfigError where the workers cannot share the batch or the replicas."""
+    import torch
+
+    from pi0fm.train.plan.flops import training_work
+    from pi0fm.train.plan.memory import GIB, SPARE, count_of
+
     how, shard = config.adaptation(), config.parallel
     shard.refuse_for(workers)
     computes = torch.float32 if config.precision == "float32" else torch.bfloat16
@@ -194,10 +199,14 @@ def plans_of(config: TrainConfig, card: Card, network: Network, workers: int, ca
     return [plan(each, card, network, workers, cameras) for each in ways(config, workers, network.per_machine)]
 
 
-def full_speed(config: TrainConfig, cameras: int, workers: int, device: torch.device) -> float | None:
+def full_speed(config: TrainConfig, cameras: int, workers: int, device: "torch.device") -> float | None:
     """Return the samples per second of `workers` cards like this one at their peak product rate; None for an unknown card."""
     if device.type != "cuda" or config.precision == "float32":
         return None
+    import torch
+
+    from pi0fm.train.plan.flops import training_work
+
     found = torch.cuda.get_device_name(device).lower().replace(" ", "")
     card = next((card for name, card in known_cards().items() if name in found), None)
     work = training_work(config.network(), config.adaptation(), cameras, config.flow_draws_per_observation)

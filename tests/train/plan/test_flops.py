@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pi0fm.bench.harness.cases import Case, make_batch
+from pi0fm.bench.harness.cases import make_batch
+from pi0fm.bench.harness.sizes import Case
 from pi0fm.models.config import TINY, LoraConfig
 from pi0fm.models.pi0 import Pi0
 from pi0fm.train.components import Adaptation

@@ -11,7 +11,8 @@ from forked_workers import workers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pi0fm.bench.harness.cases import Case, make_batch
+from pi0fm.bench.harness.cases import make_batch
+from pi0fm.bench.harness.sizes import Case
 from pi0fm.bench.harness.steps import Trainer
 from pi0fm.models.config import TINY, LoraConfig
 from pi0fm.processes import in_fresh_process

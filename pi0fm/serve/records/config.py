@@ -1,0 +1,27 @@
+"""Options of `pi0fm replay`.
+
+Owns: `ReplayConfig` and its ranges. Does not know: how a log is inferred again; torch is not imported, so that a command line may read it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pi0fm.options import option, required
+from pi0fm_client.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """Options of `pi0fm replay`; the log's values stand for those that are not given. Raises ConfigError for a value out of range."""
+
+    log: Path = required("folder that pi0fm serve --log_requests wrote")
+    bundle: Path | None = option(None, "bundle that answers; the log's own when not given")
+    other: Path | None = option(None, "a second bundle, compared with the first on the same requests")
+    most: int | None = option(None, "batches to infer, the oldest first; all when not given")
+    device: str | None = option(None, "cpu, cuda or cuda:N; the log's when not given")
+    threads: int | None = option(None, "CPU threads of one inference; the log's when not given")
+
+    def __post_init__(self) -> None:
+        for name in ("most", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"--{name} must be >= 1, found {getattr(self, name)}; leave it out for the usual")
