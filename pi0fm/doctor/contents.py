@@ -20,7 +20,7 @@ from pi0fm.data.config import DatasetConfig
 from pi0fm.data.pictures.chosen import pictures_at
 
 SHORT = 0.5  # of the median length
-SATURATED, FEW_VALUES = 0.05, 8  # share of the rows at one end of the range; a dimension with at most so many values is a switch
+SATURATED, FEW_VALUES = 0.05, 8  # share of the rows at one end of the range; a dimension of at most 8 values is a switch
 EPISODES, MOMENTS, SIDE, MARGIN, CAPTION = 6, 6, 160, 6, 22  # of the contact sheet; pixels
 
 

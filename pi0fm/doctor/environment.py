@@ -145,8 +145,8 @@ def _environment(environment: Environment, suite: Suite, judged: Judged, start_p
         text = f"the policy needs the camera {camera!r}, the environment shows {', '.join(sorted(seen[0].images))}"
         yield Finding("error", "camera", text, f"type --cameras {camera}=SOURCE:WIDTHxHEIGHT to pi0fm eval")
     if judged.prompts and seen[0].prompt not in judged.prompts:
-        said = seen[0].prompt
-        text = f"the environment says {said!r}, a sentence that the data set does not hold: {nearest(said, judged.prompts)}"
+        sentence = seen[0].prompt
+        text = f"the environment says {sentence!r}, a sentence that the data set does not hold: {nearest(sentence, judged.prompts)}"
         yield Finding("warning", "prompt", text, "record with the environment's sentence, or expect the policy not to know it")
     if start_pictures is not None and judged.source is not None:
         cameras = [name for name in judged.source.embodiment.cameras if name in seen[0].images]

@@ -150,9 +150,9 @@ def evaluate_open_loop(config: OpenLoopConfig) -> tuple[dict[str, Any], OpenLoop
     files.make_folder(output)
     moments = read_moments(config.dataset, judged, source, place)
     found = judge(config, judged, source, open_policy(config), moments, output / UNFINISHED)
-    said = [judged.metadata, judged.training]
+    described = [judged.metadata, judged.training]
     facts = {
-        "policy": {name: str(value) for each in said for name, value in each.items() if isinstance(value, str | int | float)},
+        "policy": {name: str(value) for each in described for name, value in each.items() if isinstance(value, str | int | float)},
         "episodes": {
             "data set": str(source.root),
             "episodes": f"{', '.join(map(str, np.unique(moments.episode).tolist())):.200}",

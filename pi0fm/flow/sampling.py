@@ -53,7 +53,7 @@ def sample(
 
 
 def num_increments(flow: FlowMatching, num_flow_steps: int | None = None, solver: str | None = None) -> int:
-    """Number of standard normal numbers per entry besides its noise: one per step of a stochastic solver, else none."""
+    """Number of standard normal numbers per entry in addition to its noise: one per step of a stochastic solver, else none."""
     steps = flow.num_flow_steps if num_flow_steps is None else num_flow_steps
     return steps if (solver or flow.solver) in STOCHASTIC_SOLVERS else 0
 
