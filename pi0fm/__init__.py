@@ -27,9 +27,6 @@ def load(path: "str | Path", **options: Any) -> "LocalPolicy":
 def __getattr__(name: str) -> str:
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib.metadata import PackageNotFoundError, version
+    from pi0fm.machine import release
 
-    try:
-        return version("pi0fm")
-    except PackageNotFoundError:  # a checkout on PYTHONPATH, as on a bare GPU machine
-        return "0+checkout"
+    return release()

@@ -43,14 +43,18 @@ def describe_versions(*more: str) -> dict[str, str]:
     return found
 
 
+def release() -> str:
+    """Return the version of the installed package; `0+checkout` for a checkout on PYTHONPATH, as on a bare GPU machine."""
+    try:
+        return metadata.version("pi0fm")
+    except metadata.PackageNotFoundError:
+        return "0+checkout"
+
+
 @functools.cache
 def version() -> str:
     """The package's version, and the commit of a checkout."""
-    try:
-        found = metadata.version("pi0fm")
-    except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
-        found = "0+checkout"
-    root = Path(__file__).parents[1]
+    found, root = release(), Path(__file__).parents[1]
     if not (root / ".git").exists():
         return found
     asked = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)

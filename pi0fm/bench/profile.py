@@ -52,7 +52,7 @@ def measure(config: TrainConfig, shape: ProfileSteps, folder: Path) -> BenchRepo
     def step(mark: Callable[[str], object] | None = None) -> None:
         state.schedule(config.steps)
         valid = data.training.valid_elements(state.step * config.global_batch_size, config.global_batch_size)
-        trainer.step(batches, valid, mark)
+        trainer.step(batches, valid, mark)  # noqa: F821  it is deleted after the last step
         bar.advance()
 
     clock = StepClock(device)

@@ -40,7 +40,6 @@ from pi0fm_client.errors import ConfigError
 from pi0fm_client.types import Observation, Policy
 
 RESAMPLES = 2000  # of the bootstrap
-MOMENTS = "moments.parquet"
 UNFINISHED = ".unfinished.npz"  # answers of an interrupted evaluation
 
 
@@ -142,7 +141,7 @@ def evaluate_open_loop(config: OpenLoopConfig) -> tuple[dict[str, Any], OpenLoop
     from pi0fm.eval.report import open_loop as report
 
     began, output = time.monotonic(), Path(config.output_dir)
-    refuse_ended(output, (*OWN_FILES, MOMENTS))
+    refuse_ended(output, (*OWN_FILES, report.MOMENTS))
     judged = read_policy(config)
     source, trained = open_episodes(config, judged)
     stride, place = choose_moments(config, judged, source)

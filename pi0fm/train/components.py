@@ -20,6 +20,8 @@ TRAINED: dict[str, frozenset[Part]] = {
 }
 AUTO, NONE, GRADIENTS, FULL = "auto", "none", "gradients", "full"
 SHARDS = (AUTO, NONE, GRADIENTS, FULL)
+OWN = "pretrained"  # --tokenizer pretrained, --prompt_dialect pretrained: the bundle's
+FIXED_IN_FLOW = ("path", "prediction")  # by the weights of a bundle to start from
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import copy
 from functools import cache
+from graphlib import TopologicalSorter
 
 import grimp
 import pytest
@@ -33,6 +34,12 @@ BROKEN_BY = {
 def graph() -> grimp.ImportGraph:
     """Who imports whom; a test copies it before it adds an import."""
     return grimp.build_graph("pi0fm", "pi0fm_client", include_external_packages=True, cache_dir=None)
+
+
+def test_no_import_leads_in_a_circle():
+    """Imports for type checkers alone are not counted; CycleError names the modules of a circle."""
+    plain = grimp.build_graph("pi0fm", "pi0fm_client", cache_dir=None, exclude_type_checking_imports=True)
+    TopologicalSorter({module: plain.find_modules_directly_imported_by(module) for module in plain.modules}).prepare()
 
 
 @cache

@@ -9,13 +9,12 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from pi0fm import options
-from pi0fm.cli.judging.doctor import Options
 from pi0fm.cluster.training_run import TrainingRun
 from pi0fm.data.chain import Chain
 from pi0fm.data.columns.embodiment import Embodiment
@@ -34,11 +33,14 @@ from pi0fm.train.plan.planner import known_cards
 from pi0fm.train.start.pretrained import chosen_dialect, chosen_tokenizer, kept_stats, open_pretrained
 from pi0fm_client.errors import BundleError, ConfigError, DatasetError
 
+if TYPE_CHECKING:
+    from pi0fm.cli.judging.doctor import Options
+
 SHOWN = 20  # faults in the table
 WIDE = 600  # columns where no terminal folds lines
 
 
-def diagnose(given: Options) -> None:
+def diagnose(given: "Options") -> None:
     """Check, print tables and a last line of JSON. Raises DatasetError or BundleError (exit code 1) for a fault."""
     examined = _policy(given)
     if examined is not None:
@@ -68,7 +70,7 @@ def diagnose(given: Options) -> None:
                 _refuse(seen)
 
 
-def _contact_sheet(given: Options, findings: Findings) -> Path | None:
+def _contact_sheet(given: "Options", findings: Findings) -> Path | None:
     """Write the contact sheet of a data set; return None where pictures are not checked, or one cannot be read."""
     if findings.source is None or given.pictures == "none" or not findings.source.embodiment.cameras:
         return None
@@ -92,7 +94,7 @@ def _refuse(examined: Examined) -> None:
         )
 
 
-def _policy(given: Options) -> Examined | None:
+def _policy(given: "Options") -> Examined | None:
     """Examine a bundle or a server; return None for anything else. Raises ConfigError for options that go with neither."""
     is_server = given.data.startswith(("ws://", "wss://"))
     if not is_server and not (Path(given.data) / MANIFEST).is_file():
@@ -109,12 +111,12 @@ def _policy(given: Options) -> Examined | None:
     return examine(subject, given.dataset, source, _counterparts(given))
 
 
-def _counterparts(given: Options, name: str = "") -> Counterparts:
+def _counterparts(given: "Options", name: str = "") -> Counterparts:
     sheet = given.output_dir / (f"sheet-{name}.png" if name else "sheet.png")
     return Counterparts(given.suite, given.server, given.max_steps, given.load, sheet)
 
 
-def _judged(given: Options) -> list[tuple[Findings, Examined | None]]:
+def _judged(given: "Options") -> list[tuple[Findings, Examined | None]]:
     """Check each data set; with a configuration, also examine a batch as its network would see it."""
     _refuse_word(given.data)
     path = Path(given.data)

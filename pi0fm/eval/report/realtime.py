@@ -3,8 +3,9 @@
 Owns: their content, the figure. Does not know: how episodes ran.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,14 +13,16 @@ import pyarrow.parquet as pq
 from pi0fm import files, machine, pages
 from pi0fm.eval.report.compare import COLOURS
 from pi0fm.eval.report.page import ROWS, ReportContext, percent
-from pi0fm.eval.rollouts.delays import Cell, by_mode
 from pi0fm.eval.rollouts.realtime import DrivenEpisode
+
+if TYPE_CHECKING:
+    from pi0fm.eval.rollouts.delays import Cell
 
 
 def write(
     output: Path,
     title: str,
-    cells: Sequence[Cell],
+    cells: Sequence["Cell"],
     rows: Sequence[DrivenEpisode],
     facts: Mapping[str, Mapping[str, str]],
     seconds: float,
@@ -35,7 +38,7 @@ def write(
     return output / "report.html"
 
 
-def draw(cells: Sequence[Cell]) -> bytes:
+def draw(cells: Sequence["Cell"]) -> bytes:
     """Draw success with its interval, jump and reaction time against the delay, one line per mode, as PNG."""
     figure, axes = pages.panels(3, width=12, height=3.6)
     for number, (mode, of_mode) in enumerate(by_mode(list(cells))):
@@ -57,3 +60,14 @@ def draw(cells: Sequence[Cell]) -> bytes:
     axes[0].set_ylim(0, 102)
     pages.legend(axes[0])
     return pages.png(figure)
+
+
+def by_mode(cells: list["Cell"]) -> Iterator[tuple[str, list["Cell"]]]:
+    """Yield each mode and its cells in the order of delays."""
+    for mode in dict.fromkeys(cell.mode for cell in cells):
+        yield (
+            mode,
+            sorted(
+                (cell for cell in cells if cell.mode == mode), key=lambda cell: cell.delay_ms if cell.asked_ms is None else cell.asked_ms
+            ),
+        )

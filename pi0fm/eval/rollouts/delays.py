@@ -7,7 +7,7 @@ page.
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -242,14 +242,3 @@ def _mean(values: list[float]) -> float:
 
 def _plain(value: float) -> float | None:
     return round(value, 4) if np.isfinite(value) else None
-
-
-def by_mode(cells: list[Cell]) -> Iterator[tuple[str, list[Cell]]]:
-    """Yield each mode and its cells in the order of delays."""
-    for mode in dict.fromkeys(cell.mode for cell in cells):
-        yield (
-            mode,
-            sorted(
-                (cell for cell in cells if cell.mode == mode), key=lambda cell: cell.delay_ms if cell.asked_ms is None else cell.asked_ms
-            ),
-        )

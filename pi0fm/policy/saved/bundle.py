@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import pi0fm
 from pi0fm import files, options
 from pi0fm.data.chain import Chain, make_chain
 from pi0fm.data.columns.embodiment import Embodiment
@@ -35,6 +34,7 @@ from pi0fm.data.prompt import BYTES, OPENPI, PromptTokenizer, load_tokenizer
 from pi0fm.flow.config import FlowConfig
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import overridden
+from pi0fm.machine import release
 from pi0fm.models.config import Pi0Config
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.device import choose_device, inference_dtype, is_out_of_memory
@@ -134,7 +134,7 @@ class PolicyConfig:
         size = self.model.vision.image_size
         return {
             "name": "pi0fm",
-            "version": pi0fm.__version__,
+            "version": release(),
             "embodiment": self.embodiment.name,
             "cameras": dict(self.embodiment.cameras),
             "limits": dict(self.embodiment.limits),
@@ -196,7 +196,7 @@ def new_bundle(
         if config.tokenizer != BYTES:
             load_tokenizer(config.tokenizer, config.model.vocab_size).save_pretrained(aside / "tokenizer")
             config = replace(config, tokenizer="tokenizer")
-        versions = {"pi0fm": pi0fm.__version__} | {name: version(name) for name in ("torch", "transformers")}
+        versions = {"pi0fm": release()} | {name: version(name) for name in ("torch", "transformers")}
         files.write_json(aside / CONFIG, {"format": FORMAT, "policy": options.encode(config), "versions": versions})
         files.write_json(aside / STATS, stats.to_json())
         if own:

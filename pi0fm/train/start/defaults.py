@@ -13,11 +13,10 @@ from typing import Any
 
 from pi0fm import options
 from pi0fm.policy.saved.manifest import CONFIG, check_files, read_json
+from pi0fm.train.components import FIXED_IN_FLOW, OWN
 from pi0fm.train.config import TrainConfig
 from pi0fm_client.errors import OutputError
 
-OWN = "pretrained"  # --tokenizer pretrained, --prompt_dialect pretrained: the bundle's
-FIXED_IN_FLOW = ("path", "prediction")
 SAID_AGAIN = ("resume", "resume_changed")  # given with each command, not taken from the record
 
 

@@ -19,7 +19,7 @@ from pi0fm.models.config import PRESETS, Pi0Config
 from pi0fm.options import nearest
 from pi0fm.policy.saved import bundle
 from pi0fm.policy.saved.bundle import PolicyConfig
-from pi0fm.train.start.defaults import FIXED_IN_FLOW, OWN
+from pi0fm.train.components import FIXED_IN_FLOW, OWN
 from pi0fm_client.errors import ConfigError
 
 FIXED = ("normalization", "prompt_dialect")
