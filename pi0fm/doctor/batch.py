@@ -257,7 +257,7 @@ def _pictures(seen: Seen) -> Iterator[Finding]:
             int(each)
             for each in np.unique(episode)
             if (episode == each).sum() > 1
-            and np.abs(np.diff(inner[episode == each], axis=0)).max() < FLAT
+            and np.abs(np.diff(shots[episode == each].astype(np.int16), axis=0)).max() < FLAT
             and np.ptp(seen.source.state[seen.place[episode == each]], axis=0).max() > 0
         ]
         if frozen:

@@ -116,6 +116,12 @@ def other_pictures(root: Path, column: str, picture) -> None:
     set_column(data_file(root), column, pa.array(stored, pa.struct([("bytes", pa.binary()), ("path", pa.string())])))
 
 
+def at_the_edge(k: int) -> np.ndarray:
+    picture = scene(1, 4)
+    picture[-2:, 2 * (k % 20) : 2 * (k % 20) + 4] = 90
+    return picture
+
+
 def at_20_hz(root: Path) -> None:
     change_info(root, lambda info: info.update(fps=20))
     set_column(data_file(root), "timestamp", pa.array([np.float32(k / 20) for length in LENGTHS for k in range(length)]))
@@ -132,6 +138,7 @@ PLANTED = {
     "degrees in one episode": (lambda root: sideways(root, slice(44, 80), np.rad2deg), {"units": "error"}),
     "a black camera": (lambda root: other_pictures(root, BASE, lambda k: np.zeros((32, 48, 3), np.uint8)), {"dead camera": "error"}),
     "a frozen camera": (lambda root: other_pictures(root, WRIST, lambda k: scene(1, 4)), {"frozen camera": "error"}),
+    "a picture that moves at its edge alone": (lambda root: other_pictures(root, WRIST, at_the_edge), {}),
     "one camera twice": (
         lambda root: [other_pictures(root, c, lambda k: scene(0, k % 20)) for c in (BASE, WRIST)],
         {"doubled camera": "warning"},

@@ -88,6 +88,8 @@ class Embodiment:
             if key not in known:
                 raise ObservationError(f"unknown observation key {key!r}: {nearest(key, sorted(known))}")
         prompts = [given[key] for key in PROMPT_KEYS if key in given]
+        if len(prompts) == 2 and isinstance(prompts[0], str) and prompts[0] == prompts[1]:
+            prompts = prompts[:1]
         if len(prompts) != 1 or not isinstance(prompts[0], str):
             found = f"{len(prompts)} of them" if len(prompts) != 1 else type(prompts[0]).__name__
             raise ObservationError(f"an observation needs one text under 'prompt', found {found}; send a str")

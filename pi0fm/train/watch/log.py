@@ -61,7 +61,7 @@ class TrainLog:
         self._own, self._stragglers = own, Stragglers(nodes, progress.say)
         self._losses: list[Tensor] = []
         self._since, self._waited = time.perf_counter(), 0.0
-        self.note = f"loss {loss:.4f}"  # of the last line
+        self.note = described({"loss": loss})  # of the last line; empty before the first
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the same batches, counting the time spent waiting for each."""
@@ -116,7 +116,7 @@ class TrainLog:
 
 def described(line: Mapping[str, float]) -> str:
     """Format metrics for the progress line: `loss 0.1234, 53.1 samples/s, 38 % of the peak, 47.0 GiB`."""
-    found = [f"loss {line.get('loss', math.nan):.4f}"]
+    found = [f"loss {line['loss']:.4f}"] if math.isfinite(line.get("loss", math.nan)) else []
     for name, text in NOTED.items():
         found += [text(line[name])] if name in line else []
     return ", ".join(found)

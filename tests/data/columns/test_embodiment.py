@@ -25,6 +25,7 @@ def test_slashes_and_task_are_other_spellings():
     given = {key.replace(".", "/"): value for key, value in GOOD.items()}
     given["task"] = given.pop("prompt")
     assert ROBOT.observation(given).prompt == "press"
+    assert ROBOT.observation(given | {"prompt": given["task"]}).prompt == "press", "a LeRobot row with both"
 
 
 def test_a_camera_may_be_missing_but_not_all():

@@ -82,4 +82,4 @@ def test_openpis_own_client_is_answered_and_sees_no_extension(openpi_python: Pat
     assert found["one_by_one"] == [[0, 0, 1], [1, 1, 2], [20, 20, 21], [21, 21, 22]]
     assert found["whole"] == [[5 + h, 5 + h, 6 + h] for h in range(4)]
     assert found["keys"] == ["actions", "policy_timing", "server_timing"]
-    assert "401" in found["wrong"] and "observation.state must be float32" in found["refused"]
+    assert "401" in found["wrong"] and "found no observation/joint_position" in found["refused"]

@@ -80,3 +80,4 @@ def test_a_line_says_speed_time_left_memory_and_share_of_the_peak(run, clock, mo
     told = train_log.described(line | {"loss": 0.5, "memory_gib": 1.0})
     assert told == "loss 0.5000, 2.0 samples/s, 25% of the peak, 1.0 GiB"
     assert train_log.described({"loss": 0.5}) == "loss 0.5000"
+    assert train_log.described({"loss": float("nan")}) == train_log.described({}) == "", "nothing before the first line"
