@@ -14,10 +14,10 @@ from pi0fm.data.config import refuse_missing
 from pi0fm.data.prompt import refuse_missing_tokenizer
 from pi0fm.options import option
 from pi0fm.policy.saved.manifest import check_files
+from pi0fm.train.components import OWN
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.parallel.context import context_from_environment, restarts
 from pi0fm.train.start import lease, output
-from pi0fm.train.start.defaults import OWN
 from pi0fm.train.watch import trackers
 from pi0fm_client.errors import ConfigError, Pi0fmError
 

@@ -10,6 +10,7 @@ Owns: the file of keys, the conversion of pictures and of a state in parts. Does
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
@@ -32,14 +33,20 @@ class Keys:
     cameras: frozenset[str]
     state: str
 
+    @cached_property
+    def _spelled(self) -> dict[str, str]:
+        return {dotted(key): key for key in self.columns}
+
+    @cached_property
+    def _ours(self) -> dict[str, str]:
+        return {dotted(each): each for each in (*self.cameras, self.state, *PROMPT_KEYS)}
+
     def __call__(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Return a message under our columns. Raises ObservationError, in the robot's words, for unknown keys and missing parts."""
-        spelled = {dotted(key): key for key in self.columns}
-        message = {spelled.get(dotted(key), key): value for key, value in message.items()}
+        message = {self._spelled.get(dotted(key), key): value for key, value in message.items()}
         found = {key: value for key, value in message.items() if key not in self.columns}
-        known = {dotted(each): each for each in (*self.cameras, self.state, *PROMPT_KEYS)}
-        if unknown := [key for key in found if dotted(key) not in known]:
-            theirs = [*self.columns, *(each for each in known.values() if each not in self.columns.values())]
+        if unknown := [key for key in found if dotted(key) not in self._ours]:
+            theirs = [*self.columns, *(each for each in self._ours.values() if each not in self.columns.values())]
             raise ObservationError(f"unknown observation key {unknown[0]!r}: {nearest(unknown[0], theirs)}")
         self._refuse_missing(message)
         parts: list[NDArray[Any]] = []
