@@ -14,20 +14,25 @@ on an observation that its chain has prepared. Both are eager, unless `--compile
     as_shipped      LeRobot's configuration on a CPU is float32; `pi0fm.load` takes bfloat16 for the towers' matrices where the processor
                     multiplies it in hardware, and float32 elsewhere
 
+On a GPU the rows of `pi0fm bench card` follow: networks of full size, for which the comparison has no time.
+
 `ratio` is LeRobot's time / ours, `gemm_ratio` our time / that of our matrix products alone, `roofline_share` the least time by the
 machine's limits / ours.
 """
 
 import copy
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pi0fm import progress
-from pi0fm.bench.config import InferenceOptions
+from pi0fm.bench.card import run as card
+from pi0fm.bench.config import CardOptions, InferenceOptions
 from pi0fm.bench.harness.cases import EULER, make_noise, make_observation
 from pi0fm.bench.harness.limits import Rates, measure_rates, products_of, synchronized
 from pi0fm.bench.harness.measure import BenchReport, paired_ratio
@@ -69,7 +74,7 @@ def measure(options: InferenceOptions) -> BenchReport:
                 found = speed(theirs, ours, plain, plain.sampler.model, options.rounds, device, rates)
                 rows[mode][name] = found | {"max_abs_difference": difference, "difference_bound": BOUNDS[dtype]}
                 bar.advance(1, f"{name} {mode}")
-    return speed_report(rows, rates)
+    return with_full_size(speed_report(rows, rates), "inference", device, options.output_dir)
 
 
 @dataclass(frozen=True)
@@ -133,3 +138,13 @@ def speed_report(
     found = {mode: column(mode, "ratio") for mode in MODES} | {"intervals": {mode: column(mode, "interval") for mode in MODES}}
     found |= {name: column("like_for_like", name) for name in ("gemm_ratio", "max_abs_difference")}
     return BenchReport(found | {"figures": rows} | rest, shown={**rows, **rest})
+
+
+def with_full_size(report: BenchReport, part: str, device: torch.device, output_dir: Path | None) -> BenchReport:
+    """Add the rows of this part of `pi0fm bench card` to a GPU's report; a CPU's stays as it is. output_dir: the part's folder `card`."""
+    if device.type != "cuda":
+        return report
+    with tempfile.TemporaryDirectory() as unwanted:
+        whole = card.measure(CardOptions((part,), Path(output_dir or unwanted) / "card", device.type))
+    table = (whole.shown or {}).get(part, whole.figures["ended"])
+    return BenchReport({**report.figures, "full_size": whole.figures["figures"]}, {**(report.shown or {}), "full size": table})

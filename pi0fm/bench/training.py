@@ -9,6 +9,8 @@ Does not know: how its report is shown.
       |- flow draws             8 draws against 1, our side only
       '- memory                 one side alone, a process for each side, case and mode
 
+On a GPU the rows of `pi0fm bench card` follow: networks of full size.
+
 Neither side's step reads data or averages weights. Ours takes its batch as the chain leaves it: pictures as bytes. Each mode has a separate
 process, since accelerate cannot change its precision within one. Both sides of such a process keep freed memory, as `pi0fm train` asks of
 the C library; LeRobot gains from it as well. LeRobot's memory process does not keep it.
@@ -33,7 +35,7 @@ from pi0fm.bench.harness.limits import Rates, measure_rates, products_of, synchr
 from pi0fm.bench.harness.measure import BenchReport, paired_ratio
 from pi0fm.bench.harness.sizes import CASES
 from pi0fm.bench.harness.steps import Trainer, their_loss, their_step
-from pi0fm.bench.inference import MODES, speed, speed_report
+from pi0fm.bench.inference import MODES, speed, speed_report, with_full_size
 from pi0fm.data.loading.batch import Batch
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.device import choose_device, compute_dtype
@@ -65,7 +67,8 @@ def measure(options: TrainingOptions) -> BenchReport:
             bar.advance(3, f"memory of {name}")
     gains = {name: row["peer_bfloat16"] for name, row in rows["as_shipped"].items() if "peer_bfloat16" in row}
     ratios = {name: sides["like_for_like"]["whole_ratio"] for name, sides in memory.items()}
-    return speed_report(rows, rates, {"peer_bfloat16": gains, "memory_ratio": ratios, "memory": memory, **draws})
+    report = speed_report(rows, rates, {"peer_bfloat16": gains, "memory_ratio": ratios, "memory": memory, **draws})
+    return with_full_size(report, "training", device, options.output_dir)
 
 
 def lerobots_step(policy: Any, batch: Batch, device: torch.device, fused: bool, bfloat16: bool = False) -> Callable[[], float]:

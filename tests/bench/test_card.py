@@ -9,12 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pi0fm.bench import inference
 from pi0fm.bench.card.results import OUT_OF_MEMORY, Results
 from pi0fm.bench.card.training import cases
 from pi0fm.bench.card.work import inference_work, least_seconds
 from pi0fm.bench.config import CARD_PARTS, CardOptions
 from pi0fm.bench.harness.cases import random_network, random_observations, random_policy
 from pi0fm.bench.harness.limits import Rates, percentile
+from pi0fm.bench.harness.measure import BenchReport
 from pi0fm.models.config import PI0, TINY
 from pi0fm_client.errors import ConfigError
 
@@ -107,6 +109,25 @@ def test_a_bare_machine_has_all_that_is_imported(repository):
     assert done.returncode == 0, done.stderr[-2000:]
     hidden = subprocess.run([sys.executable, "-c", "import av"], env=bare, capture_output=True, text=True, check=False)
     assert "No module named 'av'" in hidden.stderr
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_comparisons_with_lerobot_on_a_gpu_show_the_rows_of_full_size_too(monkeypatch, tmp_path, ended):
+    table = {"pi0, 3 cameras, batch 1, graph": {"figure": "17.4 ms", "target": "p50 <= 15 ms"}}
+    asked = []
+
+    def measured(options: CardOptions) -> BenchReport:
+        asked.append(options)
+        figures = {"ended": {"inference": "whole" if ended else "exit code 1"}, "figures": {"pi0": 17.4} if ended else {}}
+        return BenchReport(figures, {"inference": table} if ended else dict(figures))
+
+    monkeypatch.setattr(inference.card, "measure", measured)
+    report = BenchReport({"ratio": 2.0}, {"like_for_like": {}})
+    assert inference.with_full_size(report, "inference", CPU, tmp_path) is report and not asked
+    found = inference.with_full_size(report, "inference", torch.device("cuda"), tmp_path)
+    assert asked == [CardOptions(("inference",), tmp_path / "card", "cuda")] and asked[0].whole
+    assert found.shown == {"like_for_like": {}, "full size": table if ended else {"inference": "exit code 1"}}
+    assert found.figures == {"ratio": 2.0, "full_size": {"pi0": 17.4} if ended else {}}
 
 
 @pytest.mark.journey
