@@ -3,7 +3,9 @@
 Owns: queries to the operating system. Does not know: the reports.
 """
 
+import contextlib
 import functools
+import itertools
 import os
 import platform
 import shlex
@@ -14,10 +16,10 @@ from pathlib import Path
 
 import psutil
 
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 CGROUP_MEMORY = (  # files with limit, usage, and the statistics that hold the page cache; cgroup v2, then v1
     ("memory.max", "memory.current", "memory.stat"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"),
 )
 PACKAGES = ("pi0fm", "torch", "transformers", "ray", "lerobot", "numpy", "av")
 
@@ -26,7 +28,7 @@ def describe_machine() -> dict[str, str]:
     """Processor, cores, memory and operating system."""
     return {
         "processor": _processor(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cores": str(cores()),
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "system": f"{platform.system()} {platform.release()}",
     }
@@ -64,15 +66,39 @@ def version() -> str:
 def free_memory() -> int:
     """Return the bytes that this process can still allocate, within the memory of the machine and the limit of its container."""
     free = psutil.virtual_memory().available
-    for limit, used, statistics in CGROUP_MEMORY:
+    for folder, names in itertools.product(_cgroups("memory"), CGROUP_MEMORY):
+        limit, used, statistics = (folder / name for name in names)
         try:
-            bounds = [int((CGROUPS / name).read_text()) for name in (limit, used)]
-            lines = (CGROUPS / statistics).read_text().splitlines()
+            bounds, lines = [int(path.read_text()) for path in (limit, used)], statistics.read_text().splitlines()
         except (OSError, ValueError):  # no such file, or no limit (`max`)
             continue
         cached = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
         free = min(free, bounds[0] - bounds[1] + cached)
     return max(0, free)
+
+
+def cores() -> int:
+    """Return the number of processors that this process can use: those of its affinity, within the quota of its container.
+
+    More threads than that are stopped together for the rest of each period (0.1 s) whose quota they have used up.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in _cgroups("cpu"):
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # version 2, then 1
+            with contextlib.suppress(OSError, ValueError):  # no such file, or no quota (`max`)
+                quota, period = (int(word) for name in names for word in (folder / name).read_text().split())
+                usable = min(usable, quota // period) if quota > 0 else usable
+    return max(1, usable)
+
+
+def throttled_seconds() -> float:
+    """Return the time for which the container's processes were stopped since its start because their quota of processors was used up."""
+    found = 0.0
+    for folder, (word, unit) in itertools.product(_cgroups("cpu"), (("throttled_usec", 1e-6), ("throttled_time", 1e-9))):
+        with contextlib.suppress(OSError, ValueError):
+            counts = dict(line.split() for line in (folder / "cpu.stat").read_text().splitlines())
+            found = max(found, unit * int(counts.get(word, 0)))
+    return found
 
 
 def command_line() -> str:
@@ -87,3 +113,14 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _cgroups(kind: str) -> list[Path]:
+    """Control groups that may bound this process's `kind`, from the innermost to the root; of version 2, then 1."""
+    try:
+        lines = [line.split(":", 2) for line in OWN_CGROUPS.read_text().splitlines()]
+    except OSError:  # no Linux
+        return []
+    inner = {name: Path(path.lstrip("/")) for _, names, path in lines for name in names.split(",")}
+    mounts = ((CGROUPS, inner.get("", Path())), (CGROUPS / kind, inner.get(kind, Path())))
+    return [mount / folder for mount, own in mounts for folder in (own, *own.parents)]

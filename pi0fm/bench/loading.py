@@ -49,7 +49,6 @@ from pi0fm.data.columns.lerobot_source import LeRobotSource, open_source
 from pi0fm.data.columns.norm_stats import compute_norm_stats
 from pi0fm.data.config import DatasetConfig, LoaderConfig
 from pi0fm.data.loading.loader import Collator, micro_batches
-from pi0fm.data.pictures.decoding import cores
 from pi0fm.data.pictures.frame_cache import FrameCache, open_cache
 from pi0fm.data.pictures.source import Pictures
 from pi0fm.data.pictures.streaming import FrameStream
@@ -58,6 +57,7 @@ from pi0fm.data.prompt import BYTES, PromptTokenizer, load_tokenizer
 from pi0fm.demos.demonstration import Demonstration
 from pi0fm.demos.encoding import EncodedDemonstration, encode
 from pi0fm.demos.lerobot_writer import Contents, Layout, write_segment
+from pi0fm.machine import cores
 from pi0fm.processes import anonymous_memory_of_tree, cpu_seconds_of_tree
 from pi0fm.train.parallel.allocator import keep_freed_memory
 from pi0fm_client.errors import ConfigError

@@ -23,6 +23,7 @@ from pi0fm.bench.harness.measure import BenchReport
 from pi0fm.bench.harness.steps import PARTS, StepClock, Trainer
 from pi0fm.data.loading.loader import micro_batches
 from pi0fm.flow.matching import FlowMatching
+from pi0fm.policy.device import set_threads
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.data import open_data
 from pi0fm.train.parallel.accelerate import Parallel
@@ -37,8 +38,7 @@ WAITING, UPDATING, FAR = 0.05, 0.15, 0.4  # thresholds of advice: shares of a st
 def measure(config: TrainConfig, shape: ProfileSteps, folder: Path) -> BenchReport:
     """Take some steps of the run in this process and write TRACE to `folder`. Raises the errors of data set and configuration."""
     keep_freed_memory()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     parallel = Parallel(Context(shown=False), config.precision, config.micro_steps(1))
     device, data = parallel.device, open_data(config)
     on_card = device.type == "cuda"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from pi0fm import files, options, progress
+from pi0fm import files, machine, options, progress
 from pi0fm.cli import bench
 from pi0fm.cluster.runtime import ray_session
 from pi0fm.cluster.training_run import TrainingRun
@@ -137,7 +137,7 @@ def _train(config: QuickstartConfig, root: Path) -> Path:
     if config.steps is not None:
         over["steps"] = config.steps
     run = options.decode(TrainingRun, options.merge(tree, over))
-    run = replace(run, num_workers=min(run.workers[1], os.cpu_count() or 1))
+    run = replace(run, num_workers=min(run.workers[1], machine.cores()))
     if int((read_last(folder) or {}).get("step", 0)) >= run.steps and (folder / "bundle").exists():
         progress.say(f"the run in {folder} is complete")
         return folder / "bundle"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from pi0fm import machine
 from pi0fm.cluster.runtime import refuse_silent
 from pi0fm.data.config import refuse_missing
 from pi0fm.data.prompt import refuse_missing_tokenizer
@@ -97,7 +98,7 @@ def _checks(run: TrainingRun) -> Iterator[Callable[[], object]]:
 
 def _refuse_too_many(run: TrainingRun) -> None:
     """Raise ConfigError for more workers than this machine has cores; not in `TrainingRun`, which workers on other machines decode too."""
-    each, cores = run.cpus_per_worker or 1, os.cpu_count() or 1
+    each, cores = run.cpus_per_worker or 1, machine.cores()
     if run.workers[0] * each > cores and not (run.ray_address or os.environ.get("RAY_ADDRESS")):
         raise ConfigError(
             f"num_workers are Ray workers that train, here with {each} of {cores} cores each, found {run.num_workers}; type --num_workers "

@@ -25,10 +25,11 @@ from pi0fm.data.columns.lerobot_source import Clip, LeRobotSource
 from pi0fm.data.columns.metadata import read_means
 from pi0fm.data.columns.tables import may_be_null, reading
 from pi0fm.data.config import DatasetConfig, Extent
-from pi0fm.data.pictures.decoding import TooFarError, cores, shown
+from pi0fm.data.pictures.decoding import TooFarError, shown
 from pi0fm.data.pictures.frame_cache import make_job, read_stored, wider_tolerance
 from pi0fm.data.pictures.stored import is_nothing
 from pi0fm.data.prompt import bin_numbers
+from pi0fm.machine import cores
 from pi0fm_client.errors import DatasetError, ObservationError
 
 TOO_FAR = "too far"  # replaced by `video` once the tolerance that all rows need is known

@@ -3,10 +3,10 @@
 Owns: `DemosConfig` and its checks. Does not know: how anything is recorded.
 """
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pi0fm.machine import cores
 from pi0fm.options import option
 from pi0fm.sim import catalog
 from pi0fm.sim.environment import CameraSpec, parse_cameras
@@ -40,7 +40,7 @@ class DemosConfig:
     )
     first_seed: int = option(1000, "each task's first seed; the following ones are taken in order, failures are skipped")
     max_steps: int | None = option(None, "steps after which an episode counts as failed; the tasks' own limit when not given")
-    num_workers: int = option(lambda: os.cpu_count() or 1, "Ray tasks that simulate at the same time; 0 simulates in the calling process")
+    num_workers: int = option(cores, "Ray tasks that simulate at the same time; 0 simulates in the calling process")
     fps: int | None = option(None, "frames per second that the data set states; the simulator's control rate when not given")
     ray_address: str | None = option(None, "address of a running Ray cluster; a local Ray is started when it is left out")
 

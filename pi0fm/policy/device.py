@@ -1,10 +1,11 @@
 """A device's abilities: whether it is there, whether bfloat16 pays there, whether its memory is full.
 
-Owns: the answers for a device. Does not know: models, training.
+Owns: the answers for a device, the number of CPU threads. Does not know: models, training.
 """
 
 import torch
 
+from pi0fm.machine import cores
 from pi0fm.policy.load_options import PRECISIONS
 from pi0fm_client.errors import ConfigError
 
@@ -34,6 +35,12 @@ def inference_dtype(precision: str, device: torch.device, width: int) -> torch.d
     if precision == "auto" and device.type == "cpu" and width < NARROW:
         return torch.float32
     return compute_dtype(precision, device)
+
+
+def set_threads(threads: int | None) -> None:
+    """Set torch's CPU threads. None keeps torch's choice, which is all processors of the host, within a container's quota of them."""
+    if threads is not None or cores() < torch.get_num_threads():
+        torch.set_num_threads(cores() if threads is None else threads)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

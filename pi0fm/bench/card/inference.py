@@ -12,6 +12,7 @@ The stages of the device are timed as CUDA graphs of the same operations, to exc
 import functools
 import gc
 import itertools
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,9 +37,11 @@ from pi0fm.bench.harness.measure import seconds_of
 from pi0fm.bench.harness.sizes import Case
 from pi0fm.bench.harness.steps import their_sampler
 from pi0fm.data.chain import Sample
+from pi0fm.machine import throttled_seconds
 from pi0fm.models.config import PI0, PI05, TINY, Pi0Config
 from pi0fm.models.observation import pixels
 from pi0fm.models.pi0 import Pi0
+from pi0fm.policy.device import set_threads
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.sampling.cuda_graphs import Recorder
 from pi0fm.policy.sampling.noise import starting_noise
@@ -60,6 +63,7 @@ class Inference:
 
     def __init__(self, results: Results, device: torch.device, whole: bool) -> None:
         self.results, self.device, self.whole = results, device, whole
+        set_threads(None)  # as `pi0fm.load` does
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.rates = measure_rates(device, whole=whole)
         self.networks: dict[str, Pi0] = {}
@@ -116,7 +120,9 @@ class Inference:
         gc.collect()
         gc.freeze()  # as pi0fm serve does before it is ready
         rounds = max(10, min(300, int(3.0 / once))) if self.whole else 3
+        before = _host_counts()
         taken = host_seconds(call, self.device, rounds)
+        host = {name: value - before[name] for name, value in _host_counts().items()}
         p50, p99 = percentile(taken, 0.5), percentile(taken, 0.99)
         self.p50[name, mode, size] = p50
         config = policy.model.config
@@ -136,6 +142,8 @@ class Inference:
             first_call_seconds=first,
             slowest_ms=[1e3 * seconds for seconds in sorted(taken)[-5:]],
             peak_gib=peak_bytes(self.device) / GIB,
+            threads=torch.get_num_threads(),
+            **host,
         )
 
     def attempt_stages(self, name: str, mode: str) -> None:
@@ -228,3 +236,14 @@ class Inference:
         """Release memory after a failure."""
         gc.collect()
         forget_peak(self.device)
+
+
+def _host_counts() -> dict[str, float]:
+    """Count what may delay a call on the host: other processes, and a container whose quota of processors is used up."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "preempted": usage.ru_nivcsw,
+        "major_page_faults": usage.ru_majflt,
+        "processor_seconds": usage.ru_utime + usage.ru_stime,
+        "throttled_seconds": throttled_seconds(),
+    }

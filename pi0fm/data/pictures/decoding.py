@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from pi0fm.data.pictures.resizing import ANTIALIAS, Resize, Sizes, refuse_size
 from pi0fm.data.pictures.shards import CacheFormat, write_shard
 from pi0fm.data.pictures.video import CLOSE, Picture, frame_times, open_video
+from pi0fm.machine import cores
 from pi0fm_client.errors import DatasetError, Pi0fmError
 
 BATCH = 64
@@ -148,11 +149,6 @@ def write_jobs(work: Sequence[tuple[Path, Job]], form: CacheFormat) -> Iterator[
 def _write(path: Path, job: Job, form: CacheFormat) -> Job:
     write_shard(path, decoded(job), job.size, form)
     return job
-
-
-def cores() -> int:
-    """Number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _runs(job: Job) -> list[list[Stretch]]:

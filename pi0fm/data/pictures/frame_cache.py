@@ -33,13 +33,14 @@ from pi0fm import files, progress
 from pi0fm.data.columns.lerobot_source import LeRobotSource
 from pi0fm.data.config import DatasetConfig
 from pi0fm.data.order.orders import Order, Shuffled
-from pi0fm.data.pictures.decoding import Job, Stretch, TooFarError, cores, needed_tolerance, write_jobs
+from pi0fm.data.pictures.decoding import Job, Stretch, TooFarError, needed_tolerance, write_jobs
 from pi0fm.data.pictures.images import resize_with_padding
 from pi0fm.data.pictures.resizing import ANTIALIAS, Resize, refuse_size
 from pi0fm.data.pictures.shards import SUFFIX, CacheFormat, ShardedFrames, is_whole, open_shard, write_shard
 from pi0fm.data.pictures.source import Pictures
 from pi0fm.data.pictures.stored import stored_picture
 from pi0fm.data.pictures.video import choose_decoder
+from pi0fm.machine import cores
 from pi0fm_client.errors import DatasetError, OutputError
 
 SHARD_BYTES = 64 * 2**20

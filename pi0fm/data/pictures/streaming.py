@@ -22,11 +22,12 @@ from pi0fm.data.columns.lerobot_source import LeRobotSource
 from pi0fm.data.config import DatasetConfig
 from pi0fm.data.order.orders import Order
 from pi0fm.data.order.streamed import StreamOrder, lanes_of
-from pi0fm.data.pictures.decoding import cores, decode_job
+from pi0fm.data.pictures.decoding import decode_job
 from pi0fm.data.pictures.frame_cache import cache_bytes, make_job, open_cache
 from pi0fm.data.pictures.resizing import ANTIALIAS, Resize
 from pi0fm.data.pictures.shards import CacheFormat
 from pi0fm.data.pictures.source import Pictures
+from pi0fm.machine import cores
 from pi0fm_client.errors import ConfigError, DatasetError
 
 BUFFER_GIB = 4.0

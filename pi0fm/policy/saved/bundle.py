@@ -37,7 +37,7 @@ from pi0fm.flow.sampling import overridden
 from pi0fm.machine import release
 from pi0fm.models.config import Pi0Config
 from pi0fm.models.pi0 import Pi0
-from pi0fm.policy.device import choose_device, inference_dtype, is_out_of_memory
+from pi0fm.policy.device import choose_device, inference_dtype, is_out_of_memory, set_threads
 from pi0fm.policy.load_options import GUIDED, LoadOptions
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.sampling.realtime import refuse_word
@@ -239,8 +239,7 @@ def load(path: str | Path, options: LoadOptions | None = None, *, guidance: str 
     dtype = inference_dtype(options.precision, device, config.model.decoder.backbone.width)
     refuse_compile(options.compile, device, flow)
     refuse_word(guidance, config.rtc_max_delay)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     model = load_network(path, config.model, device, dtype)
     chain = config.chain(stats, None if config.tokenizer == BYTES else str(path / config.tokenizer))
     known = config.metadata() | _facts(path, options.robot, stats)
