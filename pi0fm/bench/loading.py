@@ -243,9 +243,9 @@ def compare_streaming(source: LeRobotSource, dataset: DatasetConfig, options: Lo
 def _gather(collator: Collator, first: int, stop: int, batch: int) -> None:
     """Gather the pictures of some steps in the stream's order, without the rest of a batch."""
     for start in range(first * batch, stop * batch, batch):
-        places = collator.places(np.arange(start, start + batch))
+        places = collator.samples_at(np.arange(start, start + batch))
         assert len(collator.cache.gather(collator.source.frames[places.index])) == batch
-        collator.expect_after(start, batch)
+        collator.announce_after(start, batch)
 
 
 def _take(collator: Collator, first: int, stop: int, batch: int) -> None:

@@ -34,7 +34,7 @@ Index = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Stretch:
+class ByteRange:
     """Byte range of a file: `length` bytes from `start`."""
 
     file: Path
@@ -42,16 +42,16 @@ class Stretch:
     length: int
 
 
-Find = Callable[[str], Stretch | None]
+Find = Callable[[str], ByteRange | None]
 """Key of the store -> its byte range; None where its value is not one, such as a value inside a node."""
 
 
 def find_in_files(root: Path) -> Find:
     """Return the lookup of a store whose keys are files under `root`."""
 
-    def find(key: str) -> Stretch | None:
+    def find(key: str) -> ByteRange | None:
         file = root / key
-        return Stretch(file, 0, file.stat().st_size) if file.is_file() else None
+        return ByteRange(file, 0, file.stat().st_size) if file.is_file() else None
 
     return find
 
@@ -80,23 +80,25 @@ def array_stream(array: Any, name: str, find: Find) -> "ArrayStream | None":
         return None
     chunk = tuple(layout["chunks"])
     separator = layout.get("dimension_separator", ".")
-    stretches: dict[Index, Stretch] = {}
+    byte_ranges: dict[Index, ByteRange] = {}
     for place in itertools.product(*(range(-(-size // step)) for size, step in zip(array.shape, chunk, strict=True))):
-        stretch = find(f"{name}/{separator.join(map(str, place)) or '0'}")
-        if stretch is None:
+        byte_range = find(f"{name}/{separator.join(map(str, place)) or '0'}")
+        if byte_range is None:
             return None
-        stretches[place] = stretch
+        byte_ranges[place] = byte_range
     packing = PACKINGS[(layout.get("compressor") or {}).get("id")]
-    return ArrayStream(tuple(array.shape), chunk, array.dtype.numpy_dtype, packing, stretches)
+    return ArrayStream(tuple(array.shape), chunk, array.dtype.numpy_dtype, packing, byte_ranges)
 
 
 @final
 class ArrayStream:
     """Array whose chunks are streams."""
 
-    def __init__(self, shape: Index, chunk: Index, dtype: np.dtype[Any], packing: str | None, stretches: Mapping[Index, Stretch]) -> None:
+    def __init__(
+        self, shape: Index, chunk: Index, dtype: np.dtype[Any], packing: str | None, byte_ranges: Mapping[Index, ByteRange]
+    ) -> None:
         self._shape, self._chunk, self._dtype = shape, chunk, dtype
-        self._packing, self._stretches = packing, stretches
+        self._packing, self._byte_ranges = packing, byte_ranges
         self._open: dict[Index, _ChunkStream] = {}
 
     def read(self, index: Index) -> NDArray[Any]:
@@ -110,11 +112,11 @@ class ArrayStream:
         found: NDArray[Any] = np.empty(self._shape[leading:], self._dtype)
         self._open = {where: stream for where, stream in self._open.items() if where[:leading] == place}
         entry = self._chunk[leading:]
-        for where in (where for where in self._stretches if where[:leading] == place):
+        for where in (where for where in self._byte_ranges if where[:leading] == place):
             first = int(np.ravel_multi_index(inside, self._chunk[:leading])) * math.prod(entry) if leading else 0
             stream = self._open.get(where)
             if stream is None or stream.position > first:
-                stream = self._open[where] = _ChunkStream(self._stretches[where], self._packing, self._dtype)
+                stream = self._open[where] = _ChunkStream(self._byte_ranges[where], self._packing, self._dtype)
             stream.skip(first - stream.position)
             corner: list[Any] = [slice(at * step, (at + 1) * step) for at, step in zip(where[leading:], entry, strict=True)]
             _fill(found[*corner, ...], entry, stream)  # the slice ends with the array, the chunk may have padding after it
@@ -125,9 +127,9 @@ class ArrayStream:
 class _ChunkStream:
     """Numbers of one chunk, front to back."""
 
-    def __init__(self, stretch: Stretch, packing: str | None, dtype: np.dtype[Any]) -> None:
-        self._stretch, self._dtype, self.position = stretch, dtype, 0
-        packed = _Bytes(stretch)
+    def __init__(self, byte_range: ByteRange, packing: str | None, dtype: np.dtype[Any]) -> None:
+        self._byte_range, self._dtype, self.position = byte_range, dtype, 0
+        packed = _ByteRangeReader(byte_range)
         if packing:
             import pyarrow  # of the extra jax
 
@@ -141,7 +143,7 @@ class _ChunkStream:
         while left:
             count = self._stream.readinto(left)
             if not count:
-                raise ValueError(f"{self._stretch.file.name} ends {len(left)} bytes early")
+                raise ValueError(f"{self._byte_range.file.name} ends {len(left)} bytes early")
             left = left[count:]
         self.position += into.size
 
@@ -153,12 +155,12 @@ class _ChunkStream:
 
 
 @final
-class _Bytes(io.RawIOBase):
+class _ByteRangeReader(io.RawIOBase):
     """Byte range of a file, opened for each read: an array may have more chunks than a process may have open files."""
 
-    def __init__(self, stretch: Stretch) -> None:
+    def __init__(self, byte_range: ByteRange) -> None:
         super().__init__()
-        self._file, self._next, self._end = stretch.file, stretch.start, stretch.start + stretch.length
+        self._file, self._next, self._end = byte_range.file, byte_range.start, byte_range.start + byte_range.length
         self._buffer = memoryview(b"")
 
     def readable(self) -> bool:
@@ -189,7 +191,7 @@ def _fill(into: NDArray[Any], entry: Index, stream: _ChunkStream) -> None:
         into[first : first + rows] = piece[: max(0, len(into) - first)][(slice(None), *kept)]
 
 
-def _values(root: Path, store: Any, dump: Callable[..., Any]) -> Iterator[tuple[bytes, Stretch]]:
+def _values(root: Path, store: Any, dump: Callable[..., Any]) -> Iterator[tuple[bytes, ByteRange]]:
     """Yield key and byte range of every value in the newest version that is stored in a file."""
     newest = max(dump(store).result()["versions"], key=lambda version: version["generation_number"])
     waiting = [(b"", newest["root"]["location"])] if "location" in newest["root"] else []
@@ -200,14 +202,14 @@ def _values(root: Path, store: Any, dump: Callable[..., Any]) -> Iterator[tuple[
                 # keys below a node lack their common prefix
                 waiting.append((prefix + entry["subtree_common_prefix"], entry["location"]))
             elif "indirect_value" in entry:
-                yield prefix + entry["key"], _stretch(root, entry["indirect_value"])
+                yield prefix + entry["key"], _parse_byte_range(root, entry["indirect_value"])
 
 
-def _stretch(root: Path, value: str) -> Stretch:
+def _parse_byte_range(root: Path, value: str) -> ByteRange:
     """Parse `value:BASE:FILE:OFFSET:LENGTH`, with both names percent-encoded."""
     names, start, length = value.rsplit(":", 2)
     _, base, name = names.split(":", 2)
     file = root / (unquote(base) + unquote(name))
     if not file.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"the store names {file.name} outside of it")
-    return Stretch(file, int(start), int(length))
+    return ByteRange(file, int(start), int(length))

@@ -56,7 +56,7 @@ def scaling(stats: ColumnStats, kind: str, floor: float, epsilon: float = 0.0, r
         raise ConfigError(f"norm_rule must be one of {', '.join(get_args(NormRule))}, found {rule!r}")
     width = stats.q99 - stats.q01
     if rule == RELATIVE:
-        span, still = stats.max - stats.min, standing(stats)
+        span, still = stats.max - stats.min, constant_dimensions(stats)
         if kind == "z_score":
             return Scaling(stats.mean, np.where(still, np.float32(1), np.maximum(stats.std, np.float32(floor) * span)), 0)
         narrow = width < np.float32(floor) * span
@@ -72,14 +72,14 @@ def scaling(stats: ColumnStats, kind: str, floor: float, epsilon: float = 0.0, r
     return Scaling(stats.q01, half, 1)
 
 
-def standing(stats: ColumnStats) -> NDArray[np.bool_]:
+def constant_dimensions(stats: ColumnStats) -> NDArray[np.bool_]:
     """[dim] True for dimensions that never move beyond rounding."""
     return np.asarray(stats.max - stats.min <= STILL * np.maximum(np.abs(stats.min), np.abs(stats.max)))
 
 
-def unusual(stats: ColumnStats, kind: str, floor: float, name: str) -> list[str]:
+def scale_notices(stats: ColumnStats, kind: str, floor: float, name: str) -> list[str]:
     """Describe the dimensions that `relative` does not scale by deviation or quantiles; empty where all move enough."""
-    span, still = stats.max - stats.min, standing(stats)
+    span, still = stats.max - stats.min, constant_dimensions(stats)
     notices = []
     if still.any():
         notices.append(f"{name} {_listed(still)} never moves")

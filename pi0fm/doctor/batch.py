@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0fm.data.chain import Chain, Sample
+from pi0fm.data.checks import prompt_faults
 from pi0fm.data.columns.lerobot_source import LeRobotSource
 from pi0fm.data.columns.metadata import read_info
 from pi0fm.data.columns.norm_stats import ColumnStats, NormStats
 from pi0fm.data.config import DatasetConfig
-from pi0fm.data.judging import judge_prompts
 from pi0fm.data.loading.loader import action_chunks
-from pi0fm.data.normalization import standing, unusual
+from pi0fm.data.normalization import constant_dimensions, scale_notices
 from pi0fm.data.pictures.chosen import pictures_at
 from pi0fm.doctor.finding import Finding, Severity
 from pi0fm.policy.saved.bundle import PolicyConfig
@@ -97,11 +97,11 @@ def judge_batch(seen: Seen, policy: PolicyConfig, stats: NormStats, chain: Chain
     if not trained_here:
         found += _foreign(stats, seen.source.norm_stats(policy.model.action_horizon), seen.source)
     for name, column in (("state", stats.state), ("action", stats.action)):
-        for text in unusual(column, policy.normalization, policy.norm_floor, name):
+        for text in scale_notices(column, policy.normalization, policy.norm_floor, name):
             if not text.endswith("never moves"):
                 found.append(Finding("warning", "degenerate statistics", text, "look at that column, or type --normalization z_score"))
     prompts = {
-        fault.text.partition(": ")[2]: Finding("error", "prompt", fault.text, fault.remedy) for fault in judge_prompts(seen.source, chain)
+        fault.text.partition(": ")[2]: Finding("error", "prompt", fault.text, fault.remedy) for fault in prompt_faults(seen.source, chain)
     }
     return [*found, *prompts.values(), *_pictures(seen), *_camera_names(seen.source.embodiment.cameras)]
 
@@ -225,7 +225,7 @@ def _foreign(stats: NormStats, own: NormStats, source: LeRobotSource) -> Iterato
     ):
         spread = np.maximum(ours.std, 1e-6)
         shift, ratio = np.abs(ours.mean - theirs.mean) / spread, np.maximum(theirs.std, 1e-6) / spread
-        bad = ~standing(theirs) & ((shift > FOREIGN_SHIFT) | (ratio > FOREIGN_RATIO) | (ratio < 1 / FOREIGN_RATIO))
+        bad = ~constant_dimensions(theirs) & ((shift > FOREIGN_SHIFT) | (ratio > FOREIGN_RATIO) | (ratio < 1 / FOREIGN_RATIO))
         if bad.any():
             worst = int(np.argmax(np.where(bad, np.maximum(shift, np.maximum(ratio, 1 / ratio)), 0)))
             dims = source.embodiment.labels(column, len(ours.mean))

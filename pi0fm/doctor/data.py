@@ -13,11 +13,11 @@ import numpy as np
 
 from pi0fm import progress
 from pi0fm.data.chain import Chain
+from pi0fm.data.checks import num_files, picture_faults, prompt_faults
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.faults import Fault, spoiled
+from pi0fm.data.columns.faults import Fault, faulty_episodes
 from pi0fm.data.columns.lerobot_source import LeRobotSource, examine
 from pi0fm.data.config import DatasetConfig, Extent, Selection
-from pi0fm.data.judging import judge_pictures, judge_prompts, num_files
 from pi0fm.data.loading.mixture import as_typed
 from pi0fm.doctor.contents import Contents, describe
 from pi0fm_client.errors import DatasetError
@@ -43,7 +43,7 @@ class Findings:
     @property
     def bad(self) -> list[int]:
         """Episodes with a fault."""
-        return spoiled(self.faults)
+        return faulty_episodes(self.faults)
 
     def counts(self) -> dict[str, int]:
         """Number of faults by kind, the most frequent first."""
@@ -101,7 +101,7 @@ def judge(
         source, faults = examine(config, embodiment, selection)
     except DatasetError as error:
         return Findings(where, 0, 0, (Fault.of("data set", error),), extent, name, config.skip_bad)
-    bad = spoiled(faults)
+    bad = faulty_episodes(faults)
     episodes, rows = len({*np.unique(source.episode).tolist(), *bad}), len(source.rows)
     good = source.without(bad) if bad else source
     if len(good.frames):
@@ -113,10 +113,10 @@ def judge(
                 )
                 faults.append(Fault("prompt", text, "write the sentence into meta/tasks.parquet", int(good.episode[place])))
         else:
-            faults += judge_prompts(good, chain(good))
+            faults += prompt_faults(good, chain(good))
         with progress.step("look at pictures", num_files(good) if extent != "none" else 0) as bar:
-            faults += judge_pictures(good, config, extent, bar.advance)
-    bad = spoiled(faults)
+            faults += picture_faults(good, config, extent, bar.advance)
+    bad = faulty_episodes(faults)
     usable = source.without(bad) if bad else source
     contents = describe(usable) if len(usable.rows) else None
     return Findings(source.root, episodes, rows, tuple(faults), extent, name, config.skip_bad, contents, usable if contents else None)

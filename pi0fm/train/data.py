@@ -17,15 +17,15 @@ import numpy as np
 
 from pi0fm import progress
 from pi0fm.data.chain import Chain
+from pi0fm.data.checks import picture_faults, prompt_faults
 from pi0fm.data.columns import held_out
 from pi0fm.data.columns.faults import refuse
 from pi0fm.data.columns.lerobot_source import LeRobotSource, leave_out, open_source
 from pi0fm.data.columns.norm_stats import NormStats
 from pi0fm.data.config import MixtureEntry
-from pi0fm.data.judging import judge_pictures, judge_prompts
 from pi0fm.data.loading.loader import BatchMaker, Collator
 from pi0fm.data.loading.mixture import MixtureCollator, entry_named, part_seed, sample_order
-from pi0fm.data.normalization import unusual
+from pi0fm.data.normalization import scale_notices
 from pi0fm.data.order.orders import Weighted
 from pi0fm.data.pictures.frame_cache import cache_bytes
 from pi0fm.data.pictures.resizing import ANTIALIAS
@@ -236,9 +236,9 @@ def _judged(config: TrainConfig, name: str, number: int, recorded: LeRobotSource
     dataset, size = found.entry.dataset, found.policy.model.vision.image_size
     streamed = cache_bytes(recorded, size, dataset.cache_format) > dataset.cache_limit_gib * 2**30
     with entry_named(name):
-        faults = judge_prompts(recorded, found.chain)
+        faults = prompt_faults(recorded, found.chain)
         if dataset.skip_bad or (streamed and not recorded.stored_pictures):
-            faults += judge_pictures(recorded, dataset, "all" if dataset.skip_bad == "all" else "ends")
+            faults += picture_faults(recorded, dataset, "all" if dataset.skip_bad == "all" else "ends")
         if not dataset.skip_bad:
             refuse(faults, recorded.root)
         left = leave_out(recorded, faults)
@@ -270,7 +270,9 @@ def _check(config: TrainConfig, name: str, number: int, recorded: LeRobotSource,
 def _with_unusual_scales(policy: PolicyConfig, stats: NormStats) -> PolicyConfig:
     """Print which dimensions are not scaled by their statistics, and note them in the bundle."""
     columns = {"state": stats.state, "action": stats.action}
-    unusual_scales = [text for name, column in columns.items() for text in unusual(column, policy.normalization, policy.norm_floor, name)]
+    unusual_scales = [
+        text for name, column in columns.items() for text in scale_notices(column, policy.normalization, policy.norm_floor, name)
+    ]
     if not unusual_scales:
         return policy
     line = "; ".join(unusual_scales)

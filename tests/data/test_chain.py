@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from pi0fm.data.chain import Chain, DeltaActions, Normalize, PadDimensions, Sample, make_chain
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.norm_stats import NormStats, column_stats
-from pi0fm.data.normalization import Scaling, scaling, unusual
+from pi0fm.data.normalization import Scaling, scale_notices, scaling
 from pi0fm.data.prompt import PromptTokenizer, load_tokenizer
 from pi0fm_client.errors import ConfigError, ObservationError
 from pi0fm_client.types import Observation
@@ -93,7 +93,7 @@ def test_a_dimension_that_never_moves_does_not_blow_up_a_value_next_to_it():
     for kind in ("z_score", "quantile"):
         found = scaling(column_stats(values, "x"), kind, 0.01)
         assert found.scale == 1
-        assert unusual(column_stats(values, "x"), kind, 0.01, "action") == ["action dimension 0 never moves"]
+        assert scale_notices(column_stats(values, "x"), kind, 0.01, "action") == ["action dimension 0 never moves"]
 
 
 @pytest.mark.parametrize("units", [1e-4, 1.0, 1e6])
@@ -111,11 +111,11 @@ def test_a_gripper_that_moves_rarely_is_scaled_by_what_it_does():
     values[60:62] = 1
     found = scaling(column_stats(values, "x"), "quantile", 0.01)
     assert found.forward(values).min() == -1 and found.forward(values).max() == 1
-    assert "q01 and q99 together" in unusual(column_stats(values, "x"), "quantile", 0.01, "action")[0]
+    assert "q01 and q99 together" in scale_notices(column_stats(values, "x"), "quantile", 0.01, "action")[0]
     values = np.zeros((100_000, 1), np.float32)
     values[7] = 1
     assert scaling(column_stats(values, "x"), "z_score", 0.01).forward(values).max() < 101
-    assert "moves rarely" in unusual(column_stats(values, "x"), "z_score", 0.01, "action")[0]
+    assert "moves rarely" in scale_notices(column_stats(values, "x"), "z_score", 0.01, "action")[0]
 
 
 def test_old_rules_and_floors_of_peers():

@@ -195,7 +195,7 @@ def test_filters_and_sample_weights_reach_the_run(configure, mixed, tmp_path):
     assert np.unique(arm.training.source.episode[arm.training.source.frames]).tolist() == [0]
     assert arm.stats.num_frames == tiny_dataset.LENGTHS[0]
     careful = open_data(mixed(tmp_path / "any", crane={"weight_column": "care"})).parts[1]
-    index = careful.training.places(np.arange(16)).index  # the weights of 14 frames sum to 16
+    index = careful.training.samples_at(np.arange(16)).index  # the weights of 14 frames sum to 16
     assert (np.isin(careful.training.source.frames[index], (0, 8)).mean() > 0.2) and careful.order is not None
     with pytest.raises(ConfigError, match=r"^mixture\.arm: exclude_episodes must lie in 0\.\.2, found \[7\]"):
         bad = {"arm": replace(entry, exclude_episodes=(7,))}
@@ -271,7 +271,7 @@ def test_one_entry_may_be_streamed_beside_one_that_is_cached(mixed, configure, t
     halves = [batch for rank in range(2) for batch in micro_batches(open_data(mixture).training, 1, 2, 6, rank, 2, 3)]
     assert torch.equal(whole.actions, torch.cat([half.actions for half in halves]))
     assert torch.equal(whole.observation.images, torch.cat([half.observation.images for half in halves]))
-    frames = part.source.frames[part.places(np.arange(4)).index]
+    frames = part.source.frames[part.samples_at(np.arange(4)).index]
     cached = open_data(replace(config, mixture={"arm": arm})).parts[0].training.cache
     assert np.array_equal(part.cache.gather(frames), cached.gather(frames))
     with pytest.raises(ConfigError, match=r"^mixture\.arm: held-out .* raise --mixture\.arm\.dataset\.cache_limit_gib"):

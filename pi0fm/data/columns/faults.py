@@ -50,6 +50,6 @@ def refuse(faults: Sequence[Fault], where: object) -> None:
     raise DatasetError(line)
 
 
-def spoiled(faults: Sequence[Fault]) -> list[int]:
+def faulty_episodes(faults: Sequence[Fault]) -> list[int]:
     """Numbers of the episodes that have a fault, ascending."""
     return sorted({fault.episode for fault in faults if fault.episode is not None})

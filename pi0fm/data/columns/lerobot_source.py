@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 
 from pi0fm import progress
 from pi0fm.data.columns.embodiment import Embodiment, resolve
-from pi0fm.data.columns.faults import Fault, refuse, spoiled
+from pi0fm.data.columns.faults import Fault, faulty_episodes, refuse
 from pi0fm.data.columns.metadata import Episodes, Info, read_episodes, read_info, read_json, read_tasks
 from pi0fm.data.columns.norm_stats import NormStats, compute_norm_stats
 from pi0fm.data.columns.rows import Rows, choose, compare, read_rows, refuse_unknown_sentences
-from pi0fm.data.columns.tables import read_table, reading, scalars
+from pi0fm.data.columns.tables import read_faults, read_table, scalars
 from pi0fm.data.config import DatasetConfig, Selection, refuse_missing
 from pi0fm.files import visible
 from pi0fm.options import nearest
@@ -106,7 +106,7 @@ class LeRobotSource:
         """
         column = self.embodiment.cameras[camera]
         for path in self.files if file is None else self.files[file : file + 1]:
-            with reading(path), pq.ParquetFile(path, page_checksum_verification=True) as opened:
+            with read_faults(path), pq.ParquetFile(path, page_checksum_verification=True) as opened:
                 if column not in opened.schema_arrow.names:
                     raise DatasetError(f"{path} lacks the column {column!r}; record or download the data set again")
                 for batch in opened.iter_batches(batch_size=256, row_groups=groups, columns=["index", column]):
@@ -121,7 +121,7 @@ class LeRobotSource:
         """Read a column of one number per row. Raises DatasetError where it does not exist, or a row has no finite number."""
         values = np.full(len(self.rows), np.nan)
         for path in self.files:
-            with reading(path):
+            with read_faults(path):
                 present = pq.ParquetFile(path).schema_arrow.names
             if name not in present:
                 raise DatasetError(f"{self.root} has no column {name!r} to weigh samples by: {nearest(name, present)}")
@@ -175,7 +175,7 @@ def open_source(config: DatasetConfig, embodiment: Embodiment, selection: Select
 def leave_out(source: LeRobotSource, faults: Sequence[Fault]) -> LeRobotSource:
     """Leave out the episodes that have faults, and report it. Raises DatasetError when none is left or a fault has no episode."""
     refuse([fault for fault in faults if fault.episode is None], source.root)
-    bad = spoiled(faults)
+    bad = faulty_episodes(faults)
     if not bad:
         return source
     kept = source.without(bad, faults)
@@ -206,19 +206,19 @@ def examine(config: DatasetConfig, embodiment: Embodiment, selection: Selection 
     if selection.tasks:
         chosen &= _present(episodes, set(selection.tasks))
     if not chosen.any():
-        raise _nothing(root, selection, len(episodes.number))
+        raise _no_episode_error(root, selection, len(episodes.number))
     rows, faults = read_rows(root, episodes, chosen, embodiment, info)
     if selection.tasks:
         wanted = [number for number, text in tasks.items() if text in selection.tasks]
         named = np.unique(rows.episode[np.isin(rows.task, wanted)])
-        chosen &= np.isin(episodes.number, [*named, *spoiled(faults)])
+        chosen &= np.isin(episodes.number, [*named, *faulty_episodes(faults)])
         rows = rows.take(np.isin(rows.episode, episodes.number[chosen]))
         if not chosen.any():
-            raise _nothing(root, selection, len(episodes.number))
-    read = chosen & ~np.isin(episodes.number, spoiled(faults))
+            raise _no_episode_error(root, selection, len(episodes.number))
+    read = chosen & ~np.isin(episodes.number, faulty_episodes(faults))
     picked = set(episodes.number[read].tolist())
     faults += [fault for fault in episodes.faults if fault.episode in picked]
-    broken = spoiled(faults)  # incomplete metadata cannot be compared
+    broken = faulty_episodes(faults)  # incomplete metadata cannot be compared
     comparable = read & ~np.isin(episodes.number, broken)
     compared = rows.take(~np.isin(rows.episode, broken)) if broken else rows
     faults += compare(compared, episodes, comparable, info, tasks, embodiment, any_video_order=config.any_video_order)
@@ -293,7 +293,7 @@ def _present(episodes: Episodes, sentences: set[str]) -> NDArray[np.bool_]:
     return np.array([exists[path] or tasks is None or bool(tasks & sentences) for path, tasks in noted], dtype=bool)
 
 
-def _nothing(root: Path, selection: Selection, count: int) -> DatasetError | ConfigError:
+def _no_episode_error(root: Path, selection: Selection, count: int) -> DatasetError | ConfigError:
     if count == 0:
         return DatasetError(f"{root} holds no episodes; record or download the data set again")
     if selection == Selection(selection.episodes):

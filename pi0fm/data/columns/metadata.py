@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pi0fm.data.columns.faults import RECORD_AGAIN, Fault
-from pi0fm.data.columns.tables import Numbers, integers, is_text, joined, matrix, read_table, reading, scalars, texts
+from pi0fm.data.columns.tables import ColumnValues, concatenate, integers, is_text, matrix, read_faults, read_table, scalars, texts
 from pi0fm.files import visible
 from pi0fm_client.errors import DatasetError
 
@@ -155,7 +155,7 @@ def read_episodes(root: Path, info: Info, video_columns: Sequence[str], *, sente
         raise DatasetError(f"{root} has no meta/episodes; {RECORD_AGAIN}")
     tables = []
     for path in paths:
-        with reading(path):
+        with read_faults(path):
             present = pq.ParquetFile(path).schema_arrow.names
         tables.append(read_table(path, [name for name in dict.fromkeys(present) if not name.startswith("stats/")]))
     number = _whole(paths, tables, "episode_index")
@@ -175,7 +175,7 @@ def read_episodes(root: Path, info: Info, video_columns: Sequence[str], *, sente
     faults: list[Fault] = []
 
     def column(name: str, read: Any) -> NDArray[Any]:
-        found: Numbers = read(paths, tables, name)
+        found: ColumnValues = read(paths, tables, name)
         values, bad = found.values[order], found.bad[order]
         for row in np.flatnonzero(bad).tolist():
             text = f"{folder} must give {name} of every episode, found {found.found} for episode {numbers[row]}"
@@ -214,7 +214,7 @@ def read_means(root: Path, column: str) -> dict[int, NDArray[np.float64]]:
     found: dict[int, NDArray[np.float64]] = {}
     name = f"stats/{column}/mean"
     for path in visible(root / "meta" / "episodes", "*/*.parquet"):
-        with reading(path):
+        with read_faults(path):
             present = pq.ParquetFile(path).schema_arrow.names
         if name in present:
             table = read_table(path, ["episode_index", name])
@@ -269,24 +269,24 @@ def _sentences(table: pa.Table) -> list[frozenset[str] | None]:
     return [frozenset(map(str, each)) if isinstance(each, list) and each else None for each in table["tasks"].to_pylist()]
 
 
-def _whole(paths: Sequence[Path], tables: Sequence[pa.Table], name: str) -> Numbers:
+def _whole(paths: Sequence[Path], tables: Sequence[pa.Table], name: str) -> ColumnValues:
     return _joined(paths, tables, name, integers)
 
 
-def _real(paths: Sequence[Path], tables: Sequence[pa.Table], name: str) -> Numbers:
+def _real(paths: Sequence[Path], tables: Sequence[pa.Table], name: str) -> ColumnValues:
     found = _joined(paths, tables, name, scalars)
     bad = found.bad | ~np.isfinite(found.values)
-    return Numbers(found.values.astype(np.float64), bad, found.found or ("a number that is not finite" if bad.any() else ""))
+    return ColumnValues(found.values.astype(np.float64), bad, found.found or ("a number that is not finite" if bad.any() else ""))
 
 
-def _joined(paths: Sequence[Path], tables: Sequence[pa.Table], name: str, read: Any) -> Numbers:
+def _joined(paths: Sequence[Path], tables: Sequence[pa.Table], name: str, read: Any) -> ColumnValues:
     """Concatenate a column over all files. Raises DatasetError for a file without it."""
     parts = []
     for path, table in zip(paths, tables, strict=True):
         if name not in table.column_names:
             raise DatasetError(f"{path} lacks the column {name!r}; {RECORD_AGAIN}")
         parts.append(read(table[name]))
-    return joined(parts)
+    return concatenate(parts)
 
 
 def _place(

@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0fm.data.columns.embodiment import Embodiment
-from pi0fm.data.columns.faults import RECORD_AGAIN, Fault, spoiled
+from pi0fm.data.columns.faults import RECORD_AGAIN, Fault, faulty_episodes
 from pi0fm.data.columns.metadata import Episodes, Info
-from pi0fm.data.columns.tables import Numbers, integers, joined, matrix, read_table, scalars
+from pi0fm.data.columns.tables import ColumnValues, concatenate, integers, matrix, read_table, scalars
 from pi0fm.data.config import Selection
 from pi0fm.files import visible
 from pi0fm.options import nearest
@@ -57,8 +57,8 @@ class Rows:
     time: NDArray[np.float64]
     frame: NDArray[np.int64] | None
     seed: NDArray[np.int64] | None
-    state: Numbers
-    action: Numbers
+    state: ColumnValues
+    action: ColumnValues
 
     def take(self, places: NDArray[Any]) -> "Rows":
         """Select rows by place, in any order."""
@@ -157,7 +157,7 @@ def compare(
     starts[place[known]], stops[place[known]] = begins[known], np.append(begins[1:], len(rows.episode))[known]
     strange = begins[~known]
     faults = [*_bounds(rows, episodes, chosen, starts, stops, strange, info), *_time(rows)]
-    timed = chosen & (stops > starts) & ~np.isin(episodes.number, spoiled(faults))
+    timed = chosen & (stops > starts) & ~np.isin(episodes.number, faulty_episodes(faults))
     faults += [*_rate(rows, episodes, timed, starts, stops, info), *_spans(rows, episodes, chosen, starts, stops, info)]
     faults += [] if any_video_order else _order(episodes, chosen)
     counted = sorted(tasks) == list(range(len(tasks)))
@@ -167,7 +167,7 @@ def compare(
     return [*faults, *_numbers(rows, embodiment.state, rows.state), *_numbers(rows, embodiment.action, rows.action)]
 
 
-def _numbers(rows: Rows, column: str, numbers: Numbers) -> Iterator[Fault]:
+def _numbers(rows: Rows, column: str, numbers: ColumnValues) -> Iterator[Fault]:
     """Faults of rows without as many finite numbers as meta/info.json says."""
     values = numbers.values
 
@@ -211,7 +211,7 @@ def _concatenated(parts: Sequence[Rows]) -> Rows:
         return parts[0]
     every = {name: [getattr(part, name) for part in parts] for name in _ARRAYS}
     arrays: dict[str, Any] = {
-        name: None if any(each is None for each in found) else joined(found) if name in ("state", "action") else np.concatenate(found)
+        name: None if any(each is None for each in found) else concatenate(found) if name in ("state", "action") else np.concatenate(found)
         for name, found in every.items()
     }
     return replace(parts[0], **arrays)
@@ -250,7 +250,7 @@ def _shown(value: Any) -> str:
     return "null or no whole number" if value == NO_NUMBER else str(value)
 
 
-def _refuse_bad(path: Path, name: str, numbers: Numbers) -> None:
+def _refuse_bad(path: Path, name: str, numbers: ColumnValues) -> None:
     if numbers.bad.any():
         row = int(np.flatnonzero(numbers.bad)[0])
         raise DatasetError(f"the column {name!r} of {path} must be whole numbers, found {numbers.found} in row {row}; {RECORD_AGAIN}")

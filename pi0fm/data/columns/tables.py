@@ -27,29 +27,29 @@ _LIST_LEVELS = re.compile(r"(\.list\.(element|item))+$")  # how a footer names t
 
 
 @dataclass(frozen=True)
-class Numbers:
+class ColumnValues:
     """Values [N] or [N, W] of a column. bad [N]: rows without a valid value; found: description of the first of them."""
 
     values: NDArray[Any]
     bad: NDArray[np.bool_]
     found: str = ""
 
-    def __getitem__(self, places: NDArray[Any]) -> "Numbers":
-        return Numbers(self.values[places], self.bad[places], self.found)
+    def __getitem__(self, places: NDArray[Any]) -> "ColumnValues":
+        return ColumnValues(self.values[places], self.bad[places], self.found)
 
     def filled(self, value: float) -> NDArray[Any]:
         """Values, with `value` in the bad rows."""
         return np.where(self.bad, value, self.values) if self.bad.any() else self.values
 
 
-def joined(parts: Sequence[Numbers]) -> Numbers:
+def concatenate(parts: Sequence[ColumnValues]) -> ColumnValues:
     """Concatenate."""
     found = next((part.found for part in parts if part.found), "")
-    return Numbers(np.concatenate([part.values for part in parts]), np.concatenate([part.bad for part in parts]), found)
+    return ColumnValues(np.concatenate([part.values for part in parts]), np.concatenate([part.bad for part in parts]), found)
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def read_faults(path: Path) -> Iterator[None]:
     """Convert pyarrow's errors for a cut or damaged file to a DatasetError of one line."""
     try:
         yield
@@ -65,7 +65,7 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pa.Table:
     """
     if not path.is_file():
         raise DatasetError(f"{path} is missing; download or record the data set again")
-    with reading(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with read_faults(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
         present = file.schema_arrow.names
         lacking = [name for name in names or () if name not in present]
         if lacking:
@@ -76,7 +76,7 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pa.Table:
     return table
 
 
-def integers(column: pa.ChunkedArray | pa.Array) -> Numbers:
+def integers(column: pa.ChunkedArray | pa.Array) -> ColumnValues:
     """int64 [N]; a row that is no whole number is bad."""
     numbers = scalars(column)
     values = numbers.values
@@ -85,22 +85,22 @@ def integers(column: pa.ChunkedArray | pa.Array) -> Numbers:
     whole = np.isfinite(values) & (values == np.rint(values)) & (np.abs(values) < 2**63)  # int64 holds no other
     bad = numbers.bad | ~whole
     found = numbers.found or (str(values[~whole][0]) if not whole.all() else "")
-    return Numbers(np.where(bad, 0, values).astype(np.int64), bad, found)
+    return ColumnValues(np.where(bad, 0, values).astype(np.int64), bad, found)
 
 
-def scalars(column: pa.ChunkedArray | pa.Array) -> Numbers:
+def scalars(column: pa.ChunkedArray | pa.Array) -> ColumnValues:
     """[N] int64 for whole types, float64 for others; one number per row, plain or in a list of one."""
     flat = _flat(column, 1)
     fits = flat.values.dtype != np.uint64 or not len(flat.values) or int(flat.values.max()) < 2**63
     kind = np.int64 if flat.values.dtype.kind in "iub" and fits else np.float64
-    return Numbers(flat.values.reshape(-1).astype(kind, copy=False), flat.bad, flat.found)
+    return ColumnValues(flat.values.reshape(-1).astype(kind, copy=False), flat.bad, flat.found)
 
 
-def matrix(column: pa.ChunkedArray | pa.Array, width: int) -> Numbers:
+def matrix(column: pa.ChunkedArray | pa.Array, width: int) -> ColumnValues:
     """float32 [N, W]."""
     flat = _flat(column, width)
     with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite, and is judged as such
-        return Numbers(np.ascontiguousarray(flat.values, dtype=np.float32), flat.bad, flat.found)
+        return ColumnValues(np.ascontiguousarray(flat.values, dtype=np.float32), flat.bad, flat.found)
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -122,19 +122,19 @@ def is_text(kind: pa.DataType) -> bool:
 
 def texts(path: Path, column: pa.ChunkedArray) -> list[str | None]:
     """Decode a column of text, or of its bytes. Raises DatasetError for bytes that are not UTF-8."""
-    with reading(path):
+    with read_faults(path):
         return [each.decode() if isinstance(each, bytes) else each for each in column.to_pylist()]
 
 
-def _flat(column: pa.ChunkedArray | pa.Array, width: int) -> Numbers:
+def _flat(column: pa.ChunkedArray | pa.Array, width: int) -> ColumnValues:
     """[N, W] in the column's type of numbers."""
     array = _in_one(column)
     if isinstance(array, pa.ChunkedArray):  # too long for one chunk of 32-bit offsets
-        return joined([_flat(chunk, width) for chunk in array.chunks])
+        return concatenate([_flat(chunk, width) for chunk in array.chunks])
     rows = len(array)
     plain = _plain(array, width)
     if plain is not None:
-        return Numbers(plain, np.zeros(rows, dtype=bool))
+        return ColumnValues(plain, np.zeros(rows, dtype=bool))
     widths: NDArray[np.int64] = np.ones(rows, dtype=np.int64)
     null = np.zeros(rows, dtype=bool)
     listed = _is_list(array.type)
@@ -142,7 +142,7 @@ def _flat(column: pa.ChunkedArray | pa.Array, width: int) -> Numbers:
         here, array = _unlisted(array, widths, null)
         widths = here
     if not _is_number(array.type):
-        return Numbers(np.zeros((rows, width), np.float32), np.ones(rows, dtype=bool), f"{column.type}")
+        return ColumnValues(np.zeros((rows, width), np.float32), np.ones(rows, dtype=bool), f"{column.type}")
     if not listed:
         null |= _nulls(array)
     bad = null | (widths != width)
@@ -155,12 +155,12 @@ def _flat(column: pa.ChunkedArray | pa.Array, width: int) -> Numbers:
         row = int(np.flatnonzero(bad)[0])
         found = "null" if null[row] else f"{widths[row]} numbers" if widths[row] != width else "a null among its numbers"
     if (widths == width).all():
-        return Numbers(_zeroed(values.reshape(rows, width), bad), bad, found)
+        return ColumnValues(_zeroed(values.reshape(rows, width), bad), bad, found)
     dense = np.zeros((rows, width), dtype=values.dtype)
     starts = np.cumsum(widths) - widths
     good = np.flatnonzero(widths == width)
     dense[good] = values[starts[good][:, None] + np.arange(width)]
-    return Numbers(_zeroed(dense, bad), bad, found)
+    return ColumnValues(_zeroed(dense, bad), bad, found)
 
 
 def _plain(array: pa.Array, width: int) -> NDArray[Any] | None:

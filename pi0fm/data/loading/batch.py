@@ -64,7 +64,7 @@ class Batch:
         return found
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> "Batch":
+    def from_named(cls, tensors: Mapping[str, Tensor]) -> "Batch":
         """Inverse of `named`."""
         parts: dict[str, dict[str, Tensor]] = {"": {}, "observation": {}, "augmentation": {}}
         for name, tensor in tensors.items():
@@ -74,4 +74,4 @@ class Batch:
         return cls(ModelObservation(**parts["observation"]), **parts[""], augmentation=augmentation)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch.of({name: change(tensor) for name, tensor in self.named().items()})
+        return Batch.from_named({name: change(tensor) for name, tensor in self.named().items()})

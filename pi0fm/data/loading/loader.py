@@ -27,9 +27,9 @@ from pi0fm.data.columns.lerobot_source import LeRobotSource
 from pi0fm.data.config import AugmentConfig, LoaderConfig
 from pi0fm.data.loading.batch import Batch
 from pi0fm.data.order.counter import Slots, draws, uniforms
-from pi0fm.data.order.orders import Order, Places
+from pi0fm.data.order.orders import Order, StreamSamples
 from pi0fm.data.order.split import split
-from pi0fm.data.pictures.augmentation import numbers
+from pi0fm.data.pictures.augmentation import draw_augmentation
 from pi0fm.data.pictures.source import Pictures
 from pi0fm_client.errors import ConfigError
 
@@ -59,7 +59,7 @@ class BatchMaker(ABC):
         """Compute `valid_elements` of this stretch ahead, so that the training thread need not look samples up."""
 
     @abstractmethod
-    def expect_after(self, first: int, count: int) -> None:
+    def announce_after(self, first: int, count: int) -> None:
         """Announce that a stretch is in use, so that the pictures `look_ahead` positions after it can be prepared."""
 
 
@@ -94,7 +94,7 @@ class Collator(BatchMaker):
 
     def collate(self, positions: NDArray[np.int64]) -> Batch:
         """Make the batch of these stream positions."""
-        at = self.places(positions)
+        at = self.samples_at(positions)
         frames = self.source.frames[at.index]
         actions, inside = action_chunks(self.source.action, self.source.end, frames, self.action_horizon)
         sample = self.chain.forward(Sample(self.source.state[frames], actions))
@@ -113,22 +113,22 @@ class Collator(BatchMaker):
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         augmentation = None
         if self.augmentation is not None:
-            augmentation = numbers(self.augmentation, self.seed, keys, tuple(self.source.embodiment.cameras))
+            augmentation = draw_augmentation(self.augmentation, self.seed, keys, tuple(self.source.embodiment.cameras))
         delays = torch.from_numpy(self._delays(keys)) if self.max_delay else None
         return Batch(observation, **tensors, augmentation=augmentation, delays=delays)
 
-    def places(self, positions: NDArray[np.int64]) -> Places:
+    def samples_at(self, positions: NDArray[np.int64]) -> StreamSamples:
         """Epoch and sample at each of these positions."""
-        return (self.order or self.cache.order).places(self.seed, len(self.source.frames), positions)
+        return (self.order or self.cache.order).samples_at(self.seed, len(self.source.frames), positions)
 
-    def expect_after(self, first: int, count: int) -> None:
+    def announce_after(self, first: int, count: int) -> None:
         """Do nothing where all pictures are ready, else announce the positions `look_ahead` later."""
         if self.cache.look_ahead:
-            self.expect(np.arange(first, first + count) + self.cache.look_ahead)
+            self.announce(np.arange(first, first + count) + self.cache.look_ahead)
 
-    def expect(self, positions: NDArray[np.int64]) -> None:
+    def announce(self, positions: NDArray[np.int64]) -> None:
         """Announce to the pictures that these positions will be read."""
-        self.cache.expect(self.source.frames[self.places(positions).index])
+        self.cache.announce(self.source.frames[self.samples_at(positions).index])
 
     def valid_elements(self, first: int, count: int) -> int:
         """Return the count made ahead, or count now."""
@@ -141,7 +141,7 @@ class Collator(BatchMaker):
 
     def count_valid(self, positions: NDArray[np.int64]) -> int:
         """Count `valid_elements` of any positions."""
-        at = self.places(positions)
+        at = self.samples_at(positions)
         frames = self.source.frames[at.index]
         steps = np.minimum(self.source.end[frames] - frames, self.action_horizon)
         rows = int(steps.sum()) * self.flow_draws
@@ -204,7 +204,7 @@ def micro_batches(
         if begins:
             collator.count_ahead(step * global_batch_size, global_batch_size)
         batch = collator(start, count)
-        collator.expect_after(start, count)
+        collator.announce_after(start, count)
         return batch.pinned() if on_gpu else batch
 
     batches = _in_threads(prepare, starts(), config.threads, config.threads + config.ahead)

@@ -104,13 +104,13 @@ class MixtureCollator(BatchMaker):
         """Count and keep the result until it is used, or until many later ones are kept."""
         keep_count(self._counts, (first, count), self._count(first, count))
 
-    def expect_after(self, first: int, count: int) -> None:
+    def announce_after(self, first: int, count: int) -> None:
         """Announce to each streaming part the positions of its stream."""
         which, numbers = deal(self.weights, np.arange(first, first + count))
         for number, part in enumerate(self.parts):
             chosen = numbers[which == number]
             if part.cache.look_ahead and len(chosen):
-                part.expect(chosen + part.cache.look_ahead)
+                part.announce(chosen + part.cache.look_ahead)
 
     def _count(self, first: int, count: int) -> int:
         which, numbers = deal(self.weights, np.arange(first, first + count))

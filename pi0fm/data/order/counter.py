@@ -22,7 +22,7 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class Slots:
-    """Places in the stream: epoch and sample, int64 [B] each."""
+    """Slots of the stream: epoch and sample, int64 [B] each."""
 
     epoch: NDArray[np.int64]
     index: NDArray[np.int64]

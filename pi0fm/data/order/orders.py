@@ -26,8 +26,8 @@ BLOCK = 1024
 
 
 @dataclass(frozen=True)
-class Places:
-    """Places in the stream, int64 [B] each: the epoch, the sample, and the number that keys the sample's noise in that epoch."""
+class StreamSamples:
+    """Samples at positions of the stream, int64 [B] each: epoch, sample, and the number that keys the sample's noise in that epoch."""
 
     epoch: NDArray[np.int64]
     index: NDArray[np.int64]
@@ -38,19 +38,19 @@ class Order(ABC):
     """Order of the samples 0 .. num_samples - 1."""
 
     @abstractmethod
-    def places(self, seed: int, num_samples: int, positions: NDArray[np.int64]) -> Places:
-        """Places at these positions of the stream."""
+    def samples_at(self, seed: int, num_samples: int, positions: NDArray[np.int64]) -> StreamSamples:
+        """Samples at these positions of the stream."""
 
 
 @dataclass(frozen=True)
 class Shuffled(Order):
     """Every sample once per epoch, in the order of a keyed permutation; memory O(1)."""
 
-    def places(self, seed: int, num_samples: int, positions: NDArray[np.int64]) -> Places:
-        """Places by the permutation of each epoch."""
+    def samples_at(self, seed: int, num_samples: int, positions: NDArray[np.int64]) -> StreamSamples:
+        """Samples by the permutation of each epoch."""
         epoch, offset = np.divmod(positions, num_samples)
         index = by_epoch(seed, num_samples, epoch, offset)
-        return Places(epoch, index, index)
+        return StreamSamples(epoch, index, index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +59,8 @@ class Weighted(Order):
 
     cumulative: NDArray[np.float64]
 
-    def places(self, seed: int, num_samples: int, positions: NDArray[np.int64]) -> Places:
-        """Places by the resampling of each epoch. Raises ConfigError unless there is one weight per sample."""
+    def samples_at(self, seed: int, num_samples: int, positions: NDArray[np.int64]) -> StreamSamples:
+        """Samples by the resampling of each epoch. Raises ConfigError unless there is one weight per sample."""
         if num_samples != len(self.cumulative):
             raise ConfigError(f"sample weights must be one per sample, found {len(self.cumulative)} for {num_samples} samples")
         epoch, offset = np.divmod(positions, num_samples)
@@ -70,7 +70,7 @@ class Weighted(Order):
             shift[epoch == value] = float(draw(seed, int(value), 2**63, 0, (0, 0))[1])
         targets = (number + shift) / num_samples * self.cumulative[-1]
         index = np.searchsorted(self.cumulative, targets, side="right")
-        return Places(epoch, np.minimum(index, self._last), number)
+        return StreamSamples(epoch, np.minimum(index, self._last), number)
 
     @property
     def _last(self) -> int:

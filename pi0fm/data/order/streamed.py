@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0fm.data.order.counter import permute
-from pi0fm.data.order.orders import Order, Places, Shuffled
+from pi0fm.data.order.orders import Order, Shuffled, StreamSamples
 
 MOST_LANES = 8
 _TABLES_KEPT, _WINDOWS_KEPT = 4, 4 * MOST_LANES
@@ -49,10 +49,10 @@ class StreamOrder(Order):
     _epochs: dict[tuple[int, int], _Epoch] = field(init=False, default_factory=dict, repr=False)
     _windows: dict[tuple[int, int, int, int], NDArray[np.int64]] = field(init=False, default_factory=dict, repr=False)
 
-    def places(self, seed: int, num_samples: int, positions: NDArray[np.int64]) -> Places:
-        """Places by epoch, lane and window."""
+    def samples_at(self, seed: int, num_samples: int, positions: NDArray[np.int64]) -> StreamSamples:
+        """Samples by epoch, lane and window."""
         if num_samples != self.ends[-1]:
-            return Shuffled().places(seed, num_samples, positions)
+            return Shuffled().samples_at(seed, num_samples, positions)
         epoch = positions // num_samples
         lane = positions % self.global_batch_size * self.lanes // self.global_batch_size
         number = self._before(lane, positions) - self._before(lane, epoch * num_samples)
@@ -64,7 +64,7 @@ class StreamOrder(Order):
             here = keys == key
             part, which = divmod(key, windows)
             index[here] = self._samples(seed, part // self.lanes, part % self.lanes, which)[inside[here]]
-        return Places(epoch, index, index)
+        return StreamSamples(epoch, index, index)
 
     def _before(self, lane: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.int64]:
         """Number of positions before `position` that belong to the lane."""

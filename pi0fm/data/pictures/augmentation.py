@@ -44,7 +44,7 @@ class Augmentation:
         return Augmentation(**{item.name: getattr(self, item.name).to(device, non_blocking=True) for item in fields(self)})
 
 
-def numbers(config: AugmentConfig, seed: int, at: Slots, cameras: tuple[str, ...]) -> Augmentation:
+def draw_augmentation(config: AugmentConfig, seed: int, at: Slots, cameras: tuple[str, ...]) -> Augmentation:
     """Draw the augmentation of each sample: a function of (seed, epoch, number of the sample), and of the camera's place."""
     drawn = 2 * uniforms(seed, at, PURPOSE, _NUMBERS * len(cameras)).reshape(-1, len(cameras), _NUMBERS) - 1
     wrist = np.array([name in config.wrist_cameras if config.wrist_cameras else "wrist" in name for name in cameras])
@@ -61,11 +61,11 @@ def augment(images: UInt8[Tensor, "B C h w 3"], how: Augmentation) -> UInt8[Tens
     batch, cameras, height, width = images.shape[:4]
     pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float()
     flat = {item.name: getattr(how, item.name).flatten(0, 1) for item in fields(how)}
-    moved = recolour(move(pixels, flat["window"], flat["turn"]), flat["colour"])
+    moved = recolour(crop_and_turn(pixels, flat["window"], flat["turn"]), flat["colour"])
     return moved.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).reshape(batch, cameras, height, width, 3)
 
 
-def move(pixels: Float[Tensor, "N 3 h w"], window: Float[Tensor, "N 3"], turn: Float[Tensor, "N"]) -> Float[Tensor, "N 3 h w"]:
+def crop_and_turn(pixels: Float[Tensor, "N 3 h w"], window: Float[Tensor, "N 3"], turn: Float[Tensor, "N"]) -> Float[Tensor, "N 3 h w"]:
     """Crop, resize and turn in one bilinear resampling: out(p) = in(share R(turn) p + centre), p in [-1, 1] x [-1, 1].
 
     A picture that is neither cropped nor turned is returned bit for bit. Turns are rigid in pixels at any aspect ratio.

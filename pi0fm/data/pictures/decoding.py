@@ -1,10 +1,10 @@
-"""Decoding of stretches of video to arrays, in this process or in helper processes.
+"""Decoding of segments of video to arrays, in this process or in helper processes.
 
 Owns: `Job`, which picture belongs to which row, decoding a job into an array or a shard, the helper program and the threads that feed it.
 Does not know: data sets, locks, what is already on disk.
 
     caller   thread 1 -- (path, job, form) -->  helper 1   decode, resize, write the shard   -- None, or the error -->
-             thread 2 ------------------------>  helper 2   a program that calls `serve`
+             thread 2 ------------------------>  helper 2   a program that calls `run_helper`
 
 A helper is a separate program rather than a fork: video decoders do not survive a fork, and a caller that is itself a daemon (a worker
 of Ray, of a DataLoader) may start one. It imports numpy and PyAV; torch only where pictures must be resized. It ends when its input ends.
@@ -40,7 +40,7 @@ FRAMES_WORTH_HELPERS = 100_000  # a helper's start and imports cost as much as d
 
 
 @dataclass(frozen=True)
-class Stretch:
+class VideoSegment:
     """Rows of one episode in a video: `times` in seconds, ascending, within the span of `file` from `begin` to `end`.
 
     first: the data set's index of the first row, for messages.
@@ -56,13 +56,13 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Job:
-    """Pictures of one camera to decode together, in the order of the stretches. period: seconds between rows.
+    """Pictures of one camera to decode together, in the order of the segments. period: seconds between rows.
 
     tolerance: seconds allowed between a row and its picture; None for the longer of the rows' and the video's period.
     sizes: every (height, width) that the data set declares for the pictures.
     """
 
-    stretches: tuple[Stretch, ...]
+    segments: tuple[VideoSegment, ...]
     size: int
     period: float
     decoder: Literal["pyav", "torchcodec"]
@@ -73,7 +73,7 @@ class Job:
     @property
     def count(self) -> int:
         """Number of pictures."""
-        return sum(len(stretch.times) for stretch in self.stretches)
+        return sum(len(segment.times) for segment in self.segments)
 
 
 class TooFarError(DatasetError):
@@ -90,10 +90,10 @@ def decode_job(job: Job) -> NDArray[np.uint8]:
 
 def decoded(job: Job) -> Iterator[NDArray[np.uint8]]:
     """Yield the pictures of `decode_job`, in order."""
-    yield from fitted(shown(job), job.size, job.resize)
+    yield from resized(decoded_at_full_size(job), job.size, job.resize)
 
 
-def shown(job: Job) -> Iterator[NDArray[np.uint8]]:
+def decoded_at_full_size(job: Job) -> Iterator[NDArray[np.uint8]]:
     """Yield the pictures of `decoded` at the video's size."""
     for run in _runs(job):
         yield from _nearest(run, job)
@@ -105,11 +105,11 @@ def needed_tolerance(job: Job) -> float | None:
     for run in _runs(job):
         times, period = frame_times(Path(run[0].file))
         slack = min(job.period, period or job.period) / 4
-        for stretch in run:
-            inside = times[(times >= stretch.begin - slack) & (times < stretch.end - slack)]
+        for segment in run:
+            inside = times[(times >= segment.begin - slack) & (times < segment.end - slack)]
             if not len(inside):
                 return None
-            wanted = np.array(stretch.times)
+            wanted = np.array(segment.times)
             after = np.searchsorted(inside, wanted)
             neighbours = inside[np.minimum(after, len(inside) - 1)], inside[np.maximum(after - 1, 0)]
             most = max(most, float(np.minimum(*(np.abs(each - wanted) for each in neighbours)).max()))
@@ -151,22 +151,22 @@ def _write(path: Path, job: Job, form: CacheFormat) -> Job:
     return job
 
 
-def _runs(job: Job) -> list[list[Stretch]]:
-    """Group stretches that follow each other in one file, so that one pass reads them."""
-    runs: list[list[Stretch]] = []
-    for stretch in job.stretches:
+def _runs(job: Job) -> list[list[VideoSegment]]:
+    """Group segments that follow each other in one file, so that one pass reads them."""
+    runs: list[list[VideoSegment]] = []
+    for segment in job.segments:
         last = runs[-1][-1] if runs else None
-        if last is not None and last.file == stretch.file and 0 < stretch.times[0] - last.times[-1] < BATCH * job.period:
-            runs[-1].append(stretch)
+        if last is not None and last.file == segment.file and 0 < segment.times[0] - last.times[-1] < BATCH * job.period:
+            runs[-1].append(segment)
         else:
-            runs.append([stretch])
+            runs.append([segment])
     return runs
 
 
-def _nearest(run: Sequence[Stretch], job: Job) -> Iterator[NDArray[np.uint8]]:
-    r"""Yield the picture nearest to each time of the stretches; of two equally near, the earlier.
+def _nearest(run: Sequence[VideoSegment], job: Job) -> Iterator[NDArray[np.uint8]]:
+    r"""Yield the picture nearest to each time of the segments; of two equally near, the earlier.
 
-        file       f0    f1    f2    f3  |  f4    f5            | the stretch's end: f4 is the next episode's
+        file       f0    f1    f2    f3  |  f4    f5            | the segment's end: f4 is the next episode's
         rows        r0   r1  r2      r3  |
         shown       f0   f1  f1      f3  |                      never f4, however near
 
@@ -174,7 +174,7 @@ def _nearest(run: Sequence[Stretch], job: Job) -> Iterator[NDArray[np.uint8]]:
     """
     path = Path(run[0].file)
     waiting = iter(run)
-    stretch, row = next(waiting), 0
+    segment, row = next(waiting), 0
     held: tuple[float, Picture] | None = None
     picture: NDArray[np.uint8] | None = None  # of `held`, once converted
     with open_video(path, job.decoder, run[0].times[0]) as video:
@@ -186,26 +186,26 @@ def _nearest(run: Sequence[Stretch], job: Job) -> Iterator[NDArray[np.uint8]]:
                 continue
             latest = time
             while True:
-                inside = stretch.begin - slack <= time < stretch.end - slack
-                while row < len(stretch.times) and held is not None:
-                    wanted = stretch.times[row]
+                inside = segment.begin - slack <= time < segment.end - slack
+                while row < len(segment.times) and held is not None:
+                    wanted = segment.times[row]
                     if inside and time - wanted < wanted - held[0] - CLOSE:
                         break
                     if abs(held[0] - wanted) > tolerance + CLOSE:
-                        raise _too_far(stretch, row, held[0], tolerance)
+                        raise _too_far(segment, row, held[0], tolerance)
                     if picture is None:
                         picture = held[1]()
                         refuse_size(f"video {path}", picture, job.sizes)
                     yield picture
                     row += 1
-                if row < len(stretch.times) and held is None and time >= stretch.end - slack:
-                    raise _too_far(stretch, row, None, tolerance)
-                if row < len(stretch.times):
+                if row < len(segment.times) and held is None and time >= segment.end - slack:
+                    raise _too_far(segment, row, None, tolerance)
+                if row < len(segment.times):
                     break
                 following = next(waiting, None)
                 if following is None:
                     return
-                stretch, row, held, picture = following, 0, None, None
+                segment, row, held, picture = following, 0, None, None
             if inside:
                 held, picture = (time, frame), None
 
@@ -214,16 +214,16 @@ def _no_picture() -> NDArray[np.uint8]:
     raise AssertionError("the end of a file has no picture")
 
 
-def _too_far(stretch: Stretch, row: int, nearest: float | None, tolerance: float) -> DatasetError:
-    span = f"{stretch.begin:g}..{stretch.end:g} s"
+def _too_far(segment: VideoSegment, row: int, nearest: float | None, tolerance: float) -> DatasetError:
+    span = f"{segment.begin:g}..{segment.end:g} s"
     found = f"no picture in its span {span}" if nearest is None else f"the nearest one at {nearest:.3f} s"
     return TooFarError(
-        f"video {stretch.file} must show row {stretch.first + row} of episode {stretch.episode}, at {stretch.times[row]:.3f} s, within "
+        f"video {segment.file} must show row {segment.first + row} of episode {segment.episode}, at {segment.times[row]:.3f} s, within "
         f"{tolerance:.3f} s, found {found}; download or record the episode again"
     )
 
 
-def fitted(pictures: Iterable[NDArray[np.uint8]], size: int, resize: Resize) -> Iterator[NDArray[np.uint8]]:
+def resized(pictures: Iterable[NDArray[np.uint8]], size: int, resize: Resize) -> Iterator[NDArray[np.uint8]]:
     """Resize pictures of any sizes to squares, in order; those of one size together."""
     pending: list[NDArray[np.uint8]] = []
 
@@ -267,7 +267,7 @@ def _feed(
         sys.executable,
         "-P",
         "-c",
-        "from pi0fm.data.pictures.decoding import serve; serve()",
+        "from pi0fm.data.pictures.decoding import run_helper; run_helper()",
     ]  # -P: the user's folder may hold a queue.py
     helper: subprocess.Popen | None = None
     while not stop.is_set():
@@ -277,14 +277,14 @@ def _feed(
             break
         try:
             helper = helper or subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-            done.put(_ask(helper, (path, job, form)) or job)
+            done.put(_send_task(helper, (path, job, form)) or job)
         except Exception as error:  # noqa: BLE001  (it is raised again in the thread that waits)
             done.put(error)
     if helper is not None:
-        _end(helper)
+        _end_helper(helper)
 
 
-def _ask(helper: subprocess.Popen, task: tuple[Path, Job, CacheFormat]) -> Exception | None:
+def _send_task(helper: subprocess.Popen, task: tuple[Path, Job, CacheFormat]) -> Exception | None:
     """Send a task and return the helper's error, None for success; an error too for a helper that died."""
     assert helper.stdin is not None and helper.stdout is not None
     try:
@@ -301,7 +301,7 @@ def _received(pipe: IO[bytes]) -> Exception | None:
     return found if isinstance(found, Exception) else None
 
 
-def _end(helper: subprocess.Popen) -> None:
+def _end_helper(helper: subprocess.Popen) -> None:
     """Close the helper's input, on which it ends, and wait."""
     assert helper.stdin is not None and helper.stdout is not None
     with suppress(BrokenPipeError):
@@ -310,7 +310,7 @@ def _end(helper: subprocess.Popen) -> None:
     helper.wait()
 
 
-def serve() -> None:
+def run_helper() -> None:
     """Run a helper: answer every job until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the caller ends the input
     answers, sys.stdout = sys.stdout.buffer, sys.stderr  # keeps prints of libraries out of the answers

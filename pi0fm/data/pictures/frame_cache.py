@@ -33,7 +33,7 @@ from pi0fm import files, progress
 from pi0fm.data.columns.lerobot_source import LeRobotSource
 from pi0fm.data.config import DatasetConfig
 from pi0fm.data.order.orders import Order, Shuffled
-from pi0fm.data.pictures.decoding import Job, Stretch, TooFarError, needed_tolerance, write_jobs
+from pi0fm.data.pictures.decoding import Job, TooFarError, VideoSegment, needed_tolerance, write_jobs
 from pi0fm.data.pictures.images import resize_with_padding
 from pi0fm.data.pictures.resizing import ANTIALIAS, Resize, refuse_size
 from pi0fm.data.pictures.shards import SUFFIX, CacheFormat, ShardedFrames, is_whole, open_shard, write_shard
@@ -163,7 +163,7 @@ def make_job(
 ) -> Job:
     """Make the job that decodes one camera's pictures of the rows first .. stop - 1."""
     decoder = choose_decoder(config.video_decoder)
-    pictures = stretches(source, camera, first, stop)
+    pictures = video_segments(source, camera, first, stop)
     return Job(pictures, size, 1 / source.fps, decoder, config.tolerance_s, resize, source.sizes.get(camera, ()))
 
 
@@ -182,14 +182,14 @@ def wider_tolerance(source: LeRobotSource, config: DatasetConfig) -> str:
     return f", or type --dataset.tolerance_s {max(known) + 0.001:.3f}" if len(known) == len(needed) else ""
 
 
-def stretches(source: LeRobotSource, camera: str, first: int, stop: int) -> tuple[Stretch, ...]:
-    """Stretches of one camera's videos that show the rows first .. stop - 1."""
+def video_segments(source: LeRobotSource, camera: str, first: int, stop: int) -> tuple[VideoSegment, ...]:
+    """Segments of one camera's videos that show the rows first .. stop - 1."""
     found = []
     for clip in source.clips[camera]:
         begin, end = max(clip.first, first), min(clip.first + clip.count, stop)
         if begin < end:
             times = tuple((clip.begin + source.time[begin:end]).tolist())
-            found.append(Stretch(str(clip.file), times, clip.begin, clip.end, clip.episode, int(source.rows[begin])))
+            found.append(VideoSegment(str(clip.file), times, clip.begin, clip.end, clip.episode, int(source.rows[begin])))
     return tuple(found)
 
 

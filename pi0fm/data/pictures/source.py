@@ -21,13 +21,13 @@ class Pictures(ABC):
 
     @property
     def look_ahead(self) -> int:
-        """Number of positions by which `expect` should precede the use of frames; 0 where all are ready."""
+        """Number of positions by which `announce` should precede the use of frames; 0 where all are ready."""
         return 0
 
     @abstractmethod
     def gather(self, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Read uint8 [B, C, size, size, 3] of the given frames, in the embodiment's order of cameras."""
 
-    def expect(self, frames: NDArray[np.int64]) -> None:
+    def announce(self, frames: NDArray[np.int64]) -> None:
         """Announce that these frames will be read soon; may start work, never waits."""
         del frames

@@ -47,7 +47,7 @@ def _content(value: Any, folders: Sequence[Path], what: str) -> bytes:
     if isinstance(content, bytes) and content:
         return content
     if not isinstance(path, str) or not path:
-        raise nothing(what, value)
+        raise empty_picture_error(what, value)
     try:
         file = next((each for folder in folders if (each := folder / path).is_file()), None)
         if file is not None:
@@ -58,12 +58,12 @@ def _content(value: Any, folders: Sequence[Path], what: str) -> bytes:
     raise DatasetError(f"{what} names the file {path:.120}, which is not in {folders[0]}; copy the pictures too")
 
 
-def is_nothing(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
     """Whether a row holds neither a picture nor the path of one."""
     return not (any(value.get(name) for name in ("bytes", "path")) if isinstance(value, Mapping) else value)
 
 
-def nothing(what: str, value: Any) -> DatasetError:
+def empty_picture_error(what: str, value: Any) -> DatasetError:
     """Make the error of a row without a picture."""
     found = "null" if value is None else "neither bytes nor a path"
     return DatasetError(f"{what} must be a picture, found {found}; leave the episode out")

@@ -106,7 +106,7 @@ class FrameStream(Pictures):
             out[row] = pictures[int(frames[row]) - first]
         return out
 
-    def expect(self, frames: NDArray[np.int64]) -> None:
+    def announce(self, frames: NDArray[np.int64]) -> None:
         """Start decoding the groups of these frames."""
         self._submit(np.searchsorted(self._ends, frames, side="right"), self._clock + self.look_ahead)
 

@@ -32,7 +32,7 @@ Picture = Callable[[], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
-class Video:
+class OpenVideo:
     """Open video. period: mean seconds between frames; frames: (time, uint8 [height, width, 3] on demand)."""
 
     period: float
@@ -59,13 +59,13 @@ def choose_decoder(wanted: Decoder) -> Literal["pyav", "torchcodec"]:
 
 
 @contextmanager
-def open_video(path: Path, decoder: Literal["pyav", "torchcodec"], start: float = 0.0) -> Iterator[Video]:
+def open_video(path: Path, decoder: Literal["pyav", "torchcodec"], start: float = 0.0) -> Iterator[OpenVideo]:
     """Open the frames of a file in order, from one at or before `start` seconds on.
 
     Raises DatasetError, inside the block too, for a file that is missing, that cannot be opened or read on, or that holds a depth map.
     """
     read = _pyav if decoder == "pyav" else _torchcodec
-    with reading_video(path), read(path, start) as video:
+    with video_faults(path), read(path, start) as video:
         yield video
 
 
@@ -73,7 +73,7 @@ def frame_times(path: Path) -> tuple[NDArray[np.float64], float]:
     """(times of all frames, ascending; mean seconds between them), without decoding. Raises DatasetError."""
     import av
 
-    with reading_video(path), av.open(str(path)) as container:
+    with video_faults(path), av.open(str(path)) as container:
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate
         packets = (packet for packet in container.demux(stream) if packet.pts is not None and not packet.is_discard)
@@ -82,7 +82,7 @@ def frame_times(path: Path) -> tuple[NDArray[np.float64], float]:
 
 
 @contextmanager
-def reading_video(path: Path) -> Iterator[None]:
+def video_faults(path: Path) -> Iterator[None]:
     """Convert decoders' errors for a missing, cut or damaged file to a DatasetError of one line."""
     if not path.is_file():
         raise DatasetError(f"the data set's video {path} is missing; download or record the data set again")
@@ -109,7 +109,7 @@ def decode(path: Path, decoder: Literal["pyav", "torchcodec"], start: float = 0.
 
 
 @contextmanager
-def _pyav(path: Path, start: float) -> Iterator[Video]:
+def _pyav(path: Path, start: float) -> Iterator[OpenVideo]:
     # imported here, since training without videos needs no PyAV
     import av.logging
 
@@ -122,7 +122,7 @@ def _pyav(path: Path, start: float) -> Iterator[Video]:
         if pixels.startswith("gray") and pixels not in ("gray", "gray8"):
             raise DatasetError(f"the data set's video {path} is a depth map ({pixels}), not colour of 8 bits; leave this camera out")
         rate = stream.average_rate or stream.guessed_rate
-        yield Video(1 / float(rate) if rate else 0.0, _pyav_frames(container, stream, start))
+        yield OpenVideo(1 / float(rate) if rate else 0.0, _pyav_frames(container, stream, start))
 
 
 def _pyav_frames(container: Any, stream: Any, start: float) -> Iterator[tuple[float, Picture]]:
@@ -148,11 +148,11 @@ def _rgb(converter: Any, frame: Any) -> NDArray[np.uint8]:
 
 
 @contextmanager
-def _torchcodec(path: Path, start: float) -> Iterator[Video]:
+def _torchcodec(path: Path, start: float) -> Iterator[OpenVideo]:
     decoders = importlib.import_module("torchcodec.decoders")
     video = decoders.VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
     rate = float(video.metadata.average_fps or 0)
-    yield Video(1 / rate if rate else 0.0, _torchcodec_frames(video, int(start * rate), start))
+    yield OpenVideo(1 / rate if rate else 0.0, _torchcodec_frames(video, int(start * rate), start))
 
 
 def _torchcodec_frames(video: Any, index: int, start: float) -> Iterator[tuple[float, Picture]]:

@@ -153,7 +153,7 @@ def _parts(maker: BatchMaker, positions: NDArray[np.int64]) -> list[tuple[Collat
 
 
 def _located(collator: Collator, positions: NDArray[np.int64]) -> dict[str, Any]:
-    source, at = collator.source, collator.places(positions)
+    source, at = collator.source, collator.samples_at(positions)
     frames = source.frames[at.index]
     episodes = source.episode[frames].tolist()
     return {"root": str(source.root), "epochs": at.epoch.tolist(), "frames": frames.tolist(), "episodes": episodes}

@@ -79,7 +79,7 @@ class Validator:
     def num_whole(self) -> int:
         """Number of chunks that end inside their episode, and so have a density."""
         source = self.collator.source
-        frames = source.frames[self.collator.places(np.arange(self.num_chunks)).index]
+        frames = source.frames[self.collator.samples_at(np.arange(self.num_chunks)).index]
         return int((source.end[frames] - frames >= self.collator.action_horizon).sum())
 
     def due(self, step: int, steps: int) -> bool:

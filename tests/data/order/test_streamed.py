@@ -16,7 +16,7 @@ def fresh(lanes: int = 4, window: int = 30) -> StreamOrder:
 
 
 def index(order: StreamOrder, first: int, count: int) -> np.ndarray:
-    return order.places(SEED, SAMPLES, np.arange(first, first + count)).index
+    return order.samples_at(SEED, SAMPLES, np.arange(first, first + count)).index
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 4, 8])
@@ -36,7 +36,7 @@ def test_a_position_means_the_same_whoever_asks_and_whenever():
 
 
 def test_epochs_and_numbers_tell_draws_apart():
-    places = fresh().places(SEED, SAMPLES, np.arange(SAMPLES - 3, SAMPLES + 3))
+    places = fresh().samples_at(SEED, SAMPLES, np.arange(SAMPLES - 3, SAMPLES + 3))
     assert places.epoch.tolist() == [0, 0, 0, 1, 1, 1]
     assert np.array_equal(places.number, places.index)
 
@@ -69,9 +69,9 @@ def test_neighbours_in_a_video_are_not_neighbours_in_the_stream():
 
 def test_another_seed_is_another_order_and_other_samples_are_shuffled():
     order = fresh()
-    assert not np.array_equal(order.places(4, SAMPLES, np.arange(50)).index, index(order, 0, 50))
-    held_out = order.places(SEED, 17, np.arange(17)).index
-    assert np.array_equal(held_out, Shuffled().places(SEED, 17, np.arange(17)).index)
+    assert not np.array_equal(order.samples_at(4, SAMPLES, np.arange(50)).index, index(order, 0, 50))
+    held_out = order.samples_at(SEED, 17, np.arange(17)).index
+    assert np.array_equal(held_out, Shuffled().samples_at(SEED, 17, np.arange(17)).index)
 
 
 @pytest.mark.parametrize(("batch", "lanes"), [(32, 8), (24, 8), (6, 6), (7, 7), (13, 1), (1, 1)])

@@ -9,7 +9,7 @@ import torch
 
 from pi0fm.data.config import AugmentConfig
 from pi0fm.data.order.counter import Slots
-from pi0fm.data.pictures.augmentation import Augmentation, augment, move, numbers, recolour
+from pi0fm.data.pictures.augmentation import Augmentation, augment, crop_and_turn, draw_augmentation, recolour
 from pi0fm_client.errors import ConfigError
 
 CAMERAS = ("base", "left_wrist")
@@ -32,36 +32,36 @@ def disc(size: int, x: float, y: float, radius: float) -> torch.Tensor:
 
 
 def turned(pixels: torch.Tensor, angle: float) -> torch.Tensor:
-    return move(pixels, torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([angle]))
+    return crop_and_turn(pixels, torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([angle]))
 
 
 def test_no_strength_changes_no_bit():
     images = pictures(3)
-    assert torch.equal(augment(images, numbers(NONE, 1, at(0, 1, 2), CAMERAS)), images)
+    assert torch.equal(augment(images, draw_augmentation(NONE, 1, at(0, 1, 2), CAMERAS)), images)
 
 
 def test_the_default_recipe_changes_every_picture():
     images = pictures(4)
-    assert (augment(images, numbers(AugmentConfig(), 1, at(0, 1, 2, 3), CAMERAS)) != images).flatten(2).any(-1).all()
+    assert (augment(images, draw_augmentation(AugmentConfig(), 1, at(0, 1, 2, 3), CAMERAS)) != images).flatten(2).any(-1).all()
 
 
 def test_wrist_cameras_are_recoloured_and_never_moved():
     colourless = dataclasses.replace(AugmentConfig(), brightness=0.0, contrast=0.0, saturation=0.0)
     images = pictures(5)
-    found = augment(images, numbers(colourless, 1, at(*range(5)), CAMERAS))
+    found = augment(images, draw_augmentation(colourless, 1, at(*range(5)), CAMERAS))
     assert torch.equal(found[:, 1], images[:, 1])
     assert (found[:, 0] != images[:, 0]).flatten(1).any(1).all()
-    named = numbers(dataclasses.replace(colourless, wrist_cameras=("base",)), 1, at(*range(5)), CAMERAS)
+    named = draw_augmentation(dataclasses.replace(colourless, wrist_cameras=("base",)), 1, at(*range(5)), CAMERAS)
     assert torch.equal(augment(images, named)[:, 0], images[:, 0])
 
 
 @pytest.mark.parametrize("split", [(1, 3), (2, 2), (3, 1)])
 def test_any_split_of_a_batch_gives_the_same_bits(split):
     images, places = pictures(4), at(7, 3, 7, 9)
-    whole = augment(images, numbers(AugmentConfig(), 5, places, CAMERAS))
+    whole = augment(images, draw_augmentation(AugmentConfig(), 5, places, CAMERAS))
     cut = split[0]
     parts = [
-        augment(images[chosen], numbers(AugmentConfig(), 5, Slots(places.epoch[chosen], places.index[chosen]), CAMERAS))
+        augment(images[chosen], draw_augmentation(AugmentConfig(), 5, Slots(places.epoch[chosen], places.index[chosen]), CAMERAS))
         for chosen in (slice(0, cut), slice(cut, 4))
     ]
     assert torch.equal(torch.cat(parts), whole)
@@ -69,18 +69,20 @@ def test_any_split_of_a_batch_gives_the_same_bits(split):
 
 def test_seed_epoch_sample_and_camera_each_give_other_numbers():
     def drawn(seed=5, epoch=0, sample=3):
-        return torch.cat([getattr(numbers(AugmentConfig(), seed, at(sample, epoch=epoch), ("a", "b")), name).flatten() for name in names])
+        return torch.cat(
+            [getattr(draw_augmentation(AugmentConfig(), seed, at(sample, epoch=epoch), ("a", "b")), name).flatten() for name in names]
+        )
 
     names = [item.name for item in dataclasses.fields(Augmentation)]
     assert torch.equal(drawn(), drawn())
     for other in (drawn(seed=6), drawn(epoch=1), drawn(sample=4)):
         assert (other != drawn()).float().mean() > 0.8
-    both = numbers(AugmentConfig(), 5, at(3), ("a", "b"))
+    both = draw_augmentation(AugmentConfig(), 5, at(3), ("a", "b"))
     assert not torch.isin(both.colour[:, 0], both.colour[:, 1]).any()
 
 
 def test_numbers_fill_their_range():
-    found = numbers(AugmentConfig(), 0, at(*range(2000)), ("base",))
+    found = draw_augmentation(AugmentConfig(), 0, at(*range(2000)), ("base",))
     assert torch.equal(found.window[..., 0], torch.full((2000, 1), 0.95))
     assert 0.048 < found.window[..., 1:].abs().max() <= 0.05 + 1e-6
     assert math.radians(4.9) < found.turn.abs().max() <= math.radians(5) + 1e-6
@@ -123,7 +125,7 @@ def test_a_window_of_half_the_side_is_that_quarter_enlarged():
     """Right of the centre and above it; a linear ramp has a closed form after bilinear resampling."""
     size = 32
     ramp = torch.arange(size, dtype=torch.float32).expand(1, 3, size, size)
-    found = move(ramp, torch.tensor([[0.5, 0.5, -0.5]]), torch.zeros(1))
+    found = crop_and_turn(ramp, torch.tensor([[0.5, 0.5, -0.5]]), torch.zeros(1))
     expected = (torch.arange(size) + 0.5) / 2 + size / 2 - 0.5
     torch.testing.assert_close(found[0, 0, 5, :-1], expected[:-1], atol=1e-3, rtol=0)
 
@@ -145,7 +147,7 @@ def test_values_stay_in_range_and_type():
     extreme = torch.zeros(8, 2, 16, 16, 3, dtype=torch.uint8)
     extreme[:, :, ::2] = 255
     strong = AugmentConfig(crop=0.5, rotation=180, brightness=1, contrast=1, saturation=1)
-    found = augment(extreme, numbers(strong, 0, at(*range(8)), CAMERAS))
+    found = augment(extreme, draw_augmentation(strong, 0, at(*range(8)), CAMERAS))
     assert found.dtype == torch.uint8 and found.shape == extreme.shape
     factors = torch.tensor([[2.0, 2.0, 2.0]])
     bounded = recolour(pictures(1, 1)[0].permute(0, 3, 1, 2).float(), factors)

@@ -53,9 +53,9 @@ def test_memory_is_bounded_whatever_is_asked_and_expected(opened):
     stream = opened(48)
     assert stream.capacity == 48
     for first in range(0, 10 * TOTAL, BATCH):
-        frames = stream.order.places(1, TOTAL, np.arange(first, first + BATCH)).index
+        frames = stream.order.samples_at(1, TOTAL, np.arange(first, first + BATCH)).index
         stream.gather(frames)
-        stream.expect(stream.order.places(1, TOTAL, np.arange(first, first + BATCH) + stream.look_ahead).index)
+        stream.announce(stream.order.samples_at(1, TOTAL, np.arange(first, first + BATCH) + stream.look_ahead).index)
         assert stream.frames_held <= stream.capacity
 
 
@@ -65,14 +65,14 @@ def test_in_its_own_order_nothing_is_decoded_twice_an_epoch(tiny_config, opened,
     decoded = []
     monkeypatch.setattr(stream, "_decode", lambda group, decode=stream._decode: decoded.append(group) or decode(group))
     for first in range(0, TOTAL, BATCH):
-        stream.gather(stream.order.places(1, TOTAL, np.arange(first, first + BATCH)).index)
+        stream.gather(stream.order.samples_at(1, TOTAL, np.arange(first, first + BATCH)).index)
     assert set(decoded) == set(range(len(group_ends(open_source(tiny_config, VIDEO), 2))))
     assert len(decoded) <= len(set(decoded)) + 4
 
 
 def test_what_is_expected_is_there_when_it_is_asked_for(opened, monkeypatch):
     stream = opened(48)
-    stream.expect(np.array([5, 9]))
+    stream.announce(np.array([5, 9]))
     held = dict(stream._held)
     assert len(held) == 2
     monkeypatch.setattr(stream, "_start", lambda *_: pytest.fail("decoded again"))

@@ -64,7 +64,7 @@ def mean_loss(model: Pi0, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def in_float64(batch: Batch) -> Batch:
     """The same numbers in float64."""
-    return Batch.of({name: value.double() if value.is_floating_point() else value for name, value in batch.named().items()})
+    return Batch.from_named({name: value.double() if value.is_floating_point() else value for name, value in batch.named().items()})
 
 
 def apart(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
@@ -100,7 +100,7 @@ class Synthetic(BatchMaker):
     def count_ahead(self, first: int, count: int) -> None:
         """Nothing to look up."""
 
-    def expect_after(self, first: int, count: int) -> None:
+    def announce_after(self, first: int, count: int) -> None:
         """Nothing to fetch."""
 
 

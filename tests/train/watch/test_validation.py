@@ -110,7 +110,7 @@ def test_the_error_is_that_of_sampled_chunks_in_robot_units_and_loss_and_error_a
     assert found.keys() == {LOSS, ERROR}
     batch, width = judge.collator(0, judge.num_chunks), len(data.stats.action.mean)
     noise = judge.collator.chain.transforms[1].action.inverse(batch.noise[:, 0, :, :width].numpy())
-    frames = judge.collator.source.frames[judge.collator.places(np.arange(judge.num_chunks)).index]
+    frames = judge.collator.source.frames[judge.collator.samples_at(np.arange(judge.num_chunks)).index]
     off = [
         abs(noise[row, step] - judge.collator.source.action[frame + step])
         for row, frame in enumerate(frames)

@@ -23,11 +23,11 @@ from pi0fm.data.chain import Chain, Sample
 from pi0fm.data.columns.faults import Fault
 from pi0fm.data.columns.lerobot_source import Clip, LeRobotSource
 from pi0fm.data.columns.metadata import read_means
-from pi0fm.data.columns.tables import may_be_null, reading
+from pi0fm.data.columns.tables import may_be_null, read_faults
 from pi0fm.data.config import DatasetConfig, Extent
-from pi0fm.data.pictures.decoding import TooFarError, shown
+from pi0fm.data.pictures.decoding import TooFarError, decoded_at_full_size
 from pi0fm.data.pictures.frame_cache import make_job, read_stored, wider_tolerance
-from pi0fm.data.pictures.stored import is_nothing
+from pi0fm.data.pictures.stored import is_empty
 from pi0fm.data.prompt import bin_numbers
 from pi0fm.machine import cores
 from pi0fm_client.errors import DatasetError, ObservationError
@@ -37,7 +37,7 @@ EPISODES_OF_A_MEAN = 3  # fewer give no usual shift
 LEAST_SHIFT = 0.05  # of the mean of a channel in 0..1
 
 
-def judge_prompts(source: LeRobotSource, chain: Chain) -> list[Fault]:
+def prompt_faults(source: LeRobotSource, chain: Chain) -> list[Fault]:
     """Faults of instructions that make no valid prompt, at the first row of every episode that has one."""
     frames, tokenizer = source.frames, chain.tokenizer
     state = chain.forward(Sample(source.state[frames], None)).state[:, : source.state.shape[1]]
@@ -72,7 +72,7 @@ def judge_prompts(source: LeRobotSource, chain: Chain) -> list[Fault]:
     return faults
 
 
-def judge_pictures(
+def picture_faults(
     source: LeRobotSource, config: DatasetConfig, extent: Extent, done: Callable[[int], None] = lambda count: None
 ) -> list[Fault]:
     """Faults of rows without a picture. done: called for every file.
@@ -86,9 +86,9 @@ def judge_pictures(
     for camera, clips in source.clips.items():
         ordered = sorted(clips, key=lambda clip: (clip.file, clip.begin))
         for _, group in groupby(ordered, key=lambda clip: clip.file):
-            work.append(partial(_judge_video, source, config, camera, list(group), extent, means))
+            work.append(partial(_video_faults, source, config, camera, list(group), extent, means))
     for camera in source.stored_pictures:
-        work.append(partial(_judge_stored, source, camera, extent, means))
+        work.append(partial(_stored_faults, source, camera, extent, means))
 
     def judged(each: partial[list[Fault]]) -> list[Fault]:
         found = each()
@@ -100,15 +100,15 @@ def judge_pictures(
     if any(fault.kind == TOO_FAR for fault in faults):
         wider = wider_tolerance(source, config)
         faults = [replace(fault, kind="video", remedy=fault.remedy + wider) if fault.kind == TOO_FAR else fault for fault in faults]
-    return [*faults, *_other_means(source, means)]
+    return [*faults, *_mean_faults(source, means)]
 
 
 def num_files(source: LeRobotSource) -> int:
-    """Number of calls of `done` by `judge_pictures`."""
+    """Number of calls of `done` by `picture_faults`."""
     return sum(len({clip.file for clip in clips}) for clips in source.clips.values()) + len(source.stored_pictures)
 
 
-def _judge_video(
+def _video_faults(
     source: LeRobotSource,
     config: DatasetConfig,
     camera: str,
@@ -150,7 +150,7 @@ def _picture_error(
 ) -> DatasetError | None:
     """Error of the first row without a picture, None where all have one. mean: receives each picture."""
     try:
-        for picture in shown(make_job(source, config, camera, first, first + count, 1)):
+        for picture in decoded_at_full_size(make_job(source, config, camera, first, first + count, 1)):
             if mean is not None:
                 mean.add(picture)
     except DatasetError as error:
@@ -158,7 +158,7 @@ def _picture_error(
     return None
 
 
-def _judge_stored(source: LeRobotSource, camera: str, extent: Extent, means: dict[tuple[str, int], NDArray[np.float64]]) -> list[Fault]:
+def _stored_faults(source: LeRobotSource, camera: str, extent: Extent, means: dict[tuple[str, int], NDArray[np.float64]]) -> list[Fault]:
     bad: dict[int, Fault] = {}
     found: dict[int, _Mean] = {}
     places = source.stored(camera) if extent == "all" else _ends(source, camera)
@@ -178,17 +178,17 @@ def _judge_stored(source: LeRobotSource, camera: str, extent: Extent, means: dic
 def _ends(source: LeRobotSource, camera: str) -> Iterator[tuple[int, object]]:
     """First and last row of every file, and rows without a picture; row groups that cannot hold one are not read."""
     for number, path in enumerate(source.files):
-        with reading(path), pq.ParquetFile(path) as file:
+        with read_faults(path), pq.ParquetFile(path) as file:
             last = file.num_row_groups - 1
             empty = may_be_null(file.metadata, source.embodiment.cameras[camera])
         for group in sorted({0, last, *empty} if last >= 0 else set()):
             rows = list(source.stored(camera, number, [group]))
             ends = {0} if group == 0 else set()
             ends |= {len(rows) - 1} if group == last else set()
-            yield from (row for at, row in enumerate(rows) if at in ends or (group in empty and is_nothing(row[1])))
+            yield from (row for at, row in enumerate(rows) if at in ends or (group in empty and is_empty(row[1])))
 
 
-def _other_means(source: LeRobotSource, means: Mapping[tuple[str, int], NDArray[np.float64]]) -> list[Fault]:
+def _mean_faults(source: LeRobotSource, means: Mapping[tuple[str, int], NDArray[np.float64]]) -> list[Fault]:
     """Faults of episodes whose mean colour differs from meta/episodes by more than the shift that all episodes share.
 
     A writer's codec or sampling shifts every episode alike; another episode's video shifts one. Statistics that are equal for all
