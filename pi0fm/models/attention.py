@@ -43,9 +43,9 @@ def attend(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=key.shape[1] != query.shape[1])
 
 
-def additive(mask: Bool[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """Convert a mask to 0 where it is True and minus infinity elsewhere, once for all layers that share it."""
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
+def additive(mask: Bool[Tensor, "*n"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "*n"]:
+    """Convert a mask to 0 where it is True and minus infinity elsewhere, once for all layers that share it. dtype: of their queries."""
+    return torch.zeros(mask.shape, device=mask.device, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
 def attend_pictures(

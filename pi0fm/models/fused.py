@@ -31,7 +31,7 @@ from pi0fm.models.attention import additive
 from pi0fm.models.joint_decoder import JointDecoder, JointDecoderLayer, Stream, joined_chunks
 from pi0fm.models.layers import NORM_EPSILON, AdaptiveRMSNorm, Modulation, RMSNorm, Rotation, rotation
 from pi0fm.models.pi0 import FlowTime, Pi0
-from pi0fm.models.prefix_cache import KeyValue, Modulations, PrefixCache
+from pi0fm.models.prefix_cache import KeyValue, Modulations, PrefixCache, with_space
 from pi0fm.models.vision import VisionLayer, VisionTower
 from pi0fm_client.errors import ConfigError
 
@@ -114,8 +114,7 @@ class FusedDecoder(nn.Module):
         mask, states, layers = cache.mask, self._space - num_actions, cache.layers
         more = (chunks - 1) * num_actions  # tokens for which `encode` left no space
         if more:
-            spacious = (layer.with_space(more) for layer in layers)
-            layers = tuple(KeyValue(layer.key, layer.value) for layer in spacious)
+            layers = tuple(buffer.seen for buffer in with_space(layers, more)[0])
         seen = torch.cat((mask, mask.new_ones(len(mask), self._space + more)), dim=1)
         steps = torch.arange(self._space, device=mask.device)
         steps = torch.cat((steps[:states], steps[states:].repeat(chunks)))
@@ -311,7 +310,7 @@ class FusedVision(nn.Module):
             query, key, value = layer.qkv(normed).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
             attended = F.scaled_dot_product_attention(query, key, value)
             x, normed = add_layer_norm(x, layer.out(attended.transpose(1, 2).flatten(2)), layer.mlp_norm, dtype)
-            y = layer.mlp.fc2(_bias_gelu(normed, layer.mlp.fc1, layer.mlp.gelu))
+            y = layer.mlp(normed)
         return cast(Tensor, self.projector(add_layer_norm(x, y, self.final_norm, self.projector.weight.dtype)[1]))
 
 
@@ -325,12 +324,6 @@ def add_layer_norm(x: Tensor, y: Tensor | None, norm: nn.LayerNorm, dtype: torch
         D=width, ADDED=y is not None, EPSILON=norm.eps, BLOCK=triton.next_power_of_2(width),
     )  # fmt: skip
     return total, normed
-
-
-def _bias_gelu(x: Tensor, linear: nn.Linear, gelu: str) -> Tensor:
-    if gelu == "tanh" and x.is_cuda:  # as the product's epilogue
-        return torch._addmm_activation(linear.bias, x.flatten(0, 1), linear.weight.t(), use_gelu=True).unflatten(0, x.shape[:2])
-    return F.gelu(linear(x), approximate=gelu)
 
 
 def with_fused_layers(model: Pi0) -> Pi0 | None:

@@ -20,6 +20,7 @@ Attention (rows are queries, columns are keys). The prefix never sees the suffix
 Shape letters: B batch, P prefix tokens, Q suffix tokens, T tokens of one stream, D width, N heads, K head dim.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,13 +36,19 @@ from pi0fm.models.layers import (
     Modulation,
     RMSNorm,
     Rotation,
+    added_product,
+    at_least_float32,
+    by_kernels,
+    product_dtype,
     recomputed,
     recomputes,
     rotate,
+    rotate_,
     rotation,
     run_layer,
+    writes,
 )
-from pi0fm.models.prefix_cache import ActionContext, KeyValue, KeyValueBuffer, Modulations, PrefixCache
+from pi0fm.models.prefix_cache import ActionContext, KeyValue, KeyValueBuffer, Modulations, PrefixCache, seen_after, with_space
 
 LayerCondition = Tensor | tuple[Modulation, Modulation] | None
 """For adaptive norms: the flow time's condition [B, D], or [B, T, D], or a layer's two modulations made of it; None for plain norms."""
@@ -93,18 +100,25 @@ class Stream(nn.Module):
         attended, seen = recomputed(self._attention, *operands) if self.recompute and recomputes(self) else self._attention(*operands)
         if attended is None:
             return given.tokens, seen
-        x = residual(given.tokens, attended, gate)
+        once = by_kernels(self, given.tokens)
+        x = residual(given.tokens, attended, gate, once)
         normed, gate = self.mlp_norm(x, of_mlp)
-        return residual(x, self.mlp(normed), gate), seen
+        return residual(x, self.mlp(normed), gate, once), seen
 
     def _attention(
         self, qkv: Tensor, rotary: Rotation, before: KeyValue | KeyValueBuffer | None, mask: Tensor | None
     ) -> tuple[Tensor | None, KeyValue]:
         """Attention's addition to the residual stream, None where only keys are made, and the keys and values that were seen."""
-        heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        turning, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
-        query, key = rotate(turning, rotary).split((self.num_heads, self.num_kv_heads), dim=1)
-        seen = KeyValue(key, value) if before is None else before.joined(KeyValue(key, value))
+        (batch, tokens, _), num_heads, kv = qkv.shape, self.num_heads, self.num_kv_heads
+        heads = qkv.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
+        if writes(qkv):  # rotated in place, so that a layer's keys and values are one view
+            rotate_(heads.narrow(1, 0, num_heads + kv), rotary)
+            query, own = heads.split_with_sizes((num_heads, 2 * kv), 1)
+            seen = seen_after(before, own.view(batch, 2, kv, tokens, self.head_dim))
+        else:
+            turning, value = heads.split((num_heads + kv, kv), dim=1)
+            query, key = rotate(turning, rotary).split((num_heads, kv), dim=1)
+            seen = KeyValue(key, value) if before is None else before.joined(KeyValue(key, value))
         if not self.num_heads:
             return None, seen
         return self.out(attend(query, seen.key, seen.value, mask).transpose(1, 2).flatten(2)), seen
@@ -169,7 +183,7 @@ class JointDecoder(nn.Module):
         self, suffix: Float[Tensor, "B Q D"], cache: PrefixCache, num_state_tokens: int, condition: Tensor | None
     ) -> Float[Tensor, "B Q D"]:
         """Run a suffix against a cached prefix; its first `num_state_tokens` do not see the rest."""
-        out, _ = self._run(None, cache.mask, suffix, num_state_tokens, cache, condition)
+        out, _ = self._run(None, cache.mask, suffix, num_state_tokens, cache.layers, condition, cache.whole)
         assert out is not None
         return out
 
@@ -182,11 +196,15 @@ class JointDecoder(nn.Module):
             chunk 0             x            x         .
             chunk 1             x            .         x
         """
-        layers, mask = cache.layers, cache.mask
-        if state is not None:
-            _, layers = self._run(None, mask, state, state.shape[1], cache, None)
+        mask, space = cache.mask, chunks * num_actions
+        if state is None:
+            (buffers,) = with_space(cache.layers, space)
+        else:
+            places, buffers = with_space(cache.layers, state.shape[1], space)
+            _, layers = self._run(None, mask, state, state.shape[1], places, None, cache.whole)
+            if torch.is_grad_enabled():  # the state's keys and values have not been written, since a gradient may need the old ones
+                (buffers,) = with_space(layers, space)
             mask = torch.cat((mask, mask.new_ones(len(mask), state.shape[1])), dim=1)
-        buffers = tuple(layer.with_space(chunks * num_actions) for layer in layers)
         steps = torch.arange(num_actions, device=mask.device).repeat(chunks)
         rotary = rotation(mask.sum(dim=1)[:, None] + steps, self.head_dim)
         if chunks == 1 and cache.whole:
@@ -194,7 +212,7 @@ class JointDecoder(nn.Module):
         chunk = torch.arange(chunks, device=mask.device).repeat_interleave(num_actions)
         own = mask.new_ones(1, num_actions) if chunks == 1 else chunk[:, None] == chunk
         seen = torch.cat((mask[:, None].expand(-1, len(own), -1), own.expand(len(mask), -1, -1)), dim=2)[:, None]
-        return ActionContext(buffers, rotary, additive(seen), chunks)
+        return ActionContext(buffers, rotary, additive(seen, buffers[0].own.dtype), chunks)
 
     def modulations(self, condition: Float[Tensor, "*n D"]) -> Modulations:
         """Modulations of the action stream's adaptive norms at one flow time; a third of what a step of pi0.5 reads from memory."""
@@ -209,7 +227,7 @@ class JointDecoder(nn.Module):
 
         actions: `context.chunks` rows for each observation, in its order; with several, `condition` is of one flow time for all.
         """
-        tokens = joined_chunks(actions, context.chunks)
+        tokens = self._stream(joined_chunks(actions, context.chunks))
         modulations = condition if isinstance(condition, Modulations) else None
         for index, (layer, buffer) in enumerate(zip(self.layers, context.layers, strict=True)):
             of_layer = modulations.layers[index] if modulations else condition
@@ -236,25 +254,31 @@ class JointDecoder(nn.Module):
         mask: Tensor,
         suffix: Tensor | None,
         num_state_tokens: int,
-        cache: PrefixCache | None,
+        before: Sequence[KeyValue | KeyValueBuffer] | None,
         condition: Tensor | None,
         whole: bool = False,
     ) -> tuple[Tensor | None, tuple[KeyValue, ...]]:
-        """Run all layers: the suffix after the final norm, and the keys and values that were seen in each layer."""
+        """Run all layers: the suffix after the final norm, and the keys and values that were seen in each layer.
+
+        before: keys and values of an absent prefix. whole: the prefix's mask is known to be True everywhere.
+        """
         if prefix is not None:
             prefix_rotation = rotation(mask.long().cumsum(dim=1) - 1, self.head_dim)  # padding and missing cameras take no position
-            prefix_mask = None if whole else additive(mask[:, None, None])
+            prefix_mask = None if whole else additive(mask[:, None, None], product_dtype(prefix))
         if suffix is not None:
-            draws = suffix.shape[0] // mask.shape[0]
+            suffix, draws = self._stream(suffix), suffix.shape[0] // mask.shape[0]
             steps = torch.arange(suffix.shape[1], device=suffix.device)
             suffix_rotation = rotation(mask.sum(dim=1).repeat_interleave(draws)[:, None] + steps, self.head_dim)
-            suffix_mask = additive(suffix_attention_mask(mask.repeat_interleave(draws, dim=0), suffix.shape[1], num_state_tokens))
+            suffix_mask = None
+            if not whole or 0 < num_state_tokens < suffix.shape[1]:
+                seen = suffix_attention_mask(mask.repeat_interleave(draws, dim=0), suffix.shape[1], num_state_tokens)
+                suffix_mask = additive(seen, product_dtype(suffix))
         layers: list[KeyValue] = []
         for index, layer in enumerate(self.layers):
             inputs = (
                 None if prefix is None else StreamInput(prefix, prefix_rotation, prefix_mask),
                 None if suffix is None else StreamInput(suffix, suffix_rotation, suffix_mask),
-                cache.layers[index] if cache else None,
+                before[index] if before else None,
                 condition,
             )
             prefix, suffix, seen = run_layer(layer, self.activation_checkpointing, *inputs)
@@ -262,6 +286,10 @@ class JointDecoder(nn.Module):
         if suffix is not None:
             suffix, _ = self.final_norm(suffix, condition)
         return suffix, tuple(layers)
+
+    def _stream(self, tokens: Tensor) -> Tensor:
+        """Residual stream from the action tokens on: float32 where a norm's kernel would have to cast it in each layer."""
+        return at_least_float32(tokens) if by_kernels(self, tokens) else tokens
 
 
 def _is_whole(mask: Tensor) -> bool:
@@ -282,6 +310,8 @@ def joined_chunks(actions: Float[Tensor, "BN H D"], chunks: int) -> Float[Tensor
     return actions if chunks == 1 else actions.unflatten(0, (-1, chunks)).flatten(1, 2)
 
 
-def residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
-    """Add y to x, times the gate under an adaptive norm."""
-    return x + y if gate is None else x + gate * y
+def residual(x: Tensor, y: Tensor, gate: Tensor | None, once: bool = False) -> Tensor:
+    """Add y to x, times the gate under an adaptive norm; once: in one operation, with one rounding."""
+    if gate is None:
+        return x + y
+    return added_product(x, y, gate, x.dtype) if once else x + gate * y

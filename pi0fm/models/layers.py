@@ -99,8 +99,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*n D"], condition: Tensor | None = None) -> tuple[Float[Tensor, "*n D"], Tensor | None]:
         """Norm x, and return None as the residual's gate, which a plain norm lacks."""
         dtype = product_dtype(x) if self.for_products else x.dtype
+        norm = _normed_by_kernel if by_kernels(self, x) else _normed
         # equal numbers; without a gradient the overhead of the closed form would cost as much as a small norm
-        return (_RMSNorm.apply(x, self.scale, dtype) if _closed_form() else _normed(x, self.scale, dtype))[0], None
+        return (_RMSNorm.apply(x, self.scale, dtype, norm) if _closed_form() else norm(x, self.scale, dtype))[0], None
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -132,8 +133,13 @@ class AdaptiveRMSNorm(nn.Module):
         if condition is None:
             raise ValueError("an adaptive norm needs the condition made from the flow time")
         by = condition if isinstance(condition, Modulation) else self.modulate(condition)
-        normed = at_least_float32(x) * inverse_rms(x)
-        return (normed * by.factor + by.shift).to(product_dtype(x) if self.for_products else x.dtype), by.gate.to(x.dtype)
+        dtype, gate = product_dtype(x) if self.for_products else x.dtype, by.gate.to(x.dtype)
+        if not by_kernels(self, x):
+            normed = at_least_float32(x) * inverse_rms(x)
+            return (normed * by.factor + by.shift).to(dtype), gate
+        whole = by.factor.dtype
+        normed = _RMSNorm.apply(x, x.new_zeros(x.shape[-1]), whole, _normed_by_kernel)[0] if _closed_form() else _by_kernel(x)
+        return added_product(by.shift, normed, by.factor, dtype), gate
 
 
 class GatedMLP(nn.Module):
@@ -172,6 +178,11 @@ def rotate(x: Float[Tensor, "B N T K"], by: Rotation) -> Float[Tensor, "B N T K"
     return _Rotate.apply(x, by.cos, by.sin) if _closed_form() else _turn(x, by.cos, by.sin)
 
 
+def rotate_(x: Float[Tensor, "B N T K"], by: Rotation) -> Float[Tensor, "B N T K"]:
+    """As `rotate`, in place; without gradient."""
+    return torch.addcmul(x * by.cos, x.roll(x.shape[-1] // 2, -1), by.sin, out=x)
+
+
 def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
     """Call the function, keeping only its inputs for the backward pass, which recomputes the rest.
 
@@ -192,6 +203,14 @@ def run_layer(layer: nn.Module, whole: bool, *inputs: Any) -> Any:
         return recomputed(layer, *inputs)
     # a layer is compiled for training: torch.func, which computes a likelihood, cannot trace it
     return layer.forward(*inputs) if layer._compiled_call_impl is not None and not layer.training else layer(*inputs)
+
+
+def by_kernels(module: nn.Module, x: Tensor) -> bool:
+    """Whether to take torch's fused kernels where a GPU has them: a call there takes as long as the host needs to launch its operations.
+
+    Not in training, whose numbers stay, nor where a compiler or torch.func wants the plain formulas.
+    """
+    return x.is_cuda and not module.training and _writable(x)
 
 
 def _closed_form() -> bool:
@@ -222,32 +241,33 @@ class _RMSNorm(torch.autograd.Function):
     composed form 7.9 to 8.9, `F.rms_norm` 8.0 to 8.2 (docs/LOG.md, 2026-11-22). pi0.5's adaptive norm stays composed.
 
     With y = x w / m, w = 1 + scale, g the incoming gradient and p = g x / m: dscale = sum(p) over rows, dx = g w / m - x mean(p w) / m^2.
-    m is returned too, so that torch.func can carry it from the forward pass to the backward one.
+    m is returned too, so that torch.func can carry it from the forward pass to the backward one. norm: `_normed` or `_normed_by_kernel`.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return _normed(x, scale, dtype)
+    def forward(x: Tensor, scale: Tensor, dtype: torch.dtype, norm: "Norm") -> tuple[Tensor, Tensor]:
+        y, rms = norm(x, scale, dtype)
+        return y, inverse_rms(x).reciprocal() if rms is None else rms
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, torch.dtype], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, torch.dtype, "Norm"], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:2], output[1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None, None]:
         if gradient is None:
-            return None, None, None
+            return None, None, None, None
         x, scale, rms = ctx.saved_tensors
         inverse, factor = rms.reciprocal(), 1.0 + scale
         pulled = at_least_float32(gradient) * inverse
         product = pulled * x
         to_scale = product.flatten(0, -2).sum(dim=0)
         to_rows = product.mul_(factor).sum(dim=-1, keepdim=True) * inverse.square() * (-1.0 / x.shape[-1])
-        return _plus_product(pulled.mul_(factor), x, to_rows).to(x.dtype), to_scale, None
+        return _plus_product(pulled.mul_(factor), x, to_rows).to(x.dtype), to_scale, None, None
 
 
 class _Rotate(torch.autograd.Function):
@@ -307,14 +327,36 @@ class _Gated(torch.autograd.Function):
 
 def _gated(x: Tensor, gelu: str) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
-    return F.gelu(gate, approximate=gelu) * up
+    gated = F.gelu(gate, approximate=gelu)
+    return gated.mul_(up) if writes(gated) else gated * up
 
 
-def _normed(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _normed(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Compute the output and the root mean square, in four small operations and two passes over x."""
     wide = at_least_float32(x)
     rms = _mean_square(wide).sqrt_()
     return torch.addcmul(wide, wide, scale).div_(rms).to(dtype), rms
+
+
+def _normed_by_kernel(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Compute the output in two launches, without the root mean square."""
+    normed = _by_kernel(x)
+    return added_product(normed, normed, scale, dtype), None
+
+
+Norm = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor | None]]
+
+
+def _by_kernel(x: Tensor) -> Tensor:
+    """Compute `x * inverse_rms(x)`, in one launch on a GPU. The scale comes after it: the kernel takes no weight of another type."""
+    return F.rms_norm(at_least_float32(x), x.shape[-1:], eps=NORM_EPSILON)
+
+
+def added_product(x: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute `x + left right`, rounded once to dtype: without gradient in one launch. left: of the result's shape."""
+    if torch.is_grad_enabled():
+        return torch.addcmul(x, left, right).to(dtype)
+    return torch.addcmul(x, left, right, out=torch.empty_like(left, dtype=dtype))
 
 
 def _mean_square(x: Tensor) -> Tensor:
@@ -331,6 +373,11 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:
 def _plus_product(x: Tensor, left: Tensor, right: Tensor, sign: float = 1.0) -> Tensor:
     """Compute `x + sign left right`, in place where x is writable."""
     return x.addcmul_(left, right, value=sign) if _writable(x) else torch.addcmul(x, left, right, value=sign)
+
+
+def writes(x: Tensor) -> bool:
+    """Whether no gradient is recorded and results may be written in place."""
+    return not torch.is_grad_enabled() and _writable(x)
 
 
 def _writable(x: Tensor) -> bool:

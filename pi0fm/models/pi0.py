@@ -101,7 +101,7 @@ class Pi0(nn.Module):
     def flow_time(self, t: float) -> FlowTime:
         """Compute the values of one flow time for a whole batch, without gradient."""
         with torch.inference_mode(False), torch.no_grad():  # samplers keep it, also those that take a derivative in x_t
-            embedded = self._time(torch.full((1,), t, dtype=self.action_in.weight.dtype, device=self.action_in.weight.device))
+            embedded = self._time(torch.full((1,), t, dtype=self.action_out.weight.dtype, device=self.action_out.weight.device))
             adaptive = self.config.time_conditioning == "adaptive_norm"
             return FlowTime(embedded, self.decoder.modulations(embedded) if adaptive else None)
 
@@ -152,7 +152,7 @@ class Pi0(nn.Module):
         pictures = self.vision(pixels(observation.images.flatten(0, 1)))
         tokens_per_image = pictures.shape[1]
         # scaled in float32, in which the residual stream then stays, even where the words are kept in bfloat16
-        words = self.prompt_embedding(observation.prompt_tokens).to(self.action_in.weight.dtype)
+        words = self.prompt_embedding(observation.prompt_tokens).to(self.action_out.weight.dtype)
         words = words * math.sqrt(self.prompt_embedding.embedding_dim)
         tokens = torch.cat((pictures.unflatten(0, (batch, cameras)).flatten(1, 2).to(words.dtype), words), dim=1)
         mask = torch.cat((observation.image_mask.repeat_interleave(tokens_per_image, dim=1), observation.prompt_mask), dim=1)
@@ -170,7 +170,7 @@ class Pi0(nn.Module):
         """Embed flow times, [*times, D]: pi0.5's condition, or the time's half of the first product of pi0's MLP."""
         width = self.action_in.out_features
         # released weights count time from data to noise: their clock is 1 - t
-        time = time_embedding(1.0 - t, width).to(self.action_in.weight.dtype)
+        time = time_embedding(1.0 - t, width).to(self.action_out.weight.dtype)
         if self.config.time_conditioning == "adaptive_norm":
             return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time))))
         return F.linear(time, self.time_mlp_in.weight[:, width:], self.time_mlp_in.bias)

@@ -8,6 +8,7 @@ how they are computed.
 Shape letters: B batch, P prefix tokens, J keys that the actions see, D width, K head dim.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,10 +20,11 @@ from pi0fm.models.layers import Modulation, Rotation
 
 
 class KeyValue(NamedTuple):
-    """Rotated keys and values of the prefix in one layer, each [B, kv heads, P, K]."""
+    """Rotated keys and values in one layer, each [B, kv heads, J, K]; both: [B, 2, kv heads, J, K], if they are views of one tensor."""
 
     key: Tensor
     value: Tensor
+    both: Tensor | None = None
 
     def joined(self, own: "KeyValue") -> "KeyValue":
         """Append the suffix's keys and values; the suffix may hold several rows, in order, for each row of these."""
@@ -30,27 +32,51 @@ class KeyValue(NamedTuple):
         seen = self if times == 1 else KeyValue(self.key.repeat_interleave(times, dim=0), self.value.repeat_interleave(times, dim=0))
         return KeyValue(torch.cat((seen.key, own.key), dim=2), torch.cat((seen.value, own.value), dim=2))
 
-    def with_space(self, more: int) -> "KeyValueBuffer":
-        """Append space for `more` tokens."""
-        key, value = (torch.cat((seen, seen.new_zeros(*seen.shape[:2], more, seen.shape[3])), dim=2) for seen in self)
-        return KeyValueBuffer(key, value, more)
-
 
 @dataclass(frozen=True)
 class KeyValueBuffer:
-    """Keys and values [B, kv heads, J, K] of all that the actions see; the last `own` are the actions', overwritten in place."""
+    """Keys and values of all that some tokens see; own: view [B, 2, kv heads, T, K] of the tokens' own, the last of them.
 
-    key: Tensor
-    value: Tensor
-    own: int
+    The tokens overwrite their own in place.
+    """
+
+    seen: KeyValue
+    own: Tensor
 
     def joined(self, own: KeyValue) -> KeyValue:
-        """Set the actions' keys and values, and return all J; a copy under autograd, since a gradient needs the old ones."""
+        """Set the tokens' keys and values, and return all J; a copy under autograd, since a gradient needs the old ones."""
         if torch.is_grad_enabled():
-            return KeyValue(self.key[:, :, : -self.own], self.value[:, :, : -self.own]).joined(own)
-        self.key[:, :, -self.own :] = own.key
-        self.value[:, :, -self.own :] = own.value
-        return KeyValue(self.key, self.value)
+            before = self.seen.key.shape[2] - self.own.shape[3]
+            return KeyValue(self.seen.key[:, :, :before], self.seen.value[:, :, :before]).joined(own)
+        return self.written(torch.stack((own.key, own.value), dim=1))
+
+    def written(self, own: Tensor) -> KeyValue:
+        """As `joined` without gradient: own as in this class."""
+        self.own.copy_(own)
+        return self.seen
+
+
+def seen_after(before: KeyValue | KeyValueBuffer | None, own: Tensor) -> KeyValue:
+    """Join the tokens' keys and values [B, 2, kv heads, T, K] to those of the tokens before them, without gradient."""
+    if isinstance(before, KeyValueBuffer):
+        return before.written(own)
+    made = KeyValue(own.select(1, 0), own.select(1, 1), own)
+    return made if before is None else before.joined(made)
+
+
+def with_space(layers: Sequence[KeyValue], *lengths: int) -> tuple[tuple[KeyValueBuffer, ...], ...]:
+    """Copy the layers, with space after them for successive runs of tokens; for each run, the layers' buffers that end with it."""
+    batch, heads, tokens, head_dim = layers[0].key.shape
+    space = layers[0].key.new_empty(len(layers), 2, batch, heads, tokens + sum(lengths), head_dim)
+    for layer, place in zip(layers, space[..., :tokens, :].transpose(1, 2), strict=True):
+        place.copy_(torch.stack((layer.key, layer.value), dim=1) if layer.both is None else layer.both)
+    runs, first = [], tokens
+    for length in lengths:
+        last = first + length
+        seen, own = space[..., :last, :], space[..., first:last, :].transpose(1, 2)
+        runs.append(tuple(KeyValueBuffer(KeyValue(key, value), place) for (key, value), place in zip(seen, own, strict=True)))
+        first = last
+    return tuple(runs)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pi0fm.models.attention import attend_pictures
 from pi0fm.models.config import Gelu, VisionConfig
 from pi0fm.models.initial import ConstantInit, Initial, NormalInit, UniformInit
-from pi0fm.models.layers import Linear, at_least_float32, product_dtype, recomputed, recomputes, run_layer
+from pi0fm.models.layers import Linear, at_least_float32, by_kernels, product_dtype, recomputed, recomputes, run_layer, writes
 
 
 class PatchEmbedding(nn.Module):
@@ -58,8 +58,16 @@ class VisionMLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
         """Map x to the same shape."""
+        if self._takes_gelu_along(x):
+            hidden = torch._addmm_activation(self.fc1.bias, x.flatten(0, -2), self.fc1.weight.t(), use_gelu=True)
+            return self.fc2(hidden.view(*x.shape[:-1], -1))
         hidden = self.fc1(x)
         return recomputed(self._activated, hidden) if self.recompute and recomputes(self) else self._activated(hidden)
+
+    def _takes_gelu_along(self, x: Tensor) -> bool:
+        """Whether a GPU's product applies gelu to what it writes."""
+        plain = type(self.fc1) is Linear and self.gelu == "tanh" and self.fc1.weight.dtype == x.dtype
+        return plain and by_kernels(self, x) and writes(x)
 
     def _activated(self, hidden: Tensor) -> Tensor:
         return self.fc2(F.gelu(hidden, approximate=self.gelu))
@@ -87,7 +95,7 @@ class VisionLayer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
     def _attention(self, qkv: Tensor) -> Tensor:
-        heads = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        heads = qkv.view(*qkv.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         return self.out(attend_pictures(*heads.unbind()).transpose(1, 2).flatten(2))
 
 

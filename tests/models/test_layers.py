@@ -9,8 +9,23 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from pi0fm.models.initial import initialise
-from pi0fm.models.layers import AdaptiveRMSNorm, GatedMLP, RMSNorm, _Gated, _gated, _Rotate, inverse_rms, rotate, rotation, time_embedding
+from pi0fm.models.layers import (
+    AdaptiveRMSNorm,
+    GatedMLP,
+    RMSNorm,
+    _Gated,
+    _gated,
+    _normed,
+    _normed_by_kernel,
+    _Rotate,
+    inverse_rms,
+    rotate,
+    rotation,
+    time_embedding,
+)
 from pi0fm.models.layers import _RMSNorm as FastNorm
+
+norms = pytest.mark.parametrize("by", [_normed, _normed_by_kernel])
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -31,9 +46,10 @@ def test_norm_of_a_constant_is_one_and_of_zero_is_zero():
     torch.testing.assert_close(found, torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]]))
 
 
-def test_norms_gradient_is_that_of_finite_differences():
+@norms
+def test_norms_gradient_is_that_of_finite_differences(by):
     def norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return FastNorm.apply(x, scale, torch.float64)[0]
+        return FastNorm.apply(x, scale, torch.float64, by)[0]
 
     assert gradcheck(norm, (normal(2, 3, 5).requires_grad_(), normal(5, seed=1).requires_grad_()))
 
@@ -58,12 +74,13 @@ def test_a_norm_before_products_is_cast_once_and_to_their_type(adaptive):
         assert one.dtype == other.dtype and torch.equal(one, other)
 
 
+@norms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norms_gradient_is_torchs_in_either_type(dtype):
+def test_norms_gradient_is_torchs_in_either_type(dtype, by):
     x, scale = normal(4, 6, 16, dtype=torch.float32).to(dtype), normal(16, seed=1, dtype=torch.float32) / 4
     weights = normal(4, 6, 16, seed=2, dtype=torch.float32).to(dtype)
     ours, theirs = ((x.clone().requires_grad_(), scale.clone().requires_grad_()) for _ in range(2))
-    found = torch.autograd.grad(FastNorm.apply(*ours, dtype)[0], ours, weights)
+    found = torch.autograd.grad(FastNorm.apply(*ours, dtype, by)[0], ours, weights)
     wide = theirs[0].float()
     expected = torch.autograd.grad(F.rms_norm(wide, (16,), eps=1e-6) * (1 + theirs[1]), theirs, weights.float())
     for one, other in zip(found, expected, strict=True):
@@ -184,13 +201,14 @@ def test_what_the_gated_mlp_keeps(dtype):
     assert values == 5 * 3 * (4 + 3 * 8)
 
 
+@norms
 @pytest.mark.filterwarnings("error:There is a performance drop")
-def test_gradients_are_batched_without_a_loop():
+def test_gradients_are_batched_without_a_loop(by):
     """An exact density runs the backward pass of all closed forms under vmap."""
     turn = rotation(torch.tensor([[0, 3]]), 8)
 
     def field(x: torch.Tensor) -> torch.Tensor:
-        normed = FastNorm.apply(x, torch.zeros(8), torch.float32)[0]
+        normed = FastNorm.apply(x, torch.zeros(8), torch.float32, by)[0]
         return rotate(_Gated.apply(torch.cat((normed, normed.square()), dim=-1), "tanh")[0], turn)
 
     x = normal(2, 1, 2, 8, dtype=torch.float32)

@@ -190,8 +190,8 @@ def arrange_matrices(model: nn.Module, dtype: torch.dtype, device: torch.device,
         halve_matrices(model, dtype)
         if packs and device.type == "cpu" and dtype == torch.bfloat16 and can_pack():
             pack(model)
-        if device.type == "cuda":  # the products behind a flow time, which `pack` must leave as they are
-            for name in ("time_mlp_in", "time_mlp_out"):
+        if device.type == "cuda":  # the products before the decoder, which would be cast in each step; `pack` must leave them as they are
+            for name in ("action_in", "state_in", "time_mlp_in", "time_mlp_out"):
                 getattr(model, name, nn.Identity()).to(dtype)
     for name in columns_together(model, dtype, device):
         matrix = model.get_parameter(name)
