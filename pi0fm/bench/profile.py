@@ -14,11 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from pi0fm import progress
 from pi0fm.bench.config import ProfileSteps
-from pi0fm.bench.harness.limits import forget_peak, measure_rates, peak_bytes, synchronize
+from pi0fm.bench.harness.limits import flop_counter, forget_peak, measure_rates, peak_bytes, synchronize
 from pi0fm.bench.harness.measure import BenchReport
 from pi0fm.bench.harness.steps import PARTS, StepClock, Trainer
 from pi0fm.data.loading.loader import micro_batches
@@ -125,7 +124,7 @@ def advise(
 def _counted(step: Callable[[Callable[[str], object]], None]) -> dict[str, float]:
     """Operations of a step by part, including those repeated by checkpointing."""
     found, before = dict.fromkeys(PARTS, 0.0), 0
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
 
         def mark(ended: str) -> None:
             nonlocal before

@@ -55,15 +55,22 @@ class Linear(nn.Linear):
     def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n F"]:
         """Compute x W' + b."""
         dtype = product_dtype(x)
-        if not self.cast_once or not self.training or dtype == self.weight.dtype or torch.compiler.is_compiling():
-            return super().forward(x)
+        return F.linear(x, self.matrix(dtype), self.bias) if self._keeps_copy(dtype) else super().forward(x)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight in `dtype`, the type of the products."""
+        if not self._keeps_copy(dtype):
+            return self.weight.to(dtype)
         with torch.no_grad():
             if self._copy is None:
                 self._copy = torch.empty_like(self.weight, dtype=dtype)
             if self._copied_version != self.weight._version:
                 self._copy.copy_(self.weight)
                 self._copied_version = self.weight._version
-        return F.linear(x, _Cast.apply(self.weight, self._copy), self.bias)
+        return _Cast.apply(self.weight, self._copy)
+
+    def _keeps_copy(self, dtype: torch.dtype) -> bool:
+        return self.cast_once and self.training and dtype != self.weight.dtype and not torch.compiler.is_compiling()
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the copy."""
@@ -80,6 +87,46 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient.float(), None
+
+
+def adapted(
+    x: Float[Tensor, "*n D"], weight: Float[Tensor, "F D"], bias: Tensor | None, down: Float[Tensor, "R D"], up: Float[Tensor, "F R"]
+) -> Float[Tensor, "*n F"]:
+    """Compute x W' + b + (x down') up', all of one type; for a weight and bias that do not train.
+
+    The narrow product is written first and the wide one accumulated on it, so that the sum is rounded once and costs no pass over memory
+    besides the narrow product's: a product's accumulation reads while it computes.
+
+        h = x down'     y = b + h up'     y += x W'             backward: g into y
+        dh = g up       dup = g' h        dx = g W, += dh down            ddown = dh' x
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    low, rows = _Down.apply(rows, down) if _closed_form() and rows.requires_grad else (rows @ down.mT, rows)
+    start = low @ up.mT if bias is None else torch.addmm(bias, low, up.mT)
+    y = start.addmm_(rows, weight.mT) if _writable(start) else torch.addmm(start, rows, weight.mT)
+    return y.view(*x.shape[:-1], -1)
+
+
+class _Down(torch.autograd.Function):
+    """The product `x down'`, and x for the wide product, on whose gradient this one's is accumulated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ down.mT, x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, to_low: Tensor, to_x: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, down = ctx.saved_tensors
+        to_down = to_low.mT @ x if ctx.needs_input_grad[1] else None
+        if torch.is_grad_enabled() or not _writable(to_x):  # torch.func records the backward pass
+            return torch.addmm(to_x, to_low, down), to_down
+        return to_x.addmm_(to_low, down), to_down  # the wide product's alone: no other operation has taken this x
 
 
 class RMSNorm(nn.Module):

@@ -1,6 +1,6 @@
 """Low-rank adapters: y = W x + (alpha / rank) B A x, with W frozen and B = 0 at the start (Hu et al. 2021, arXiv 2106.09685).
 
-Owns: which modules a target names, their wrapping by peft and its check, and the conversion back to plain weights.
+Owns: the adapted layer, which modules a target names, and the conversion back to plain weights. Names are peft's.
 Does not know: what else of the network trains.
 
     decoder.layers.3.backbone.qkv.weight        before, and in every bundle
@@ -9,18 +9,51 @@ Does not know: what else of the network trains.
 
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from typing import cast, final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from pi0fm.models.config import ADAPTABLE, LoraConfig
 from pi0fm.models.initial import ConstantInit, Initial, UniformInit
+from pi0fm.models.layers import Linear, adapted, product_dtype
 from pi0fm.models.parts import Part, part_of
 from pi0fm.models.pi0 import Pi0
 from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError
 
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
+
+
+@final
+class LoraLinear(nn.Module):
+    """Frozen linear layer with an adapter: x W' + b + (alpha / rank) (x A') B'.
+
+    The product B A is never added to W in training: its updates are smaller than the last bit of a bfloat16 W, and would be lost.
+    """
+
+    def __init__(self, linear: nn.Linear, config: LoraConfig) -> None:
+        super().__init__()
+        self.base_layer, self.scaling = linear, config.scaling
+        self.lora_A = _half(linear.in_features, config.rank, linear.weight)
+        self.lora_B = _half(config.rank, linear.out_features, linear.weight)
+        nn.init.zeros_(_weight(self.lora_B))
+
+    def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n F"]:
+        """Map x, in the type of the products."""
+        base, dtype = self.base_layer, product_dtype(x)
+        weight = base.matrix(dtype) if isinstance(base, Linear) else base.weight.to(dtype)
+        bias = None if base.bias is None else base.bias.to(dtype)
+        return adapted(x.to(dtype), weight, bias, (self.scaling * _weight(self.lora_A)).to(dtype), _weight(self.lora_B).to(dtype))
+
+
+def _half(inputs: int, outputs: int, like: Tensor) -> nn.ModuleDict:
+    return nn.ModuleDict({"default": nn.Linear(inputs, outputs, bias=False, device=like.device, dtype=like.dtype)})
+
+
+def _weight(half: nn.ModuleDict) -> Tensor:
+    return cast(nn.Linear, half["default"]).weight
 
 
 def target_modules(model: Pi0, targets: Iterable[str]) -> tuple[str, ...]:
@@ -49,20 +82,14 @@ def target_modules(model: Pi0, targets: Iterable[str]) -> tuple[str, ...]:
 def attach(model: Pi0, config: LoraConfig) -> frozenset[Part]:
     """Wrap the targets in adapters that change nothing yet, and return the parts that now hold some.
 
-    All parameters except the adapters' are frozen. Raises ConfigError for a target that names no layer, RuntimeError when peft
-    wrapped other layers than the targets: it ignores a name that it does not find.
+    All parameters except the adapters' are frozen. Raises ConfigError for a target that names no layer.
     """
-    from peft import LoraConfig as PeftConfig
-    from peft import inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
-
     names = target_modules(model, config.targets)
-    inject_adapter_in_model(
-        PeftConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, bias="none", target_modules=list(names)), model
-    )
-    wrapped = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    if wrapped != set(names):
-        raise RuntimeError(f"peft must wrap exactly the targets, found the differences {sorted(wrapped.symmetric_difference(names))}")
+    model.requires_grad_(False)
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        model.set_submodule(name, LoraLinear(linear, config))
     return frozenset(part_of(name) for name in names)
 
 

@@ -22,7 +22,6 @@ BROKEN_BY = {
     ],
     "ray": [("pi0fm.train.loop", "ray"), ("pi0fm.cli.training.train", "ray")],
     "accelerate": [("pi0fm.train.loop", "accelerate")],
-    "peft": [("pi0fm.train.start.adaptation", "peft"), ("pi0fm.models.pi0", "peft")],
     "lerobot": [("pi0fm.convert.lerobot", "lerobot"), ("pi0fm.data.loading.loader", "lerobot")],
     "simulators": [("pi0fm.eval.rollouts.rollout", "mujoco"), ("pi0fm.demos.demonstration", "metaworld")],
     "shared nouns": [("pi0fm.files", "torch"), ("pi0fm.cli.main", "ray"), ("pi0fm.options", "pi0fm.models.pi0")],

@@ -61,7 +61,7 @@ def test_without_extras_training_says_what_to_install() -> None:
     assert line.endswith("found none; type pip install 'pi0fm[train]', or pi0fm[all]")
 
 
-@pytest.mark.parametrize(("library", "extra"), [("ray", "train"), ("peft", "train"), ("mujoco", "sim"), ("boto3", "s3"), ("torch", None)])
+@pytest.mark.parametrize(("library", "extra"), [("ray", "train"), ("av", "train"), ("mujoco", "sim"), ("boto3", "s3"), ("torch", None)])
 def test_each_library_of_an_extra_is_named_with_one_that_brings_it(library: str, extra: str | None) -> None:
     assert command_line.extra_with(library) == extra
 

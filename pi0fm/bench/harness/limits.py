@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from pi0fm.bench.harness.measure import seconds_of
 
@@ -115,6 +115,15 @@ def forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def flop_counter() -> FlopCounterMode:
+    """Make torch's counter of operations, which leaves out the products that adapters accumulate in place."""
+
+    def accumulated(into: torch.Size, left: torch.Size, right: torch.Size, **_: object) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    return FlopCounterMode(display=False, custom_mapping={ATEN.addmm_: accumulated})
 
 
 @final

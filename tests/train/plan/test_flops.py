@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from pi0fm.bench.harness.cases import make_batch
+from pi0fm.bench.harness.limits import flop_counter
 from pi0fm.bench.harness.sizes import Case
 from pi0fm.models.config import TINY, LoraConfig
 from pi0fm.models.pi0 import Pi0
@@ -23,9 +23,9 @@ def counted(how: Adaptation, draws: int) -> int:
     model = adapt(Pi0(TINY), how, torch.float32).train()
     batch = make_batch(Case(TINY, (True,), TINY.max_prompt_tokens, 1), seed=0, flow_draws=draws)
     x_t = torch.randn(draws, TINY.action_horizon, TINY.action_dim)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as found:
         model(batch.observation, x_t, torch.full((draws,), 0.5)).square().mean().backward()
-    return int(counter.get_total_flops())
+    return int(found.get_total_flops())
 
 
 @pytest.mark.parametrize(
