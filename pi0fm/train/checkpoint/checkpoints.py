@@ -3,7 +3,7 @@
 Owns: the saving thread, which worker writes which tensors, retention, the choice of the newest whole checkpoint.
 Does not know: what trains, what the tensors mean, the layout of the files (format.py).
 
-    training thread   | step | step | copy | step | step | step | step | copy | ...      copy: this worker's part, to reused buffers
+    training thread   | step | step | copy | step | step | step | step | copy | ...      copy: this worker's part (staging.py)
     saving thread                          |  plan, write, fsync ........ COMMIT, older ones removed |
                                               communicates in the process group "checkpoint"
 
@@ -22,12 +22,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
 from pi0fm import progress
 from pi0fm.train.checkpoint.format import Reader, Writer
 from pi0fm.train.checkpoint.index import Index, TornError, read_index, remove
+from pi0fm.train.checkpoint.staging import HostCopies
 from pi0fm.train.checkpoint.storage import COMMIT, Store, folder, open_store, steps_in, unlisted, whole
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm_client.errors import OutputError
@@ -48,7 +48,7 @@ class Checkpoints:
         self._store, self._parallel, self._keep = open_store(place), parallel, keep
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pi0fm-checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
-        self._buffers: dict[str, Tensor] = {}
+        self._copies = HostCopies()
         self.saved: int | None = None  # step of the newest checkpoint that this process has written or read
 
     @property
@@ -67,7 +67,7 @@ class Checkpoints:
         earlier checkpoint is kept.
         """
         self.settle()
-        self._pending = step, self._thread.submit(self._write, step, self._copied(self._part(tensors)), dict(facts))
+        self._pending = step, self._thread.submit(self._write, step, self._copies.of(self._part(tensors)), dict(facts))
 
     def save_now(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write the state and wait, unless `step` was already saved. Raises OutputError when it could not be written."""
@@ -103,7 +103,7 @@ class Checkpoints:
         """Wait for the checkpoint being written. Nothing can be saved afterwards."""
         self.settle()
         self._thread.shutdown()
-        self._buffers.clear()
+        self._copies.clear()
 
     def restore(self, tensors: dict[str, Tensor], check: Callable[[Index], None]) -> Index | None:
         """Read the newest whole checkpoint into `tensors`, in place; return its index, or None without a checkpoint.
@@ -197,21 +197,6 @@ class Checkpoints:
             if not isinstance(tensors[name], DTensor):
                 loads[owner] += tensors[name].nbytes
         return mine
-
-    def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy tensors to buffers on the host that training does not touch; the next checkpoint reuses the buffers."""
-        sharded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
-        copied: dict[str, Tensor] = dict(BlockingAsyncStager().stage(sharded)) if sharded else {}
-        plain = {name: tensor.detach() for name, tensor in tensors.items() if name not in sharded}
-        for name, tensor in plain.items():
-            if name not in self._buffers:
-                self._buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-            copied[name] = self._buffers[name]
-        if plain:
-            torch._foreach_copy_([copied[name] for name in plain], list(plain.values()), non_blocking=True)
-        if any(tensor.is_cuda for tensor in tensors.values()):
-            torch.cuda.current_stream().synchronize()
-        return copied
 
     def _write(self, step: int, part: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Write a checkpoint; runs in the saving thread of every worker."""
