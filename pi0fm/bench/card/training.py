@@ -28,36 +28,56 @@ from pi0fm.train.plan.memory import estimate
 from pi0fm.train.start.adaptation import adapt
 from pi0fm.train.state import StateConfig
 
+START, STEPS, PEER = 10.0, 5, 32.0  # seconds until the first case, steps of a figure, seconds of LeRobot's case
+COMPILATION = 49.0  # seconds of the three graphs of full fine-tuning
+
 
 @dataclass(frozen=True)
 class TrainingCase:
-    """A way to train. batches: sizes in ascending order; the case ends with the first that does not fit."""
+    """A way to train. batches: sizes in ascending order; the case ends with the first that does not fit.
+
+    rate: samples/s that are expected, for the time that a figure takes; compilation: seconds, 0 for plain layers.
+    """
 
     name: str
     how: Adaptation
     averaged: bool
-    compiled: bool
     batches: tuple[int, ...]
     target: str = ""
+    rate: float = 25.0
+    compilation: float = 0.0
+
+    def seconds(self, size: int) -> float:
+        """Seconds of the figure of a batch size: network, batch and estimate, compilation where it is the first, steps."""
+        return 2.0 + self.compilation * (size == self.batches[0]) + STEPS * size / self.rate
 
 
 def cases() -> list[TrainingCase]:
-    """Cases in order: those never measured, of which one whose compilation once took over 95 s is the last, then those in docs/gpu.md.
+    """Cases in order: the one that LeRobot's step is compared with, those never measured, then those in docs/gpu.md.
 
-    LeRobot's step is compared with the first.
+    Seconds on the H100 of docs/gpu.md, compilation last, since it may take longer and be killed; rows stay on disk:
+
+        start                       10       LoRA, 64               15
+        full, 32, and LeRobot's     40       expert, compiled       45      of which 35 compilation: no backward pass of the prefix
+        selective, 16 and 32        14       LoRA, compiled         76      of which 63: its graphs have 1.29 times full's nodes
+        with average, 32             8                            = 208     of 220; what follows is measured again where time is left
+
+    Full fine-tuning's compilation: 117 s of a part, less 46 of steps, 8 to start, 14 for seven figures.
     """
     full, lora = Adaptation(activation_checkpointing="full"), LoraConfig(rank=16)
     adapted = Adaptation(lora=lora, frozen_bfloat16=True, activation_checkpointing="full")
     expert, selective = Adaptation("expert_only", frozen_bfloat16=True), Adaptation(activation_checkpointing="selective")
+    plain, fast = "full, checkpointed, no average", ">= 26 samples/s"
     return [
-        TrainingCase("full, checkpointed, no average, compiled", full, False, True, (32,), ">= 26 samples/s"),
-        TrainingCase("full, selectively checkpointed, no average", selective, False, False, (8, 16, 32), ">= 26 samples/s"),
-        TrainingCase("full, checkpointed, with average", full, True, False, (8, 16, 24)),
-        TrainingCase("expert only, compiled", expert, True, True, (64, 128)),
-        TrainingCase("LoRA 16, checkpointed, compiled", adapted, True, True, (32, 64), ">= 30 samples/s"),
-        TrainingCase("LoRA 16, checkpointed", adapted, True, False, (32, 64), ">= 30 samples/s"),
-        TrainingCase("expert only", expert, True, False, (32, 64, 128), ">= 60 samples/s"),
-        TrainingCase("full, checkpointed, no average", full, False, False, (64, 96), ">= 26 samples/s"),
+        TrainingCase(plain, full, False, (32,), fast),
+        TrainingCase("full, selectively checkpointed, no average", selective, False, (16, 32), fast),
+        TrainingCase("full, checkpointed, with average", full, True, (32,)),
+        TrainingCase("LoRA 16, checkpointed", adapted, True, (64,), ">= 30 samples/s"),
+        TrainingCase("expert only, compiled", expert, True, (128,), rate=80.0, compilation=35.0),
+        TrainingCase("LoRA 16, checkpointed, compiled", adapted, True, (64,), ">= 30 samples/s", 30.0, 63.0),
+        TrainingCase(f"{plain}, compiled", full, False, (32, 64), fast, 30.0, COMPILATION),
+        TrainingCase("expert only", expert, True, (64, 128), ">= 60 samples/s", 90.0),
+        TrainingCase(plain, full, False, (64, 96), fast),
     ]
 
 
@@ -65,12 +85,13 @@ def measure(results: Results, device: torch.device, whole: bool) -> None:
     """Run all cases. whole: at full size; else the tiny preset with two small batches."""
     rates = measure_rates(device, whole=whole)
     results.add("bfloat16 product rate", rates.flops_per_second[torch.bfloat16] / 1e12, "TFLOP/s")
-    for case in cases():
+    for number, case in enumerate(cases()):
         tried = case if whole else replace(case, batches=(1, 2))
-        results.attempt(f"training, {case.name}", functools.partial(_grow, results, tried, device, rates, whole), 12 if whole else 1, clear)
+        needed = case.seconds(case.batches[0]) if whole else 1
+        results.attempt(f"training, {case.name}", functools.partial(_grow, results, tried, device, rates, whole), needed, clear)
         clear()
-        if case.compiled and case.how.train_only == "full":  # the step that LeRobot's is compared with
-            results.attempt("training, LeRobot's PI0, full", functools.partial(_peer, results, device, whole), 15 if whole else 1, clear)
+        if number == 0:
+            results.attempt("training, LeRobot's PI0, full", functools.partial(_peer, results, device, whole), PEER if whole else 1, clear)
 
 
 def clear() -> None:
@@ -83,7 +104,7 @@ def clear() -> None:
 def prepared(config: Pi0Config, case: TrainingCase, device: torch.device) -> Trainer:
     """Build network, optimiser and average on the device, as `pi0fm train` does."""
     model = adapt(random_network(config, device), case.how, torch.bfloat16).to(device)
-    if case.compiled:
+    if case.compilation:
         model.compile_layers()
     return Trainer.of(model, "bfloat16", device, StateConfig(adaptation=case.how, ema_decay=0.999 if case.averaged else None))
 
@@ -105,7 +126,7 @@ def _grow(results: Results, case: TrainingCase, device: torch.device, rates: Rat
     for size in case.batches:
         what = f"training, {case.name}, batch {size}"
         one = functools.partial(_one, results, what, case, trainer, size, flops, rates, whole)
-        reason = results.attempt(what, one, 4 if whole else 0.5, forget)
+        reason = results.attempt(what, one, case.seconds(size) if whole else 0.5, forget)
         if reason:
             if reason == OUT_OF_MEMORY:
                 break
@@ -120,7 +141,7 @@ def _one(results: Results, what: str, case: TrainingCase, trainer: Trainer, size
     for _ in range(2):
         trainer.step(*given)
     synchronize(device)
-    steps = (4 if size < 32 else 3) if whole else 2
+    steps = STEPS - 2 if whole else 2
     for _ in range(steps):
         trainer.step(*given, clock.mark)
     each = {part: seconds / steps for part, seconds in clock.seconds().items()}
@@ -153,7 +174,7 @@ def _peer(results: Results, device: torch.device, whole: bool) -> None:
         return
     model = peer.network(device, "float32").train()
     model.gradient_checkpointing_enable()
-    for size in (8, 16, 32):
+    for size in (16, 32):
         what = f"training, LeRobot's PI0, full, checkpointed, batch {size}"
         optimizer = torch.optim.AdamW(model.parameters(), lr=2.5e-5, fused=True)
         step = their_step(their_loss(model, full_batch(PI0, size, device), device), optimizer, clip_norm=1.0, autocast=device)
