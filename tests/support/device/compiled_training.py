@@ -10,20 +10,27 @@ from dataclasses import replace
 
 import torch
 from small_pi0 import BOTH, network, observation, question
+from torch import nn
 from torch._dynamo.utils import counters
 
+from pi0fm.models.config import LoraConfig
 from pi0fm.train.components import Adaptation
 from pi0fm.train.start.adaptation import adapt
 
 LENGTHS = (8, 5, 7, 4)
 
 
-def main(name: str, checkpointing: str) -> None:
-    """The largest differences of each length, and how many graphs had been compiled by then."""
+def main(name: str, checkpointing: str, rank: str) -> None:
+    """The largest differences of each length, and how many graphs had been compiled by then. rank: of adapters, 0 for none."""
     plain, compiled = (
-        adapt(network(BOTH[name]), Adaptation(activation_checkpointing=checkpointing, compile=word), torch.float32).train()
+        adapt(network(BOTH[name]), Adaptation("full", LoraConfig(int(rank)), False, checkpointing, word), torch.float32).train()
         for word in (False, True)
     )
+    random = torch.Generator().manual_seed(5)
+    for key, value in plain.named_parameters():
+        if ".lora_" in key:  # B is 0 at the start, which would hide A's gradient
+            nn.init.normal_(value, std=0.2, generator=random)
+    compiled.load_state_dict(plain.state_dict())
     noise, t = question(3)[:2]
     rows = []
     for length in LENGTHS:
@@ -34,7 +41,8 @@ def main(name: str, checkpointing: str) -> None:
             model.zero_grad()
             velocity = model(seen, noise, t)
             velocity.square().mean().backward()
-            found.append((velocity.detach(), {key: value.grad for key, value in model.named_parameters()}))
+            trained = {key: value.grad for key, value in model.named_parameters() if value.requires_grad}
+            found.append((velocity.detach(), trained))
         (expected, gradients), (ours, given) = found
         worst = max(float((given[key] - value).norm() / (value.norm() + 1e-12)) for key, value in gradients.items())
         rows.append(
@@ -48,4 +56,4 @@ def main(name: str, checkpointing: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:4])
