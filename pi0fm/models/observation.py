@@ -48,12 +48,17 @@ class ModelObservation:
         return ModelObservation(images, image_mask, self.prompt_tokens[:, :kept], self.prompt_mask[:, :kept], self.state)
 
     def padded(self, rows: int, cameras: int, prompt_tokens: int) -> "ModelObservation":
-        """Append masked cameras and prompt columns, and repeat the last row: the inverse of `trimmed`."""
+        """Append masked cameras and prompt columns, and repeat the last row: the inverse of `trimmed`. No picture is copied needlessly."""
         missing, free = cameras - self.images.shape[1], prompt_tokens - self.prompt_tokens.shape[1]
-        images, image_mask = F.pad(self.images, (0, 0) * 3 + (0, missing)), F.pad(self.image_mask, (0, missing))
-        tokens, mask = F.pad(self.prompt_tokens, (0, free)), F.pad(self.prompt_mask, (0, free))
-        repeated = torch.arange(rows).clamp(max=len(self) - 1)
-        return ModelObservation(*(each[repeated] for each in (images, image_mask, tokens, mask, self.state)))
+        prompt = (F.pad(each, (0, free)) for each in (self.prompt_tokens, self.prompt_mask))
+        images, image_mask = self.images, self.image_mask
+        if missing:
+            images, image_mask = F.pad(images, (0, 0) * 3 + (0, missing)), F.pad(image_mask, (0, missing))
+        found: tuple[Tensor, ...] = (images, image_mask, *prompt, self.state)
+        if rows > len(self):
+            repeated = torch.arange(rows).clamp(max=len(self) - 1)
+            found = tuple(each[repeated] for each in found)
+        return ModelObservation(*found)
 
     def is_whole(self) -> bool:
         """Whether every camera and every prompt token of every row is real, so that no mask is needed. Reads masks, as `trimmed` does."""

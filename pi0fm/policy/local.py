@@ -70,7 +70,8 @@ class LocalPolicy:
         self.device, self.dtype = device, dtype
         horizon, width = model.config.action_horizon, model.config.action_dim
         self._shape = (horizon, width)
-        self._real = torch.arange(width, device=device).expand(horizon, width) < (width if padded_noise else chain.embodiment.dims()[1])
+        real = torch.arange(width).expand(horizon, width) < (width if padded_noise else chain.embodiment.dims()[1])
+        self._real, self._real_at_source = real.to(device), real.to(self.sampler.source)
 
     def observation(self, flat: Mapping[str, Any]) -> Observation:
         """The observation in a flat map of keys, or in a LeRobotDataset's row; `Embodiment.observation`, `Chain.check` say the errors."""
@@ -186,7 +187,7 @@ class LocalPolicy:
         if self.guidance == HARD_PREFIX:
             return self._sampled(inputs, seeds, committed_to(self.chain, observations, prefixes, self._shape[0], self._max_delay))
         target, weights = (tensor.to(self.device) for tensor in led_to(self.chain, observations, prefixes, self._shape[0]))
-        start, increments = self._noise(seeds)
+        start, increments = self._noise(seeds, self.device)
         # not inference_mode: the guidance may be a derivative
         with torch.no_grad(), self.sampler.precision():
             seen = self.sampler.prepared(inputs)
@@ -282,13 +283,14 @@ class LocalPolicy:
             if committed is not None:
                 repeated = torch.arange(len(inputs)).clamp(max=asked - 1)
                 committed = committed[0][repeated], committed[1][repeated]
-        start, increments = self._noise(seeds)
-        sampled, spread = self.sampler.with_spread(inputs, start, self.mask(len(seeds)), increments, committed)
+        start, increments = self._noise(seeds, self.sampler.source)
+        mask = self._real_at_source.expand(len(seeds), -1, -1)
+        sampled, spread = self.sampler.with_spread(inputs, start, mask, increments, committed)
         return sampled[:asked], spread[:asked]
 
     def _sample_and_score(self, inputs: ModelObservation, seeds: Sequence[int], options: ScoreOptions) -> tuple[Tensor, Scores]:
         chunks, inputs = len(seeds) // len(inputs), self.sampler.prepared(inputs)
-        start, increments = self._noise(seeds)
+        start, increments = self._noise(seeds, self.device)
         # not inference_mode: the divergence is a derivative
         with torch.no_grad(), self.sampler.precision():
             cache = self.model.encode_prefix(inputs)
@@ -304,10 +306,10 @@ class LocalPolicy:
             )
         return pushed.actions, make_scores(pushed, self.chain, self._shape[0])
 
-    def _noise(self, seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Starting noise, and the increments of a stochastic solver."""
+    def _noise(self, seeds: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Starting noise, and the increments of a stochastic solver, on a device."""
         increments = noise.increments(seeds, num_increments(self.flow), self._shape)
-        return noise.starting_noise(seeds, self._shape).to(self.device), None if increments is None else increments.to(self.device)
+        return noise.starting_noise(seeds, self._shape).to(device), None if increments is None else increments.to(device)
 
     def _probes(self, seeds: Sequence[int], options: ScoreOptions) -> Tensor | None:
         probes = noise.probes(seeds, options.num_probes, self._shape)

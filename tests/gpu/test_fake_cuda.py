@@ -2,12 +2,14 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import device_cases
 import pytest
 import torch
 from fake_cuda import CUDA, Stepped, fake_cuda
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pi0fm.bench.harness.cases import random_observations, random_robot
 from pi0fm.data.loading.batch import Batch
@@ -16,6 +18,7 @@ from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.config import PRESETS, LoraConfig, Pi0Config
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.local import LocalPolicy
+from pi0fm.policy.sampling import cuda_graphs, sampler
 from pi0fm.policy.sampling.sampler import Sampler
 from pi0fm.train.components import Adaptation, OptimizerConfig
 from pi0fm.train.ema import Ema
@@ -83,11 +86,11 @@ def test_sampling_looks_at_nothing(cuda, name, precision):
     config = SIZES[name]
     for solver in FIXED_GRID_SOLVERS:
         flow = FlowMatching.from_config(FlowConfig(solver=solver, num_flow_steps=2))
-        sampler = Sampler(on_cuda(config), flow, CUDA, PRECISIONS[precision])
+        plain = Sampler(on_cuda(config), flow, CUDA, PRECISIONS[precision])
         given = batch(config)
         noise, mask = given.noise[:, 0].to(CUDA), given.action_mask.to(CUDA)
-        with torch.no_grad(), sampler.precision():
-            chunk = flow.sample(sampler.cached_velocity(sampler.prepared(given.observation)), noise, mask=mask, check=False)
+        with torch.no_grad(), plain.precision():
+            chunk = flow.sample(plain.cached_velocity(plain.prepared(given.observation)), noise, mask=mask, check=False)
         assert chunk.device == CUDA and chunk.dtype == torch.float32
     assert cuda.found == []
 
@@ -104,6 +107,62 @@ def test_a_served_batch_waits_for_its_answer_alone(cuda, name, precision):
     chunks = policy.infer_batch(given, [1, 2, 3])
     assert [chunk.actions.shape for chunk in chunks] == [(config.action_horizon, 7)] * 3
     assert sorted(cuda.found) == ["checks.py:check_finite", "local.py:_on_host"], "finite? spread and actions"
+
+
+class Copies(TorchDispatchMode):
+    """Notes copies between host and card, and every operation on the host that is large enough for torch's threads to share it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        kinds = {tensor.device.type for tensor in given}
+        if kinds == {"cpu", "cuda"}:
+            self.found.append(f"{given[1].device.type} to {given[0].device.type}")
+        elif func.namespace == "aten" and not func.is_view and kinds == {"cpu"} and max(tensor.numel() for tensor in given) >= SHARED:
+            self.found.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+SHARED = 32768
+"""Numbers from which torch shares an operation on the host between its threads (its grain size)."""
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Policies that record, of the plain layers; the replay gives the recorded answer. The list has an entry for each wait for the card."""
+    waits = []
+
+    def record(call):
+        answer = call()
+        return lambda: answer
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(synchronize=lambda: waits.append(1)))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(sampler, "_with_fused_layers", lambda _: None)
+    monkeypatch.setattr(sampler, "check_finite", lambda *_: None)  # it looks at the host's numbers, which are fake here
+    monkeypatch.setattr(cuda_graphs, "Recorder", lambda _: record)
+    return waits
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_recorded_call_copies_once_to_the_card_and_once_back_and_waits_once(cuda, recording, name, size):
+    """And on the host no thread but the caller's works on a picture, unless a row is repeated: the slowest would be waited for."""
+    config = SIZES[name]
+    robot, stats = random_robot(config, cameras=2)
+    flow = FlowMatching.from_config(FlowConfig(num_flow_steps=2))
+    policy = LocalPolicy(on_cuda(config), flow, robot.chain(stats), {}, CUDA, torch.bfloat16, compile="graph")
+    given, seeds = random_observations(policy, size, seed=0), list(range(size))
+    for _ in range(2):
+        recording.clear()
+        with Copies() as copies:
+            chunks = policy.infer_batch(given, seeds)
+    assert [found for found in copies.found if found != "index" or size == 1] == ["cpu to cuda", "cuda to cpu"]
+    assert recording == [1] and cuda.found == []
+    assert [chunk.actions.shape for chunk in chunks] == [(config.action_horizon, 7)] * size
 
 
 @pytest.mark.parametrize("name", list(SIZES))

@@ -80,7 +80,7 @@ class Sampler:
 
         noise: N rows for each observation, in its order; their chunks share one prefix. increments: see flow/sampling.
         committed: actions [B, H, A], and the rows [B, H] of them that each chunk keeps (flow/committed.py); N is then 1.
-        All of it may be on the host. A `trimmed` observation costs nothing for missing cameras and padding.
+        All of it may be on the host; on `source` it is not copied. A `trimmed` observation costs nothing for missing cameras and padding.
         """
         return self._sampled(observation, noise, mask, increments, False, committed)[0]
 
@@ -122,6 +122,11 @@ class Sampler:
     def static(self) -> bool:
         """Whether each shape is recorded, or its kernels chosen, for itself."""
         return self._graphs is not None or (self.compile != "off" and self.device.type == "cuda")
+
+    @property
+    def source(self) -> torch.device:
+        """The device on which noise and masks are best given: a graph's inputs leave the host together, in one copy."""
+        return self.device if self._graphs is None else torch.device("cpu")
 
     def prepared(self, observation: ModelObservation) -> ModelObservation:
         """The observation on the device, as it is sampled from."""
