@@ -45,7 +45,7 @@ from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.allocator import keep_freed_memory
 from pi0fm.train.parallel.context import Context
 from pi0fm.train.plan.flops import training_work
-from pi0fm.train.plan.memory import count_of
+from pi0fm.train.plan.memory import count_network
 from pi0fm.train.plan.network import Network
 from pi0fm.train.plan.planner import UPDATE_BYTES, Card, plan
 from pi0fm.train.state import StateConfig, TrainState
@@ -93,7 +93,7 @@ def compared(found: Seconds, count: int) -> dict[str, dict[str, Any]]:
 def rates(found: Seconds, count: int) -> tuple[Card, Network]:
     """Rates of products, memory and network that one of `count` simultaneous processes reaches."""
     work = training_work(TINY, Adaptation(), cameras=1)
-    trained = count_of(TINY, Adaptation(), torch.float32).trained // 4
+    trained = count_network(TINY, Adaptation(), torch.float32).trained // 4
     a_sample = (found[f"pass {LARGE}"] - found[f"pass {SMALL}"]) / (LARGE - SMALL)
     a_pass = max(1e-9, found[f"pass {SMALL}"] - SMALL * a_sample)
     bandwidth = trained / a_pass  # with one byte per number
@@ -119,7 +119,7 @@ def rates(found: Seconds, count: int) -> tuple[Card, Network]:
     reduced, once, twice = ([found[f"{shard} {times}"] for times in (FEW, MANY)] for shard in (NONE, GRADIENTS, FULL))
     gathers = [full - gradients for full, gradients in zip(twice, once, strict=True)]
     scatters = [gradients - gather for gradients, gather in zip(once, gathers, strict=True)]
-    units = len(count_of(TINY, Adaptation(), torch.float32).units)
+    units = len(count_network(TINY, Adaptation(), torch.float32).units)
     inside = (count - 1) / count * (sizes[1] - sizes[0]) / max(1e-9, gathers[1] - gathers[0])
     moved = (count - 1) / count * sizes[0] / inside
     latency = max(0.0, gathers[0] - moved) / (units * math.log2(count))

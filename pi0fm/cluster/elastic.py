@@ -16,7 +16,7 @@ from typing import Any
 from ray.exceptions import RayActorError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
-from pi0fm.train.watch.requests import Request, ask
+from pi0fm.train.watch.requests import RunRequest, write_request
 
 SECONDS_FOR_A_CHECKPOINT, SECONDS_BETWEEN_LOOKS = 300.0, 0.2
 # Ray reads these when `fit` is called; those already set are kept. Ray's defaults are 2 s, 60 s and 5 s: a run that lost a node waits the
@@ -64,13 +64,13 @@ class Foresight(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         """Request MOVE when a poll of the workers reports a preemption."""
         if not self._told and self._trains and worker_group_status.get_preemption_info() is not None:
             self._told = True
-            ask(self._output_dir, Request.MOVE)
+            write_request(self._output_dir, RunRequest.MOVE)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         """Request SAVE and wait for the checkpoint before Ray changes the number of workers."""
         if not self._trains:
             return
-        asked, deadline = ask(self._output_dir, Request.SAVE), time.monotonic() + SECONDS_FOR_A_CHECKPOINT
+        asked, deadline = write_request(self._output_dir, RunRequest.SAVE), time.monotonic() + SECONDS_FOR_A_CHECKPOINT
         while asked.exists() and time.monotonic() < deadline:
             time.sleep(SECONDS_BETWEEN_LOOKS)
         asked.unlink(missing_ok=True)

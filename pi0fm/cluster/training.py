@@ -30,10 +30,10 @@ from pi0fm.data.pictures.resizing import ANTIALIAS
 from pi0fm.processes import end_with_parent
 from pi0fm.train.parallel.context import Context, context_from_environment, restarts
 from pi0fm.train.start.output import RAY_FOLDER, claimed
-from pi0fm.train.watch.log import described
+from pi0fm.train.watch.log import format_progress
 from pi0fm.train.watch.metrics import read_last
-from pi0fm.train.watch.requests import Request, ask, withdraw
-from pi0fm.train.watch.signals import MovedError, NotedSignals, StoppedError, stopped, terminated_outside_steps
+from pi0fm.train.watch.requests import RunRequest, remove_requests, write_request
+from pi0fm.train.watch.signals import MovedError, RecordedSignals, StoppedError, stopped_error, terminated_outside_steps
 from pi0fm_client.errors import ClusterError, ConfigError
 
 if TYPE_CHECKING:
@@ -119,18 +119,18 @@ def _on_ray(run: TrainingRun) -> "TrainResult":
         ),
     )
     began = time.perf_counter()
-    with _Watcher(run), NotedSignals(lambda: ask(run.output_dir, Request.STOP)) as noted:
+    with _Watcher(run), RecordedSignals(lambda: write_request(run.output_dir, RunRequest.STOP)) as noted:
         _fit(trainer, run.output_dir, lambda: _no_room(each, fewest), noted)
     last = read_last(run.output_dir) or {}
     if noted.number and int(last.get("step", 0)) < run.steps:  # the workers saved and left
         told = "Ctrl-C" if noted.number == signal.SIGINT else "SIGTERM"
-        raise stopped(noted.number, f"stopped by {told}, with a checkpoint in {run.checkpoint_place}; add --resume true to go on")
+        raise stopped_error(noted.number, f"stopped by {told}, with a checkpoint in {run.checkpoint_place}; add --resume true to go on")
     from pi0fm.train.loop import TrainResult  # now that nobody waits for its libraries
 
     return TrainResult(run.output_dir / "bundle", run.steps, float(last.get("loss", math.nan)), time.perf_counter() - began)
 
 
-def _fit(trainer: Any, output_dir: Path, no_room: Callable[[], str | None], noted: NotedSignals) -> None:
+def _fit(trainer: Any, output_dir: Path, no_room: Callable[[], str | None], noted: RecordedSignals) -> None:
     """Run `trainer.fit()` in a thread: in the main thread Ray would replace the SIGINT handler, and signals would wait.
 
     Returns early on a signal while the cluster has `no_room` for the workers, since no worker can respond to it. Raises the fault inside
@@ -155,7 +155,7 @@ def _fit(trainer: Any, output_dir: Path, no_room: Callable[[], str | None], note
         try:
             head.refuse_gone()
         except ClusterError:
-            ask(output_dir, Request.STOP)  # workers on other machines may still run: they save and leave
+            write_request(output_dir, RunRequest.STOP)  # workers on other machines may still run: they save and leave
             raise
         if time.monotonic() - looked < SECONDS_BETWEEN_LOOKS_FOR_ROOM:
             continue
@@ -202,7 +202,7 @@ def _worker(config: dict[str, Any]) -> None:
     run, place = options.decode(TrainingRun, config["run"]), ray_train.get_context()
     rank, node = place.get_world_rank(), f"{socket.gethostname()} ({ray.get_runtime_context().get_node_id()[:6]})"
     if rank == 0:
-        withdraw(run.output_dir, (Request.SAVE, Request.MOVE))  # requests to earlier workers
+        remove_requests(run.output_dir, (RunRequest.SAVE, RunRequest.MOVE))  # requests to earlier workers
     files.write_json(worker_file(run.output_dir, rank), {"process": os.getpid(), "node": ray.get_runtime_context().get_node_id()})
     with said.heard_by(said_file(run.output_dir) if rank == 0 else None):
         try:
@@ -280,7 +280,7 @@ class _Watcher:
                 last = read_last(directory) or {}
                 now = int(last.get("step", 0))
                 if now != shown:
-                    bar.advance(now - shown, note=described(last))
+                    bar.advance(now - shown, note=format_progress(last))
                     shown = now
                 self._said.repeat()
                 if ended:

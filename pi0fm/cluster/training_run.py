@@ -93,7 +93,7 @@ def _checks(run: TrainingRun) -> Iterator[Callable[[], object]]:
     else:
         yield _refuse_taken_port
     if context_from_environment().is_first and not restarts() and not lease.is_held(run.output_dir):
-        yield partial(output.judge, run)
+        yield partial(output.checkpoints_to_resume, run)
 
 
 def _refuse_too_many(run: TrainingRun) -> None:

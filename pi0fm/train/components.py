@@ -51,7 +51,7 @@ class ParallelConfig:
 
     @property
     def cuts(self) -> bool:
-        """Whether any of the state is sharded, once `auto` is decided."""
+        """Whether any of the state is sharded, once `auto` is resolved."""
         return self.shard in (GRADIENTS, FULL)
 
     def refuse_for(self, world_size: int) -> None:

@@ -34,7 +34,14 @@ from pi0fm.policy.saved.bundle import PolicyConfig
 from pi0fm.policy.saved.robots import Robot
 from pi0fm.train.checkpoint.facts import data_facts
 from pi0fm.train.config import TrainConfig
-from pi0fm.train.start.pretrained import Pretrained, chosen_dialect, chosen_tokenizer, kept_stats, open_pretrained, refuse_other_policy
+from pi0fm.train.start.pretrained import (
+    Pretrained,
+    open_pretrained,
+    pretrained_stats,
+    refuse_other_policy,
+    resolve_dialect,
+    resolve_tokenizer,
+)
 from pi0fm_client.errors import ConfigError
 from pi0fm_client.types import Observation
 
@@ -53,7 +60,7 @@ class RunDataset:
     held_out: Collator
     order: Weighted | None = None
 
-    def described(self) -> str:
+    def describe(self) -> str:
         """Format the number of frames, and of those held out."""
         held = len(self.held_out.source.frames)
         return f"{len(self.training.source.frames)} frames" + (f" ({held} more are held out)" if held else "")
@@ -106,12 +113,12 @@ class RunData:
         """Return by entry the chosen episodes that are not trained on, each with its reason; entries without any are absent."""
         return {part.name: [str(fault) for fault in part.training.source.left_out] for part in self.parts if part.training.source.left_out}
 
-    def described(self) -> str:
+    def describe(self) -> str:
         """Format the data sets: frames; for a mixture also each entry's share of the samples and control rate."""
         if not isinstance(self.training, MixtureCollator):
-            return self.parts[0].described()
+            return self.parts[0].describe()
         each = zip(self.parts, shares(self.training.weights), strict=True)
-        return ", ".join(f"{part.name} {share} of samples from {part.described()} at {part.policy.fps:g} fps" for part, share in each)
+        return ", ".join(f"{part.name} {share} of samples from {part.describe()} at {part.policy.fps:g} fps" for part, share in each)
 
 
 def check_data(config: TrainConfig) -> "CheckedData":
@@ -120,10 +127,10 @@ def check_data(config: TrainConfig) -> "CheckedData":
     Raises the errors of data sets and configuration; with a mixture they name the entry.
     """
     pretrained = open_pretrained(config.pretrained)
-    dialect = chosen_dialect(config.prompt_dialect, pretrained)
-    config = replace(config, tokenizer=chosen_tokenizer(config.tokenizer, pretrained), prompt_dialect=dialect)
+    dialect = resolve_dialect(config.prompt_dialect, pretrained)
+    config = replace(config, tokenizer=resolve_tokenizer(config.tokenizer, pretrained), prompt_dialect=dialect)
     opened = _in_one_order_of_cameras({name: _read(name, entry) for name, entry in config.entries().items()})
-    parts = tuple(_judged(config, name, number, source, pretrained) for number, (name, source) in enumerate(opened.items()))
+    parts = tuple(_check_entry(config, name, number, source, pretrained) for number, (name, source) in enumerate(opened.items()))
     return CheckedData(config, parts, pretrained)
 
 
@@ -184,7 +191,7 @@ def shares(weights: Sequence[float]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Checked:
+class _CheckedEntry:
     """Entry whose columns were read and fit the network; its pictures were not opened."""
 
     name: str
@@ -202,7 +209,7 @@ class CheckedData:
     """All data sets of a run without their pictures. config: with the bundle's tokenizer and dialect put in for `pretrained`."""
 
     config: TrainConfig
-    parts: tuple[_Checked, ...]
+    parts: tuple[_CheckedEntry, ...]
     pretrained: Pretrained | None
 
     @property
@@ -227,12 +234,12 @@ def _in_one_order_of_cameras(sources: Mapping[str, LeRobotSource]) -> dict[str, 
     return {name: arranged(source) for name, source in sources.items()}
 
 
-def _judged(config: TrainConfig, name: str, number: int, recorded: LeRobotSource, pretrained: Pretrained | None) -> _Checked:
+def _check_entry(config: TrainConfig, name: str, number: int, recorded: LeRobotSource, pretrained: Pretrained | None) -> _CheckedEntry:
     """Check an entry, its prompts and its videos; bad episodes are refused, or left out under `skip_bad`.
 
     Building a cache decodes every picture, so without `skip_bad` only the videos of a stream are checked here.
     """
-    found = _check(config, name, number, recorded, pretrained)
+    found = _check_columns(config, name, number, recorded, pretrained)
     dataset, size = found.entry.dataset, found.policy.model.vision.image_size
     streamed = cache_bytes(recorded, size, dataset.cache_format) > dataset.cache_limit_gib * 2**30
     with entry_named(name):
@@ -242,10 +249,10 @@ def _judged(config: TrainConfig, name: str, number: int, recorded: LeRobotSource
         if not dataset.skip_bad:
             refuse(faults, recorded.root)
         left = leave_out(recorded, faults)
-    return found if left is recorded else _check(config, name, number, left, pretrained)
+    return found if left is recorded else _check_columns(config, name, number, left, pretrained)
 
 
-def _check(config: TrainConfig, name: str, number: int, recorded: LeRobotSource, pretrained: Pretrained | None) -> _Checked:
+def _check_columns(config: TrainConfig, name: str, number: int, recorded: LeRobotSource, pretrained: Pretrained | None) -> _CheckedEntry:
     entry = config.entries()[name]
     with entry_named(name):
         held = held_out.choose(recorded, config.validation.episodes, part_seed(config.seed, number))
@@ -258,16 +265,16 @@ def _check(config: TrainConfig, name: str, number: int, recorded: LeRobotSource,
         if pretrained is not None:
             refuse_other_policy(pretrained, policy)
         if pretrained is not None and config.pretrained_norm_stats:
-            stats = kept_stats(pretrained, name, policy)
+            stats = pretrained_stats(pretrained, name, policy)
             rules = ("norm_rule", "norm_floor", "norm_epsilon")
             policy = replace(policy, **{each: getattr(pretrained.policy, each) for each in rules})
         else:
             stats = source.norm_stats(policy.model.action_horizon)
-            policy = _with_unusual_scales(policy, stats)
-        return _Checked(name, entry, policy, stats, policy.chain(stats), sample_order(source, entry), source, unseen)
+            policy = _report_scales(policy, stats)
+        return _CheckedEntry(name, entry, policy, stats, policy.chain(stats), sample_order(source, entry), source, unseen)
 
 
-def _with_unusual_scales(policy: PolicyConfig, stats: NormStats) -> PolicyConfig:
+def _report_scales(policy: PolicyConfig, stats: NormStats) -> PolicyConfig:
     """Print which dimensions are not scaled by their statistics, and note them in the bundle."""
     columns = {"state": stats.state, "action": stats.action}
     unusual_scales = [
@@ -280,7 +287,7 @@ def _with_unusual_scales(policy: PolicyConfig, stats: NormStats) -> PolicyConfig
     return replace(policy, training={**policy.training, "normalization": line})
 
 
-def _with_pictures(config: TrainConfig, number: int, found: _Checked) -> RunDataset:
+def _with_pictures(config: TrainConfig, number: int, found: _CheckedEntry) -> RunDataset:
     model, dataset = found.policy.model, found.entry.dataset
     with entry_named(found.name):
         cache = open_pictures(

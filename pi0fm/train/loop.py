@@ -31,7 +31,7 @@ from pi0fm.train.data import RunData, check_data, open_data
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.allocator import keep_freed_memory
 from pi0fm.train.parallel.context import Context
-from pi0fm.train.plan.memory import decided
+from pi0fm.train.plan.memory import resolve_sharding
 from pi0fm.train.plan.planner import full_speed
 from pi0fm.train.start.resume import restore
 from pi0fm.train.state import TrainState
@@ -40,10 +40,10 @@ from pi0fm.train.watch.faults import write_faults
 from pi0fm.train.watch.guard import guarded
 from pi0fm.train.watch.hangs import HangWatch
 from pi0fm.train.watch.log import TrainLog
-from pi0fm.train.watch.metrics import Metrics, read_last
-from pi0fm.train.watch.out_of_memory import judge_memory, memory_faults
+from pi0fm.train.watch.metrics import MetricsWriter, read_last
+from pi0fm.train.watch.out_of_memory import memory_faults, refuse_too_large
 from pi0fm.train.watch.schedule import ValidationSchedule
-from pi0fm.train.watch.stragglers import OwnTime
+from pi0fm.train.watch.stragglers import ForwardTimer
 from pi0fm.train.watch.trackers import refuse_missing
 from pi0fm.train.watch.validation import make_validators
 from pi0fm_client.types import Observation
@@ -74,11 +74,11 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
     def needed(how: ParallelConfig) -> int:
         return replace(config, parallel=how).memory(cameras, workers, parallel.device).total
 
-    sharding, why = decided(config.parallel, needed, workers, parallel.room())
+    sharding, why = resolve_sharding(config.parallel, needed, workers, parallel.room())
     if why is not None and context.is_first:
         progress.say(why)
     config = replace(config, parallel=sharding)
-    judge_memory(config, cameras, parallel)  # before pictures are decoded, which may take an hour
+    refuse_too_large(config, cameras, parallel)  # before pictures are decoded, which may take an hour
     with memory_faults(config, cameras, parallel):
         return _run(context, config, parallel, open_data(config, checked))
 
@@ -93,10 +93,10 @@ def _run(context: Context, config: TrainConfig, parallel: Parallel, data: RunDat
 
     if context.is_first and data.left_out():
         files.write_json(config.output_dir / "left_out.json", data.left_out())
-    metrics = Metrics(config.output_dir, first, config.tracker, options.encode(config)) if context.is_first else None
+    metrics = MetricsWriter(config.output_dir, first, config.tracker, options.encode(config)) if context.is_first else None
     recorded = data.recorded() if context.is_first else None  # now, while a stream of pictures is at its start
     speed = full_speed(config, data.num_cameras, context.world_size, parallel.device) if context.is_first else None
-    own, nodes = OwnTime(state.network, parallel.device, whole=not state.is_sharded), parallel.nodes()
+    own, nodes = ForwardTimer(state.network, parallel.device, whole=not state.is_sharded), parallel.nodes()
     log = TrainLog(config.log(speed), parallel, metrics, own, nodes, first, (read_last(config.output_dir) or {}).get("loss", math.nan))
     split = (config.global_batch_size, context.rank, context.world_size, config.micro_batch_size)
     batches = log.timed(micro_batches(data.training, first, config.steps, *split, config.loader, parallel.device))
@@ -104,12 +104,12 @@ def _run(context: Context, config: TrainConfig, parallel: Parallel, data: RunDat
     watch = HangWatch(config.output_dir, context, nodes, config.hang_seconds)
     validation = ValidationSchedule(parallel, metrics, validators, config.steps, config.output_dir, log.paused, watch.beat)
     if context.is_first:
-        progress.say(f"train {state.size()} on {data.described()}, steps {first}..{config.steps}")
+        progress.say(f"train {state.size()} on {data.describe()}, steps {first}..{config.steps}")
     shown = progress.step("train", config.steps, start=first) if context.shown else nullcontext()
 
     began = time.perf_counter()
     with watch, guarded(config.guard(), parallel, checkpoints, state, run, data.training) as guard, shown as bar:
-        validation.catch_up(first, bar)
+        validation.validate_missed(first, bar)
         for step in range(first, config.steps):
             rate = state.schedule(config.steps)
             valid = data.training.valid_elements(step * config.global_batch_size, config.global_batch_size)
@@ -123,7 +123,7 @@ def _run(context: Context, config: TrainConfig, parallel: Parallel, data: RunDat
                 with write_faults(config.output_dir):
                     _write_bundle(config.output_dir / f"bundles/step-{state.step:09d}", state, data, recorded, context)
             watch.beat(state.step)
-            validation.after(state.step, bar)
+            validation.after_step(state.step, bar)
     path = config.output_dir / "bundle"
     with write_faults(config.output_dir):
         if metrics is not None:

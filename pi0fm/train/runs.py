@@ -23,10 +23,10 @@ from pi0fm.train.start import lease
 from pi0fm.train.watch.metrics import read_lines
 from pi0fm_client.errors import ConfigError
 
-DEEPEST = 4  # levels of folders below the one given
+DEEPEST_FOLDER = 4  # levels of folders below the one given
 COLOURS = ("#0f766e", "#c8862b", "#5b5fc7", "#b4483d", "#5a7d2b", "#7a4f8f")
-TOLD = ("loss", "validation_loss", "samples_per_second", "share_of_peak", "memory_gib", "seconds_left")
-BLOCKS = "▁▂▃▄▅▆▇█"
+SHOWN_METRICS = ("loss", "validation_loss", "samples_per_second", "share_of_peak", "memory_gib", "seconds_left")
+SPARK_BLOCKS = "▁▂▃▄▅▆▇█"
 Line = Mapping[str, float]
 
 
@@ -59,7 +59,7 @@ class RunSummary:
 
     def json(self) -> dict[str, Any]:
         """Return the run's entry in the command's last line of JSON."""
-        found = {name: value for name in TOLD if (value := self.last(name)) is not None}
+        found = {name: value for name in SHOWN_METRICS if (value := self.last(name)) is not None}
         return {"state": self.state, "step": self.step, "steps": self.steps} | {
             name: each for name, each in found.items() if each is not None
         }
@@ -80,7 +80,7 @@ def find_runs(folders: Sequence[Path]) -> list[RunSummary]:
                     raise
                 progress.say(str(error))
         if not below:
-            raise ConfigError(f"a run is a folder with run.json, found none in {folder} or {DEEPEST} folders below it")
+            raise ConfigError(f"a run is a folder with run.json, found none in {folder} or {DEEPEST_FOLDER} folders below it")
         found |= below
     return [found[name] for name in sorted(found)]
 
@@ -101,7 +101,7 @@ def summarize(folder: Path, name: str) -> RunSummary:
 def _places(folder: Path, depth: int) -> Iterator[Path]:
     if (folder / "run.json").is_file():
         yield folder
-    elif depth < DEEPEST:
+    elif depth < DEEPEST_FOLDER:
         with os.scandir(folder) as entries:
             below = sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."))
         for path in below:
@@ -117,7 +117,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     if (means > 0).all():
         means = np.log(means)
     spread = float(np.ptp(means)) or 1.0
-    return "".join(BLOCKS[round((len(BLOCKS) - 1) * float(mean - means.min()) / spread)] for mean in means)
+    return "".join(SPARK_BLOCKS[round((len(SPARK_BLOCKS) - 1) * float(mean - means.min()) / spread)] for mean in means)
 
 
 def differences(runs: Sequence[RunSummary]) -> dict[str, list[str]]:

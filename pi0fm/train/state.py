@@ -35,7 +35,7 @@ from pi0fm.train.start.pretrained import Pretrained
 
 @dataclass(frozen=True)
 class StateConfig:
-    """Options of a state, apart from the network's sizes. parallel: how it is sharded, with `auto` decided."""
+    """Options of a state, apart from the network's sizes. parallel: how it is sharded, with `auto` resolved."""
 
     seed: int = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -10,14 +10,14 @@ from pi0fm.bench.planning import FEW, LARGE, MANY, SMALL, rates
 from pi0fm.models.config import TINY
 from pi0fm.models.pi0 import Pi0
 from pi0fm.train.components import FULL, GRADIENTS, NONE, Adaptation
-from pi0fm.train.plan.memory import count_of
+from pi0fm.train.plan.memory import count_network
 from pi0fm.train.plan.network import Network
 
 
 def test_a_still_network_has_the_weights_and_passes_of_the_units():
     with torch.device("meta"):
         network = Pi0(TINY)
-    counted, still = count_of(TINY, Adaptation(), torch.float32), StillNetwork(network, 1.0)
+    counted, still = count_network(TINY, Adaptation(), torch.float32), StillNetwork(network, 1.0)
     assert still.bytes() == counted.weights
     units = (*still.vision.layers, *still.decoder.layers, still.prompt_embedding, still.rest)
     assert sorted(sum(weight.numel() for weight in unit.parameters()) for unit in units) == sorted(
@@ -30,7 +30,7 @@ def test_a_still_network_has_the_weights_and_passes_of_the_units():
 
 def test_rates_are_those_that_made_the_seconds():
     count, real = 4, Network(2e9, 2e9, 3e-4, 4, scatter_times=1.5, reduce_times=1.8)
-    group, counted = real.group(count), count_of(TINY, Adaptation(), torch.float32)
+    group, counted = real.group(count), count_network(TINY, Adaptation(), torch.float32)
     found = {f"pass {SMALL}": 0.05, f"pass {LARGE}": 0.2, "optimizer": 0.01}
     for times in (FEW, MANY):
         size, units = times * counted.weights, len(counted.units)

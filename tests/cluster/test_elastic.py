@@ -17,7 +17,7 @@ from pi0fm.cluster.elastic import Foresight, preempted
 from pi0fm.cluster.ray_faults import EndAtFaults, explained
 from pi0fm.cluster.training_run import TrainingRun
 from pi0fm.train.components import FULL, ParallelConfig
-from pi0fm.train.watch.requests import Request
+from pi0fm.train.watch.requests import RunRequest
 from pi0fm_client.errors import ClusterError, ConfigError, DatasetError
 
 
@@ -26,7 +26,7 @@ def test_a_resize_waits_for_the_checkpoint_that_it_asked_for(tmp_path):
     told.before_controller_execute_resize_decision(None)  # the first start: nobody is there to ask
     assert not list(tmp_path.iterdir())
     told.after_worker_group_training_start(None)
-    asked, gone = tmp_path / Request.SAVE.name, []
+    asked, gone = tmp_path / RunRequest.SAVE.name, []
 
     def worker() -> None:
         while not asked.exists():
@@ -49,13 +49,13 @@ def test_workers_that_died_or_do_not_answer_are_not_waited_for(tmp_path, monkeyp
     told.before_controller_execute_resize_decision(None)
     assert not list(tmp_path.iterdir())  # taken back
     told.before_controller_execute_failure_decision(None)
-    monkeypatch.setattr(elastic, "ask", lambda *_: pytest.fail("nobody is there"))
+    monkeypatch.setattr(elastic, "write_request", lambda *_: pytest.fail("nobody is there"))
     told.before_controller_execute_resize_decision(None)
 
 
 def test_a_notice_is_passed_on_once_for_each_group_of_workers(tmp_path):
     told = Foresight(tmp_path)
-    moved, notice = tmp_path / Request.MOVE.name, SimpleNamespace(get_preemption_info=lambda: "node A goes")
+    moved, notice = tmp_path / RunRequest.MOVE.name, SimpleNamespace(get_preemption_info=lambda: "node A goes")
     told.after_worker_group_training_start(None)
     told.after_worker_group_poll_status(SimpleNamespace(get_preemption_info=lambda: None))
     assert not moved.exists()

@@ -18,7 +18,7 @@ from pi0fm.cluster import following
 from pi0fm.cluster.following import bundles, follow
 from pi0fm.eval.config import FollowConfig, FollowOptions
 from pi0fm.policy.saved import bundle
-from pi0fm.train.start.lease import only_run_in
+from pi0fm.train.start.lease import hold_lease
 from pi0fm_client.errors import ConfigError
 
 __all__ = ["small_policy"]
@@ -78,7 +78,7 @@ def test_a_run_that_trains_is_followed_and_asked_to_stop(leave, tmp_path, monkey
     run, asked = tmp_path / "run", []
 
     def trains() -> None:
-        with only_run_in(run):
+        with hold_lease(run):
             for _ in range(2000):
                 if (run / "STOP").exists():
                     return

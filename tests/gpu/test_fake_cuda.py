@@ -23,7 +23,7 @@ from pi0fm.policy.sampling.sampler import Sampler
 from pi0fm.train.components import Adaptation, OptimizerConfig
 from pi0fm.train.ema import Ema
 from pi0fm.train.optim import make_optimizer
-from pi0fm.train.plan.flops import laid_out
+from pi0fm.train.plan.flops import empty_network
 from pi0fm.train.start.adaptation import adapt
 from pi0fm.train.step import train_step
 from pi0fm.train.watch.validation import LOSS_DRAWS, _loss
@@ -45,7 +45,7 @@ def cuda(monkeypatch):
 
 def on_cuda(config: Pi0Config, how: Adaptation | None = None) -> Pi0:
     with torch.device(CUDA):
-        model = laid_out(config)
+        model = empty_network(config)
     return model.requires_grad_(True) if how is None else adapt(model.requires_grad_(True), how, torch.bfloat16)
 
 

@@ -13,7 +13,7 @@ from pi0fm.flow.matching import FlowMatching
 from pi0fm.models.config import PRESETS
 from pi0fm.models.observation import pixels
 from pi0fm.policy.sampling.sampler import Sampler
-from pi0fm.train.plan.flops import laid_out
+from pi0fm.train.plan.flops import empty_network
 
 DEPTH = 3
 SIZES = {
@@ -36,7 +36,7 @@ def cuda(monkeypatch):
 
 def made(name: str) -> Sampler:
     with torch.device(CUDA):
-        model = laid_out(SIZES[name])
+        model = empty_network(SIZES[name])
     return Sampler(model, FlowMatching.from_config(FlowConfig(num_flow_steps=2)), CUDA, torch.bfloat16)
 
 

@@ -24,7 +24,7 @@ from pi0fm.eval.evaluate import in_this_process, run_episodes
 from pi0fm.eval.rollouts.episode import Episode
 from pi0fm.policy.saved import bundle
 from pi0fm.sim import catalog
-from pi0fm.train.start.lease import only_run_in
+from pi0fm.train.start.lease import hold_lease
 from pi0fm_client.errors import ConfigError, SimulationError
 
 __all__ = ["small_policy"]
@@ -153,7 +153,7 @@ def test_a_run_that_trains_is_followed_by_actors(small_policy, tmp_path, monkeyp
         bundle.save(path, small_policy.weights, replace(small_policy.config, training={"steps": str(steps)}), small_policy.stats)
 
     def trains():
-        with only_run_in(run):
+        with hold_lease(run):
             begun.set()
             leave(100)
             while not (run / "best.json").exists():

@@ -170,7 +170,7 @@ def test_shares_match_the_weights_and_each_has_its_own_statistics(mixed, tmp_pat
     assert (arm.stats.num_frames, crane.stats.num_frames) == (28, 14)
     assert crane.stats.action.std.mean() > 3
     assert data.num_cameras == 3
-    assert data.described() == "arm 66.7 % of samples from 28 frames at 10 fps, crane 33.3 % of samples from 14 frames at 20 fps"
+    assert data.describe() == "arm 66.7 % of samples from 28 frames at 10 fps, crane 33.3 % of samples from 14 frames at 20 fps"
     assert arm.training.seed != crane.training.seed
 
 

@@ -37,7 +37,7 @@ def test_states(tmp_path):
     alive = made(tmp_path / "alive", upto=60)
     made(tmp_path / ".hidden" / "run")
     made(tmp_path / "finished" / "inner", upto=20)
-    with lease.only_run_in(alive):
+    with lease.hold_lease(alive):
         before = {path: path.stat().st_mtime_ns for path in alive.iterdir()}
         found = {run.name.removeprefix(f"{tmp_path}/"): (run.state, run.step) for run in runs.find_runs([tmp_path])}
         assert {path: path.stat().st_mtime_ns for path in alive.iterdir()} == before
@@ -95,7 +95,7 @@ def test_a_real_run_is_shown_and_compared_on_a_page(run, tmp_path, capsys):
     real = last[str(tmp_path / "real")]
     assert (real["state"], real["step"], real["steps"], real["seconds_left"]) == ("finished", 10, 10, 0.0)
     assert real["samples_per_second"] > 0 and 0 < real["memory_gib"] < 64 and "share_of_peak" not in real
-    assert "finished" in shown.err and any(block in shown.err for block in runs.BLOCKS)
+    assert "finished" in shown.err and any(block in shown.err for block in runs.SPARK_BLOCKS)
     text = page.read_text()
     assert "&lt;b&gt;" in text and "<b>" not in text.replace("&lt;b&gt;", "")
     assert "data:image/png;base64," in text and "http" not in text.replace("http-equiv", "")

@@ -15,7 +15,7 @@ from pi0fm import options
 from pi0fm.cli.main import main
 from pi0fm.cluster import training
 from pi0fm.train import loop
-from pi0fm.train.start.lease import only_run_in
+from pi0fm.train.start.lease import hold_lease
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ main(["train", sys.argv[1]])
 
 
 def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(file, tmp_path, capsys):
-    with only_run_in(tmp_path / "run"):
+    with hold_lease(tmp_path / "run"):
         assert main(["train", str(file)]) == 1
         assert "one run at a time may use" in capsys.readouterr().err
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".running"]

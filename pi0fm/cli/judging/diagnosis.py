@@ -30,7 +30,7 @@ from pi0fm.policy.saved.manifest import MANIFEST
 from pi0fm.train.data import policy_config
 from pi0fm.train.plan.flops import training_work
 from pi0fm.train.plan.planner import known_cards
-from pi0fm.train.start.pretrained import chosen_dialect, chosen_tokenizer, kept_stats, open_pretrained
+from pi0fm.train.start.pretrained import open_pretrained, pretrained_stats, resolve_dialect, resolve_tokenizer
 from pi0fm_client.errors import BundleError, ConfigError, DatasetError
 
 if TYPE_CHECKING:
@@ -140,13 +140,13 @@ def _judged(given: "Options") -> list[tuple[Findings, Examined | None]]:
         run_ = replace(run_, dataset=replace(run_.dataset, **place))
 
     pretrained = open_pretrained(run_.pretrained)
-    dialect = chosen_dialect(run_.prompt_dialect, pretrained)
-    run_ = replace(run_, tokenizer=chosen_tokenizer(run_.tokenizer, pretrained), prompt_dialect=dialect)
+    dialect = resolve_dialect(run_.prompt_dialect, pretrained)
+    run_ = replace(run_, tokenizer=resolve_tokenizer(run_.tokenizer, pretrained), prompt_dialect=dialect)
 
     def subject(name: str, source: LeRobotSource) -> Subject:
         policy = policy_config(run_, source)
         kept = pretrained is not None and run_.pretrained_norm_stats
-        stats = kept_stats(pretrained, name, policy) if kept and pretrained else source.norm_stats(policy.model.action_horizon)
+        stats = pretrained_stats(pretrained, name, policy) if kept and pretrained else source.norm_stats(policy.model.action_horizon)
         return Subject(
             f"the run's policy{f' of {name}' * bool(name)}", policy, stats, policy.chain(stats), policy.metadata(), None, not kept
         )

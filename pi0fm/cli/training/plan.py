@@ -19,7 +19,7 @@ from pi0fm.options import option
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.plan import pictures
 from pi0fm.train.plan.network import Network
-from pi0fm.train.plan.planner import Card, Plan, best, card_named, counts, known_cards, plans_of
+from pi0fm.train.plan.planner import Card, Plan, best_plan, card_named, gpu_counts, known_cards, plan_shardings
 from pi0fm.train.start.defaults import defaults
 from pi0fm_client.errors import ConfigError
 
@@ -69,8 +69,8 @@ OFTEN = train.often_of(Options)
 def run(options: Options) -> dict[str, Any]:
     """Plan, print two tables, draw; the last line is the plan of the best sharding on all cards."""
     card, cameras = _card(options, options.gpu), options.cameras or _cameras(options)
-    plans = plans_of(_with_batch(options, options.gpus), card, _network(options, card, options.gbits), options.gpus, cameras)
-    chosen = best(plans)
+    plans = plan_shardings(_with_batch(options, options.gpus), card, _network(options, card, options.gbits), options.gpus, cameras)
+    chosen = best_plan(plans)
     smaller = _curve(options, card, options.gbits, cameras)
     console = Console(stderr=True, highlight=False, width=max(130, Console(stderr=True).width))
     console.print(_table(f"every sharding on {options.gpus} {options.gpu}", plans))
@@ -112,11 +112,11 @@ def _with_batch(options: Options, gpus: int) -> TrainConfig:
 def _curve(options: Options, card: Card, gbits: float, cameras: int) -> list[Plan]:
     """Return the best plan for each number of cards that can share the batch."""
     found = []
-    for gpus in counts(options.gpus):
+    for gpus in gpu_counts(options.gpus):
         config = _with_batch(options, gpus)
         if gpus <= config.global_batch_size and gpus % config.parallel.replicas == 0 and (gpus > config.parallel.replicas or gpus == 1):
             only = config if gpus > 1 else replace(config, parallel=replace(config.parallel, shard="auto", replicas=1))
-            found.append(best(plans_of(only, card, _network(options, card, gbits), gpus, cameras)))
+            found.append(best_plan(plan_shardings(only, card, _network(options, card, gbits), gpus, cameras)))
     return found
 
 

@@ -55,7 +55,7 @@ class TrainingWork:
 def stage_work(config: Pi0Config, cameras: int, prompt_tokens: int) -> dict[str, StageWork]:
     """Count the work of `vision`, `prefix` and `steps`; `steps` is one evaluation of the velocity."""
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():  # a CPU would read the masks, which have no values here
-        model = laid_out(config)
+        model = empty_network(config)
         size = config.vision.image_size
         observation = ModelObservation(
             images=torch.empty(1, cameras, size, size, 3, dtype=torch.uint8),
@@ -83,7 +83,7 @@ def stage_work(config: Pi0Config, cameras: int, prompt_tokens: int) -> dict[str,
     }
 
 
-def laid_out(config: Pi0Config) -> Pi0:
+def empty_network(config: Pi0Config) -> Pi0:
     """Return the network with empty weights, on torch's current default device."""
     with torch.device("meta"):
         model = Pi0(config)

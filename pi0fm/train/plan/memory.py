@@ -115,12 +115,14 @@ def estimate(
     products. by_row: each row has its flow time (rtc.max_delay). device: cuda or cpu. parallel: `auto` counts as none.
     Raises ConfigError where `how` cannot be honoured by this network.
     """
-    count = count_of(replace(config, action_horizon=1, max_prompt_tokens=1), how, computes)
-    size = Bytes.of(computes == torch.bfloat16, device)
-    tower, decoder, working = (micro_batch * each for each in _activations(config, how, count.flowing, cameras, flow_draws, size, by_row))
+    count = count_network(replace(config, action_horizon=1, max_prompt_tokens=1), how, computes)
+    size = NumberBytes.on_device(computes == torch.bfloat16, device)
+    tower, decoder, working = (
+        micro_batch * each for each in _activations(config, how, count.gradient_parts, cameras, flow_draws, size, by_row)
+    )
     kept = tower + decoder + working
     if not parallel.cuts:
-        moments_of_the_pass = (tower + decoder + count.casts, tower + count.of_decoder, count.trained)
+        moments_of_the_pass = (tower + decoder + count.casts, tower + count.decoder_gradients, count.trained)
         together = accumulates or world_size > 1
         highest = tower + decoder + count.casts + count.trained if together else max(moments_of_the_pass)
         state = (count.weights, 2 * count.trained, count.trained * averaged, count.trained)
@@ -139,7 +141,7 @@ def estimate(
     return MemoryEstimate(weights, 2 * trained, trained * averaged, trained, kept, casts, highest, gathered, leaving, validation)
 
 
-def decided(
+def resolve_sharding(
     parallel: ParallelConfig, needed: Callable[[ParallelConfig], int], world_size: int, room: int
 ) -> tuple[ParallelConfig, str | None]:
     """Resolve `auto` to the first sharding whose memory fits the device's `room` bytes, else to the last; and the reason in one line.
@@ -161,14 +163,14 @@ def decided(
 
 
 @dataclass(frozen=True)
-class Bytes:
+class NumberBytes:
     """Bytes of one number: of a product's result, of an attention score."""
 
     product: int
     score: int
 
     @classmethod
-    def of(cls, halved: bool, device: str) -> "Bytes":
+    def on_device(cls, halved: bool, device: str) -> "NumberBytes":
         """Return the bytes per number: a GPU's softmax returns float32 under bfloat16 too, and the product with the values needs a copy."""
         if not halved:
             return cls(4, 4)
@@ -191,14 +193,14 @@ class NetworkCount:
 
     weights: int
     trained: int
-    of_decoder: int
+    decoder_gradients: int
     casts: int
-    flowing: frozenset[Part]
+    gradient_parts: frozenset[Part]
     units: Mapping[str, ShardUnit]
 
 
 @lru_cache(maxsize=16)
-def count_of(config: Pi0Config, how: Adaptation, computes: torch.dtype) -> NetworkCount:
+def count_network(config: Pi0Config, how: Adaptation, computes: torch.dtype) -> NetworkCount:
     """Count the numbers of a network on meta. computes: the type of the products."""
     with torch.device("meta"):
         model = Pi0(config)
@@ -234,7 +236,7 @@ def gradient_flows(model: Pi0) -> frozenset[Part]:
 
 
 def _activations(
-    config: Pi0Config, how: Adaptation, flowing: frozenset[Part], cameras: int, draws: int, size: Bytes, by_row: bool
+    config: Pi0Config, how: Adaptation, flowing: frozenset[Part], cameras: int, draws: int, size: NumberBytes, by_row: bool
 ) -> tuple[int, int, int]:
     """Return the bytes of one sample: kept by the tower, kept by the decoder, and of the largest layer while it is computed."""
     streams, vision = config.decoder, config.vision
@@ -260,7 +262,9 @@ def _activations(
     return images + vision.depth * tower * sees_tower, kept_decoder, working
 
 
-def _decoder_token(config: Pi0Config, stream: str, keys: int, size: Bytes, *, products_only: bool = False, by_row: bool = False) -> int:
+def _decoder_token(
+    config: Pi0Config, stream: str, keys: int, size: NumberBytes, *, products_only: bool = False, by_row: bool = False
+) -> int:
     sizes, decoder, c = getattr(config.decoder, stream), config.decoder, size.product
     width, heads, kv = sizes.width, decoder.num_heads, decoder.num_kv_heads
     r = 4 if stream == "backbone" else c
@@ -273,16 +277,16 @@ def _decoder_token(config: Pi0Config, stream: str, keys: int, size: Bytes, *, pr
     return norms + heads_bytes + heads * keys * size.score + heads * decoder.head_dim * c + 3 * sizes.mlp_width * c
 
 
-def _keys_only_token(config: Pi0Config, size: Bytes) -> int:
+def _keys_only_token(config: Pi0Config, size: NumberBytes) -> int:
     decoder = config.decoder
     return decoder.backbone.width * (4 + size.product) + 3 * decoder.num_kv_heads * decoder.head_dim * size.product
 
 
-def _joined(config: Pi0Config, keys: int, size: Bytes) -> int:
+def _joined(config: Pi0Config, keys: int, size: NumberBytes) -> int:
     return 2 * config.decoder.num_kv_heads * keys * config.decoder.head_dim * size.product
 
 
-def _vision_token(config: Pi0Config, size: Bytes, products_only: bool = False) -> int:
+def _vision_token(config: Pi0Config, size: NumberBytes, products_only: bool = False) -> int:
     vision, c = config.vision, size.product
     norms, heads = 2 * vision.width * (4 + c), 3 * vision.width * c
     if products_only:

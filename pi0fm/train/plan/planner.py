@@ -117,17 +117,17 @@ def card_named(name: str) -> Card:
 
 
 def plan(config: TrainConfig, card: Card, network: Network, workers: int, cameras: int, device: str = "cuda") -> Plan:
-    """Plan a step of `config`, whose sharding is decided. Raises ConfigError where the workers cannot share the batch or the replicas."""
+    """Plan a step of `config`, whose sharding is resolved. Raises ConfigError where the workers cannot share the batch or the replicas."""
     import torch
 
     from pi0fm.train.plan.flops import training_work
-    from pi0fm.train.plan.memory import GIB, SPARE, count_of
+    from pi0fm.train.plan.memory import GIB, SPARE, count_network
 
     how, shard = config.adaptation(), config.parallel
     shard.refuse_for(workers)
     computes = torch.float32 if config.precision == "float32" else torch.bfloat16
     of_network = config.network()
-    count = count_of(replace(of_network, action_horizon=1, max_prompt_tokens=1), how, computes)  # lengths change no module
+    count = count_network(replace(of_network, action_horizon=1, max_prompt_tokens=1), how, computes)  # lengths change no module
     work = training_work(of_network, how, cameras, config.flow_draws_per_observation)
     samples, steps = config.largest_micro_batch(workers), config.micro_steps(workers)
     one_forward = work.forward / (card.flops_per_second * card.forward_efficiency)
@@ -170,7 +170,7 @@ def plan(config: TrainConfig, card: Card, network: Network, workers: int, camera
     return Plan(workers, name, shard.replicas, samples, steps, batch, parts, needed, fits, hours, hours * workers * card.price)
 
 
-def ways(config: TrainConfig, workers: int, per_machine: int) -> Iterator[TrainConfig]:
+def possible_shardings(config: TrainConfig, workers: int, per_machine: int) -> Iterator[TrainConfig]:
     """Yield `config` with every sharding possible for `workers`; only its sharding where that is not `auto`."""
     if config.parallel.shard != AUTO or workers == 1:
         yield config if config.parallel.shard != AUTO else replace(config, parallel=DDP)
@@ -185,7 +185,7 @@ def ways(config: TrainConfig, workers: int, per_machine: int) -> Iterator[TrainC
             yield replace(config, parallel=shard)
 
 
-def best(plans: Sequence[Plan]) -> Plan:
+def best_plan(plans: Sequence[Plan]) -> Plan:
     """Return the fastest plan that fits, or DDP if within 3 % of it; where none fits, the one that needs least memory."""
     fitting = [each for each in plans if each.fits]
     if not fitting:
@@ -194,9 +194,9 @@ def best(plans: Sequence[Plan]) -> Plan:
     return next((each for each in fitting if each.shard == NONE and each.seconds <= 1.03 * fastest.seconds), fastest)
 
 
-def plans_of(config: TrainConfig, card: Card, network: Network, workers: int, cameras: int) -> list[Plan]:
+def plan_shardings(config: TrainConfig, card: Card, network: Network, workers: int, cameras: int) -> list[Plan]:
     """Return the plan of every sharding possible for `workers`. Raises what `plan` raises."""
-    return [plan(each, card, network, workers, cameras) for each in ways(config, workers, network.per_machine)]
+    return [plan(each, card, network, workers, cameras) for each in possible_shardings(config, workers, network.per_machine)]
 
 
 def full_speed(config: TrainConfig, cameras: int, workers: int, device: "torch.device") -> float | None:
@@ -213,6 +213,6 @@ def full_speed(config: TrainConfig, cameras: int, workers: int, device: "torch.d
     return None if card is None else workers * card.flops_per_second / (work.forward + work.backward)
 
 
-def counts(most: int) -> list[int]:
+def gpu_counts(most: int) -> list[int]:
     """Return the powers of two up to `most`, and `most`."""
     return sorted({2**power for power in range(most.bit_length())} | {most})

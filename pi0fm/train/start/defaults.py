@@ -17,7 +17,7 @@ from pi0fm.train.components import FIXED_IN_FLOW, OWN
 from pi0fm.train.config import TrainConfig
 from pi0fm_client.errors import OutputError
 
-SAID_AGAIN = ("resume", "resume_changed")  # given with each command, not taken from the record
+TYPED_EACH_TIME = ("resume", "resume_changed")  # given with each command, not taken from the record
 
 
 def defaults(given: options.Tree) -> options.Tree:
@@ -36,7 +36,7 @@ def _recorded(record: Path) -> options.Tree:
         found: Any = json.loads(record.read_text())
     except (OSError, ValueError) as error:
         raise OutputError(f"{record} is not readable ({error}); choose another --output_dir") from None
-    return {name: value for name, value in found.items() if name not in SAID_AGAIN} if isinstance(found, dict) else {}
+    return {name: value for name, value in found.items() if name not in TYPED_EACH_TIME} if isinstance(found, dict) else {}
 
 
 def _of_bundle(path: Path, given: options.Tree) -> options.Tree:

@@ -32,13 +32,13 @@ BEATS_UNTIL_DEAD = 3
 
 
 @contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
+def hold_lease(folder: Path) -> Iterator[None]:
     """Hold the lease on `folder`, which is made if needed, during the block. Raises OutputError while another run holds it."""
     files.refuse_name(folder)
     made = not folder.exists()
     files.make_folder(folder)
     with files.write_faults(folder):
-        descriptor = _taken(folder / NAME)
+        descriptor = _take(folder / NAME)
     stop = threading.Event()
     beating = threading.Thread(target=_beat, args=(descriptor, stop), name="pi0fm-lease", daemon=True)
     beating.start()
@@ -64,18 +64,18 @@ def is_held(folder: Path) -> bool:
         return False
     if not isinstance(held, dict):
         return False
-    return _lives(held) if held.get("host") == socket.gethostname() else beaten
+    return _holder_runs(held) if held.get("host") == socket.gethostname() else beaten
 
 
-def _taken(path: Path) -> int:
+def _take(path: Path) -> int:
     """Take the lease and return its descriptor. Raises OutputError while another process holds it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             held = _read(descriptor)
             locked = files.try_lock(descriptor)
-            if locked is False or (held and not _dead(path, descriptor, held, locks=locked is True)):
-                raise OutputError(_line(path.parent, held))
+            if locked is False or (held and not _holder_is_dead(path, descriptor, held, locks=locked is True)):
+                raise OutputError(_held_message(path.parent, held))
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 _write(descriptor, 0)
                 return descriptor
@@ -85,10 +85,10 @@ def _taken(path: Path) -> int:
         os.close(descriptor)  # its holder ended and removed it between our open and our lock
 
 
-def _dead(path: Path, descriptor: int, held: dict[str, Any], *, locks: bool) -> bool:
+def _holder_is_dead(path: Path, descriptor: int, held: dict[str, Any], *, locks: bool) -> bool:
     """Whether the run that wrote `held` is dead. locks: the lease could be locked, so no process of this machine holds it."""
     if held.get("host") == socket.gethostname():
-        return locks or not _lives(held)
+        return locks or not _holder_runs(held)
     if _age(path, descriptor) > BEATS_UNTIL_DEAD * SECONDS_BETWEEN_BEATS:
         return True
     progress.say(f"waiting to see whether the run of {held.get('host')} in {path.parent} still lives")
@@ -100,7 +100,7 @@ def _dead(path: Path, descriptor: int, held: dict[str, Any], *, locks: bool) -> 
     return True
 
 
-def _lives(held: dict[str, Any]) -> bool:
+def _holder_runs(held: dict[str, Any]) -> bool:
     try:
         return psutil.Process(int(held["process"])).create_time() == held["created"]
     except (psutil.Error, KeyError, TypeError, ValueError):
@@ -117,7 +117,7 @@ def _age(path: Path, descriptor: int) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _line(folder: Path, held: dict[str, Any]) -> str:
+def _held_message(folder: Path, held: dict[str, Any]) -> str:
     who = f"process {held['process']} on {held['host']}" if {"process", "host"} <= held.keys() else "another process"
     return f"one run at a time may use {folder}, found {who} at work in it; end it, or choose another --output_dir"
 

@@ -18,7 +18,7 @@ from pi0fm.train.checkpoint.storage import whole
 from pi0fm.train.config import TrainConfig, refuse_other_run
 from pi0fm.train.start import lease
 from pi0fm.train.watch.metrics import read_last
-from pi0fm.train.watch.requests import withdraw
+from pi0fm.train.watch.requests import remove_requests
 from pi0fm.train.watch.trackers import FOLDERS
 from pi0fm_client.errors import OutputError
 
@@ -30,21 +30,21 @@ def claim(config: TrainConfig) -> None:
 
     Raises OutputError or ConfigError otherwise, with nothing touched.
     """
-    checkpoints = judge(config)
+    checkpoints = checkpoints_to_resume(config)
     with files.write_faults(config.output_dir):
         files.write_json(config.output_dir / "run.json", options.encode(config))
-        withdraw(config.output_dir)
+        remove_requests(config.output_dir)
     if config.resume == "true" and not checkpoints:
         progress.say(f"no checkpoint in {config.checkpoint_place}: the run starts at step 0")
 
 
-def judge(config: TrainConfig) -> list[int]:
+def checkpoints_to_resume(config: TrainConfig) -> list[int]:
     """Return the steps of the checkpoints that the run would resume from, without writing. Raises what `claim` raises."""
     directory = config.output_dir
     files.refuse_name(directory)
     with files.write_faults(directory):
         if not (directory / "run.json").exists():
-            return _judge_new(config)
+            return _checkpoints_elsewhere(config)
         checkpoints, recorded = whole(config.checkpoint_place), _read(config)
         if checkpoints or read_last(directory) is not None:
             if config.resume == "false":
@@ -60,7 +60,7 @@ def claimed(config: TrainConfig, *, restarted: bool = False) -> Iterator[None]:
     Such an error also restores an earlier run's record. restarted: the launcher restarted the workers, and an earlier attempt made the
     claim.
     """
-    with lease.only_run_in(config.output_dir):
+    with lease.hold_lease(config.output_dir):
         record = config.output_dir / "run.json"
         before = record.read_bytes() if record.is_file() else None
         trained = read_last(config.output_dir)
@@ -83,7 +83,7 @@ def release(config: TrainConfig) -> None:
         if (directory / "run.json").exists() and read_last(directory) is None and not (directory / "checkpoints").exists():
             (directory / "run.json").unlink()
             (directory / "metrics.jsonl").unlink(missing_ok=True)
-            withdraw(directory)
+            remove_requests(directory)
             for name in (*FOLDERS, RAY_FOLDER):
                 shutil.rmtree(directory / name, ignore_errors=True)
             if not any(directory.iterdir()):
@@ -92,7 +92,7 @@ def release(config: TrainConfig) -> None:
         return  # the folder has become unreachable; the next command judges its contents
 
 
-def _judge_new(config: TrainConfig) -> list[int]:
+def _checkpoints_elsewhere(config: TrainConfig) -> list[int]:
     """Refuse a folder without `run.json` that cannot be this run's. Returns the steps of checkpoints elsewhere to resume from."""
     directory = config.output_dir
     foreign = directory.exists() and (not directory.is_dir() or any(not _left_by_a_start(path.name) for path in directory.iterdir()))

@@ -43,14 +43,14 @@ def open_pretrained(path: Path | None) -> Pretrained | None:
     return None if path is None else Pretrained(path, *bundle.read(path))
 
 
-def chosen_tokenizer(name: str, pretrained: Pretrained | None) -> str:
+def resolve_tokenizer(name: str, pretrained: Pretrained | None) -> str:
     """Return the run's tokenizer, resolving `pretrained` to the bundle's. Raises ConfigError for `pretrained` without a bundle."""
-    return name if name != OWN else _needed("tokenizer", pretrained).tokenizer()
+    return name if name != OWN else _require_pretrained("tokenizer", pretrained).tokenizer()
 
 
-def chosen_dialect(word: str, pretrained: Pretrained | None) -> str:
+def resolve_dialect(word: str, pretrained: Pretrained | None) -> str:
     """Return the run's prompt dialect, resolving `pretrained` to the bundle's. Raises ConfigError for `pretrained` without a bundle."""
-    return word if word != OWN else _needed("prompt_dialect", pretrained).policy.prompt_dialect
+    return word if word != OWN else _require_pretrained("prompt_dialect", pretrained).policy.prompt_dialect
 
 
 def refuse_other_policy(pretrained: Pretrained, run: PolicyConfig) -> None:
@@ -69,7 +69,7 @@ def refuse_other_policy(pretrained: Pretrained, run: PolicyConfig) -> None:
     _refuse_other_tokens(pretrained, run)
 
 
-def kept_stats(pretrained: Pretrained, entry: str, run: PolicyConfig) -> NormStats:
+def pretrained_stats(pretrained: Pretrained, entry: str, run: PolicyConfig) -> NormStats:
     """Return the bundle's statistics for a run's data set: of the robot with the entry's name, or of the only robot without a mixture.
 
     Raises ConfigError for an ambiguous robot, or statistics of another width than the robot.
@@ -90,7 +90,7 @@ def kept_stats(pretrained: Pretrained, entry: str, run: PolicyConfig) -> NormSta
     return stats
 
 
-def _needed(option: str, pretrained: Pretrained | None) -> Pretrained:
+def _require_pretrained(option: str, pretrained: Pretrained | None) -> Pretrained:
     if pretrained is None:
         raise ConfigError(f"{option} {OWN} needs a bundle to take it from, found none; type --pretrained BUNDLE")
     return pretrained

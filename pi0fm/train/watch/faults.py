@@ -39,7 +39,7 @@ class NonfiniteError(Pi0fmError):
 
 
 @dataclass(frozen=True)
-class _Noted:
+class _PendingNorm:
     """Gradient norm that is being copied to the host. event: recorded after the copy, None on a CPU."""
 
     step: int
@@ -63,7 +63,7 @@ class NonfiniteWatch:
 
     def __init__(self, config: FaultConfig, context: Context, collator: BatchMaker) -> None:
         self._config, self._context, self._collator = config, context, collator
-        self._noted: deque[_Noted] = deque()
+        self._pending: deque[_PendingNorm] = deque()
         self._in_a_row = 0
 
     def after_step(self, step: int, norm: Tensor) -> None:
@@ -74,16 +74,16 @@ class NonfiniteWatch:
             norm = torch.empty_like(norm, device="cpu", pin_memory=True).copy_(norm, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._noted.append(_Noted(step, norm, event))
-        while len(self._noted) > (0 if event is None else 1):
-            self._look(self._noted.popleft())
+        self._pending.append(_PendingNorm(step, norm, event))
+        while len(self._pending) > (0 if event is None else 1):
+            self._check(self._pending.popleft())
 
     def settle(self) -> None:
         """Judge every recorded norm; called before a checkpoint and at the end."""
-        while self._noted:
-            self._look(self._noted.popleft())
+        while self._pending:
+            self._check(self._pending.popleft())
 
-    def _look(self, noted: _Noted) -> None:
+    def _check(self, noted: _PendingNorm) -> None:
         if noted.event is not None:
             noted.event.synchronize()
         norm = float(noted.norm)
@@ -92,7 +92,7 @@ class NonfiniteWatch:
             return
         self._in_a_row += 1
         place = self._config.folder / f"step-{noted.step:09d}"
-        culprits = self._keep(place, noted.step, norm)
+        culprits = self._keep_batch(place, noted.step, norm)
         inputs = f"its {culprits} are not finite" if culprits else "the network's inputs are finite"
         line = f"step {noted.step}: the loss or its gradient is not finite (norm {norm}); {inputs}; the batch is kept in {place}"
         if not self._config.skip:
@@ -103,7 +103,7 @@ class NonfiniteWatch:
         if self._context.is_first:
             progress.say(f"{line}; the step is skipped")
 
-    def _keep(self, place: Path, step: int, norm: float) -> str:
+    def _keep_batch(self, place: Path, step: int, norm: float) -> str:
         """Write this worker's part of the batch, collated again from its place in the stream. Returns the names of non-finite inputs."""
         first = (step - 1) * self._config.global_batch_size
         culprits: set[str] = set()
@@ -114,10 +114,10 @@ class NonfiniteWatch:
             name = f"worker-{self._context.rank:05d}-part-{part:03d}.safetensors"
             files.write_bytes(place / name, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
         if self._context.is_first:
-            files.write_json(place / "fault.json", self._described(step, first, norm))
+            files.write_json(place / "fault.json", self._facts(step, first, norm))
         return " and ".join(sorted(culprits))
 
-    def _described(self, step: int, first: int, norm: float) -> dict[str, Any]:
+    def _facts(self, step: int, first: int, norm: float) -> dict[str, Any]:
         positions = np.arange(first, first + self._config.global_batch_size)
         return {
             "step": step,

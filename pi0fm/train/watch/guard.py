@@ -22,7 +22,7 @@ from pi0fm.train.checkpoint.facts import RunFacts
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.state import TrainState
 from pi0fm.train.watch.faults import FaultConfig, NonfiniteWatch, write_faults
-from pi0fm.train.watch.requests import Request
+from pi0fm.train.watch.requests import RunRequest
 from pi0fm.train.watch.signals import StopSignals
 from pi0fm_client.errors import DatasetError, OutputError
 
@@ -77,7 +77,7 @@ class Guard:
         self._nonfinite.after_step(done, norm)
         self._checkpoints.settle(wait=False)
         asked = self._stop.after_step()
-        if asked is Request.SAVE and done < steps:
+        if asked is RunRequest.SAVE and done < steps:
             self._nonfinite.settle()
             self._checkpoints.save(done, self._state.tensors(), self._run.at(done))
             self._checkpoints.settle()

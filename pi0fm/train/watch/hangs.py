@@ -23,7 +23,7 @@ from pi0fm.train.parallel.context import Context
 
 FOLDER = "hangs"
 SECONDS_BETWEEN_LOOKS = 1.0
-SECONDS_TO_BE_HEARD = 1.0  # for a status line to reach another process before this one ends
+SECONDS_FOR_STATUS_LINE = 1.0  # for a status line to reach another process before this one ends
 SECONDS_OF_GRACE = 5.0  # for all to write: the first worker that ends breaks the connections of the others
 
 
@@ -76,7 +76,7 @@ class HangWatch:
         silent = [f"worker {other} on {self._nodes[other]}" for other in range(len(self._nodes)) if other not in written]
         if silent and rank == min(written):
             progress.say(f"no stack came from {', '.join(silent)}: stopped, or its machine is gone; look there first")
-            time.sleep(SECONDS_TO_BE_HEARD)
+            time.sleep(SECONDS_FOR_STATUS_LINE)
 
     def _path(self, rank: int) -> Path:
         return self._folder / f"step-{self._step}-worker-{rank}.txt"

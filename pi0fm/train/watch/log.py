@@ -15,11 +15,11 @@ from torch import Tensor
 from pi0fm import progress
 from pi0fm.data.loading.batch import Batch
 from pi0fm.train.parallel.accelerate import Parallel
-from pi0fm.train.watch.metrics import Metrics
-from pi0fm.train.watch.stragglers import OwnTime, Stragglers
+from pi0fm.train.watch.metrics import MetricsWriter
+from pi0fm.train.watch.stragglers import ForwardTimer, Stragglers
 
-WAITING_IS_SAID_ABOVE = 0.2  # share of the time
-NOTED: Mapping[str, Callable[[float], str]] = {
+REPORTED_WAITING_SHARE = 0.2  # share of the time
+PROGRESS_FORMATS: Mapping[str, Callable[[float], str]] = {
     "samples_per_second": "{:.1f} samples/s".format,
     "share_of_peak": "{:.0%} of the peak".format,
     "memory_gib": "{:.1f} GiB".format,
@@ -43,7 +43,7 @@ class LogConfig:
 class TrainLog:
     """Log of a run. Losses stay on the device until a line is due: reading each one would stall it.
 
-    metrics: None on all workers except the first; own: this worker's OwnTime; nodes: of all workers; first_step: where the run starts;
+    metrics: None on all workers except the first; own: this worker's ForwardTimer; nodes: of all workers; first_step: where the run starts;
     loss: of the last line, NaN before the first.
     """
 
@@ -51,8 +51,8 @@ class TrainLog:
         self,
         config: LogConfig,
         parallel: Parallel,
-        metrics: Metrics | None,
-        own: OwnTime,
+        metrics: MetricsWriter | None,
+        own: ForwardTimer,
         nodes: Sequence[str],
         first_step: int,
         loss: float = math.nan,
@@ -61,7 +61,7 @@ class TrainLog:
         self._own, self._stragglers = own, Stragglers(nodes, progress.say)
         self._losses: list[Tensor] = []
         self._since, self._waited = time.perf_counter(), 0.0
-        self.note = described({"loss": loss})  # of the last line; empty before the first
+        self.note = format_progress({"loss": loss})  # of the last line; empty before the first
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the same batches, counting the time spent waiting for each."""
@@ -98,7 +98,7 @@ class TrainLog:
             self._write(self._metrics, step, values, now - self._since)
         self._losses, self._since, self._waited = [], now, 0.0
 
-    def _write(self, metrics: Metrics, step: int, values: dict[str, float], elapsed: float) -> None:
+    def _write(self, metrics: MetricsWriter, step: int, values: dict[str, float], elapsed: float) -> None:
         steps = len(self._losses)
         speed = {
             "samples_per_second": steps * self._config.global_batch_size / elapsed,
@@ -108,15 +108,15 @@ class TrainLog:
         }
         if self._config.full_speed is not None:
             speed["share_of_peak"] = speed["samples_per_second"] / self._config.full_speed
-        self.note = described(values | speed)
+        self.note = format_progress(values | speed)
         metrics.write(step, {name: value for name, value in values.items() if math.isfinite(value)} | speed)
-        if self._waited > WAITING_IS_SAID_ABOVE * elapsed and step > self._first_step + self._config.every:
+        if self._waited > REPORTED_WAITING_SHARE * elapsed and step > self._first_step + self._config.every:
             progress.say(f"step {step}: {100 * self._waited / elapsed:.0f} % of the time went on waiting for data")
 
 
-def described(line: Mapping[str, float]) -> str:
+def format_progress(line: Mapping[str, float]) -> str:
     """Format metrics for the progress line: `loss 0.1234, 53.1 samples/s, 38 % of the peak, 47.0 GiB`."""
     found = [f"loss {line['loss']:.4f}"] if math.isfinite(line.get("loss", math.nan)) else []
-    for name, text in NOTED.items():
+    for name, text in PROGRESS_FORMATS.items():
         found += [text(line[name])] if name in line else []
     return ", ".join(found)

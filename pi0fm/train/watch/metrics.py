@@ -19,7 +19,7 @@ CUT = 2**62  # stands for the step of a line truncated by a kill: later than any
 
 
 @final
-class Metrics:
+class MetricsWriter:
     """Append to `<output_dir>/metrics.jsonl`, one object per line with `step`, and to trackers: TensorBoard files next to it, and others.
 
     first_step: lines of later steps belong to a run that was killed before its next checkpoint; they are dropped. config: options of the

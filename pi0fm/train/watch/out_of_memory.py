@@ -21,23 +21,23 @@ from pi0fm.train.plan.memory import GIB
 from pi0fm_client.errors import ConfigError, Pi0fmError
 
 SHARED = "more GPUs whose workers share the weights"
-MOST_TOO_HIGH = 1.4  # largest ratio of estimate to allocations, by the test of plan/memory.py
+LARGEST_OVERESTIMATE = 1.4  # largest ratio of estimate to allocations, by the test of plan/memory.py
 
 
 class OutOfMemoryError(Pi0fmError):
     """A device, or the host, without the memory that a run needs."""
 
 
-def judge_memory(config: TrainConfig, cameras: int, parallel: Parallel) -> None:
+def refuse_too_large(config: TrainConfig, cameras: int, parallel: Parallel) -> None:
     """Print the estimate of a worker's memory, before anything is allocated. Raises ConfigError where it cannot fit."""
     needed, room, context = config.memory(cameras, parallel.context.world_size, parallel.device), parallel.room(), parallel.context
     if context.is_first:
         fits = "" if needed.total <= room else f"; that is more than the {room / GIB:.1f} GiB that a worker has"
         progress.say(f"{needed}{fits}")
-    if needed.total > MOST_TOO_HIGH * room:
+    if needed.total > LARGEST_OVERESTIMATE * room:
         raise ConfigError(
             f"a worker needs about {needed.total / GIB:.1f} GiB, found {room / GIB:.1f} GiB for each; "
-            f"{_fitting(config, cameras, context.world_size, parallel.device, room)}"
+            f"{_fitting_options(config, cameras, context.world_size, parallel.device, room)}"
         )
 
 
@@ -53,12 +53,12 @@ def memory_faults(config: TrainConfig, cameras: int, parallel: Parallel) -> Iter
         asked = " ".join(str(error).split()) or "no memory is left"
         line = config.memory(cameras, world, parallel.device)
         raise OutOfMemoryError(
-            f"{parallel.device} is full ({asked:.120}); {line}{_held(parallel.device)}; "
+            f"{parallel.device} is full ({asked:.120}); {line}{_held_by_others(parallel.device)}; "
             f"{_remedies(config, cameras, world, parallel.device)}"
         ) from None
 
 
-def _held(device: torch.device) -> str:
+def _held_by_others(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     free, total = torch.cuda.mem_get_info(device)
@@ -69,22 +69,22 @@ def _held(device: torch.device) -> str:
 def _remedies(config: TrainConfig, cameras: int, world_size: int, device: torch.device) -> str:
     """Format options that lower the estimate after a device was full: those that a resumed run may change, and those for a new run."""
     same, new = _changes(config, world_size)
-    kept, others = (_helpful(config, changes, cameras, world_size, device) for changes in (same, new))
+    kept, others = (_lowering_options(config, changes, cameras, world_size, device) for changes in (same, new))
     resumed = f"type {' or '.join(kept)}, and --resume true continues from the last checkpoint; " if kept else ""
     return f"{resumed}in a new run {' or '.join([*others, SHARED])}"
 
 
-def _fitting(config: TrainConfig, cameras: int, world_size: int, device: torch.device, room: int) -> str:
+def _fitting_options(config: TrainConfig, cameras: int, world_size: int, device: torch.device, room: int) -> str:
     """Format options with which the estimate fits `room` bytes: single ones if any suffices, else several together."""
     same, new = _changes(config, world_size)
-    alone = _helpful(config, same | new, cameras, world_size, device, room)
+    alone = _lowering_options(config, same | new, cameras, world_size, device, room)
     if alone:
         return f"type {' or '.join(alone)}"
     halved = max(1, config.largest_micro_batch(world_size) // 8)
     least: dict[str, Any] = {"micro_batch_size": halved, "activation_checkpointing": "full"}
     words = f"--micro_batch_size {halved} --activation_checkpointing full"
     together = {words: least} | {f"{words} {word}": least | change for word, change in new.items()}
-    found = _helpful(config, together, cameras, world_size, device, room)
+    found = _lowering_options(config, together, cameras, world_size, device, room)
     return f"type {' or '.join(found)}" if found else f"it fits with none of pi0fm's options: choose a smaller network, or {SHARED}"
 
 
@@ -105,7 +105,7 @@ def _changes(config: TrainConfig, world_size: int) -> tuple[dict[str, dict[str, 
     }
 
 
-def _helpful(
+def _lowering_options(
     config: TrainConfig,
     changes: dict[str, dict[str, Any]],
     cameras: int,

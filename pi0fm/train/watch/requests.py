@@ -15,7 +15,7 @@ from pathlib import Path
 from pi0fm import files
 
 
-class Request(IntEnum):
+class RunRequest(IntEnum):
     """Request to a running process; of two at once the greater one applies."""
 
     NONE = 0
@@ -25,17 +25,17 @@ class Request(IntEnum):
     STOP = 4
 
 
-FILES = (Request.STOP, Request.MOVE, Request.SAVE)  # each named after its request
+FILES = (RunRequest.STOP, RunRequest.MOVE, RunRequest.SAVE)  # each named after its request
 
 
-def ask(output_dir: Path, request: Request) -> Path:
+def write_request(output_dir: Path, request: RunRequest) -> Path:
     """Write the request's file for a run in another process, as a driver does for its workers. Returns the file."""
     with files.write_faults(output_dir):
         files.write_text(output_dir / request.name, f"{os.getpid()}\n")
     return output_dir / request.name
 
 
-def withdraw(output_dir: Path, requests: Iterable[Request] = FILES) -> None:
+def remove_requests(output_dir: Path, requests: Iterable[RunRequest] = FILES) -> None:
     """Remove requests, before a run resumes and when they are fulfilled."""
     for request in requests:
         (output_dir / request.name).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import torch
 
 from pi0fm import progress
 from pi0fm.train.parallel.accelerate import Parallel
-from pi0fm.train.watch.metrics import Metrics, read_last
+from pi0fm.train.watch.metrics import MetricsWriter, read_last
 from pi0fm.train.watch.validation import LOSS, NLL, Validator
 
 
@@ -26,7 +26,7 @@ class ValidationSchedule:
     def __init__(
         self,
         parallel: Parallel,
-        metrics: Metrics | None,
+        metrics: MetricsWriter | None,
         validators: Sequence[Validator],
         steps: int,
         output_dir: Path,
@@ -42,30 +42,30 @@ class ValidationSchedule:
                     "where training judges nothing; the others have a density, all have a loss"
                 )
 
-    def catch_up(self, first: int, bar: progress.Step | None) -> None:
+    def validate_missed(self, first: int, bar: progress.Step | None) -> None:
         """Validate the step that a resumed run starts from, where a kill prevented it."""
         if self._due(first):
             metric, device = self._validators[0].named(LOSS), self._validators[0].device
             written = self._parallel.context.is_first and int((read_last(self._output_dir, metric) or {}).get("step", 0)) == first
             # only the first worker read the file, and all must agree
             if not bool(self._parallel.sum(torch.tensor(float(written), device=device))):
-                self.after(first, bar)
+                self.after_step(first, bar)
 
-    def after(self, step: int, bar: progress.Step | None) -> None:
+    def after_step(self, step: int, bar: progress.Step | None) -> None:
         """Validate if it is due, every entry in turn, and write the metrics as one line."""
         if not self._due(step):
             return
         began = time.perf_counter()
         found: dict[str, float] = {}
 
-        def tell(text: str) -> None:
+        def report(text: str) -> None:
             self._beat()
             if bar is not None:
                 bar.advance(0, note=text)
 
         with self._validators[0].gathered():
             for validator in self._validators:
-                found |= validator.validate(self._parallel, step, tell)
+                found |= validator.validate(self._parallel, step, report)
         if self._metrics is not None and found:
             self._metrics.write(step, found)
         seconds = time.perf_counter() - began

@@ -18,12 +18,12 @@ from torch import nn
 
 TIMES_THE_MEDIAN = 1.5  # own time of a slow worker over the median of the others
 SHARE_OF_A_STEP = 0.1  # least excess over the median, as a share of the step
-SECONDS_JUDGED = 10.0  # judged together: single steps vary too much
+SECONDS_COMPARED = 10.0  # compared together: single steps vary too much
 TIMES_IN_A_ROW, TIMES_BETWEEN = 2, 60  # slow intervals before the first line, and between two lines
 
 
 @final
-class OwnTime:
+class ForwardTimer:
     """Time of the forward passes of `network` since the last call of `take`; on CUDA by events, without a host sync.
 
     whole: its forward pass does not communicate; forward passes that do are not timed.
@@ -62,7 +62,7 @@ class OwnTime:
 
 @final
 class Stragglers:
-    """Judge the own times of all workers, SECONDS_JUDGED of steps at a time. nodes: by rank; say: prints a status line."""
+    """Compare the forward and data times of all workers, SECONDS_COMPARED of steps at a time. nodes: by rank; say: prints a status line."""
 
     def __init__(self, nodes: Sequence[str], say: Callable[[str], object]) -> None:
         self._nodes, self._say = nodes, say
@@ -72,13 +72,13 @@ class Stragglers:
     def after_line(self, step: int, own: Sequence[float], elapsed: float) -> float:
         """Return the slowest worker's own time over the median of the others. own: seconds by rank, out of `elapsed` for the steps."""
         self._own, self._elapsed = [sum(pair) for pair in zip(self._own, own, strict=True)], self._elapsed + elapsed
-        if self._elapsed >= SECONDS_JUDGED:
-            self._judge(step)
+        if self._elapsed >= SECONDS_COMPARED:
+            self._report_slow(step)
             self._own, self._elapsed = [0.0] * len(self._nodes), 0.0
         slow, usual = _slowest(own)
         return own[slow] / usual if usual > 0 else 1.0
 
-    def _judge(self, step: int) -> None:
+    def _report_slow(self, step: int) -> None:
         slow, usual = _slowest(self._own)
         excess = self._own[slow] - usual
         if self._own[slow] < TIMES_THE_MEDIAN * usual or excess < SHARE_OF_A_STEP * self._elapsed:

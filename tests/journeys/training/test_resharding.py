@@ -19,7 +19,7 @@ from pi0fm.train.checkpoint.storage import whole
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.context import Context
 from pi0fm.train.watch import signals
-from pi0fm.train.watch.requests import Request, ask
+from pi0fm.train.watch.requests import RunRequest, write_request
 from pi0fm.train.watch.signals import StopSignals
 
 pytestmark = [pytest.mark.journey, pytest.mark.long]
@@ -136,11 +136,11 @@ def test_a_checkpoint_is_asked_for_and_all_make_it_once_after_the_same_step(tmp_
         with StopSignals(Parallel(context), tmp_path / "run") as stop:
             for step in range(1, 12):
                 if step == 5 and context.rank == 0:
-                    ask(tmp_path / "run", Request.SAVE)
-                if (asked := stop.after_step()) is Request.SAVE:
+                    write_request(tmp_path / "run", RunRequest.SAVE)
+                if (asked := stop.after_step()) is RunRequest.SAVE:
                     saved.append(step)
                     stop.saved(asked)
-                assert asked <= Request.SAVE
+                assert asked <= RunRequest.SAVE
         return saved
 
     assert workers(3, tmp_path, body) == [[6]] * 3
@@ -155,7 +155,7 @@ def test_one_worker_is_asked_and_all_leave_after_the_same_step(tmp_path, by, mon
         with StopSignals(Parallel(context), tmp_path / "run") as stop:
             for step in range(1, 30):
                 if step == 5 and context.rank == (1 if by == "signal" else 0):
-                    os.kill(os.getpid(), signals.signal.SIGTERM) if by == "signal" else ask(tmp_path / "run", Request.STOP)
+                    os.kill(os.getpid(), signals.signal.SIGTERM) if by == "signal" else write_request(tmp_path / "run", RunRequest.STOP)
                 if stop.after_step():
                     return step
         return 0

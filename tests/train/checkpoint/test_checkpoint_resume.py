@@ -19,7 +19,7 @@ from pi0fm.train.loop import train
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.start.output import claim
 from pi0fm.train.watch import signals
-from pi0fm.train.watch.requests import Request, ask
+from pi0fm.train.watch.requests import RunRequest, write_request
 from pi0fm_client.errors import ConfigError, DatasetError
 
 
@@ -60,7 +60,7 @@ def test_a_stop_file_asks_where_no_signal_arrives(run, whole, monkeypatch):
     monkeypatch.setattr(signals, "SECONDS_BETWEEN_LOOKS", 0.0)
     config = run("run", steps=6)
     claim(config)
-    ask(config.output_dir, Request.STOP)
+    write_request(config.output_dir, RunRequest.STOP)
     outcome = []
 
     def in_a_thread():
@@ -81,7 +81,7 @@ def test_a_save_file_asks_for_a_checkpoint_and_nothing_else(run, whole, monkeypa
     monkeypatch.setattr(signals, "SECONDS_BETWEEN_LOOKS", 0.0)
     config = run("run", steps=6, checkpoint_every=100)
     claim(config)
-    asked = ask(config.output_dir, Request.SAVE)
+    asked = write_request(config.output_dir, RunRequest.SAVE)
     result = train(ALONE, config)
     assert not asked.exists()
     assert checkpoint.whole(config.checkpoint_place) == [1, 6]
@@ -92,7 +92,7 @@ def test_a_move_file_asks_to_leave_and_is_gone_with_the_run(run, whole, monkeypa
     monkeypatch.setattr(signals, "SECONDS_BETWEEN_LOOKS", 0.0)
     config = run("run", steps=6)
     claim(config)
-    asked = ask(config.output_dir, Request.MOVE)
+    asked = write_request(config.output_dir, RunRequest.MOVE)
     with pytest.raises(signals.MovedError, match="left after step 1 of 6 for a node that goes away, with a checkpoint"):
         train(ALONE, config)
     assert not asked.exists()
@@ -102,7 +102,7 @@ def test_a_move_file_asks_to_leave_and_is_gone_with_the_run(run, whole, monkeypa
 def test_a_second_signal_interrupts_at_once(tmp_path):
     with signals.StopSignals(Parallel(ALONE), tmp_path) as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.after_step() is Request.INTERRUPT
+        assert stop.after_step() is RunRequest.INTERRUPT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -15,7 +15,7 @@ from pi0fm.train.components import TRAINED, Adaptation, OptimizerConfig, Paralle
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.ema import Ema
 from pi0fm.train.optim import make_optimizer
-from pi0fm.train.plan.memory import GIB, MemoryEstimate, decided, estimate
+from pi0fm.train.plan.memory import GIB, MemoryEstimate, estimate, resolve_sharding
 from pi0fm.train.start.adaptation import adapt
 
 FACTOR = 1.4  # the estimate lies between the measured peak and this many times it; 1.03 to 1.38 were found
@@ -145,11 +145,11 @@ def test_a_state_that_is_cut_is_divided_by_its_workers():
 
 def test_auto_takes_the_first_that_fits_and_says_so():
     needs = {"none": 64, "gradients": 40, "full": 20}
-    given = {room: decided(ParallelConfig(), lambda how: needs[how.shard] * GIB, 8, room * GIB) for room in (80, 48, 24, 16)}
+    given = {room: resolve_sharding(ParallelConfig(), lambda how: needs[how.shard] * GIB, 8, room * GIB) for room in (80, 48, 24, 16)}
     assert [how.shard for how, _ in given.values()] == ["none", "gradients", "full", "full"]
     assert given[48][1] == "parallel.shard gradients: none needs 64.0, gradients needs 40.0 of the 48.0 GiB that a worker has"
-    assert decided(ParallelConfig("full"), lambda how: 0, 8, 0) == (ParallelConfig("full"), None)
-    assert decided(ParallelConfig(), lambda how: 0, 1, 0) == (ParallelConfig("none"), None)
+    assert resolve_sharding(ParallelConfig("full"), lambda how: 0, 8, 0) == (ParallelConfig("full"), None)
+    assert resolve_sharding(ParallelConfig(), lambda how: 0, 1, 0) == (ParallelConfig("none"), None)
 
 
 def test_the_line_at_the_start_names_the_sum():

@@ -20,9 +20,9 @@ from pi0fm.train.components import FULL, GRADIENTS, NONE, Adaptation, ParallelCo
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.context import Context
-from pi0fm.train.plan.memory import count_of
+from pi0fm.train.plan.memory import count_network
 from pi0fm.train.plan.network import Group, Network
-from pi0fm.train.plan.planner import best, card_named, counts, known_cards, plan, plans_of, ways
+from pi0fm.train.plan.planner import best_plan, card_named, gpu_counts, known_cards, plan, plan_shardings, possible_shardings
 from pi0fm.train.state import StateConfig, TrainState
 from pi0fm_client.errors import ConfigError
 
@@ -80,7 +80,7 @@ def test_speed_grows_with_the_network_and_with_machines(card):
         network = replace(NVLINK, inside=card_named(card).inside, between=gbits * 1e9 / 8)
         for gpus in (8, 64, 512):
             config = replace(FULL_PI0, global_batch_size=8 * gpus, micro_batch_size=8, parallel=ParallelConfig())
-            chosen = best(plans_of(config, card_named(card), network, gpus, 3))
+            chosen = best_plan(plan_shardings(config, card_named(card), network, gpus, 3))
             assert chosen.fits
             assert sum(chosen.json()["shares"].values()) == pytest.approx(1)
             found[gbits, gpus] = chosen.samples_per_second
@@ -100,12 +100,12 @@ def test_cost_is_hours_times_cards_times_price():
 
 
 def test_ways_and_counts():
-    shardings = [config.parallel for config in ways(replace(FULL_PI0, parallel=ParallelConfig()), 32, 8)]
+    shardings = [config.parallel for config in possible_shardings(replace(FULL_PI0, parallel=ParallelConfig()), 32, 8)]
     assert [(each.shard, each.replicas) for each in shardings] == [(NONE, 1), (GRADIENTS, 1), (FULL, 1), (GRADIENTS, 4), (FULL, 4)]
-    assert [config.parallel.shard for config in ways(FULL_PI0, 32, 8)] == [NONE]
-    assert [config.parallel.shard for config in ways(replace(FULL_PI0, parallel=ParallelConfig()), 1, 8)] == [NONE]
-    assert counts(12) == [1, 2, 4, 8, 12]
-    assert counts(1) == [1]
+    assert [config.parallel.shard for config in possible_shardings(FULL_PI0, 32, 8)] == [NONE]
+    assert [config.parallel.shard for config in possible_shardings(replace(FULL_PI0, parallel=ParallelConfig()), 1, 8)] == [NONE]
+    assert gpu_counts(12) == [1, 2, 4, 8, 12]
+    assert gpu_counts(1) == [1]
     with pytest.raises(ConfigError, match="did you mean 'h100'"):
         card_named("h10")
 
@@ -147,7 +147,7 @@ def sent_by_two(place: Path) -> list[dict[str, Counter[str]]]:
 
 @pytest.mark.timeout(200)
 def test_workers_send_the_bytes_of_the_plan(tmp_path):
-    count = count_of(replace(TINY, action_horizon=1, max_prompt_tokens=1), Adaptation(), torch.float32)
+    count = count_network(replace(TINY, action_horizon=1, max_prompt_tokens=1), Adaptation(), torch.float32)
     gathered = sum(unit.gathered for unit in count.units.values())
     for found in in_fresh_process(sent_by_two, tmp_path):  # a fork after another test's backward pass would have none of its threads
         assert found[NONE]["allreduce"] == pytest.approx(count.trained, rel=0.01)

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from pi0fm.train.start import lease
-from pi0fm.train.start.lease import NAME, only_run_in
+from pi0fm.train.start.lease import NAME, hold_lease
 from pi0fm_client.errors import OutputError
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from pi0fm.train.start.lease import only_run_in
-with only_run_in(Path(sys.argv[1])):
+from pi0fm.train.start.lease import hold_lease
+with hold_lease(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -49,14 +49,14 @@ def test_a_living_run_of_this_machine_is_named_and_a_killed_one_is_not_in_the_wa
         request.getfixturevalue("no_locks")
     first = holder(tmp_path / "run")
     words = rf"one run at a time may use {tmp_path}/run, found process {first.pid} on .* at work in it; end it, or choose another"
-    with pytest.raises(OutputError, match=words), only_run_in(tmp_path / "run"):
+    with pytest.raises(OutputError, match=words), hold_lease(tmp_path / "run"):
         raise AssertionError("held twice")
     assert first.poll() is None
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert (tmp_path / "run" / NAME).exists()
     began = time.monotonic()
-    with only_run_in(tmp_path / "run"):
+    with hold_lease(tmp_path / "run"):
         assert json.loads((tmp_path / "run" / NAME).read_text())["process"] == os.getpid()
     assert time.monotonic() - began < 2
     assert list((tmp_path / "run").iterdir()) == []
@@ -80,23 +80,23 @@ def test_a_run_of_another_machine_is_told_by_its_beat(tmp_path, capsys):
     thread = threading.Thread(target=beating)
     thread.start()
     try:
-        with pytest.raises(OutputError, match="found process 4 on elsewhere"), only_run_in(tmp_path):
+        with pytest.raises(OutputError, match="found process 4 on elsewhere"), hold_lease(tmp_path):
             raise AssertionError("held twice")
     finally:
         stop.set()
         thread.join()
-    with only_run_in(tmp_path):
+    with hold_lease(tmp_path):
         assert json.loads(path.read_text())["host"] != "elsewhere"
     assert "waiting to see whether the run of elsewhere" in capsys.readouterr().err
     write(0)
     os.utime(path, (1.0, 1.0))
-    with only_run_in(tmp_path):
+    with hold_lease(tmp_path):
         assert capsys.readouterr().err == "", "long dead: nobody waits"
 
 
 @pytest.mark.usefixtures("fast")
 def test_a_lease_beats(tmp_path):
-    with only_run_in(tmp_path):
+    with hold_lease(tmp_path):
         deadline = time.monotonic() + 5
         while json.loads((tmp_path / NAME).read_text())["beat"] < 2:
             assert time.monotonic() < deadline
@@ -105,5 +105,5 @@ def test_a_lease_beats(tmp_path):
 
 def test_a_lease_that_is_no_json_is_a_dead_ones(tmp_path):
     (tmp_path / NAME).write_text("{")
-    with only_run_in(tmp_path):
+    with hold_lease(tmp_path):
         pass

@@ -25,7 +25,7 @@ from pi0fm.policy.saved.bundle import PolicyConfig
 from pi0fm.train.components import Adaptation, OptimizerConfig, ValidationConfig
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.start.network import starting_network
-from pi0fm.train.start.pretrained import Pretrained, chosen_dialect, chosen_tokenizer, open_pretrained, refuse_other_policy
+from pi0fm.train.start.pretrained import Pretrained, open_pretrained, refuse_other_policy, resolve_dialect, resolve_tokenizer
 from pi0fm_client.errors import BundleError, ConfigError
 
 ROBOT = Embodiment("arm", {"base": "observation.images.base"}, state_dim=4, robot_action_dim=3)
@@ -158,25 +158,25 @@ def test_the_tokenizer_is_the_bundles_own(tmp_path, base):
     path = tmp_path / "spoken"
     bundle.save(path, weights(base), config(tokenizer=str(words)), STATS)
     pretrained = open_pretrained(path)
-    own = chosen_tokenizer("pretrained", pretrained)
+    own = resolve_tokenizer("pretrained", pretrained)
     assert own == str(path / "tokenizer")
-    assert chosen_tokenizer("byt5", pretrained) == "byt5"
+    assert resolve_tokenizer("byt5", pretrained) == "byt5"
     for same in (own, str(words)):
         refuse_other_policy(pretrained, config(tokenizer=same))
     for other in ("byt5", str(small_tokenizer.write(tmp_path / "fewer", size=30))):
         with pytest.raises(ConfigError, match="type --tokenizer pretrained"):
             refuse_other_policy(pretrained, config(tokenizer=other))
     with pytest.raises(ConfigError, match="type --pretrained BUNDLE"):
-        chosen_tokenizer("pretrained", None)
+        resolve_tokenizer("pretrained", None)
 
 
 def test_the_dialect_is_the_bundles_own(tmp_path, base):
     bundle.save(tmp_path / "spoken", weights(base), config(prompt_dialect="lerobot"), STATS)
     pretrained = open_pretrained(tmp_path / "spoken")
-    assert chosen_dialect("pretrained", pretrained) == "lerobot"
-    assert chosen_dialect("openpi", pretrained) == "openpi"
+    assert resolve_dialect("pretrained", pretrained) == "lerobot"
+    assert resolve_dialect("openpi", pretrained) == "openpi"
     with pytest.raises(ConfigError, match="type --pretrained BUNDLE"):
-        chosen_dialect("pretrained", None)
+        resolve_dialect("pretrained", None)
 
 
 def test_statistics_of_another_width_cannot_be_kept(run, tmp_path, base):

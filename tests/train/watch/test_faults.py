@@ -15,7 +15,7 @@ from pi0fm.flow.matching import FlowMatching
 from pi0fm.train.checkpoint import checkpoints as checkpoint
 from pi0fm.train.watch import faults
 from pi0fm.train.watch.faults import NonfiniteError
-from pi0fm.train.watch.metrics import Metrics
+from pi0fm.train.watch.metrics import MetricsWriter
 from pi0fm_client.errors import ConfigError, DatasetError, OutputError
 
 BAD = 4  # the step whose batch is spoilt, counted from 1; the global batch is 8
@@ -132,7 +132,7 @@ def test_a_disk_that_takes_no_more_metrics_is_named(run, monkeypatch, number, na
     def write(self, step, values):
         raise OSError(number, os.strerror(number), str(config.output_dir / name))
 
-    monkeypatch.setattr(Metrics, "write", write)
+    monkeypatch.setattr(MetricsWriter, "write", write)
     with pytest.raises(OutputError, match=words):
         start(config)
 

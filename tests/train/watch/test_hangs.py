@@ -15,7 +15,7 @@ from pi0fm.train.watch.hangs import HangWatch, stacks
 @pytest.fixture(autouse=True)
 def no_grace(monkeypatch):
     monkeypatch.setattr(hangs, "SECONDS_OF_GRACE", 0.3)
-    monkeypatch.setattr(hangs, "SECONDS_TO_BE_HEARD", 0.0)
+    monkeypatch.setattr(hangs, "SECONDS_FOR_STATUS_LINE", 0.0)
 
 
 def ended(folder, context: Context, nodes: list[str], hang: threading.Event, seconds: float = 0.2) -> list[int]:

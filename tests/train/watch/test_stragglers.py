@@ -14,7 +14,7 @@ from pi0fm.train.loop import train
 from pi0fm.train.parallel.context import Context
 from pi0fm.train.start.output import claim
 from pi0fm.train.watch import stragglers
-from pi0fm.train.watch.stragglers import SECONDS_JUDGED, TIMES_BETWEEN, OwnTime, Stragglers
+from pi0fm.train.watch.stragglers import SECONDS_COMPARED, TIMES_BETWEEN, ForwardTimer, Stragglers
 
 
 class Slow(nn.Module):
@@ -25,19 +25,19 @@ class Slow(nn.Module):
 
 def test_own_time_is_that_of_forward_passes_in_training():
     network = Slow()
-    own = OwnTime(network, torch.device("cpu"), whole=True)
+    own = ForwardTimer(network, torch.device("cpu"), whole=True)
     network(0.02)
     network(0.02)
     network.eval()
     network(0.05)
     assert 0.04 <= own.take() < 0.085
     assert own.take() == 0
-    cut = OwnTime(other := Slow(), torch.device("cpu"), whole=False)
+    cut = ForwardTimer(other := Slow(), torch.device("cpu"), whole=False)
     other(0.01)
     assert cut.take() == 0
 
 
-def judged(lines: list[list[float]], elapsed: float = SECONDS_JUDGED) -> list[str]:
+def judged(lines: list[list[float]], elapsed: float = SECONDS_COMPARED) -> list[str]:
     said: list[str] = []
     judge = Stragglers(["a", "b", "c"], said.append)
     for step, own in enumerate(lines):

@@ -11,7 +11,7 @@ from pi0fm.train.config import TrainConfig
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.context import Context
 from pi0fm.train.watch import trackers
-from pi0fm.train.watch.metrics import Metrics
+from pi0fm.train.watch.metrics import MetricsWriter
 from pi0fm_client.errors import ConfigError
 
 CONFIG = {"steps": 40, "flow": {"path": "linear"}, "ema_decay": None}
@@ -33,7 +33,7 @@ def offline(monkeypatch, tmp_path):
 
 
 def logged(output_dir, name: str, first: int = 0) -> None:
-    metrics = Metrics(output_dir, first, (name,), CONFIG)
+    metrics = MetricsWriter(output_dir, first, (name,), CONFIG)
     metrics.write(first + 20, {"loss": 0.5})
     metrics.write(first + 40, {"loss": 0.25})
     metrics.close()
@@ -110,7 +110,7 @@ class Broken:
 def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(monkeypatch, tmp_path, capsys):
     broken = Broken()
     monkeypatch.setattr("pi0fm.train.parallel.accelerate.open_tracker", lambda name, project, arguments: broken)
-    metrics = Metrics(tmp_path, 0, ("trackio", "tensorboard"), CONFIG)
+    metrics = MetricsWriter(tmp_path, 0, ("trackio", "tensorboard"), CONFIG)
     for step in (1, 2):
         metrics.write(step, {"loss": 0.5})
     metrics.close()
@@ -126,11 +126,11 @@ def test_a_tracker_that_cannot_start_is_one_line(monkeypatch, tmp_path):
 
     monkeypatch.setattr("pi0fm.train.parallel.accelerate.open_tracker", fail)
     with pytest.raises(ConfigError, match="RuntimeError: no API key; type WANDB_MODE=offline"):
-        Metrics(tmp_path, 0, ("wandb",), CONFIG)
+        MetricsWriter(tmp_path, 0, ("wandb",), CONFIG)
 
 
 def test_no_tracker_leaves_the_lines_alone(tmp_path):
-    metrics = Metrics(tmp_path, 0, ())
+    metrics = MetricsWriter(tmp_path, 0, ())
     metrics.write(1, {"loss": 0.5})
     metrics.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

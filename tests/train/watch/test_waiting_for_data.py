@@ -9,8 +9,8 @@ from torch import nn
 from pi0fm.train.parallel.accelerate import Parallel
 from pi0fm.train.parallel.context import Context
 from pi0fm.train.watch import log as train_log
-from pi0fm.train.watch.metrics import Metrics, read_last
-from pi0fm.train.watch.stragglers import OwnTime
+from pi0fm.train.watch.metrics import MetricsWriter, read_last
+from pi0fm.train.watch.stragglers import ForwardTimer
 
 
 class Clock:
@@ -33,14 +33,14 @@ def clock(monkeypatch) -> Clock:
 def take_steps(clock, config, loading: float, steps: int = 6, training: float = 3.0) -> None:
     """Each batch takes `loading` seconds to come, each step `training` more."""
     config.output_dir.mkdir()
-    metrics = Metrics(config.output_dir, 0)
+    metrics = MetricsWriter(config.output_dir, 0)
 
     def batches():
         for _ in range(steps):
             clock.now += loading
             yield SimpleNamespace()
 
-    own = OwnTime(nn.Identity(), torch.device("cpu"), whole=True)
+    own = ForwardTimer(nn.Identity(), torch.device("cpu"), whole=True)
     log = train_log.TrainLog(config.log(), Parallel(Context(shown=False)), metrics, own, ["here"], 0)
     given = log.timed(batches())
     for step in range(1, steps + 1):
@@ -77,7 +77,7 @@ def test_a_line_says_speed_time_left_memory_and_share_of_the_peak(run, clock, mo
     line = read_last(config.output_dir)
     assert (line["step"], line["samples_per_second"], line["share_of_peak"], line["seconds_left"]) == (4, 2.0, 0.25, 8.0)
     assert line["memory_gib"] > 0.1
-    told = train_log.described(line | {"loss": 0.5, "memory_gib": 1.0})
+    told = train_log.format_progress(line | {"loss": 0.5, "memory_gib": 1.0})
     assert told == "loss 0.5000, 2.0 samples/s, 25% of the peak, 1.0 GiB"
-    assert train_log.described({"loss": 0.5}) == "loss 0.5000"
-    assert train_log.described({"loss": float("nan")}) == train_log.described({}) == "", "nothing before the first line"
+    assert train_log.format_progress({"loss": 0.5}) == "loss 0.5000"
+    assert train_log.format_progress({"loss": float("nan")}) == train_log.format_progress({}) == "", "nothing before the first line"
