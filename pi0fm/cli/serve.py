@@ -166,7 +166,7 @@ def _serve_replicas(options: ServeConfig, tokens: list[str]) -> None:
     from pi0fm.policy.device import choose_device
     from pi0fm.policy.saved.bundle import metadata
 
-    serving.free_of_what_one_server_has(options)
+    serving.refuse_single_server_options(options)
     metadata(options.bundle, options.robot)  # reports a fault before Ray starts
     keys = _keys(options)
 

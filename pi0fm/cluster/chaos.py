@@ -79,7 +79,7 @@ class Kill:
     kind: str
     step: int
     seconds: float | None = None
-    again: int = 0
+    repeated_steps: int = 0
 
 
 def chaos(run: TrainingRun, config: ChaosConfig) -> dict[str, Any]:
@@ -109,15 +109,15 @@ def chaos(run: TrainingRun, config: ChaosConfig) -> dict[str, Any]:
         while time.monotonic() < until and (config.kills is None or sum(map(len, rounds)) < config.kills):
             left = None if config.kills is None else config.kills - sum(map(len, rounds))
             command = _Command(commanded, run.output_dir / f"disturbed-{len(rounds)}", address)
-            rounds.append(_Disturbed(command, nodes, replace(config, kills=left), kinds, chance, until).run())
-            difference = difference_of(quiet.folder, command.folder)
+            rounds.append(_DisturbedRun(command, nodes, replace(config, kills=left), kinds, chance, until).run())
+            difference = weight_difference(quiet.folder, command.folder)
             if difference > (0.0 if run.workers[0] == run.workers[1] else TOLERANCE):
                 raise ClusterError(
                     f"a disturbed run must end in the quiet one's weights, found {difference:.2g} of their norm between "
-                    f"{command.folder} and {quiet.folder} after {_told(rounds[-1])}; keep both folders and report them"
+                    f"{command.folder} and {quiet.folder} after {_list_kills(rounds[-1])}; keep both folders and report them"
                 )
             progress.say(
-                f"chaos: round {len(rounds)} ended in the quiet run's weights (difference {difference:.2g}) after {_told(rounds[-1])}"
+                f"chaos: round {len(rounds)} ended in the quiet run's weights (difference {difference:.2g}) after {_list_kills(rounds[-1])}"
             )
     return _figures(rounds, difference)
 
@@ -138,16 +138,16 @@ def _figures(rounds: list[list[Kill]], difference: float) -> dict[str, Any]:
         "kills": {kind: sum(kill.kind == kind for kill in kills) for kind in HERE},
         "median_seconds": {kind: round(median(found), 1) for kind, found in seconds.items() if found},
         "most_seconds": {kind: round(max(found), 1) for kind, found in seconds.items() if found},
-        "most_steps_again": max((kill.again for kill in kills), default=0),
+        "most_steps_again": max((kill.repeated_steps for kill in kills), default=0),
     }
 
 
-def _told(kills: list[Kill]) -> str:
+def _list_kills(kills: list[Kill]) -> str:
     each = [f"{kill.kind} after step {kill.step}" + (f" ({kill.seconds:.0f} s)" if kill.seconds is not None else "") for kill in kills]
     return ", ".join(each) or "no kill"
 
 
-def difference_of(one: Path, other: Path) -> float:
+def weight_difference(one: Path, other: Path) -> float:
     """Distance of the weights of two runs' bundles relative to the norm of `other`'s; 0 if bitwise equal, infinite if any is not finite."""
     import torch
     from safetensors.torch import load_file
@@ -216,7 +216,7 @@ class _Command:
 
 
 @final
-class _Disturbed:
+class _DisturbedRun:
     """A run with kills until the time `until`."""
 
     def __init__(
@@ -249,7 +249,7 @@ class _Disturbed:
                     due = self._killed + self._config.every
                 if now > self._deadline and (pending or step == 0):
                     raise ClusterError(
-                        f"the run in {self._command.folder} took no step for {SECONDS_UNTIL_STARTED:g} s after {_told(self._kills)}"
+                        f"the run in {self._command.folder} took no step for {SECONDS_UNTIL_STARTED:g} s after {_list_kills(self._kills)}"
                     )
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         finally:
@@ -261,7 +261,8 @@ class _Disturbed:
         """Start the command again if it was killed. Raises ClusterError if it ended for another reason."""
         if not self._kills or self._kills[-1].kind != "driver" or self._kills[-1].seconds is not None:
             raise ClusterError(
-                f"the run in {self._command.folder} must survive, found it ended after {_told(self._kills)}: {self._command.last_line()}"
+                f"the run in {self._command.folder} must survive, found it ended after {_list_kills(self._kills)}: "
+                f"{self._command.last_line()}"
             )
         self._command.start()
 
@@ -278,7 +279,7 @@ class _Disturbed:
         if step == self._resumed and self._command.code() != 0:
             return True
         last = self._kills[-1]
-        self._kills[-1] = replace(last, seconds=now - self._killed, again=max(0, last.step - self._resumed))
+        self._kills[-1] = replace(last, seconds=now - self._killed, repeated_steps=max(0, last.step - self._resumed))
         self._settled = now + self._config.every / 3
         progress.say(f"chaos: {last.kind} after step {last.step}: goes on after {now - self._killed:.1f} s from step {self._resumed}")
         return False
@@ -287,14 +288,14 @@ class _Disturbed:
         _, self._before = self._command.reached()
         kind = self._chance.choice(self._kinds)
         try:
-            self._do(kind)
+            self._inject(kind)
         except (OSError, ValueError, KeyError, StopIteration, psutil.Error):
             return  # the run has ended or is starting: try again at the next look
         self._killed, self._resumed = time.monotonic(), None
         self._deadline = self._killed + SECONDS_UNTIL_STARTED
         self._kills.append(Kill(kind, step))
 
-    def _do(self, kind: str) -> None:
+    def _inject(self, kind: str) -> None:
         if kind == "driver":
             self._command.kill()
             return

@@ -34,12 +34,12 @@ def follow(config: FollowConfig, evaluate: Callable[[EvalConfig], Any] = evaluat
     Raises ConfigError for a folder without a run, and the errors of `evaluate`.
     """
     run, judged, asked = config.follow.run, dict[int, dict[str, Any]](), False
-    _await_run(run)
+    _wait_for_run(run)
     while True:
         alive = is_held(run)  # read before listing the bundles, or a run's last one could be missed
         left = {steps: path for steps, path in bundles(run).items() if steps not in judged}
         for steps, path in sorted(left.items()):
-            judged[steps] = _judged(config, steps, path, evaluate)
+            judged[steps] = _evaluate_bundle(config, steps, path, evaluate)
             best = max(judged, key=lambda each: (judged[each]["mean_success"] or 0.0, -each))
             files.write_json(run / BEST, judged[best])
             since = sum(each > best for each in judged)
@@ -60,7 +60,7 @@ def follow(config: FollowConfig, evaluate: Callable[[EvalConfig], Any] = evaluat
     return {"best": judged[best], "evaluations": [judged[steps] for steps in sorted(judged)], "asked_to_stop": asked}
 
 
-def _await_run(run: Path) -> None:
+def _wait_for_run(run: Path) -> None:
     """Wait for a run that may be starting. Raises ConfigError if none starts."""
     until, said = time.monotonic() + SECONDS_TO_START, False
     while not (run.is_dir() and (is_held(run) or (run / "run.json").is_file() or bundles(run))):
@@ -81,7 +81,7 @@ def bundles(run: Path) -> dict[int, Path]:
     return found
 
 
-def _judged(config: FollowConfig, steps: int, path: Path, evaluate: Callable[[EvalConfig], Any]) -> dict[str, Any]:
+def _evaluate_bundle(config: FollowConfig, steps: int, path: Path, evaluate: Callable[[EvalConfig], Any]) -> dict[str, Any]:
     """Row of a bundle, from its finished evaluation or from a new one."""
     output = Path(config.output_dir or config.follow.run / "evaluations") / f"step-{steps:09d}"
     if not (output / "summary.json").is_file():

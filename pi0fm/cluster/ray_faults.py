@@ -45,7 +45,7 @@ class EndAtFaults(UserCallback):  # type: ignore[misc]
             )
 
 
-def explained(error: BaseException) -> BaseException:
+def underlying_fault(error: BaseException) -> BaseException:
     """Find the Pi0fmError inside an error of `fit`; build a ClusterError for a failure of Ray; else return the error, which is a bug."""
     failures = list((getattr(error, "worker_failures", None) or {}).values())
     for candidate in (getattr(error, "controller_failure", None), *failures, error):

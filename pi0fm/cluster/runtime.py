@@ -28,7 +28,7 @@ SMALLEST_OBJECT_STORE_BYTES = 80 * 2**20  # Ray refuses less than 75 MiB
 # For `.options(runtime_env=ONE_THREAD)`: workers that simulate or load run side by side, so each must not start a thread per core.
 ONE_THREAD: Mapping[str, Any] = {"env_vars": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}}
 
-START_ONE = "start one with `ray start --head`, or leave the address out"
+START_ADVICE = "start one with `ray start --head`, or leave the address out"
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
 
 
@@ -69,7 +69,7 @@ def ray_session(
         _forget_token(given)
 
 
-def started_here() -> tuple[psutil.Process, ...]:
+def local_ray_processes() -> tuple[psutil.Process, ...]:
     """Ray's processes among the children of this one; none if a running cluster was joined."""
     return tuple(child for child in psutil.Process().children() if child.name() in ("raylet", "gcs_server"))
 
@@ -81,7 +81,7 @@ def refuse_ended(processes: Iterable[psutil.Process], advice: str = "type the sa
             raise ClusterError(f"Ray must live as long as the run, found its process {process.pid} ended; {advice}")
 
 
-class Head:
+class RayHead:
     """Ray's head process, with which all others register, on any machine of a joined cluster.
 
     Ray waits 60 s for it and then ends the driver without a message of pi0fm; after an earlier restart of the head the run continues.
@@ -93,7 +93,7 @@ class Head:
         self._address = str(getattr(ray.get_runtime_context(), "gcs_address", ""))  # missing for Ray's client
         self._answered = self._looked = time.monotonic()
 
-    def refuse_gone(self) -> None:
+    def refuse_lost(self) -> None:
         """Raise ClusterError when the head has not answered for SECONDS_WITHOUT_HEAD; checks every few seconds."""
         now = time.monotonic()
         if not self._address or now - self._looked < SECONDS_BETWEEN_HEAD_LOOKS:
@@ -126,7 +126,7 @@ def require_resources(each: Mapping[str, float], count: int = 1) -> None:
             raise ConfigError(
                 f"each worker needs {amount:g} {name}, but the largest Ray node has {largest:g}; ask for less, or join a larger cluster"
             )
-    room = [room_on(node["Resources"], each, most=count) for node in nodes]
+    room = [workers_that_fit(node["Resources"], each, most=count) for node in nodes]
     if count > sum(room):
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in each.items())
         there = [
@@ -139,7 +139,7 @@ def require_resources(each: Mapping[str, float], count: int = 1) -> None:
         )
 
 
-def room_on(node: Mapping[str, float], each: Mapping[str, float], most: int) -> int:
+def workers_that_fit(node: Mapping[str, float], each: Mapping[str, float], most: int) -> int:
     """Number of workers that fit on a node with these resources, at most `most`."""
     return min((int(node.get(name, 0.0) / amount + 1e-9) for name, amount in each.items() if amount > 0), default=most)
 
@@ -155,7 +155,7 @@ def first_ready(references: Sequence[Any]) -> Any:
         ready, _ = ray.wait(list(references), num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
         if ready:
             return ready[0]
-        refuse_ended(started_here(), "type the same command again, which goes on")
+        refuse_ended(local_ray_processes(), "type the same command again, which goes on")
 
 
 def _start(num_cpus: int | None, resources: dict[str, float] | None, object_store_bytes: int) -> None:
@@ -201,20 +201,20 @@ def _forget_token(given: Mapping[str, str | None]) -> None:
 def _join(address: str, ship_code: bool) -> None:
     import ray
 
-    refuse_silent(address)
+    refuse_unreachable(address)
     try:
-        ray.init(address, **_QUIET, **({"runtime_env": {"py_modules": _own_code()}} if ship_code else {}))
+        ray.init(address, **_QUIET, **({"runtime_env": {"py_modules": _package_folders()}} if ship_code else {}))
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:  # the second where a token is asked for and there is none
         reason = str(error).splitlines()[0].partition(". ")[0]
         if address == "auto":
-            raise ConfigError(f"no Ray cluster answers at {address!r} ({reason}); {START_ONE}") from None
+            raise ConfigError(f"no Ray cluster answers at {address!r} ({reason}); {START_ADVICE}") from None
         raise ConfigError(
             f"{address!r} answers, but refuses this process ({reason}); if its token differs (Ray says InvalidAuthToken), copy "
             "the output of `ray get-auth-token` there into RAY_AUTH_TOKEN here, with RAY_AUTH_MODE=token"
         ) from None
 
 
-def refuse_silent(address: str | None) -> None:
+def refuse_unreachable(address: str | None) -> None:
     """Raise ConfigError within seconds if nothing listens at the address of a cluster, for which Ray would wait ten minutes.
 
     address: as `ray_session` takes it; `auto` and `local` are not checked. Does not import Ray.
@@ -224,15 +224,15 @@ def refuse_silent(address: str | None) -> None:
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     # Ray connects to this machine's network address instead of the loopback
-    asked = _own_address() if host in ("localhost", "127.0.0.1") and not address.startswith("ray:") else host
+    asked = _network_address() if host in ("localhost", "127.0.0.1") and not address.startswith("ray:") else host
     try:
         socket.create_connection((asked, int(port)), timeout=5).close()
     except (OSError, ValueError, OverflowError) as error:
         why = f"{asked}: {error}" if asked != host else error
-        raise ConfigError(f"no Ray cluster answers at {address!r} ({why}); {START_ONE}") from None
+        raise ConfigError(f"no Ray cluster answers at {address!r} ({why}); {START_ADVICE}") from None
 
 
-def _own_address() -> str:
+def _network_address() -> str:
     """This machine's network address, determined as Ray does; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -242,7 +242,7 @@ def _own_address() -> str:
             return "127.0.0.1"
 
 
-def _own_code() -> list[str]:
+def _package_folders() -> list[str]:
     """Folders of the packages that a node needs."""
     import pi0fm
     import pi0fm_client

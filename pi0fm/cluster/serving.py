@@ -75,7 +75,7 @@ def serve_replicas(build: Build, fault: Fault, replicas: Replicas, host: str, po
             serve.shutdown()
 
 
-def free_of_what_one_server_has(options: Any) -> None:
+def refuse_single_server_options(options: Any) -> None:
     """Raise ConfigError for options of `pi0fm serve` that belong to one process and its socket."""
     for name in ("live", "log_requests", "tls_certificate", "log_format"):
         if getattr(options, name) not in (None, False, "text"):

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi0fm import files, options, progress
-from pi0fm.cluster import said
+from pi0fm.cluster import status_lines
 from pi0fm.cluster.caching import cache_everywhere
 from pi0fm.cluster.nodes.preflight import nodes_with, refuse_nodes
-from pi0fm.cluster.runtime import Head, ray_session, refuse_ended, require_resources, started_here
+from pi0fm.cluster.runtime import RayHead, local_ray_processes, ray_session, refuse_ended, require_resources
 from pi0fm.cluster.training_run import TrainingRun, refuse_at_once
 from pi0fm.data.config import DatasetConfig
 from pi0fm.data.pictures.resizing import ANTIALIAS
@@ -85,21 +85,21 @@ def _on_ray(run: TrainingRun) -> "TrainResult":
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pi0fm.cluster.elastic import Foresight, look_quickly
+    from pi0fm.cluster.elastic import CheckpointRequester, shorten_ray_intervals
     from pi0fm.cluster.ray_faults import EndAtFaults
 
     (fewest, most), cluster = run.workers, ray.cluster_resources()
     gpus = (1.0 if cluster.get("GPU", 0) else 0.0) if run.gpus_per_worker is None else run.gpus_per_worker
     each = {"CPU": float(run.cpus_per_worker or _share_of_cpus(most, gpus)), **({"GPU": gpus} if gpus else {})}
     require_resources(each, fewest)
-    _say_what_is_taken(each, fewest)
+    _report_held_resources(each, fewest)
     placed = _absolute(run)
-    if not started_here():
+    if not local_ray_processes():
         refuse_nodes(nodes_with(each), placed.output_dir, placed.checkpoint_place)
     if sum(node["Alive"] for node in ray.nodes()) > 1:  # on one machine the first worker builds, while the others wait for its lock
         entries = list(placed.entries().values())
         cache_everywhere(entries, run.network().vision.image_size, needs=each, resize=run.resize or ANTIALIAS)
-    look_quickly(alone=bool(started_here()))
+    shorten_ray_intervals(alone=bool(local_ray_processes()))
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"run": options.encode(placed)},
@@ -115,12 +115,12 @@ def _on_ray(run: TrainingRun) -> "TrainResult":
             name=RAY_FOLDER,
             storage_path=str(placed.output_dir),
             failure_config=FailureConfig(max_failures=-1),  # counted by EndAtFaults
-            callbacks=[EndAtFaults(placed.output_dir, run.max_failures), Foresight(placed.output_dir)],
+            callbacks=[EndAtFaults(placed.output_dir, run.max_failures), CheckpointRequester(placed.output_dir)],
         ),
     )
     began = time.perf_counter()
-    with _Watcher(run), RecordedSignals(lambda: write_request(run.output_dir, RunRequest.STOP)) as noted:
-        _fit(trainer, run.output_dir, lambda: _no_room(each, fewest), noted)
+    with _ProgressReader(run), RecordedSignals(lambda: write_request(run.output_dir, RunRequest.STOP)) as noted:
+        _fit(trainer, run.output_dir, lambda: _missing_resources(each, fewest), noted)
     last = read_last(run.output_dir) or {}
     if noted.number and int(last.get("step", 0)) < run.steps:  # the workers saved and left
         told = "Ctrl-C" if noted.number == signal.SIGINT else "SIGTERM"
@@ -136,7 +136,7 @@ def _fit(trainer: Any, output_dir: Path, no_room: Callable[[], str | None], note
     Returns early on a signal while the cluster has `no_room` for the workers, since no worker can respond to it. Raises the fault inside
     Ray's error, and ClusterError if Ray itself ended.
     """
-    from pi0fm.cluster.ray_faults import explained
+    from pi0fm.cluster.ray_faults import underlying_fault
 
     raised: list[BaseException] = []
 
@@ -146,14 +146,14 @@ def _fit(trainer: Any, output_dir: Path, no_room: Callable[[], str | None], note
         except BaseException as error:  # noqa: BLE001  raised in the main thread
             raised.append(error)
 
-    thread, ray_processes, head = threading.Thread(target=fit, name="pi0fm-fit", daemon=True), started_here(), Head()
+    thread, ray_processes, head = threading.Thread(target=fit, name="pi0fm-fit", daemon=True), local_ray_processes(), RayHead()
     thread.start()
     told, looked = False, time.monotonic()
     while thread.is_alive():
         thread.join(SECONDS_BETWEEN_LOOKS)
         refuse_ended(ray_processes)
         try:
-            head.refuse_gone()
+            head.refuse_lost()
         except ClusterError:
             write_request(output_dir, RunRequest.STOP)  # workers on other machines may still run: they save and leave
             raise
@@ -166,21 +166,21 @@ def _fit(trainer: Any, output_dir: Path, no_room: Callable[[], str | None], note
             return
         told = missing is not None
     if raised:
-        raise explained(raised[0]) from raised[0]
+        raise underlying_fault(raised[0]) from raised[0]
 
 
-def _no_room(each: Mapping[str, float], fewest: int) -> str | None:
+def _missing_resources(each: Mapping[str, float], fewest: int) -> str | None:
     """Describe the resources missing for the fewest workers; None if none are missing or the cluster does not answer."""
     try:
         require_resources(each, fewest)
     except ConfigError as error:
         return str(error)
-    except Exception:  # noqa: BLE001  Head.refuse_gone reports a lost head
+    except Exception:  # noqa: BLE001  RayHead.refuse_lost reports a lost head
         return None
     return None
 
 
-def _say_what_is_taken(each: Mapping[str, float], fewest: int) -> None:
+def _report_held_resources(each: Mapping[str, float], fewest: int) -> None:
     """Print which of the workers' resources other jobs hold, for which Ray waits."""
     import ray
 
@@ -204,7 +204,7 @@ def _worker(config: dict[str, Any]) -> None:
     if rank == 0:
         remove_requests(run.output_dir, (RunRequest.SAVE, RunRequest.MOVE))  # requests to earlier workers
     files.write_json(worker_file(run.output_dir, rank), {"process": os.getpid(), "node": ray.get_runtime_context().get_node_id()})
-    with said.heard_by(said_file(run.output_dir) if rank == 0 else None):
+    with status_lines.appended_to(status_file(run.output_dir) if rank == 0 else None):
         try:
             train(Context(rank, place.get_world_size(), shown=False, node=node), run)
         except MovedError as error:
@@ -221,7 +221,7 @@ def worker_file(output_dir: Path, rank: int) -> Path:
     return output_dir / RAY_FOLDER / f"worker-{rank}.json"
 
 
-def said_file(output_dir: Path) -> Path:
+def status_file(output_dir: Path) -> Path:
     """File with the first worker's status lines, for the driver."""
     return output_dir / RAY_FOLDER / "said.txt"
 
@@ -243,20 +243,20 @@ def _absolute(run: TrainingRun) -> TrainingRun:
         run = replace(run, pretrained=run.pretrained.absolute())
     if run.tokenizer not in ("byt5", "pretrained") and tokenizer.is_dir():
         run = replace(run, tokenizer=str(tokenizer.absolute()))
-    mixture = {name: replace(entry, dataset=_found_anywhere(entry.dataset)) for name, entry in run.mixture.items()}
-    return replace(run, output_dir=run.output_dir.absolute(), dataset=_found_anywhere(run.dataset), mixture=mixture)
+    mixture = {name: replace(entry, dataset=_absolute_folders(entry.dataset)) for name, entry in run.mixture.items()}
+    return replace(run, output_dir=run.output_dir.absolute(), dataset=_absolute_folders(run.dataset), mixture=mixture)
 
 
-def _found_anywhere(dataset: DatasetConfig) -> DatasetConfig:
+def _absolute_folders(dataset: DatasetConfig) -> DatasetConfig:
     paths = {name: getattr(dataset, name).absolute() for name in ("root", "cache_dir") if getattr(dataset, name) is not None}
     return replace(dataset, **paths)
 
 
-class _Watcher:
+class _ProgressReader:
     """Progress bar and status lines of the workers in the driver, read from files in the output folder."""
 
     def __init__(self, run: TrainingRun) -> None:
-        self._run, self._said, self._stop = run, said.Echo(said_file(run.output_dir)), threading.Event()
+        self._run, self._status, self._stop = run, status_lines.StatusReader(status_file(run.output_dir)), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> None:
@@ -271,7 +271,7 @@ class _Watcher:
         before = int((read_last(directory) or {}).get("step", 0))
         progress.say(f"starting {self._run.num_workers} Ray training worker{'' if self._run.workers == (1, 1) else 's'}")
         while not self._stop.wait(0.5):
-            self._said.repeat()
+            self._status.print_new()
             if int((read_last(directory) or {}).get("step", 0)) > before:
                 break
         with progress.step("train", self._run.steps, start=before) as bar:
@@ -282,7 +282,7 @@ class _Watcher:
                 if now != shown:
                     bar.advance(now - shown, note=format_progress(last))
                     shown = now
-                self._said.repeat()
+                self._status.print_new()
                 if ended:
                     return
                 ended = self._stop.wait(1.0)  # read once more after the end: the last lines may be newer than the last read

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pi0fm import machine
-from pi0fm.cluster.runtime import refuse_silent
+from pi0fm.cluster.runtime import refuse_unreachable
 from pi0fm.data.config import refuse_missing
 from pi0fm.data.prompt import refuse_missing_tokenizer
 from pi0fm.options import option
@@ -89,7 +89,7 @@ def _checks(run: TrainingRun) -> Iterator[Callable[[], object]]:
     yield partial(trackers.refuse_missing, run.tracker)
     if run.workers != (0, 0):
         yield partial(_refuse_too_many, run)
-        yield partial(refuse_silent, run.ray_address)
+        yield partial(refuse_unreachable, run.ray_address)
     else:
         yield _refuse_taken_port
     if context_from_environment().is_first and not restarts() and not lease.is_held(run.output_dir):

@@ -2,7 +2,7 @@
 
 Owns: the order of a conversion, and the checks before any write. Does not know: any peer's names or files.
 
-    foreign directory -> facts, headers -> kind -> sizes -> misfit? -> configuration, chain -> [tensor, tensor, ...] -> bundle
+    foreign directory -> facts, headers -> kind -> sizes -> mismatch? -> configuration, chain -> [tensor, tensor, ...] -> bundle
     bundle            -> config, headers -> can the peer hold it?   ------------------------> [tensor, tensor, ...] -> peer's directory
 
 The weights decide whether a policy is pi0 or pi0.5, never a path. Everything left of the brackets reads only headers; the brackets hold
@@ -25,7 +25,7 @@ from pi0fm.convert.names import Kind, kinds_of, layout_of
 from pi0fm.convert.openpi import read_openpi, write_openpi
 from pi0fm.convert.orbax import is_orbax, open_orbax
 from pi0fm.convert.read import open_safetensors, with_one_embedding
-from pi0fm.convert.shapes import Part, misfit, network_config, parts, tell_sizes
+from pi0fm.convert.shapes import ForeignPart, describe_mismatch, infer_sizes, network_config, parts
 from pi0fm.models.config import Pi0Config
 from pi0fm.policy.saved import bundle
 from pi0fm.policy.saved.manifest import MANIFEST, WEIGHTS, identity
@@ -35,7 +35,7 @@ from pi0fm_client.errors import BundleError, ConfigError, OutputError
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConversionResult:
     """Result of a conversion. source, target: bundle or the peer's name. identity: of the bundle, source or target."""
 
     path: Path
@@ -47,11 +47,11 @@ class Converted:
     identity: str
 
 
-def convert(config: ConvertConfig) -> Converted:
+def convert(config: ConvertConfig) -> ConversionResult:
     """Convert `source` into `output_dir`.
 
-    Raises BundleError for a source that is missing, damaged or does not fit, listing every misfit key; ConfigError for a fact that neither
-    source nor options give; OutputError for an output that exists or a full disk.
+    Raises BundleError for a source that is missing, damaged or does not fit, with every key that does not; ConfigError for a fact that
+    neither source nor options give; OutputError for an output that exists or a full disk.
     """
     if not config.source.is_dir():
         raise BundleError(f"source must be a directory, found {config.source}; give the one that holds the weights")
@@ -69,7 +69,7 @@ def convert(config: ConvertConfig) -> Converted:
     return _import(config)
 
 
-def _import(config: ConvertConfig) -> Converted:
+def _import(config: ConvertConfig) -> ConversionResult:
     facts, weights = _open(config.source, config.norm_stats is None)
     kind = _kind(weights, facts)
     model, found = _network(config, facts, weights, kind)
@@ -86,7 +86,7 @@ def _import(config: ConvertConfig) -> Converted:
     return _converted(config, kind, facts.peer, len(entries), wanted, config.output_dir)
 
 
-def _export(config: ConvertConfig) -> Converted:
+def _export(config: ConvertConfig) -> ConversionResult:
     if config.to == "bundle":
         raise ConfigError(f"{config.source} is a bundle already; type --to lerobot or --to openpi")
     known = bundle.robot_names(config.source)
@@ -115,13 +115,13 @@ def _export(config: ConvertConfig) -> Converted:
 
 def _converted(
     config: ConvertConfig, kind: Kind, source: str, tensors: int, shapes: Mapping[str, tuple[int, ...]], path: Path
-) -> Converted:
+) -> ConversionResult:
     """Print and return the result. path: of the bundle, source or target."""
     known = identity(path)
     zero = "" if config.to == "bundle" else "; tensors that no output depends on are zero"
     say(f"{config.output_dir}: {kind} from {source} to {config.to}, {tensors} tensors, bundle {known}{zero}")
     parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
-    return Converted(config.output_dir, kind, source, config.to, tensors, parameters, known)
+    return ConversionResult(config.output_dir, kind, source, config.to, tensors, parameters, known)
 
 
 def _open(source: Path, find_stats: bool) -> tuple[ForeignFacts, Weights]:
@@ -153,15 +153,17 @@ def _kind(weights: Weights, facts: ForeignFacts) -> Kind:
     return kind
 
 
-def _network(config: ConvertConfig, facts: ForeignFacts, weights: Weights, kind: Kind) -> tuple[Pi0Config, dict[str, tuple[Part, ...]]]:
-    """Return the network and the foreign parts of each of its tensors. Raises BundleError that lists every misfit key."""
+def _network(
+    config: ConvertConfig, facts: ForeignFacts, weights: Weights, kind: Kind
+) -> tuple[Pi0Config, dict[str, tuple[ForeignPart, ...]]]:
+    """Return the network and the foreign parts of each of its tensors. Raises BundleError that lists every key that does not fit."""
     layout = layout_of(weights.shapes)
     # in JAX's layout heads are an axis
     known = {"N": config.num_heads, "X": config.vision_heads} if layout == "torch" else {}
     if kind == "pi05" and facts.state_dim is not None:
         known["S"] = facts.state_dim
-    sizes = tell_sizes(layout, kind, weights.shapes, known)
-    wrong = misfit(layout, kind, sizes, weights.shapes)
+    sizes = infer_sizes(layout, kind, weights.shapes, known)
+    wrong = describe_mismatch(layout, kind, sizes, weights.shapes)
     if wrong:
         raise BundleError(f"the weights in {weights.path} are not those of one {kind}: {wrong}; nothing was written")
     model = network_config(
@@ -178,9 +180,9 @@ def _network(config: ConvertConfig, facts: ForeignFacts, weights: Weights, kind:
     return model, parts(layout, kind, sizes)
 
 
-def _copy(weights: Weights, found: Mapping[str, tuple[Part, ...]], wanted: Mapping[str, tuple[int, ...]], put: Put) -> None:
+def _copy(weights: Weights, found: Mapping[str, tuple[ForeignPart, ...]], wanted: Mapping[str, tuple[int, ...]], put: Put) -> None:
     """Read every foreign tensor once, one layer at a time if it stacks layers, and write the parts of our tensors that it holds."""
-    uses: dict[str, dict[tuple[int, ...], list[tuple[str, int, Part]]]] = {}
+    uses: dict[str, dict[tuple[int, ...], list[tuple[str, int, ForeignPart]]]] = {}
     for ours, group in found.items():
         first = 0
         for part in group:

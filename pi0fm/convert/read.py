@@ -81,7 +81,7 @@ def with_one_embedding(weights: Weights, tied: bool) -> tuple[Weights, str]:
             read=lambda name, index: weights.read(LM_HEAD if name == EMBEDDING else name, index),
         ), "the embedding is stored only as lm_head, and read from there"
     if shapes[LM_HEAD] != shapes[EMBEDDING] or _digest(weights, LM_HEAD) == _digest(weights, EMBEDDING):
-        return weights, ""  # another shape is a misfit, listed with the others
+        return weights, ""  # another shape is a mismatch, listed with the others
     if tied:
         raise BundleError(
             f"{LM_HEAD} and {EMBEDDING} are one tensor in openpi, but differ in {weights.path}; remove the one that was not trained"

@@ -1,9 +1,9 @@
 """A network's sizes from the shapes of a checkpoint, and the checkpoint's parts that make each of our tensors.
 
-Owns: the axes of convert/names' notation, the sizes, the list of misfits. Does not know: files, types of numbers, robots.
+Owns: the axes of convert/names' notation, the sizes, the list of mismatches. Does not know: files, types of numbers, robots.
 
-    names and shapes --tell_sizes--> sizes --parts--> foreign parts of each of our tensors
-                                       |----misfit--> every missing, unexpected and mis-shaped name
+    names and shapes --infer_sizes--> sizes --parts--> foreign parts of each of our tensors
+                                       |--describe_mismatch--> every missing, unexpected and mis-shaped name
                                        '----network_config--> Pi0Config
 """
 
@@ -34,7 +34,7 @@ LARGEST_DEPTH = 1024
 
 
 @dataclass(frozen=True)
-class Part:
+class ForeignPart:
     """A foreign tensor, or one entry of its leading axes, that becomes rows of one of ours.
 
     shape: of the whole foreign tensor. index: the entry of its leading axes. order: permutation of the remaining axes.
@@ -55,7 +55,7 @@ class Part:
         return math.prod(self.shape[len(self.index) :])
 
 
-def tell_sizes(layout: Layout, kind: Kind, shapes: Mapping[str, Shape], known: Mapping[str, int]) -> dict[str, int]:
+def infer_sizes(layout: Layout, kind: Kind, shapes: Mapping[str, Shape], known: Mapping[str, int]) -> dict[str, int]:
     """Return the sizes by letter of convert/names, each by a vote of all tensors; `known` holds given ones.
 
     Raises BundleError for a size that no tensor gives, or that is out of range.
@@ -91,9 +91,9 @@ def tell_sizes(layout: Layout, kind: Kind, shapes: Mapping[str, Shape], known: M
     return sizes
 
 
-def parts(layout: Layout, kind: Kind, sizes: Mapping[str, int]) -> dict[str, tuple[Part, ...]]:
+def parts(layout: Layout, kind: Kind, sizes: Mapping[str, int]) -> dict[str, tuple[ForeignPart, ...]]:
     """Return the foreign parts that are stacked into each tensor of the network."""
-    found: dict[str, tuple[Part, ...]] = {}
+    found: dict[str, tuple[ForeignPart, ...]] = {}
     for ours, rows in table(layout, kind).items():
         for layer in _layers(ours, sizes):
             last = ".backbone." in ours and layer["layer"] == sizes["L"] - 1
@@ -109,7 +109,7 @@ def unread_shapes(layout: Layout, kind: Kind, sizes: Mapping[str, int]) -> dict[
     return {part.name: part.shape for part in found}
 
 
-def misfit(layout: Layout, kind: Kind, sizes: Mapping[str, int], shapes: Mapping[str, Shape]) -> str:
+def describe_mismatch(layout: Layout, kind: Kind, sizes: Mapping[str, int], shapes: Mapping[str, Shape]) -> str:
     """Format every name that is missing, unknown or of another shape; empty if none is. Unread tensors may be absent."""
     read = {part.name: part.shape for group in parts(layout, kind, sizes).values() for part in group}
     return weights.misfit(shapes, read, unread_shapes(layout, kind, sizes))
@@ -174,12 +174,12 @@ def _layers(ours: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
     return [{}]
 
 
-def _part(row: Row, layer: Mapping[str, int], sizes: Mapping[str, int]) -> Part:
+def _part(row: Row, layer: Mapping[str, int], sizes: Mapping[str, int]) -> ForeignPart:
     picks = [axis for axis in row.axes if "/" in axis]
     remaining = row.axes[len(picks) :]
     index = tuple(layer[word] if (word := axis.split("/")[0]) in layer else int(word) for axis in picks)
     order = tuple(remaining.index(axis) for axis in row.permuted or remaining)
-    return Part(row.name.format(**layer), tuple(_size(axis, sizes) for axis in row.axes), index, order)
+    return ForeignPart(row.name.format(**layer), tuple(_size(axis, sizes) for axis in row.axes), index, order)
 
 
 def _factors(axis: str) -> list[str]:

@@ -46,7 +46,7 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EndedEvaluation:
     """Evaluation that has ended. outcomes: by (task, seed). settings, policy: of summary.json. videos: files by (task, seed)."""
 
     name: str
@@ -71,7 +71,7 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedComparison:
     """Evaluation against the baseline, over the episodes that crashed in neither.
 
     difference: success of this one minus the baseline's. p: McNemar's, p_holm: adjusted for the number of comparisons.
@@ -104,12 +104,12 @@ class Paired:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedEvaluations:
     """All evaluations, the baseline first, and the others compared with it. warnings: settings that differ, unpaired episodes."""
 
-    evaluations: tuple[Evaluated, ...]
+    evaluations: tuple[EndedEvaluation, ...]
     tasks: tuple[str, ...]
-    paired: tuple[Paired, ...]
+    paired: tuple[PairedComparison, ...]
     warnings: tuple[str, ...]
     recipes: tuple[Recipe, ...] = ()
 
@@ -133,7 +133,7 @@ class Compared:
         return told | {"recipes": {each.name: [point.json() for point in each.points] for each in self.recipes}}
 
 
-def compare(config: CompareConfig) -> Compared:
+def compare(config: CompareConfig) -> ComparedEvaluations:
     """Compare evaluations. Raises ConfigError for a folder without a complete evaluation, and for evaluations without a common episode."""
     folders = (config.baseline, *config.others)
     short = len({folder.resolve().name for folder in folders}) == len(folders)
@@ -144,10 +144,10 @@ def compare(config: CompareConfig) -> Compared:
     warnings = [line for each, (pairs, _, _) in zip(others, found, strict=True) for line in _warnings(first, each, len(pairs))]
     paired = [_paired(each, *parts, p_holm) for each, parts, p_holm in zip(others, found, adjusted, strict=True)]
     trained = [TrainedPolicy(each.name, each.policy, each.mean(tasks)) for each in evaluations]
-    return Compared(tuple(evaluations), tasks, tuple(paired), tuple(warnings), tuple(recipes(trained)))
+    return ComparedEvaluations(tuple(evaluations), tasks, tuple(paired), tuple(warnings), tuple(recipes(trained)))
 
 
-def read(folder: Path, name: str) -> Evaluated:
+def read(folder: Path, name: str) -> EndedEvaluation:
     """Read the evaluation in `folder`. Raises ConfigError where there is none, one that has not ended, or one of recorded episodes."""
     if not (folder / "episodes.json").is_file():
         remedy = "name the --output_dir of pi0fm eval"
@@ -171,7 +171,7 @@ def read(folder: Path, name: str) -> Evaluated:
                 videos[key] = film
         facts = json.loads((folder / "summary.json").read_text())["facts"]
         settings, policy = ({str(key): str(value) for key, value in tree.items()} for tree in (facts["settings"], facts.get("policy", {})))
-        return Evaluated(name, outcomes, settings, policy, videos)
+        return EndedEvaluation(name, outcomes, settings, policy, videos)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         found = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise ConfigError(
@@ -179,7 +179,7 @@ def read(folder: Path, name: str) -> Evaluated:
         ) from None
 
 
-def pair(baseline: Evaluated, other: Evaluated) -> tuple[list[tuple[str, int]], list[int], list[int]]:
+def pair(baseline: EndedEvaluation, other: EndedEvaluation) -> tuple[list[tuple[str, int]], list[int], list[int]]:
     """Return the episodes that crashed in neither, seed by seed, and the places where the other alone, and the baseline alone, succeeded.
 
     Raises ConfigError where there is no such episode.
@@ -214,11 +214,13 @@ def settle(b: Sequence[int], c: Sequence[int], pairs: int) -> tuple[float, int |
     return math.exp(-largest), settled, more
 
 
-def _paired(other: Evaluated, alike: Sequence[tuple[str, int]], b: Sequence[int], c: Sequence[int], p_holm: float) -> Paired:
+def _paired(
+    other: EndedEvaluation, alike: Sequence[tuple[str, int]], b: Sequence[int], c: Sequence[int], p_holm: float
+) -> PairedComparison:
     p_any_time, settled, more = settle(b, c, len(alike))
     differ = {*b, *c}
     agree = [other.outcomes[key] for place, key in enumerate(alike) if place not in differ]
-    return Paired(
+    return PairedComparison(
         name=other.name,
         pairs=len(alike),
         both=agree.count("success"),
@@ -234,7 +236,7 @@ def _paired(other: Evaluated, alike: Sequence[tuple[str, int]], b: Sequence[int]
     )
 
 
-def _warnings(baseline: Evaluated, other: Evaluated, pairs: int) -> list[str]:
+def _warnings(baseline: EndedEvaluation, other: EndedEvaluation, pairs: int) -> list[str]:
     lines = []
     for name in {**baseline.settings, **other.settings}:
         ours, theirs = (each.settings.get(name, "unknown") for each in (baseline, other))

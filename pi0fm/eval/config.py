@@ -178,7 +178,7 @@ def checked_cameras(config: StartsConfig, metadata: Mapping[str, Any]) -> tuple[
     return cameras
 
 
-def executed_of_a_chunk(config: StartsConfig, metadata: Mapping[str, Any]) -> int:
+def resolve_execution_horizon(config: StartsConfig, metadata: Mapping[str, Any]) -> int:
     """Return the execution horizon: the one given, else the policy's, else DEFAULT_EXECUTION_HORIZON within its chunk."""
     longest: int = metadata.get("action_horizon", DEFAULT_EXECUTION_HORIZON)
     return config.execution_horizon or metadata.get("execution_horizon") or min(DEFAULT_EXECUTION_HORIZON, longest)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pi0fm import files, machine, progress
-from pi0fm.eval.config import EvalConfig, checked_cameras, executed_of_a_chunk, plan, refuse_seen_seeds
+from pi0fm.eval.config import EvalConfig, checked_cameras, plan, refuse_seen_seeds, resolve_execution_horizon
 from pi0fm.eval.policy import open_policy, read_metadata
 from pi0fm.eval.report import curve
 from pi0fm.eval.report import page as report
@@ -150,7 +150,7 @@ def in_this_process(episodes: Sequence[Episode], setup: WorkerSetup) -> Iterator
 
 def settings_for(config: EvalConfig, metadata: Mapping[str, Any]) -> RolloutSettings:
     """Return the settings of the episodes; the policy's for options that are not given."""
-    return RolloutSettings(executed_of_a_chunk(config, metadata), config.seed, config.observation_change, tuple(config.tasks))
+    return RolloutSettings(resolve_execution_horizon(config, metadata), config.seed, config.observation_change, tuple(config.tasks))
 
 
 def _open_policy(config: EvalConfig) -> Policy:

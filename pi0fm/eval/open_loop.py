@@ -44,7 +44,7 @@ UNFINISHED = ".unfinished.npz"  # answers of an interrupted evaluation
 
 
 @dataclass(frozen=True)
-class Judged:
+class PolicyFacts:
     """Part of a policy's metadata that the evaluation reads."""
 
     embodiment: Embodiment
@@ -90,7 +90,7 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class OpenLoop:
+class OpenLoopErrors:
     """Mean absolute errors in robot units; NaN for rows past the end of every episode.
 
     error, still, mean: [H, A] of the policy and of the two baselines.
@@ -106,8 +106,8 @@ class OpenLoop:
     mean: Float[NDArray[np.float64], "H A"]
     scale: Float[NDArray[np.float64], " A"]
     each: Float[NDArray[np.float64], " M"]
-    of_still: Ratio
-    of_mean: Ratio
+    over_still: Ratio
+    over_mean: Ratio
     nats: Float[NDArray[np.float64], " M"]
 
     def by_dimension(self, which: str = "error") -> NDArray[np.float64]:
@@ -126,13 +126,13 @@ class OpenLoop:
             "episodes": len(np.unique(self.moments.episode)),
             "moments": len(self.each),
             "error": dict(zip(self.names, map(_round, self.by_dimension().tolist()), strict=True)),
-            "error_over_still": self.of_still.json(),
-            "error_over_mean": self.of_mean.json(),
+            "error_over_still": self.over_still.json(),
+            "error_over_mean": self.over_mean.json(),
             "nats_per_entry": _round(known.mean()) if len(known) else None,
         }
 
 
-def evaluate_open_loop(config: OpenLoopConfig) -> tuple[dict[str, Any], OpenLoop]:
+def evaluate_open_loop(config: OpenLoopConfig) -> tuple[dict[str, Any], OpenLoopErrors]:
     """Judge a policy on recorded episodes and write the report; return the command's last line and the errors.
 
     Raises OutputError for a folder that holds an evaluation, BundleError or ServingError for the policy, DatasetError for the data set,
@@ -142,14 +142,14 @@ def evaluate_open_loop(config: OpenLoopConfig) -> tuple[dict[str, Any], OpenLoop
 
     began, output = time.monotonic(), Path(config.output_dir)
     refuse_ended(output, (*OWN_FILES, report.MOMENTS))
-    judged = read_policy(config)
-    source, trained = open_episodes(config, judged)
-    stride, place = choose_moments(config, judged, source)
-    seen = told(trained, source.episode[place])
+    policy_facts = read_policy(config)
+    source, trained = open_episodes(config, policy_facts)
+    stride, place = choose_moments(config, policy_facts, source)
+    seen = describe_overlap(trained, source.episode[place])
     files.make_folder(output)
-    moments = read_moments(config.dataset, judged, source, place)
-    found = judge(config, judged, source, open_policy(config), moments, output / UNFINISHED)
-    described = [judged.metadata, judged.training]
+    moments = read_moments(config.dataset, policy_facts, source, place)
+    found = infer_moments(config, policy_facts, source, open_policy(config), moments, output / UNFINISHED)
+    described = [policy_facts.metadata, policy_facts.training]
     facts = {
         "policy": {name: str(value) for each in described for name, value in each.items() if isinstance(value, str | int | float)},
         "episodes": {
@@ -162,8 +162,8 @@ def evaluate_open_loop(config: OpenLoopConfig) -> tuple[dict[str, Any], OpenLoop
         },
         "settings": {
             "noise seed": str(config.seed),
-            "flow steps": str(config.num_flow_steps or judged.metadata.get("num_flow_steps", "the policy's own")),
-            "solver": str(config.solver or judged.metadata.get("solver", "the policy's own")),
+            "flow steps": str(config.num_flow_steps or policy_facts.metadata.get("num_flow_steps", "the policy's own")),
+            "solver": str(config.solver or policy_facts.metadata.get("solver", "the policy's own")),
         },
         "machine": machine.describe_machine(),
         "versions": machine.describe_versions(),
@@ -175,7 +175,7 @@ def evaluate_open_loop(config: OpenLoopConfig) -> tuple[dict[str, Any], OpenLoop
     return figures, found
 
 
-def read_policy(config: OpenLoopConfig) -> Judged:
+def read_policy(config: OpenLoopConfig) -> PolicyFacts:
     """Read the metadata of the bundle or the server; a server's pictures are resized as newer weights expect."""
     metadata = read_metadata(config)
     if config.remote:
@@ -197,13 +197,13 @@ def read_policy(config: OpenLoopConfig) -> Judged:
 
         policy = bundle.read(Path(config.policy), config.robot)[0]
         embodiment, resize = policy.embodiment, policy.resize
-    given = config.renamed()
+    given = config.given_columns()
     unknown = sorted(set(given.get("cameras", ())) - set(embodiment.cameras))
     if unknown:
         raise ConfigError(f"the policy has the cameras {', '.join(embodiment.cameras)}, found --embodiment.cameras.{unknown[0]}")
     cameras = {**embodiment.cameras, **given.pop("cameras", {})}
     embodiment = replace(embodiment, cameras=cameras, **given)
-    return Judged(
+    return PolicyFacts(
         embodiment=embodiment,
         horizon=int(metadata["action_horizon"]),
         execution_horizon=int(metadata.get("execution_horizon") or metadata["action_horizon"]),
@@ -215,38 +215,40 @@ def read_policy(config: OpenLoopConfig) -> Judged:
     )
 
 
-def open_episodes(config: OpenLoopConfig, judged: Judged) -> tuple[LeRobotSource, set[int] | None]:
+def open_episodes(config: OpenLoopConfig, policy_facts: PolicyFacts) -> tuple[LeRobotSource, set[int] | None]:
     """Choose the recorded episodes; return them and those that the policy was trained on, None if that is not known.
 
     Chosen are `dataset.episodes`; else, in the data set that the policy was trained on, the held-out episodes, if any; else all.
     """
-    source = open_source(config.dataset, judged.embodiment)
-    if judged.fps and abs(judged.fps - source.fps) > 1e-3 * source.fps:
-        progress.say(f"the policy was trained at {judged.fps:g} Hz, this data set is at {source.fps:g} Hz: its chunks are of other times")
-    if source.fingerprint != judged.training.get("dataset_fingerprint"):
+    source = open_source(config.dataset, policy_facts.embodiment)
+    if policy_facts.fps and abs(policy_facts.fps - source.fps) > 1e-3 * source.fps:
+        progress.say(
+            f"the policy was trained at {policy_facts.fps:g} Hz, this data set is at {source.fps:g} Hz: its chunks are of other times"
+        )
+    if source.fingerprint != policy_facts.training.get("dataset_fingerprint"):
         return source, None
-    held = {int(word) for word in judged.training.get("held_out_episodes", "").split(",") if word}
+    held = {int(word) for word in policy_facts.training.get("held_out_episodes", "").split(",") if word}
     trained = set(np.unique(source.episode).tolist()) - held
     return (source.without(sorted(trained)) if held and not config.dataset.episodes else source), trained
 
 
-def told(trained: set[int] | None, episodes: NDArray[np.int64]) -> str:
+def describe_overlap(trained: set[int] | None, episodes: NDArray[np.int64]) -> str:
     """Describe whether the policy was trained on these episodes; warn where it was."""
     if trained is None:
         return "not known: this is not the data set that the policy was trained on, or was changed since"
-    judged = set(episodes.tolist())
-    if not judged & trained:
+    evaluated = set(episodes.tolist())
+    if not evaluated & trained:
         return "no: its run held these episodes out"
     progress.say("the policy was trained on these episodes: errors on new ones will be larger; hold some out with --validation.episodes")
-    return f"yes, on {len(judged & trained)} of {len(judged)} episodes"
+    return f"yes, on {len(evaluated & trained)} of {len(evaluated)} episodes"
 
 
-def choose_moments(config: OpenLoopConfig, judged: Judged, source: LeRobotSource) -> tuple[int, NDArray[np.int64]]:
+def choose_moments(config: OpenLoopConfig, policy_facts: PolicyFacts, source: LeRobotSource) -> tuple[int, NDArray[np.int64]]:
     """Choose the moments: (stride, places), every `stride`-th row of as many episodes as `moments` allows.
 
     Episodes that are left out are evenly spread, so that no task or day is.
     """
-    stride = config.stride or judged.execution_horizon
+    stride = config.stride or policy_facts.execution_horizon
     begins = source.starts
     each = [np.arange(begin, source.end[begin], stride) for begin in begins.tolist()]
     total = sum(map(len, each))
@@ -257,27 +259,39 @@ def choose_moments(config: OpenLoopConfig, judged: Judged, source: LeRobotSource
     return stride, np.concatenate(each)
 
 
-def read_moments(dataset: DatasetConfig, judged: Judged, source: LeRobotSource, place: NDArray[np.int64]) -> Moments:
+def read_moments(dataset: DatasetConfig, policy_facts: PolicyFacts, source: LeRobotSource, place: NDArray[np.int64]) -> Moments:
     """Read rows, chunks and pictures of the moments."""
-    recorded, real = action_chunks(source.action, source.end, place, judged.horizon)
+    recorded, real = action_chunks(source.action, source.end, place, policy_facts.horizon)
     begins = np.append(True, np.diff(source.episode) != 0)[place]
     still = source.action[np.where(begins, place, place - 1)]  # an episode's first row has no previous action: the row's action
-    relative = list(judged.embodiment.delta_actions)
+    relative = list(policy_facts.embodiment.delta_actions)
     still[:, relative] = source.state[place][:, relative]
     return Moments(
-        place, source.episode[place], recorded, real, still, pictures_at(source, dataset, place, judged.image_size, judged.resize)
+        place,
+        source.episode[place],
+        recorded,
+        real,
+        still,
+        pictures_at(source, dataset, place, policy_facts.image_size, policy_facts.resize),
     )
 
 
-def judge(
-    config: OpenLoopConfig, judged: Judged, source: LeRobotSource, policy: Policy, moments: Moments, unfinished: Path | None = None
-) -> OpenLoop:
+def infer_moments(
+    config: OpenLoopConfig,
+    policy_facts: PolicyFacts,
+    source: LeRobotSource,
+    policy: Policy,
+    moments: Moments,
+    unfinished: Path | None = None,
+) -> OpenLoopErrors:
     """Infer at every moment, and compare. unfinished: file of an interrupted evaluation's answers, read and written."""
     predicted, nats = np.empty_like(moments.recorded), np.full(len(moments.place), np.nan)
     whole: NDArray[np.bool_] = np.asarray(moments.real.all(1))
-    asked = hashlib.sha256(repr((config.asked(), source.fingerprint, moments.place.tolist(), _of_policy(judged))).encode()).hexdigest()
-    done = _kept(unfinished, asked, predicted, nats)
-    with progress.step("predicting", len(predicted), start=done) as bar, _keeping(unfinished, asked, predicted, nats) as count:
+    asked = hashlib.sha256(
+        repr((config.settings_of_answers(), source.fingerprint, moments.place.tolist(), _policy_identity(policy_facts))).encode()
+    ).hexdigest()
+    done = _read_unfinished(unfinished, asked, predicted, nats)
+    with progress.step("predicting", len(predicted), start=done) as bar, _unfinished_kept(unfinished, asked, predicted, nats) as count:
         for batch in np.array_split(np.arange(len(predicted)), -(-len(predicted) // config.batch_size)):
             if batch[-1] < done:
                 count[0] = int(batch[-1]) + 1
@@ -293,12 +307,12 @@ def judge(
     return compare(moments, predicted, nats, source.embodiment.labels(source.embodiment.action, source.action.shape[1]))
 
 
-def _of_policy(judged: Judged) -> str:
+def _policy_identity(policy_facts: PolicyFacts) -> str:
     """Return the policy's identity: a bundle's hash, else all of the server's metadata."""
-    return str(judged.metadata.get("identity") or sorted(map(str, judged.metadata.items())))
+    return str(policy_facts.metadata.get("identity") or sorted(map(str, policy_facts.metadata.items())))
 
 
-def _kept(unfinished: Path | None, asked: str, predicted: NDArray[np.float32], nats: NDArray[np.float64]) -> int:
+def _read_unfinished(unfinished: Path | None, asked: str, predicted: NDArray[np.float32], nats: NDArray[np.float64]) -> int:
     """Read the answers of an interrupted evaluation of the same settings; return their number."""
     if unfinished is None or not unfinished.is_file():
         return 0
@@ -312,7 +326,7 @@ def _kept(unfinished: Path | None, asked: str, predicted: NDArray[np.float32], n
 
 
 @contextmanager
-def _keeping(unfinished: Path | None, asked: str, predicted: NDArray[np.float32], nats: NDArray[np.float64]) -> Iterator[list[int]]:
+def _unfinished_kept(unfinished: Path | None, asked: str, predicted: NDArray[np.float32], nats: NDArray[np.float64]) -> Iterator[list[int]]:
     """Save the answers so far when the block fails; the block counts them in the list that it receives."""
     count = [0]
     try:
@@ -329,7 +343,7 @@ def _keeping(unfinished: Path | None, asked: str, predicted: NDArray[np.float32]
 
 def compare(
     moments: Moments, predicted: Float[NDArray[np.float32], "M H A"], nats: Float[NDArray[np.float64], " M"], names: tuple[str, ...]
-) -> OpenLoop:
+) -> OpenLoopErrors:
     """Compute the errors of predicted chunks and of the two baselines against the recorded ones."""
     real, recorded = moments.real[..., None], moments.recorded.astype(np.float64)
     count = real.sum(0)
@@ -349,7 +363,7 @@ def compare(
     zeros = np.zeros(len(predicted))
     ours, still, mean = (each.get(name, zeros) for name in errors)
     of_still, of_mean = _ratio(ours, still, moments.episode), _ratio(ours, mean, moments.episode)
-    return OpenLoop(names, moments, predicted, table["error"], table["still"], table["mean"], scale, ours, of_still, of_mean, nats)
+    return OpenLoopErrors(names, moments, predicted, table["error"], table["still"], table["mean"], scale, ours, of_still, of_mean, nats)
 
 
 def _ratio(ours: NDArray[np.float64], baseline: NDArray[np.float64], episode: NDArray[np.int64]) -> Ratio:

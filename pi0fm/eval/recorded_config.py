@@ -38,7 +38,7 @@ class OpenLoopConfig(PolicyChoice):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be {least} or more, found {value}; type --{name} {least} or leave it out")
-        foreign = sorted(self.renamed().keys() - {"cameras", "state", "action"})
+        foreign = sorted(self.given_columns().keys() - {"cameras", "state", "action"})
         if foreign:
             raise ConfigError(
                 f"the robot is the policy's: embodiment.{foreign[0]} cannot be given; columns can: cameras.NAME, state, action"
@@ -49,11 +49,20 @@ class OpenLoopConfig(PolicyChoice):
                 f"a likelihood needs the derivatives of a bundle's network, not compiled; found {found}; leave one of them out"
             )
 
-    def asked(self) -> tuple[Any, ...]:
+    def settings_of_answers(self) -> tuple[Any, ...]:
         """Return the settings that answers depend on, in addition to policy, data set and moments."""
-        return self.num_flow_steps, self.solver, self.noise_level, self.robot, self.likelihood, self.seed, self.batch_size, self.renamed()
+        return (
+            self.num_flow_steps,
+            self.solver,
+            self.noise_level,
+            self.robot,
+            self.likelihood,
+            self.seed,
+            self.batch_size,
+            self.given_columns(),
+        )
 
-    def renamed(self) -> dict[str, Any]:
+    def given_columns(self) -> dict[str, Any]:
         """Return the columns that options give instead of the policy's."""
         return {name: value for name, value in vars(self.embodiment).items() if value != getattr(Embodiment(), name)}
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from pi0fm import options
 from pi0fm.cluster import chaos
-from pi0fm.cluster.chaos import HERE, ChaosConfig, Kill, difference_of, end_worker
+from pi0fm.cluster.chaos import HERE, ChaosConfig, Kill, end_worker, weight_difference
 from pi0fm.cluster.training import worker_file
 from pi0fm.cluster.training_run import TrainingRun
 from pi0fm_client.errors import ClusterError, ConfigError
@@ -64,10 +64,10 @@ def bundle(folder: Path, **tensors: torch.Tensor) -> Path:
 def test_the_difference_is_by_the_norm_of_all_weights(tmp_path):
     weights = {"a": torch.tensor([3.0, -4.0]), "b": torch.zeros(2)}
     one = bundle(tmp_path / "one", **weights)
-    assert difference_of(one, bundle(tmp_path / "same", **weights)) == 0
+    assert weight_difference(one, bundle(tmp_path / "same", **weights)) == 0
     near = bundle(tmp_path / "near", **weights | {"b": torch.tensor([0.0, 0.005])})
-    assert difference_of(near, one) == pytest.approx(1e-3)
-    assert difference_of(bundle(tmp_path / "nan", **weights | {"a": torch.tensor([3.0, torch.nan])}), one) == float("inf")
+    assert weight_difference(near, one) == pytest.approx(1e-3)
+    assert weight_difference(bundle(tmp_path / "nan", **weights | {"a": torch.tensor([3.0, torch.nan])}), one) == float("inf")
 
 
 def test_the_figures_are_by_kind_and_those_of_kills_whose_cost_is_known():
@@ -100,8 +100,8 @@ class Command(chaos._Command):
         return "pi0fm: some fault"
 
 
-def disturbed(command: Command, kinds: tuple[str, ...], **change) -> chaos._Disturbed:
-    return chaos._Disturbed(command, None, ChaosConfig(every=0.1, **change), kinds, random.Random(0), float("inf"))
+def disturbed(command: Command, kinds: tuple[str, ...], **change) -> chaos._DisturbedRun:
+    return chaos._DisturbedRun(command, None, ChaosConfig(every=0.1, **change), kinds, random.Random(0), float("inf"))
 
 
 def test_a_kill_is_measured_to_the_first_step_behind_the_checkpoint(tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_a_kill_is_measured_to_the_first_step_behind_the_checkpoint(tmp_path, mo
     monkeypatch.setattr(chaos.time, "sleep", look)
     monkeypatch.setattr(chaos.time, "monotonic", iter(range(1000)).__next__)
     kills = disturbed(command, ("driver",), kills=1).run()
-    assert [(kill.kind, kill.step, kill.again) for kill in kills] == [("driver", 57, 7)]
+    assert [(kill.kind, kill.step, kill.repeated_steps) for kill in kills] == [("driver", 57, 7)]
     assert kills[0].seconds > 0 and command.starts == 2
 
 
@@ -138,7 +138,7 @@ def test_a_worker_is_told_from_a_process_that_was_given_its_number(tmp_path):
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"process": os.getpid(), "node": "n"}))
     with pytest.raises(ValueError):
-        disturbed(command, ("node",))._do("node")  # no nodes of its own
+        disturbed(command, ("node",))._inject("node")  # no nodes of its own
 
 
 def test_metrics_tell_how_far_and_which_start(tmp_path):

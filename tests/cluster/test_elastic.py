@@ -12,9 +12,9 @@ import pytest
 from ray.exceptions import RayActorError
 
 from pi0fm import options, progress
-from pi0fm.cluster import elastic, said
-from pi0fm.cluster.elastic import Foresight, preempted
-from pi0fm.cluster.ray_faults import EndAtFaults, explained
+from pi0fm.cluster import elastic, status_lines
+from pi0fm.cluster.elastic import CheckpointRequester, preempted
+from pi0fm.cluster.ray_faults import EndAtFaults, underlying_fault
 from pi0fm.cluster.training_run import TrainingRun
 from pi0fm.train.components import FULL, ParallelConfig
 from pi0fm.train.watch.requests import RunRequest
@@ -22,7 +22,7 @@ from pi0fm_client.errors import ClusterError, ConfigError, DatasetError
 
 
 def test_a_resize_waits_for_the_checkpoint_that_it_asked_for(tmp_path):
-    told = Foresight(tmp_path)
+    told = CheckpointRequester(tmp_path)
     told.before_controller_execute_resize_decision(None)  # the first start: nobody is there to ask
     assert not list(tmp_path.iterdir())
     told.after_worker_group_training_start(None)
@@ -44,7 +44,7 @@ def test_a_resize_waits_for_the_checkpoint_that_it_asked_for(tmp_path):
 
 def test_workers_that_died_or_do_not_answer_are_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(elastic, "SECONDS_FOR_A_CHECKPOINT", 0.3)
-    told = Foresight(tmp_path)
+    told = CheckpointRequester(tmp_path)
     told.after_worker_group_training_start(None)
     told.before_controller_execute_resize_decision(None)
     assert not list(tmp_path.iterdir())  # taken back
@@ -54,7 +54,7 @@ def test_workers_that_died_or_do_not_answer_are_not_waited_for(tmp_path, monkeyp
 
 
 def test_a_notice_is_passed_on_once_for_each_group_of_workers(tmp_path):
-    told = Foresight(tmp_path)
+    told = CheckpointRequester(tmp_path)
     moved, notice = tmp_path / RunRequest.MOVE.name, SimpleNamespace(get_preemption_info=lambda: "node A goes")
     told.after_worker_group_training_start(None)
     told.after_worker_group_poll_status(SimpleNamespace(get_preemption_info=lambda: None))
@@ -72,7 +72,7 @@ def test_a_notice_is_passed_on_once_for_each_group_of_workers(tmp_path):
 def test_the_error_of_a_worker_that_moves_is_one_that_ray_counts_apart():
     error = pickle.loads(pickle.dumps(preempted("left after step 3")))
     assert isinstance(error, RayActorError) and error.preempted and "left after step 3" in str(error)
-    assert explained(error) is not error  # a line, should it ever end a run
+    assert underlying_fault(error) is not error  # a line, should it ever end a run
 
 
 @pytest.fixture
@@ -143,16 +143,16 @@ def test_the_controller_imports_no_torch():
 
 
 def test_a_ray_that_was_started_here_looks_less_often(monkeypatch):
-    for name in {**elastic.QUICK, **elastic.ALONE}:
+    for name in {**elastic.SHORT_INTERVALS, **elastic.SINGLE_MACHINE}:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_TRAIN_METRICS_ENABLED", "1")  # a user's word stays
     with monkeypatch.context() as joined:
         joined.setattr(elastic.os, "environ", dict(elastic.os.environ))
-        elastic.look_quickly(alone=False)
+        elastic.shorten_ray_intervals(alone=False)
         assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in elastic.os.environ
     with monkeypatch.context() as alone:
         alone.setattr(elastic.os, "environ", dict(elastic.os.environ))
-        elastic.look_quickly(alone=True)
+        elastic.shorten_ray_intervals(alone=True)
         assert elastic.os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0"
         assert elastic.os.environ["RAY_TRAIN_METRICS_ENABLED"] == "1"
 
@@ -160,23 +160,23 @@ def test_a_ray_that_was_started_here_looks_less_often(monkeypatch):
 def test_what_the_first_worker_says_is_said_once_by_the_driver_in_whole_lines(tmp_path, capsys):
     path = tmp_path / "said.txt"
     path.write_text("of an earlier start\n")
-    echo = said.Echo(path)
-    with said.heard_by(path):
+    reader = status_lines.StatusReader(path)
+    with status_lines.appended_to(path):
         progress.say("weights are random")
         progress.say("größer\nin two lines")
     capsys.readouterr()
     with path.open("a") as file:
         file.write("half a")
         file.flush()
-        echo.repeat()
-        echo.repeat()
+        reader.print_new()
+        reader.print_new()
         assert capsys.readouterr().err == "weights are random\ngrößer\nin two lines\n"
         file.write(" line\n")
-    echo.repeat()
+    reader.print_new()
     assert capsys.readouterr().err == "half a line\n"
     path.unlink()
-    echo.repeat()
-    with said.heard_by(tmp_path / "no folder" / "said.txt"):
+    reader.print_new()
+    with status_lines.appended_to(tmp_path / "no folder" / "said.txt"):
         progress.say("heard here alone")
     assert capsys.readouterr().err == "heard here alone\n"
 

@@ -9,13 +9,13 @@ import ray
 
 from pi0fm.cluster.nodes import node_facts
 from pi0fm.cluster.nodes.node_facts import CODE, code_of
-from pi0fm.cluster.nodes.preflight import differences, look_at_storage
+from pi0fm.cluster.nodes.preflight import check_storage, version_differences
 
 HERE = {"host": "a", "interpreter": "/a/python", "python": "3.12.3", "torch": "2.11.0", CODE: "0123456789ab"}
 
 
 def test_a_node_that_is_the_same_is_not_told_of_whatever_its_name():
-    assert differences(HERE, {"b": HERE | {"host": "b", "interpreter": "/b/python"}}) == []
+    assert version_differences(HERE, {"b": HERE | {"host": "b", "interpreter": "/b/python"}}) == []
 
 
 def test_each_difference_is_told_with_its_node_and_what_is_here():
@@ -24,7 +24,7 @@ def test_each_difference_is_told_with_its_node_and_what_is_here():
         HERE | {"interpreter": "/bin/python3", "torch": "missing", CODE: "missing"},
     )
     failed = RuntimeError("Traceback\n  many lines\nray.exceptions.NodeDiedError: gone\n")
-    assert differences(HERE, {"b (10.0.0.2)": older, "c": bare, "d": failed}) == [
+    assert version_differences(HERE, {"b (10.0.0.2)": older, "c": bare, "d": failed}) == [
         f"on b (10.0.0.2): torch 2.10.0 (here 2.11.0), {CODE} ba9876543210 (here 0123456789ab)",
         "on c: no pi0fm for /bin/python3, torch missing (here 2.11.0)",
         "on d: ray.exceptions.NodeDiedError: gone",
@@ -62,13 +62,13 @@ def test_the_questions_need_nothing_of_pi0fm_on_a_node():
 
 def test_a_folder_of_that_name_on_another_disk_is_told(tmp_path):
     run, record = tmp_path / "run", b'{"steps": 1}'
-    assert "must be on a disk that all nodes share" in look_at_storage(run, record, run / "checkpoints")
+    assert "must be on a disk that all nodes share" in check_storage(run, record, run / "checkpoints")
     run.mkdir()
     (run / "run.json").write_bytes(b'{"steps": 2}')
-    assert "must be on a disk that all nodes share" in look_at_storage(run, record, run / "checkpoints")
+    assert "must be on a disk that all nodes share" in check_storage(run, record, run / "checkpoints")
     (run / "run.json").write_bytes(record)
-    assert look_at_storage(run, record, run / "checkpoints") is None
-    assert look_at_storage(run, record, str(tmp_path / "other")) is None
+    assert check_storage(run, record, run / "checkpoints") is None
+    assert check_storage(run, record, str(tmp_path / "other")) is None
     assert sorted(path.name for path in run.iterdir()) == ["run.json"] and list((tmp_path / "other").iterdir()) == []
 
 
@@ -76,4 +76,4 @@ def test_a_place_that_takes_no_file_is_told(tmp_path, unwritable):
     run: Path = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_bytes(b"{}")
-    assert " must be " in look_at_storage(run, b"{}", str(unwritable / "checkpoints"))
+    assert " must be " in check_storage(run, b"{}", str(unwritable / "checkpoints"))

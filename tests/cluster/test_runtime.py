@@ -88,7 +88,7 @@ def test_a_cluster_that_lets_nobody_join_is_not_said_to_be_silent(slow: SlowRay,
 @pytest.mark.parametrize("slow", [0], indirect=True)
 def test_a_head_on_the_loopback_alone_is_refused_at_once(slow: SlowRay, monkeypatch) -> None:
     """Ray would ask the machine's own address instead, and wait for minutes."""
-    monkeypatch.setattr(runtime, "_own_address", lambda: "127.0.0.3")
+    monkeypatch.setattr(runtime, "_network_address", lambda: "127.0.0.3")
     with socket.create_server(("127.0.0.1", 0)) as listening:
         address = f"127.0.0.1:{listening.getsockname()[1]}"
         with pytest.raises(ConfigError, match=rf"no Ray cluster answers at '{address}' \(127\.0\.0\.3: "), ray_session(address):
@@ -118,13 +118,13 @@ def test_a_head_that_no_longer_answers_is_one_line(monkeypatch):
     address = f"127.0.0.1:{listening.getsockname()[1]}"
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
     monkeypatch.setattr(runtime, "SECONDS_BETWEEN_HEAD_LOOKS", 0.0)
-    head = runtime.Head()
-    head.refuse_gone()
+    head = runtime.RayHead()
+    head.refuse_lost()
     listening.close()
-    head.refuse_gone()  # it may come back
+    head.refuse_lost()  # it may come back
     monkeypatch.setattr(runtime, "SECONDS_WITHOUT_HEAD", 0.0)
     with pytest.raises(ClusterError, match=f"found no answer from its head at {address} .* with --resume true"):
-        head.refuse_gone()
+        head.refuse_lost()
 
 
 @pytest.mark.long

@@ -7,7 +7,7 @@ import small_pi0
 import torch
 
 from pi0fm.convert.names import EMBEDDING, kinds_of, layout_of
-from pi0fm.convert.shapes import misfit, network_config, parts, sizes_of, tell_sizes, unread_shapes
+from pi0fm.convert.shapes import describe_mismatch, infer_sizes, network_config, parts, sizes_of, unread_shapes
 from pi0fm.models.pi0 import Pi0
 from pi0fm_client.errors import BundleError
 
@@ -26,7 +26,7 @@ def foreign_shapes(layout, kind):
 
 def told(layout, kind, shapes):
     known = {"N": 4, "X": 2} if layout == "torch" else {}
-    return tell_sizes(layout, kind, shapes, known)
+    return infer_sizes(layout, kind, shapes, known)
 
 
 @pytest.mark.parametrize("kind", small_pi0.BOTH)
@@ -52,7 +52,7 @@ def test_shapes_tell_the_network(layout, kind):
     assert layout_of(shapes) == layout
     assert kinds_of(shapes) == {kind}
     assert network_config(kind, told(layout, kind, shapes), action_horizon=4, max_prompt_tokens=8) == NETWORKS[kind]
-    assert not misfit(layout, kind, told(layout, kind, shapes), shapes)
+    assert not describe_mismatch(layout, kind, told(layout, kind, shapes), shapes)
 
 
 @EVERY
@@ -63,7 +63,7 @@ def test_every_fault_is_named_and_none_hides_another(layout, kind):
     del shapes[dropped]
     shapes[turned] = (shapes[turned][0] + 1,)
     shapes["PaliGemma/img/lora" if layout == "jax" else "lora"] = (1,)
-    found = misfit(layout, kind, told(layout, kind, shapes), shapes)
+    found = describe_mismatch(layout, kind, told(layout, kind, shapes), shapes)
     extra = "PaliGemma/img/lora" if layout == "jax" else "lora"
     assert found.startswith(f"missing (1): {dropped}; unexpected (1): {extra}; of another shape (1): {turned} [")
 
@@ -73,7 +73,7 @@ def test_a_whole_layer_that_is_missing_is_listed():
     shapes = foreign_shapes("torch", "pi0")
     last = {name for name in shapes if "gemma_expert.model.layers.2." in name}
     cut = {name: shape for name, shape in shapes.items() if name not in last}
-    assert misfit("torch", "pi0", told("torch", "pi0", cut), cut) == f"missing ({len(last)}): {', '.join(sorted(last))}"
+    assert describe_mismatch("torch", "pi0", told("torch", "pi0", cut), cut) == f"missing ({len(last)}): {', '.join(sorted(last))}"
 
 
 def test_what_nothing_reads_may_be_absent_but_not_of_another_shape():
@@ -81,9 +81,11 @@ def test_what_nothing_reads_may_be_absent_but_not_of_another_shape():
     unread = unread_shapes("torch", "pi0", sizes_of(NETWORKS["pi0"]))
     read = {name: shape for name, shape in shapes.items() if name not in unread}
     assert EMBEDDING in read
-    assert not misfit("torch", "pi0", told("torch", "pi0", read), read)
+    assert not describe_mismatch("torch", "pi0", told("torch", "pi0", read), read)
     wrong = shapes | {"paligemma_with_expert.gemma_expert.lm_head.weight": (40, 25)}
-    assert "of another shape (1): paligemma_with_expert.gemma_expert.lm_head" in misfit("torch", "pi0", told("torch", "pi0", wrong), wrong)
+    assert "of another shape (1): paligemma_with_expert.gemma_expert.lm_head" in describe_mismatch(
+        "torch", "pi0", told("torch", "pi0", wrong), wrong
+    )
 
 
 @pytest.mark.parametrize("change", [{"action_in_proj.weight": (24, 2**40)}, {}])
@@ -95,7 +97,7 @@ def test_sizes_that_no_policy_has_are_refused_before_anything_is_made_of_them(ch
 
 def test_head_counts_that_do_not_divide():
     with pytest.raises(BundleError, match="head"):
-        tell_sizes("torch", "pi0", foreign_shapes("torch", "pi0"), {"N": 5, "X": 2})
+        infer_sizes("torch", "pi0", foreign_shapes("torch", "pi0"), {"N": 5, "X": 2})
 
 
 def test_the_kind_is_told_by_content():

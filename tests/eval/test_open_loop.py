@@ -16,7 +16,7 @@ from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.data.config import DatasetConfig
 from pi0fm.data.pictures.streaming import open_pictures
 from pi0fm.eval import open_loop
-from pi0fm.eval.open_loop import Moments, choose_moments, compare, judge, open_episodes, read_moments, read_policy
+from pi0fm.eval.open_loop import Moments, choose_moments, compare, infer_moments, open_episodes, read_moments, read_policy
 from pi0fm.eval.recorded_config import OpenLoopConfig
 from pi0fm.eval.report import open_loop as report
 from pi0fm.policy.saved import bundle
@@ -61,16 +61,16 @@ def test_errors_of_two_moments_worked_by_hand():
     np.testing.assert_allclose(found.scale, [scale, 0])
     np.testing.assert_allclose(found.each, [0.5 / scale, 2 / scale])  # (1 + 0) / 2; 2
     # still: (1 + 1) / 2 = 1 and 0; mean: (2 + 0) / 2 = 1 and 2
-    assert found.of_still.value == pytest.approx(2.5 / 1)
-    assert found.of_mean.value == pytest.approx(2.5 / 3)
+    assert found.over_still.value == pytest.approx(2.5 / 1)
+    assert found.over_mean.value == pytest.approx(2.5 / 3)
 
 
 def test_one_episode_has_no_interval_and_two_alike_a_narrow_one():
     recorded = np.arange(8.0).reshape(4, 2, 1)
     given = moments(recorded, np.ones((4, 2), bool), np.zeros((4, 1)), [0, 0, 0, 0])
-    assert compare(given, np.float32(recorded + 1), np.full(4, np.nan), ("a",)).of_still.interval is None
+    assert compare(given, np.float32(recorded + 1), np.full(4, np.nan), ("a",)).over_still.interval is None
     twice = moments(np.tile(recorded, (2, 1, 1)), np.ones((8, 2), bool), np.zeros((8, 1)), [0] * 4 + [1] * 4)
-    ratio = compare(twice, np.float32(np.tile(recorded, (2, 1, 1)) + 1), np.full(8, np.nan), ("a",)).of_still
+    ratio = compare(twice, np.float32(np.tile(recorded, (2, 1, 1)) + 1), np.full(8, np.nan), ("a",)).over_still
     assert ratio.interval == pytest.approx((ratio.value, ratio.value))
 
 
@@ -81,10 +81,10 @@ def test_the_recorded_chunks_have_no_error_and_standing_still_has_its_own(datase
     stride, place = choose_moments(config, judged, source)
     given = read_moments(config.dataset, judged, source, place)
     assert stride == 2 and place.tolist() == [*range(0, 12, 2), *range(12, 21, 2), *range(21, 28, 2)]
-    perfect = judge(config, judged, source, Scripted(given.recorded), given)
-    assert perfect.of_still.value == 0 and not perfect.each.any()
-    lazy = judge(config, judged, source, Scripted(np.repeat(given.still[:, None], 4, 1)), given)
-    assert lazy.of_still.value == pytest.approx(1)
+    perfect = infer_moments(config, judged, source, Scripted(given.recorded), given)
+    assert perfect.over_still.value == 0 and not perfect.each.any()
+    lazy = infer_moments(config, judged, source, Scripted(np.repeat(given.still[:, None], 4, 1)), given)
+    assert lazy.over_still.value == pytest.approx(1)
     np.testing.assert_allclose(lazy.error, lazy.still)
     # standing still: dimension 0 is trained as a difference to the state, the others repeat the action of the row before
     np.testing.assert_array_equal(given.still[:, 0], source.state[place, 0])
@@ -109,13 +109,14 @@ def test_answers_outlive_a_server_that_is_killed_on_the_way(dataset, saved, tmp_
     given = read_moments(config.dataset, judged, source, choose_moments(config, judged, source)[1])
     kept = tmp_path / open_loop.UNFINISHED
     with pytest.raises(ServingError):
-        judge(config, judged, source, Leaving(given.recorded[:7]), given, kept)
+        infer_moments(config, judged, source, Leaving(given.recorded[:7]), given, kept)
     assert "answers at 6 of 15 moments are kept" in capsys.readouterr().err
     other = replace(config, seed=1)
     with pytest.raises(ServingError):
-        judge(other, judged, source, Leaving(given.recorded[:2]), given, kept)  # another question takes none of them, and keeps none
-    found = judge(config, judged, source, Scripted(given.recorded[6:]), given, kept)
-    assert found.of_still.value == 0 and not kept.exists()
+        # another question takes none of them, and keeps none
+        infer_moments(other, judged, source, Leaving(given.recorded[:2]), given, kept)
+    found = infer_moments(config, judged, source, Scripted(given.recorded[6:]), given, kept)
+    assert found.over_still.value == 0 and not kept.exists()
 
 
 def test_a_moment_has_the_pictures_that_training_has(dataset, saved, tmp_path):
@@ -156,12 +157,12 @@ def test_held_out_episodes_come_first(saved, small_policy, tmp_path, dataset, fa
     path = trained_on(saved, small_policy, tmp_path, dataset, **facts)
     config = OpenLoopConfig(policy=path, dataset=DatasetConfig(root=dataset, episodes=asked))
     source, trained = open_episodes(config, read_policy(config))
-    assert np.unique(source.episode).tolist() == judged and open_loop.told(trained, source.episode).startswith(told)
+    assert np.unique(source.episode).tolist() == judged and open_loop.describe_overlap(trained, source.episode).startswith(told)
 
 
 def test_another_data_set_says_that_nothing_is_known(saved, dataset):
     config = OpenLoopConfig(policy=str(saved), dataset=DatasetConfig(root=dataset))
-    assert open_loop.told(open_episodes(config, read_policy(config))[1], np.arange(3)).startswith("not known")
+    assert open_loop.describe_overlap(open_episodes(config, read_policy(config))[1], np.arange(3)).startswith("not known")
 
 
 def test_a_column_of_another_name_is_given_as_to_a_training(small_policy, dataset, tmp_path):
@@ -205,7 +206,9 @@ def test_the_same_seed_gives_the_same_figures_whatever_the_batch(saved, dataset)
         judged = read_policy(config)
         source, _ = open_episodes(config, judged)
         _, place = choose_moments(config, judged, source)
-        return judge(config, judged, source, open_loop.open_policy(config), read_moments(config.dataset, judged, source, place)).predicted
+        return infer_moments(
+            config, judged, source, open_loop.open_policy(config), read_moments(config.dataset, judged, source, place)
+        ).predicted
 
     np.testing.assert_allclose(errors(batch_size=1), errors(batch_size=7), atol=1e-4)
     assert np.abs(errors(seed=1) - errors(seed=0)).max() > 1e-3

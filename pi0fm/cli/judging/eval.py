@@ -72,8 +72,10 @@ def run_open_loop(options: OpenLoopConfig) -> dict[str, Any]:
     for name, *errors in zip(found.names, *(found.by_dimension(which) for which in ("error", "still", "mean")), strict=True):
         table.add_row(name, *(f"{error:.4g}" for error in errors))
     Console(stderr=True, highlight=False, markup=False).print(table)
-    low_high = " ({:.2f} to {:.2f})".format(*found.of_still.interval) if found.of_still.interval else ""
-    progress.say(f"of the error of standing still: {found.of_still.value:.2f}{low_high}; of the mean chunk's: {found.of_mean.value:.2f}")
+    low_high = " ({:.2f} to {:.2f})".format(*found.over_still.interval) if found.over_still.interval else ""
+    progress.say(
+        f"of the error of standing still: {found.over_still.value:.2f}{low_high}; of the mean chunk's: {found.over_mean.value:.2f}"
+    )
     progress.say(f"report: {figures['report']}")
     return figures
 

@@ -3,7 +3,7 @@
 Owns: one task per node for each check, a line for each difference. Does not know: training, resources (runtime.py), data sets (caching.py).
 
     driver ── node_facts, by value ──> node A, B, ...     python, torch, pi0fm: a node without pi0fm answers too
-           ── look_at_storage ───────> node A, B, ...     run.json as the driver wrote it; writing a file to the checkpoint folder
+           ── check_storage ─────────> node A, B, ...     run.json as the driver wrote it; writing a file to the checkpoint folder
 """
 
 import runpy
@@ -60,13 +60,13 @@ def refuse_nodes(nodes: Mapping[str, str], output_dir: Path, checkpoint_place: P
     """
     # loaded by path: Ray sends a function by value if its module cannot be imported
     found = on_each_node(runpy.run_path(node_facts.__file__)[node_facts.node_facts.__name__], nodes)
-    lines = differences(node_facts.node_facts(), {nodes[node]: facts for node, facts in found.items()})
+    lines = version_differences(node_facts.node_facts(), {nodes[node]: facts for node, facts in found.items()})
     if lines:
         raise ClusterError(
             f"every node must have the same versions as this one, found {'; '.join(lines)}; install them there, or, if only the code of "
             "pi0fm differs, type --ship_code true"
         )
-    seen = on_each_node(look_at_storage, nodes, output_dir, (output_dir / "run.json").read_bytes(), checkpoint_place)
+    seen = on_each_node(check_storage, nodes, output_dir, (output_dir / "run.json").read_bytes(), checkpoint_place)
     for node, fault in seen.items():
         if isinstance(fault, Exception):
             raise ClusterError(f"node {nodes[node]} does not answer ({last_line(fault)}); start it again, or leave it out")
@@ -74,7 +74,7 @@ def refuse_nodes(nodes: Mapping[str, str], output_dir: Path, checkpoint_place: P
             raise OutputError(f"node {nodes[node]}: {fault}")
 
 
-def differences(here: Mapping[str, str], there: Mapping[str, Mapping[str, str] | Exception]) -> list[str]:
+def version_differences(here: Mapping[str, str], there: Mapping[str, Mapping[str, str] | Exception]) -> list[str]:
     """A line for each node that differs from this one. there: facts by node name, or the error of the request."""
     lines = []
     for name, facts in there.items():
@@ -90,7 +90,7 @@ def differences(here: Mapping[str, str], there: Mapping[str, Mapping[str, str] |
     return lines
 
 
-def look_at_storage(output_dir: Path, record: bytes, checkpoint_place: Path | str) -> str | None:
+def check_storage(output_dir: Path, record: bytes, checkpoint_place: Path | str) -> str | None:
     """Check this node's storage; returns its fault in a line, or None. record: the driver's run.json."""
     name = f".seen-by-{socket.gethostname()}"
     try:

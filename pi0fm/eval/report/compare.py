@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pi0fm import files, machine, pages
-from pi0fm.eval.compare import Compared
+from pi0fm.eval.compare import ComparedEvaluations
 from pi0fm.eval.recipes import Recipe
 from pi0fm.eval.report.page import EMBEDDED_VIDEO_BYTES, embedded, percent
 from pi0fm_client.errors import OutputError
@@ -23,7 +23,7 @@ LONGEST = 40  # characters of a name in the legend
 BAR = 0.8  # of the distance between two groups, for all bars of one
 
 
-def write(output_dir: Path, found: Compared) -> Path:
+def write(output_dir: Path, found: ComparedEvaluations) -> Path:
     """Write page and figures, replacing an earlier comparison; return the page's path. Raises OutputError for another folder."""
     files.make_folder(output_dir)
     others = sorted(path.name for path in output_dir.iterdir() if path.name not in (PAGE, RESULT))
@@ -40,7 +40,7 @@ def write(output_dir: Path, found: Compared) -> Path:
     return output_dir / PAGE
 
 
-def side_by_side(found: Compared) -> list[dict[str, Any]]:
+def side_by_side(found: ComparedEvaluations) -> list[dict[str, Any]]:
     """Collect episodes that several evaluations filmed, with data URIs, as far as all videos of an episode fit into the bound."""
     room, shown = EMBEDDED_VIDEO_BYTES, []
     for key in found.filmed():
@@ -68,7 +68,7 @@ def draw_curves(curves: Sequence[Recipe]) -> bytes:
     return pages.png(figure)
 
 
-def bars(found: Compared) -> bytes:
+def bars(found: ComparedEvaluations) -> bytes:
     """Draw success by task and over tasks as bars with 95 % intervals, a colour for each evaluation."""
     groups = [*found.tasks, "mean over tasks"] if len(found.tasks) > 1 else list(found.tasks)
     figure, (axis,) = pages.panels(width=max(6.0, 1.2 + len(groups) * (0.5 + 0.4 * len(found.evaluations))), height=4.0)

@@ -22,7 +22,7 @@ from pi0fm.eval.recorded_config import OpenLoopConfig
 from pi0fm.eval.report.page import ReportContext
 
 if TYPE_CHECKING:
-    from pi0fm.eval.open_loop import OpenLoop
+    from pi0fm.eval.open_loop import OpenLoopErrors
 
 POLICY, RECORDED, STILL, MEAN = "#0f766e", pages.INK, "#c8862b", "#5b5fc7"
 MOMENTS = "moments.parquet"
@@ -31,7 +31,12 @@ STRIP = 8  # pictures above an episode
 
 
 def write(
-    output: Path, config: OpenLoopConfig, found: "OpenLoop", source: LeRobotSource, facts: Mapping[str, Mapping[str, str]], seconds: float
+    output: Path,
+    config: OpenLoopConfig,
+    found: "OpenLoopErrors",
+    source: LeRobotSource,
+    facts: Mapping[str, Mapping[str, str]],
+    seconds: float,
 ) -> Path:
     """Write the three files; return the page's path."""
     with files.new_file(output / MOMENTS) as file:
@@ -77,7 +82,7 @@ def write(
     return output / "report.html"
 
 
-def table(found: "OpenLoop", source: LeRobotSource) -> pa.Table:
+def table(found: "OpenLoopErrors", source: LeRobotSource) -> pa.Table:
     """Make a table of all moments with both chunks."""
     moments, count = found.moments, len(found.each)
     return pa.table(
@@ -95,7 +100,7 @@ def table(found: "OpenLoop", source: LeRobotSource) -> pa.Table:
     )
 
 
-def traced_episodes(found: "OpenLoop", count: int) -> list[int]:
+def traced_episodes(found: "OpenLoopErrors", count: int) -> list[int]:
     """Choose `count` episodes, evenly from the largest to the smallest mean error."""
     episodes = np.unique(found.moments.episode)
     errors = np.array([found.each[found.moments.episode == episode].mean() for episode in episodes])
@@ -104,7 +109,7 @@ def traced_episodes(found: "OpenLoop", count: int) -> list[int]:
     return [int(order[place]) for place in chosen]
 
 
-def draw_rows(found: "OpenLoop") -> bytes:
+def draw_rows(found: "OpenLoopErrors") -> bytes:
     """Draw the error against the row of the chunk, with both baselines, as PNG."""
     figure, (axis,) = pages.panels(width=7.8, height=2.9)
     rows = np.arange(1, len(found.error) + 1)
@@ -116,7 +121,7 @@ def draw_rows(found: "OpenLoop") -> bytes:
     return pages.png(figure)
 
 
-def draw_trace(found: "OpenLoop", source: LeRobotSource, episode: int) -> bytes:
+def draw_trace(found: "OpenLoopErrors", source: LeRobotSource, episode: int) -> bytes:
     """Draw every dimension of an episode: the recorded actions, and each predicted chunk up to the next moment, as PNG."""
     places = np.flatnonzero(source.episode == episode)
     chosen = np.flatnonzero(found.moments.episode == episode)
@@ -141,7 +146,7 @@ def draw_trace(found: "OpenLoop", source: LeRobotSource, episode: int) -> bytes:
     return pages.png(figure)
 
 
-def draw_moment(found: "OpenLoop", source: LeRobotSource, number: int) -> bytes:
+def draw_moment(found: "OpenLoopErrors", source: LeRobotSource, number: int) -> bytes:
     """Draw every dimension of one chunk: recorded, predicted, standing still, as PNG."""
     real = found.moments.real[number]
     rows = np.flatnonzero(real) + 1
@@ -156,7 +161,7 @@ def draw_moment(found: "OpenLoop", source: LeRobotSource, number: int) -> bytes:
     return pages.png(figure)
 
 
-def _small_charts(found: "OpenLoop") -> tuple[Any, Sequence[Any]]:
+def _small_charts(found: "OpenLoopErrors") -> tuple[Any, Sequence[Any]]:
     """Lay out a chart for each action dimension, COLUMNS per row."""
     count = len(found.names)
     rows = -(-count // COLUMNS)
@@ -170,7 +175,7 @@ def _small_charts(found: "OpenLoop") -> tuple[Any, Sequence[Any]]:
     return figure, axes[:count]
 
 
-def _strip(found: "OpenLoop", episode: int) -> bytes:
+def _strip(found: "OpenLoopErrors", episode: int) -> bytes:
     """Draw the first camera at moments evenly spread over an episode, in a row, as PNG."""
     chosen = np.flatnonzero(found.moments.episode == episode)
     spread = chosen[np.unique(np.linspace(0, len(chosen) - 1, STRIP).round().astype(int))]

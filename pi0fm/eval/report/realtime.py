@@ -16,13 +16,13 @@ from pi0fm.eval.report.page import ROWS, ReportContext, percent
 from pi0fm.eval.rollouts.realtime import DrivenEpisode
 
 if TYPE_CHECKING:
-    from pi0fm.eval.rollouts.delays import Cell
+    from pi0fm.eval.rollouts.delays import ModeAtDelay
 
 
 def write(
     output: Path,
     title: str,
-    cells: Sequence["Cell"],
+    cells: Sequence["ModeAtDelay"],
     rows: Sequence[DrivenEpisode],
     facts: Mapping[str, Mapping[str, str]],
     seconds: float,
@@ -38,7 +38,7 @@ def write(
     return output / "report.html"
 
 
-def draw(cells: Sequence["Cell"]) -> bytes:
+def draw(cells: Sequence["ModeAtDelay"]) -> bytes:
     """Draw success with its interval, jump and reaction time against the delay, one line per mode, as PNG."""
     figure, axes = pages.panels(3, width=12, height=3.6)
     for number, (mode, of_mode) in enumerate(by_mode(list(cells))):
@@ -62,7 +62,7 @@ def draw(cells: Sequence["Cell"]) -> bytes:
     return pages.png(figure)
 
 
-def by_mode(cells: list["Cell"]) -> Iterator[tuple[str, list["Cell"]]]:
+def by_mode(cells: list["ModeAtDelay"]) -> Iterator[tuple[str, list["ModeAtDelay"]]]:
     """Yield each mode and its cells in the order of delays."""
     for mode in dict.fromkeys(cell.mode for cell in cells):
         yield (

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pi0fm import files, machine, progress
-from pi0fm.eval.config import StartsConfig, checked_cameras, executed_of_a_chunk, refuse_seen_seeds
+from pi0fm.eval.config import StartsConfig, checked_cameras, refuse_seen_seeds, resolve_execution_horizon
 from pi0fm.eval.policy import open_policy, read_metadata
 from pi0fm.eval.report.page import OWN_FILES, ROWS, refuse_ended
 from pi0fm.eval.rollouts.episode import noise_seed
@@ -36,7 +36,7 @@ MEASURED = "measured"
 
 
 @dataclass(frozen=True)
-class Delays:
+class DelayGrid:
     """Grid of delays and modes. Raises ConfigError for an unknown mode and a number out of range."""
 
     delays_ms: tuple[str, ...] = option(
@@ -62,19 +62,23 @@ class Delays:
     def timings(self, metadata: Mapping[str, Any], remote: bool) -> list[Timing]:
         """List every mode at every delay; without given modes, those that fit the policy."""
         delays = [None if word == MEASURED else float(word) for word in dict.fromkeys(self.delays_ms)]
-        return [Timing(mode, delay, self.jitter_ms) for mode in dict.fromkeys(self.modes or _fitting(metadata, remote)) for delay in delays]
+        return [
+            Timing(mode, delay, self.jitter_ms)
+            for mode in dict.fromkeys(self.modes or _default_modes(metadata, remote))
+            for delay in delays
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RealtimeConfig(StartsConfig):
     """Options of an evaluation whose simulator does not wait for the policy; episodes run one by one in this process."""
 
-    realtime: Delays = option(Delays, "")
+    realtime: DelayGrid = option(DelayGrid, "")
     output_dir: str = option("outputs/realtime", f"folder for report.html, summary.json and {ROWS}")
 
 
 @dataclass(frozen=True)
-class Cell:
+class ModeAtDelay:
     """Figures of one mode and delay, in milliseconds; jump and change as in eval/rollouts/realtime."""
 
     mode: str
@@ -103,7 +107,7 @@ class Cell:
         }
 
 
-def evaluate_in_real_time(config: RealtimeConfig) -> tuple[dict[str, Any], list[Cell]]:
+def evaluate_in_real_time(config: RealtimeConfig) -> tuple[dict[str, Any], list[ModeAtDelay]]:
     """Run the grid and write the report; return the command's last line and the cells.
 
     Raises as `eval.evaluate.evaluate` does, and ConfigError for a mode that the policy lacks, before the first episode.
@@ -116,7 +120,7 @@ def evaluate_in_real_time(config: RealtimeConfig) -> tuple[dict[str, Any], list[
     metadata = read_metadata(config)
     refuse_seen_seeds(config, metadata)
     cameras = checked_cameras(config, metadata)
-    horizon = executed_of_a_chunk(config, metadata)
+    horizon = resolve_execution_horizon(config, metadata)
     timings = config.realtime.timings(metadata, config.remote)
     asks = _open_modes(config, metadata, {timing.mode for timing in timings})
     files.make_folder(output)
@@ -132,13 +136,13 @@ def evaluate_in_real_time(config: RealtimeConfig) -> tuple[dict[str, Any], list[
                 environment.reset(config.first_seed)
                 check_fit(environment, environment.observe(), metadata, horizon)
                 for timing, seed in ((timing, config.first_seed + k) for k in range(config.episodes) for timing in timings):
-                    infer = asks.of(timing.mode, task, seed)
+                    infer = asks.infer_in_mode(timing.mode, task, seed)
                     row = drive(environment, seed, infer, asks.flat, metadata, timing, horizon, limits, half_range)
                     rows.append(replace(row, task=task))
                     bar.advance(note=f"{timing.mode} {row.outcome}")
             finally:
                 environment.close()
-    cells = [_cell(timing, rows) for timing in timings]
+    cells = [_mode_at_delay(timing, rows) for timing in timings]
     facts = {
         "policy": {name: str(value) for name, value in metadata.items() if isinstance(value, str | int | float)},
         "settings": {
@@ -157,7 +161,7 @@ def evaluate_in_real_time(config: RealtimeConfig) -> tuple[dict[str, Any], list[
         page = report.write(output, config.policy, cells, rows, facts, seconds)
     own = max(cell.own_ms for cell in cells)
     last = {"cells": [cell.json() for cell in cells], "own_ms_a_step": _plain(own), "seconds": round(seconds, 1), "report": str(page)}
-    by_suite = {suite.name: [_cell(timing, rows, suite).json() for timing in timings] for suite in suites}
+    by_suite = {suite.name: [_mode_at_delay(timing, rows, suite).json() for timing in timings] for suite in suites}
     return last | {"by_suite": by_suite, "output_dir": str(output)}, cells
 
 
@@ -180,7 +184,7 @@ class _ModePolicy:
         images = {key: seen.images[name] for name, key in self._keys.items() if name in seen.images}
         return {**images, self._state: seen.state, "prompt": seen.prompt}
 
-    def of(self, mode: str, task: str, seed: int) -> Infer:
+    def infer_in_mode(self, mode: str, task: str, seed: int) -> Infer:
         """Return the call that answers in that mode; the noise of a call is the same in every mode."""
         policy, config = self._policy, self._config
         if config.remote:
@@ -199,7 +203,7 @@ class _ModePolicy:
         return infer
 
 
-def _fitting(metadata: Mapping[str, Any], remote: bool) -> tuple[str, ...]:
+def _default_modes(metadata: Mapping[str, Any], remote: bool) -> tuple[str, ...]:
     """Return the modes that are evaluated where none is named."""
     led = (GUIDED, *((HARD_PREFIX,) if metadata.get("rtc_max_delay") else ()))
     if remote:
@@ -226,13 +230,13 @@ def _open_modes(config: RealtimeConfig, metadata: Mapping[str, Any], modes: Set[
     return _ModePolicy(config, metadata, policy)
 
 
-def _cell(timing: Timing, rows: list[DrivenEpisode], suite: Suite | None = None) -> Cell:
+def _mode_at_delay(timing: Timing, rows: list[DrivenEpisode], suite: Suite | None = None) -> ModeAtDelay:
     own = [row for row in rows if (row.mode, row.asked_ms) == (timing.mode, timing.delay_ms)]
     own = [row for row in own if suite is None or catalog.find(row.task)[0] is suite]
     ended = [row for row in own if row.outcome != "crash"]
     means = {name: _mean([getattr(row, name) for row in ended]) for name in ("delay_ms", "reaction_ms", "jump", "change", "held", "own_ms")}
     success = wilson(sum(row.outcome == "success" for row in ended), len(ended)) if ended else None
-    return Cell(timing.mode, timing.delay_ms, success, len(own), len(own) - len(ended), **means)
+    return ModeAtDelay(timing.mode, timing.delay_ms, success, len(own), len(own) - len(ended), **means)
 
 
 def _mean(values: list[float]) -> float:

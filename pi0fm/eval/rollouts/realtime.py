@@ -82,8 +82,8 @@ class DrivenEpisode:
         return asdict(self)
 
 
-class Drives(Protocol):
-    """Interface that turns answers into a command for each step: pi0fm_client's Executor, or `StandingStill`."""
+class RobotController(Protocol):
+    """Interface that turns answers into a command for each step: pi0fm_client's Executor, or `SynchronousController`."""
 
     def observe(self, observation: Callable[[], Message], /) -> None:
         """Send an observation where one is due."""
@@ -93,14 +93,14 @@ class Drives(Protocol):
 
 
 @final
-class LateAnswers:
+class DelayedPolicy:
     """Policy with delayed answers: inferred at once, delivered later by the simulator's clock."""
 
     def __init__(self, infer: Infer, timing: Timing, seed: int, dt: float) -> None:
         self._infer, self._timing, self._dt = infer, timing, dt
         self._random = np.random.default_rng(seed)
         self._waiting: list[tuple[float, int, Future[ActionChunk], ActionChunk | Pi0fmError]] = []
-        self.step, self.thinking = 0, 0.0
+        self.step, self.inference_seconds = 0, 0.0
         self.arrived: list[tuple[int, int]] = []  # (step of the observation, step of its answer)
         self.delays: list[float] = []
         self.failures = 0
@@ -118,7 +118,7 @@ class LateAnswers:
         except Pi0fmError as error:
             answer = error
         took = time.perf_counter() - began
-        self.thinking += time.thread_time() - busy
+        self.inference_seconds += time.thread_time() - busy
         delay = took if self._timing.delay_ms is None else self._timing.delay_ms / 1e3
         delay = max(0.0, delay + self._random.normal(0, self._timing.jitter_ms / 1e3) if self._timing.jitter_ms else delay)
         self._waiting.append((self.now() + delay, self.step, future, answer))
@@ -140,7 +140,7 @@ class LateAnswers:
 
 
 @final
-class StandingStill:
+class SynchronousController:
     """Synchronous robot: observes at rest, waits, and executes the first `horizon` rows of the answer."""
 
     def __init__(self, submit: Callable[[Message], Future[ActionChunk]], limits: Limits, start: NDArray[np.float32], horizon: int) -> None:
@@ -185,7 +185,7 @@ def drive(
     A fault of the environment is this episode's crash; a Pi0fmError of the policy is a missing answer.
     """
     dt = 1.0 / environment.fps
-    answers = LateAnswers(infer, timing, seed, dt)
+    answers = DelayedPolicy(infer, timing, seed, dt)
     outcome, error, simulated, began = "failure", None, 0.0, time.thread_time()
     commands: list[NDArray[np.float64]] = []
     held: list[bool] = []
@@ -205,9 +205,9 @@ def drive(
     try:
         timed(environment.reset, seed)
         start = environment.still_action()
-        robot: Drives
+        robot: RobotController
         if timing.mode == SYNCHRONOUS:
-            robot = StandingStill(answers.submit, Limits.read(limits, start.size), start, horizon)
+            robot = SynchronousController(answers.submit, Limits.read(limits, start.size), start, horizon)
         else:
             robot = Executor(
                 _MetadataOnly(metadata),
@@ -224,7 +224,7 @@ def drive(
             answers.deliver()
             robot.observe(seen)
             commands.append(robot.next())
-            held.append(robot.held if isinstance(robot, StandingStill) else robot.command.held)  # type: ignore[attr-defined]
+            held.append(robot.held if isinstance(robot, SynchronousController) else robot.command.held)  # type: ignore[attr-defined]
             result = timed(environment.step, commands[-1].astype(np.float32))
             answers.step += 1
             if result.done:
@@ -232,7 +232,7 @@ def drive(
                 break
     except Exception as fault:  # noqa: BLE001  a simulator may raise anything, and the other episodes must run
         outcome, error = "crash", one_line(fault)
-    own = time.thread_time() - began - simulated - answers.thinking
+    own = time.thread_time() - began - simulated - answers.inference_seconds
     jump, change = _changes(commands, held, [arrival for _, arrival in answers.arrived], half_range)
     return DrivenEpisode(
         mode=timing.mode,

@@ -12,7 +12,7 @@ from line_policy import SCALE, H, Lines
 
 from pi0fm.cli.main import main
 from pi0fm.eval.rollouts import delays
-from pi0fm.eval.rollouts.delays import Delays, RealtimeConfig, evaluate_in_real_time
+from pi0fm.eval.rollouts.delays import DelayGrid, RealtimeConfig, evaluate_in_real_time
 from pi0fm.eval.rollouts.episode import Episode, RolloutSettings, noise_seed
 from pi0fm.eval.rollouts.realtime import MODES, Timing, drive, reaction
 from pi0fm.eval.rollouts.rollout import BatchedRollout, run_all
@@ -137,7 +137,7 @@ def line(monkeypatch):
 
 
 def test_the_grid_with_its_rows_figure_and_last_line(line, tmp_path):
-    grid = Delays(delays_ms=("0", "150", "measured"), modes=("synchronous", "guided"), jitter_ms=10)
+    grid = DelayGrid(delays_ms=("0", "150", "measured"), modes=("synchronous", "guided"), jitter_ms=10)
     config = RealtimeConfig(policy="bundle", tasks="line/a,line/b", episodes=3, realtime=grid, output_dir=str(tmp_path / "out"))
     last, cells = evaluate_in_real_time(config)
     assert [(cell.mode, cell.asked_ms) for cell in cells] == [(m, d) for m in ("synchronous", "guided") for d in (0.0, 150.0, None)]
@@ -191,7 +191,7 @@ def test_a_policy_trained_with_delays_is_drawn_under_hard_prefix_too_and_its_chu
     policy = Lined()
     monkeypatch.setattr(delays, "open_policy", lambda config: policy)
     monkeypatch.setattr(delays, "read_metadata", lambda config: policy.metadata)
-    grid = Delays(delays_ms=("0", "100"))
+    grid = DelayGrid(delays_ms=("0", "100"))
     words = {"tasks": "line/a", "episodes": 4, "max_steps": 60, "execution_horizon": 8, "output_dir": str(tmp_path)}
     last, cells = evaluate_in_real_time(RealtimeConfig(policy="bundle", realtime=grid, **words))
     found = {(cell.mode, cell.asked_ms): cell for cell in cells}

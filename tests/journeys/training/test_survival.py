@@ -22,7 +22,7 @@ import tiny_dataset
 import yaml
 
 from pi0fm.cli.main import main
-from pi0fm.cluster.chaos import TOLERANCE, difference_of
+from pi0fm.cluster.chaos import TOLERANCE, weight_difference
 from pi0fm.cluster.nodes.local_nodes import LocalNodes
 from pi0fm.cluster.training import worker_file
 from pi0fm.train.checkpoint.storage import whole
@@ -146,7 +146,7 @@ def test_workers_and_nodes_come_and_go(place, started):
     expected = quiet(place, "quiet", STEPS)
     for ours, theirs in zip(record.curve(run), record.curve(expected), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
-    assert difference_of(run, expected) < TOLERANCE
+    assert weight_difference(run, expected) < TOLERANCE
 
 
 def test_the_command_and_then_the_head_are_lost(place, started):
@@ -166,7 +166,7 @@ def test_the_command_and_then_the_head_are_lost(place, started):
     with LocalNodes(1) as nodes:
         assert started(run, nodes, *words).wait(timeout=SECONDS) == 0, log(run)[-3000:]
     assert [line["step"] for line in record.curve(run)] == list(range(1, LAST + 1))
-    assert difference_of(run, quiet(place, "short", LAST)) < TOLERANCE
+    assert weight_difference(run, quiet(place, "short", LAST)) < TOLERANCE
 
 
 def test_a_disturbed_run_ends_in_the_weights_of_a_quiet_one_bit_by_bit(place, capsys):

@@ -2,7 +2,7 @@
 
 Owns: writing and reading the file that carries the lines. Does not know: their contents.
 
-    worker   progress.say -> heard_by -- appends -->  RUN/ray/said.txt  <-- every second --  driver   `Echo.repeat`
+    worker   progress.say -> appended_to -- appends -->  RUN/ray/said.txt  <-- every second --  driver   `StatusReader.print_new`
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from pi0fm import progress
 
 
 @contextmanager
-def heard_by(path: Path | None) -> Iterator[None]:
+def appended_to(path: Path | None) -> Iterator[None]:
     """Append this process's status lines to a file during the block; None for no file. A failed write does not end the run."""
     if path is None:
         yield
@@ -27,13 +27,13 @@ def heard_by(path: Path | None) -> Iterator[None]:
         yield
 
 
-class Echo:
+class StatusReader:
     """Reader that repeats the lines appended to a file from now on."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._read = path, path.stat().st_size if path.exists() else 0
 
-    def repeat(self) -> None:
+    def print_new(self) -> None:
         """Print the complete lines appended since the last call."""
         with suppress(OSError), self._path.open("rb") as file:
             file.seek(self._read)
