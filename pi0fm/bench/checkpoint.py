@@ -63,14 +63,14 @@ def measure(options: CheckpointOptions) -> BenchReport:
         torch.manual_seed(0)
         model = Pi0(CASES[options.case].config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trainer = Trainer.of(model, options.precision, device, StateConfig(ema_decay=0.999))
+    trainer = Trainer.for_network(model, options.precision, device, StateConfig(ema_decay=0.999))
     found: dict[bool, list[Block]] = {True: [], False: []}
     with tempfile.TemporaryDirectory(prefix="pi0fm-bench-checkpoint-", dir=options.folder) as folder:
         with (
             closing(Checkpoints(folder, trainer.parallel, options.keep)) as checkpoints,
             progress.step("blocks", 2 * (options.rounds + 1)) as bar,
         ):
-            step = trainer.on(make_batch(replace(CASES[options.case], training_batch=options.batch_size), seed=0))
+            step = trainer.step_on(make_batch(replace(CASES[options.case], training_batch=options.batch_size), seed=0))
 
             def run(saves: bool) -> None:
                 found[saves].append(take_block(options, trainer, step, checkpoints, saves))

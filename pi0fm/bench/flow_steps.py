@@ -37,7 +37,7 @@ from pi0fm.data.pictures.frame_cache import open_cache
 from pi0fm.eval.rollouts.episode import noise_seed
 from pi0fm.flow.config import FIXED_GRID_SOLVERS
 from pi0fm.flow.matching import FlowMatching
-from pi0fm.flow.solver import Counted, Velocity, num_evaluations
+from pi0fm.flow.solver import CountedVelocity, Velocity, num_evaluations
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.saved import bundle
 from pi0fm.sim import catalog
@@ -226,7 +226,7 @@ def errors(
     """
     exact, rows = to_robot(reference), []
     for solver, steps, tolerance in compared:
-        counted = Counted(velocity)
+        counted = CountedVelocity(velocity)
         solved_by = flow if tolerance is None else replace(flow, tolerance=tolerance)
         actions = solved_by.sample(counted, noise, steps, solver, mask)
         robot = (to_robot(actions) - exact).flatten(1).double().square().mean(1).sqrt().tolist()

@@ -66,11 +66,11 @@ def measure(options: InferenceOptions) -> BenchReport:
             theirs = their_sampler(pair.theirs.model, observation, noise)
             narrow = inference_dtype("auto", device, case.config.decoder.backbone.width)
             for mode, dtype in zip(MODES, (torch.float32, narrow), strict=True):
-                ours = OurCall.of(pair.ours, observation, noise, dtype, options.compile)
+                ours = SamplerCall.for_network(pair.ours, observation, noise, dtype, options.compile)
                 difference = peer.displacement_difference(ours(), theirs(), noise)
                 peer.check_alike(f"{name} {mode}", "action chunks", difference, BOUNDS[dtype])
                 # products inside compiled kernels cannot be traced; they equal those of the uncompiled network
-                plain = ours if options.compile == "off" else OurCall.of(pair.ours, observation, noise, dtype)
+                plain = ours if options.compile == "off" else SamplerCall.for_network(pair.ours, observation, noise, dtype)
                 found = speed(theirs, ours, plain, plain.sampler.model, options.rounds, device, rates)
                 rows[mode][name] = found | {"max_abs_difference": difference, "difference_bound": BOUNDS[dtype]}
                 bar.advance(1, f"{name} {mode}")
@@ -78,7 +78,7 @@ def measure(options: InferenceOptions) -> BenchReport:
 
 
 @dataclass(frozen=True)
-class OurCall:
+class SamplerCall:
     """A call of our sampler: one chunk [B, H, A] from `observation`, which is on the host as the chain leaves it."""
 
     sampler: Sampler
@@ -86,7 +86,9 @@ class OurCall:
     noise: Tensor
 
     @classmethod
-    def of(cls, model: Pi0, observation: ModelObservation, noise: Tensor, dtype: torch.dtype, compile: str = "off") -> "OurCall":
+    def for_network(
+        cls, model: Pi0, observation: ModelObservation, noise: Tensor, dtype: torch.dtype, compile: str = "off"
+    ) -> "SamplerCall":
         """Build the call on a copy of the model. dtype: of the matrices. compile: a word of `policy.load_options.COMPILE`."""
         return cls(Sampler(copy.deepcopy(model), FlowMatching.from_config(EULER), noise.device, dtype, compile), observation, noise)
 

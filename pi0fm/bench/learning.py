@@ -74,7 +74,7 @@ CALIBRATION_STEPS = 10
 # Options of a training configuration that a comparison ignores (its workers), and those that it refuses: both sides train from scratch on
 # all demonstrations of one task.
 PLACEMENT = ("num_workers", "gpus_per_worker", "cpus_per_worker", "max_failures", "ray_address", "ship_code", "resize_seconds")
-PASSED_OVER = (
+NOT_COMPARED = (
     *("validation", "mixture", "pretrained", "pretrained_norm_stats", "train_only", "lora", "frozen_bfloat16"),
     *("activation_checkpointing", "augment", "augmentation", "resume"),
 )
@@ -90,9 +90,9 @@ def measure(options: LearningOptions) -> BenchReport:
         record_here(demos)
         options = replace(options, dataset=replace(options.dataset, root=root))
     progress.say("loading LeRobot")
-    run = comparable(base, options)
+    run = with_lerobots_heads(base, options)
     data = open_shared(run, catalog.prompt_of(options.task))
-    judge = make_judge(options, run.execution_horizon, data.policy)
+    judge = make_evaluator(options, run.execution_horizon, data.policy)
     sizes = parameters(data)
     progress.say(f"parameters: pi0fm {sizes['pi0fm']:,}; LeRobot {sizes['lerobot']:,}, of which {sizes['lerobot_used']:,} are used")
     figures, curves = compare(options, run, data, judge)
@@ -105,7 +105,7 @@ def read_training(path: Path) -> TrainConfig:
     """Read our side's training configuration. Raises ConfigError for options that a comparison cannot honour."""
     tree = {name: value for name, value in option_files.read_files([str(path)]).items() if name not in PLACEMENT}
     run, usual = option_files.decode(TrainConfig, tree), TrainConfig()
-    given = [name for name in PASSED_OVER if getattr(run, name) != getattr(usual, name)]
+    given = [name for name in NOT_COMPARED if getattr(run, name) != getattr(usual, name)]
     if given:
         raise ConfigError(
             f"a comparison trains both sides from scratch on all of one task's demonstrations and evaluates them in the simulator, "
@@ -114,7 +114,7 @@ def read_training(path: Path) -> TrainConfig:
     return run
 
 
-def comparable(run: TrainConfig, options: LearningOptions) -> TrainConfig:
+def with_lerobots_heads(run: TrainConfig, options: LearningOptions) -> TrainConfig:
     """`run` with a network shape that LeRobot's PI0 supports and LeRobot's solver. Raises ConfigError when there is no such shape."""
     from pi0fm.bench.harness.peer import at_lerobots_heads  # LeRobot's import alone takes many seconds
 
@@ -321,11 +321,11 @@ def train(
         make = SIDES[side]
         scheduled = steps or steps_in_budget(make(run, data, seed, CALIBRATION_STEPS + 1).update, cpu_seconds)
         training = make(run, data, seed, scheduled)
-        losses, spent = spend(side, training.update, cpu_seconds, steps)
+        losses, spent = train_for(side, training.update, cpu_seconds, steps)
     return training.policy(), scheduled, losses, spent
 
 
-def spend(name: str, update: Callable[[int], float], cpu_seconds: float, steps: int | None) -> tuple[list[float], list[float]]:
+def train_for(name: str, update: Callable[[int], float], cpu_seconds: float, steps: int | None) -> tuple[list[float], list[float]]:
     """Call `update` until `cpu_seconds` are spent or `steps` done; returns its losses, and the seconds used by the end of each step."""
     losses: list[float] = []
     spent = [0.0]
@@ -353,7 +353,7 @@ def compare(
 ) -> tuple[dict[str, dict[str, list[Any]]], dict[str, list[Any]]]:
     """Train and evaluate both sides in turn with each seed; returns each side's figures by seed, and its loss curves.
 
-    run: returned by `comparable`, and used to open `data`. A success of None means that every episode crashed.
+    run: returned by `with_lerobots_heads`, and used to open `data`. A success of None means that every episode crashed.
     """
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # a process-wide setting of pi0fm train; LeRobot's side gains from it as well
@@ -384,7 +384,7 @@ def parameters(data: SharedData) -> dict[str, int]:
     return {"pi0fm": parameter_count(Pi0(data.policy.model)), "lerobot": lerobot, "lerobot_used": used}
 
 
-def make_judge(options: LearningOptions, execution_horizon: int, policy: PolicyConfig) -> Callable[[Policy], Summary]:
+def make_evaluator(options: LearningOptions, execution_horizon: int, policy: PolicyConfig) -> Callable[[Policy], Summary]:
     """Build the evaluation of both sides. Raises ConfigError for start positions that were demonstrated."""
     config = EvalConfig(
         policy="both sides",

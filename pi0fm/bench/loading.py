@@ -64,9 +64,9 @@ from pi0fm_client.errors import ConfigError
 
 NETWORK_WIDTH, PROMPT_TOKENS = 32, 64  # pi0's widths of state and action
 STATS_FRAMES, STATS_WIDTH, STATS_EPISODE = 1_000_000, 14, 300
-OURS_A_ROUND = 20  # our samples for each of LeRobot's in a round, so that our side also takes a measurable time
+BATCHES_A_ROUND = 20  # our samples for each of LeRobot's in a round, so that our side also takes a measurable time
 BUFFER_SHARE = 0.5  # of the data set: groups are then about as long as in a buffer of 4 GiB
-MEMORY_LOOKS = 500
+MEMORY_SAMPLES = 500
 FPS, EPISODE_FRAMES, SEGMENT_EPISODES = 50, 100, 10  # of the generated data set
 DISTINCT_EPISODES = 40  # encoded once and written repeatedly: decoding a repeated picture takes as long
 
@@ -156,14 +156,14 @@ def compare_lerobot(source: LeRobotSource, collator: Collator, options: LoadingO
         for batch in loader:
             assert batch[name].shape[1] == horizon
 
-    first, each = count(), OURS_A_ROUND * batches
+    first, each = count(), BATCHES_A_ROUND * batches
 
     def in_threads() -> None:
         begin = next(first) * each
-        _take(collator, begin, begin + each, size)
+        _make_batches(collator, begin, begin + each, size)
 
     found = paired_ratio(theirs, in_threads, options.rounds, warm_up=1, clock=cpu_seconds_of_tree)
-    return found.per_piece(batches * size, OURS_A_ROUND * batches * size)
+    return found.per_piece(batches * size, BATCHES_A_ROUND * batches * size)
 
 
 def compare_copying(collator: Collator, options: LoadingOptions) -> tuple[PairedRatio, PairedRatio]:
@@ -232,7 +232,7 @@ def compare_streaming(source: LeRobotSource, dataset: DatasetConfig, options: Lo
             before = decode_once()
             shown, frames = _stream_round(source, dataset, options, 2 * number, _gather)
             between = decode_once()
-            made, _ = _stream_round(source, dataset, options, 2 * number + 1, _take)
+            made, _ = _stream_round(source, dataset, options, 2 * number + 1, _make_batches)
         if number:  # the first round warms up
             pairs[0].append(((before + between) / 2, shown))  # one decoding on either side of the pictures
             pairs[1].append((between, made))
@@ -248,7 +248,7 @@ def _gather(collator: Collator, first: int, stop: int, batch: int) -> None:
         collator.announce_after(start, batch)
 
 
-def _take(collator: Collator, first: int, stop: int, batch: int) -> None:
+def _make_batches(collator: Collator, first: int, stop: int, batch: int) -> None:
     """Make the whole batches of some steps in threads, as in training."""
     for made in micro_batches(collator, first, stop, batch, 0, 1, batch, LoaderConfig()):
         assert len(made.actions) == batch
@@ -323,7 +323,7 @@ def memory_over(collator: Collator, options: LoadingOptions) -> dict[str, float]
     The first tenth of the batches fills tables and the allocator's reserve.
     """
     last, size = options.memory_batches, options.batch_size
-    begin, between = last // 10, max(1, last // MEMORY_LOOKS)
+    begin, between = last // 10, max(1, last // MEMORY_SAMPLES)
     seen: list[float] = []
     batches = micro_batches(collator, 0, last, size, 0, 1, size)
     with progress.step("batches", last) as bar:

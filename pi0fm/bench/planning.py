@@ -32,7 +32,7 @@ from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-define
 from pi0fm import progress
 from pi0fm.bench.config import PlanningOptions
 from pi0fm.bench.harness.cases import make_batch
-from pi0fm.bench.harness.exchange import exchanged
+from pi0fm.bench.harness.exchange import exchange_seconds
 from pi0fm.bench.harness.measure import BenchReport
 from pi0fm.bench.harness.sizes import Case
 from pi0fm.bench.harness.steps import StepClock, Trainer
@@ -54,8 +54,8 @@ SMALL, BETWEEN, LARGE = 2, 6, 10  # samples per process
 WARM_UP = 2  # steps
 FEW, MANY = 0.25, 2.0  # weights of the exchange, relative to the network's
 CPU = torch.device("cpu")
-PATIENCE = timedelta(seconds=120)  # until a process counts as dead
-WHO = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+DEAD_AFTER = timedelta(seconds=120)  # until a process counts as dead
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 Seconds = dict[str, float]  # by the name of the timed part
 
 
@@ -68,14 +68,14 @@ def measure(config: PlanningOptions) -> BenchReport:
                 store = str(Path(place) / f"store-{count}")
                 answers = pool.map(_worker, range(count), repeat(count), repeat(store), repeat(config))
                 turns = [_slowest(each) for each in zip(*answers, strict=True)]
-            rows |= compared({key: min(turn[key] for turn in turns) for key in turns[0]}, count)
+            rows |= compare_planned({key: min(turn[key] for turn in turns) for key in turns[0]}, count)
             bar.advance()
     errors = {name: row["planned_over_measured"] for name, row in rows.items()}
     worst = max(errors, key=lambda name: abs(errors[name] - 1))
     return BenchReport({"steps": rows, "worst": {"step": worst, "planned_over_measured": errors[worst]}})
 
 
-def compared(found: Seconds, count: int) -> dict[str, dict[str, Any]]:
+def compare_planned(found: Seconds, count: int) -> dict[str, dict[str, Any]]:
     """Rows of `count` processes: planned and measured milliseconds per step, and their ratio."""
     card, network = rates(found, count)
     rows = {}
@@ -143,40 +143,40 @@ def _worker(rank: int, count: int, store: str, config: PlanningOptions) -> list[
         cores = this.cpu_affinity()
         this.cpu_affinity([cores[rank % len(cores)]])
     where = FileStore(store, count)
-    return [_turn(rank, count, where, f"{turn}", config.steps) for turn in range(config.turns)]
+    return [_measure_turn(rank, count, where, f"{turn}", config.steps) for turn in range(config.turns)]
 
 
-def _turn(rank: int, count: int, store: FileStore, turn: str, steps: int) -> Seconds:
-    for name in WHO:
+def _measure_turn(rank: int, count: int, store: FileStore, turn: str, steps: int) -> Seconds:
+    for name in RANK_VARIABLES:
         os.environ.pop(name, None)  # accelerate reads from them whether there are other processes
     found: Seconds = {}
     for samples in (SMALL, LARGE):
         parallel = Parallel(Context(), "float32", allow_cuda=False)
         trainer = Trainer(TrainState.build(TINY, StateConfig(), None, parallel), parallel)
-        _stepped(trainer, samples, 1, WARM_UP)
-        _meet(store, f"{turn} alone {samples}", count)
-        parts = _stepped(trainer, samples, 1, steps)
+        _step_seconds(trainer, samples, 1, WARM_UP)
+        _wait_for_all(store, f"{turn} alone {samples}", count)
+        parts = _step_seconds(trainer, samples, 1, steps)
         found |= {f"pass {samples}": parts["forward"] + parts["backward"], "optimizer": parts["optimizer"]}
         parallel.close()
     if count > 1:
-        os.environ |= dict(zip(WHO, (str(rank), str(count), str(rank), "127.0.0.1", "1"), strict=True))
-        distributed.init_process_group("gloo", store=PrefixStore(turn, store), rank=rank, world_size=count, timeout=PATIENCE)
+        os.environ |= dict(zip(RANK_VARIABLES, (str(rank), str(count), str(rank), "127.0.0.1", "1"), strict=True))
+        distributed.init_process_group("gloo", store=PrefixStore(turn, store), rank=rank, world_size=count, timeout=DEAD_AFTER)
         parallel = Parallel(Context(rank, count, shown=False), "float32", allow_cuda=False)
         with torch.device("meta"):
             network = Pi0(TINY)
         for times in (FEW, MANY):
-            found |= {f"{what} {times}": figure for what, figure in exchanged(network, parallel, times, steps).items()}
+            found |= {f"{what} {times}": figure for what, figure in exchange_seconds(network, parallel, times, steps).items()}
     for shard in _shards(count):
         parallel = Parallel(Context(rank, count, shown=False), "float32", allow_cuda=False)
         trainer = Trainer(TrainState.build(TINY, StateConfig(parallel=ParallelConfig(shard)), None, parallel), parallel)
-        _stepped(trainer, BETWEEN, count, WARM_UP)
+        _step_seconds(trainer, BETWEEN, count, WARM_UP)
         parallel.barrier()
-        found[f"together {shard}"] = sum(_stepped(trainer, BETWEEN, count, steps).values())
+        found[f"together {shard}"] = sum(_step_seconds(trainer, BETWEEN, count, steps).values())
     parallel.close()
     return found
 
 
-def _stepped(trainer: Trainer, samples: int, count: int, steps: int) -> Seconds:
+def _step_seconds(trainer: Trainer, samples: int, count: int, steps: int) -> Seconds:
     """Seconds per step by part, the mean over `steps` steps."""
     batch, clock = make_batch(Case(TINY, (True,), TINY.max_prompt_tokens, samples), seed=0), StepClock(CPU)
     for _ in range(steps):
@@ -188,7 +188,7 @@ def _slowest(processes: Sequence[Seconds]) -> Seconds:
     return {key: max(each[key] for each in processes) for key in processes[0]}
 
 
-def _meet(store: FileStore, name: str, count: int) -> None:
+def _wait_for_all(store: FileStore, name: str, count: int) -> None:
     if store.add(name, 1) == count:
         store.set(f"{name} all", "")
-    store.wait([f"{name} all"], PATIENCE)
+    store.wait([f"{name} all"], DEAD_AFTER)

@@ -28,7 +28,7 @@ from pi0fm_client.types import ActionChunk, Observation
 
 
 @final
-class Wandering:
+class RandomPolicy:
     """Policy that returns random actions, a function of the seed, without delay."""
 
     def __init__(self, suite: Suite, horizon: int) -> None:
@@ -49,7 +49,7 @@ def measure(options: SimulationOptions) -> BenchReport:
         suite, name = catalog.find(task)
         build = partial(catalog.open_environment, max_steps=options.max_steps)
         settings = RolloutSettings(options.execution_horizon)
-        policy = Wandering(suite, options.execution_horizon)
+        policy = RandomPolicy(suite, options.execution_horizon)
         episodes = [Episode(catalog.report_name(task), seed) for seed in range(1, options.environments + 1)]
         with ExitStack() as stack:
             together, alone = (

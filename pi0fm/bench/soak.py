@@ -141,7 +141,7 @@ class _Soak:
     def port(self) -> int:
         return int(self.url.rpartition(":")[2])
 
-    def going(self) -> bool:
+    def running(self) -> bool:
         return time.monotonic() < self.end
 
     def count(self, **counts: int) -> None:
@@ -187,7 +187,7 @@ def _watch(soak: _Soak, process: Any, options: SoakOptions) -> tuple[list[float]
     began, resumed = time.monotonic(), float("inf")
     seen = psutil.Process(process.pid)
     with progress.step("soak", options.seconds) as step:
-        while soak.going() and process.is_alive():
+        while soak.running() and process.is_alive():
             passed = time.monotonic() - began
             if resumed == float("inf") and passed > options.seconds / 3:
                 os.kill(process.pid, signal.SIGUSR1)
@@ -200,10 +200,10 @@ def _watch(soak: _Soak, process: Any, options: SoakOptions) -> tuple[list[float]
 
 def _clean_robot(soak: _Soak, number: int) -> None:
     count = 0.0
-    while soak.going():
+    while soak.running():
         try:
             with PolicyClient(soak.url, timeout_seconds=2.0) as policy:
-                while soak.going():
+                while soak.running():
                     count += 1
                     began = time.monotonic()
                     try:
@@ -219,10 +219,10 @@ def _clean_robot(soak: _Soak, number: int) -> None:
 
 def _dirty_robot(soak: _Soak, number: int) -> None:
     random, count, own = np.random.default_rng(number), 0.0, 100.0 + number
-    while soak.going():
+    while soak.running():
         with suppress(OSError, WebSocketException), connect(soak.url, compression=None, proxy=None, open_timeout=5) as robot:
             robot.recv(timeout=5)
-            while soak.going():
+            while soak.running():
                 count += 1
                 frame = bytearray(wire.pack(message(count, own)))
                 damaged = random.random() < GARBAGE
@@ -242,7 +242,7 @@ def _dirty_robot(soak: _Soak, number: int) -> None:
 def _storms(soak: _Soak) -> None:
     upgrade = b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
     heads = (b"", b"GET / HT", upgrade, upgrade + b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
-    while soak.going():
+    while soak.running():
         soak.count(storms=1)
         held = []
         for number in range(STORM):
@@ -260,7 +260,7 @@ def _storms(soak: _Soak) -> None:
 def _kills(soak: _Soak) -> None:
     """Reset a connection in the middle of a frame every second."""
     frame = wire.pack(message(0.0, 999.0))
-    while soak.going():
+    while soak.running():
         with suppress(OSError, WebSocketException):
             robot = connect(soak.url, compression=None, proxy=None, open_timeout=5)
             robot.recv(timeout=5)
@@ -274,7 +274,7 @@ def _kills(soak: _Soak) -> None:
 
 def _health(soak: _Soak) -> None:
     """Request /healthz every 0.25 s; 503 counts as an answer."""
-    while soak.going():
+    while soak.running():
         began = time.monotonic()
         with suppress(OSError):
             with suppress(urllib.error.HTTPError):

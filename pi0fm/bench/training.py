@@ -101,7 +101,7 @@ def _compared(name: str, mode: str, options: TrainingOptions, rates: Rates) -> d
     device = choose_device(options.device)
     pair, batch = peer.build_pair(CASES[name], options.seed, device), make_batch(CASES[name], options.seed)
     dtype = compute_dtype(PRECISIONS[mode], device)
-    trainer = Trainer.of(pair.ours, PRECISIONS[mode], device)
+    trainer = Trainer.for_network(pair.ours, PRECISIONS[mode], device)
     expected, found = their_loss(pair.theirs.train().model, batch, device)(), our_loss(trainer, batch)
     loss_difference = float((found - expected).detach().abs() / expected.detach())
     peer.check_alike(f"{name} {mode}", "losses", loss_difference, LOSS_BOUNDS[dtype])
@@ -111,7 +111,7 @@ def _compared(name: str, mode: str, options: TrainingOptions, rates: Rates) -> d
     peer.check_alike(f"{name} {mode}", "gradients", difference, GRADIENT_BOUNDS[dtype])
     pair.theirs.zero_grad()
     trainer.state.optimizer.zero_grad()
-    theirs, ours = lerobots_step(pair.theirs, batch, device, fused=mode == "like_for_like"), trainer.on(batch)
+    theirs, ours = lerobots_step(pair.theirs, batch, device, fused=mode == "like_for_like"), trainer.step_on(batch)
     row = speed(theirs, ours, ours, pair.ours, options.rounds, device, rates) | {"batch": len(batch.actions)}
     row |= {"max_abs_difference": difference, "difference_bound": GRADIENT_BOUNDS[dtype], "loss_difference": loss_difference}
     if dtype == torch.bfloat16:
@@ -127,8 +127,8 @@ def draws_compared(options: TrainingOptions) -> dict[str, dict[str, Any]]:
     device = choose_device(options.device)
     found: dict[str, dict[str, Any]] = {f"flow_draws_8{name}": {} for name in ("", "_predicted", "_intervals", "_seconds")}
     for name in options.flow_draws_cases:
-        trainer = Trainer.of(Pi0(CASES[name].config), PRECISIONS["as_shipped"], device)
-        many, one = (trainer.on(make_batch(CASES[name], options.seed, draws)) for draws in (DRAWS, 1))
+        trainer = Trainer.for_network(Pi0(CASES[name].config), PRECISIONS["as_shipped"], device)
+        many, one = (trainer.step_on(make_batch(CASES[name], options.seed, draws)) for draws in (DRAWS, 1))
         predicted = products_of(many).flops.total() / products_of(one).flops.total()
         ratio = paired_ratio(synchronized(many, device), synchronized(one, device), options.rounds)
         row = (ratio.median, predicted, ratio.interval, (ratio.first_seconds, ratio.second_seconds))
@@ -164,7 +164,7 @@ def peak_of_training(name: str, precision: str | None, options: TrainingOptions)
     else:
         _settle(options.threads)
         imported = psutil.Process().memory_info().rss
-        step = Trainer.of(Pi0(case.config), precision, device).on(make_batch(case, options.seed))
+        step = Trainer.for_network(Pi0(case.config), precision, device).step_on(make_batch(case, options.seed))
     for _ in range(MEMORY_STEPS):
         step()
     return (peak_resident(), imported) if on_cpu else (torch.cuda.max_memory_allocated(device), 0)

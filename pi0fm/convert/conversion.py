@@ -17,7 +17,7 @@ import torch
 
 from pi0fm import files
 from pi0fm.convert.config import ConvertConfig
-from pi0fm.convert.export import kind_of, refuse_other_prompts, refuse_what_peers_lack, say_other_pictures, write_weights
+from pi0fm.convert.export import kind_of, refuse_other_prompts, refuse_what_peers_lack, report_resizing, write_weights
 from pi0fm.convert.export_lerobot import write_lerobot
 from pi0fm.convert.facts import DTYPES, PROMPT_TOKENS, ForeignFacts, policy_config
 from pi0fm.convert.lerobot import is_lerobot, read_lerobot
@@ -96,7 +96,7 @@ def _export(config: ConvertConfig) -> ConversionResult:
     policy.refuse_base(config.source)
     refuse_what_peers_lack(policy, config.to, config.any_size)
     refuse_other_prompts(policy, config.to, config.prompt_dialect)
-    say_other_pictures(policy, config.to)
+    report_resizing(policy, config.to)
     dtype = DTYPES[config.dtype]
     with (
         bundle.open_weights(config.source) as weights,

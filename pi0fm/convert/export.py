@@ -106,7 +106,7 @@ def refuse_other_prompts(config: PolicyConfig, peer: str, asked: str | None) -> 
         )
 
 
-def say_other_pictures(config: PolicyConfig, peer: str) -> None:
+def report_resizing(config: PolicyConfig, peer: str) -> None:
     """Print a warning where the peer would resize pictures differently than in training, which none of its files can change."""
     if config.resize != RESIZED[peer]:
         size = config.model.vision.image_size

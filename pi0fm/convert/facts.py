@@ -81,7 +81,7 @@ def policy_config(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config,
     if stand_ins:
         training[STAND_INS_FACT] = ",".join(stand_ins)
         say(f"absent from the statistics, and not read by {normalization}: {', '.join(stand_ins)}; neighbouring ones replace them")
-    stated = _stated(options, facts, model, kind)
+    stated = _policy_without_robot(options, facts, model, kind)
     robot = replace(embodiment, state_dim=len(stats.state.mean), robot_action_dim=len(stats.action.mean))
     return replace(stated, embodiment=robot, normalization=normalization, fps=options.fps, training=training), stats
 
@@ -89,14 +89,14 @@ def policy_config(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config,
 def _base(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config, kind: Kind) -> tuple[PolicyConfig, NormStats]:
     """Return configuration and statistics of a bundle without a robot, which can be trained from but not served."""
     normalization = options.normalization or facts.normalization or NORMALIZATION[kind]
-    stated = _stated(options, facts, model, kind)
+    stated = _policy_without_robot(options, facts, model, kind)
     policy = replace(stated, normalization=normalization, training={"converted_from": f"{facts.peer} {kind}"})
     load_tokenizer(policy.tokenizer, model.vocab_size)  # refuses a tokenizer that does not fit
     nothing = ColumnStats(*(np.zeros(0, np.float32) for _ in fields(ColumnStats)))
     return policy, NormStats(nothing, nothing, 0)
 
 
-def _stated(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config, kind: Kind) -> PolicyConfig:
+def _policy_without_robot(options: ConvertConfig, facts: ForeignFacts, model: Pi0Config, kind: Kind) -> PolicyConfig:
     """Return the policy configuration from source and options, without robot and statistics."""
     horizon = options.execution_horizon or facts.execution_horizon or 8
     if horizon > model.action_horizon and options.execution_horizon:

@@ -131,7 +131,7 @@ def table(layout: Layout, kind: Kind) -> dict[str, tuple[Row, ...]]:
     return rows
 
 
-def unread(layout: Layout, kind: Kind) -> list[Row]:
+def unread_rows(layout: Layout, kind: Kind) -> list[Row]:
     """Return the tensors that no output depends on: both lm_heads, the backbone's final norm and its last `{layer}` after k and v.
 
     JAX's layout stacks the last layer with the others, and has no lm_head.

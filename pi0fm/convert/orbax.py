@@ -22,12 +22,12 @@ from pi0fm.convert.orbax_chunks import ArrayStream, Find, Index, array_stream, f
 from pi0fm.policy.saved.weights import Weights, damaged
 from pi0fm_client.errors import BundleError, ConfigError
 
-MARKS = ("manifest.ocdbt", "_METADATA")
+MARKER_FILES = ("manifest.ocdbt", "_METADATA")
 DRIVERS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LARGEST_BYTES = 2**36  # of one array, 8 times the largest of the released weights
 # by default tensorstore decodes as many chunks at once as there are cores, and caches them
-FRUGAL = {"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}}
+LITTLE_MEMORY = {"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}}
 
 
 def is_orbax(path: Path) -> bool:
@@ -50,9 +50,9 @@ def open_orbax(path: Path) -> Weights:
     root = _root(path)
     assert root is not None
     base: dict[str, Any] = {"driver": "file", "path": f"{root.resolve()}/"}
-    tree = (root / MARKS[0]).is_file()
+    tree = (root / MARKER_FILES[0]).is_file()
     store = {"driver": "ocdbt", "base": base} if tree else base
-    context = tensorstore.Context(FRUGAL)
+    context = tensorstore.Context(LITTLE_MEMORY)
     try:
         keys = [key.decode() for key in tensorstore.KvStore.open(store, context=context).result().list().result()]
         stored = {key.removesuffix(end): driver for key in keys for end, driver in DRIVERS.items() if key.endswith(end)}
@@ -93,7 +93,7 @@ def open_orbax(path: Path) -> Weights:
 
 
 def _root(path: Path) -> Path | None:
-    return next((root for root in (path / "params", path) if any((root / mark).is_file() for mark in MARKS)), None)
+    return next((root for root in (path / "params", path) if any((root / mark).is_file() for mark in MARKER_FILES)), None)
 
 
 def _reader(arrays: Mapping[str, Any], find: Find) -> Callable[[str, Index], Any]:

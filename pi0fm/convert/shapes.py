@@ -16,7 +16,7 @@ from operator import attrgetter
 
 from torch import Tensor
 
-from pi0fm.convert.names import Kind, Layout, Row, dead_rows, table, unread
+from pi0fm.convert.names import Kind, Layout, Row, dead_rows, table, unread_rows
 from pi0fm.models.config import DecoderConfig, Pi0Config, StreamConfig, VisionConfig
 from pi0fm.policy.saved import weights
 from pi0fm_client.errors import BundleError
@@ -105,7 +105,7 @@ def parts(layout: Layout, kind: Kind, sizes: Mapping[str, int]) -> dict[str, tup
 
 def unread_shapes(layout: Layout, kind: Kind, sizes: Mapping[str, int]) -> dict[str, Shape]:
     """Return name and shape of the tensors in a peer's file that no output depends on."""
-    found = (_part(row, {"layer": sizes["L"] - 1}, sizes) for row in unread(layout, kind))
+    found = (_part(row, {"layer": sizes["L"] - 1}, sizes) for row in unread_rows(layout, kind))
     return {part.name: part.shape for part in found}
 
 

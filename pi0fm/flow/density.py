@@ -44,7 +44,7 @@ SOLVER_BESIDE_NOISE = "heun"
 
 @final
 @dataclass(frozen=True)
-class Pushed:
+class DensityResult:
     """Chunks at both ends of the flow.
 
     noise: at t = 0, divided by prior_scale, so that a typical chunk has norm sqrt(number of entries).
@@ -99,7 +99,7 @@ def push_backward(
     actions: Float[Tensor, "B *rest"],
     mask: Bool[Tensor, "B *rest"] | None = None,
     options: DensityOptions | None = None,
-) -> Pushed:
+) -> DensityResult:
     """Integrate `actions` back to noise, and compute their log-density.
 
     mask: entries that are False are held at 0 and excluded from density and divergence; they may be anything, NaN included.
@@ -112,7 +112,7 @@ def push_backward(
     x_1 = _prepared(actions, mask, options)
     x_0, integral = _integrated(flow, network, x_1, mask, options, grid[::-1])
     # The integral runs from data to noise, so it is minus the one of the formula.
-    return _pushed(flow, x_0, x_1, -integral, mask, options)
+    return _result(flow, x_0, x_1, -integral, mask, options)
 
 
 def push_forward(
@@ -121,14 +121,14 @@ def push_forward(
     noise: Float[Tensor, "B *rest"],
     mask: Bool[Tensor, "B *rest"] | None = None,
     options: DensityOptions | None = None,
-) -> Pushed:
+) -> DensityResult:
     """Sample and compute the log-density in one pass; the sample is that of `flow.sample` from the same N(0, I) noise."""
     options = options or DensityOptions()
     grid = _grid(flow, options)
     check_finite("noise", noise, mask)
     x_0 = flow.path.prior_scale * _prepared(noise, mask, options)
     x_1, integral = _integrated(flow, network, x_0, mask, options, grid)
-    return _pushed(flow, x_0, x_1, integral, mask, options)
+    return _result(flow, x_0, x_1, integral, mask, options)
 
 
 def gaussian_log_prob(x: Float[Tensor, "B *rest"], scale: float, mask: Bool[Tensor, "B *rest"] | None = None) -> Float[Tensor, " B"]:
@@ -210,14 +210,14 @@ def _integrated(
 
     # The integral of the divergence is one more coordinate of the state, so any solver, dopri5 too, carries both.
     start = torch.cat([x.flatten(1), x.new_zeros(x.shape[0], 1)], dim=1)
-    joint = _Joint(field, x.shape, probes, entries, options.chunk_size)
+    joint = _StateAndDivergence(field, x.shape, probes, entries, options.chunk_size)
     end = integrate(joint, start, grid, density_solver(flow, options), flow.tolerance)
     return end[:, :-1].reshape(x.shape), end[:, -1]
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class _Joint:
+class _StateAndDivergence:
     """(velocity, divergence) as the velocity of a state [B, D + 1] whose last entry is the integral of the divergence."""
 
     field: Velocity
@@ -242,11 +242,11 @@ class _Joint:
         return torch.cat([velocity.flatten(1), divergence[:, None]], dim=1)
 
 
-def _pushed(flow: FlowMatching, x_0: Tensor, x_1: Tensor, integral: Tensor, mask: Tensor | None, options: DensityOptions) -> Pushed:
+def _result(flow: FlowMatching, x_0: Tensor, x_1: Tensor, integral: Tensor, mask: Tensor | None, options: DensityOptions) -> DensityResult:
     prior = options.log_prior(x_0) if options.log_prior is not None else gaussian_log_prob(x_0, flow.path.prior_scale, mask)
     density = prior - integral
     check_finite("log_prob (or the network's answer)", density)
-    return Pushed(noise=x_0 / flow.path.prior_scale, actions=x_1, log_prob=density)
+    return DensityResult(noise=x_0 / flow.path.prior_scale, actions=x_1, log_prob=density)
 
 
 def _answering_in_float64(network: Velocity) -> Velocity:

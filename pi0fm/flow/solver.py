@@ -109,15 +109,15 @@ def check_solver(solver: str) -> None:
 
 
 def num_evaluations(solver: str, num_steps: int) -> int:
-    """Number of evaluations by a fixed-grid solver. Raises ConfigError for dopri5, whose number is not known before: use `Counted`."""
+    """Number of evaluations by a fixed-grid solver. Raises ConfigError for dopri5, which chooses it: use `CountedVelocity`."""
     check_solver(solver)
     if solver not in _EVALUATIONS:
-        raise ConfigError(f"solver {solver!r} chooses its own steps: wrap the velocity in Counted and read num_evaluations after")
+        raise ConfigError(f"solver {solver!r} chooses its own steps: wrap the velocity in CountedVelocity and read num_evaluations after")
     return _EVALUATIONS[solver] * num_steps
 
 
 @final
-class Counted:
+class CountedVelocity:
     """Velocity that counts its evaluations in `num_evaluations`, for adaptive solvers too."""
 
     def __init__(self, velocity: Velocity) -> None:
@@ -136,7 +136,7 @@ class Counted:
 
 
 @final
-class Spread:
+class VelocitySpread:
     """Velocity that accumulates the deviation of its answers from their mean over a trajectory, 0 for a straight one.
 
     Costs three small operations per evaluation, and no wait for the device. One object serves one trajectory.
@@ -154,7 +154,7 @@ class Spread:
         """Evaluate the velocity of every row at one time t."""
         return self._accumulated(evaluate(self._velocity, x, t))
 
-    def of(self, mask: Bool[Tensor, "B *rest"]) -> Float[Tensor, " B"]:
+    def deviation(self, mask: Bool[Tensor, "B *rest"]) -> Float[Tensor, " B"]:
         """Standard deviation over the evaluations, root mean square over the entries of each row whose mask is True."""
         variance = (self._squares - self._sum.square() / self._count) / self._count
         real = torch.where(mask, variance.clamp(min=0.0), torch.zeros_like(variance)).flatten(1).sum(1)

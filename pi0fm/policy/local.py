@@ -27,7 +27,7 @@ from pi0fm.flow.density import push_backward
 from pi0fm.flow.guidance import GuidedVelocity, refuse_guidance
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import num_increments, sample
-from pi0fm.flow.solver import Spread
+from pi0fm.flow.solver import VelocitySpread
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import CachedVelocity, Pi0
 from pi0fm.policy.load_options import GUIDED, HARD_PREFIX, WITHOUT_JACOBIAN
@@ -193,9 +193,9 @@ class LocalPolicy:
             seen = self.sampler.prepared(inputs)
             # without a compiler, which would compile again for this mode while a robot waits
             velocity = CachedVelocity(self.model, self.model.encode_prefix(seen), seen.state, self.sampler.times)
-            watched, mask = Spread(velocity), self.mask(len(start))
+            watched, mask = VelocitySpread(velocity), self.mask(len(start))
             guided = GuidedVelocity(watched, target, weights, jacobian=self.guidance == GUIDED)
-            return sample(self.flow, guided, start, mask, increments=increments), watched.of(mask)
+            return sample(self.flow, guided, start, mask, increments=increments), watched.deviation(mask)
 
     def _judged(self, measures: Mapping[str, NDArray[np.float64]]) -> list[dict[str, float]]:
         """The scores of each row, with the alarm where the policy is calibrated."""

@@ -28,15 +28,15 @@ from torch import Tensor
 from pi0fm.flow.checks import FlowError
 from pi0fm.flow.density import DensityOptions, log_prob
 from pi0fm.flow.matching import FlowMatching
-from pi0fm.flow.solver import Counted, Velocity, num_evaluations
+from pi0fm.flow.solver import CountedVelocity, Velocity, num_evaluations
 from pi0fm.flow.stochastic import sample_ancestral, sde_grid
 from pi0fm.toy.datasets import Dataset
 from pi0fm.toy.methods import CNF, DIFFUSION, FLOW_MATCHING, Method, PlaneField
-from pi0fm.toy.training import Mark, train
+from pi0fm.toy.training import NllAtMark, train
 
 HELD_OUT, CURVE_POINTS, SAMPLES = 4000, 800, 2000
 FINE_STEPS, CURVE_STEPS = 40, 16
-NEAR = 0.05  # nats
+NEAR_NATS = 0.05  # nats
 DISTANCE_MARGIN = 1.1
 DIRECTIONS = 64
 EVALUATIONS = (2, 4, 8, 12, 16, 24, 32, 64, 128)
@@ -44,7 +44,7 @@ ANCESTRAL_STEPS = (10, 20, 50, 100, 200, 500, 1000)
 TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)
 
 
-class Quality(NamedTuple):
+class DistanceAtEvaluations(NamedTuple):
     """Distance of samples to held-out points at a number of evaluations per sample."""
 
     evaluations: int
@@ -62,14 +62,14 @@ class Outcome:
 
     method: Method
     network: PlaneField
-    curve: tuple[Mark, ...]
+    curve: tuple[NllAtMark, ...]
     nll: float
     samples: Float[Tensor, "B 2"]
-    ode: tuple[Quality, ...]
-    ancestral: tuple[Quality, ...] = ()
+    ode: tuple[DistanceAtEvaluations, ...]
+    ancestral: tuple[DistanceAtEvaluations, ...] = ()
 
     @property
-    def sampler(self) -> tuple[Quality, ...]:
+    def sampler(self) -> tuple[DistanceAtEvaluations, ...]:
         """The quality of ancestral sampling for the diffusion, of the ODE for the others."""
         return self.ancestral or self.ode
 
@@ -90,7 +90,7 @@ class Comparison:
         by_name = {outcome.method.name: outcome for outcome in self.outcomes}
         curves = {name: outcome.curve for name, outcome in by_name.items()}
         best = [min(mark.nll for mark in curve) for curve in curves.values()]
-        common_nll, near_nll = max(best), min(best) + NEAR
+        common_nll, near_nll = max(best), min(best) + NEAR_NATS
         common_distance = DISTANCE_MARGIN * max(outcome.sampler[-1].distance for outcome in self.outcomes)
         train_seconds = {name: seconds_to(curve, common_nll) for name, curve in curves.items()}
         ours, theirs = train_seconds.get(FLOW_MATCHING), train_seconds.get(CNF)
@@ -109,8 +109,8 @@ class Comparison:
             "trained_steps": {name: curve[-1].steps for name, curve in curves.items()},
             "common_distance": common_distance,
             "floor": self.floor,
-            "evaluations": {name: fewest(outcome.sampler, common_distance) for name, outcome in by_name.items()},
-            "probability_flow_evaluations": fewest(by_name[DIFFUSION].ode, common_distance) if DIFFUSION in by_name else None,
+            "evaluations": {name: fewest_evaluations(outcome.sampler, common_distance) for name, outcome in by_name.items()},
+            "probability_flow_evaluations": fewest_evaluations(by_name[DIFFUSION].ode, common_distance) if DIFFUSION in by_name else None,
             "speedup": theirs / ours if ours is not None and theirs is not None else None,
             "held_out": HELD_OUT,
             "held_out_along_training": CURVE_POINTS,
@@ -144,7 +144,7 @@ def compare(
             longer = f"train longer with --seconds {2 * curve[-1].seconds:.0f}"
             raise FlowError(f"{method.title}: the held-out NLL must be finite, found {nll}; {longer}")
         ode, samples = quality_curve(ode_samplers(flow, noise), network, target)
-        ancestral: tuple[Quality, ...] = ()
+        ancestral: tuple[DistanceAtEvaluations, ...] = ()
         if method.name == DIFFUSION:
             ancestral, samples = quality_curve(ancestral_samplers(flow, noise, seed), network, target)
         outcomes.append(Outcome(method, network, curve, nll, samples, ode, ancestral))
@@ -198,17 +198,17 @@ def ancestral_samplers(flow: FlowMatching, noise: Float[Tensor, "B 2"], seed: in
 @torch.no_grad()
 def quality_curve(
     samplers: Iterable[Sampler], network: Velocity, held_out: Float[Tensor, "B 2"]
-) -> tuple[tuple[Quality, ...], Float[Tensor, "B 2"]]:
+) -> tuple[tuple[DistanceAtEvaluations, ...], Float[Tensor, "B 2"]]:
     """Return the quality of each sampler, infinite where a sample is not finite, and the samples of the last."""
     curve, sample = [], held_out
     for sampler in samplers:
-        sample = sampler(counted := Counted(network))
+        sample = sampler(counted := CountedVelocity(network))
         distance = sliced_wasserstein(sample, held_out) if bool(torch.isfinite(sample).all()) else math.inf
-        curve.append(Quality(counted.num_evaluations, distance))
+        curve.append(DistanceAtEvaluations(counted.num_evaluations, distance))
     return tuple(curve), sample
 
 
-def fewest(curve: Sequence[Quality], distance: float) -> int | None:
+def fewest_evaluations(curve: Sequence[DistanceAtEvaluations], distance: float) -> int | None:
     """Return the fewest evaluations from which on all distances are at or below `distance`; None where the last is above it."""
     found = None
     for quality in reversed(curve):
@@ -218,11 +218,11 @@ def fewest(curve: Sequence[Quality], distance: float) -> int | None:
     return found
 
 
-def seconds_to(curve: Sequence[Mark], nll: float) -> float | None:
+def seconds_to(curve: Sequence[NllAtMark], nll: float) -> float | None:
     """Return the seconds of training at the first mark at or below `nll`; None where there is none."""
     return next((mark.seconds for mark in curve if mark.nll <= nll), None)
 
 
-def _rows(curve: Sequence[Mark] | Sequence[Quality]) -> list[dict[str, float | None]]:
+def _rows(curve: Sequence[NllAtMark] | Sequence[DistanceAtEvaluations]) -> list[dict[str, float | None]]:
     """Return the rows for JSON, with null for infinity."""
     return [{name: value if math.isfinite(value) else None for name, value in row._asdict().items()} for row in curve]

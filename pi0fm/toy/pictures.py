@@ -30,7 +30,7 @@ POINTS, TRAJECTORIES, RIVER_LINES = 8000, 260, 28
 COLOURS = {FLOW_MATCHING: "#0f766e", CNF: "#c8862b", DIFFUSION: "#5b5fc7"}
 NOISE_COLOUR, DATA_COLOUR, STREAM = "#c8862b", "#0f766e", "#4a4f5a"
 DENSITY_COLOURS = ("#ffffff", "#dff2ef", "#9fd4cd", "#3f9f94", "#0f766e", "#083f43")
-BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+LEGEND_BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def field(comparison: Comparison) -> bytes:
 
 
 @torch.no_grad()
-def learned(comparison: Comparison) -> bytes:
+def densities(comparison: Comparison) -> bytes:
     """Draw density above samples: the data first, then each method."""
     outcomes, dataset = comparison.outcomes, comparison.dataset
     columns = 1 + len(outcomes)
@@ -146,11 +146,11 @@ def costs(comparison: Comparison) -> bytes:
     for axis in (left.xaxis, right.xaxis, right.yaxis):
         pages.plain_log(axis)
     for axis in (left, right):
-        pages.legend(axis, **BELOW)
+        pages.legend(axis, **LEGEND_BELOW)
     return pages.png(figure)
 
 
-PICTURES = {"over_time": over_time, "trajectories": trajectories, "field": field, "learned": learned, "comparison": costs}
+PICTURES = {"over_time": over_time, "trajectories": trajectories, "field": field, "learned": densities, "comparison": costs}
 
 
 def _density(outcome: Outcome, wanted: float, extent: float) -> tuple[float, float, Float[Tensor, "G G"]]:

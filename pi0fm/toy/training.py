@@ -28,7 +28,7 @@ AVERAGE_POWER = 16
 MARKS = tuple(2 ** (-k / 2) for k in range(12, -1, -1))
 
 
-class Mark(NamedTuple):
+class NllAtMark(NamedTuple):
     """Held-out NLL, in nats, of the averaged weights after a number of processor seconds and steps."""
 
     seconds: float
@@ -44,7 +44,7 @@ def train(
     *,
     seconds: float | None = None,
     steps: int | None = None,
-) -> tuple[PlaneField, tuple[Mark, ...]]:
+) -> tuple[PlaneField, tuple[NllAtMark, ...]]:
     """Train a new network by `method` for `seconds` of processor time or for `steps` (the same result at every run).
 
     Return it with averaged weights, and the marks; `held_out_nll` is called at each of them, off the clock. Initial weights, data and noise
@@ -55,13 +55,13 @@ def train(
     network = PlaneField(generator)
     average = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.Adam(network.parameters(), betas=(0.9, 0.99), fused=True)
-    curve: list[Mark] = []
+    curve: list[NllAtMark] = []
     marks = iter(MARKS)
     due, step, charged, spent, shown = next(marks), 0, 0.0, 0.0, 0
     began = time.process_time()
     with progress.step(f"{method.title}: training", 100) as bar:
         while spent < 1:
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate(spent)
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * learning_rate_factor(spent)
             loss = method.loss(network, dataset.sample(method.global_batch_size, generator), generator)
             optimizer.zero_grad()
             loss.backward()
@@ -78,7 +78,7 @@ def train(
             elapsed = charged + time.process_time() - began
             spent = elapsed / seconds if seconds is not None else step / (steps or 1)
             if spent >= due:
-                curve.append(Mark(elapsed, step, held_out_nll(average)))
+                curve.append(NllAtMark(elapsed, step, held_out_nll(average)))
                 due = next((mark for mark in marks if mark > spent), math.inf)
                 charged, began = elapsed, time.process_time()
             if (percent := int(100 * min(spent, 1))) > shown:
@@ -87,7 +87,7 @@ def train(
     return average, tuple(curve)
 
 
-def rate(spent: float) -> float:
+def learning_rate_factor(spent: float) -> float:
     """Return the learning rate's factor after a part `spent` of the budget: linear warm-up, then half a cosine to 0."""
     if spent < WARM_UP:
         return (spent + WARM_UP / 10) / (1.1 * WARM_UP)

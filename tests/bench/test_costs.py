@@ -16,7 +16,7 @@ def test_blocks_are_alike_but_for_one_checkpoint(monkeypatch, tmp_path):
     """Two blocks of three steps: six steps, one checkpoint behind the first, removed with its folder at the end."""
     taken, saved = [], []
     monkeypatch.setitem(checkpoint.CASES, "tiny", replace(checkpoint.CASES["tiny"], config=tiny_dataset.network()))
-    monkeypatch.setattr(checkpoint.Trainer, "on", lambda self, _: lambda: (taken.append(1), self.state.advance()))
+    monkeypatch.setattr(checkpoint.Trainer, "step_on", lambda self, _: lambda: (taken.append(1), self.state.advance()))
 
     class Spied(checkpoint.Checkpoints):
         def save(self, step, tensors, facts):

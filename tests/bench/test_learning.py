@@ -20,13 +20,13 @@ from pi0fm.bench.config import LearningOptions
 from pi0fm.bench.harness import peer
 from pi0fm.bench.learning import (
     LeRobotTraining,
-    comparable,
     compare,
     open_shared,
     parameters,
     read_training,
-    spend,
     train,
+    train_for,
+    with_lerobots_heads,
 )
 from pi0fm.cli.main import main
 from pi0fm.data.chain import Sample
@@ -50,7 +50,7 @@ SEEN = Observation({"base": np.full((48, 32, 3), 90, np.uint8)}, np.zeros(4, np.
 def run(learning_run):
     dataset = replace(learning_run().dataset, episodes=(0, 1, 2))
     run = learning_run(steps=STEPS, log_every=1, micro_batch_size=2, flow_draws_per_observation=2, dataset=dataset)
-    return comparable(run, LearningOptions(task="reach-v3", dataset=run.dataset))
+    return with_lerobots_heads(run, LearningOptions(task="reach-v3", dataset=run.dataset))
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_as_many_parameters_take_part_on_both_sides(data):
 
 def test_the_shipped_configuration_becomes_lerobots_eight_heads_and_keeps_every_width():
     base = read_training(options.shipped()["quickstart"])
-    run = comparable(replace(base, flow=replace(base.flow, solver="heun", num_flow_steps=3)), LearningOptions(threads=2))
+    run = with_lerobots_heads(replace(base, flow=replace(base.flow, solver="heun", num_flow_steps=3)), LearningOptions(threads=2))
     network = run.network()
     assert (network.decoder.num_heads, network.decoder.head_dim) == (8, 24)
     assert replace(network, decoder=replace(network.decoder, num_heads=4, head_dim=48)) == TINY
@@ -220,7 +220,7 @@ def clock(monkeypatch):
 )
 def test_what_ends_a_training(clock, capsys, cpu_seconds, steps, spent):
     clock.step = 0.5
-    losses, found = spend("side", float, cpu_seconds, steps)
+    losses, found = train_for("side", float, cpu_seconds, steps)
     assert (found, losses) == ([*spent], [*map(float, range(len(spent)))])
     assert ("side, steps 2/2" in capsys.readouterr().err) == (steps == 2)
 

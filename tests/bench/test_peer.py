@@ -16,7 +16,7 @@ from pi0fm.bench.harness.limits import Rates, products_of
 from pi0fm.bench.harness.peer import RobotFeatures, ShrunkPI0, image_key, policy_config, processors
 from pi0fm.bench.harness.sizes import CASES, PEER_CASES, Case
 from pi0fm.bench.harness.steps import Trainer, their_loss, their_sampler
-from pi0fm.bench.inference import OurCall
+from pi0fm.bench.inference import SamplerCall
 from pi0fm.bench.training import lerobots_step, our_loss
 from pi0fm.models.config import PI0, PI05, TINY, StreamConfig
 from pi0fm_client.errors import ConfigError, DatasetError, Pi0fmError
@@ -126,10 +126,10 @@ def test_both_sides_make_the_same_chunk_and_a_weight_that_differs_is_found(pair,
     observation, noise = make_observation(CASE, batch, 3), make_noise(CASE, batch, 3)
     theirs = their_sampler(pair.theirs.model, observation, noise)()
     assert (theirs - noise).abs().max() > 0.1  # the network has a say
-    assert peer.displacement_difference(OurCall.of(pair.ours, observation, noise, torch.float32)(), theirs, noise) < 1e-5
+    assert peer.displacement_difference(SamplerCall.for_network(pair.ours, observation, noise, torch.float32)(), theirs, noise) < 1e-5
     with torch.no_grad():
         pair.ours.action_in.weight[0, 0] += 0.05
-    changed = OurCall.of(pair.ours, observation, noise, torch.float32)()
+    changed = SamplerCall.for_network(pair.ours, observation, noise, torch.float32)()
     assert peer.displacement_difference(changed, theirs, noise) > inference.BOUNDS[torch.float32]
 
 
@@ -139,7 +139,7 @@ def test_a_missing_camera_is_no_product_of_ours(pair):
     whole = replace(observation, image_mask=torch.ones_like(observation.image_mask))
 
     def flops(seen) -> list[int]:
-        calls = OurCall.of(pair.ours, seen, noise, torch.float32), their_sampler(pair.theirs.model, seen, noise)
+        calls = SamplerCall.for_network(pair.ours, seen, noise, torch.float32), their_sampler(pair.theirs.model, seen, noise)
         return [products_of(call).flops.total() for call in calls]
 
     (ours, theirs), (ours_whole, theirs_whole) = flops(observation), flops(whole)
@@ -149,7 +149,7 @@ def test_a_missing_camera_is_no_product_of_ours(pair):
 
 def test_losses_and_gradients_agree_and_a_gradient_that_differs_is_found(pair):
     batch = make_batch(CASE, 4)
-    theirs, ours = their_loss(pair.theirs.train().model, batch, CPU)(), our_loss(Trainer.of(pair.ours, "float32", CPU), batch)
+    theirs, ours = their_loss(pair.theirs.train().model, batch, CPU)(), our_loss(Trainer.for_network(pair.ours, "float32", CPU), batch)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
     theirs.backward()
     ours.backward()
@@ -164,7 +164,7 @@ def test_a_step_is_the_same_step_on_both_sides(pair, fused):
     batch = make_batch(CASE, 4)
     expected = their_loss(pair.theirs.model, batch, CPU)().item()
     before = pair.ours.action_out.weight.detach().clone()
-    ours, theirs = Trainer.of(pair.ours, "float32", CPU).on(batch), lerobots_step(pair.theirs, batch, CPU, fused)
+    ours, theirs = Trainer.for_network(pair.ours, "float32", CPU).step_on(batch), lerobots_step(pair.theirs, batch, CPU, fused)
     assert (ours(), theirs()) == (pytest.approx(expected, rel=1e-5), pytest.approx(expected, rel=1e-5))
     moved = peer.translated(pair.theirs.model.state_dict(), SMALL)["action_out.weight"] - before
     assert moved.abs().max() > 1e-4
@@ -174,9 +174,9 @@ def test_a_step_is_the_same_step_on_both_sides(pair, fused):
 def test_a_step_with_eight_draws_trains_on_all(pair):
     batch = make_batch(CASE, 4, flow_draws=8)
     single = [replace(batch, noise=batch.noise[:, [draw]], uniform=batch.uniform[:, [draw]]) for draw in range(8)]
-    trainer = Trainer.of(pair.ours, "float32", CPU)
+    trainer = Trainer.for_network(pair.ours, "float32", CPU)
     expected = sum(our_loss(trainer, each).item() for each in single) / 8
-    assert trainer.on(batch)() == pytest.approx(expected, rel=1e-5)
+    assert trainer.step_on(batch)() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("difference", [0.2, math.nan])

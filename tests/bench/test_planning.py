@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pi0fm.bench.harness.exchange import StillNetwork
+from pi0fm.bench.harness.exchange import WeightSumNetwork
 from pi0fm.bench.planning import FEW, LARGE, MANY, SMALL, rates
 from pi0fm.models.config import TINY
 from pi0fm.models.pi0 import Pi0
@@ -17,7 +17,7 @@ from pi0fm.train.plan.network import Network
 def test_a_still_network_has_the_weights_and_passes_of_the_units():
     with torch.device("meta"):
         network = Pi0(TINY)
-    counted, still = count_network(TINY, Adaptation(), torch.float32), StillNetwork(network, 1.0)
+    counted, still = count_network(TINY, Adaptation(), torch.float32), WeightSumNetwork(network, 1.0)
     assert still.bytes() == counted.weights
     units = (*still.vision.layers, *still.decoder.layers, still.prompt_embedding, still.rest)
     assert sorted(sum(weight.numel() for weight in unit.parameters()) for unit in units) == sorted(
@@ -25,7 +25,7 @@ def test_a_still_network_has_the_weights_and_passes_of_the_units():
     )
     still(torch.zeros((), requires_grad=True)).backward()
     assert all((weight.grad == 1).all() for weight in still.parameters())
-    assert StillNetwork(network, 2.0).bytes() == pytest.approx(2 * counted.weights, rel=0.01)
+    assert WeightSumNetwork(network, 2.0).bytes() == pytest.approx(2 * counted.weights, rel=0.01)
 
 
 def test_rates_are_those_that_made_the_seconds():

@@ -5,7 +5,7 @@ import torch
 
 from pi0fm.flow.checks import FlowError
 from pi0fm.flow.config import FIXED_GRID_SOLVERS, SOLVERS
-from pi0fm.flow.solver import Counted, integrate, num_evaluations, uniform_grid
+from pi0fm.flow.solver import CountedVelocity, integrate, num_evaluations, uniform_grid
 from pi0fm_client.errors import ConfigError
 
 
@@ -42,7 +42,7 @@ def test_the_field_never_sees_a_time_outside_the_grid_and_the_count_is_right(sol
         seen.append(float(t[0]))
         return -x
 
-    counted = Counted(field)
+    counted = CountedVelocity(field)
     integrate(counted, torch.ones(3, 2), uniform_grid(7, 0.1, 0.9), solver)
     assert min(seen) >= 0.1 - 1e-6
     assert max(seen) <= 0.9 + 1e-6
@@ -50,7 +50,7 @@ def test_the_field_never_sees_a_time_outside_the_grid_and_the_count_is_right(sol
     if solver in FIXED_GRID_SOLVERS:
         assert counted.num_evaluations == num_evaluations(solver, 7)
     else:
-        with pytest.raises(ConfigError, match="Counted"):
+        with pytest.raises(ConfigError, match="CountedVelocity"):
             num_evaluations(solver, 7)
 
 

@@ -9,8 +9,8 @@ from gaussian_mixture import GaussianMixture
 from pi0fm.flow.config import FlowConfig
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.toy import comparison
-from pi0fm.toy.comparison import Quality, fewest, held_out_nll, quality_curve, seconds_to, sliced_wasserstein
-from pi0fm.toy.training import Mark
+from pi0fm.toy.comparison import DistanceAtEvaluations, fewest_evaluations, held_out_nll, quality_curve, seconds_to, sliced_wasserstein
+from pi0fm.toy.training import NllAtMark
 
 MIXTURE = GaussianMixture(torch.tensor([[1.0, 0.5], [-1.0, -0.5]]), torch.tensor([0.5, 0.5]), 0.4)
 
@@ -83,12 +83,12 @@ def test_samples_that_are_not_finite_are_infinitely_far():
 
 
 def test_the_fewest_evaluations_stay_within_the_distance():
-    curve = (Quality(2, 0.1), Quality(4, 0.5), Quality(8, 0.2), Quality(16, 0.1))
-    assert fewest(curve, 0.2) == 8, "2 came close by luck"
-    assert fewest(curve, 0.05) is None
+    curve = (DistanceAtEvaluations(2, 0.1), DistanceAtEvaluations(4, 0.5), DistanceAtEvaluations(8, 0.2), DistanceAtEvaluations(16, 0.1))
+    assert fewest_evaluations(curve, 0.2) == 8, "2 came close by luck"
+    assert fewest_evaluations(curve, 0.05) is None
 
 
 def test_seconds_to_an_nll_are_those_of_the_first_mark_there():
-    curve = (Mark(1.0, 10, 3.0), Mark(2.0, 20, 2.0), Mark(4.0, 40, 2.1))
+    curve = (NllAtMark(1.0, 10, 3.0), NllAtMark(2.0, 20, 2.0), NllAtMark(4.0, 40, 2.1))
     assert seconds_to(curve, 2.5) == 2.0
     assert seconds_to(curve, 1.9) is None

@@ -14,11 +14,11 @@ from pi0fm import options
 from pi0fm.cli import flow_demo
 from pi0fm.cli.flow_demo import DemoConfig
 from pi0fm.toy import names as words
-from pi0fm.toy.comparison import Comparison, Outcome, Quality
+from pi0fm.toy.comparison import Comparison, DistanceAtEvaluations, Outcome
 from pi0fm.toy.datasets import DATASETS
 from pi0fm.toy.methods import PlaneField
 from pi0fm.toy.pictures import PICTURES
-from pi0fm.toy.training import Mark
+from pi0fm.toy.training import NllAtMark
 from pi0fm_client.errors import ConfigError, OutputError
 
 EVIL = "<script>alert('x')</script>"
@@ -36,7 +36,10 @@ def comparison(names=tuple(FOUND)):
     for name, method in zip(FOUND, DemoConfig().methods(), strict=True):
         if name in names:
             curve, ode, ancestral = FOUND[name]
-            marks, qualities = tuple(Mark(*mark) for mark in curve), [tuple(Quality(*point) for point in each) for each in (ode, ancestral)]
+            marks, qualities = (
+                tuple(NllAtMark(*mark) for mark in curve),
+                [tuple(DistanceAtEvaluations(*point) for point in each) for each in (ode, ancestral)],
+            )
             network = PlaneField(torch.Generator().manual_seed(0))
             outcomes.append(Outcome(method, network, marks, curve[-1][2], torch.zeros(3, 2), *qualities))
     return Comparison(DATASETS["moons"], 0, tuple(outcomes), 0.9, 0.03)
@@ -92,7 +95,7 @@ def test_the_figures_count_to_what_all_methods_reach():
 
 def test_the_costs_are_drawn_where_no_grid_followed_a_field():
     found = comparison()
-    cnf = replace(found.outcomes[1], curve=(*found.outcomes[1].curve, Mark(13.0, 26, float("inf"))))
+    cnf = replace(found.outcomes[1], curve=(*found.outcomes[1].curve, NllAtMark(13.0, 26, float("inf"))))
     picture = Image.open(io.BytesIO(PICTURES["comparison"](replace(found, outcomes=(found.outcomes[0], cnf)))))
     assert picture.width > 1000
     assert len(picture.convert("RGB").getcolors(100_000)) > 20, "an empty picture has one colour"

@@ -14,7 +14,7 @@ from pi0fm.toy import methods
 from pi0fm.toy.comparison import held_out_nll
 from pi0fm.toy.datasets import DATASETS
 from pi0fm.toy.methods import PlaneField, negative_log_likelihood
-from pi0fm.toy.training import MARKS, rate, train
+from pi0fm.toy.training import MARKS, learning_rate_factor, train
 
 
 def field(**sizes):
@@ -128,7 +128,7 @@ def test_a_gradient_that_is_not_finite_ends_the_training():
 
 
 def test_the_rate_warms_up_and_ends_at_zero():
-    assert 0 < rate(0.0) < 0.2
-    assert rate(0.02) == pytest.approx(1)
-    assert rate(1.0) == pytest.approx(0, abs=1e-12)
-    assert all(rate(a) > rate(a + 0.05) for a in (0.1, 0.3, 0.6, 0.9))
+    assert 0 < learning_rate_factor(0.0) < 0.2
+    assert learning_rate_factor(0.02) == pytest.approx(1)
+    assert learning_rate_factor(1.0) == pytest.approx(0, abs=1e-12)
+    assert all(learning_rate_factor(a) > learning_rate_factor(a + 0.05) for a in (0.1, 0.3, 0.6, 0.9))

@@ -106,7 +106,7 @@ def prepared(config: Pi0Config, case: TrainingCase, device: torch.device) -> Tra
     model = adapt(random_network(config, device), case.how, torch.bfloat16).to(device)
     if case.compilation:
         model.compile_layers()
-    return Trainer.of(model, "bfloat16", device, StateConfig(adaptation=case.how, ema_decay=0.999 if case.averaged else None))
+    return Trainer.for_network(model, "bfloat16", device, StateConfig(adaptation=case.how, ema_decay=0.999 if case.averaged else None))
 
 
 def full_batch(config: Pi0Config, size: int, device: torch.device) -> Batch:

@@ -1,6 +1,6 @@
 """Time of the workers' exchange in a step, without computation: a network of the same units whose passes read each weight once.
 
-Owns: `StillNetwork`, the seconds of its passes. Does not know: rates, plans.
+Owns: `WeightSumNetwork`, the seconds of its passes. Does not know: rates, plans.
 
     DDP         buckets filled, summed over the workers, read
     sharded     a unit's rows copied in, gathered, copied out into weights; its gradient copied in, scattered, added
@@ -25,7 +25,7 @@ from pi0fm.train.parallel.sharding import REST, shard, unit_of
 
 
 @final
-class StillUnit(nn.Module):
+class WeightSum(nn.Module):
     """Module with weights of given shapes that returns their sum."""
 
     def __init__(self, shapes: list[torch.Size]) -> None:
@@ -40,7 +40,7 @@ class StillUnit(nn.Module):
 
 
 @final
-class StillNetwork(nn.Module):
+class WeightSumNetwork(nn.Module):
     """Units of `network` with `times` as many rows in each weight, called in the network's order."""
 
     def __init__(self, network: nn.Module, times: float) -> None:
@@ -49,10 +49,10 @@ class StillNetwork(nn.Module):
         for name, parameter in network.named_parameters():
             rows, *others = parameter.shape or (1,)
             shapes[unit_of(name)].append(torch.Size((max(1, round(times * rows)), *others)))
-        self.rest, self.prompt_embedding = StillUnit(shapes.pop(REST)), StillUnit(shapes.pop("prompt_embedding"))
+        self.rest, self.prompt_embedding = WeightSum(shapes.pop(REST)), WeightSum(shapes.pop("prompt_embedding"))
         self.vision, self.decoder = nn.Module(), nn.Module()
         self.vision.layers, self.decoder.layers = (
-            nn.ModuleList(StillUnit(each) for name, each in shapes.items() if name.startswith(tower)) for tower in ("vision", "decoder")
+            nn.ModuleList(WeightSum(each) for name, each in shapes.items() if name.startswith(tower)) for tower in ("vision", "decoder")
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,12 +66,12 @@ class StillNetwork(nn.Module):
         return sum(weight.nbytes for weight in self.parameters())
 
 
-def exchanged(network: nn.Module, parallel: Parallel, times: float, steps: int) -> dict[str, float]:
+def exchange_seconds(network: nn.Module, parallel: Parallel, times: float, steps: int) -> dict[str, float]:
     """Seconds that the exchange adds to a pass over `times` as many weights as `network`'s, by sharding; and their `bytes`."""
-    alone = StillNetwork(network, times)
+    alone = WeightSumNetwork(network, times)
     calls: dict[str, nn.Module] = {"alone": alone}
     for word in (NONE, GRADIENTS, FULL):
-        still, how = StillNetwork(network, times), ParallelConfig(word)
+        still, how = WeightSumNetwork(network, times), ParallelConfig(word)
         if how.cuts:
             units: Any = still
             shard(cast(Pi0, units), parallel.mesh(how), how, torch.float32)

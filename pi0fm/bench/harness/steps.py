@@ -76,7 +76,7 @@ class Trainer:
         self.state.prepare(self.parallel)
 
     @classmethod
-    def of(cls, model: Pi0, precision: str, device: torch.device, config: StateConfig | None = None) -> "Trainer":
+    def for_network(cls, model: Pi0, precision: str, device: torch.device, config: StateConfig | None = None) -> "Trainer":
         """Build the training of `model`. precision: as `pi0fm train --precision`."""
         parallel = Parallel(Context(), precision, allow_cuda=device.type == "cuda")
         return cls(TrainState(model.to(parallel.device), config or StateConfig()), parallel)
@@ -84,29 +84,29 @@ class Trainer:
     def step(self, batches: Iterator[Batch], valid: int, mark: Callable[[str], object] | None = None) -> Tensor:
         """Take a step and return its loss, on the device. valid: as `train_step` takes it. mark: called at the end of each part."""
         ended = mark or (lambda _: None)
-        accelerator: Any = self.parallel.accelerator if mark is None else _Marked(self.parallel.accelerator, mark)
+        accelerator: Any = self.parallel.accelerator if mark is None else _MarkedAccelerator(self.parallel.accelerator, mark)
         state, clip_norm = self.state, self.state.config.optimizer.clip_norm
         ended("")
-        loss, _ = train_step(state.trained, self.flow, state.optimizer, accelerator, _marked(batches, ended), valid, clip_norm)
+        loss, _ = train_step(state.trained, self.flow, state.optimizer, accelerator, _mark_data(batches, ended), valid, clip_norm)
         ended("optimizer")
         state.advance()
         ended("average")
         return loss
 
-    def on(self, batch: Batch) -> Callable[[], float]:
+    def step_on(self, batch: Batch) -> Callable[[], float]:
         """Build a step on `batch`, which it trims each time as the chain does."""
         batches = (replace(batch, observation=batch.observation.trimmed()) for _ in itertools.count())
         valid = int(batch.action_mask.sum()) * batch.uniform.shape[1]
         return lambda: float(self.step(batches, valid))
 
 
-def _marked(batches: Iterator[Batch], mark: Callable[[str], object]) -> Iterator[Batch]:
+def _mark_data(batches: Iterator[Batch], mark: Callable[[str], object]) -> Iterator[Batch]:
     for batch in batches:
         mark("data")
         yield batch
 
 
-class _Marked:
+class _MarkedAccelerator:
     """accelerate's Accelerator, with a mark before and after the backward pass."""
 
     def __init__(self, inner: Accelerator, mark: Callable[[str], object]) -> None:

@@ -20,7 +20,7 @@ from pi0fm.flow.committed import CommittedVelocity
 from pi0fm.flow.config import FIXED_GRID_SOLVERS
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import sample
-from pi0fm.flow.solver import Spread, Velocity
+from pi0fm.flow.solver import Velocity, VelocitySpread
 from pi0fm.models.observation import ModelObservation
 from pi0fm.models.pi0 import CachedVelocity, FlowTime, Pi0
 from pi0fm.models.prefix_cache import PrefixCache
@@ -92,7 +92,7 @@ class Sampler:
         increments: Float[Tensor, "K BN H A"] | None = None,
         committed: Committed | None = None,
     ) -> tuple[Float[Tensor, "BN H A"], Float[Tensor, " BN"]]:
-        """The chunks, and the `Spread` of the network's answers on the way to each, over the rows that it chose."""
+        """The chunks, and the `VelocitySpread` of the network's answers on the way to each, over the rows that it chose."""
         chunk, spread = self._sampled(observation, noise, mask, increments, True, committed)
         return chunk, spread
 
@@ -158,11 +158,11 @@ def _solved(
     """Solve for the chunks, with committed rows where there are any, and for their spread on request."""
     committing = CommittedVelocity(velocity, *committed) if committed else None
     field: Velocity = committing or velocity
-    watched = Spread(field) if spread else None
+    watched = VelocitySpread(field) if spread else None
     chunk = solve(watched or field)
     if committing is not None:
         chunk, mask = committing.placed(chunk), mask & ~committing.held[..., None]
-    return (chunk,) if watched is None else (chunk, watched.of(mask))
+    return (chunk,) if watched is None else (chunk, watched.deviation(mask))
 
 
 def _with_fused_layers(model: Pi0) -> Pi0 | None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pi0fm.data.chain import Chain, DeltaActions, Normalize, PadDimensions, Sample
 from pi0fm.flow.config import FIXED_GRID_SOLVERS
-from pi0fm.flow.density import DensityOptions, Pushed, density_solver, push_backward, push_forward
+from pi0fm.flow.density import DensityOptions, DensityResult, density_solver, push_backward, push_forward
 from pi0fm.flow.matching import FlowMatching
 from pi0fm.flow.sampling import sample
 from pi0fm.flow.solver import Velocity, check_solver
@@ -95,7 +95,7 @@ class Scores:
         ]
 
 
-def make_scores(pushed: Pushed, chain: Chain, horizon: int) -> Scores:
+def make_scores(pushed: DensityResult, chain: Chain, horizon: int) -> Scores:
     """Convert the flow's tensors to Scores."""
     density, norm = (tensor.double().cpu().numpy() for tensor in (pushed.log_prob, pushed.noise_norm))
     return Scores(density, norm, log_jacobian(chain, horizon))
@@ -122,7 +122,7 @@ def sample_and_score(
     *,
     probes: Float[Tensor, "n B H A"] | None,
     increments: Float[Tensor, "K B H A"] | None,
-) -> Pushed:
+) -> DensityResult:
     """Chunks from noise, by the flow's own sampler, with their density; call it under torch.no_grad.
 
     One pass where the density is computed along the very trajectory that samples; else the chunk first, then backwards from it.
@@ -137,7 +137,7 @@ def sample_and_score(
     chunk = sample(flow, velocity, noise, mask, increments=increments)
     pushed = push_backward(flow, scoring, chunk, mask, density)
     # The sampled chunk, in its own precision: scores never change a robot's actions.
-    return Pushed(pushed.noise, chunk, pushed.log_prob)
+    return DensityResult(pushed.noise, chunk, pushed.log_prob)
 
 
 def log_jacobian(chain: Chain, horizon: int) -> float:

@@ -8,7 +8,7 @@ import torch
 
 from pi0fm.flow.config import FlowConfig
 from pi0fm.flow.matching import FlowMatching
-from pi0fm.flow.solver import Spread
+from pi0fm.flow.solver import VelocitySpread
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.sampling.best_of import CRITERIA, BestOf, choose, medoid_distances
 from pi0fm.policy.sampling.noise import candidate_seeds
@@ -107,13 +107,13 @@ def test_the_spread_is_the_deviation_of_the_velocity_over_its_evaluations(solver
 
     noise = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
     mask = torch.tensor([True, False]).expand(3, 4, 2)
-    watched = Spread(field)
+    watched = VelocitySpread(field)
     flow.sample(watched, noise, mask=mask)
     expected = torch.stack(seen)[..., 0].double().var(0, correction=0).mean(1).sqrt()
-    torch.testing.assert_close(watched.of(mask).double(), expected, rtol=1e-4, atol=0)
-    straight = Spread(lambda x, t: torch.full_like(x, 3.0))
+    torch.testing.assert_close(watched.deviation(mask).double(), expected, rtol=1e-4, atol=0)
+    straight = VelocitySpread(lambda x, t: torch.full_like(x, 3.0))
     flow.sample(straight, noise)
-    assert straight.of(mask).tolist() == [0, 0, 0]
+    assert straight.deviation(mask).tolist() == [0, 0, 0]
 
 
 def test_what_cannot_be_chosen_by_is_refused():
