@@ -73,20 +73,20 @@ def step(name: str, total: int, start: int = 0) -> Iterator[Step]:
 
 
 def say(text: str) -> None:
-    """Print a status line to standard error, and pass it to the listeners of `heard`."""
+    """Print a status line to standard error, and pass it to the listeners of `passed_to`."""
     print(text, file=sys.stderr, flush=True)
-    for hear in list(_LISTENERS):
-        hear(text)
+    for listener in list(_LISTENERS):
+        listener(text)
 
 
 _LISTENERS: list[Callable[[str], object]] = []
 
 
 @contextmanager
-def heard(hear: Callable[[str], object]) -> Iterator[None]:
-    """Pass every status line that any thread of this process prints during the block to `hear`."""
-    _LISTENERS.append(hear)
+def passed_to(listener: Callable[[str], object]) -> Iterator[None]:
+    """Pass every status line that any thread of this process prints during the block to `listener`."""
+    _LISTENERS.append(listener)
     try:
         yield
     finally:
-        _LISTENERS.remove(hear)
+        _LISTENERS.remove(listener)

@@ -135,7 +135,7 @@ def simulated_tasks(metadata: Mapping[str, Any]) -> dict[str, int]:
 
     Raises ConfigError where the bundle names no such task or no camera.
     """
-    tasks = {task: int(high) + 1 for task, (_, high) in metadata["demonstration_seeds"].items() if catalog.known(task)}
+    tasks = {task: int(high) + 1 for task, (_, high) in metadata["demonstration_seeds"].items() if catalog.is_task(task)}
     if not tasks or not metadata["camera_sources"]:
         raise ConfigError(
             "observations are needed, and this bundle names no task and camera of a simulator to make them with; "

@@ -34,7 +34,7 @@ def record_demonstrations(config: DemosConfig) -> dict[str, object]:
         return record(config, submit, window=EPISODES_AHEAD * config.num_workers)
 
 
-class Simulator:
+class SimulatorActor:
     """Actor that simulates episodes and keeps its environments from one to the next."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ def simulators(config: DemosConfig) -> Iterator[Submit]:
     import ray
 
     require_resources({"CPU": 1}, config.num_workers)
-    kind = ray.remote(Simulator).options(num_cpus=1, runtime_env=dict(ONE_THREAD), max_restarts=-1, max_task_retries=3)
+    kind = ray.remote(SimulatorActor).options(num_cpus=1, runtime_env=dict(ONE_THREAD), max_restarts=-1, max_task_retries=3)
     actors = [kind.remote() for _ in range(config.num_workers)]
     turn = itertools.cycle(actors)
 

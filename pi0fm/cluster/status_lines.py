@@ -23,7 +23,7 @@ def appended_to(path: Path | None) -> Iterator[None]:
         with suppress(OSError), path.open("a", encoding="utf-8") as file:
             file.write(f"{text}\n")
 
-    with progress.heard(add):
+    with progress.passed_to(add):
         yield
 
 

@@ -53,7 +53,7 @@ def judge_environment(task: str, max_steps: int | None, judged: Judged, start_pi
     start_pictures [n, C, size, size, 3]: of first rows of recorded episodes.
     Raises ConfigError for an unknown task, SimulationError where it cannot run here.
     """
-    if "/" in task or catalog.known(task):
+    if "/" in task or catalog.is_task(task):
         suite, name = catalog.find(task)
     else:
         suite = catalog.suite_named(task)

@@ -70,7 +70,7 @@ class Evaluation:
 
     def _of(self, suite: Suite) -> dict[str, Any]:
         """Return the figures of one suite, with the mean of each published group whose tasks were all evaluated."""
-        figures = self.summary.of([catalog.report_name(f"{suite.name}/{task}") for task in suite.tasks]).json()
+        figures = self.summary.for_tasks([catalog.report_name(f"{suite.name}/{task}") for task in suite.tasks]).json()
         counts = {row.task: (row.successes, row.trials) for row in self.summary.tasks}
         named = {
             group: [counts.get(catalog.report_name(f"{suite.name}/{task}"), (0, 0)) for task in tasks]

@@ -60,11 +60,11 @@ class Summary:
     episodes: int
 
     @property
-    def scored(self) -> bool:
+    def has_scores(self) -> bool:
         """Tell whether any task has scores."""
         return any(task.scores for task in self.tasks)
 
-    def of(self, tasks: Collection[str]) -> "Summary":
+    def for_tasks(self, tasks: Collection[str]) -> "Summary":
         """Return the figures of a subset of the tasks."""
         return _over(tuple(row for row in self.tasks if row.task in tasks))
 

@@ -57,7 +57,7 @@ def report_name(task: str) -> str:
     return task.removeprefix(f"{DEFAULT_SUITE}/")
 
 
-def known(task: str) -> bool:
+def is_task(task: str) -> bool:
     """Tell whether a suite has that task; the tasks of a real robot's data set are in none."""
     try:
         find(task)

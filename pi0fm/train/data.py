@@ -255,7 +255,7 @@ def _check_entry(config: TrainConfig, name: str, number: int, recorded: LeRobotS
 def _check_columns(config: TrainConfig, name: str, number: int, recorded: LeRobotSource, pretrained: Pretrained | None) -> _CheckedEntry:
     entry = config.entries()[name]
     with entry_named(name):
-        held = held_out.choose(recorded, config.validation.episodes, part_seed(config.seed, number))
+        held = held_out.choose_held_out(recorded, config.validation.episodes, part_seed(config.seed, number))
         source, unseen = held_out.split(recorded, held)
         policy = policy_config(config, source, held)
         if pretrained is not None:

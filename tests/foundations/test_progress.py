@@ -47,7 +47,7 @@ def test_without_a_terminal_lines_go_to_standard_error(capsys: pytest.CaptureFix
 
 def test_what_is_said_is_passed_on_during_a_block(capsys: pytest.CaptureFixture[str]) -> None:
     heard: list[str] = []
-    with progress.heard(heard.append):
+    with progress.passed_to(heard.append):
         progress.say("the disk is full")
     progress.say("not any more")
     assert heard == ["the disk is full"]

@@ -54,7 +54,7 @@ def test_an_unknown_suite_or_task_is_one_line_that_names_the_nearest(written: st
     with pytest.raises(ConfigError) as caught:
         catalog.find(written)
     assert words in str(caught.value) and "\n" not in str(caught.value)
-    assert not catalog.known(written) and catalog.known("reach-v3")
+    assert not catalog.is_task(written) and catalog.is_task("reach-v3")
 
 
 def test_what_is_not_asked_for_is_the_suites() -> None:

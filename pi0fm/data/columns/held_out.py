@@ -19,7 +19,7 @@ from pi0fm_client.errors import ConfigError
 NO_EPOCH = 2**63  # key of a permutation that no training epoch uses
 
 
-def choose(source: LeRobotSource, count: int, seed: int) -> tuple[int, ...]:
+def choose_held_out(source: LeRobotSource, count: int, seed: int) -> tuple[int, ...]:
     """Choose `count` of the episodes that `source` trains on, ascending, spread evenly over tasks: a function of (episodes, seed).
 
     An episode's task is that of its first frame. Raises ConfigError when a task would be left without an episode to train on.

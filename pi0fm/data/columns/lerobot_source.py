@@ -28,7 +28,7 @@ from pi0fm.data.columns.embodiment import Embodiment, resolve
 from pi0fm.data.columns.faults import Fault, faulty_episodes, refuse
 from pi0fm.data.columns.metadata import Episodes, Info, read_episodes, read_info, read_json, read_tasks
 from pi0fm.data.columns.norm_stats import NormStats, compute_norm_stats
-from pi0fm.data.columns.rows import Rows, choose, compare, read_rows, refuse_unknown_sentences
+from pi0fm.data.columns.rows import Rows, read_rows, refuse_unknown_sentences, row_faults, selected_episodes
 from pi0fm.data.columns.tables import read_faults, read_table, scalars
 from pi0fm.data.config import DatasetConfig, Selection, refuse_missing
 from pi0fm.files import visible
@@ -202,9 +202,9 @@ def examine(config: DatasetConfig, embodiment: Embodiment, selection: Selection 
     episodes = read_episodes(root, info, videos, sentences=bool(selection.tasks))
     tasks = read_tasks(root)
     refuse_unknown_sentences(selection.tasks, tasks, root)
-    chosen = choose(episodes, selection)
+    chosen = selected_episodes(episodes, selection)
     if selection.tasks:
-        chosen &= _present(episodes, set(selection.tasks))
+        chosen &= _readable_episodes(episodes, set(selection.tasks))
     if not chosen.any():
         raise _no_episode_error(root, selection, len(episodes.number))
     rows, faults = read_rows(root, episodes, chosen, embodiment, info)
@@ -221,7 +221,7 @@ def examine(config: DatasetConfig, embodiment: Embodiment, selection: Selection 
     broken = faulty_episodes(faults)  # incomplete metadata cannot be compared
     comparable = read & ~np.isin(episodes.number, broken)
     compared = rows.take(~np.isin(rows.episode, broken)) if broken else rows
-    faults += compare(compared, episodes, comparable, info, tasks, embodiment, any_video_order=config.any_video_order)
+    faults += row_faults(compared, episodes, comparable, info, tasks, embodiment, any_video_order=config.any_video_order)
     if not len(rows.episode):
         if faults:
             raise faults[0].error()
@@ -286,7 +286,7 @@ def _source(
     )
 
 
-def _present(episodes: Episodes, sentences: set[str]) -> NDArray[np.bool_]:
+def _readable_episodes(episodes: Episodes, sentences: set[str]) -> NDArray[np.bool_]:
     """[E] False where an episode's file of rows is missing and none of its sentences is wanted: it is left out unread."""
     exists = {path: path is None or path.is_file() for path in set(episodes.files)}
     noted = zip(episodes.files, episodes.tasks, strict=True)

@@ -70,7 +70,7 @@ class Rows:
 _ARRAYS = tuple(field.name for field in fields(Rows) if field.name != "files")
 
 
-def choose(episodes: Episodes, selection: Selection) -> NDArray[np.bool_]:
+def selected_episodes(episodes: Episodes, selection: Selection) -> NDArray[np.bool_]:
     """[E] True for each episode that is read. Raises ConfigError for a number that the data set does not have."""
     for name, wanted in (("dataset.episodes", selection.episodes), ("exclude_episodes", selection.exclude)):
         unknown = sorted(set(wanted) - set(episodes.number.tolist()))
@@ -134,11 +134,11 @@ def read_rows(root: Path, episodes: Episodes, chosen: NDArray[np.bool_], embodim
         )
     if not parts:
         raise faults[0].error()
-    rows = _grouped(_concatenated(parts))
+    rows = _sort_by_episode(_concatenated(parts))
     return (_with_times(rows, info.fps) if np.isnan(rows.time).all() else rows), faults
 
 
-def compare(
+def row_faults(
     rows: Rows,
     episodes: Episodes,
     chosen: NDArray[np.bool_],
@@ -156,18 +156,18 @@ def compare(
     starts, stops = (np.zeros(len(episodes.number), dtype=np.int64) for _ in range(2))
     starts[place[known]], stops[place[known]] = begins[known], np.append(begins[1:], len(rows.episode))[known]
     strange = begins[~known]
-    faults = [*_bounds(rows, episodes, chosen, starts, stops, strange, info), *_time(rows)]
+    faults = [*_bound_faults(rows, episodes, chosen, starts, stops, strange, info), *_time_faults(rows)]
     timed = chosen & (stops > starts) & ~np.isin(episodes.number, faulty_episodes(faults))
-    faults += [*_rate(rows, episodes, timed, starts, stops, info), *_spans(rows, episodes, chosen, starts, stops, info)]
-    faults += [] if any_video_order else _order(episodes, chosen)
+    faults += [*_rate_faults(rows, episodes, timed, starts, stops, info), *_span_faults(rows, episodes, chosen, starts, stops, info)]
+    faults += [] if any_video_order else _order_faults(episodes, chosen)
     counted = sorted(tasks) == list(range(len(tasks)))
     right = (rows.task >= 0) & (rows.task < len(tasks)) if counted else np.isin(rows.task, list(tasks))
     keys = ", ".join(map(str, list(tasks)[:8]))
-    faults += _firsts(rows, ~right, "task", lambda row: f"has task_index {_shown(rows.task[row])}, but meta/tasks.parquet has {keys}")
-    return [*faults, *_numbers(rows, embodiment.state, rows.state), *_numbers(rows, embodiment.action, rows.action)]
+    faults += _first_faults(rows, ~right, "task", lambda row: f"has task_index {_shown(rows.task[row])}, but meta/tasks.parquet has {keys}")
+    return [*faults, *_value_faults(rows, embodiment.state, rows.state), *_value_faults(rows, embodiment.action, rows.action)]
 
 
-def _numbers(rows: Rows, column: str, numbers: ColumnValues) -> Iterator[Fault]:
+def _value_faults(rows: Rows, column: str, numbers: ColumnValues) -> Iterator[Fault]:
     """Faults of rows without as many finite numbers as meta/info.json says."""
     values = numbers.values
 
@@ -177,10 +177,10 @@ def _numbers(rows: Rows, column: str, numbers: ColumnValues) -> Iterator[Fault]:
     def not_finite(row: int) -> str:
         return f"must have finite numbers in {column!r}, found {values[row].tolist()!s:.120}"
 
-    yield from _firsts(rows, numbers.bad, "width", other_width)
+    yield from _first_faults(rows, numbers.bad, "width", other_width)
     finite = np.isfinite(values)
     if not finite.all():
-        yield from _firsts(rows, ~finite.all(axis=1), "not finite", not_finite)
+        yield from _first_faults(rows, ~finite.all(axis=1), "not finite", not_finite)
 
 
 def _files(root: Path, episodes: Episodes, chosen: NDArray[np.bool_]) -> dict[Path, list[int]]:
@@ -217,7 +217,7 @@ def _concatenated(parts: Sequence[Rows]) -> Rows:
     return replace(parts[0], **arrays)
 
 
-def _grouped(rows: Rows) -> Rows:
+def _sort_by_episode(rows: Rows) -> Rows:
     """Sort rows into the order of `Rows`, in which a healthy data set is already."""
     if (rows.index[1:] > rows.index[:-1]).all() and (rows.episode[1:] >= rows.episode[:-1]).all():
         return rows
@@ -229,10 +229,10 @@ def _grouped(rows: Rows) -> Rows:
 
 def _with_times(rows: Rows, fps: float) -> Rows:
     """Set the times of a data set without timestamps: frame_index, or the place in the episode, divided by the rate."""
-    return replace(rows, time=(_places(rows) if rows.frame is None else rows.frame) / fps)
+    return replace(rows, time=(_places_in_episode(rows) if rows.frame is None else rows.frame) / fps)
 
 
-def _places(rows: Rows) -> NDArray[np.int64]:
+def _places_in_episode(rows: Rows) -> NDArray[np.int64]:
     """[N] place of each row in its episode, from 0."""
     begins = np.flatnonzero(np.diff(rows.episode, prepend=rows.episode[:1] - 1))
     return np.arange(len(rows.episode)) - np.repeat(begins, np.diff(np.append(begins, len(rows.episode))))
@@ -256,7 +256,9 @@ def _refuse_bad(path: Path, name: str, numbers: ColumnValues) -> None:
         raise DatasetError(f"the column {name!r} of {path} must be whole numbers, found {numbers.found} in row {row}; {RECORD_AGAIN}")
 
 
-def _firsts(rows: Rows, wrong: NDArray[np.bool_], kind: str, told: Callable[[int], str], remedy: str = RECORD_AGAIN) -> Iterator[Fault]:
+def _first_faults(
+    rows: Rows, wrong: NDArray[np.bool_], kind: str, told: Callable[[int], str], remedy: str = RECORD_AGAIN
+) -> Iterator[Fault]:
     """Fault of the first wrong row of each episode."""
     if not wrong.any():
         return
@@ -270,7 +272,7 @@ def _where(rows: Rows, row: int) -> str:
     return f"row {rows.index[row]} of episode {rows.episode[row]} in {rows.files[rows.file[row]]}"
 
 
-def _bounds(
+def _bound_faults(
     rows: Rows,
     episodes: Episodes,
     chosen: NDArray[np.bool_],
@@ -307,22 +309,22 @@ def _bounds(
         yield Fault("bounds", f"{info.path} promises {info.total_frames} frames, but the parquet files hold {len(rows.index)}")
 
 
-def _time(rows: Rows) -> Iterator[Fault]:
+def _time_faults(rows: Rows) -> Iterator[Fault]:
     """Faults of timestamps and frame_index that do not rise within an episode; a gap is a removed row, and no fault."""
     same = rows.episode[1:] == rows.episode[:-1]
     wrong = ~(rows.time >= -ROUNDING)  # NaN too
     wrong[1:] |= same & ~(rows.time[1:] > rows.time[:-1])
     wrong |= np.isinf(rows.time)
     rule = "above that of the row before it"
-    yield from _firsts(rows, wrong, "time", lambda row: f"must have a timestamp {rule}, found {rows.time[row]:g}", CORRECT)
+    yield from _first_faults(rows, wrong, "time", lambda row: f"must have a timestamp {rule}, found {rows.time[row]:g}", CORRECT)
     if rows.frame is not None:
         frame = rows.frame
         late = frame < 0
         late[1:] |= same & (frame[1:] <= frame[:-1])
-        yield from _firsts(rows, late, "time", lambda row: f"must have a frame_index {rule}, found {_shown(frame[row])}", CORRECT)
+        yield from _first_faults(rows, late, "time", lambda row: f"must have a frame_index {rule}, found {_shown(frame[row])}", CORRECT)
 
 
-def _rate(
+def _rate_faults(
     rows: Rows, episodes: Episodes, timed: NDArray[np.bool_], starts: NDArray[np.int64], stops: NDArray[np.int64], info: Info
 ) -> Iterator[Fault]:
     """Faults of episodes whose timestamp and frame_index, at the rate of meta/info.json, are nearest to different pictures.
@@ -336,7 +338,7 @@ def _rate(
 
     timed: episodes whose times rise. A data set with another rate throughout has one fault, not one per episode.
     """
-    frame = _places(rows) if rows.frame is None else rows.frame
+    frame = _places_in_episode(rows) if rows.frame is None else rows.frame
     with np.errstate(over="ignore", invalid="ignore"):
         ahead = rows.time * info.fps - frame
     apart = np.flatnonzero(np.abs(ahead) > APART)
@@ -350,7 +352,7 @@ def _rate(
             steps = np.diff(rows.time[own]) * info.fps / np.diff(frame[own])
             usual = float(np.median(steps)) if len(steps) else 1.0
             ends = [float(videos.end[place] - videos.begin[place]) for videos in episodes.videos.values()]
-            if not _explained(ahead[own], rows.time[own], frame[own], usual, ends, info.fps):
+            if not _times_are_consistent(ahead[own], rows.time[own], frame[own], usual, ends, info.fps):
                 wrong.append((place, row, usual))
     others = [usual for _, _, usual in wrong if abs(usual - 1) > RATE_SHARE]
     if len(others) > timed.sum() / 2:
@@ -365,7 +367,7 @@ def _rate(
         yield Fault("time", text, CORRECT, int(episodes.number[place]))
 
 
-def _explained(
+def _times_are_consistent(
     ahead: NDArray[np.float64], time: NDArray[np.float64], frame: NDArray[np.int64], usual: float, spans: Sequence[float], fps: float
 ) -> bool:
     """Whether an episode's times are right although they differ from its frame_index. usual: median periods between rows."""
@@ -379,7 +381,7 @@ def _explained(
     return bool(begun) and all(np.isnan(span) or abs(span - by_time) < abs(span - by_frame) - 0.1 / fps for span in spans)
 
 
-def _order(episodes: Episodes, chosen: NDArray[np.bool_]) -> Iterator[Fault]:
+def _order_faults(episodes: Episodes, chosen: NDArray[np.bool_]) -> Iterator[Fault]:
     """Faults of videos that are ordered neither by episode number nor by row, as every LeRobot tool writes them."""
     places = np.flatnonzero(chosen)
     remedy = f"{CORRECT_EPISODES}; where the videos do have that order, type --dataset.any_video_order true"
@@ -393,7 +395,7 @@ def _order(episodes: Episodes, chosen: NDArray[np.bool_]) -> Iterator[Fault]:
             yield Fault("video", text, remedy, number)
 
 
-def _spans(
+def _span_faults(
     rows: Rows, episodes: Episodes, chosen: NDArray[np.bool_], starts: NDArray[np.int64], stops: NDArray[np.int64], info: Info
 ) -> Iterator[Fault]:
     """Faults of chosen episodes whose span of a video file is missing, too short or overlaps another's."""

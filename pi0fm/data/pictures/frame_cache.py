@@ -107,7 +107,7 @@ def open_cache(
     """Open the cache, building missing shards. Raises DatasetError when it would exceed the limit, or a video is unreadable."""
     directory = cache_folder(source, config, size, form, resize)
     firsts = shard_firsts(source, size)
-    cache = _Folder(ShardFolder(directory, tuple(source.embodiment.cameras.values()), firsts, size, form), source, resize)
+    cache = _ShardBuilder(ShardFolder(directory, tuple(source.embodiment.cameras.values()), firsts, size, form), source, resize)
     if not os.access(directory, os.W_OK) and directory.is_dir() and not cache.missing():
         return cache.place.open()  # a complete cache on a read-only disk
     try:
@@ -116,7 +116,7 @@ def open_cache(
             if missing:
                 _check_room(directory, sum(cache.count(number) for _, number in missing) * size * size * 3, config.cache_limit_gib, form)
                 cache.build(config, missing)
-            cache.note_verified()
+            cache.record_verified()
     except OutputError as error:
         raise OutputError(f"decoded frames: {error}, or type --dataset.cache_dir FOLDER") from None
     return cache.place.open()
@@ -194,7 +194,7 @@ def video_segments(source: LeRobotSource, camera: str, first: int, stop: int) ->
 
 
 @dataclass(frozen=True)
-class _Folder:
+class _ShardBuilder:
     """Shards of one data set at one size; `missing` and `build` are called under the lock."""
 
     place: ShardFolder
@@ -248,7 +248,7 @@ class _Folder:
             skip = ", or type --dataset.skip_bad all to leave out every such episode" if config.skip_bad is True else ""
             raise DatasetError(f"{error}{wider}{skip}") from None
 
-    def note_verified(self) -> None:
+    def record_verified(self) -> None:
         """Record size and time of the shards, now that they are known to be whole."""
         shards = (
             self.place.path(column, number)

@@ -31,13 +31,13 @@ def folders(config) -> list[Path]:
 def builds(monkeypatch) -> list[Path]:
     """The folders that were built, in order."""
     built: list[Path] = []
-    build = frame_cache._Folder.build
+    build = frame_cache._ShardBuilder.build
 
     def counted(folder, config, missing):
         built.append(folder.directory)
         return build(folder, config, missing)
 
-    monkeypatch.setattr(frame_cache._Folder, "build", counted)
+    monkeypatch.setattr(frame_cache._ShardBuilder, "build", counted)
     return built
 
 

@@ -22,7 +22,7 @@ def test_a_task_of_ray_builds_what_workers_then_open(tmp_path_factory, tmp_path,
     config = DatasetConfig(root=root, cache_dir=tmp_path / "cache", video_decoder="pyav")
     (seconds,) = cache_everywhere([MixtureEntry(config)], 64).values()
     assert seconds > 0
-    monkeypatch.setattr(frame_cache._Folder, "build", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(frame_cache._ShardBuilder, "build", lambda *_: pytest.fail("built again"))
     cache = open_cache(open_source(config, Embodiment()), config, 64)
     assert cache.gather(np.arange(sum(tiny_dataset.LENGTHS))).any()
     with pytest.raises(DatasetError, match="must be a LeRobot data set"):

@@ -84,7 +84,7 @@ def test_a_run_names_its_slow_worker_with_its_node(run, tmp_path, monkeypatch):
 
         monkeypatch.setattr(Pi0, "forward", forward)
         said: list[str] = []
-        with progress.heard(said.append):
+        with progress.passed_to(said.append):
             train(replace(context, node=f"node-{context.rank}"), config)
         return said
 
