@@ -61,7 +61,7 @@ def measure(config: TrainConfig, shape: ProfileSteps, folder: Path) -> BenchRepo
         for _ in range(shape.steps):
             step(clock.mark)
         seconds = {part: value / shape.steps for part, value in clock.seconds().items()}
-        flops, longest = _counted(step), _traced(step, device, folder / TRACE)
+        flops, longest = _count_operations(step), _trace_step(step, device, folder / TRACE)
     peak = peak_bytes(device)
     del batches
     rates, moved = measure_rates(device, [parallel.compute_dtype], whole=on_card), _bytes_moved(state, config.micro_steps(1))
@@ -121,7 +121,7 @@ def advise(
     return [text for _, text in sorted(found, key=lambda item: -item[0])]
 
 
-def _counted(step: Callable[[Callable[[str], object]], None]) -> dict[str, float]:
+def _count_operations(step: Callable[[Callable[[str], object]], None]) -> dict[str, float]:
     """Operations of a step by part, including those repeated by checkpointing."""
     found, before = dict.fromkeys(PARTS, 0.0), 0
     with flop_counter() as counter:
@@ -137,7 +137,7 @@ def _counted(step: Callable[[Callable[[str], object]], None]) -> dict[str, float
     return found
 
 
-def _traced(step: Callable[[], None], device: torch.device, path: Path) -> dict[str, float]:
+def _trace_step(step: Callable[[], None], device: torch.device, path: Path) -> dict[str, float]:
     """Trace a step with torch.profiler to `path`; returns the milliseconds of the ten longest operations."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kinds = [torch.profiler.ProfilerActivity.CPU]

@@ -49,18 +49,20 @@ def measure(options: ScalingOptions) -> BenchReport:
         write_dataset(folder / "dataset", FRAMES, PICTURE)
         config = folder / "config.yaml"
         config.write_text(yaml.safe_dump(_run(folder, options)))
-        _trained(folder, "cache", ("--num_workers", "0", "--steps", "2"))  # decodes the videos for all runs
+        _start_and_speed(folder, "cache", ("--num_workers", "0", "--steps", "2"))  # decodes the videos for all runs
         sides: dict[str, list[float]] = {"ray": [], "torchrun": []}
         starts: list[float] = []
         for number in range(options.rounds):
             for side in ("ray", "torchrun") if number % 2 == 0 else ("torchrun", "ray"):
                 launcher, workers = ((), "2") if side == "ray" else (TORCHRUN, "0")
-                first, speed = _trained(folder, f"{side}-{number}", ("--num_workers", workers, "--steps", str(options.steps)), launcher)
+                first, speed = _start_and_speed(
+                    folder, f"{side}-{number}", ("--num_workers", workers, "--steps", str(options.steps)), launcher
+                )
                 sides[side].append(speed / options.batch_size)
                 starts += [first] if side == "ray" else []
                 progress.say(f"{side}: {speed / options.batch_size:.2f} steps/s, first step after {first:.1f} s")
-        kill = _disturbed(folder, "worker", "2", options)
-        shrink = _disturbed(folder, "node", "1..2", options)
+        kill = _chaos_figures(folder, "worker", "2", options)
+        shrink = _chaos_figures(folder, "node", "1..2", options)
     alone, cut = held_bytes(1), held_bytes(4)
     load.append(os.getloadavg()[0])
     figures = {
@@ -88,7 +90,7 @@ def _run(folder: Path, options: ScalingOptions) -> dict[str, Any]:
     }
 
 
-def _trained(folder: Path, name: str, words: tuple[str, ...], launcher: tuple[str, ...] = ()) -> tuple[float, float]:
+def _start_and_speed(folder: Path, name: str, words: tuple[str, ...], launcher: tuple[str, ...] = ()) -> tuple[float, float]:
     """Seconds until the first step of a run, and its samples per second after the start."""
     run, command = folder / name, [sys.executable, *launcher, "-m", "pi0fm.cli.main", "train", str(folder / "config.yaml"), *words]
     with run.with_suffix(".log").open("wb") as log:
@@ -106,7 +108,7 @@ def _trained(folder: Path, name: str, words: tuple[str, ...], launcher: tuple[st
     return first or time.perf_counter() - began, median(speeds)
 
 
-def _disturbed(folder: Path, kind: str, workers: str, options: ScalingOptions) -> dict[str, Any]:
+def _chaos_figures(folder: Path, kind: str, workers: str, options: ScalingOptions) -> dict[str, Any]:
     """Figures of `pi0fm chaos` with one kill; a lost node is not replaced."""
     place = folder / f"chaos-{kind}"
     words = ["--output_dir", str(place), "--num_workers", workers, "--steps", str(options.disturbed_steps)]

@@ -64,7 +64,10 @@ def measure(options: ServingOptions) -> BenchReport:
         path = Path(folder) / "bundle"
         _save_random_policy(path, options.num_flow_steps)
         gain = _batch_gain(path, options)
-        with _running(_serve_ours, path, options.threads) as ours, _running(_serve_one_at_a_time, path, options.threads) as theirs:
+        with (
+            _server_process(_serve_ours, path, options.threads) as ours,
+            _server_process(_serve_one_at_a_time, path, options.threads) as theirs,
+        ):
             overhead, inside = _lone_robot(ours, options.seconds)
             counts = [[_robots(url, options.seconds) for url in (ours, theirs)] for _ in range(options.rounds)]
     loop = _control_loop(options.seconds)
@@ -202,7 +205,7 @@ def _robots(url: str, seconds: int) -> list[int]:
 
 
 @contextmanager
-def _running(target: Any, path: Path, threads: int) -> Iterator[str]:
+def _server_process(target: Any, path: Path, threads: int) -> Iterator[str]:
     """Run a server in a separate process and give its address."""
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=target, args=(os.getpid(), path, threads, theirs), daemon=True)

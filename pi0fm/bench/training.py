@@ -58,12 +58,12 @@ def measure(options: TrainingOptions) -> BenchReport:
     rows, memory = {}, {}
     with progress.step("measurements", len(MODES) + 1 + 3 * len(options.cases)) as bar:
         for mode in MODES:
-            rows[mode] = in_fresh_process(steps_compared, options, mode, rates)
+            rows[mode] = in_fresh_process(compare_steps, options, mode, rates)
             bar.advance(1, mode)
-        draws = in_fresh_process(draws_compared, options)
+        draws = in_fresh_process(compare_draws, options)
         bar.advance(1, "flow draws")
         for name in options.cases:
-            memory[name] = peaks(name, options)
+            memory[name] = compare_peaks(name, options)
             bar.advance(3, f"memory of {name}")
     gains = {name: row["peer_bfloat16"] for name, row in rows["as_shipped"].items() if "peer_bfloat16" in row}
     ratios = {name: sides["like_for_like"]["whole_ratio"] for name, sides in memory.items()}
@@ -89,13 +89,13 @@ def our_loss(trainer: Trainer, batch: Batch) -> Tensor:
     return total / count
 
 
-def steps_compared(options: TrainingOptions, mode: str, rates: Rates) -> dict[str, dict[str, Any]]:
+def compare_steps(options: TrainingOptions, mode: str, rates: Rates) -> dict[str, dict[str, Any]]:
     """A row for each case; to be called in a process that has not used accelerate."""
-    _settle(options.threads)
-    return {name: _compared(name, mode, options, rates) for name in options.cases}
+    _set_up_process(options.threads)
+    return {name: _compare_case(name, mode, options, rates) for name in options.cases}
 
 
-def _compared(name: str, mode: str, options: TrainingOptions, rates: Rates) -> dict[str, Any]:
+def _compare_case(name: str, mode: str, options: TrainingOptions, rates: Rates) -> dict[str, Any]:
     from pi0fm.bench.harness import peer  # in the processes that need LeRobot
 
     device = choose_device(options.device)
@@ -121,9 +121,9 @@ def _compared(name: str, mode: str, options: TrainingOptions, rates: Rates) -> d
     return row
 
 
-def draws_compared(options: TrainingOptions) -> dict[str, dict[str, Any]]:
+def compare_draws(options: TrainingOptions) -> dict[str, dict[str, Any]]:
     """Time of a step with 8 flow draws / with 1, as shipped, and the ratio of their operations; one network, alternating batches."""
-    _settle(options.threads)
+    _set_up_process(options.threads)
     device = choose_device(options.device)
     found: dict[str, dict[str, Any]] = {f"flow_draws_8{name}": {} for name in ("", "_predicted", "_intervals", "_seconds")}
     for name in options.flow_draws_cases:
@@ -137,7 +137,7 @@ def draws_compared(options: TrainingOptions) -> dict[str, dict[str, Any]]:
     return found
 
 
-def peaks(name: str, options: TrainingOptions) -> dict[str, dict[str, float]]:
+def compare_peaks(name: str, options: TrainingOptions) -> dict[str, dict[str, float]]:
     """Peak megabytes of each side's process, in total and above its memory before the network was built; ratios to LeRobot's."""
     found: dict[str, dict[str, float]] = {}
     for side, precision in {"lerobot": None, **PRECISIONS}.items():
@@ -162,7 +162,7 @@ def peak_of_training(name: str, precision: str | None, options: TrainingOptions)
         imported = psutil.Process().memory_info().rss
         step = lerobots_step(build_theirs(case).to(device), make_batch(case, options.seed), device, fused=False)
     else:
-        _settle(options.threads)
+        _set_up_process(options.threads)
         imported = psutil.Process().memory_info().rss
         step = Trainer.for_network(Pi0(case.config), precision, device).step_on(make_batch(case, options.seed))
     for _ in range(MEMORY_STEPS):
@@ -170,6 +170,6 @@ def peak_of_training(name: str, precision: str | None, options: TrainingOptions)
     return (peak_resident(), imported) if on_cpu else (torch.cuda.max_memory_allocated(device), 0)
 
 
-def _settle(threads: int) -> None:
+def _set_up_process(threads: int) -> None:
     torch.set_num_threads(threads)
     keep_freed_memory()

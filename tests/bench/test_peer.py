@@ -166,7 +166,7 @@ def test_a_step_is_the_same_step_on_both_sides(pair, fused):
     before = pair.ours.action_out.weight.detach().clone()
     ours, theirs = Trainer.for_network(pair.ours, "float32", CPU).step_on(batch), lerobots_step(pair.theirs, batch, CPU, fused)
     assert (ours(), theirs()) == (pytest.approx(expected, rel=1e-5), pytest.approx(expected, rel=1e-5))
-    moved = peer.translated(pair.theirs.model.state_dict(), SMALL)["action_out.weight"] - before
+    moved = peer.to_our_names(pair.theirs.model.state_dict(), SMALL)["action_out.weight"] - before
     assert moved.abs().max() > 1e-4
     assert ours() < expected and theirs() < expected
 

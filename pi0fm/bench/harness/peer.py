@@ -241,11 +241,11 @@ def build_pair(case: Case, seed: int, device: torch.device) -> PeerPair:
         for parameter in theirs.parameters():
             nn.init.normal_(parameter, std=0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
         ours = Pi0(case.config)
-    ours.load_state_dict(translated(theirs.model.state_dict(), case.config), strict=True)
+    ours.load_state_dict(to_our_names(theirs.model.state_dict(), case.config), strict=True)
     return PeerPair(case, theirs.to(device), ours.to(device))
 
 
-def translated(theirs: Mapping[str, Tensor], config: Pi0Config) -> dict[str, Tensor]:
+def to_our_names(theirs: Mapping[str, Tensor], config: Pi0Config) -> dict[str, Tensor]:
     """Convert weights or gradients of LeRobot's `model` to our names and shapes."""
     with torch.device("meta"):
         wanted = {name: value.shape for name, value in Pi0(config).state_dict().items()}
@@ -265,7 +265,9 @@ def displacement_difference(ours: Tensor, theirs: Tensor, noise: Tensor) -> floa
 def gradient_difference(pair: PeerPair) -> float:
     """Largest difference of a parameter's gradient, relative to its largest entry or, if that is more, to 1 % of the largest of all."""
     named = pair.theirs.model.named_parameters(remove_duplicate=False)
-    expected = translated({name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in named}, pair.case.config)
+    expected = to_our_names(
+        {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in named}, pair.case.config
+    )
     largest = max(float(value.abs().max()) for value in expected.values())
     differences = []
     for name, parameter in pair.ours.named_parameters():
