@@ -71,7 +71,7 @@ def test_the_figure_of_each_line_is_the_slowest_by_the_median_of_the_others():
 
 @pytest.mark.usefixtures("shapes_unchecked")
 def test_a_run_names_its_slow_worker_with_its_node(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(stragglers, "SECONDS_JUDGED", 0.0)
+    monkeypatch.setattr(stragglers, "SECONDS_COMPARED", 0.0)
     config = run("run", steps=6, checkpoint_every=100)
     claim(config)
 
