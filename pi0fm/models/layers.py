@@ -54,8 +54,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n F"]:
         """Compute x W' + b."""
+        if not self.cast_once:
+            return F.linear(x, self.weight, self.bias)
         dtype = product_dtype(x)
-        return F.linear(x, self.matrix(dtype), self.bias) if self._keeps_copy(dtype) else super().forward(x)
+        return F.linear(x, self.matrix(dtype) if self._keeps_copy(dtype) else self.weight, self.bias)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """Return the weight in `dtype`, the type of the products."""
