@@ -42,7 +42,8 @@ class AsyncPolicyClient:
 
     url: `ws://HOST:PORT` or `wss://...`; no proxy of the environment is used. token: the server's key.
     timeout_seconds: for one `infer`, all it does included: waiting its turn, connecting again, sending, receiving.
-    connect_timeout_seconds: for `connect`, during which a server may still be starting.
+    connect_timeout_seconds: for `connect`, during which a server may still be starting; a host's name without an address is a fault
+    after 5 s, until it has had one.
     reconnect: connect again, and send once more, when the connection is lost; an inference changes nothing on a server, so that is safe.
     tls: of a wss:// address, whom to trust and which certificate to show (`--tls_clients`), None: the system's authorities.
     Raises ConfigError for an argument that cannot be used, ServingError for a text that is no address.
@@ -170,7 +171,7 @@ class AsyncPolicyClient:
             return self._connection
         if self._greeting is not None and not self._reconnect:
             raise ServingError(f"the connection to {self._url} is gone and reconnect is off: make a new PolicyClient")
-        fresh = await connect_to(self._address, seconds, tell=self._greeting is None)
+        fresh = await connect_to(self._address, seconds, first=self._greeting is None)
         try:
             if self._greeting is None:
                 self._learn(fresh.greeting)

@@ -7,6 +7,7 @@ server. Does not know: observations, replies (client.py).
 import asyncio
 import logging
 import os
+import socket
 import ssl
 import time
 from contextlib import suppress
@@ -23,6 +24,7 @@ from pi0fm_client.wire import MAX_FRAME_BYTES
 
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 2.0
+UNKNOWN_HOST_SECONDS = 5.0  # without an address for a host's name until that is a fault, in place of a network that is not up yet
 TOLD_SECONDS = 1.0  # without an answer before a line says that the client waits, and how long
 CLOSE_SECONDS = 1.0  # a server that hangs must not hold up a robot that leaves
 _STATUS_TRY_AGAIN = (502, 503, 504)  # a server that warms up, or a proxy before one
@@ -50,7 +52,11 @@ class LostError(Exception):
 
 
 class _TryAgainError(Exception):
-    """The server cannot be reached now, but may be later."""
+    """The server cannot be reached now, but may be later. unknown: its host's name has no address."""
+
+    def __init__(self, reason: str, unknown: bool = False) -> None:
+        super().__init__(reason)
+        self.unknown = unknown
 
 
 @final
@@ -94,18 +100,21 @@ class Connection:
         self.drop()
 
 
-async def connect_to(address: Address, seconds: float, tell: bool = False) -> Connection:
+async def connect_to(address: Address, seconds: float, first: bool = False) -> Connection:
     """Connect and receive the first frame; try again for `seconds` while the server is not there yet.
 
-    tell: log after TOLD_SECONDS that it still waits. Raises ServingError that names the address and the likely cause.
+    first: this client has not reached the server before: log after TOLD_SECONDS that it still waits, and take a host's name that has had
+    no address for UNKNOWN_HOST_SECONDS as mistyped. One that had an address before is tried for all of `seconds`, since then the network
+    is gone; so is one that the name server cannot tell of now. Raises ServingError that names the address and the likely cause.
     """
-    faults = ["it does not answer"]
+    faults, may_be_mistyped = ["it does not answer"], first
 
     def say() -> None:
         logger.warning("no answer from %s yet (%s): trying for %g s", address.url, faults[-1], seconds)
 
-    timer = asyncio.get_running_loop().call_later(TOLD_SECONDS, say) if tell and seconds > TOLD_SECONDS else None
-    deadline, pause = time.monotonic() + seconds, FIRST_PAUSE_SECONDS
+    timer = asyncio.get_running_loop().call_later(TOLD_SECONDS, say) if first and seconds > TOLD_SECONDS else None
+    began = time.monotonic()
+    deadline, pause = began + seconds, FIRST_PAUSE_SECONDS
     try:
         while (left := deadline - time.monotonic()) > 0:
             try:
@@ -115,6 +124,9 @@ async def connect_to(address: Address, seconds: float, tell: bool = False) -> Co
                 break
             except _TryAgainError as error:
                 faults.append(str(error))
+                may_be_mistyped = may_be_mistyped and error.unknown
+                if may_be_mistyped and time.monotonic() - began >= UNKNOWN_HOST_SECONDS:
+                    raise _fault_of_name(address.url, str(error)) from None
             if time.monotonic() + pause >= deadline:
                 break
             await asyncio.sleep(pause)
@@ -147,8 +159,10 @@ async def _handshake(address: Address) -> ClientConnection:
     except OSError as error:  # refused, unreachable, unknown host, timed out
         if isinstance(error, ConnectionResetError) and address.url.startswith("wss:"):
             raise await _fault_of_silence(address) from None
-        known = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror  # asyncio has other words than the system
-        raise _TryAgainError(known or str(error) or type(error).__name__) from None
+        of_name = isinstance(error, socket.gaierror)  # whose numbers are not the system's
+        known = os.strerror(error.errno) if error.errno and error.errno > 0 and not of_name else error.strerror  # asyncio has other words
+        unknown = of_name and error.errno != socket.EAI_AGAIN
+        raise _TryAgainError(known or str(error) or type(error).__name__, unknown) from None
     except InvalidHandshake as error:
         if isinstance(error.__cause__, (EOFError, OSError)):
             raise await _fault_of_silence(address) from None
@@ -191,6 +205,14 @@ def _fault_of_handshake(url: str, error: InvalidHandshake) -> Exception:
         wrong = f"pi0fm and openpi serve at /, leave {path} out" if path.strip("/") else "check host and port, and who may connect there"
         return ServingError(f"{url} takes no WebSocket there ({found}): {wrong}")
     return ServingError(f"{url} is no policy server: it answers a WebSocket handshake with {found}; check host, port and path")
+
+
+def _fault_of_name(url: str, reason: str) -> ServingError:
+    host = urlsplit(url).hostname
+    return ServingError(
+        f"{host} has had no address for {UNKNOWN_HOST_SECONDS:g} s ({reason.lower()}): correct the name in {url}, or write the server's "
+        "number, ws://192.168.1.20:8000"
+    )
 
 
 def _fault_of_tls(url: str, error: ssl.SSLError) -> ServingError:

@@ -34,7 +34,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pi0fm_client import arguments, wire
 from pi0fm_client.errors import ConfigError, ServingError
-from pi0fm_client.safety import Limiter, Limits, ObservationCheck, StateCheck, Vector
+from pi0fm_client.safety import Limiter, Limits, ObservationCheck, StateCheck, Vector, is_beyond
 from pi0fm_client.types import ActionChunk
 
 HAND_OVERS = ("auto", "realtime", "ensemble", "switch")
@@ -43,7 +43,6 @@ DELAYS_KEPT, DELAY_PERCENTILE = 100, 95
 COMMANDS_KEPT = 256  # to report
 ENSEMBLE_DECAY = 0.01  # of a chunk's weight with each newer one, as in ACT
 LONGEST_PAUSE_SECONDS = 0.5  # between requests that fail: a chunk or so
-ROUNDING = 1e-6  # of an action in float32, which is not beyond a limit in float64
 EARLIEST = 0.75  # steps by which a control loop may be ahead of its rate
 logger = logging.getLogger(__name__)
 Message = Mapping[str, Any]
@@ -123,8 +122,9 @@ class Executor:
 
     initial_command: [A], keeps the robot where it is until the first chunk comes.
     execution_horizon: steps after which the next observation is sent; None takes the policy's, or half a chunk.
-    hand_over: `realtime` sends the old chunk's remainder with the observation, `ensemble` averages overlapping chunks, `switch` goes to
-    the newest; `auto` is realtime where the policy knows it (`wire.ACTION_PREFIX` among its extensions), else switch.
+    hand_over: `realtime` sends the old chunk's remainder, as the limits leave it, with the observation, `ensemble` averages overlapping
+    chunks, `switch` goes to the newest; `auto` is realtime where the policy knows it (`wire.ACTION_PREFIX` among its extensions), else
+    switch.
     limits: a map, or a JSON file of the robot's own (`Limits.read`); with the policy's own, the stricter wins.
     beyond_limits: `clamp` to the nearest command within, or `refuse` the rest of the chunk and stand still.
     relative_to_state: action dimensions that the policy gives as a difference from the state's same dimension.
@@ -229,7 +229,7 @@ class Executor:
         wanted = self._planned(step)
         allowed = self._limiter.nearest(self._limiter.standstill() if wanted is None else wanted)
         if wanted is not None:
-            beyond = abs(allowed - wanted) > ROUNDING * (1.0 + abs(wanted))
+            beyond = is_beyond(allowed, wanted)
             if beyond.any() and self._refuse:
                 self.report.refused += 1
                 places = [self._names[dim] if dim < len(self._names) else dim for dim in np.flatnonzero(beyond).tolist()]
@@ -285,15 +285,23 @@ class Executor:
     def _extras(self, step: int) -> dict[str, Any]:
         """Return the extensions of a request: how long its answer is of use, and the old chunk's remainder."""
         extras: dict[str, Any] = {}
-        rows = self._plans[-1].rows[step - self._plans[-1].step :] if self._plans else np.zeros((0, 0))
         if wire.DEADLINE_MS in self._extensions and self._action_horizon:
             extras[wire.DEADLINE_MS] = self._action_horizon * self._dt * 1e3
-        if self._realtime and len(rows):
+        rows = self._ahead(step) if self._realtime and self._plans else np.zeros((0, 0))
+        if len(rows):
             extras |= {wire.ACTION_PREFIX: rows.astype(np.float32), wire.INFERENCE_DELAY: min(self.report.inference_delay, len(rows))}
         if wire.REPORT in self._extensions:
             counts = {name: int(np.sum(getattr(self.report, name))) for name in wire.COUNTS}
             extras[wire.REPORT] = {wire.EXECUTED: self._executed(step), **counts}
         return extras
+
+    def _ahead(self, step: int) -> Vector:
+        """Return the commands that the old chunk's rows from `step` on become within the limits; under `refuse` up to the refused row."""
+        rows = self._plans[-1].rows[step - self._plans[-1].step :]
+        given = int(step == self.command.step and len(rows) > 0)  # the command of this step, where it is given already
+        commands, whole = self._limiter.ahead(rows[given:])
+        commands = np.concatenate([np.broadcast_to(self.command.action, (given, commands.shape[1])), commands])
+        return commands[: given + whole] if self._refuse else commands
 
     def _executed(self, step: int) -> NDArray[np.float32]:
         """Return the commands of the control steps from the last answered observation up to `step`, [n, A]; a missed step's is the last."""

@@ -27,6 +27,7 @@ from pi0fm_client.errors import ConfigError, ObservationError
 Vector = NDArray[np.float64]
 StateCheck = Literal["refuse", "warn", "off"]
 CHECKS = get_args(StateCheck)
+ROUNDING = 1e-6  # of an action in float32, which is not beyond a limit in float64
 MARGIN = 0.5  # of the training's range of a state, by which it may be left
 logger = logging.getLogger(__name__)
 _UNITS = {"degrees for radians": np.pi / 180, "radians for degrees": 180 / np.pi, "mm for m": 1e-3, "m for mm": 1e3}
@@ -127,19 +128,42 @@ class Limiter:
 
         Speed towards a bound is kept so low that `acceleration` suffices to stop in front of it; so an allowed command always exists.
         """
-        bounds, last = self._limits, self.command
-        low, high = np.minimum(bounds.low, last), np.maximum(bounds.high, last)
-        fastest, slowest = self._change + bounds.acceleration, self._change - bounds.acceleration
-        up = np.minimum(np.minimum(bounds.velocity, fastest), _brakes_within(high - last, bounds.acceleration))
-        down = np.maximum(np.maximum(-bounds.velocity, slowest), -_brakes_within(last - low, bounds.acceleration))
-        target = np.clip(last + np.clip(wanted - last, down, up), low, high)
-        most = np.minimum(np.minimum(bounds.velocity, bounds.high), last + bounds.acceleration)
-        least = np.maximum(np.maximum(-bounds.velocity, bounds.low), last - bounds.acceleration)
-        return np.where(bounds.increments, np.clip(wanted, least, most), target)
+        return _allowed(self._limits, self.command, self._change, wanted)
+
+    def ahead(self, rows: Vector) -> tuple[Vector, int]:
+        """Return the commands that would be given for `rows` [n, A] one after another, and the number of the first that differs, else n."""
+        last = np.concatenate([self.command[None], rows[:-1]])
+        change = np.diff(last, axis=0, prepend=(self.command - self._change)[None])
+        # as long as no row differs, each is preceded by those before it
+        differs = is_beyond(_allowed(self._limits, last, change, rows), rows).any(1)
+        first = int(differs.argmax()) if differs.any() else len(rows)
+        commands = rows.copy()
+        command, step = (last[first], change[first]) if first < len(rows) else (self.command, self._change)
+        for index in range(first, len(rows)):
+            commands[index] = _allowed(self._limits, command, step, rows[index])
+            command, step = commands[index], commands[index] - command
+        return commands, first
 
     def commit(self, command: Vector) -> None:
         """Record the command that the robot was given."""
         self._change, self.command = command - self.command, command
+
+
+def is_beyond(allowed: Vector, wanted: Vector) -> NDArray[np.bool_]:
+    """Tell which numbers a limit changed by more than their rounding in float32."""
+    return np.asarray(abs(allowed - wanted) > ROUNDING * (1.0 + abs(wanted)))
+
+
+def _allowed(bounds: Limits, last: Vector, change: Vector, wanted: Vector) -> Vector:
+    """Return the allowed commands nearest to `wanted`, [..., A], after the commands `last`, which changed by `change`."""
+    low, high = np.minimum(bounds.low, last), np.maximum(bounds.high, last)
+    fastest, slowest = change + bounds.acceleration, change - bounds.acceleration
+    up = np.minimum(np.minimum(bounds.velocity, fastest), _brakes_within(high - last, bounds.acceleration))
+    down = np.maximum(np.maximum(-bounds.velocity, slowest), -_brakes_within(last - low, bounds.acceleration))
+    target = np.clip(last + np.clip(wanted - last, down, up), low, high)
+    most = np.minimum(np.minimum(bounds.velocity, bounds.high), last + bounds.acceleration)
+    least = np.maximum(np.maximum(-bounds.velocity, bounds.low), last - bounds.acceleration)
+    return np.asarray(np.where(bounds.increments, np.clip(wanted, least, most), target), np.float64)
 
 
 def _brakes_within(distance: Vector, acceleration: Vector) -> Vector:

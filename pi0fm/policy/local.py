@@ -144,6 +144,11 @@ class LocalPolicy:
         timings = {"infer_ms": 1e3 * (time.perf_counter() - began)}
         return [ActionChunk(chunk, timings, row) for chunk, row in zip(actions, each, strict=True)]
 
+    @property
+    def leading(self) -> dict[str, str]:
+        """How a chunk is led to a prefix: by which guidance, and compiled how; guidance is never compiled."""
+        return {"guidance": self.guidance, "compile": self.sampler.compile if self.guidance == HARD_PREFIX else "off"}
+
     def refuse_prefixes(self) -> None:
         """Raise ConfigError or FlowError where a chunk cannot be led to a prefix."""
         refuse_word(self.guidance, self._max_delay)

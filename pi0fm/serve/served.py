@@ -50,6 +50,11 @@ class Led(Protocol):
         """Raise ObservationError for a prefix that does not fit; it is called in threads."""
         ...
 
+    @property
+    def leading(self) -> Mapping[str, str]:
+        """`guidance`, and how a chunk that is led is compiled, `compile`."""
+        ...
+
 
 @dataclass(frozen=True)
 class Served:
@@ -84,10 +89,13 @@ class Serving:
             return observation
 
         renamed, width = self._keys or dict, metadata.get("robot_action_dim")
-        entrance = door.Door(judged, options.max_frame_bytes, renamed, _prefix_check(policy), chooses, width)
+        check = _prefix_check(policy)
+        entrance = door.Door(judged, options.max_frame_bytes, renamed, check, chooses, width)
         told = {wire.IDENTITY: wire.REPLY_IDENTITY, "alarm": wire.ALARM}
         extensions = [*entrance.extensions, *(key for name, key in told.items() if name in metadata)]
         greeting = {**without_paths(metadata), "max_frame_bytes": options.max_frame_bytes, wire.EXTENSIONS: extensions}
+        if check is not None and isinstance(policy, Led):
+            greeting["realtime"] = dict(policy.leading)
         if self._keys is not None:
             greeting["keys"] = dict(self._keys.columns)
         return Served(
@@ -145,6 +153,14 @@ def _prefix_check(policy: Servable) -> Callable[[ActionPrefix], None] | None:
     except Pi0fmError as error:
         logger.warning("no real-time chunking: %s", error)
         return None
+    compiled, led = getattr(getattr(policy, "sampler", None), "compile", "off"), policy.leading
+    if led["compile"] != compiled:
+        logger.warning(
+            "chunks that go on from an action prefix are computed without --compile %s, since guidance %s cannot be compiled: time them, "
+            "or serve a policy trained with --rtc.max_delay by --guidance hard_prefix, which is compiled",
+            compiled,
+            led["guidance"],
+        )
     return policy.check_prefix
 
 

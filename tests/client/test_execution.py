@@ -255,6 +255,40 @@ def test_the_remainder_is_absolute_and_starts_at_the_observations_step() -> None
     assert np.array_equal(second[wire.ACTION_PREFIX], np.full((8, 2), 0.5))
 
 
+LAGGING = {"high": [0.9, 1e9], "velocity": [0.07, 1e9], "acceleration": [0.02, 1e9]}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["observed before the command", "observed after it"])
+def test_the_remainder_is_what_the_robot_executes_within_its_limits(after: bool) -> None:
+    """Rows beyond the limits: the next chunk must go on from the commands, not from the wishes."""
+    link = Link(lambda message, step: 0.1 * (step + np.arange(HORIZON))[:, None] * [1.0, 1.0], [2])
+    link.metadata["extensions"] = [wire.ACTION_PREFIX]
+    executor, commands, sent = link.executor(2, limits=LAGGING), [], {}
+    for step in range(60):
+        link.deliver()
+        if after:
+            commands.append(executor.next())
+        known = len(link.sent)
+        executor.observe({"observation/state": np.zeros(2)})
+        if len(link.sent) > known and wire.ACTION_PREFIX in link.sent[-1]:
+            sent[step] = link.sent[-1]
+        if not after:
+            commands.append(executor.next())
+        link.tick()
+    assert len(sent) > 3 and executor.report.clamped[0] > 20
+    for step, message in sent.items():
+        told, until = message[wire.ACTION_PREFIX], message[wire.INFERENCE_DELAY]
+        assert until == 2 and np.allclose(told[:until], np.array(commands[step : step + until]), atol=1e-6)
+        assert (told[:, 0] <= 0.9 + 1e-6).all() and (abs(np.diff(told[:, 0])) <= 0.07 + 1e-6).all()
+
+
+def test_a_row_that_will_be_refused_ends_the_remainder() -> None:
+    link = Link(lambda message, step: np.array([[0.0]] * 11 + [[5.0]] * 5), [0])
+    link.metadata["extensions"] = [wire.ACTION_PREFIX]
+    link.run(link.executor(limits={"high": 1}, beyond_limits="refuse"), 9)
+    assert link.sent[1][wire.ACTION_PREFIX].tolist() == [[0.0]] * 3, "rows 8, 9 and 10 of the first chunk"
+
+
 def test_relative_actions_without_a_state_are_refused() -> None:
     link = Link(stamped)
     executor = link.executor(relative_to_state=[0])

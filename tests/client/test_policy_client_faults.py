@@ -15,7 +15,7 @@ from scripted_server import answer, websocket_server
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection
 
-from pi0fm_client import AsyncPolicyClient, PolicyClient, wire
+from pi0fm_client import AsyncPolicyClient, PolicyClient, connection, wire
 from pi0fm_client.errors import ConfigError, ObservationError, ServingError
 
 GRACE = 3.0  # seconds that a busy machine may add to a time-out; the faults of this file took 27 and 59
@@ -424,3 +424,50 @@ def test_our_own_server_knows_what_the_client_sends(start_server: Any, fake_poli
     with PolicyClient(start_server(policy).url) as client:
         assert {wire.REQUEST_ID, wire.DEADLINE_MS, wire.SESSION, wire.REPLY_IDENTITY} <= set(client.metadata["extensions"])
         assert [client.infer(message(value)).actions[0, 0] for value in (1.0, 2.0)] == [1.0, 2.0]
+
+
+def unknown_host(monkeypatch: pytest.MonkeyPatch, *answers: int | None) -> list[str]:
+    """Let the resolver answer each question by a fault's number or, for None, by this machine's address; the last answer stays."""
+    asked: list[str] = []
+    real, left = socket.getaddrinfo, list(answers)
+
+    def resolve(host: Any, *rest: Any, **more: Any) -> Any:
+        if host != "robot.example":
+            return real(host, *rest, **more)
+        asked.append(host)
+        number = left.pop(0) if len(left) > 1 else left[0]
+        if number is None:
+            return real("127.0.0.1", *rest, **more)
+        raise socket.gaierror(number, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(connection, "UNKNOWN_HOST_SECONDS", 0.5)
+    return asked
+
+
+def test_a_host_without_an_address_is_a_fault_long_before_the_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = unknown_host(monkeypatch, socket.EAI_NONAME)
+    with in_time(0.5), pytest.raises(ServingError, match=r"robot\.example has had no address for 0\.5 s \(.*\): correct"):
+        PolicyClient("ws://robot.example:8000", connect_timeout_seconds=60)
+    assert len(asked) > 1, "once more, since a network may just come up"
+
+
+@pytest.mark.parametrize("answers", [[socket.EAI_AGAIN], [socket.EAI_NONAME, None, socket.EAI_NONAME]], ids=["no answer", "known once"])
+def test_a_name_that_may_be_right_is_tried_for_the_whole_time(answers: list[int | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = unknown_host(monkeypatch, *answers)
+    began = time.monotonic()
+    with pytest.raises(ServingError, match=r"no policy server at ws://robot\.example:1 in 2 s"):
+        PolicyClient("ws://robot.example:1", connect_timeout_seconds=2)
+    assert time.monotonic() - began > 1.2 and len(asked) > 2
+
+
+def test_a_client_that_was_connected_waits_for_its_network_to_return(
+    start_server: Any, fake_policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name that it knew has no address for longer than a mistyped one is tried."""
+    port = start_server(fake_policy()).url.rpartition(":")[2]
+    unknown_host(monkeypatch, None, *[socket.EAI_NONAME] * 4, None)
+    with PolicyClient(f"ws://robot.example:{port}", timeout_seconds=30) as client:
+        client.infer(message(1.0))
+        client._client._drop()
+        assert client.infer(message(2.0)).actions.size

@@ -49,6 +49,31 @@ def test_every_command_is_within_every_limit(wanted: list[float], velocity: floa
         assert abs(changes).max() <= velocity * (1 + 1e-9) and abs(np.diff(changes)).max(initial=0) <= acceleration + 1e-12
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([0.003, 0.05, 1.0]),
+    st.sampled_from([{}, {"low": -1, "high": 1, "velocity": [0.3, 0.01, None], "acceleration": [0.05, None, 0.2], "increments": [2]}]),
+)
+def test_commands_ahead_are_those_that_are_given_one_after_another(seed: int, spread: float, tree: dict[str, Any]) -> None:
+    random = np.random.default_rng(seed)
+    limiter = Limiter(Limits.read(tree, 3), random.uniform(-1, 1, 3))
+    for _ in range(2):
+        limiter.commit(limiter.nearest(limiter.command + random.normal(size=3) * 0.01))
+    rows = limiter.command + np.cumsum(random.normal(size=(12, 3)) * spread, axis=0)
+    found, whole = limiter.ahead(rows)
+    before = limiter.command.copy()
+    assert np.array_equal(limiter.command, before), "nothing is given yet"
+    differing = []
+    for row, expected in zip(rows, found, strict=True):
+        command = limiter.nearest(row)
+        assert np.allclose(command, expected, rtol=0, atol=1e-5)
+        differing.append(not np.allclose(command, row, rtol=1e-6, atol=1e-6))
+        limiter.commit(command)
+    assert whole == (differing.index(True) if True in differing else 12) and (bool(tree) or whole == 12)
+    assert limiter.ahead(np.zeros((0, 3)))[1] == 0
+
+
 def test_what_is_allowed_is_not_changed_and_the_bound_is_reached() -> None:
     limiter = Limiter(Limits.read({"low": -1, "high": 1, "velocity": 0.3, "acceleration": 0.1}, 2), [0.0, 0.5])
     assert np.array_equal(limiter.nearest(np.array([0.05, 0.45])), [0.05, 0.45])

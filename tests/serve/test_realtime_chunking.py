@@ -5,7 +5,10 @@ import pytest
 from small_policies import small_policy
 from test_policy_server import talk
 
-from pi0fm.policy.load_options import HARD_PREFIX
+from pi0fm.policy.load_options import GUIDED, HARD_PREFIX, WITHOUT_JACOBIAN
+from pi0fm.serve import served
+from pi0fm.serve.limits import ServingLimits
+from pi0fm.serve.metrics import Metrics
 from pi0fm_client import wire
 from pi0fm_client.types import ActionPrefix
 
@@ -69,6 +72,29 @@ def test_a_policy_that_was_trained_for_it_keeps_the_rows_that_are_executed_meanw
 )
 def test_a_prefix_that_does_not_fit_is_refused_at_the_door(start_server, policy, extra, line):
     assert line in ask(start_server(policy), request(policy, **extra))[1]
+
+
+@pytest.mark.parametrize(
+    ("guidance", "compiled", "led", "told"),
+    [
+        (WITHOUT_JACOBIAN, "kernels", {"guidance": WITHOUT_JACOBIAN, "compile": "off"}, "computed without --compile kernels"),
+        (HARD_PREFIX, "kernels", {"guidance": HARD_PREFIX, "compile": "kernels"}, None),
+        (GUIDED, "off", {"guidance": GUIDED, "compile": "off"}, None),
+        (GUIDED, "kernels", None, "no real-time chunking: guided needs the derivative of a velocity that is not compiled"),
+    ],
+)
+def test_a_chunk_that_is_led_says_whether_it_is_compiled(small_policy, caplog, guidance, compiled, led, told):
+    plain = small_policy.in_memory()
+    network = (plain.model, plain.flow, plain.chain, plain.metadata, plain.device, plain.dtype)
+    policy = type(plain)(*network, guidance=guidance, max_delay=1)
+    policy.sampler.compile = compiled  # nothing is inferred here, so nothing needs a compiler
+    with caplog.at_level("WARNING", served.__name__):
+        serving = served.Serving(policy, ServingLimits(), Metrics(), None, lambda _: [])
+    try:
+        assert wire.unpack(serving.now.greeting).get("realtime") == led
+        assert [told in record.getMessage() for record in caplog.records] == ([True] if told else [])
+    finally:
+        serving.now.batcher.close()
 
 
 def test_a_policy_that_cannot_be_led_knows_no_such_extension(start_server):
