@@ -1,15 +1,18 @@
 """Atomic files and folders: write under a temporary name, fsync, rename.
 
-Owns: atomic files and directories, locks, the exchange of two names, the error for an unwritable path. Does not know: their contents.
+Owns: atomic files and directories, locks, the exchange of two names, the error for an unwritable path, the path that a mistyped one may
+mean. Does not know: their contents.
 
     .NAME.HOST-RANDOM   being written, under its writer's flock. The next writer of NAME on this host removes the unlocked ones.
 """
 
 import ctypes
+import difflib
 import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -51,6 +54,33 @@ def write_faults(path: Path) -> Iterator[None]:
 def _unwritable(path: Path, error: OSError) -> OutputError:
     remedy = _REMEDIES.get(error.errno or 0, "no folder or file can be made there: choose another folder")
     return OutputError(f"{path} must be writable, found {error.filename or path}: {error.strerror}; {remedy}")
+
+
+def nearest_path(path: Path, likeness: float = 0.6) -> Path | None:
+    """Return the existing path whose names are nearest to those of `path`, name by name; None where a name has none near it."""
+    found = Path(path.anchor)
+    for name in path.parts[len(found.parts) :]:
+        if not (found / name).exists():
+            try:
+                near = difflib.get_close_matches(name, os.listdir(found), n=1, cutoff=likeness)
+            except OSError:  # not a folder, or one that may not be read
+                return None
+            if not near:
+                return None
+            name = near[0]
+        found /= name
+    return found
+
+
+def is_hub_name(word: str) -> bool:
+    """Tell whether a word has the form OWNER/NAME of Hugging Face's hub."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", word, re.ASCII) is not None
+
+
+def missing(path: Path) -> str:
+    """Format `PATH does not exist: did you mean OTHER?` for the end of an error line, without the question where no name is near."""
+    near = nearest_path(path)
+    return f"{path} does not exist" + ("" if near is None else f": did you mean {near}?")
 
 
 def visible(folder: Path, pattern: str = "**/*") -> list[Path]:

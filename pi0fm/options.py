@@ -11,15 +11,20 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import yaml
 
+from pi0fm.files import nearest_path
 from pi0fm_client.errors import ConfigError
 
 Tree = dict[str, Any]
+
+
+class _Whole(dict[str, Any]):
+    """A mapping that replaces the one before it, in place of being merged into it."""
 
 
 @runtime_checkable
@@ -31,6 +36,8 @@ class Foreign(Protocol):
 
 
 LONGEST_SPAN = 10**7  # most numbers in a range such as 0-49
+FEW = 8  # most words that an error lists without a near one among them
+NEAR, AS_NEAR = 0.55, 0.1  # least likeness of a word that an error names, and how much less than the nearest's it may be
 WITH = "with"  # key of a file: NAME -> options that apply only where the file NAME is in the same row
 
 
@@ -61,7 +68,13 @@ def find_file(name: str) -> Path:
     if path.suffix in ("", ".yaml") and path.parent in (Path(), Path("configs")) and path.stem in known:
         return known[path.stem]
     parts = path.stem.split("_")
+    for mark, typed in (("meta/info.json", "--dataset.root"), ("manifest.json", "--pretrained")):
+        if (path / mark).is_file():
+            raise ConfigError(f"configuration files stand first, found the folder {name}; type {typed} {name}")
     row = f"; recipes are composed, type {' '.join(parts)}" if len(parts) > 1 and set(parts) <= known.keys() else ""
+    near = nearest_path(path) if path.suffix in (".yaml", ".yml") and not row else None
+    if near is not None and near.stem not in known:
+        raise ConfigError(f"no configuration file at {name}: did you mean {near}?")
     raise ConfigError(f"no configuration file at {name}{row}; of the shipped ones, {nearest(path.stem, list(known))}")
 
 
@@ -119,6 +132,9 @@ def read_yaml(path: Path) -> Tree:
     return tree
 
 
+ALL_OPTIONS = "--help all lists every option"
+
+
 def parse[T](
     cls: type[T],
     arguments: Sequence[str],
@@ -132,21 +148,15 @@ def parse[T](
     """Decode `[FILE.yaml ...] --dotted.option value ...` into `cls`; later options override earlier ones, and files override `base`.
 
     aliases: dotted names of another program (LeRobot's), also in files -> our names, or a `Foreign` that translates name and value.
-    positional: the option whose value may come first, instead of files; others: the option that takes the words after it.
+    positional: the option whose value may come first, before files; others: the option that takes the words after it, in place of files.
     named_by_row: the option of a folder that defaults to outputs/NAME_NAME for a row of two or more files.
     defaults: maps the merged options to default options, which they override.
     Raises ConfigError for an unknown option, a value of another type, or a missing required option.
     """
     count = next((index for index, word in enumerate(arguments) if word.startswith("--")), len(arguments))
     first, remaining = arguments[:count], arguments[count:]
-    parts = [dict(base or {})]
-    if positional is None:
-        parts += _parts(first)
-    elif first:
-        parts, rest = [*parts, {positional: first[0]}], first[1:]
-        if others and rest:
-            parts, rest = [*parts, {others: list(rest)}], []
-        remaining = [*rest, *remaining]
+    names, place, rest = _row(first, positional, others)
+    parts, remaining = [dict(base or {}), *_parts(names), place], [*rest, *remaining]
     where = "configuration files stand first" if positional is None else f"one {positional} may stand first"
     words = aliases or {}
     ours = {name: word if isinstance(word, str) else "" for name, word in words.items()}
@@ -156,11 +166,22 @@ def parse[T](
         given |= flat(part)
     given |= dict(pairs)
     tree = Tree()
-    for together in (*(_named(part, words) for part in parts), pairs):
-        tree = merge(tree, _translated(together, words, given))
+    for part in parts:
+        tree = merge(tree, _translated(_named(part, words), words, given))
+    tree = merge(tree, _translated(pairs, words, given, cls))
     if positional is None and named_by_row and len(first) > 1:
         tree.setdefault(named_by_row, f"outputs/{'_'.join(Path(name).stem for name in first)}")
-    return decode(cls, tree if defaults is None else merge(defaults(tree), tree))
+    return decode(cls, tree if defaults is None else merge(defaults(tree), tree), others=words, see=ALL_OPTIONS)
+
+
+def _row(words: Sequence[str], positional: str | None, others: str | None) -> tuple[Sequence[str], Tree, Sequence[str]]:
+    """Sort the words before the first option: configuration files, the options that take words without a name, and what is left over."""
+    if positional is None:
+        return words, {}, ()
+    if others is not None:
+        return (), {name: value for name, value in ((positional, words[0] if words else None), (others, list(words[1:]))) if value}, ()
+    files, values = ([word for word in words if word.endswith((".yaml", ".yml")) is is_file] for is_file in (True, False))
+    return files, dict(zip((positional,), values, strict=False)), values[1:]
 
 
 def _named(tree: Tree, aliases: Mapping[str, str | Foreign], prefix: str = "") -> list[tuple[str, Any]]:
@@ -173,10 +194,13 @@ def _named(tree: Tree, aliases: Mapping[str, str | Foreign], prefix: str = "") -
     return found
 
 
-def _translated(given: Sequence[tuple[str, Any]], aliases: Mapping[str, str | Foreign], everything: Tree) -> Tree:
+def _translated(
+    given: Sequence[tuple[str, Any]], aliases: Mapping[str, str | Foreign], everything: Tree, typed: type | None = None
+) -> Tree:
     """Translate the options of one file or of the command line into a tree of ours; the last of a repeated option counts.
 
-    everything: the options of all files and of the command line. Raises ConfigError for an option without a counterpart, and for two
+    everything: the options of all files and of the command line; typed: the dataclass of a command line, whose mapping of plain values
+    under names of the user's replaces the one before. Raises ConfigError for an option without a counterpart, and for two
     options that set one of ours to different values.
     """
     tree, set_by = Tree(), dict[str, tuple[str, Any]]()
@@ -190,15 +214,19 @@ def _translated(given: Sequence[tuple[str, Any]], aliases: Mapping[str, str | Fo
             if other != name and before != each:
                 raise ConfigError(f"--{other} and --{name} both set {dotted}, found {before!r} and {each!r}; leave one of them out")
             set_by[dotted] = (name, each)
+            each = _Whole(each) if typed is not None and isinstance(each, dict) and _is_named(typed, dotted.split(".")) else each
             for part in reversed(dotted.split(".")):
                 each = {part: each}
             tree = merge(tree, each)
     return tree
 
 
-def decode[T](cls: type[T], tree: Mapping[str, Any]) -> T:
-    """Decode a mapping into the dataclass `cls`, strictly. Raises ConfigError that names the option."""
-    return typing.cast(T, _group(cls, tree, ""))
+def decode[T](cls: type[T], tree: Mapping[str, Any], where: str = "", others: Collection[str] = (), see: str = "") -> T:
+    """Decode a mapping into the dataclass `cls`, strictly. Raises ConfigError that names the option.
+
+    where: prefix of the options' names, with its dot. others: more names that an unknown option may mean; see: where all are shown.
+    """
+    return typing.cast(T, _group(cls, tree, where, _Names(cls, where, others, see)))
 
 
 def encode(config: Any) -> Any:
@@ -217,7 +245,8 @@ def merge(base: Tree, over: Mapping[str, Any]) -> Tree:
     merged = dict(base)
     for key, value in over.items():
         inner = merged.get(key)
-        merged[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
+        into = inner if isinstance(inner, dict) and not isinstance(value, _Whole) else None
+        merged[key] = value if into is None or not isinstance(value, Mapping) else merge(into, value)
     return merged
 
 
@@ -229,11 +258,30 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Tree:
     return found
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """Format `did you mean X? known: ...` for the end of an error line."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    listed = ", ".join(sorted(known)[:60])
-    return f"did you mean {close[0]!r}? known: {listed}" if close else f"known: {listed}"
+def nearest(word: str, known: Collection[str], see: str = "") -> str:
+    """Format `did you mean 'X'?` for the end of an error line: the nearest words, three at most. Few known words are listed whole.
+
+    see: where all are shown. Dotted names are also compared by their last words: `learning_rate` is near `optimizer.learning_rate`.
+    """
+    likeness = {each: _likeness(word, each) for each in known}
+    best = max(likeness.values(), default=0.0)
+    close = [each for each, found in likeness.items() if found >= max(NEAR, best - AS_NEAR)]
+    close = sorted(close, key=lambda each: (-likeness[each], each))[:3]
+    listed = sorted(known)
+    shown = f"known: {', '.join(listed)}" if len(listed) <= FEW else see
+    if close:
+        return f"did you mean {_either([repr(each) for each in close])}?{' ' * bool(shown)}{shown}"
+    return shown or f"known: {', '.join(listed[:FEW])} and {len(listed) - FEW} more"
+
+
+def _likeness(word: str, other: str) -> float:
+    (group, _, last), (of_other, _, last_of_other) = word.rpartition("."), other.rpartition(".")
+    of_last = difflib.SequenceMatcher(None, last_of_other, last).ratio()
+    return of_last if group == of_other else max(difflib.SequenceMatcher(None, other, word).ratio(), of_last - 0.1)
+
+
+def _either(words: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
@@ -266,7 +314,10 @@ def _pairs(arguments: Sequence[str], first: str) -> list[tuple[str, str]]:
         word = arguments[position]
         position += 1
         if not word.startswith("--") or word == "--":
-            raise ConfigError(f"expected an option like --steps 100, found {word!r}; {first}")
+            cut = next((name for name, text in pairs[-1:] if text.startswith(("[", "{")) and not text.endswith(("]", "}"))), None)
+            raise ConfigError(
+                f"expected an option like --steps 100, found {word!r}; {first if cut is None else f'put the value of --{cut} in quotes'}"
+            )
         name, equals, text = word[2:].partition("=")
         if not equals:
             if position < len(arguments) and not arguments[position].startswith("--"):
@@ -288,6 +339,17 @@ def _typed(text: str) -> Any:
 
 def _is_text(cls: type, path: Sequence[str]) -> bool:
     """Tell whether the option holds text or a path, so that `0123`, `null` and `true` stay text."""
+    return set(_choices(_hint_at(cls, path))) - {type(None)} <= {str, Path}
+
+
+def _is_named(cls: type, path: Sequence[str]) -> bool:
+    """Tell whether the option holds plain values under names of the user's, such as `embodiment.cameras`."""
+    hint = _hint_at(cls, path)
+    return typing.get_origin(hint) is dict and typing.get_args(hint)[1] is not Any and _dataclass_in(typing.get_args(hint)[1]) is None
+
+
+def _hint_at(cls: type, path: Sequence[str]) -> Any:
+    """Return the annotated type of a dotted option; `object` where there is none."""
     hint: Any = cls
     for name in path:
         inner = _dataclass_in(hint)
@@ -296,21 +358,39 @@ def _is_text(cls: type, path: Sequence[str]) -> bool:
         elif inner is not None and name in (hints := typing.get_type_hints(inner)):
             hint = hints[name]
         else:
-            return False
-    return set(_choices(hint)) - {type(None)} <= {str, Path}
+            return object
+    return hint
 
 
-def _group(cls: type, tree: Any, where: str) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Names:
+    """Every option that an unknown one may mean: those of the dataclass `cls` under `where`, and `others`."""
+
+    cls: type
+    where: str
+    others: Collection[str]
+    see: str
+
+    def refusals(self, name: str, value: Any, siblings: type, where: str) -> Iterator[ConfigError]:
+        """Yield the error of each unknown option below `name`; siblings: the dataclass, under `where`, that has no such field."""
+        rows = (*describe(self.cls, self.where), *describe(siblings, where))
+        known = {*self.others, *(row[0].removeprefix("--") for row in rows if ".NAME." not in row[0])}
+        for leaf in flat({name: value}):
+            yield ConfigError(f"unknown option {leaf}: {nearest(leaf, known, self.see)}")
+
+
+def _group(cls: type, tree: Any, where: str, names: _Names) -> Any:
     """Decode the options of one dataclass. where: prefix of their dotted names, with its dot."""
     hints, fields = typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
     if not isinstance(tree, Mapping):
         raise ConfigError(f"option {where[:-1]} is a group: expected options in it, found {tree!r}; options here: {', '.join(fields)}")
     decoded, faults = {}, list[str]()
     for key, value in tree.items():
+        if key not in fields:
+            faults += map(str, names.refusals(f"{where}{key}", value, cls, where))
+            continue
         try:
-            if key not in fields:
-                raise ConfigError(f"unknown option {where}{key}: {nearest(str(key), list(fields))}")
-            decoded[key] = _value(hints[key], value, f"{where}{key}")
+            decoded[key] = _value(hints[key], value, f"{where}{key}", names)
         except ConfigError as error:
             faults.append(str(error))
     for name, field in fields.items():
@@ -321,15 +401,15 @@ def _group(cls: type, tree: Any, where: str) -> Any:
     return cls(**decoded)
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def _value(hint: Any, value: Any, where: str, names: _Names) -> Any:
     """Decode one option to its annotated type. A number may be given as text, and a list as text with commas."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        return _one_of(arguments, value, where)
+        return _one_of(arguments, value, where, names)
     if dataclasses.is_dataclass(hint):
-        return _group(typing.cast(type, hint), value, f"{where}.")
+        return _group(typing.cast(type, hint), value, f"{where}.", names)
     if origin is typing.Literal:
         if value not in arguments:
             raise ConfigError(f"option {where} must be one of {', '.join(map(str, arguments))}, found {value!r}")
@@ -337,30 +417,30 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"option {where} is a group: expected {where}.NAME, found {value!r}")
-        return {str(key): _value(arguments[1], each, f"{where}.{key}") for key, each in value.items()}
+        return {str(key): _value(arguments[1], each, f"{where}.{key}", names) for key, each in value.items()}
     if origin in (tuple, list):
         words = value if isinstance(value, list | tuple) else _words(value)
-        if arguments == (int, ...):
+        if arguments[1:] == (...,) and int in _choices(arguments[0]):
             words = [number for word in words for number in _span(word, where)]
         hints = [arguments[0]] * len(words) if origin is list or arguments[1:] == (...,) else list(arguments)
         if value is None or isinstance(value, Mapping) or len(words) != len(hints):
             many = "a list" if len(words) == len(hints) else f"{len(hints)} values"
             raise ConfigError(f"option {where} must be {many}, written [a, b] or a,b, found {value!r}")
-        return origin(_value(inner, word, where) for inner, word in zip(hints, words, strict=True))
+        return origin(_value(inner, word, where, names) for inner, word in zip(hints, words, strict=True))
     return _plain(hint, value, where)
 
 
-def _one_of(hints: Sequence[Any], value: Any, where: str) -> Any:
+def _one_of(hints: Sequence[Any], value: Any, where: str, names: _Names) -> Any:
     """Decode to the first of several types that accepts the value."""
     if value is None and type(None) in hints:
         return None
     choices = [hint for hint in hints if hint is not type(None)]
     for hint in choices[:-1]:
         try:
-            return _value(hint, value, where)
+            return _value(hint, value, where, names)
         except ConfigError:
             continue
-    return _value(choices[-1], value, where)
+    return _value(choices[-1], value, where, names)
 
 
 def _plain(hint: Any, value: Any, where: str) -> Any:
@@ -372,7 +452,8 @@ def _plain(hint: Any, value: Any, where: str) -> Any:
         if hint in (int, float) and not isinstance(text, bool) and (hint is float or not isinstance(text, float)):
             return hint(text)
         if hint in (str, Path) and isinstance(text, str | int | float | Path):
-            return hint(str(text))
+            path = Path(str(text)).expanduser()  # a shell leaves ~ as it is behind =
+            return path if hint is Path else str(path) if str(text).startswith("~/") else str(text)
     except (TypeError, ValueError):
         pass
     raise ConfigError(f"option {where} must be {kinds.get(hint, hint)}, found {value!r}")

@@ -22,7 +22,7 @@ from pi0fm.bench.harness.measure import BenchReport
 from pi0fm.bench.harness.steps import PARTS, StepClock, Trainer
 from pi0fm.data.loading.loader import micro_batches
 from pi0fm.flow.matching import FlowMatching
-from pi0fm.policy.device import set_threads
+from pi0fm.policy.device import choose_device, set_threads
 from pi0fm.train.config import TrainConfig
 from pi0fm.train.data import open_data
 from pi0fm.train.parallel.accelerate import Parallel
@@ -38,7 +38,8 @@ def measure(config: TrainConfig, shape: ProfileSteps, folder: Path) -> BenchRepo
     """Take some steps of the run in this process and write TRACE to `folder`. Raises the errors of data set and configuration."""
     keep_freed_memory()
     set_threads(config.threads)
-    parallel = Parallel(Context(shown=False), config.precision, config.micro_steps(1))
+    on_cuda = choose_device(config.device).type == "cuda"
+    parallel = Parallel(Context(shown=False), config.precision, config.micro_steps(1), on_cuda)
     device, data = parallel.device, open_data(config)
     on_card = device.type == "cuda"
     state = TrainState.build(data.policy.model, config.state(), data.pretrained, parallel)

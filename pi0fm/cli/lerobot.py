@@ -7,6 +7,7 @@ tables by `python -m pi0fm.cli.lerobot`; tests/docs/test_from_lerobot.py checks 
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 from pi0fm import progress
@@ -37,7 +38,10 @@ class Taken:
         elif value in self.value:
             found = self.value[value]
         else:
-            raise ConfigError(f"LeRobot's --{name} has a counterpart for {', '.join(map(_yaml, self.value))}, found {_yaml(value)}")
+            known = [_yaml(each) for each in self.value]
+            raise ConfigError(
+                f"LeRobot's --{name} has a counterpart for {', '.join(known)}, found {_yaml(value)}; type --{name} {known[0]}"
+            )
         return {} if found is None else {self.to: found}
 
 
@@ -99,12 +103,51 @@ def _cameras(value: Any, given: Given) -> dict[str, str]:
     return {str(new).removeprefix(pictures): str(old) for old, new in value.items()}
 
 
+def _device(value: Any, given: Given) -> str | None:
+    """Convert a device of torch to pi0fm's: every process takes the first GPU that it may see."""
+    del given
+    if value in ("cpu", "cuda", None):
+        return None if value is None else str(value)
+    kind, _, number = str(value).partition(":")
+    if kind != "cuda" or not number.isdigit():
+        raise ConfigError(f"pi0fm trains on GPUs with CUDA and on CPUs, found --policy.device {value}; leave it out, or type cpu")
+    if int(number):
+        raise ConfigError(
+            f"a process takes the first GPU that it may see, found --policy.device {value}; type CUDA_VISIBLE_DEVICES={number} in front "
+            "of the command, and --policy.device cuda"
+        )
+    return kind
+
+
+def _job_folder(value: Any, given: Given) -> str | None:
+    """Return the folder of a run that has a name and no folder."""
+    return None if "output_dir" in given or "config_path" in given else f"outputs/{value}"
+
+
+def _run_of_file(value: Any, given: Given) -> str:
+    """Return the folder of the run that LeRobot's --config_path names, to be resumed."""
+    path = Path(str(value))
+    if str(given.get("resume")).lower() not in ("true", "auto"):
+        raise ConfigError(
+            f"a file of options stands first and is YAML, with pi0fm's words or LeRobot's, found {path}; type pi0fm train FILE.yaml"
+        )
+    run = next((folder for folder in (path, *path.parents) if (folder / "run.json").is_file()), None)
+    if run is None:
+        folder = str(path).partition("/checkpoints/")[0] if "/checkpoints/" in str(path) else "RUN"
+        raise ConfigError(
+            f"--config_path names a run of pi0fm to resume, found {path}, which is below none; type --output_dir {folder} --resume true, "
+            "or convert LeRobot's weights with pi0fm convert and start from them with --pretrained BUNDLE"
+        )
+    return str(run)
+
+
 PEAKS = ("optimizer.learning_rate", "policy.optimizer_lr", "optimizer.lr", "scheduler.peak_lr")
-HUB = Ignored("nothing is uploaded", (False, None), "type `hf upload REPO OUTPUT_DIR/bundle`")
+HUB = Ignored("nothing is uploaded", (False, None), "leave it out, then `hf upload REPO OUTPUT_DIR/bundle`")
 LOADER = Ignored("decoded pictures are kept on the disk, and threads of the one process read them")
 NO_HUB_NAME = Ignored("it names an upload, and nothing is uploaded")
-SIMULATOR = Refused("evaluate the bundle with `pi0fm eval --policy BUNDLE --tasks ...`")
-CUDA = Ignored("the GPU is taken where there is one", ("cuda", None), "set CUDA_VISIBLE_DEVICES=")
+RELATIVE = "type --embodiment.delta_actions pan,lift or 0,1"
+SIMULATOR = Refused("evaluate the bundle with `pi0fm eval BUNDLE --tasks ...`")
+WHILE_IT_TRAINS = Ignored("`pi0fm eval --follow.run OUTPUT_DIR` evaluates while a run trains with --bundle_every N")
 DTYPE = Taken("precision", {"float32": "float32", "bfloat16": "bfloat16"}, "weights and moments are float32 in both")
 ADAMW_EPSILON = Ignored("it is 1e-8 here too", (1e-8, "1e-8", "1e-08"), "leave it out")
 COMPILE = Taken("compile", note="each layer; pi0fm serve takes off, kernels and graph")
@@ -118,10 +161,12 @@ TRAIN: dict[str, str | Taken | Ignored | Refused] = {
     "eval_steps": Taken("validation.every", note="with --validation.episodes N"),
     "max_eval_samples": Taken("validation.samples", lambda value, _: value or None),
     "dataset.eval_split": Ignored("nothing is held out", (0, 0.0, None), "hold out episodes by number, --validation.episodes N"),
-    "env_eval_freq": Ignored("`pi0fm eval --follow.run OUTPUT_DIR` evaluates while a run trains with --bundle_every N"),
+    "env_eval_freq": WHILE_IT_TRAINS,
+    "eval_freq": WHILE_IT_TRAINS,
+    "config_path": Taken("output_dir", _run_of_file, "with --resume true: the run that the file is in"),
     "tolerance_s": "dataset.tolerance_s",
     "rename_map": Taken("embodiment.cameras", _cameras, "camera of the policy -> column of the data set"),
-    "job_name": Ignored("output_dir names a run"),
+    "job_name": Taken("output_dir", _job_folder, "outputs/JOB_NAME, where none is given"),
     "cudnn_deterministic": Ignored("no convolution of the network has a choice that matters"),
     "prefetch_factor": LOADER,
     "persistent_workers": LOADER,
@@ -141,7 +186,7 @@ TRAIN: dict[str, str | Taken | Ignored | Refused] = {
     "policy.path": "pretrained",
     "policy.pretrained_path": "pretrained",
     "policy.pretrained_revision": Refused("fetch that revision with `hf download`, then `pi0fm convert FOLDER`"),
-    "policy.device": CUDA,
+    "policy.device": Taken("device", _device, "cpu, or cuda; for cuda:1 set CUDA_VISIBLE_DEVICES=1"),
     "policy.dtype": DTYPE,
     "policy.use_amp": Taken("precision", {True: "bfloat16", False: None}),
     "policy.use_peft": Taken("lora.rank", {True: 16, False: None}, "LeRobot's default rank; --peft.r sets another"),
@@ -157,8 +202,8 @@ TRAIN: dict[str, str | Taken | Ignored | Refused] = {
     "policy.input_features": Refused("--embodiment.cameras.NAME COLUMN and --embodiment.state COLUMN choose columns"),
     "policy.output_features": Refused("--embodiment.action COLUMN chooses the column"),
     "policy.normalization_mapping": Refused("type --normalization z_score, or quantile"),
-    "policy.use_relative_actions": Refused("type the dimensions, --embodiment.delta_actions 0,1,2,3,4,5"),
-    "policy.relative_exclude_joints": Refused("--embodiment.delta_actions names the dimensions that are relative"),
+    "policy.use_relative_actions": Ignored("actions stay absolute", (False,), RELATIVE),
+    "policy.relative_exclude_joints": Refused(RELATIVE),
     "policy.action_feature_names": Ignored("names are read from the data set"),
     "policy.rtc_config": Refused("train with --rtc.max_delay N, or serve with --guidance guided"),
     "policy.paligemma_variant": Ignored("it is the preset's", ("gemma_2b",), "change sizes with --model.decoder.*"),
@@ -205,8 +250,11 @@ TRAIN: dict[str, str | Taken | Ignored | Refused] = {
     "peft.init_type": Ignored("adapters begin at 0", (None,), "leave it out"),
     "peft.target_modules": Refused("type --lora.targets backbone,action_expert, or names of this network's layers"),
     "peft.full_training_modules": Refused("parts of the network without an adapter train whole, as --train_only sets"),
-    "wandb.enable": Taken("tracker", _flag("wandb"), "the project is pi0fm, the run output_dir's name"),
-    "wandb": Ignored("--tracker wandb sets project and run, and WANDB_MODE is respected"),
+    "wandb.enable": Taken("tracker", _flag("wandb"), "the run has output_dir's name"),
+    "wandb.project": "tracker_project",
+    "wandb.mode": Ignored("it is wandb's usual one", ("online", None), "type WANDB_MODE=offline in front of the command"),
+    "wandb.entity": Ignored("it is wandb's usual one", (None,), "type WANDB_ENTITY=NAME in front of the command"),
+    "wandb": Ignored("--tracker wandb names the run, and uploads metrics alone"),
     "env": SIMULATOR,
     "eval": SIMULATOR,
     "job": Refused("docs/scaling.md and deploy/ explain how to run on other machines"),

@@ -5,8 +5,8 @@ Each command is a module of pi0fm/cli or of its folder that FOLDERS names, impor
 and `run(options) -> result`, or with `SUBCOMMANDS`, name -> help line: modules COMMAND_NAME, or the results of its `subcommand(name)`.
 A command of several forms has `form(words)`, which returns an object with these names. Optional names:
 
-    POSITIONAL      the option that may stand first without its name, in the place of files
-    OTHERS          the option that takes the words after that
+    POSITIONAL      the option that may stand first without its name, before or behind configuration files
+    OTHERS          the option that takes the words after that, in the place of files
     NAMED_BY_ROW    the option of a folder that defaults to outputs/NAME_NAME for a row of several files
     DEFAULTS        function from the options given to default options
     OFTEN           of more than SHOWN options, those that --help shows; --help all shows the rest
@@ -48,7 +48,7 @@ COMMANDS = {
     "chaos": "kill parts of a training run, and check that its weights stay the same",
     "bench": "measure pi0fm and its peers on this machine",
 }
-
+ELSEWHERE = {"infer": "pi0fm serve BUNDLE, or pi0fm.load(BUNDLE).infer in Python", "export": "pi0fm convert BUNDLE --to lerobot"}
 
 FOLDERS = {
     **dict.fromkeys(("train", "plan", "runs", "profile", "chaos"), "training"),
@@ -103,7 +103,11 @@ def _dispatch(path: tuple[str, ...], commands: Mapping[str, str], words: Sequenc
     if words[0] == "help" and rest:
         return _dispatch(path, commands, [*rest, "--help"])
     if words[0] not in commands:
-        raise ConfigError(f"unknown command {name!r}: {options.nearest(words[0], list(commands))}")
+        if name in ELSEWHERE:
+            raise ConfigError(f"unknown command {name!r}: type {ELSEWHERE[name]}")
+        raise ConfigError(
+            f"unknown command {name!r}: {options.nearest(words[0], commands, f'{" ".join(("pi0fm", *path))} --help lists all')}"
+        )
     path = (*path, words[0])
     command = find(path)
     if hasattr(command, "SUBCOMMANDS"):
@@ -157,8 +161,7 @@ def _print_options(name: str, command: Any, everything: bool) -> None:
     few = everything or len(rows) <= SHOWN or often is None
     shown = [row for row in rows if few or {row[0][2:], row[0][2:].partition(".")[0]} & often]
     console = Console(width=max(80, int(os.environ.get("COLUMNS", "120"))), markup=False)
-    first = _constant(command, "POSITIONAL")
-    console.print(f"pi0fm {name} {first.upper() if first else '[FILE.yaml ...]'} [--option value ...]: {command.HELP}\n", highlight=False)
+    console.print(f"pi0fm {name} {_first(command)} [--option value ...]: {command.HELP}\n", highlight=False)
     console.print(_table(sorted(shown, key=_component)))
     if len(shown) < len(rows):
         console.print(f"\n{len(rows) - len(shown)} more: pi0fm {name} --help all", highlight=False)
@@ -168,6 +171,12 @@ def _print_options(name: str, command: Any, everything: bool) -> None:
         console.print(f"  --{other} is another name for --{meaning}", highlight=False)
     if len(same) < len(command.ALIASES):
         console.print("  LeRobot's other options: docs/from_lerobot.md", highlight=False)
+
+
+def _first(command: Any) -> str:
+    """Return the words that a command takes before its options, as they are written in its help."""
+    first, others = (_constant(command, name) for name in ("POSITIONAL", "OTHERS"))
+    return " ".join([*([first.upper()] if first else []), f"[{others.upper()} ...]" if others else "[FILE.yaml ...]"])
 
 
 def _component(row: tuple[str, str, str]) -> tuple[bool, str]:

@@ -89,7 +89,8 @@ def _on_ray(run: TrainingRun) -> "TrainResult":
     from pi0fm.cluster.ray_faults import EndAtFaults
 
     (fewest, most), cluster = run.workers, ray.cluster_resources()
-    gpus = (1.0 if cluster.get("GPU", 0) else 0.0) if run.gpus_per_worker is None else run.gpus_per_worker
+    usual = 1.0 if cluster.get("GPU", 0) and run.device != "cpu" else 0.0
+    gpus = usual if run.gpus_per_worker is None else run.gpus_per_worker
     each = {"CPU": float(run.cpus_per_worker or _share_of_cpus(most, gpus)), **({"GPU": gpus} if gpus else {})}
     require_resources(each, fewest)
     _report_held_resources(each, fewest)

@@ -54,6 +54,8 @@ class TrainingRun(TrainConfig):
             raise ConfigError(f"cpus_per_worker must be >= 1, found {self.cpus_per_worker}")
         if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
             raise ConfigError(f"gpus_per_worker must be >= 0, found {self.gpus_per_worker}")
+        if self.gpus_per_worker and self.device == "cpu":
+            raise ConfigError(f"gpus_per_worker {self.gpus_per_worker:g} is for GPUs, found device cpu; leave one of them out")
         for count in range(fewest, most + 1) if most else ():
             self.micro_steps(count)
             self.parallel.refuse_for(count)
@@ -101,8 +103,8 @@ def _refuse_too_many(run: TrainingRun) -> None:
     each, cores = run.cpus_per_worker or 1, machine.cores()
     if run.workers[0] * each > cores and not (run.ray_address or os.environ.get("RAY_ADDRESS")):
         raise ConfigError(
-            f"num_workers are Ray workers that train, here with {each} of {cores} cores each, found {run.num_workers}; type --num_workers "
-            f"{cores // each}, or leave it out: one process trains and its threads load data (LeRobot's num_workers has no counterpart)"
+            f"num_workers are Ray workers that train, here with {each} of {cores} cores each, found {run.num_workers}; leave it out: one "
+            f"process trains, and its threads load data, as LeRobot's num_workers do; or type --num_workers {cores // each}"
         )
 
 

@@ -28,7 +28,7 @@ from pi0fm.convert.read import open_safetensors, with_one_embedding
 from pi0fm.convert.shapes import ForeignPart, describe_mismatch, infer_sizes, network_config, parts
 from pi0fm.models.config import Pi0Config
 from pi0fm.policy.saved import bundle
-from pi0fm.policy.saved.manifest import MANIFEST, WEIGHTS, identity
+from pi0fm.policy.saved.manifest import MANIFEST, WEIGHTS, identity, instead_of
 from pi0fm.policy.saved.weights import Put, Weights, common_dtype, network_shapes, refuse_misfit
 from pi0fm.progress import say, step
 from pi0fm_client.errors import BundleError, ConfigError, OutputError
@@ -54,7 +54,9 @@ def convert(config: ConvertConfig) -> ConversionResult:
     neither source nor options give; OutputError for an output that exists or a full disk.
     """
     if not config.source.is_dir():
-        raise BundleError(f"source must be a directory, found {config.source}; give the one that holds the weights")
+        raise BundleError(
+            f"source must be a directory, found {config.source}; {instead_of(config.source, 'give the one that holds the weights')}"
+        )
     files.refuse_name(config.output_dir)
     if config.output_dir.exists():
         raise OutputError(f"a conversion writes a new directory, but {config.output_dir} exists; remove it or choose another")

@@ -107,7 +107,7 @@ def _print_differences(embodiment: Embodiment, columns: Mapping[str, str]) -> No
 
 def _relative(config: PolicyConfig) -> dict[str, Any]:
     """Return LeRobot's options of relative actions, which exclude dimensions by words in their names."""
-    delta = config.embodiment.delta_actions
+    delta = config.embodiment.delta_dims
     if not delta:
         return {"enabled": False, "exclude_joints": ["gripper"], "action_names": None}
     names = [f"{'relative' if dim in delta else 'absolute'}_{dim}" for dim in range(config.embodiment.dims()[1])]

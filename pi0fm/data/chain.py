@@ -211,7 +211,7 @@ def make_chain(
         if width != stats_width:
             raise ConfigError(f"norm stats of the {what} are {stats_width} wide, the embodiment's {what} is {width}; compute them again")
     transforms = (
-        DeltaActions(embodiment.delta_actions),
+        DeltaActions(embodiment.delta_dims),
         Normalize(*(scaling(column, normalization, floor, epsilon, rule) for column in (stats.state, stats.action))),
         PadDimensions(state_dim, action_dim, padded_state_dim, padded_action_dim),
     )

@@ -4,6 +4,7 @@ Owns: the dataclasses, their ranges, the refusal of a missing data set. Does not
 pyarrow is imported, so that a command line is parsed quickly.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from typing import Literal
 
 import numpy as np
 
+from pi0fm import files
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.order.orders import deal
 from pi0fm.options import option
 from pi0fm_client.errors import ConfigError, DatasetError
 
+LIKE_A_PATH = 0.75  # likeness of OWNER/NAME to an existing path at which it was meant as that path
 Extent = Literal["none", "ends", "all"]  # of the pictures that are looked at
 Decoder = Literal["auto", "pyav", "torchcodec"]
 
@@ -56,13 +59,40 @@ class DatasetConfig:
 
 
 def refuse_missing(config: DatasetConfig) -> None:
-    """Raise ConfigError where no data set is named, DatasetError for a directory that holds none; nothing is opened."""
+    """Raise ConfigError where no data set is named, DatasetError for a directory that holds none, or a name that is a path.
+
+    Nothing is opened, and the network is not asked.
+    """
     if config.root is None and not config.repo_id:
         raise ConfigError("which data set? give --dataset.repo_id NAME, or --dataset.root DIRECTORY")
     if config.root is not None and not (config.root / "meta" / "info.json").is_file():
+        if not config.root.exists():
+            raise DatasetError(f"dataset.root must be the folder of a LeRobot data set, but {files.missing(config.root)}")
         run = f"it is a run, whose policy is {config.root / 'bundle'}" if (config.root / "run.json").is_file() else "correct the path"
         raise DatasetError(
             f"dataset.root must be a LeRobot data set, but {config.root} has no meta/info.json; {run}, or record one with pi0fm demos"
+        )
+    if config.root is None and not (hub_home() / config.repo_id / "meta" / "info.json").is_file():
+        _refuse_path(config.repo_id)
+
+
+def hub_home() -> Path:
+    """Return the folder in which LeRobot keeps data sets by their names: $HF_LEROBOT_HOME, else below $HF_HOME."""
+    return Path(os.environ.get("HF_LEROBOT_HOME", Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "lerobot")).expanduser()
+
+
+def _refuse_path(name: str) -> None:
+    """Raise DatasetError for a name that was meant as a path: of another form than OWNER/NAME, or near a path that exists."""
+    path = Path(name).expanduser()
+    near = files.nearest_path(path, LIKE_A_PATH)
+    if (path / "meta" / "info.json").is_file():
+        raise DatasetError(f"dataset.repo_id is a name, OWNER/NAME, found the path of a data set, {name}; type --dataset.root {name}")
+    if not files.is_hub_name(name):
+        raise DatasetError(f"dataset.repo_id is a name, OWNER/NAME, found {name!r}; for a folder type --dataset.root {near or 'FOLDER'}")
+    if near is not None and not path.exists():
+        raise DatasetError(
+            f"no data set {name} is in {hub_home()}, nor a folder of that path, but {near} exists; type --dataset.root {near}, or ask "
+            "the hub for that name from another folder"
         )
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from pi0fm.files import missing, nearest_path
 from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError, ObservationError
 
@@ -52,10 +53,10 @@ def load_tokenizer(name: str, vocab_size: int) -> "PreTrainedTokenizerBase":
 def refuse_missing_tokenizer(name: str) -> None:
     """Raise ConfigError for a name that is neither `byt5` nor a directory with a tokenizer."""
     if name != BYTES and not (Path(name) / "tokenizer_config.json").is_file():
-        raise ConfigError(
-            f"tokenizer must be 'byt5' or a directory with tokenizer_config.json, found {name!r}; PaliGemma's is gated: accept its "
-            "licence, download google/paligemma-3b-pt-224 and give the directory"
-        )
+        instead = "PaliGemma's is gated: accept its licence, download google/paligemma-3b-pt-224 and give the directory"
+        if nearest_path(Path(name)) is not None and not Path(name).exists():
+            instead = missing(Path(name))
+        raise ConfigError(f"tokenizer must be 'byt5' or a directory with tokenizer_config.json, found {name!r}; {instead}")
 
 
 class PromptTokenizer:

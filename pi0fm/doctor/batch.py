@@ -6,7 +6,7 @@ Shape letters: N rows whose numbers are judged, M moments with pictures, C camer
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,7 +150,7 @@ def _two_valued(values: NDArray[np.float32], low: NDArray[np.float32], span: NDA
 
 def _relative(seen: Seen) -> Iterator[Finding]:
     """Report dimensions trained as differences whose differences spread wider than the values, which positions do not."""
-    source, listed = seen.source, list(seen.source.embodiment.delta_actions)
+    source, listed = seen.source, list(seen.source.embodiment.delta_dims)
     shared = min(source.state.shape[1], source.action.shape[1])
     near = source.action[:, :shared] - source.state[:, :shared]
     moving = source.action[:, :shared].std(0) > 0
@@ -163,15 +163,24 @@ def _relative(seen: Seen) -> Iterator[Finding]:
             f"delta_actions are positions that the state has too, but {_these(dims, wrong)} less the state spreads "
             f"{wider[wrong].max():.1f} times wider than it does"
         )
-        remaining = [dim for dim in listed if not wrong[dim]]
+        remaining = _typed(source, [dim for dim in listed if not wrong[dim]])
         yield Finding(
             "error", "relative action", text, f"such an action is a difference already; type --embodiment.delta_actions {remaining}"
         )
     tracked = moving & (wider < 0.3)
     if tracked.sum() > shared / 2 and not listed:
         text = f"action {_these(dims, tracked)} follows the state: absolute positions, trained as they are"
-        typed = ",".join(map(str, np.flatnonzero(tracked).tolist()))
+        typed = _typed(source, np.flatnonzero(tracked).tolist())
         yield Finding("note", "absolute action", text, f"differences often train better: --embodiment.delta_actions {typed}")
+
+
+def _typed(source: LeRobotSource, dims: Sequence[int]) -> str:
+    """Write dimensions of the action as they are typed: their names where state and action share them, else their numbers."""
+    actions, states = source.embodiment.action_names, source.embodiment.state_names
+    named = [
+        actions[dim] for dim in dims if actions and states[dim : dim + 1] == (actions[dim],) and re.fullmatch(r"[\w.-]+", actions[dim])
+    ]
+    return ",".join(named if len(named) == len(dims) else map(str, dims)) or "[]"
 
 
 def _units(source: LeRobotSource) -> Iterator[Finding]:

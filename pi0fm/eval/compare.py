@@ -18,6 +18,7 @@ from pi0fm.eval.recipes import Recipe, TrainedPolicy, recipes
 from pi0fm.eval.report.page import JOURNAL
 from pi0fm.eval.rollouts.episode import Outcome
 from pi0fm.eval.statistics import Interval, holm, log_evidence, mcnemar, mean_over_tasks, paired_difference, wilson
+from pi0fm.files import missing
 from pi0fm.options import option, required
 from pi0fm_client.errors import ConfigError
 
@@ -155,6 +156,8 @@ def read(folder: Path, name: str) -> EndedEvaluation:
             remedy = "it has not ended: type its command again"
         elif (folder / "summary.json").is_file():
             remedy = "that is an evaluation on recorded episodes or in real time, which have other figures: name one in simulation"
+        elif not folder.exists():
+            remedy = missing(folder)
         raise ConfigError(f"an evaluation holds episodes.json, found none in {folder}; {remedy}")
     try:
         rows = json.loads((folder / "episodes.json").read_text())

@@ -264,7 +264,7 @@ def read_moments(dataset: DatasetConfig, policy_facts: PolicyFacts, source: LeRo
     recorded, real = action_chunks(source.action, source.end, place, policy_facts.horizon)
     begins = np.append(True, np.diff(source.episode) != 0)[place]
     still = source.action[np.where(begins, place, place - 1)]  # an episode's first row has no previous action: the row's action
-    relative = list(policy_facts.embodiment.delta_actions)
+    relative = list(policy_facts.embodiment.delta_dims)
     still[:, relative] = source.state[place][:, relative]
     return Moments(
         place,

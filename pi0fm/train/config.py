@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # importing torch takes longer than reading options: only the
 FREE_AT_RESUME = (
     *("output_dir", "resume", "steps", "log_every", "checkpoint_every", "bundle_every", "keep_checkpoints", "micro_batch_size", "threads"),
     *("resume_changed", "checkpoint_dir", "on_nonfinite", "activation_checkpointing", "loader", "parallel", "hang_seconds", "tracker"),
+    *("tracker_project", "device"),
 )
 ON_NONFINITE = ("stop", "skip")
 FREE_IN_GROUPS = (
@@ -69,6 +70,7 @@ class TrainConfig:
     activation_checkpointing: str = option(
         "none", "none, selective (recomputes attention and activations) or full (recomputes each layer): the same numbers, less memory"
     )
+    device: str | None = option(None, "cpu or cuda; a GPU where there is one when not given")
     compile: bool = option(False, "compile each layer: a minute at the start, then fewer and larger kernels on a GPU; rounding differs")
     parallel: ParallelConfig = option(ParallelConfig, "")
     model: dict[str, Any] = option(lambda: {"preset": "tiny"}, "preset (tiny, pi0, pi05), and any field of it to change")
@@ -93,6 +95,7 @@ class TrainConfig:
     camera_sources: dict[str, str] = option(dict, "camera -> SOURCE:WIDTHxHEIGHT in a simulator, kept in the bundle")
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     tracker: tuple[str, ...] = option(("tensorboard",), "trackers of metrics, one or more of tensorboard, trackio, wandb, mlflow, or []")
+    tracker_project: str = option("pi0fm", "project in trackio, wandb and mlflow")
     checkpoint_every: int = option(1000, "steps between checkpoints")
     bundle_every: int = option(0, "steps between bundles in output_dir/bundles, for pi0fm eval --follow.run; 0 writes one at the end only")
     checkpoint_dir: str = option("", "folder or s3://BUCKET/PREFIX that all workers see; empty takes output_dir/checkpoints")
@@ -135,6 +138,11 @@ class TrainConfig:
             raise ConfigError(f"seed must be >= 0, found {self.seed}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"ema_decay must lie in (0, 1) or be null, found {self.ema_decay}")
+        if self.device not in (None, "cpu", "cuda"):
+            raise ConfigError(
+                f"device must be cpu or cuda, of which a process takes the first GPU that it may see, found {self.device!r}; type "
+                "CUDA_VISIBLE_DEVICES=N in front of the command for another"
+            )
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, found {self.precision!r}")
         if self.normalization not in ("z_score", "quantile"):
@@ -209,7 +217,8 @@ class TrainConfig:
         """Return the preset with its changed fields. Raises ConfigError for an unknown preset or field."""
         tree = dict(self.model)
         base = preset(str(tree.pop("preset", "tiny")))
-        return options.decode(Pi0Config, options.merge(options.encode(base), tree))
+        tree = options.merge(options.encode(base), tree)
+        return options.decode(Pi0Config, tree, "model.", ("model.preset",), options.ALL_OPTIONS)
 
     def micro_steps(self, world_size: int) -> int:
         """Number of micro batches per step of each of `world_size` workers. Raises ConfigError for a global batch that cannot be split."""

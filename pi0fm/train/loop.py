@@ -20,7 +20,7 @@ import torch
 from pi0fm import files, options, progress
 from pi0fm.data.loading.loader import micro_batches
 from pi0fm.flow.matching import FlowMatching
-from pi0fm.policy.device import set_threads
+from pi0fm.policy.device import choose_device, set_threads
 from pi0fm.policy.saved import bundle
 from pi0fm.policy.saved.weights import network_shapes
 from pi0fm.train.checkpoint.checkpoints import Checkpoints
@@ -67,7 +67,8 @@ def train(context: Context, config: TrainConfig) -> TrainResult:
     keep_freed_memory()
     refuse_missing(config.tracker)
     set_threads(config.threads)
-    parallel = Parallel(context, config.precision, config.micro_steps(context.world_size))
+    on_cuda = choose_device(config.device).type == "cuda"
+    parallel = Parallel(context, config.precision, config.micro_steps(context.world_size), on_cuda)
     checked = check_data(config)
     cameras, workers = checked.num_cameras, context.world_size
 

@@ -70,7 +70,7 @@ def find_runs(folders: Sequence[Path]) -> list[RunSummary]:
     found: dict[str, RunSummary] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise ConfigError(f"runs are looked for in folders, found none at {folder}; type pi0fm runs outputs")
+            raise ConfigError(f"runs are looked for in folders, but {files.missing(folder)}; type pi0fm runs outputs")
         below: dict[str, RunSummary] = {}
         for place in _places(folder, 0):
             try:

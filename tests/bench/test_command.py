@@ -126,7 +126,7 @@ def test_help_lists_every_option_of_every_question(capsys, name):
 
 def test_help_shows_where_the_bundle_stands(capsys):
     assert main(["flow", "steps", "--help"]) == 0
-    assert capsys.readouterr().out.startswith("pi0fm flow steps BUNDLE [--option value ...]: the error of a chunk")
+    assert capsys.readouterr().out.startswith("pi0fm flow steps BUNDLE [FILE.yaml ...] [--option value ...]: the error of a")
 
 
 def loaded_by_options() -> list[str]:

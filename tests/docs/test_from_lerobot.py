@@ -103,18 +103,46 @@ def test_its_words_are_taken_in_files_too(tmp_path: Path) -> None:
         (["--policy.push_to_hub=true"], "hf upload"),
         (["--env.type=libero"], "pi0fm eval"),
         (["--policy.n_obs_steps=2"], "no history"),
-        (["--policy.type=act"], "counterpart for pi0, pi05, tiny, found act"),
+        (["--policy.type=act"], "counterpart for pi0, pi05, tiny, found act; type --policy.type pi0$"),
+        (["--policy.device=mps"], "leave it out, or type cpu"),
+        (["--policy.device=cuda:x"], "leave it out, or type cpu"),
+        (["--policy.device=cuda:2"], "type CUDA_VISIBLE_DEVICES=2 in front of the command, and --policy.device cuda$"),
+        (["--policy.use_relative_actions=true"], "--embodiment.delta_actions pan,lift"),
+        (["--wandb.mode=offline"], "type WANDB_MODE=offline"),
+        (["--wandb.entity=us"], "type WANDB_ENTITY=NAME"),
+        (["--config_path=train_config.json"], "type pi0fm train FILE.yaml"),
+        (["--resume=true", "--config_path=a/b/checkpoints/last/train_config.json"], "type --output_dir a/b --resume true"),
         (["--dataset.image_transforms.max_num_transforms=2"], "augmentation.crop"),
         (["--policy.optimizer_eps=1e-6"], "leave it out"),
         (["--policy.image_resolution=[224, 128]"], "square"),
         (["--policy.optimizer_betas=0.9"], "two numbers"),
         (["--rename_map={observation.state: state}"], "embodiment.state"),
-        (["--policy.chunk_sise=50"], "unknown option policy"),
+        (["--policy.chunk_sise=50"], "unknown option policy.chunk_sise: did you mean 'policy.chunk_size'"),
     ],
 )
 def test_what_has_no_counterpart_says_what_to_type(words: list[str], line: str) -> None:
     with pytest.raises(ConfigError, match=line):
         parsed(*words)
+
+
+@pytest.mark.parametrize(("word", "device"), [("cpu", "cpu"), ("cuda", "cuda"), ("cuda:0", "cuda"), ("null", None)])
+def test_the_device_is_that_of_the_run(word: str, device: str | None) -> None:
+    assert parsed(f"--policy.device={word}").device == device
+
+
+def test_a_run_that_has_only_a_name_has_a_folder_of_it(tmp_path: Path) -> None:
+    assert parsed("--job_name=arm").output_dir == Path("outputs/arm")
+    assert parsed("--job_name=arm", "--output_dir=x").output_dir == Path("x")
+    (tmp_path / "checkpoints/last").mkdir(parents=True)
+    (tmp_path / "run.json").write_text("{}")
+    resumed = parsed("--resume=true", f"--config_path={tmp_path}/checkpoints/last/train_config.json", "--job_name=arm")
+    assert (resumed.output_dir, resumed.resume) == (tmp_path, "true")
+
+
+def test_what_an_earlier_lerobot_called_otherwise_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    parsed("--eval_freq=100", "--wandb.project=arm", "--wandb.enable=false", "--policy.use_relative_actions=false")
+    assert "--eval_freq is ignored: `pi0fm eval --follow.run" in capsys.readouterr().err
+    assert parsed("--wandb.project=arm").tracker_project == "arm"
 
 
 def test_what_would_change_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:

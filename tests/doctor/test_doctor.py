@@ -59,7 +59,7 @@ def network(tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, capsys):
-    assert main(["doctor", str(tmp_path / "mistyped")]) == 1
+    assert main(["doctor", str(tmp_path / "mistyped")]) == 2
     assert str(tmp_path / "mistyped") in capsys.readouterr().err
 
 

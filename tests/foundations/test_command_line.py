@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -95,12 +96,12 @@ def test_a_fault_of_ours_is_not_hidden(command: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["trian"], "pi0fm: unknown command 'trian': did you mean 'train'? known: "),
-        (["probe", "--stpes", "3"], "pi0fm: unknown option stpes: did you mean 'steps'? known: steps"),
+        (["trian"], "pi0fm: unknown command 'trian': did you mean 'train'? pi0fm --help lists all"),
+        (["probe", "--stpes", "3"], "pi0fm: unknown option stpes: did you mean 'steps'? known: count, steps"),
         (["probe", "--steps", "many"], "pi0fm: option steps must be a whole number, found 'many'"),
         (["group", "prob"], "pi0fm: unknown command 'group prob': did you mean 'probe'? known: probe\n"),
         (["group", "--steps", "3"], "pi0fm: unknown command 'group --steps': known: probe\n"),
-        (["group_probe"], "pi0fm: unknown command 'group_probe': did you mean 'probe'? known: "),
+        (["group_probe"], "pi0fm: unknown command 'group_probe': did you mean 'group' or 'probe'? pi0fm --help lists all"),
     ],
 )
 def test_wrong_words_exit_with_2(group: None, capsys: pytest.CaptureFixture[str], words: list[str], line: str) -> None:
@@ -169,7 +170,39 @@ def test_a_command_may_take_one_option_without_its_name(command: Any, capsys: py
         assert command_line.main(words) == 0
         assert json.loads(capsys.readouterr().out) == {"steps": 5}
     assert command_line.main(["probe", "--help"]) == 0
-    assert capsys.readouterr().out.startswith("pi0fm probe STEPS [--option value ...]: a command of this test")
+    assert capsys.readouterr().out.startswith("pi0fm probe STEPS [FILE.yaml ...] [--option value ...]: a command of this test")
+
+
+SUBJECTS = ("log", "policy", "bundle", "source", "baseline", "data")
+"""Names of the option that holds what a command works on."""
+
+
+@pytest.mark.parametrize("name", sorted({*command_line.COMMANDS} - {"bench", "flow", "quickstart"}))
+def test_what_a_command_works_on_may_stand_first(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for module in (command_line.find((name,)), *vars(command_line.find((name,))).values()):
+        fields = getattr(getattr(module, "Options", None), "__dataclass_fields__", {})
+        subject = next((each for each in SUBJECTS if each in fields), None)
+        if subject is not None and hasattr(module, "run"):
+            assert getattr(module, "POSITIONAL", None) == subject
+            assert command_line.main([name, "--help"]) == 0
+            assert capsys.readouterr().out.startswith(f"pi0fm {name} {subject.upper()} [")
+
+
+@pytest.mark.parametrize("name", ["eval", "serve", "verify", "calibrate", "doctor", "compare", "convert"])
+def test_a_mistyped_path_names_the_one_that_is_there(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "outputs/run/bundle").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    more = {"eval": ["--tasks", "reach-v3"], "compare": ["outputs/other"], "convert": ["--output_dir", "x"]}.get(name, [])
+    assert command_line.main([name, "outputs/run/bunlde", *more]) in (1, 2)
+    assert "did you mean outputs/run/bundle?" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["infer", "export"])
+def test_a_command_of_another_program_names_ours(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main([name, "outputs/run/bundle"]) == 2
+    assert f"unknown command '{name}': type pi0fm " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("given", "found"), [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)])

@@ -155,8 +155,8 @@ def test_merge_changes_neither_side() -> None:
     ("words", "message"),
     [
         (["--stesp", "7"], r"unknown option stesp: did you mean 'steps'\?"),
-        (["--optimizer.learning_rat", "1"], r"unknown option optimizer\.learning_rat: did you mean 'learning_rate'\?"),
-        (["--zzz", "7"], "unknown option zzz: known: numbers, optimizer, output, resume, seed, shape, steps, tasks"),
+        (["--optimizer.learning_rat", "1"], r"unknown option optimizer\.learning_rat: did you mean 'optimizer\.learning_rate'\?"),
+        (["--zzz", "7"], "^unknown option zzz: --help all lists every option$"),
         (["--steps", "many"], "^option steps must be a whole number, found 'many'$"),
         (["--steps", "1.5"], "^option steps must be a whole number, found 1.5$"),
         (["--steps", "true"], "^option steps must be a whole number, found True$"),
@@ -248,8 +248,11 @@ def test_groups_under_names_that_the_user_gives() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--animals.cat.stesp", "7"], r"unknown option animals\.cat\.stesp: did you mean 'steps'\?"),
-        (["--animals.cat.optimizer.beta", "7"], r"unknown option animals\.cat\.optimizer\.beta: did you mean 'betas'"),
+        (["--animals.cat.stesp", "7"], r"unknown option animals\.cat\.stesp: did you mean 'animals\.cat\.steps'\?"),
+        (
+            ["--animals.cat.optimizer.beta", "7"],
+            r"unknown option animals\.cat\.optimizer\.beta: did you mean 'animals\.cat\.optimizer\.betas'",
+        ),
         (["--animals.cat.steps", "7"], r"option animals\.cat\.output is required"),
         (["--animals.cat", "7"], r"option animals\.cat is a group: expected options in it, found 7; options here: output, "),
         (["--animals", "7"], r"option animals is a group: expected animals\.NAME, found 7"),
@@ -266,6 +269,71 @@ def test_nearest(word: str, guess: str | None) -> None:
     line = options.nearest(word, ["train", "eval", "serve"])
     assert line.endswith("known: eval, serve, train")
     assert line.startswith(f"did you mean {guess!r}?") if guess else "did you mean" not in line
+
+
+def test_of_many_words_the_nearest_three_are_named_and_the_place_of_the_others() -> None:
+    many = [f"camera_{letter}" for letter in "abcdefgh"] + ["arm", "optimizer.learning_rate"]
+    assert options.nearest("camera_z", many, "see the page") == "did you mean 'camera_a', 'camera_b' or 'camera_c'? see the page"
+    assert options.nearest("learning_rat", many) == "did you mean 'optimizer.learning_rate'?"
+    assert options.nearest("zz", many) == f"known: {', '.join(sorted(many)[:8])} and 2 more"
+
+
+def test_an_unknown_option_of_any_group_means_the_nearest_that_can_be_typed() -> None:
+    for words, near in (
+        (["--learning_rate", "1"], "optimizer.learning_rate"),
+        (["--policy.optimizer_rl", "1"], "policy.optimizer_lr"),
+        (["--optimizer.step", "1"], "steps"),
+    ):
+        with pytest.raises(ConfigError, match=f"^unknown option {words[0][2:]}: did you mean '{near}'\\? --help all lists every option$"):
+            parse("--output", "x", *words)
+
+
+@dataclass(frozen=True)
+class Cameras:
+    columns: dict[str, str] = option(dict, "camera -> column")
+    place: Path = option(Path("x"), "of pictures")
+    model: dict[str, int] = option(dict, "sizes")
+    free: dict[str, object] = option(dict, "anything")
+
+
+def test_a_mapping_that_is_typed_replaces_the_files_and_one_name_changes_it(tmp_path: Path) -> None:
+    file = tmp_path / "arm.yaml"
+    file.write_text("columns: {base: up, side: side}\n")
+    assert options.parse(Cameras, [str(file), "--columns", "{base: front}"]).columns == {"base": "front"}
+    assert options.parse(Cameras, [str(file), "--columns.base", "front"]).columns == {"base": "front", "side": "side"}
+    (tmp_path / "other.yaml").write_text("columns: {base: front}\n")
+    row = [str(file), str(tmp_path / "other.yaml")]
+    assert options.parse(Cameras, row).columns == {"base": "front", "side": "side"}, "files are merged leaf by leaf"
+
+
+def test_a_home_folder_is_found_behind_an_equals_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert options.parse(Cameras, ["--place=~/data"]).place == Path("/home/me/data")
+    assert parse("--output=~/runs").output == "/home/me/runs" and parse("--output=~").output == "~"
+
+
+def test_a_list_that_the_shell_took_apart_is_told_as_that() -> None:
+    with pytest.raises(ConfigError, match=r"found '1\]'; put the value of --numbers in quotes"):
+        parse("--output", "x", "--numbers=[0,", "1]")
+
+
+@pytest.mark.parametrize("row", [["bundle", "a.yaml"], ["a.yaml", "bundle"]])
+def test_files_may_stand_with_the_value_that_has_no_name(row: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("steps: 7\noutput: another\n")
+    assert options.parse(Run, row, positional="output") == Run("bundle", steps=7)
+
+
+def test_a_folder_in_the_place_of_a_file_says_which_option_takes_it(tmp_path: Path) -> None:
+    for mark, typed in (("meta/info.json", "--dataset.root"), ("manifest.json", "--pretrained")):
+        folder = tmp_path / mark.split("/")[0]
+        (folder / mark).parent.mkdir(parents=True)
+        (folder / mark).touch()
+        with pytest.raises(ConfigError, match=f"found the folder {folder}; type {typed} {folder}"):
+            parse(str(folder))
+    (tmp_path / "run.yaml").touch()
+    with pytest.raises(ConfigError, match=f"no configuration file at {tmp_path}/rum.yaml: did you mean {tmp_path}/run.yaml"):
+        parse(str(tmp_path / "rum.yaml"))
 
 
 def test_a_key_that_a_file_holds_twice_is_refused_at_any_depth(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_no_help_of_any_command_loads_anything_heavy():
     [
         ("nofile.yaml", "no configuration file at nofile.yaml"),
         ("--bogus 3", "unknown option bogus"),
-        ("--dataset.root /nowhere", "/nowhere has no meta/info.json"),
+        ("--dataset.root /nowhere", "/nowhere does not exist"),
         ("--dataset.root DATA --pretrained /nowhere", "no bundle at /nowhere"),
         ("--dataset.root DATA --tokenizer /nowhere", "found '/nowhere'"),
         ("--dataset.root DATA --output_dir DATA", "is not a run of pi0fm"),
@@ -87,7 +87,7 @@ def test_all_faults_are_told_at_once(tmp_path):
         *("--num_workers", "1", "--ray_address", "127.0.0.1:1"),
     )
     assert code == 1
-    for words in ("/nowhere has no meta/info.json", "no bundle at /neither", "is not a run of pi0fm", "no Ray cluster answers"):
+    for words in ("/nowhere does not exist", "no bundle at /neither", "is not a run of pi0fm", "no Ray cluster answers"):
         assert words in error
 
 

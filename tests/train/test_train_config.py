@@ -45,7 +45,7 @@ def test_a_preset_and_its_changed_fields():
     ("model", "words"),
     [
         ({"preset": "tini"}, "did you mean 'tiny'"),
-        ({"preset": "tiny", "decoder": {"dept": 3}}, "did you mean 'depth'"),
+        ({"preset": "tiny", "decoder": {"dept": 3}}, "did you mean 'model.decoder.depth'"),
         ({"preset": "tiny", "decoder": {"num_kv_heads": 3}}, "num_kv_heads"),
         ({"preset": "tiny", "state_input": "words"}, "state_input"),
     ],

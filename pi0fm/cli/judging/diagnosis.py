@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from pi0fm import options
+from pi0fm import files, options
 from pi0fm.cluster.training_run import TrainingRun
 from pi0fm.data.chain import Chain
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import LeRobotSource
 from pi0fm.data.columns.lerobot_source import examine as examine_source
-from pi0fm.data.config import DatasetConfig, MixtureEntry
+from pi0fm.data.config import LIKE_A_PATH, DatasetConfig, MixtureEntry
 from pi0fm.data.loading.mixture import entry_named
 from pi0fm.doctor.contents import write_contact_sheet
 from pi0fm.doctor.data import Findings, counted, judge
@@ -183,6 +183,10 @@ def _refuse_word(word: str) -> None:
     scheme, separated, rest = word.partition("//")
     if separated and scheme.rstrip(":").isalpha():
         raise ConfigError(f"doctor takes {kinds}, found {word!r}; type ws://{rest} for a policy server")
+    path = Path(word)
+    is_path = "/" in word and not separated and not word.endswith(".yaml")
+    if is_path and not path.exists() and not (files.nearest_path(path, LIKE_A_PATH) is None and files.is_hub_name(word)):
+        raise ConfigError(f"doctor takes {kinds}, but {files.missing(path)}")
     if "/" not in word and not Path(word).exists() and not word.endswith(".yaml") and word not in options.shipped():
         known = [
             *options.shipped(),
@@ -196,7 +200,7 @@ def _of_training(run_: TrainingRun, cameras: int) -> dict[str, str]:
     work = training_work(run_.network(), run_.adaptation(), cameras, run_.flow_draws_per_observation)
     flops = run_.global_batch_size * (work.forward + work.backward)
     least = ", ".join(f"{name} {1e3 * flops / card.flops_per_second:.3g} ms" for name, card in known_cards().items())
-    memory = run_.memory(cameras, max(1, run_.workers[1]), choose_device(None))
+    memory = run_.memory(cameras, max(1, run_.workers[1]), choose_device(run_.device))
     return {"training": str(memory), "step": f"{flops / 1e12:.3g} TFLOP; on one card at its highest rate {least}; see pi0fm plan"}
 
 

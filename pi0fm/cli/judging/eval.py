@@ -1,4 +1,4 @@
-"""`pi0fm eval`: evaluate a policy in simulation, with `--realtime.*` in real time, with `--follow.run` during its training, or with
+"""`pi0fm eval POLICY`: evaluate a policy in simulation, with `--realtime.*` in real time, with `--follow.run` during its training, or with
 `--dataset.root` on recorded episodes.
 
 Owns: the choice among the four, the printed tables. Does not know: how each runs.
@@ -33,6 +33,7 @@ FOLLOWED = "evaluate each bundle of a training run while it trains; the best is 
 REAL_TIME = "evaluate a policy in a simulator that does not wait for it: success, jumps and reaction time against delay"
 Options = EvalConfig
 ALIASES = lerobot.EVAL
+POSITIONAL = "policy"
 
 
 def form(words: Sequence[str]) -> Any:
@@ -127,13 +128,20 @@ def _texts(interval: Interval | None) -> tuple[str, str]:
     return percent(interval.rate), f"{percent(interval.low)} to {percent(interval.high)}"
 
 
-ON_EPISODES = SimpleNamespace(HELP=OPEN_LOOP, Options=OpenLoopConfig, ALIASES={"policy.path": "policy"}, run=run_open_loop)
+ON_EPISODES = SimpleNamespace(
+    HELP=OPEN_LOOP, Options=OpenLoopConfig, ALIASES={"policy.path": "policy"}, POSITIONAL=POSITIONAL, run=run_open_loop
+)
 FOLLOWING = SimpleNamespace(
-    HELP=FOLLOWED, Options=FollowConfig, ALIASES={"eval.n_episodes": "episodes", "env.task": "tasks"}, run=run_following
+    HELP=FOLLOWED,
+    Options=FollowConfig,
+    ALIASES={"eval.n_episodes": "episodes", "env.task": "tasks"},
+    POSITIONAL=POSITIONAL,
+    run=run_following,
 )
 IN_REAL_TIME = SimpleNamespace(
     HELP=REAL_TIME,
     Options=RealtimeConfig,
     ALIASES=lerobot.EVAL,
+    POSITIONAL=POSITIONAL,
     run=run_in_real_time,
 )

@@ -57,6 +57,8 @@ class Options(TrainingRun):
             raise ConfigError(f"gbits must be above 0, found {self.gbits}; type --gbits 100")
         if self.price is not None and not self.price >= 0:
             raise ConfigError(f"price must be 0 or more, in US dollars per card and hour, found {self.price}; leave it out")
+        if self.device == "cpu":
+            raise ConfigError("a plan is of cards, found device cpu; leave it out")
         if self.precision == "float32":
             raise ConfigError("the rates of cards are those of bfloat16, found precision float32; type --precision bfloat16")
         if self.picture is not None and self.picture.suffix != ".png":

@@ -4,6 +4,8 @@ Owns: the names and dimensions of one robot, and the conversion of a flat map of
 Does not know: normalisation, padding, tensors.
 """
 
+import difflib
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from pi0fm.options import nearest, option
@@ -33,7 +36,9 @@ class Embodiment:
     action: str = option("action", "column of the action")
     state_dim: int | None = option(None, "width of the state; empty takes the data set's")
     robot_action_dim: int | None = option(None, "width of the action; empty takes the data set's")
-    delta_actions: tuple[int, ...] = option((), "action dimensions trained as differences from the state's same dimension")
+    delta_actions: tuple[int | str, ...] = option(
+        (), "action dimensions, by number or name, trained as differences from the state's same dimension"
+    )
     state_names: tuple[str, ...] = option((), "names of the state's dimensions, kept in the bundle; empty takes the data set's")
     action_names: tuple[str, ...] = option((), "names of the action's dimensions, kept in the bundle; empty takes the data set's")
     units: dict[str, str] = option(dict, "name of a dimension of state or action -> its unit, such as deg; kept in the bundle, and shown")
@@ -45,17 +50,49 @@ class Embodiment:
     def __post_init__(self) -> None:
         if len(set(self.cameras.values())) != len(self.cameras):
             raise ConfigError(f"embodiment.cameras names one column twice: {self.cameras}")
-        # a delta action needs the same dimension of the state
-        limit = min((width for width in (self.state_dim, self.robot_action_dim) if width is not None), default=None)
-        for dim in self.delta_actions:
-            if dim < 0 or (limit is not None and dim >= limit):
-                raise ConfigError(f"embodiment.delta_actions must be dimensions of state and action, below {limit}, found {dim}")
         for word, names, width in (("state", self.state_names, self.state_dim), ("action", self.action_names, self.robot_action_dim)):
             if len(set(names)) != len(names) or (names and width not in (None, len(names))):
                 count = "one name each" if width is None else f"{width} of them"
                 raise ConfigError(f"embodiment.{word}_names must be names of all dimensions, {count}, each once, found {', '.join(names)}")
+        # a delta action needs the same dimension of the state
+        limit = min((width for width in (self.state_dim, self.robot_action_dim) if width is not None), default=None)
+        if self.action_names:  # of a resolved embodiment the numbers are kept
+            object.__setattr__(self, "delta_actions", tuple(map(self._numbered, self.delta_actions)))
+        for dim in self.delta_actions:
+            if isinstance(dim, int) and (dim < 0 or (limit is not None and dim >= limit)):
+                raise ConfigError(f"embodiment.delta_actions must be dimensions of state and action, below {limit}, found {dim}")
+        if len(set(self.delta_actions)) != len(self.delta_actions):
+            raise ConfigError(f"embodiment.delta_actions must name each dimension once, found {', '.join(map(str, self.delta_actions))}")
         if self.limits and self.robot_action_dim is not None:
             Limits.read(self.limits, self.robot_action_dim, "embodiment.limits")
+
+    def _numbered(self, dim: int | str) -> int:
+        """Return the number of an action dimension. Raises ConfigError for an unknown name, and for one that the state has elsewhere."""
+        if isinstance(dim, int):
+            return dim
+        if dim not in self.action_names:
+            raise ConfigError(
+                f"embodiment.delta_actions must be numbers or names of the action's dimensions, found {dim!r}: "
+                f"{nearest(dim, self.action_names)}"
+            )
+        number = self.action_names.index(dim)
+        if self.state_names and self.state_names[number : number + 1] != (dim,):
+            held = self.state_names[number] if number < len(self.state_names) else "not there"
+            raise ConfigError(
+                f"embodiment.delta_actions are differences from the state's same dimension, but {number} is {dim!r} in the action and "
+                f"{held!r} in the state; leave it out, or type {number} if they are one"
+            )
+        return number
+
+    @property
+    def delta_dims(self) -> tuple[int, ...]:
+        """Numbers of `delta_actions`. Raises ConfigError for names that no data set has turned into numbers."""
+        unknown = [dim for dim in self.delta_actions if not isinstance(dim, int)]
+        if unknown:
+            raise ConfigError(
+                f"embodiment.delta_actions names {unknown[0]!r}, but the action's dimensions have no names; type their numbers"
+            )
+        return tuple(int(dim) for dim in self.delta_actions)
 
     def labels(self, column: str, width: int) -> tuple[str, ...]:
         """Name the dimensions of the state's or action's column, with units; by the column's last word where names are unknown."""
@@ -190,7 +227,11 @@ def resolve(
         if column in depth:
             raise ConfigError(f"camera {name!r} is column {column!r} of {where}, a depth map; pi0fm reads colour pictures: leave it out")
         if column not in picture_columns:
-            raise ConfigError(f"camera {name!r} wants column {column!r}, which {where} does not hold: {nearest(column, picture_columns)}")
+            typed = yaml.safe_dump(_suggested_cameras(cameras, picture_columns), default_flow_style=True, width=math.inf, sort_keys=False)
+            raise ConfigError(
+                f"camera {name!r} wants column {column!r}, which {where} does not hold; its cameras are {', '.join(picture_columns)}: "
+                f"type --embodiment.cameras {shlex.quote(typed.strip())}"
+            )
     alike = [column for column in cameras.values() if [dotted(each) for each in cameras.values()].count(dotted(column)) > 1]
     if alike:
         raise ConfigError(
@@ -203,7 +244,9 @@ def resolve(
     ):
         shape = columns.get(column)
         if shape is None:
-            raise ConfigError(f"{where} must hold the {part} under {column!r}, found no such column; {_suggested(part, columns)}")
+            raise ConfigError(
+                f"{where} must hold the {part} under {column!r}, found no such column; {_suggested(part, columns, embodiment)}"
+            )
         if len(shape) > 1:
             raise ConfigError(
                 f"column {column!r} of {where} must be one-dimensional, found shape {list(shape)}; write it as one row of numbers"
@@ -211,11 +254,12 @@ def resolve(
         width = shape[0] if shape else 1
         if stated not in (None, width):
             raise ConfigError(
-                f"embodiment.{field} is {stated}, but column {column!r} of {where} is {width} wide; leave it out or correct it"
+                f"embodiment.{field} is {stated}, but column {column!r} of {where} is {width} wide; type --embodiment.{field} {width}"
             )
         widths[field] = width
         widths[f"{part}_names"] = getattr(embodiment, f"{part}_names") or names.get(column, ())
     found = replace(embodiment, cameras=cameras, **widths)
+    found.delta_dims  # noqa: B018 - refuses names where the data set has none
     known = [*found.state_names, *found.action_names]
     for name in found.units:
         if name not in known:
@@ -223,10 +267,26 @@ def resolve(
     return found
 
 
-def _suggested(word: str, columns: Mapping[str, tuple[int, ...]]) -> str:
-    """Advise on a state or action column of another name: type one whose last word begins with `word`, else choose from all."""
+def _suggested_cameras(cameras: Mapping[str, str], held: Sequence[str]) -> dict[str, str]:
+    """Give each camera its own column where the data set holds it, else the most similar one left, else the next; none is given twice."""
+    left = [column for column in held if column not in cameras.values()]
+    found: dict[str, str] = {}
+    for name, column in cameras.items():
+        if column in held:
+            found[name] = column
+        elif left:
+            near = difflib.get_close_matches(column, left, n=1, cutoff=0.9)
+            found[name] = near[0] if near else left[0]
+            left.remove(found[name])
+    return found
+
+
+def _suggested(word: str, columns: Mapping[str, tuple[int, ...]], embodiment: Embodiment) -> str:
+    """Advise on a state or action column: one whose last word begins with `word`, the only one left, or all to choose from."""
     rows = [name for name, shape in columns.items() if len(shape) <= 1 and name not in BOOKKEEPING]
     fitting = [name for name in rows if dotted(name).rsplit(".", 1)[-1].startswith(word)]
-    if fitting:
-        return f"type --embodiment.{word} {shlex.quote(fitting[0])}"
+    left = [name for name in rows if name not in (embodiment.state, embodiment.action)]
+    chosen = fitting[:1] or (left if len(left) == 1 else [])
+    if chosen:
+        return f"type --embodiment.{word} {shlex.quote(chosen[0])}"
     return f"type --embodiment.{word} COLUMN; columns here: {', '.join(rows) or 'none'}"

@@ -13,7 +13,6 @@ Shape letters: N rows, S state dim, A action dim.
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from pi0fm.data.columns.metadata import Episodes, Info, read_episodes, read_info
 from pi0fm.data.columns.norm_stats import NormStats, compute_norm_stats
 from pi0fm.data.columns.rows import Rows, read_rows, refuse_unknown_sentences, row_faults, selected_episodes
 from pi0fm.data.columns.tables import read_faults, read_table, scalars
-from pi0fm.data.config import DatasetConfig, Selection, refuse_missing
+from pi0fm.data.config import DatasetConfig, Selection, hub_home, refuse_missing
 from pi0fm.files import visible
 from pi0fm.options import nearest
 from pi0fm_client.errors import ConfigError, DatasetError
@@ -97,7 +96,7 @@ class LeRobotSource:
 
     def norm_stats(self, action_horizon: int) -> NormStats:
         """Compute statistics over the rows that are trained on, and the chunks that begin there."""
-        return compute_norm_stats(self.state, self.action, self.end, self.embodiment.delta_actions, action_horizon, self.frames)
+        return compute_norm_stats(self.state, self.action, self.end, self.embodiment.delta_dims, action_horizon, self.frames)
 
     def stored(self, camera: str, file: int | None = None, groups: list[int] | None = None) -> Iterator[tuple[int, Any]]:
         """Yield (place, value of the picture's column) of a camera whose pictures are in the parquet files, file by file.
@@ -306,9 +305,10 @@ def locate(config: DatasetConfig) -> Path:
     refuse_missing(config)
     if config.root is not None:
         return config.root
-    home = Path(os.environ.get("HF_LEROBOT_HOME", Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "lerobot")).expanduser()
-    if (home / config.repo_id / "meta" / "info.json").is_file():
-        return home / config.repo_id
+    kept = hub_home() / config.repo_id
+    if (kept / "meta" / "info.json").is_file():
+        return kept
+    progress.say(f"data set {config.repo_id} is not in {hub_home()}: asking Hugging Face's hub for it")
     return _download(config.repo_id)
 
 

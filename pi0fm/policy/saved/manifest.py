@@ -13,6 +13,7 @@ from pi0fm_client.errors import BundleError
 
 FORMAT = 3
 MANIFEST, CONFIG, STATS, WEIGHTS = "manifest.json", "config.json", "norm_stats.json", "model.safetensors"
+HOW_ONE_IS_MADE = "train one with pi0fm train, whose last line names the directory, or convert weights with pi0fm convert"
 CALIBRATION = "calibration.json"  # outside the identity, which it names: it changes no action
 
 
@@ -28,9 +29,7 @@ def listed_files(path: Path) -> dict[str, dict[str, Any]]:
     if str(path).startswith(("ws:", "wss:")):
         raise BundleError(f"a bundle is a folder, found the address {path}; pi0fm eval and pi0fm doctor take a server")
     if not path.is_dir():
-        raise BundleError(
-            f"no bundle at {path}; train one with pi0fm train, whose last line names the directory, or convert weights with pi0fm convert"
-        )
+        raise BundleError(f"no bundle at {path}; {instead_of(path)}")
     if not any((path / name).exists() for name in (MANIFEST, CONFIG, STATS, WEIGHTS)):
         inside = next(iter(sorted(path.glob(f"*/{MANIFEST}"))), None)
         named = "the folder that the last line of pi0fm train names" if inside is None else str(inside.parent)
@@ -44,6 +43,22 @@ def listed_files(path: Path) -> dict[str, dict[str, Any]]:
         if name not in listed or not (path / name).resolve().is_relative_to(path.resolve()):
             raise BundleError(f"{path / MANIFEST} must list {name} inside the bundle; copy the bundle again")
     return listed
+
+
+def instead_of(path: Path, otherwise: str = HOW_ONE_IS_MADE) -> str:
+    """Advise on a folder of weights that is not there: the nearest path, the download of weights of the hub, else `otherwise`."""
+    if path.is_file():
+        return f"it is a file: give its folder, {path.parent}"
+    near = files.nearest_path(path)
+    if near is not None:
+        return f"did you mean {near}?"
+    if files.is_hub_name(str(path)):
+        place = path.name
+        return (
+            f"for weights of Hugging Face's hub type hf download {path} --local-dir {place}, then pi0fm convert {place} --output_dir "
+            f"{place}-bundle --tokenizer DIR, and give {place}-bundle"
+        )
+    return otherwise
 
 
 def check_files(path: Path) -> None:

@@ -150,7 +150,8 @@ def read(folder: Path, damaged: list[str] | None = None) -> Iterator[LoggedBatch
     """
     paths = _paths(folder)
     if not paths:
-        raise ServingError(f"no log of requests in {folder}: give the folder of pi0fm serve --log_requests")
+        instead = "give the folder of pi0fm serve --log_requests" if folder.exists() else files.missing(folder)
+        raise ServingError(f"no log of requests in {folder}: {instead}")
     for path in paths:
         description: Mapping[str, Any] | None = None
         entries: list[dict[str, Any]] = []

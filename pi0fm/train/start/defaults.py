@@ -22,11 +22,12 @@ TYPED_EACH_TIME = ("resume", "resume_changed")  # given with each command, not t
 
 def defaults(given: options.Tree) -> options.Tree:
     """Return defaults for the options not given. Raises BundleError for a damaged bundle, OutputError for an unreadable record."""
-    record = Path(given.get("output_dir", TrainConfig.output_dir)) / "run.json"
+    record = Path(given.get("output_dir", TrainConfig.output_dir)).expanduser() / "run.json"
     if str(given.get("resume")).lower() in ("true", "auto") and record.is_file():
         return _recorded(record)
     if given.get("pretrained"):  # a missing bundle is reported when it is opened; a run can be planned without it
-        return _of_bundle(Path(given["pretrained"]), given) if Path(given["pretrained"]).is_dir() else {}
+        path = Path(given["pretrained"]).expanduser()
+        return _of_bundle(path, given) if path.is_dir() else {}
     network = given.get("model", {})
     return options.read_files(["tiny"]) if isinstance(network, dict) and network.get("preset", "tiny") == "tiny" else {}
 

@@ -52,7 +52,7 @@ class Tracker:
 
         self._name = name
         try:
-            self._inner: Any = open_tracker(name, PROJECT, _arguments(name, output_dir))
+            self._inner: Any = open_tracker(name, str(config.get("tracker_project", PROJECT)), _arguments(name, output_dir))
             self._inner.store_init_configuration({key: _plain(value) for key, value in options.flat(config).items()})
         except Exception as error:
             more = "; type WANDB_MODE=offline in front, or wandb login" if name == "wandb" else ""

@@ -1,8 +1,13 @@
 """Tests of a robot's columns and widths, and of flat maps of keys: an error is one line with the nearest name."""
 
+import re
+import shlex
+
 import numpy as np
 import pytest
 
+from pi0fm import options
+from pi0fm.cluster.training_run import TrainingRun
 from pi0fm.data.columns.embodiment import Embodiment, resolve
 from pi0fm_client.errors import ConfigError, ObservationError
 
@@ -104,12 +109,16 @@ def test_widths_are_unknown_before():
 @pytest.mark.parametrize(
     ("embodiment", "words"),
     [
-        (Embodiment(cameras={"base": "observation.images.bas"}), "camera 'base'.*did you mean 'observation.images.base'"),
-        (Embodiment(robot_action_dim=7), "robot_action_dim is 7, but column 'action'.* is 2 wide"),
+        (
+            Embodiment(cameras={"base": "observation.images.bas"}),
+            "camera 'base'.*type --embodiment.cameras '{base: observation.images.base}'$",
+        ),
+        (Embodiment(robot_action_dim=7), "is 7, but column 'action'.* is 2 wide; type --embodiment.robot_action_dim 2$"),
         (Embodiment(state_dim=7), "state_dim is 7"),
         (Embodiment(action="actoin"), "--embodiment.action action$"),
         (Embodiment(state="matrix"), r"must be one-dimensional, found shape \[2, 2\]"),
         (Embodiment(delta_actions=(2,)), "delta_actions"),
+        (Embodiment(delta_actions=("pan",)), "names 'pan', but the action's dimensions have no names; type their numbers"),
     ],
 )
 def test_what_the_data_set_does_not_hold(embodiment, words):
@@ -140,3 +149,45 @@ def test_a_data_set_without_pictures_is_refused():
 def test_impossible_embodiments(wrong):
     with pytest.raises(ConfigError):
         Embodiment(**wrong)
+
+
+def test_an_action_may_be_relative_by_its_name():
+    for given in (("pan",), ("pan", 0)[:1], (0,)):
+        found = resolve(Embodiment(delta_actions=given), COLUMNS, PICTURES, "the data set", (), NAMES)
+        assert found.delta_actions == found.delta_dims == (0,), "a bundle holds numbers"
+    for given, words in (
+        (("pam",), "found 'pam': did you mean 'pan'"),
+        (("grip",), "but 1 is 'grip' in the action and 'lift' in the state; leave it out, or type 1 if they are one"),
+        (("pan", 0), "must name each dimension once"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            resolve(Embodiment(delta_actions=given), COLUMNS, PICTURES, "the data set", (), NAMES)
+
+
+@pytest.mark.parametrize("row", ["so101", "aloha", "droid", "libero"])
+@pytest.mark.parametrize(
+    "held", [["observation.images.front", "observation.images.hand"], ["cam one"], ["a/rgb", "b/rgb", "c/rgb", "d/rgb"]]
+)
+def test_the_cameras_that_an_error_says_to_type_are_taken(row, held):
+    """A shipped robot on a data set whose cameras have other names."""
+    robot = options.parse(TrainingRun, ["tiny", row]).embodiment
+    columns = {robot.state: (robot.state_dim,), robot.action: (robot.robot_action_dim,)} | dict.fromkeys(held, (3,))
+    with pytest.raises(ConfigError, match=re.escape(f"its cameras are {', '.join(held)}: type --embodiment.cameras ")) as caught:
+        resolve(robot, columns, held, "the data set")
+    typed = shlex.split(str(caught.value).split("type ")[1])
+    found = resolve(options.parse(TrainingRun, ["tiny", row, *typed]).embodiment, columns, held, "the data set")
+    assert {*found.cameras} <= {*robot.cameras} and len(found.cameras) == min(len(held), len(robot.cameras))
+    assert {*found.cameras.values()} <= {*held}
+
+
+@pytest.mark.parametrize(
+    ("columns", "typed"),
+    [
+        ({"qpos": (3,), "action": (2,)}, "--embodiment.state qpos$"),
+        ({"observation.state": (3,), "joint command": (2,)}, "--embodiment.action 'joint command'$"),
+        ({"qpos": (3,), "qvel": (3,), "action": (2,)}, "--embodiment.state COLUMN; columns here: qpos, qvel, action$"),
+    ],
+)
+def test_the_only_column_left_is_the_one_to_type(columns, typed):
+    with pytest.raises(ConfigError, match=typed):
+        resolve(Embodiment(), columns | {"timestamp": ()}, PICTURES, "the data set")

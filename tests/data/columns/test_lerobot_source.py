@@ -9,6 +9,7 @@ import pytest
 import tiny_dataset
 
 from pi0fm import options
+from pi0fm.data.columns import lerobot_source
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import locate, open_source
 from pi0fm.data.columns.norm_stats import compute_norm_stats
@@ -103,7 +104,7 @@ def test_seeds_are_given_by_task(tiny_source):
 @pytest.mark.parametrize(
     ("embodiment", "words"),
     [
-        (Embodiment(cameras={"base": "observation.images.bse"}), "did you mean 'observation.images.base'"),
+        (Embodiment(cameras={"base": "observation.images.bse"}), "type --embodiment.cameras '{base: observation.images.base}'"),
         (Embodiment(robot_action_dim=7), "robot_action_dim is 7.* 3 wide"),
         (Embodiment(state="observation.stat"), "type --embodiment.state observation.state$"),
     ],
@@ -192,3 +193,40 @@ def test_a_data_set_that_changed_has_another_fingerprint(copy, tiny_root):
     second = fingerprint()
     rewrite_info(copy, robot_type="other")
     assert len({first, second, fingerprint()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("outputs/demso", "but outputs/demos exists; type --dataset.root outputs/demos"),
+        ("outputs/demos", "found the path of a data set, outputs/demos; type --dataset.root outputs/demos"),
+        ("./outputs/demos/", "type --dataset.root"),
+        ("outputs/run/demos", "is a name, OWNER/NAME, found 'outputs/run/demos'; for a folder type --dataset.root FOLDER"),
+        ("~/demos", "for a folder type --dataset.root FOLDER"),
+        ("/demos", "for a folder type --dataset.root FOLDER"),
+        ("pusht", "for a folder type --dataset.root FOLDER"),
+    ],
+)
+def test_a_path_given_as_a_name_is_refused_without_the_network(tiny_root, tmp_path, monkeypatch, name, line):
+    monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path / "kept"))
+    monkeypatch.setattr(lerobot_source, "_download", lambda _: pytest.fail("the hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs/demos").symlink_to(tiny_root)
+    with pytest.raises(DatasetError, match=line):
+        locate(DatasetConfig(repo_id=name))
+
+
+def test_a_true_name_goes_on_to_the_hub_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path))
+    monkeypatch.setattr(lerobot_source, "_download", lambda name: tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lerobot/pusht_image").mkdir(parents=True)
+    assert locate(DatasetConfig(repo_id="lerobot/pusht")) == tmp_path / "lerobot/pusht"
+    assert f"data set lerobot/pusht is not in {tmp_path}: asking Hugging Face's hub for it" in capsys.readouterr().err
+
+
+def test_a_mistyped_root_names_the_nearest_folder(tiny_root, tmp_path):
+    (tmp_path / "demos").symlink_to(tiny_root)
+    with pytest.raises(DatasetError, match=f"but {tmp_path}/demsos does not exist: did you mean {tmp_path}/demos"):
+        locate(DatasetConfig(root=tmp_path / "demsos"))
