@@ -6,6 +6,9 @@ import numpy as np
 
 from pi0fm_client import Executor, Pi0fmError, PolicyClient
 
+UNITS = "rad"  # of the positions and commands, as in the training data; SO-101 often has "deg"
+LIMITS = {"rad": {"velocity": 0.05, "acceleration": 0.02}, "deg": {"velocity": 3.0, "acceleration": 1.2}}  # of one control step
+
 
 class Arm:
     """Placeholder for a robot's driver: pictures uint8 [height, width, 3], positions and commands in the units of the training data."""
@@ -24,7 +27,7 @@ class Arm:
 def drive(url, seconds):
     with PolicyClient(url, timeout_seconds=1.0) as policy:
         arm = Arm(policy.metadata)
-        limits = {"velocity": 0.05, "acceleration": 0.02}  # per control step; or the path of the robot's limits file
+        limits = LIMITS[UNITS] | {"units": UNITS}  # or the path of the robot's limits file
         with Executor(policy, control_hz=50, initial_command=arm.position, limits=limits, state_check="warn") as executor:
             for _ in range(round(50 * seconds)):
                 executor.observe(arm.observe)

@@ -125,7 +125,8 @@ class Executor:
     hand_over: `realtime` sends the old chunk's remainder, as the limits leave it, with the observation, `ensemble` averages overlapping
     chunks, `switch` goes to the newest; `auto` is realtime where the policy knows it (`wire.ACTION_PREFIX` among its extensions), else
     switch.
-    limits: a map, or a JSON file of the robot's own (`Limits.read`); with the policy's own, the stricter wins.
+    limits: a map, or a JSON file of the robot's own (`Limits.read`); with the policy's own, the stricter wins. Units that are not the
+    policy's are refused where both are known; limits that do not suit the training's range are warned of.
     beyond_limits: `clamp` to the nearest command within, or `refuse` the rest of the chunk and stand still.
     relative_to_state: action dimensions that the policy gives as a difference from the state's same dimension.
     cameras, state_check: of ObservationCheck. submit: starts an inference and returns its future; None runs the policy in a thread, or
@@ -166,7 +167,9 @@ class Executor:
         self._names = arguments.texts("the policy's action_names", known.get("action_names", ()))
         self._horizon = execution_horizon or known.get("execution_horizon")
         self._dt, self._clock = 1.0 / control_hz, arguments.call("clock", clock)
-        self._limiter = Limiter(Limits.read(limits, start.size).stricter(Limits.read(known.get("limits"), start.size)), start)
+        bounds = Limits.read(limits, start.size).stricter(_limits_of(known, start.size))
+        _warn_of_units(bounds, known, control_hz)
+        self._limiter = Limiter(bounds, start)
         self._relative = arguments.dimensions("relative_to_state", relative_to_state, min(start.size, known.get("state_dim", start.size)))
         if cameras is not None and not arguments.texts("cameras", cameras):
             raise ConfigError("cameras must name one camera or more that suffice, found none: leave it out to require all")
@@ -412,6 +415,29 @@ def _known(policy: Infers) -> dict[str, Any]:
         else:
             known[name] = arguments.whole(f"policy.metadata[{name!r}]", known[name], 1)
     return known | {wire.EXTENSIONS: arguments.texts("policy.metadata['extensions']", known.get(wire.EXTENSIONS, ()))}
+
+
+def _limits_of(known: Mapping[str, Any], width: int) -> Limits:
+    """Return the limits in a policy's metadata, with the units of its actions where it has them by name."""
+    limits = dict(arguments.mapping("policy.metadata['limits']", known.get("limits") or {}))
+    units = arguments.mapping("policy.metadata['units']", known.get("units") or {})
+    names = arguments.texts("policy.metadata['action_names']", known.get("action_names") or ())
+    if len(names) == width and units:
+        limits.setdefault("units", [units.get(name) for name in names])
+    return Limits.read(limits, width)
+
+
+def _warn_of_units(limits: Limits, known: Mapping[str, Any], control_hz: float) -> None:
+    """Log limits that do not suit the training's range of the state, in the dimensions that are the action's too."""
+    span = arguments.mapping("policy.metadata['state_range']", known.get("state_range") or {})
+    low, high = (np.asarray(span.get(end, ()), np.float64) for end in ("min", "max"))
+    names, states = (list(known.get(f"{part}_names") or ()) for part in ("action", "state"))
+    width, alike = len(limits.low), not (names and states)
+    shared = [dim < min(low.size, high.size) and (alike or names[dim : dim + 1] == states[dim : dim + 1]) for dim in range(width)]
+    ends = [np.array([end[dim] if shared[dim] else np.nan for dim in range(width)]) for end in (low, high)]
+    doubt = limits.doubt(ends[0], ends[1], control_hz)
+    if doubt is not None:
+        logger.warning("%s", doubt)
 
 
 def _warn_of_rate(fps: Any, control_hz: float) -> None:

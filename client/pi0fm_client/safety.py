@@ -30,6 +30,13 @@ CHECKS = get_args(StateCheck)
 ROUNDING = 1e-6  # of an action in float32, which is not beyond a limit in float64
 MARGIN = 0.5  # of the training's range of a state, by which it may be left
 logger = logging.getLogger(__name__)
+FASTEST_CROSSING, SLOWEST_CROSSING = 0.05, 20.0  # seconds from one end of the training's range to the other; else units are doubtful
+_SPELLINGS = {
+    **dict.fromkeys(("degree", "degrees", "°"), "deg"),
+    **dict.fromkeys(("radian", "radians"), "rad"),
+    **dict.fromkeys(("metre", "metres", "meter", "meters"), "m"),
+    **dict.fromkeys(("millimetre", "millimetres", "millimeter", "millimeters"), "mm"),
+}
 _UNITS = {"degrees for radians": np.pi / 180, "radians for degrees": 180 / np.pi, "mm for m": 1e-3, "m for mm": 1e3}
 
 
@@ -39,6 +46,7 @@ class Limits:
 
     low, high: of an action, robot units. velocity: of its change in one control step. acceleration: of that change's change in one step.
     increments: bool [A], which dimensions are changes themselves: `velocity` bounds them, and `acceleration` their change.
+    units: of each dimension, such as deg; "" for one that is not known, () for none.
     """
 
     low: Vector
@@ -46,9 +54,10 @@ class Limits:
     velocity: Vector
     acceleration: Vector
     increments: NDArray[np.bool_]
+    units: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        given = vars(self).values()
+        given = [self.low, self.high, self.velocity, self.acceleration, self.increments]
         if not all(isinstance(each, np.ndarray) and each.dtype.kind in "fb" and each.shape == self.low.shape for each in given) or (
             self.low.ndim != 1 or self.increments.dtype != np.bool_
         ):
@@ -67,9 +76,9 @@ class Limits:
     def read(cls, source: Mapping[str, Any] | str | Path | None, action_dim: int, where: str = "limits") -> "Limits":
         """Return the limits in a map, or in a JSON file of one: a number, or a list with null for none, for each field that it names.
 
-            {"low": -3.1, "high": [3.1, 3.1, 0.04], "velocity": 0.05, "acceleration": [0.01, 0.01, null], "increments": []}
+            {"low": -3.1, "high": [3.1, 3.1, 0.04], "velocity": 0.05, "acceleration": [0.01, 0.01, null], "units": ["rad", "rad", "m"]}
 
-        increments is a list of dimensions. Raises ConfigError for anything else.
+        increments is a list of dimensions; units one text, or a list with null for unknown ones. Raises ConfigError for anything else.
         """
         action_dim, tree = arguments.whole("action_dim", action_dim, 1, 65_536), {} if source is None else source
         if isinstance(tree, str | Path):
@@ -85,10 +94,10 @@ class Limits:
             raise ConfigError(f"{where} may hold {', '.join(known)}, found {arguments.shown(found)}: correct the names")
         increments = np.zeros(action_dim, np.bool_)
         increments[arguments.dimensions(f"{where}: increments", tree.get("increments", ()), action_dim)] = True
-        none = {name: -np.inf if name == "low" else np.inf for name in known if name != "increments"}
+        none = {name: -np.inf if name == "low" else np.inf for name in known if name not in ("increments", "units")}
         bounds = {name: _bound(tree.get(name), none[name], action_dim, f"{where}: {name}") for name in none}
         try:
-            return cls(increments=increments, **bounds)
+            return cls(increments=increments, units=_units(tree.get("units"), action_dim, where), **bounds)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
 
@@ -96,11 +105,41 @@ class Limits:
         """Return the limits that satisfy both. Raises ConfigError where nothing does."""
         if len(other.low) != len(self.low):
             raise ConfigError(f"limits must be of as many dimensions as the robot's {len(self.low)}, found {len(other.low)}: correct them")
+        units = tuple(ours or theirs for ours, theirs in zip(self.units, other.units, strict=True)) if self.units and other.units else ()
+        for dim, (ours, theirs) in enumerate(zip(self.units, other.units, strict=False)):
+            if ours and theirs and ours != theirs:
+                raise ConfigError(
+                    f"limits must be in the policy's units, found {ours} for dimension {dim}, which the policy has in {theirs}: "
+                    f"write them in {theirs}"
+                )
         low, high = np.maximum(self.low, other.low), np.minimum(self.high, other.high)
         if (low > high).any():
             raise ConfigError(f"the robot's limits and the policy's exclude each other in dimensions {np.flatnonzero(low > high).tolist()}")
         velocity, acceleration = np.minimum(self.velocity, other.velocity), np.minimum(self.acceleration, other.acceleration)
-        return Limits(low, high, velocity, acceleration, self.increments | other.increments)
+        return Limits(low, high, velocity, acceleration, self.increments | other.increments, units or self.units or other.units)
+
+    def doubt(self, low: Vector, high: Vector, control_hz: float) -> str | None:
+        """Return a line where these limits do not suit positions from `low` to `high` [A], NaN where unknown, as those of other units do.
+
+        In a dimension they suit that allow a tenth of that range or more, and speeds that cross it in 0.05 to 20 s.
+        """
+        span = high - low
+        for dim in np.flatnonzero(~self.increments & np.isfinite(span) & (span > 0)).tolist():
+            bounds = np.array([self.low[dim], self.high[dim]])
+
+            def suits(factor: float, dim: int = dim, bounds: Vector = bounds) -> bool:
+                shared = min(bounds[1] * factor, high[dim]) - max(bounds[0] * factor, low[dim])
+                seconds = span[dim] / (self.velocity[dim] * factor * control_hz)
+                bound = seconds >= FASTEST_CROSSING or np.isinf(self.velocity[dim])
+                return bool(shared >= 0.1 * span[dim] and bound and seconds <= SLOWEST_CROSSING)
+
+            if not suits(1.0):
+                units = next((f", {name}?" for name, factor in _UNITS.items() if suits(factor)), "")
+                return (
+                    f"limits of dimension {dim}, from {bounds[0]:.4g} to {bounds[1]:.4g} by {self.velocity[dim]:.4g} in a control step, do "
+                    f"not suit its range in training, {low[dim]:.4g} .. {high[dim]:.4g}{units}: check their units"
+                )
+        return None
 
 
 @final
@@ -267,6 +306,15 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{twice[0]!r} twice")
     return dict(pairs)
+
+
+def _units(given: Any, width: int, where: str) -> tuple[str, ...]:
+    """Return the unit of each dimension in one spelling, () where none is given."""
+    listed = [given] * width if given is None or isinstance(given, str) else given
+    if not isinstance(listed, Sequence) or len(listed) != width or not all(each is None or isinstance(each, str) for each in listed):
+        raise ConfigError(f"{where}: units must be a text or {width} of them, null for an unknown one, found {str(given)[:60]}: type deg")
+    found = tuple("" if each is None else _SPELLINGS.get(each.strip().lower(), each.strip()) for each in listed)
+    return found if any(found) else ()
 
 
 def _bound(given: Any, default: float, width: int, where: str) -> Vector:

@@ -34,7 +34,7 @@ def test_the_guides_loop_runs(slow_server: Any, repository: Path, tmp_path: Path
     text = (repository / "docs" / "guides" / "robot_at_50hz.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (limits,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
-    assert set(json.loads(limits)) == {"low", "high", "velocity", "acceleration", "increments"}
+    assert set(json.loads(limits)) == {"low", "high", "velocity", "acceleration", "increments", "units"}
     (tmp_path / "arm.json").write_text(limits)
     monkeypatch.chdir(tmp_path)
 

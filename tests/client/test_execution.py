@@ -322,6 +322,24 @@ def test_the_stricter_of_the_policys_and_the_robots_limits_wins() -> None:
     assert link.run(link.executor(2, limits={"high": 2}), 2)[-1].tolist() == [1.0, 2.0]
 
 
+def test_limits_in_the_radians_of_an_arm_that_was_trained_in_degrees_are_not_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    link = Link(stamped)
+    names = ["pan.pos", "grip.pos"]
+    link.metadata |= {"state_range": {"min": [-90.0, 0.0], "max": [90.0, 100.0]}, "action_names": names, "state_names": names}
+    link.executor(2, limits={"velocity": 0.05})
+    assert "do not suit its range in training, -90 .. 90, radians for degrees?" in caplog.text
+    caplog.clear()
+    link.executor(2, limits={"velocity": [2.0, 3.0]})
+    assert caplog.text == ""
+    link.metadata["state_names"] = ["x", "y"]
+    link.executor(2, limits={"velocity": 0.05})
+    assert caplog.text == "", "the state is not the joints that are commanded"
+    link.metadata["units"] = {"pan.pos": "deg"}
+    link.executor(2, limits={"velocity": 2.0, "units": "degrees"})
+    with pytest.raises(ConfigError, match="found rad for dimension 0, which the policy has in deg"):
+        link.executor(2, limits={"velocity": 0.05, "units": "rad"})
+
+
 def test_arrays_that_the_robot_fills_again_are_not_changed_under_way() -> None:
     link = Link(stamped)
     state = np.zeros(1)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,46 @@ def test_what_is_allowed_is_not_changed_and_the_bound_is_reached() -> None:
     for _ in range(40):
         limiter.commit(limiter.nearest(np.array([1.0, -1.0])))
     assert np.allclose(limiter.command, [1.0, -1.0], atol=1e-12)
+
+
+SO101 = {"low": [-110, -100, 0], "high": [110, 100, 100]}  # training's range, degrees and percent
+ARM = {"low": [-1.9, -1.7, 0], "high": [1.9, 1.7, 1.7]}  # the same, radians
+
+
+@pytest.mark.parametrize(
+    ("limits", "trained", "words"),
+    [
+        ({"velocity": 0.05, "acceleration": 0.02}, ARM, None),
+        ({"velocity": 3.0, "acceleration": 1.2}, SO101, None),
+        (
+            {"velocity": 0.05, "acceleration": 0.02},
+            SO101,
+            "by 0.05 in a control step, do not suit its range.*-110 .. 110, radians for degrees",
+        ),
+        ({"velocity": 3.0}, ARM, "from -inf to inf by 3 in a control step.*, degrees for radians"),
+        ({"low": -2, "high": 2}, SO101, "from -2 to 2 by inf.*, radians for degrees"),
+        ({"low": -120, "high": 120}, SO101, None),
+        ({"low": 150, "high": 160}, SO101, r"from 150 to 160 .*-110 \.\. 110: check their units"),
+        ({"velocity": 0.05, "increments": [0, 1, 2]}, SO101, None),
+        ({}, SO101, None),
+    ],
+)
+def test_limits_in_other_units_than_the_training_are_doubted(limits: dict[str, Any], trained: dict[str, Any], words: str | None) -> None:
+    ends = [np.array(trained[end], np.float64) for end in ("low", "high")]
+    found = Limits.read(limits, 3).doubt(*ends, control_hz=50)
+    assert (found is None) if words is None else re.search(words, found or "")
+    assert Limits.read(limits, 3).doubt(*(np.full(3, np.nan),) * 2, control_hz=50) is None, "nothing is known"
+
+
+def test_units_are_of_one_spelling_and_must_agree() -> None:
+    ours, theirs = Limits.read({"units": "Degrees"}, 2), Limits.read({"units": [None, "deg"]}, 2)
+    assert ours.units == ("deg", "deg") == ours.stricter(theirs).units == theirs.stricter(ours).units
+    assert Limits.read({}, 2).units == () == Limits.read({"units": None}, 2).units
+    with pytest.raises(ConfigError, match="found rad for dimension 1, which the policy has in deg: write them in deg"):
+        Limits.read({"units": "rad"}, 2).stricter(theirs)
+    for wrong in (["deg"], 3, [1, 2]):
+        with pytest.raises(ConfigError, match="units must be a text or 2 of them"):
+            Limits.read({"units": wrong}, 2)
 
 
 def test_a_robot_that_starts_outside_may_only_come_back_and_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
