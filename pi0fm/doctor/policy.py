@@ -206,7 +206,7 @@ def _asked(subject: Subject, seen: Seen) -> tuple[list[Finding], dict[str, str]]
     asked = [seen.observation(number) for number in usable]
     found, seconds = answers.judge_answers(infer, asked, subject.facts, seen.source.action, "the policy")
     gib = sum(parameter.numel() * parameter.element_size() for parameter in policy.model.parameters()) / 2**30
-    figures = {"inference": f"{1e3 * seconds:.1f} ms per chunk on {policy.device} ({machine.describe_machine()['processor']})"}
+    figures = {"inference": f"{answers.spoken(seconds)} per chunk on {policy.device} ({machine.describe_machine()['processor']})"}
     return found, figures | {"weights in memory": f"{gib:.2f} GiB"}
 
 
@@ -242,6 +242,6 @@ def _served(
             return chunk
 
         more, seconds = answers.judge_answers(infer, asked, served, actions, "the server")
-        return found + more, {"server": f"{1e3 * seconds:.1f} ms per chunk, round trip"}
+        return found + more, {"server": f"{answers.spoken(seconds)} per chunk, round trip"}
     finally:
         remote.close()

@@ -1,6 +1,7 @@
 """Tests of `pi0fm doctor` on a configuration, a bundle, a server: every planted fault is named, and a healthy policy has none."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,13 @@ from pi0fm.cli.main import main
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.columns.lerobot_source import open_source
 from pi0fm.data.config import DatasetConfig
+from pi0fm.doctor import answers
 from pi0fm.doctor.policy import Counterparts, examine, of_bundle, open_counterpart
 from pi0fm.flow.config import FlowConfig
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.saved import bundle
 from pi0fm.policy.saved.bundle import PolicyConfig
+from pi0fm_client.types import ActionChunk, Observation
 
 BASE, WRIST = "observation.images.base", "observation.images.wrist"
 LENGTHS = (44, 36, 42)
@@ -99,7 +102,10 @@ def test_a_healthy_bundle(healthy, trained, tmp_path, capsys):
     code, found, said = doctor(capsys, trained, "--dataset.root", healthy, "--output_dir", tmp_path / "out")
     assert code == 0 and found["errors"] == 0, said
     assert (tmp_path / "out/sheet.png").stat().st_size > 10_000
-    assert "ms per chunk" in found["measured"]["inference"] and "'pick up the cube\\n'" in found["measured"]["prompt"]
+    assert (
+        re.search(r"[\d.]+ to [\d.]+ ms, median [\d.]+ per chunk on cpu", found["measured"]["inference"])
+        and "'pick up the cube\\n'" in found["measured"]["prompt"]
+    )
     assert found["measured"]["tokens"].startswith("115 108")  # p, i in bytes, three ids on
     assert not any(kind in said for kind in ("warning", "error"))
 
@@ -255,3 +261,25 @@ def test_a_server_of_another_bundle(healthy, trained, tmp_path, capsys, start_se
     bundle.save(other, policy.model.state_dict(), config, bundle.read(trained)[1])
     code, found, said = doctor(capsys, other, "--server", server.url)
     assert code == 1 and "serves the bundle" in said and "fps of" in said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "severity"),
+    [([0.1, 0.1, 0.1, 0.1, 0.1], None), ([0.1, 9.0, 9.0, 9.0, 9.0], "note"), ([2.1, 2.2, 3.0, 2.2, 9.0], "warning")],
+    ids=["fast", "delayed by others", "too slow"],
+)
+@pytest.mark.parametrize("observations", [1, 8])
+def test_a_speed_is_warned_of_where_every_call_was_too_slow(monkeypatch, seconds, severity, observations):
+    clock, left = [0.0], [50.0, *seconds]
+    monkeypatch.setattr(answers.time, "perf_counter", lambda: clock[0])
+
+    def infer(observation):
+        clock[0] += left.pop(0)
+        return ActionChunk(np.zeros((20, 2), np.float32))
+
+    asked = [Observation({}, np.zeros(2, np.float32), "press")] * observations
+    found, measured = answers.judge_answers(infer, asked, {"fps": 10, "action_horizon": 20}, np.zeros((4, 2), np.float32), "the policy")
+    assert measured == pytest.approx(seconds), "the first call warms up, and a single observation is asked again"
+    assert [(each.kind, each.severity) for each in found] == ([("speed", severity)] if severity else [])
+    if severity:
+        assert f"{1e3 * min(seconds):.1f} to 9000.0 ms, median" in found[0].text and "for a chunk of 2000 ms" in found[0].text
