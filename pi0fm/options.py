@@ -8,6 +8,7 @@ of any option; each component owns its dataclass and checks ranges in `__post_in
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -51,6 +52,22 @@ def option(default: Any, text: str) -> Any:
 def required(text: str) -> Any:
     """Declare a dataclass field that must be given."""
     return dataclasses.field(metadata={"help": text})
+
+
+def refuse_below(config: Any, where: str = "", /, **least: float) -> None:
+    """Raise ConfigError for the first field of a dataclass below its least value; None is not compared. where: prefix of the names."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= bound:
+            raise ConfigError(f"{where}{name} must be {bound} or more, found {value}; type --{where}{name} {bound} or leave it out")
+
+
+def refuse_words(config: Any, **known: Collection[str | None]) -> None:
+    """Raise ConfigError for the first field of a dataclass that is not one of its known words."""
+    for name, words in known.items():
+        found, listed = getattr(config, name), [word for word in words if word is not None]
+        if found not in words:
+            raise ConfigError(f"{name} must be one of {', '.join(listed)}, found {found!r}: {nearest(str(found), listed)}")
 
 
 def shipped() -> dict[str, Path]:
@@ -444,13 +461,15 @@ def _one_of(hints: Sequence[Any], value: Any, where: str, names: _Names) -> Any:
 
 
 def _plain(hint: Any, value: Any, where: str) -> Any:
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+    kinds = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", Path: "a path"}
     text = value.strip() if isinstance(value, str) and hint not in (str, Path) else value
     try:
         if hint is bool and str(text).lower() in ("true", "false"):
             return str(text).lower() == "true"
         if hint in (int, float) and not isinstance(text, bool) and (hint is float or not isinstance(text, float)):
-            return hint(text)
+            number = hint(text)
+            if math.isfinite(number):
+                return number
         if hint in (str, Path) and isinstance(text, str | int | float | Path):
             path = Path(str(text)).expanduser()  # a shell leaves ~ as it is behind =
             return path if hint is Path else str(path) if str(text).startswith("~/") else str(text)

@@ -14,8 +14,8 @@ from pi0fm.bench.harness.measure import PairedOptions, check_least, check_words
 from pi0fm.bench.harness.sizes import CASES, PEER_CASES
 from pi0fm.data.config import DatasetConfig
 from pi0fm.flow.config import FIXED_GRID_SOLVERS
-from pi0fm.options import option, required
-from pi0fm.policy.load_options import COMPILE
+from pi0fm.options import option, refuse_below, required
+from pi0fm.policy.load_options import COMPILE, PRECISIONS, refuse_device
 from pi0fm.sim import catalog
 from pi0fm_client.errors import ConfigError
 
@@ -144,6 +144,7 @@ class CheckpointOptions(PairedOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_words("case", (self.case,), NETWORKS)
+        check_words("precision", (self.precision,), PRECISIONS)
         check_least(self, batch_size=1, every=2, keep=1)
 
 
@@ -280,6 +281,8 @@ class StepsOptions:
             if not all(0 < each < math.inf for each in values):
                 raise ConfigError(f"{name} must be above 0, found {getattr(self, name)}; type --{name} 0.01")
         check_least(self, observations=1, seed=0)
+        refuse_below(self, threads=1)
+        refuse_device(self.device)
         if not self.evaluations or min(self.evaluations) < 1:
             raise ConfigError(f"evaluations must be numbers >= 1, found {self.evaluations}; type --evaluations 4,8,16")
         if self.reference_steps % 2 or self.reference_steps < max(self.evaluations):

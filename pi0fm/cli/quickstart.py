@@ -26,10 +26,10 @@ from pi0fm.cluster.training_run import TrainingRun
 from pi0fm.demos.config import DatasetName, DemosConfig
 from pi0fm.eval.config import EvalConfig
 from pi0fm.eval.report.page import JOURNAL
-from pi0fm.options import option
+from pi0fm.options import option, refuse_below
 from pi0fm.processes import PeakMemory
 from pi0fm.train.watch.metrics import read_last
-from pi0fm_client.errors import ConfigError, OutputError, ServingError
+from pi0fm_client.errors import OutputError, ServingError
 
 if TYPE_CHECKING:
     from pi0fm.eval.evaluate import Evaluation
@@ -62,9 +62,7 @@ class QuickstartConfig:
     ablate: bool = option(False, "also evaluate with the picture frozen and with the prompts swapped")
 
     def __post_init__(self) -> None:
-        for name in ("demonstrations", "episodes", "served_episodes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be >= 1, found {getattr(self, name)}")
+        refuse_below(self, demonstrations=1, episodes=1, served_episodes=1, steps=1, seed=0, num_workers=0)
 
 
 Options = QuickstartConfig

@@ -63,6 +63,7 @@ class ChaosConfig:
         for name in ("every", "minutes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"chaos.{name} must be above 0, found {getattr(self, name):g}; leave it out for the default")
+        options.refuse_below(self, "chaos.", kills=1, seed=0, nodes=1, back_seconds=0)
         for kind in self.names(HERE):
             if kind not in HERE:
                 raise ConfigError(f"chaos.kinds: {options.nearest(kind, HERE)}")

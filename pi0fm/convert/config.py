@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.prompt import DIALECTS
-from pi0fm.options import option, required
+from pi0fm.options import option, refuse_below, required
 from pi0fm_client.errors import ConfigError
 
 TARGETS = ("bundle", "lerobot", "openpi")
@@ -60,5 +60,6 @@ class ConvertConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, found {value}; leave it out to take the source's")
+        refuse_below(self, fps=0)
         if self.norm_floor is not None and not self.norm_floor > 0:
             raise ConfigError(f"norm_floor must be above 0, found {self.norm_floor}; leave it out to take the source's")

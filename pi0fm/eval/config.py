@@ -13,7 +13,7 @@ import yaml
 
 from pi0fm.eval.policy import PolicyChoice
 from pi0fm.eval.rollouts.episode import Episode, Filming
-from pi0fm.options import option, required
+from pi0fm.options import option, refuse_words, required
 from pi0fm.sim import catalog
 from pi0fm.sim.environment import CameraSpec, parse_cameras
 from pi0fm.sim.suite import Suite
@@ -31,7 +31,9 @@ LEAST = {
     "videos_per_task": 0,
     "score_probes": 0,
     "gpus_per_worker": 0,
+    "seed": 0,
 }
+CHANGES = ("none", "frozen_image", "swapped_prompt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,7 @@ class EvalConfig(StartsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_words(self, observation_change=CHANGES)
         if self.num_workers == 0 and self.gpus_per_worker:
             raise ConfigError(
                 f"gpus_per_worker is for Ray actors, found {self.gpus_per_worker:g} with --num_workers 0, which takes what it finds"

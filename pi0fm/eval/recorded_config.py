@@ -11,7 +11,7 @@ from typing import Any
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.config import DatasetConfig
 from pi0fm.eval.policy import PolicyChoice
-from pi0fm.options import option, required
+from pi0fm.options import option, refuse_below, required
 from pi0fm.policy.load_options import LoadOptions
 from pi0fm.policy.saved import calibration
 from pi0fm_client.errors import ConfigError
@@ -34,10 +34,7 @@ class OpenLoopConfig(PolicyChoice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in {"stride": 1, "moments": 1, "batch_size": 1, "worst": 0, "traces": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be {least} or more, found {value}; type --{name} {least} or leave it out")
+        refuse_below(self, stride=1, moments=1, batch_size=1, worst=0, traces=0, seed=0)
         foreign = sorted(self.given_columns().keys() - {"cameras", "state", "action"})
         if foreign:
             raise ConfigError(
@@ -82,6 +79,7 @@ class CalibrateConfig(LoadOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_below(self, stride=1, moments=1, batch_size=1, seed=0)
         calibration.needed(self.false_alarm_rate)
 
     def open_loop(self) -> OpenLoopConfig:

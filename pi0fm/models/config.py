@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pi0fm.models.parts import Part
-from pi0fm.options import nearest, option
+from pi0fm.options import nearest, option, refuse_below
 from pi0fm_client.errors import ConfigError
 
 Gelu = Literal["tanh", "none"]
@@ -29,6 +29,7 @@ class VisionConfig:
     gelu: Gelu = "tanh"
 
     def __post_init__(self) -> None:
+        refuse_below(self, "model.vision.", width=1, depth=1, num_heads=1, mlp_width=1, patch_size=1, image_size=1)
         if self.image_size % self.patch_size:
             raise ConfigError(f"image_size must be a multiple of patch_size, found {self.image_size} and {self.patch_size}")
         if self.width % self.num_heads:
@@ -47,6 +48,9 @@ class StreamConfig:
     width: int
     mlp_width: int
 
+    def __post_init__(self) -> None:
+        refuse_below(self, "model.decoder.*.", width=1, mlp_width=1)
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -59,6 +63,9 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     gelu: Gelu = "tanh"
+
+    def __post_init__(self) -> None:
+        refuse_below(self, "model.decoder.", depth=1, num_heads=1, num_kv_heads=1, head_dim=1)
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class Pi0Config:
     time_conditioning: Literal["concatenate", "adaptive_norm"] = "concatenate"
 
     def __post_init__(self) -> None:
+        refuse_below(self, "model.", vocab_size=1, max_prompt_tokens=1, action_dim=1, state_dim=1, action_horizon=1)
         if self.decoder.num_heads % self.decoder.num_kv_heads:
             raise ConfigError(
                 f"num_heads must be a multiple of num_kv_heads, found {self.decoder.num_heads} and {self.decoder.num_kv_heads}"

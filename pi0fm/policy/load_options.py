@@ -3,9 +3,11 @@
 Owns: `LoadOptions`. Does not know: the bundle; torch is not imported, so that a command line may read it.
 """
 
+import re
 from dataclasses import dataclass
 
-from pi0fm.options import option
+from pi0fm.flow.config import SOLVERS, STOCHASTIC_SOLVERS
+from pi0fm.options import option, refuse_below, refuse_words
 from pi0fm_client.errors import ConfigError
 
 TOKEN_VARIABLE = "PI0FM_TOKEN"  # noqa: S105 - the name, not the key: of a server, and of a command that asks one
@@ -31,7 +33,12 @@ class LoadOptions:
     compile: str = option("off", "off; kernels: torch.compile, a minute before it is ready; graph: the same and CUDA graphs, on a GPU")
 
     def __post_init__(self) -> None:
-        for name in ("num_flow_steps", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} must be >= 1, found {value}; leave it out for the usual")
+        refuse_below(self, num_flow_steps=1, threads=1, noise_level=0)
+        refuse_words(self, solver=(None, *SOLVERS, *STOCHASTIC_SOLVERS), precision=PRECISIONS, compile=COMPILE)
+        refuse_device(self.device)
+
+
+def refuse_device(name: str | None) -> None:
+    """Raise ConfigError for a text of another form than a device's."""
+    if name is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"device must be cpu, cuda or cuda:N, found {name!r}; leave it out for the best one that works")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.config import DatasetConfig, Extent, MixtureEntry
-from pi0fm.options import option, required
+from pi0fm.options import option, refuse_below, required
 from pi0fm.sim import catalog
 from pi0fm_client.errors import ConfigError
 
@@ -44,6 +44,9 @@ class Options:
     )
 
     def __post_init__(self) -> None:
+        refuse_below(self, max_steps=1)
+        if self.server is not None and not self.server.startswith(("ws://", "wss://")):
+            raise ConfigError(f"server must be a ws:// address, found {self.server!r}; type --server ws://HOST:8000")
         if self.pictures not in ("none", "ends", "all"):
             raise ConfigError(f"pictures must be none, ends or all, found {self.pictures!r}")
 

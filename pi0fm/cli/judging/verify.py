@@ -38,6 +38,7 @@ class Options:
     )
 
     def __post_init__(self) -> None:
+        self.loading()
         if self.tolerance is not None and not self.tolerance > 0:
             raise ConfigError(f"--tolerance must be above 0, found {self.tolerance}; leave it out for the default")
 

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from pi0fm.options import nearest, option
+from pi0fm.options import nearest, option, refuse_below
 from pi0fm_client.errors import ConfigError, ObservationError
 from pi0fm_client.safety import Limits
 from pi0fm_client.types import Observation
@@ -48,6 +48,7 @@ class Embodiment:
     )
 
     def __post_init__(self) -> None:
+        refuse_below(self, "embodiment.", state_dim=1, robot_action_dim=1)
         if len(set(self.cameras.values())) != len(self.cameras):
             raise ConfigError(f"embodiment.cameras names one column twice: {self.cameras}")
         for word, names, width in (("state", self.state_names, self.state_dim), ("action", self.action_names, self.robot_action_dim)):

@@ -6,8 +6,8 @@ Owns: `ReplayConfig` and its ranges. Does not know: how a log is inferred again;
 from dataclasses import dataclass
 from pathlib import Path
 
-from pi0fm.options import option, required
-from pi0fm_client.errors import ConfigError
+from pi0fm.options import option, refuse_below, required
+from pi0fm.policy.load_options import refuse_device
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,5 @@ class ReplayConfig:
     threads: int | None = option(None, "CPU threads of one inference; the log's when not given")
 
     def __post_init__(self) -> None:
-        for name in ("most", "threads"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"--{name} must be >= 1, found {getattr(self, name)}; leave it out for the usual")
+        refuse_below(self, most=1, threads=1)
+        refuse_device(self.device)
