@@ -113,7 +113,7 @@ class OptimizerConfig:
 
     learning_rate: float = option(2.5e-5, "peak learning rate; configs/tiny.yaml, for the preset tiny, sets 1e-3")
     final_learning_rate_ratio: float = option(0.1, "learning rate at the last step over the peak")
-    warmup_steps: int = option(1000, "steps from 0 to the peak")
+    warmup_steps: int = option(1000, "steps from 0 to the peak; a tenth of the run at most")
     decay_steps: int | None = option(None, "steps until the final rate, which then stays; empty takes the run's steps")
     beta1: float = option(0.9, "decay of the mean gradient")
     beta2: float = option(0.95, "decay of the mean squared gradient")

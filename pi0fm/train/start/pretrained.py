@@ -98,7 +98,7 @@ def _require_pretrained(option: str, pretrained: Pretrained | None) -> Pretraine
 
 def _fixed_network(config: Pi0Config) -> dict[str, Any]:
     # lengths, which shape no weight, are the run's
-    return options.flat(options.encode(replace(config, action_horizon=0, max_prompt_tokens=0)))
+    return options.flat(options.encode(replace(config, action_horizon=1, max_prompt_tokens=1)))
 
 
 def _preset_of(config: Pi0Config) -> str | None:
