@@ -90,7 +90,7 @@ def test_the_port_is_free_again_after_a_fault(loads: list[Any]) -> None:
     "option", ["port", "max_batch_size", "max_queue", "max_connections", "max_frame_bytes", "idle_seconds", "num_flow_steps", "threads"]
 )
 def test_numbers_out_of_range_are_refused(option: str) -> None:
-    with pytest.raises(ConfigError, match=f"--{option} must"):
+    with pytest.raises(ConfigError, match=f"{option} must"):
         parse(command.Options, ["--bundle", "b", f"--{option}", "-1"])
 
 

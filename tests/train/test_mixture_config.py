@@ -85,7 +85,7 @@ def test_without_a_mixture_the_data_set_is_an_entry_without_a_name():
         (["--mixture.arm.dataset.rot", "x"], r"^unknown option mixture\.arm\.dataset\.rot: did you mean 'mixture\.arm\.dataset\.root'"),
         (["--mixture.arm.weight", "0"], "a mixture's weight must be > 0, found 0"),
         (["--mixture.arm.weight", "1e8"], "within a factor of a million"),
-        (["--mixture.arm.weight", "much"], "option mixture.arm.weight must be a number, found 'much'"),
+        (["--mixture.arm.weight", "much"], "option mixture.arm.weight must be a finite number, found 'much'"),
         (["--mixture.arm", "3"], r"^option mixture\.arm is a group: expected options in it, found 3; options here: dataset, .*weight"),
         (["--mixture", "3"], r"^option mixture is a group: expected mixture\.NAME, found 3"),
         (
