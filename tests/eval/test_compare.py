@@ -93,6 +93,14 @@ def test_steps_make_a_curve_and_training_seeds_an_interval(tmp_path, capsys):
     assert page.count("data:image/png") == 2 and "Over steps and training seeds" in page
 
 
+def test_training_seeds_at_one_step_are_a_table_without_a_curve(tmp_path, capsys):
+    seeds = [
+        evaluated(tmp_path / seed, policy={"dataset": "d", "steps": "200", "seed": seed, "identity": seed}, push="sf") for seed in "01"
+    ]
+    page = Path(compared(capsys, *seeds)["report"]).read_text()
+    assert page.count("data:image/png") == 1 and "Over steps and training seeds" in page
+
+
 def test_videos_of_one_episode_stand_side_by_side(tmp_path, capsys):
     folders = [Path(evaluated(tmp_path / name, push=word)) for name, word in (("old", "ssf"), ("new", "sff"))]
     for folder in folders:
