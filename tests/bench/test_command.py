@@ -83,7 +83,7 @@ WRONG = [
     ("bench", "lerning", "unknown command 'bench lerning': did you mean 'learning'?"),
     ("bench learning", "--seeds 0", "seeds must be 1 or more, found 0; type --seeds 1"),
     ("bench learning", "--cpu-seconds -1", "cpu_seconds must be above 0, found -1; type --cpu_seconds 240"),
-    ("bench learning", "--cpu_seconds .nan", "cpu_seconds must be above 0, found nan"),
+    ("bench learning", "--cpu_seconds .nan", "option cpu_seconds must be a finite number, found nan"),
     ("bench learning", "--cpu_second 1", "unknown option cpu_second: did you mean 'cpu_seconds'?"),
     ("bench learning", "--lerobot_cpu_seconds -1", "lerobot_cpu_seconds must be 0 or more, found -1"),
     ("bench learning", "--steps 3 --cpu_seconds 7", "a training ends after steps or processor seconds, found --steps 3 with"),

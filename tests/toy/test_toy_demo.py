@@ -59,7 +59,7 @@ def comparison(names=tuple(FOUND)):
         (["--method", "cnf", "--path", "cond_ot"], "--path is flow matching's, found it with --method cnf"),
         (["--method", "diffusion", "--prediction", "noise"], "--prediction is flow matching's"),
         (["--seconds", "0"], "seconds must be above 0, found 0"),
-        (["--seconds", "nan"], "seconds must be above 0, found nan"),
+        (["--seconds", "nan"], "option seconds must be a finite number, found 'nan'"),
         (["--steps", "0"], "steps of training must be at least 1, found 0"),
         (["--steps", "9", "--seconds", "9"], "seconds or steps, not both"),
         (["--seed", "-1"], "seed must be at least 0, found -1"),
