@@ -29,7 +29,7 @@ from pi0fm.convert.shapes import ForeignPart, describe_mismatch, infer_sizes, ne
 from pi0fm.models.config import Pi0Config
 from pi0fm.policy.saved import bundle
 from pi0fm.policy.saved.manifest import MANIFEST, WEIGHTS, identity, instead_of
-from pi0fm.policy.saved.weights import Put, Weights, common_dtype, network_shapes, refuse_misfit
+from pi0fm.policy.saved.weights import Put, Weights, common_dtype, network_shapes, refuse_wrong_weights
 from pi0fm.progress import say, step
 from pi0fm_client.errors import BundleError, ConfigError, OutputError
 
@@ -105,7 +105,7 @@ def _export(config: ConvertConfig) -> ConversionResult:
         files.write_faults(config.output_dir),
         files.new_directory(config.output_dir) as aside,
     ):
-        refuse_misfit(weights, policy.model)
+        refuse_wrong_weights(weights, policy.model)
         if config.to == "openpi":
             write_openpi(aside, policy, stats)
         else:

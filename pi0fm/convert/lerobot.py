@@ -22,7 +22,7 @@ from pi0fm.convert.names import Kind
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.prompt import LEROBOT
 from pi0fm.policy.saved.manifest import read_json
-from pi0fm.policy.saved.weights import damaged
+from pi0fm.policy.saved.weights import damaged_error
 from pi0fm_client.errors import BundleError
 
 STATE, ACTION = "observation.state", "action"
@@ -172,7 +172,7 @@ def _state(path: Path, step: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     try:
         arrays = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise damaged(file, error) from None
+        raise damaged_error(file, error) from None
     columns: dict[str, dict[str, Any]] = {}
     for key, array in arrays.items():
         column, statistic = key.rsplit(".", 1)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pi0fm.convert.orbax_chunks import ArrayStream, Find, Index, array_stream, find_in_files, find_in_tree
-from pi0fm.policy.saved.weights import Weights, damaged
+from pi0fm.policy.saved.weights import Weights, damaged_error
 from pi0fm_client.errors import BundleError, ConfigError
 
 MARKER_FILES = ("manifest.ocdbt", "_METADATA")
@@ -67,7 +67,7 @@ def open_orbax(path: Path) -> Weights:
         }
         find = find_in_files(root) if not tree else find_in_tree(root, tensorstore.KvStore.open(base).result(), tensorstore.ocdbt.dump)
     except ValueError as error:
-        raise damaged(root, error) from None
+        raise damaged_error(root, error) from None
     if not arrays:
         raise BundleError(f"{root} must hold arrays as orbax writes them, found {len(keys)} keys and none; copy it again, all files")
     for name, array in arrays.items():
@@ -82,7 +82,7 @@ def open_orbax(path: Path) -> Weights:
         try:
             return _tensor(reader(names[name], index))
         except (ValueError, OSError) as error:
-            raise damaged(root, error) from None
+            raise damaged_error(root, error) from None
 
     return Weights(
         path,

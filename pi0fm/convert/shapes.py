@@ -112,7 +112,7 @@ def unread_shapes(layout: Layout, kind: Kind, sizes: Mapping[str, int]) -> dict[
 def describe_mismatch(layout: Layout, kind: Kind, sizes: Mapping[str, int], shapes: Mapping[str, Shape]) -> str:
     """Format every name that is missing, unknown or of another shape; empty if none is. Unread tensors may be absent."""
     read = {part.name: part.shape for group in parts(layout, kind, sizes).values() for part in group}
-    return weights.misfit(shapes, read, unread_shapes(layout, kind, sizes))
+    return weights.describe_mismatch(shapes, read, unread_shapes(layout, kind, sizes))
 
 
 def network_config(kind: Kind, sizes: Mapping[str, int], action_horizon: int, max_prompt_tokens: int) -> Pi0Config:

@@ -17,7 +17,7 @@ from pi0fm import machine
 from pi0fm.doctor.finding import Finding
 from pi0fm.policy.saved.bundle import open_weights
 from pi0fm.policy.saved.manifest import CONFIG, WEIGHTS, read_json
-from pi0fm.policy.saved.weights import refuse_misfit
+from pi0fm.policy.saved.weights import refuse_wrong_weights
 from pi0fm_client.errors import Pi0fmError
 from pi0fm_client.types import ActionChunk, Observation
 
@@ -30,7 +30,7 @@ def judge_weights(path: Path, model: Any) -> list[Finding]:
     """Check names, shapes and numbers of the weights, and the file's bytes against the manifest."""
     try:
         with open_weights(path) as weights:
-            refuse_misfit(weights, model)
+            refuse_wrong_weights(weights, model)
             bad = [name for name in weights.shapes if not bool(weights.read(name, ()).isfinite().all())]
     except Pi0fmError as error:
         return [Finding.of("weights", error)]

@@ -1,6 +1,6 @@
 """Contents of a data set: its size, tasks, cameras and numbers, and a sheet of its pictures.
 
-Owns: `Contents`, the criteria of constant and saturated dimensions and of short episodes, the contact sheet. Does not know: faults,
+Owns: `DatasetContents`, the criteria of constant and saturated dimensions and of short episodes, the contact sheet. Does not know: faults,
 policies, tables on a terminal.
 """
 
@@ -40,7 +40,7 @@ class Dimension:
 
 
 @dataclass(frozen=True)
-class Contents:
+class DatasetContents:
     """Contents of a data set. cameras: column and size by name. short: episodes of less than half of their task's median length."""
 
     fps: float
@@ -73,7 +73,7 @@ class Contents:
         return asdict(self)
 
 
-def describe(source: LeRobotSource) -> Contents:
+def describe(source: LeRobotSource) -> DatasetContents:
     """Describe the rows of `source`, which has one or more."""
     first = source.starts
     lengths = source.end[first] - first
@@ -87,7 +87,7 @@ def describe(source: LeRobotSource) -> Contents:
     embodiment = source.embodiment
     sizes = {name: " or ".join(f"{width}x{height}" for height, width in source.sizes.get(name, ())) for name in embodiment.cameras}
     columns = (("state", embodiment.state, source.state), ("action", embodiment.action, source.action))
-    return Contents(
+    return DatasetContents(
         fps=float(source.fps),
         seconds=round(len(source.rows) / source.fps, 1),
         lengths=(int(lengths.min()), median, int(lengths.max())),

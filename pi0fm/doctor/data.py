@@ -19,7 +19,7 @@ from pi0fm.data.columns.faults import Fault, faulty_episodes
 from pi0fm.data.columns.lerobot_source import LeRobotSource, examine
 from pi0fm.data.config import DatasetConfig, Extent, Selection
 from pi0fm.data.loading.mixture import as_typed
-from pi0fm.doctor.contents import Contents, describe
+from pi0fm.doctor.contents import DatasetContents, describe
 from pi0fm_client.errors import DatasetError
 
 
@@ -37,7 +37,7 @@ class Findings:
     extent: Extent = "ends"
     name: str = ""
     skipped: Literal["all"] | bool = False
-    contents: Contents | None = None
+    contents: DatasetContents | None = None
     source: LeRobotSource | None = None
 
     @property
@@ -84,7 +84,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def judge(
+def find_faults(
     config: DatasetConfig,
     embodiment: Embodiment,
     selection: Selection | None = None,

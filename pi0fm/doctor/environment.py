@@ -36,7 +36,7 @@ CHANGES: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
 
 
 @dataclass(frozen=True)
-class Judged:
+class PolicyAndData:
     """Policy and its data. facts: the policy's metadata; chain and data set are None where unknown."""
 
     facts: Mapping[str, Any]
@@ -47,7 +47,9 @@ class Judged:
     prompts: tuple[str, ...] = ()
 
 
-def judge_environment(task: str, max_steps: int | None, judged: Judged, start_pictures: NDArray[np.uint8] | None) -> list[Finding]:
+def environment_findings(
+    task: str, max_steps: int | None, judged: PolicyAndData, start_pictures: NDArray[np.uint8] | None
+) -> list[Finding]:
     """Judge a policy and its data against an environment. task: `SUITE/TASK`, or `SUITE` for its first task that the data set holds.
 
     start_pictures [n, C, size, size, 3]: of first rows of recorded episodes.
@@ -69,7 +71,7 @@ def judge_environment(task: str, max_steps: int | None, judged: Judged, start_pi
     return found + _replayed(suite, judged.source)
 
 
-def _facts(suite: Suite, judged: Judged) -> Iterator[Finding]:
+def _facts(suite: Suite, judged: PolicyAndData) -> Iterator[Finding]:
     fps, horizon = judged.facts.get("fps"), judged.facts.get("execution_horizon")
     if fps and abs(fps - suite.fps) > 1e-3 * suite.fps:
         yield Finding(
@@ -119,7 +121,9 @@ def _lengths(suite: Suite, task: str, max_steps: int | None, source: LeRobotSour
         yield Finding("error", "step limit", text, f"type --max_steps {longest} to pi0fm eval, at most {suite.longest_episode}")
 
 
-def _environment(environment: Environment, suite: Suite, judged: Judged, start_pictures: NDArray[np.uint8] | None) -> Iterator[Finding]:
+def _environment(
+    environment: Environment, suite: Suite, judged: PolicyAndData, start_pictures: NDArray[np.uint8] | None
+) -> Iterator[Finding]:
     observations: list[Observation] = []
     starts: list[Observation] = []
     for seed in range(STARTS):

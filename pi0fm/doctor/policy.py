@@ -26,7 +26,7 @@ from pi0fm.data.pictures.chosen import pictures_at
 from pi0fm.data.prompt import BYTES
 from pi0fm.doctor import answers
 from pi0fm.doctor.batch import Seen, judge_batch, see
-from pi0fm.doctor.environment import Judged, judge_environment
+from pi0fm.doctor.environment import PolicyAndData, environment_findings
 from pi0fm.doctor.finding import Finding, worst_first
 from pi0fm.doctor.sheet import write_sheet
 from pi0fm.policy.load_options import TOKEN_VARIABLE, LoadOptions
@@ -119,7 +119,7 @@ def examine(subject: Subject, dataset: DatasetConfig, source: LeRobotSource | No
         found, measured = found + more, measured | figures
     if counterparts.suite is not None:
         judged = _judged(subject.facts, subject.chain, source, subject.stats)
-        found += judge_environment(counterparts.suite, counterparts.max_steps, judged, _starts(source, dataset, subject.chain))
+        found += environment_findings(counterparts.suite, counterparts.max_steps, judged, _starts(source, dataset, subject.chain))
     if counterparts.server is not None:
         asked = [seen.observation(number) for number in range(len(seen.place))] if seen is not None else []
         more, figures = _served(counterparts.server, subject.facts, asked, None if source is None else source.action)
@@ -150,18 +150,18 @@ def examine_server(url: str, dataset: DatasetConfig | None, counterparts: Counte
         asked = [source.observation(row, shots) for row, shots in zip(place.tolist(), pictures, strict=True)]
     more, measured = _served(url, served, asked, None if source is None else source.action)
     if counterparts.suite is not None:
-        more += judge_environment(counterparts.suite, counterparts.max_steps, _judged(served, None, source, None), None)
+        more += environment_findings(counterparts.suite, counterparts.max_steps, _judged(served, None, source, None), None)
     return Examined(url, tuple(worst_first(found + more)), measured)
 
 
-def _judged(facts: Mapping[str, Any], chain: Chain | None, source: LeRobotSource | None, stats: NormStats | None) -> Judged:
+def _judged(facts: Mapping[str, Any], chain: Chain | None, source: LeRobotSource | None, stats: NormStats | None) -> PolicyAndData:
     """Select actions in the environment's form: the data set's, else those of a policy without differences."""
     low = high = None
     if source is not None:
         low, high = np.quantile(source.action, (0.01, 0.99), axis=0).astype(np.float32)
     elif stats is not None and chain is not None and not chain.embodiment.delta_actions:
         low, high = stats.action.q01, stats.action.q99
-    return Judged(facts, chain, source, low, high, () if source is None else source.tasks)
+    return PolicyAndData(facts, chain, source, low, high, () if source is None else source.tasks)
 
 
 def _starts(source: LeRobotSource | None, dataset: DatasetConfig, chain: Chain) -> NDArray[np.uint8] | None:

@@ -80,7 +80,7 @@ class CalibrateConfig(LoadOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_below(self, stride=1, moments=1, batch_size=1, seed=0)
-        calibration.needed(self.false_alarm_rate)
+        calibration.episodes_needed(self.false_alarm_rate)
 
     def open_loop(self) -> OpenLoopConfig:
         """Return the options of the open-loop evaluation."""

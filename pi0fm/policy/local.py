@@ -34,7 +34,7 @@ from pi0fm.policy.load_options import GUIDED, HARD_PREFIX, WITHOUT_JACOBIAN
 from pi0fm.policy.sampling import noise
 from pi0fm.policy.sampling.best_of import LIKELIHOOD, BestOf, choose, medoid_distances
 from pi0fm.policy.sampling.buckets import Buckets
-from pi0fm.policy.sampling.realtime import check_prefix, committed_to, held_count, led_to, refuse_word
+from pi0fm.policy.sampling.realtime import check_prefix, guidance_targets, held_actions, held_count, refuse_guidance_mode
 from pi0fm.policy.sampling.sampler import Committed, Sampler
 from pi0fm.policy.sampling.scores import ScoreOptions, Scores, conditioned, make_scores, observe_given, sample_and_score
 from pi0fm.policy.saved.calibration import Calibration
@@ -62,7 +62,7 @@ class LocalPolicy:
         max_delay: int = 0,
         alarm: Calibration | None = None,
     ) -> None:
-        refuse_word(guidance, max_delay)
+        refuse_guidance_mode(guidance, max_delay)
         self.guidance, self._max_delay, self._alarm = guidance, max_delay, alarm
         self._longest_delay = max_delay
         self.sampler = Sampler(model, flow, device, dtype, compile)
@@ -151,7 +151,7 @@ class LocalPolicy:
 
     def refuse_prefixes(self) -> None:
         """Raise ConfigError or FlowError where a chunk cannot be led to a prefix."""
-        refuse_word(self.guidance, self._max_delay)
+        refuse_guidance_mode(self.guidance, self._max_delay)
         if self.guidance == HARD_PREFIX:
             return
         refuse_guidance(self.flow)
@@ -190,8 +190,8 @@ class LocalPolicy:
     ) -> tuple[Tensor, Tensor]:
         """Chunks that go on from prefixes, and their spread: with held rows as any others, with guidance operation by operation."""
         if self.guidance == HARD_PREFIX:
-            return self._sampled(inputs, seeds, committed_to(self.chain, observations, prefixes, self._shape[0], self._max_delay))
-        target, weights = (tensor.to(self.device) for tensor in led_to(self.chain, observations, prefixes, self._shape[0]))
+            return self._sampled(inputs, seeds, held_actions(self.chain, observations, prefixes, self._shape[0], self._max_delay))
+        target, weights = (tensor.to(self.device) for tensor in guidance_targets(self.chain, observations, prefixes, self._shape[0]))
         start, increments = self._noise(seeds, self.device)
         # not inference_mode: the guidance may be a derivative
         with torch.no_grad(), self.sampler.precision():

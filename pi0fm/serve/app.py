@@ -32,9 +32,9 @@ from pi0fm.serve.batcher import Tap
 from pi0fm.serve.keys import Keys
 from pi0fm.serve.limits import ServingLimits
 from pi0fm.serve.metrics import Metrics
-from pi0fm.serve.page.live import Live, basic_key
+from pi0fm.serve.page.live import LivePage, basic_key
 from pi0fm.serve.records.request_log import RequestLog
-from pi0fm.serve.served import Servable, Serving
+from pi0fm.serve.served import ServablePolicy, Serving
 from pi0fm.serve.sessions import Session
 from pi0fm_client import wire
 from pi0fm_client.errors import ConfigError, Pi0fmError, ServingError
@@ -42,12 +42,12 @@ from pi0fm_client.errors import ConfigError, Pi0fmError, ServingError
 SECONDS_BEFORE_EVICTION = 5.0  # a robot that connected asks within milliseconds
 DOOR_THREADS = 2
 MAX_SWAP_BYTES = 4096
-Load = Callable[[str | None], Servable]
+Load = Callable[[str | None], ServablePolicy]
 logger = logging.getLogger(__name__)
 
 
 def create_app(
-    policy: Servable,
+    policy: ServablePolicy,
     options: ServingLimits,
     *,
     tokens: Sequence[str] = (),
@@ -131,7 +131,7 @@ class _Service:
 
     def __init__(
         self,
-        policy: Servable,
+        policy: ServablePolicy,
         options: ServingLimits,
         tokens: Sequence[str],
         admin_token: str | None,
@@ -143,7 +143,7 @@ class _Service:
         self._options, self._tokens, self._admin_token, self._load = options, tokens, admin_token, load
         self._metrics, self._log = Metrics(), log
         self._threads = ThreadPoolExecutor(DOOR_THREADS, "pi0fm-door")
-        self.live = Live(self._about, self._live_refusal, self._threads) if live else None
+        self.live = LivePage(self._page_head, self._live_refusal, self._threads) if live else None
         self.serving = Serving(policy, options, self._metrics, keys, self._taps)
         self._draining = False
         self._sessions: set[Session] = set()
@@ -160,12 +160,12 @@ class _Service:
         if self._log is not None:
             self._log.close()
 
-    def _taps(self, policy: Servable) -> list[Tap]:
+    def _taps(self, policy: ServablePolicy) -> list[Tap]:
         """Return the listeners to a policy's batches."""
         taps: list[Tap] = [] if self._log is None else [partial(self._log.inferred, policy.metadata.get(wire.IDENTITY))]
         return taps if self.live is None else [*taps, partial(self.live.inferred, getattr(policy, "seen", None))]
 
-    def _about(self) -> dict[str, Any]:
+    def _page_head(self) -> dict[str, Any]:
         """Return the head of the live page."""
         metadata, options = self.serving.now.policy.metadata, self._options
         found = {
@@ -193,7 +193,7 @@ class _Service:
 
     def _live_refusal(self, headers: Mapping[str, str]) -> Response | None:
         key = basic_key(headers)
-        if _knows(headers if key is None else {"authorization": f"Api-Key {key}"}, self._tokens):
+        if _has_key(headers if key is None else {"authorization": f"Api-Key {key}"}, self._tokens):
             return None
         refused = self._denied("key", 401, "give the server's key as the password")
         refused.headers["WWW-Authenticate"] = 'Basic realm="pi0fm", charset="UTF-8"'
@@ -214,7 +214,7 @@ class _Service:
         return PlainTextResponse("a pi0fm policy server: speak WebSocket here (pi0fm_client), GET /healthz for its health\n", 426)
 
     async def show_metrics(self, request: Request) -> Response:
-        if not _knows(request.headers, self._tokens):
+        if not _has_key(request.headers, self._tokens):
             return self._denied("key", 401, "send the header Authorization: Api-Key <key>")
         self._metrics.connections.set(len(self._sessions))
         memory = getattr(self.serving.now.policy, "memory_bytes", None)
@@ -223,7 +223,7 @@ class _Service:
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def handle_swap(self, request: Request) -> Response:
-        if self._admin_token is None or not _knows(request.headers, [self._admin_token]):
+        if self._admin_token is None or not _has_key(request.headers, [self._admin_token]):
             return self._denied("key", 401, "send the header Authorization: Api-Key <the key in $PI0FM_ADMIN_TOKEN>")
         body = b""
         async for piece in request.stream():
@@ -231,7 +231,7 @@ class _Service:
             if len(body) > MAX_SWAP_BYTES:
                 return self._denied("observation", 413, f"a request to swap may have {MAX_SWAP_BYTES} bytes")
         try:
-            await self.swap(_asked_bundle(body))
+            await self.swap(_requested_bundle(body))
         except Pi0fmError as error:
             return PlainTextResponse(f"{' '.join(str(error).split())[:1000]}\n", 400)
         except Exception:
@@ -275,7 +275,7 @@ class _Service:
         """Return the refusal of a client that may not connect."""
         if "origin" in websocket.headers:  # a page that a user of the robot's network looks at must not move the robot
             return self._denied("origin", 403, "a web page may not speak to a policy server")
-        if not _knows(websocket.headers, self._tokens):
+        if not _has_key(websocket.headers, self._tokens):
             return self._denied("key", 401, "send the header Authorization: Api-Key <key>")
         fault = self.fault()
         return self._denied("unavailable", 503, fault) if fault else None
@@ -290,7 +290,7 @@ class _Service:
         if len(crowd) < most:
             return None
         now = time.monotonic()
-        silent = [session for session in crowd if not session.has_asked and now - session.began > SECONDS_BEFORE_EVICTION]
+        silent = [session for session in crowd if not session.has_requested and now - session.began > SECONDS_BEFORE_EVICTION]
         if not silent:
             full = f"this server takes {most} connections{whose} at a time, and has them; close one, or raise --{option}"
             return self._denied("full", 503, full)
@@ -315,7 +315,7 @@ async def _deny(websocket: WebSocket, refused: Response) -> None:
         await websocket.close(sessions.CLOSE_TRY_AGAIN if refused.status_code == 503 else sessions.CLOSE_REFUSED)
 
 
-def _asked_bundle(body: bytes) -> str | None:
+def _requested_bundle(body: bytes) -> str | None:
     """Return the bundle that a request to swap names, None for the one of the start. Raises ConfigError."""
     if not body:
         return None
@@ -333,7 +333,7 @@ def _asked_bundle(body: bytes) -> str | None:
     return bundle
 
 
-def _knows(headers: Mapping[str, str], tokens: Sequence[str]) -> bool:
+def _has_key(headers: Mapping[str, str], tokens: Sequence[str]) -> bool:
     """Tell whether one of the keys was sent. Each is compared, in a time that tells nothing of them."""
     given = headers.get("authorization", "").encode("latin-1")
     return not tokens or sum(hmac.compare_digest(given, f"Api-Key {token}".encode()) for token in tokens) > 0

@@ -42,7 +42,7 @@ class RefusedError(ServingError):
     why = "internal"
 
     @classmethod
-    def because(cls, why: str, line: str) -> "RefusedError":
+    def for_reason(cls, why: str, line: str) -> "RefusedError":
         """Make one."""
         error = cls(line)
         error.why = why
@@ -110,7 +110,7 @@ class Batcher:
         waiting = _Waiting(request, asyncio.get_running_loop().create_future(), now)
         older = self._waiting.get(request.session)
         if older is not None:
-            _fail(older, RefusedError.because("newer", "a newer observation of this session took its place"))
+            _fail(older, RefusedError.for_reason("newer", "a newer observation of this session took its place"))
         self._waiting[request.session] = waiting
         self._pace.asked(request.session, now)
         self._metrics.waiting.set(len(self._waiting))
@@ -157,22 +157,22 @@ class Batcher:
         """Refuse waiting and further requests. A running inference goes on in its thread, which ends with the process."""
         self._closed = True
         for waiting in list(self._waiting.values()):
-            _fail(waiting, RefusedError.because("stopping", _STOPPING))
+            _fail(waiting, RefusedError.for_reason("stopping", _STOPPING))
         self._waiting.clear()
         self._worker.close()
 
     def _refuse(self, request: Request) -> None:
         if self._closed:
-            raise RefusedError.because("stopping", _STOPPING)
+            raise RefusedError.for_reason("stopping", _STOPPING)
         stuck = self.stuck_seconds()
         if stuck is not None:
             line = f"the policy is stuck: one inference has taken {stuck:.0f} s; look at the server, and ask again"
-            raise RefusedError.because("stuck", line)
+            raise RefusedError.for_reason("stuck", line)
         if request.session in self._waiting:
             return
         if len(self._waiting) >= self._max_queue:
             line = f"the server is busy: {self._max_queue} requests wait already; ask less often, or raise --max_queue"
-            raise RefusedError.because("busy", line)
+            raise RefusedError.for_reason("busy", line)
         if request.latest is None:
             return
         now = time.perf_counter()
@@ -334,7 +334,7 @@ def _refuse_late(request: Request, now: float, seconds: float) -> None:
     if request.latest is not None and now + seconds > request.latest:
         left = max(0.0, request.latest - now)
         line = f"the deadline cannot be kept: {left * 1e3:.0f} ms are left, an answer takes about {seconds * 1e3:.0f} ms; "
-        raise RefusedError.because("deadline", line + "ask earlier, or give it longer")
+        raise RefusedError.for_reason("deadline", line + "ask earlier, or give it longer")
 
 
 def _fail(waiting: _Waiting, error: Exception) -> None:

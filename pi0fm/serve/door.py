@@ -2,7 +2,7 @@
 
 Owns: the extension keys of a request, the bounds of its keys and values. Does not know: sockets, queues, the meaning of a robot's keys.
 
-    frame -> pi0fm_client.wire.unpack, bounded -> extensions taken out, each checked -> values bounded -> `to_observation` -> Asked
+    frame -> pi0fm_client.wire.unpack, bounded -> extensions taken out and checked -> bounded -> `to_observation` -> ReceivedRequest
 """
 
 from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ MAX_COMMAND = 1e9
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReceivedRequest:
     """The request in one frame. deadline_ms: from its arrival. prefix: the remainder of the robot's last chunk. candidates: see Request."""
 
     observation: Observation
@@ -47,7 +47,7 @@ class Asked:
 
 
 @final
-class Door:
+class RequestReader:
     """Read frames; safe in several threads.
 
     to_observation: raises ObservationError for keys and arrays that do not fit the policy. renamed: a message in the policy's keys.
@@ -70,15 +70,15 @@ class Door:
         chosen = (wire.NUM_CANDIDATES, wire.UNCERTAINTY) if chooses else ()
         self.extensions = (*EXTENSIONS, *led, *chosen)
 
-    def read(self, frame: bytes) -> Asked:
+    def read(self, frame: bytes) -> ReceivedRequest:
         """Return the request in a frame. Raises ObservationError in one line that names the key."""
-        return self.judge(self.unpacked(frame))
+        return self.parse(self.unpacked(frame))
 
     def unpacked(self, frame: bytes) -> dict[str, Any]:
         """Return the map in a frame. Raises ObservationError."""
         return wire.unpack(frame, max_bytes=self._max_frame_bytes)
 
-    def judge(self, message: dict[str, Any]) -> Asked:
+    def parse(self, message: dict[str, Any]) -> ReceivedRequest:
         """Return the request in a map. Raises ObservationError in one line that names the key."""
         if len(message) > MAX_KEYS:
             raise ObservationError(f"a request may hold {MAX_KEYS} keys, found {len(message)}: send only those of the greeting")
@@ -101,7 +101,9 @@ class Door:
             if key.startswith(wire.PREFIX):
                 raise ObservationError(f"unknown extension {key!r}: {nearest(key, self.extensions)}")
         plain = {key: self._bounded(key, value) for key, value in message.items()}
-        return Asked(self._to_observation(self._renamed(plain)), noise_seed, request_id, deadline_ms, session, prefix, candidates, report)
+        return ReceivedRequest(
+            self._to_observation(self._renamed(plain)), noise_seed, request_id, deadline_ms, session, prefix, candidates, report
+        )
 
     def _prefix(self, message: dict[str, Any]) -> ActionPrefix | None:
         """Take the action prefix out of a message."""

@@ -80,10 +80,10 @@ class Sockets:
 
     def __init__(self, max_upgraded: int) -> None:
         self._max_upgraded = max_upgraded
-        self._silent: OrderedDict[Front, Hashable] = OrderedDict()
-        self._upgraded: set[Channel] = set()
+        self._silent: OrderedDict[BoundedHttp, Hashable] = OrderedDict()
+        self._upgraded: set[BoundedWebSocket] = set()
 
-    def opened(self, protocol: "Front") -> None:
+    def opened(self, protocol: "BoundedHttp") -> None:
         """Count a new socket, and push out the oldest silent one of its address, or of all, where there are too many."""
         address = protocol.client[0] if protocol.client else None
         self._silent[protocol] = address
@@ -93,24 +93,24 @@ class Sockets:
             logger.warning("too many silent connections: the oldest one of %s is dropped", self._silent.pop(oldest))
             oldest.transport.abort()
 
-    def left(self, protocol: "Front") -> None:
+    def left(self, protocol: "BoundedHttp") -> None:
         """Count a socket as upgraded or gone."""
         self._silent.pop(protocol, None)
 
-    def upgraded(self, channel: "Channel") -> None:
+    def upgraded(self, channel: "BoundedWebSocket") -> None:
         """Watch a WebSocket until `lost`; one too many is dropped."""
         self._upgraded.add(channel)
         if len(self._upgraded) > self._max_upgraded:
             channel.transport.abort()
 
-    def lost(self, channel: "Channel") -> None:
+    def lost(self, channel: "BoundedWebSocket") -> None:
         """Watch it no longer."""
         self._upgraded.discard(channel)
 
     async def sweep(self) -> None:
         """Drop every connection whose time is over."""
         now = time.monotonic()
-        protocols: list[Front | Channel] = [*self._silent, *self._upgraded]
+        protocols: list[BoundedHttp | BoundedWebSocket] = [*self._silent, *self._upgraded]
         for protocol in protocols:
             if protocol.overdue(now):
                 protocol.transport.abort()
@@ -119,11 +119,11 @@ class Sockets:
 def bounded_protocols(max_connections: int) -> tuple[Sockets, Any, Any]:
     """Return the sockets, and factories of uvicorn's HTTP and WebSocket protocols that share them and keep this module's bounds."""
     sockets = Sockets(max_connections + REFUSED_SOCKETS)
-    return sockets, partial(Front, sockets), partial(Channel, sockets)
+    return sockets, partial(BoundedHttp, sockets), partial(BoundedWebSocket, sockets)
 
 
 @final
-class Front(H11Protocol):
+class BoundedHttp(H11Protocol):
     """HTTP until the upgrade: a whole request within SILENT_SECONDS."""
 
     def __init__(self, sockets: Sockets, *arguments: Any, **options: Any) -> None:
@@ -158,7 +158,7 @@ class Front(H11Protocol):
 
 
 @final
-class Channel(WebSocketsSansIOProtocol):
+class BoundedWebSocket(WebSocketsSansIOProtocol):
     """A WebSocket whose fragments, pings, unread messages and unread answers are bounded."""
 
     def __init__(self, sockets: Sockets, *arguments: Any, **options: Any) -> None:

@@ -37,7 +37,7 @@ class Metrics:
         self.waiting = Gauge("pi0fm_waiting", "Requests in the queue", registry=registry)
         self.unlogged = Gauge("pi0fm_unlogged_batches", "Batches that the log of requests had no time for", registry=registry)
 
-    def judged(self, scores: Mapping[str, float]) -> None:
+    def count_scores(self, scores: Mapping[str, float]) -> None:
         """Count how sure an answer was, where its policy says so."""
         if "spread" in scores:
             self.uncertainty.observe(scores["spread"])

@@ -1,6 +1,6 @@
 """The served policy: its greeting, its warm-up, and its replacement by another.
 
-Owns: `Served`, the metadata that a swap must not change. Does not know: connections, HTTP, how a bundle is loaded.
+Owns: `ServedPolicy`, the metadata that a swap must not change. Does not know: connections, HTTP, how a bundle is loaded.
 
     requests   a   b       c     d        e   f
     policy 1  [a] [b]     [c]   [d]  drained, closed
@@ -30,7 +30,7 @@ SAME_AFTER_A_SWAP = ("cameras", "state_key", "state_dim", "robot_action_dim", "a
 logger = logging.getLogger(__name__)
 
 
-class Servable(Policy, Protocol):
+class ServablePolicy(Policy, Protocol):
     """A policy that can judge a client's map; the warm-up reads `cameras`, `state_key`, `state_dim` and `image_size` of its metadata."""
 
     def observation(self, flat: Mapping[str, Any]) -> Observation:
@@ -39,7 +39,7 @@ class Servable(Policy, Protocol):
 
 
 @runtime_checkable
-class Led(Protocol):
+class PrefixPolicy(Protocol):
     """A policy whose `infer_batch` takes `prefixes`, one ActionPrefix or None for each observation."""
 
     def refuse_prefixes(self) -> None:
@@ -57,12 +57,12 @@ class Led(Protocol):
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedPolicy:
     """One policy as it is served. greeting: the first frame of a connection. identity: for replies to requests with an id."""
 
-    policy: Servable
+    policy: ServablePolicy
     batcher: Batcher
-    door: door.Door
+    reader: door.RequestReader
     greeting: bytes
     identity: str | None
 
@@ -72,14 +72,19 @@ class Serving:
     """The policy that is served now. Raises ObservationError for metadata that cannot be sent."""
 
     def __init__(
-        self, policy: Servable, options: ServingLimits, metrics: Metrics, keys: Keys | None, tap: Callable[[Servable], Sequence[Tap]]
+        self,
+        policy: ServablePolicy,
+        options: ServingLimits,
+        metrics: Metrics,
+        keys: Keys | None,
+        tap: Callable[[ServablePolicy], Sequence[Tap]],
     ) -> None:
         self._options, self._metrics, self._keys, self._tap = options, metrics, keys, tap
         self._swapping = False
         self.now = self._served(policy)
         self.is_warm = False
 
-    def _served(self, policy: Servable) -> Served:
+    def _served(self, policy: ServablePolicy) -> ServedPolicy:
         metadata, options = policy.metadata, self._options
         chooses, compared = hasattr(policy, "infer_best"), ObservationCheck(metadata, cameras=(), mode=options.state_check)
 
@@ -90,16 +95,16 @@ class Serving:
 
         renamed, width = self._keys or dict, metadata.get("robot_action_dim")
         check = _prefix_check(policy)
-        entrance = door.Door(judged, options.max_frame_bytes, renamed, check, chooses, width)
+        reader = door.RequestReader(judged, options.max_frame_bytes, renamed, check, chooses, width)
         told = {wire.IDENTITY: wire.REPLY_IDENTITY, "alarm": wire.ALARM}
-        extensions = [*entrance.extensions, *(key for name, key in told.items() if name in metadata)]
+        extensions = [*reader.extensions, *(key for name, key in told.items() if name in metadata)]
         greeting = {**without_paths(metadata), "max_frame_bytes": options.max_frame_bytes, wire.EXTENSIONS: extensions}
-        if check is not None and isinstance(policy, Led):
+        if check is not None and isinstance(policy, PrefixPolicy):
             greeting["realtime"] = dict(policy.leading)
         if self._keys is not None:
             greeting["keys"] = dict(self._keys.columns)
-        return Served(
-            policy, Batcher(policy, options, self._metrics, self._tap(policy)), entrance, wire.pack(greeting), metadata.get(wire.IDENTITY)
+        return ServedPolicy(
+            policy, Batcher(policy, options, self._metrics, self._tap(policy)), reader, wire.pack(greeting), metadata.get(wire.IDENTITY)
         )
 
     async def warm_up(self) -> float:
@@ -110,7 +115,7 @@ class Serving:
             self.is_warm = True
         return time.perf_counter() - began
 
-    async def swap(self, load: Callable[[], Servable]) -> None:
+    async def swap(self, load: Callable[[], ServablePolicy]) -> None:
         """Serve the policy that `load` returns, once it is warm; until then, and if it fails, the present one.
 
         Raises ServingError for a policy that connected robots could not use, and the exceptions of `load`.
@@ -144,9 +149,9 @@ def refuse_another_robot(metadata: Mapping[str, Any], known: Mapping[str, Any]) 
         raise ServingError(f"a bundle takes the place of one for the same robot, found another {', '.join(differing)}: give one for it")
 
 
-def _prefix_check(policy: Servable) -> Callable[[ActionPrefix], None] | None:
+def _prefix_check(policy: ServablePolicy) -> Callable[[ActionPrefix], None] | None:
     """Return the check of action prefixes, where the policy can continue them."""
-    if not isinstance(policy, Led):
+    if not isinstance(policy, PrefixPolicy):
         return None
     try:
         policy.refuse_prefixes()
@@ -164,7 +169,7 @@ def _prefix_check(policy: Servable) -> Callable[[ActionPrefix], None] | None:
     return policy.check_prefix
 
 
-async def _warm(served: Served) -> None:
+async def _warm(served: ServedPolicy) -> None:
     try:
         await served.batcher.warm_up(served.policy.observation(synthetic_observation(served.policy.metadata)))
     except ServingError:

@@ -30,9 +30,9 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from pi0fm.serve import door
 from pi0fm.serve.batcher import RefusedError, Request
-from pi0fm.serve.door import Asked
+from pi0fm.serve.door import ReceivedRequest
 from pi0fm.serve.metrics import Metrics
-from pi0fm.serve.served import Served
+from pi0fm.serve.served import ServedPolicy
 from pi0fm_client import wire
 from pi0fm_client.errors import ObservationError
 from pi0fm_client.types import ActionChunk
@@ -52,12 +52,18 @@ class Session:
     """An accepted connection. address: whose it is, for the limits. served: asked at each request, since a swap changes it."""
 
     def __init__(
-        self, websocket: WebSocket, address: str, served: Callable[[], Served], threads: Executor, idle_seconds: float, metrics: Metrics
+        self,
+        websocket: WebSocket,
+        address: str,
+        served: Callable[[], ServedPolicy],
+        threads: Executor,
+        idle_seconds: float,
+        metrics: Metrics,
     ) -> None:
         self._websocket, self.address, self._served, self._threads = websocket, address, served, threads
         self._idle_seconds, self._metrics = idle_seconds, metrics
         self.began = time.monotonic()
-        self.has_asked = False
+        self.has_requested = False
         self._reading = self._leaving = False
         self._answers: set[asyncio.Task[None]] = set()
         self._names: set[str] = set()
@@ -70,10 +76,10 @@ class Session:
         try:
             await self._websocket.send_bytes(self._served().greeting)
             incoming = asyncio.create_task(self._websocket.receive())
-            while await self._arrives(incoming) and (message := incoming.result())["type"] == "websocket.receive":
+            while await self._wait_for_frame(incoming) and (message := incoming.result())["type"] == "websocket.receive":
                 incoming = asyncio.create_task(self._websocket.receive())
                 if not self._leaving:
-                    await self._take(message.get("bytes"), incoming)
+                    await self._start_answer(message.get("bytes"), incoming)
         except WebSocketDisconnect:
             return
         finally:
@@ -90,10 +96,10 @@ class Session:
             await asyncio.wait(self._answers) if self._answers else await asyncio.sleep(0.001)
         await self._close(code, reason)
 
-    async def _arrives(self, incoming: "asyncio.Task[Any]") -> bool:
+    async def _wait_for_frame(self, incoming: "asyncio.Task[Any]") -> bool:
         """Wait for a frame; close, and return False, when a client that waits for no answer is silent for too long."""
         while not incoming.done():
-            limit = self._idle_seconds if self.has_asked else HELLO_SECONDS
+            limit = self._idle_seconds if self.has_requested else HELLO_SECONDS
             done, _ = await asyncio.wait(
                 {incoming, *self._answers}, timeout=None if self._answers else limit, return_when=asyncio.FIRST_COMPLETED
             )
@@ -102,14 +108,14 @@ class Session:
                 return False
         return True
 
-    async def _take(self, frame: bytes | None, incoming: "asyncio.Task[Any]") -> None:
+    async def _start_answer(self, frame: bytes | None, incoming: "asyncio.Task[Any]") -> None:
         """Start to answer one frame, and return when the next one may be taken."""
-        began, self.has_asked, self._reading = time.perf_counter(), True, True
+        began, self.has_requested, self._reading = time.perf_counter(), True, True
         try:
             asked = await self._read(frame)
             self._metrics.stage.labels("read").observe(time.perf_counter() - began)
         except Exception as error:  # noqa: BLE001 - nothing that a client sends may end the server, and no fault is sent to it
-            await self._tell(error)
+            await self._send_error(error)
             return
         finally:
             self._reading = False
@@ -125,22 +131,22 @@ class Session:
             await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
             _raise_if_gone(incoming)
 
-    async def _read(self, frame: bytes | None) -> Asked:
+    async def _read(self, frame: bytes | None) -> ReceivedRequest:
         if frame is None:
             raise ObservationError("a request must be a binary frame, found text: send the msgpack bytes")
-        entrance, loop = self._served().door, asyncio.get_running_loop()
+        reader, loop = self._served().reader, asyncio.get_running_loop()
         if len(frame) > door.QUICK_BYTES:
-            asked = await loop.run_in_executor(self._threads, entrance.read, frame)
-        elif door.is_quick(message := entrance.unpacked(frame)):
-            asked = entrance.judge(message)  # two changes of thread take longer than this
+            asked = await loop.run_in_executor(self._threads, reader.read, frame)
+        elif door.is_quick(message := reader.unpacked(frame)):
+            asked = reader.parse(message)  # two changes of thread take longer than this
         else:
-            asked = await loop.run_in_executor(self._threads, entrance.judge, message)
+            asked = await loop.run_in_executor(self._threads, reader.parse, message)
         self._names.add(asked.session)
         if len(self._names) > MAX_SESSIONS:
             raise ObservationError(f"a connection may have {MAX_SESSIONS} sessions, found more: give each robot one name, and keep it")
         return asked
 
-    async def _answer(self, asked: Asked, began: float) -> None:
+    async def _answer(self, asked: ReceivedRequest, began: float) -> None:
         """Infer and reply."""
         served = self._served()
         latest = None if asked.deadline_ms is None else began + asked.deadline_ms / 1e3
@@ -157,7 +163,7 @@ class Session:
             if extra or asked.candidates is not None:  # a client that knows extensions
                 extra |= {key: float(chunk.scores[name]) for key, name in JUDGED.items() if name in chunk.scores}
             await self._websocket.send_bytes(_encode_reply(chunk, _milliseconds_since(began), self._previous_total_ms, extra))
-            self._metrics.judged(chunk.scores)
+            self._metrics.count_scores(chunk.scores)
             ended = time.perf_counter()
             self._previous_total_ms = (ended - began) * 1e3
             self._metrics.stage.labels("total").observe(ended - began)
@@ -167,14 +173,14 @@ class Session:
             return
         except RefusedError as error:
             if asked.request_id is None:
-                await self._tell(error)
+                await self._send_error(error)
             else:
                 self._metrics.refused.labels(error.why).inc()
                 await self._websocket.send_bytes(wire.pack({**extra, wire.REFUSED: _line(error)}))
         except Exception as error:  # noqa: BLE001 - a policy may raise anything, and none of it is a client's business
-            await self._tell(error)
+            await self._send_error(error)
 
-    def _count(self, asked: Asked) -> None:
+    def _count(self, asked: ReceivedRequest) -> None:
         """Add the robot's counts since its last report."""
         if asked.report is not None:
             known = self._counts.get(asked.session, {})
@@ -182,7 +188,7 @@ class Session:
                 self._metrics.robots.labels(name).inc(max(0, count - known.get(name, 0)))
             self._counts[asked.session] = asked.report.counts
 
-    async def _tell(self, error: Exception) -> None:
+    async def _send_error(self, error: Exception) -> None:
         """Send an error as openpi does, and close; only an error in the client's own request says more than an id."""
         identifier = secrets.token_hex(4)
         why = error.why if isinstance(error, RefusedError) else "observation" if isinstance(error, ObservationError) else "internal"

@@ -17,7 +17,7 @@ from pi0fm.cli.main import main
 from pi0fm.data.columns import lerobot_source
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.config import DatasetConfig
-from pi0fm.doctor.data import judge
+from pi0fm.doctor.data import find_faults
 from pi0fm_client.errors import DatasetError
 
 NETWORK = {
@@ -281,7 +281,7 @@ def test_a_million_rows_in_twenty_seconds(tmp_path):
     pd.DataFrame(table | {"data/chunk_index": 0, "data/file_index": 0}).to_parquet(root / "meta/episodes/chunk-000/file-000.parquet")
     change_info(root, lambda info: info.update(total_frames=rows, total_episodes=episodes))
     began = time.perf_counter()
-    found = judge(DatasetConfig(root=root), Embodiment(cameras={"base": CAMERA}), extent="none")
+    found = find_faults(DatasetConfig(root=root), Embodiment(cameras={"base": CAMERA}), extent="none")
     assert found.rows == rows and not found.faults
     assert time.perf_counter() - began < 20
 

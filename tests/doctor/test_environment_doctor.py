@@ -12,7 +12,7 @@ from pi0fm.data.config import DatasetConfig
 from pi0fm.data.pictures.chosen import pictures_at
 from pi0fm.demos.config import DatasetName, DemosConfig
 from pi0fm.demos.record import record_here
-from pi0fm.doctor.environment import Judged, judge_environment
+from pi0fm.doctor.environment import PolicyAndData, environment_findings
 from pi0fm.flow.config import FlowConfig
 from pi0fm.policy.saved.bundle import PolicyConfig
 
@@ -34,7 +34,7 @@ def recorded(tmp_path_factory):
 
 def judged(source, task=TASK, max_steps=None, pictures=None, chain=None, **facts) -> dict[str, str]:
     low, high = np.quantile(source.action, (0.01, 0.99), axis=0).astype(np.float32)
-    found = judge_environment(task, max_steps, Judged(FACTS | facts, chain, source, low, high, source.tasks), pictures)
+    found = environment_findings(task, max_steps, PolicyAndData(FACTS | facts, chain, source, low, high, source.tasks), pictures)
     return {finding.kind: finding.severity for finding in found if finding.severity != "note"}
 
 

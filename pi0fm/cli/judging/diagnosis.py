@@ -23,7 +23,7 @@ from pi0fm.data.columns.lerobot_source import examine as examine_source
 from pi0fm.data.config import LIKE_A_PATH, DatasetConfig, MixtureEntry
 from pi0fm.data.loading.mixture import entry_named
 from pi0fm.doctor.contents import write_contact_sheet
-from pi0fm.doctor.data import Findings, counted, judge
+from pi0fm.doctor.data import Findings, counted, find_faults
 from pi0fm.doctor.policy import Counterparts, Examined, Subject, examine, examine_server, of_bundle, open_counterpart
 from pi0fm.policy.device import choose_device
 from pi0fm.policy.saved.manifest import MANIFEST
@@ -34,13 +34,13 @@ from pi0fm.train.start.pretrained import open_pretrained, pretrained_stats, reso
 from pi0fm_client.errors import BundleError, ConfigError, DatasetError
 
 if TYPE_CHECKING:
-    from pi0fm.cli.judging.doctor import Options
+    from pi0fm.cli.judging.doctor import DoctorOptions
 
 SHOWN = 20  # faults in the table
 WIDE = 600  # columns where no terminal folds lines
 
 
-def diagnose(given: "Options") -> None:
+def diagnose(given: "DoctorOptions") -> None:
     """Check, print tables and a last line of JSON. Raises DatasetError or BundleError (exit code 1) for a fault."""
     examined = _policy(given)
     if examined is not None:
@@ -70,7 +70,7 @@ def diagnose(given: "Options") -> None:
                 _refuse(seen)
 
 
-def _contact_sheet(given: "Options", findings: Findings) -> Path | None:
+def _contact_sheet(given: "DoctorOptions", findings: Findings) -> Path | None:
     """Write the contact sheet of a data set; return None where pictures are not checked, or one cannot be read."""
     if findings.source is None or given.pictures == "none" or not findings.source.embodiment.cameras:
         return None
@@ -94,7 +94,7 @@ def _refuse(examined: Examined) -> None:
         )
 
 
-def _policy(given: "Options") -> Examined | None:
+def _policy(given: "DoctorOptions") -> Examined | None:
     """Examine a bundle or a server; return None for anything else. Raises ConfigError for options that go with neither."""
     is_server = given.data.startswith(("ws://", "wss://"))
     if not is_server and not (Path(given.data) / MANIFEST).is_file():
@@ -111,12 +111,12 @@ def _policy(given: "Options") -> Examined | None:
     return examine(subject, given.dataset, source, _counterparts(given))
 
 
-def _counterparts(given: "Options", name: str = "") -> Counterparts:
+def _counterparts(given: "DoctorOptions", name: str = "") -> Counterparts:
     sheet = given.output_dir / (f"sheet-{name}.png" if name else "sheet.png")
     return Counterparts(given.suite, given.server, given.max_steps, given.load, sheet)
 
 
-def _judged(given: "Options") -> list[tuple[Findings, Examined | None]]:
+def _judged(given: "DoctorOptions") -> list[tuple[Findings, Examined | None]]:
     """Check each data set; with a configuration, also examine a batch as its network would see it."""
     _refuse_word(given.data)
     path = Path(given.data)
@@ -129,7 +129,7 @@ def _judged(given: "Options") -> list[tuple[Findings, Examined | None]]:
     if not (is_file or given.config):
         if given.suite:
             raise ConfigError(f"--suite goes with a policy, found the data set {given.data} alone; name a configuration or a bundle")
-        return [(judge(replace(given.dataset, **place), given.embodiment, extent=given.pictures), None)]
+        return [(find_faults(replace(given.dataset, **place), given.embodiment, extent=given.pictures), None)]
     tree = options.read_files([*([given.data] if is_file else []), *given.config])
     if not is_file and tree.get("mixture"):
         raise ConfigError(f"these files name the data sets of a mixture themselves: {', '.join(tree['mixture'])}; leave {given.data} out")
@@ -157,7 +157,7 @@ def _judged(given: "Options") -> list[tuple[Findings, Examined | None]]:
     found: list[tuple[Findings, Examined | None]] = []
     for name, entry in run_.entries().items():
         with entry_named(name):
-            faults = judge(
+            faults = find_faults(
                 entry.dataset,
                 entry.embodiment,
                 entry.selection(),

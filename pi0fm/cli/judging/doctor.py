@@ -22,7 +22,7 @@ OTHERS = "config"
 
 
 @dataclass(frozen=True)
-class Options:
+class DoctorOptions:
     """Options of `pi0fm doctor`: a data set and the run to train on it, or a policy."""
 
     data: str = required(
@@ -51,13 +51,16 @@ class Options:
             raise ConfigError(f"pictures must be none, ends or all, found {self.pictures!r}")
 
 
+Options = DoctorOptions
+
+
 ALIASES: dict[str, str] = {}
 OFTEN = frozenset(
     ("data", "config", "pictures", "suite", "server", "robot", "load", "output_dir", "dataset.root", "dataset.episodes", "dataset.skip_bad")
 )
 
 
-def run(given: Options) -> None:
+def run(given: DoctorOptions) -> None:
     """Judge, print tables and a last line of JSON. Raises DatasetError or BundleError, and so exit code 1, where there is an error."""
     from pi0fm.cli.judging.diagnosis import diagnose  # torch: seconds, which --help need not wait for
 

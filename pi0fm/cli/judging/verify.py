@@ -24,7 +24,7 @@ ALIASES = {"policy.path": "bundle"}
 
 
 @dataclass(frozen=True)
-class Options:
+class VerifyOptions:
     """A bundle, and how to run it here."""
 
     bundle: Path = required("folder of the policy")
@@ -47,7 +47,10 @@ class Options:
         return LoadOptions(device=self.device, precision=self.precision, threads=self.threads, compile=self.compile)
 
 
-def run(options: Options) -> None:
+Options = VerifyOptions
+
+
+def run(options: VerifyOptions) -> None:
     """Print a table and a last line of JSON. Raises BundleError (exit code 1) for a chunk that differs."""
     from pi0fm.policy.saved import bundle, reference  # torch: seconds, which --help need not wait for
 
@@ -73,7 +76,7 @@ def run(options: Options) -> None:
     say(f"{options.bundle} ({known}) gives the recorded chunk here")
 
 
-def _verdict(options: Options, found: "dict[str, Agreement]") -> str:
+def _verdict(options: VerifyOptions, found: "dict[str, Agreement]") -> str:
     here, as_recorded = found["here"], found.get("float32 on a CPU")
     line = f"{options.bundle} must give the recorded chunk within {here.tolerance:g} deviations, found {here.largest:.3g} apart (another "
     line += f"noise seed: {here.another_seed:.3g})"

@@ -33,7 +33,7 @@ MOST_GPUS = 4096
 
 
 @dataclass(frozen=True)
-class Options(TrainingRun):
+class PlanOptions(TrainingRun):
     """A run, and the cards that it might run on. Raises ConfigError for a value out of range."""
 
     gpus: int = option(1, "total number of cards; replaces num_workers")
@@ -65,10 +65,13 @@ class Options(TrainingRun):
             raise ConfigError(f"picture must be a PNG file, found {self.picture}; type --picture scaling.png")
 
 
-OFTEN = train.often_of(Options)
+Options = PlanOptions
 
 
-def run(options: Options) -> dict[str, Any]:
+OFTEN = train.often_of(PlanOptions)
+
+
+def run(options: PlanOptions) -> dict[str, Any]:
     """Plan, print two tables, draw; the last line is the plan of the best sharding on all cards."""
     card, cameras = _card(options, options.gpu), options.cameras or _cameras(options)
     plans = plan_shardings(_with_batch(options, options.gpus), card, _network(options, card, options.gbits), options.gpus, cameras)
@@ -90,28 +93,28 @@ def run(options: Options) -> dict[str, Any]:
     return {"gpu": options.gpu, "gbits": options.gbits, "price": card.price} | chosen.json()
 
 
-def _card(options: Options, name: str) -> Card:
+def _card(options: PlanOptions, name: str) -> Card:
     card = card_named(name)
     return card if options.price is None else replace(card, price=options.price)
 
 
-def _network(options: Options, card: Card, gbits: float) -> Network:
+def _network(options: PlanOptions, card: Card, gbits: float) -> Network:
     return Network(card.inside, gbits * 1e9 / 8, card.latency, options.gpus_per_machine)
 
 
-def _cameras(options: Options) -> int:
+def _cameras(options: PlanOptions) -> int:
     found = {camera for entry in options.entries().values() for camera in entry.embodiment.cameras}
     if not found:
         raise ConfigError("a plan must know how many pictures a sample has, found no embodiment.cameras; type --cameras 2")
     return len(found)
 
 
-def _with_batch(options: Options, gpus: int) -> TrainConfig:
+def _with_batch(options: PlanOptions, gpus: int) -> TrainConfig:
     each, precision = options.samples_per_gpu, "bfloat16"
     return replace(options, precision=precision, global_batch_size=each * gpus if each else options.global_batch_size)
 
 
-def _curve(options: Options, card: Card, gbits: float, cameras: int) -> list[Plan]:
+def _curve(options: PlanOptions, card: Card, gbits: float, cameras: int) -> list[Plan]:
     """Return the best plan for each number of cards that can share the batch."""
     found = []
     for gpus in gpu_counts(options.gpus):
@@ -122,7 +125,7 @@ def _curve(options: Options, card: Card, gbits: float, cameras: int) -> list[Pla
     return found
 
 
-def _picture(options: Options, chosen: list[Plan], cameras: int) -> bytes:
+def _picture(options: PlanOptions, chosen: list[Plan], cameras: int) -> bytes:
     card = _card(options, options.gpu)
     networks = {f"{gbits:g} Gb/s": _curve(options, card, gbits, cameras) for gbits in GBITS}
     cards = {name: _curve(options, _card(options, name), options.gbits, cameras) for name in known_cards()}

@@ -23,7 +23,7 @@ WIDTH = 32  # characters of a loss curve
 
 
 @dataclass(frozen=True)
-class Options:
+class RunsOptions:
     """Runs to show. Raises ConfigError for a page that is not an HTML file."""
 
     folder: Path = option(Path("outputs"), "a run, or a folder with runs below it")
@@ -35,7 +35,10 @@ class Options:
             raise ConfigError(f"page must be an HTML file, found {self.page}; type --page runs.html")
 
 
-def run(options: Options) -> dict[str, Any]:
+Options = RunsOptions
+
+
+def run(options: RunsOptions) -> dict[str, Any]:
     """Print a table, write the page; the last line has every run by name."""
     found = find_runs((options.folder, *options.others))
     table = Table(box=None, padding=(0, 2), header_style="")

@@ -26,7 +26,7 @@ from pi0fm_client.errors import ConfigError, ObservationError
 from pi0fm_client.types import ActionPrefix, Observation
 
 
-def refuse_word(guidance: str, max_delay: int) -> None:
+def refuse_guidance_mode(guidance: str, max_delay: int) -> None:
     """Raise ConfigError for an unknown word, or one that a policy with this rtc_max_delay was not trained for."""
     if guidance not in GUIDANCE:
         raise ConfigError(f"guidance must be {', '.join(GUIDANCE)}, found {guidance!r}: {nearest(guidance, GUIDANCE)}")
@@ -55,7 +55,7 @@ def check_prefix(prefix: ActionPrefix, horizon: int, chain: Chain) -> None:
         )
 
 
-def led_to(
+def guidance_targets(
     chain: Chain, observations: Sequence[Observation], prefixes: Sequence[ActionPrefix | None], horizon: int
 ) -> tuple[Tensor, Tensor]:
     """(target, weights), [B, H, network's action dim], of `GuidedVelocity`; an observation without a prefix has no weight."""
@@ -67,7 +67,7 @@ def led_to(
     return target, weights
 
 
-def committed_to(
+def held_actions(
     chain: Chain, observations: Sequence[Observation], prefixes: Sequence[ActionPrefix | None], horizon: int, max_delay: int
 ) -> tuple[Tensor, Tensor]:
     """(actions [B, H, network's action dim], held rows [B, H]) of `CommittedVelocity`; of an observation without a prefix none is held."""

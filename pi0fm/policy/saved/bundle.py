@@ -40,7 +40,7 @@ from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.device import choose_device, inference_dtype, is_out_of_memory, set_threads
 from pi0fm.policy.load_options import GUIDED, LoadOptions
 from pi0fm.policy.local import LocalPolicy
-from pi0fm.policy.sampling.realtime import refuse_word
+from pi0fm.policy.sampling.realtime import refuse_guidance_mode
 from pi0fm.policy.sampling.sampler import refuse_compile
 from pi0fm.policy.saved import calibration, reference, robots
 from pi0fm.policy.saved.calibration import Calibration
@@ -57,7 +57,7 @@ from pi0fm.policy.saved.manifest import (
     write_manifest,
 )
 from pi0fm.policy.saved.robots import Robots
-from pi0fm.policy.saved.weights import Entries, Put, Weights, filled, open_file, tensor_file
+from pi0fm.policy.saved.weights import Entries, Put, Weights, fill_network, open_file, tensor_file
 from pi0fm.progress import say
 from pi0fm_client.errors import BundleError, ConfigError
 from pi0fm_client.types import Observation
@@ -203,11 +203,11 @@ def new_bundle(
             files.write_json(aside / robots.FILE, robots.to_json(own))
         with tensor_file(aside / WEIGHTS, entries) as put:
             yield put
-        if recorded is not None and reference.has_room(aside / WEIGHTS):
+        if recorded is not None and reference.fits_in_memory(aside / WEIGHTS):
             if (aside / WEIGHTS).stat().st_size >= VERBOSE_FROM:
                 say(f"{path}: sampling the reference chunk in float32 on the CPU")
             cpu, flow = torch.device("cpu"), FlowMatching.from_config(config.flow)
-            model = filled(open_file(aside / WEIGHTS), config.model, cpu, torch.float32)
+            model = fill_network(open_file(aside / WEIGHTS), config.model, cpu, torch.float32)
             chain = config.chain(stats, None if config.tokenizer == BYTES else str(aside / config.tokenizer))
             reference.make(aside, LocalPolicy(model, flow, chain, {}, cpu, torch.float32, config.padded_noise), recorded)
         write_manifest(aside)
@@ -238,7 +238,7 @@ def load(path: str | Path, options: LoadOptions | None = None, *, guidance: str 
     flow, device = FlowMatching.from_config(config.flow), choose_device(options.device)
     dtype = inference_dtype(options.precision, device, config.model.decoder.backbone.width)
     refuse_compile(options.compile, device, flow)
-    refuse_word(guidance, config.rtc_max_delay)
+    refuse_guidance_mode(guidance, config.rtc_max_delay)
     set_threads(options.threads)
     model = load_network(path, config.model, device, dtype)
     chain = config.chain(stats, None if config.tokenizer == BYTES else str(path / config.tokenizer))
@@ -267,7 +267,7 @@ def load_network(path: Path, model: Pi0Config, device: torch.device | str = "cpu
     """
     try:
         with open_weights(path) as weights:
-            return filled(weights, model, torch.device(device), dtype)
+            return fill_network(weights, model, torch.device(device), dtype)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -52,7 +52,7 @@ class Calibration:
         return {name: getattr(self, name) for name in ("threshold", "false_alarm_rate", "episodes")}
 
 
-def needed(rate: float) -> int:
+def episodes_needed(rate: float) -> int:
     """The fewest episodes that determine a threshold of this rate. Raises ConfigError for a rate outside (0, 1)."""
     if not 0 < rate < 1:
         raise ConfigError(f"false_alarm_rate must lie in (0, 1), found {rate}; 0.1 is usual")
@@ -61,7 +61,7 @@ def needed(rate: float) -> int:
 
 def threshold(largest: Sequence[float], rate: float) -> float:
     """The threshold from each episode's largest spread. Raises ConfigError for too few episodes."""
-    count, least = len(largest), needed(rate)
+    count, least = len(largest), episodes_needed(rate)
     if count < least:
         raise ConfigError(
             f"a false alarm rate of {rate:g} needs {least} held-out episodes or more, found {count}; give more, or type a larger "

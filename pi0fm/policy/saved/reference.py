@@ -80,7 +80,7 @@ def make(folder: Path, policy: LocalPolicy, observation: Observation) -> None:
     files.write_bytes(folder / FILE, save(arrays, {"reference": told}))
 
 
-def has_room(weights: Path) -> bool:
+def fits_in_memory(weights: Path) -> bool:
     """Tell whether memory holds a copy of the weights to make a reference with; print a line where it does not."""
     needed, free = SPACE * weights.stat().st_size, machine.free_memory()
     if needed > free:

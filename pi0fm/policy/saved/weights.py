@@ -72,7 +72,7 @@ def open_file(file: Path) -> Weights:
             start = 8 + int.from_bytes(opened.read(8), "little")
             told = json.loads(opened.read(start - 8))
     except (SafetensorError, OSError) as error:
-        raise damaged(file, error) from None
+        raise damaged_error(file, error) from None
     told.pop("__metadata__", None)
     strange = sorted(
         f"{name} ({entry['dtype']})"
@@ -101,12 +101,12 @@ def open_file(file: Path) -> Weights:
                         raise EOFError(f"{name} ends {len(left)} bytes early")
                     left = left[count:]
         except (OSError, EOFError) as error:
-            raise damaged(file, error) from None
+            raise damaged_error(file, error) from None
 
     return Weights(file, {name: tuple(entry["shape"]) for name, entry in told.items()}, dtypes, read, fill)
 
 
-def damaged(file: Path, error: Exception) -> BundleError:
+def damaged_error(file: Path, error: Exception) -> BundleError:
     """Return the error for a file that is cut or damaged."""
     return BundleError(f"{file} is cut or damaged ({' '.join(str(error).split()):.160}); copy it again, all files")
 
@@ -152,7 +152,7 @@ def network_shapes(model: Pi0Config) -> dict[str, Shape]:
         return {name: tuple(tensor.shape) for name, tensor in Pi0(model).state_dict().items()}
 
 
-def misfit(found: Mapping[str, Shape], needed: Mapping[str, Shape], allowed: Mapping[str, Shape] = MappingProxyType({})) -> str:
+def describe_mismatch(found: Mapping[str, Shape], needed: Mapping[str, Shape], allowed: Mapping[str, Shape] = MappingProxyType({})) -> str:
     """List every name that is missing, neither needed nor allowed, or of another shape than either says; empty when none is."""
     known = {**allowed, **needed}
     groups = {
@@ -167,21 +167,21 @@ def misfit(found: Mapping[str, Shape], needed: Mapping[str, Shape], allowed: Map
     return "; ".join(f"{word} ({len(names)}): {', '.join(names)}" for word, names in groups.items() if names)
 
 
-def refuse_misfit(weights: Weights, model: Pi0Config) -> None:
+def refuse_wrong_weights(weights: Weights, model: Pi0Config) -> None:
     """Raise BundleError that names every tensor in which a bundle's weights are not those of its network."""
-    wrong = misfit(weights.shapes, network_shapes(model))
+    wrong = describe_mismatch(weights.shapes, network_shapes(model))
     if wrong:
         raise BundleError(f"the weights in {weights.path.parent} do not fit its configuration: {wrong}; copy the bundle again")
 
 
-def filled(weights: Weights, model: Pi0Config, device: torch.device, dtype: torch.dtype) -> Pi0:
+def fill_network(weights: Weights, model: Pi0Config, device: torch.device, dtype: torch.dtype) -> Pi0:
     """A network with these weights on `device`, tensor by tensor, its matrices as `arrange_matrices` leaves them.
 
     dtype: of the towers' matrices, all else is float32, also where another type is stored. Raises BundleError where the weights do not fit.
     A tensor that changes its type, place or order is read into memory that the next one uses again: a new piece for each would leave holes
     that nothing fits into, 0.2 to 0.45 of the file once the C library serves pieces of their size from its heap (docs/LOG.md).
     """
-    refuse_misfit(weights, model)
+    refuse_wrong_weights(weights, model)
     assert weights.fill is not None
     with torch.device("meta"):
         network = Pi0(model)

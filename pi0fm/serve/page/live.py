@@ -46,7 +46,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
-Seen = Callable[[Observation], Mapping[str, NDArray[np.uint8]]]
+NetworkPictures = Callable[[Observation], Mapping[str, NDArray[np.uint8]]]
 
 
 @dataclass
@@ -55,13 +55,13 @@ class _Robot:
 
     number: int
     name: str
-    seen: Seen
+    seen: NetworkPictures
     observation: Observation
     chunk: NDArray[np.float32]
     at: float = 0.0
     counts: Mapping[str, int] = field(default_factory=dict)
-    told: deque[list[float]] = field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
-    done: deque[list[float]] = field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
+    predicted: deque[list[float]] = field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
+    executed: deque[list[float]] = field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
     answers: deque[tuple[float, float, float | None]] = field(default_factory=lambda: deque(maxlen=KEPT_ANSWERS))
 
     def line(self, now: float) -> dict[str, Any]:
@@ -84,8 +84,8 @@ class _Robot:
             "robot": self.number,
             "cameras": list(self.observation.images),
             "state": _rows(self.observation.state),
-            "predicted": [_rows(row) for row in self.told],
-            "executed": [_rows(row) for row in self.done],
+            "predicted": [_rows(row) for row in self.predicted],
+            "executed": [_rows(row) for row in self.executed],
             "upcoming": [_rows(row) for row in self.chunk],
             "latency_ms": [_short(answer[1]) for answer in self.answers],
             "uncertainty": [None if answer[2] is None else _short(answer[2]) for answer in self.answers],
@@ -93,7 +93,7 @@ class _Robot:
 
 
 @final
-class Live:
+class LivePage:
     """The page. about: the policy and the server's load, for the page's head; refusal: the answer to a browser without the key."""
 
     def __init__(
@@ -108,7 +108,9 @@ class Live:
         data, picture = Route("/live/data", self._answered(self._data)), Route("/live/picture", self._answered(self._picture))
         return [data, picture, Route("/live", self._answered(self._file)), Route("/live/{name}", self._answered(self._file))]
 
-    def inferred(self, seen: Seen | None, requests: Sequence[Request], seeds: Sequence[int], chunks: Sequence[ActionChunk]) -> None:
+    def inferred(
+        self, seen: NetworkPictures | None, requests: Sequence[Request], seeds: Sequence[int], chunks: Sequence[ActionChunk]
+    ) -> None:
         """Note a batch; seen: an observation's pictures as the policy's network takes them."""
         now = time.monotonic()
         for request, chunk in zip(requests, chunks, strict=True):
@@ -119,8 +121,8 @@ class Live:
                 self._robots[request.session] = robot
             elif request.report is not None and len(request.report.executed) and request.report.executed.shape[1] == robot.chunk.shape[1]:
                 rows = request.report.executed[: len(robot.chunk)]
-                robot.told.extend(robot.chunk[: len(rows)].tolist())
-                robot.done.extend(rows.tolist())
+                robot.predicted.extend(robot.chunk[: len(rows)].tolist())
+                robot.executed.extend(rows.tolist())
             robot.seen, robot.observation, robot.chunk, robot.at = seen or _as_sent, request.observation, chunk.actions, now
             robot.counts = robot.counts if request.report is None else request.report.counts
             milliseconds = (time.perf_counter() - request.arrived) * 1e3
@@ -186,7 +188,7 @@ def _is_own_name(host: str) -> bool:
     return True
 
 
-def _png(seen: Seen, observation: Observation, camera: str) -> bytes | None:
+def _png(seen: NetworkPictures, observation: Observation, camera: str) -> bytes | None:
     picture = seen(observation).get(camera)
     if picture is None:
         return None

@@ -19,7 +19,7 @@ from pi0fm.models.initial import distributions, fill
 from pi0fm.models.lora import initial_adapter, is_adapter, plain_name
 from pi0fm.models.pi0 import Pi0
 from pi0fm.policy.saved import bundle
-from pi0fm.policy.saved.weights import refuse_misfit
+from pi0fm.policy.saved.weights import refuse_wrong_weights
 from pi0fm.train.components import Adaptation
 from pi0fm.train.parallel.sharding import local, local_rows
 from pi0fm.train.start.adaptation import adapt
@@ -47,7 +47,7 @@ def starting_network(
     model.to_empty(device=device or torch.device("cpu"))
     with bundle.open_weights(pretrained.path) if pretrained is not None else nullcontext() as weights:
         if weights is not None:
-            refuse_misfit(weights, config)
+            refuse_wrong_weights(weights, config)
         for name, parameter in model.named_parameters():
             plain, held, rows = plain_name(name), local(parameter.detach()), local_rows(parameter)
             start = rows.start * math.prod(parameter.shape[1:])

@@ -6,7 +6,7 @@ from any_dataset import shade
 
 from pi0fm.data.columns.embodiment import Embodiment
 from pi0fm.data.config import DatasetConfig
-from pi0fm.doctor.data import judge
+from pi0fm.doctor.data import find_faults
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 PICTURE = {"shape": (64, 96, 3), "names": ["height", "width", "channels"]}
@@ -44,5 +44,5 @@ def test_what_lerobots_tools_write_has_no_fault(tmp_path):
     tools.modify_tasks(opened("merged"), new_task="one for all")
     counts = {"first": 4, "second": 2, "deleted": 3, "split/one": 2, "split/other": 2, "merged": 9, "again": 7}
     for name, episodes in counts.items():
-        found = judge(DatasetConfig(root=tmp_path / name, video_decoder="pyav"), Embodiment(), extent="all")
+        found = find_faults(DatasetConfig(root=tmp_path / name, video_decoder="pyav"), Embodiment(), extent="all")
         assert (found.episodes, found.faults) == (episodes, ()), name

@@ -9,7 +9,7 @@ import torch
 from pi0fm.data.chain import Sample
 from pi0fm.flow.config import FlowConfig
 from pi0fm.policy.load_options import HARD_PREFIX, WITHOUT_JACOBIAN
-from pi0fm.policy.sampling.realtime import check_prefix, led_to
+from pi0fm.policy.sampling.realtime import check_prefix, guidance_targets
 from pi0fm.policy.saved import bundle
 from pi0fm_client.errors import ConfigError, ObservationError, Pi0fmError
 from pi0fm_client.types import ActionPrefix
@@ -66,7 +66,7 @@ def test_flow_times_are_made_once_for_plain_and_led_chunks(small_policy, observa
 def test_the_target_is_the_absolute_rows_against_the_new_state(policy, observations):
     """Dimension 0 is trained as a difference to the state: the same rows are other numbers against another state."""
     prefix = ActionPrefix(np.arange(6, dtype=np.float32).reshape(2, A), 1)
-    target, weights = led_to(policy.chain, observations[:2], [prefix, prefix], H)
+    target, weights = guidance_targets(policy.chain, observations[:2], [prefix, prefix], H)
     states = np.stack([observation.state for observation in observations[:2]])
     padded = policy.chain.forward(Sample(states, None)).state
     back = policy.chain.inverse(Sample(padded, target.numpy())).actions

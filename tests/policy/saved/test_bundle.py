@@ -349,7 +349,7 @@ def test_a_bundle_that_does_not_fit_is_said_in_one_line(saved, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(bundle, "filled", full)
+    monkeypatch.setattr(bundle, "fill_network", full)
     with pytest.raises(
         ConfigError, match=r"cpu has no memory left for .*GiB in float32; end what else uses it, or type --precision"
     ) as caught:

@@ -54,10 +54,10 @@ def test_new_episodes_raise_it_as_often_as_was_said_whatever_the_distribution(dr
 def test_too_few_episodes_and_rates_that_are_none_are_refused():
     with pytest.raises(ConfigError, match=r"rate of 0\.1 needs 9 held-out episodes or more, found 8"):
         calibration.threshold([1.0] * 8, 0.1)
-    assert [calibration.needed(rate) for rate in (0.1, 0.05, 0.5, 1 / 3)] == [9, 19, 1, 2]
+    assert [calibration.episodes_needed(rate) for rate in (0.1, 0.05, 0.5, 1 / 3)] == [9, 19, 1, 2]
     for rate in (0.0, 1.0, -0.1):
         with pytest.raises(ConfigError, match="must lie in"):
-            calibration.needed(rate)
+            calibration.episodes_needed(rate)
 
 
 def test_a_calibrated_bundle_keeps_its_identity_and_says_when_a_chunk_is_an_alarm(calibrated, saved, observations):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_policy_server import actions_of, observation_bytes, talk, text_bytes
 from websockets.exceptions import ConnectionClosed
 
-from pi0fm.serve.door import Door
+from pi0fm.serve.door import RequestReader
 from pi0fm_client import wire
 from pi0fm_client.errors import ObservationError
 
@@ -54,7 +54,7 @@ def mutated(draw: Any) -> bytes:
     return bytes(frame)
 
 
-def judged(door: Door, frame: bytes) -> None:
+def judged(door: RequestReader, frame: bytes) -> None:
     """The one thing that may come out of the door but an observation is an ObservationError, whose text is bounded."""
     try:
         asked = door.read(frame)
@@ -72,13 +72,13 @@ def test_mutated_frames_at_the_door(small_policy: Any, frame: bytes) -> None:
     judged(door_of(small_policy), frame)
 
 
-def door_of(small_policy: Any) -> Door:
+def door_of(small_policy: Any) -> RequestReader:
     if not doors:
-        doors.append(Door(small_policy.in_memory().observation, 1 << 20))
+        doors.append(RequestReader(small_policy.in_memory().observation, 1 << 20))
     return doors[0]
 
 
-doors: list[Door] = []
+doors: list[RequestReader] = []
 
 
 def by_numbers(random: np.random.Generator) -> bytes:

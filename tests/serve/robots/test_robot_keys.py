@@ -11,7 +11,7 @@ from fake_server import METADATA, FakePolicy
 from PIL import Image
 from test_policy_server import actions_of, observation_bytes, talk
 
-from pi0fm.serve.door import Door, decode_jpeg
+from pi0fm.serve.door import RequestReader, decode_jpeg
 from pi0fm.serve.keys import as_picture, read_keys
 from pi0fm_client import Executor, ObservationCheck, PolicyClient, wire
 from pi0fm_client.errors import ConfigError, ObservationError
@@ -165,7 +165,7 @@ def jpeg(width: int, height: int) -> bytes:
 
 
 def test_a_jpeg_is_a_picture(fake_policy: Any) -> None:
-    door = Door(fake_policy().observation, 1 << 20)
+    door = RequestReader(fake_policy().observation, 1 << 20)
     message = {"observation.images.front": {wire.JPEG: jpeg(8, 6)}, "observation.state": np.zeros(3, np.float32), "prompt": ""}
     picture = door.read(wire.pack(message)).observation.images["front"]
     assert picture.shape == (6, 8, 3) and np.abs(picture.astype(int) - [200, 100, 50]).max() <= 3
