@@ -49,7 +49,7 @@ Message = Mapping[str, Any]
 Reply = Future[ActionChunk] | asyncio.Future[ActionChunk]
 
 
-class Infers(Protocol):
+class InferencePolicy(Protocol):
     """The policy: a PolicyClient, an AsyncPolicyClient, a RemotePolicy, or a policy in this process."""
 
     @property
@@ -136,7 +136,7 @@ class Executor:
 
     def __init__(
         self,
-        policy: Infers,
+        policy: InferencePolicy,
         *,
         control_hz: float,
         initial_command: ArrayLike,
@@ -376,7 +376,7 @@ class Executor:
 class _Worker:
     """Runs the policy in one thread: compiled graphs and caches may belong to the thread that made them."""
 
-    def __init__(self, policy: Infers) -> None:
+    def __init__(self, policy: InferencePolicy) -> None:
         self._policy = policy
         self._waiting: queue.SimpleQueue[tuple[Message, Future[ActionChunk]] | None] = queue.SimpleQueue()
         threading.Thread(target=self._work, name="pi0fm-executor", daemon=True).start()
@@ -400,12 +400,12 @@ class _Worker:
                 future.set_exception(ServingError(f"the policy ended with {type(error).__name__}"))
 
 
-def _start_task(policy: Infers, message: Message) -> Reply:
+def _start_task(policy: InferencePolicy, message: Message) -> Reply:
     task: asyncio.Future[ActionChunk] = asyncio.ensure_future(policy.infer(message))
     return task
 
 
-def _known(policy: Infers) -> dict[str, Any]:
+def _known(policy: InferencePolicy) -> dict[str, Any]:
     """Return the policy's metadata, its extensions always among them. Raises ConfigError where it is none, or no policy."""
     arguments.call("policy.infer", getattr(policy, "infer", None))
     known = dict(arguments.mapping("policy.metadata", getattr(policy, "metadata", None)))

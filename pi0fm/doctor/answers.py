@@ -26,7 +26,7 @@ ROOM = 1.3  # memory of an inference, as a multiple of the weights' bytes
 COMPARED = ("state_dim", "robot_action_dim", "action_horizon", "fps", "state_key")
 
 
-def judge_weights(path: Path, model: Any) -> list[Finding]:
+def weight_findings(path: Path, model: Any) -> list[Finding]:
     """Check names, shapes and numbers of the weights, and the file's bytes against the manifest."""
     try:
         with open_weights(path) as weights:
@@ -40,12 +40,12 @@ def judge_weights(path: Path, model: Any) -> list[Finding]:
     return [Finding("error", "weights", text, "take a checkpoint from before the loss broke")]
 
 
-def fits(path: Path) -> bool:
+def fits_in_memory(path: Path) -> bool:
     """Tell whether an inference of the bundle fits in this machine's memory."""
     return ROOM * (path / WEIGHTS).stat().st_size < psutil.virtual_memory().available
 
 
-def judge_answers(
+def answer_findings(
     infer: Callable[[Observation], ActionChunk],
     asked: Sequence[Observation],
     facts: Mapping[str, Any],
@@ -96,7 +96,7 @@ def spoken(seconds: Sequence[float]) -> str:
     return f"{1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f} ms, median {1e3 * float(np.median(seconds)):.1f}"
 
 
-def judge_server(url: str, facts: Mapping[str, Any], served: Mapping[str, Any]) -> Iterator[Finding]:
+def greeting_findings(url: str, facts: Mapping[str, Any], served: Mapping[str, Any]) -> Iterator[Finding]:
     """Compare a server's greeting with the metadata of the policy that it should serve."""
     if facts.get("identity") and served.get("identity") and facts["identity"] != served["identity"]:
         text = f"{url} serves the bundle {str(served['identity'])[:12]}, this one is {str(facts['identity'])[:12]}"
@@ -109,7 +109,7 @@ def judge_server(url: str, facts: Mapping[str, Any], served: Mapping[str, Any]) 
         yield Finding("error", "server", text, "serve this policy")
 
 
-def judge_versions(path: Path) -> Iterator[Finding]:
+def version_findings(path: Path) -> Iterator[Finding]:
     """Compare the versions that a bundle was written with against those installed here."""
     written = read_json(path / CONFIG).get("versions") or {}
     here = machine.describe_versions()

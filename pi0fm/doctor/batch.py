@@ -1,6 +1,6 @@
 """Rows of a data set as a policy's network sees them, and their faults.
 
-Owns: `Seen`, the checks of columns, statistics, prompts and pictures. Does not know: simulators,
+Owns: `NetworkRows`, the checks of columns, statistics, prompts and pictures. Does not know: simulators,
 servers, the sheet (doctor/sheet.py).
 Shape letters: N rows whose numbers are judged, M moments with pictures, C cameras, H action horizon, S state dim, A robot action dim.
 """
@@ -35,7 +35,7 @@ DARK, FLAT = 8.0, 2.0  # of 255
 
 
 @dataclass(frozen=True)
-class Seen:
+class NetworkRows:
     """State [N, S] and actions [N, H, A] before and after the chain (normal_*), real [N, H] False past an episode's end.
 
     place [M], pictures [M, C, size, size, 3], texts and tokens [M]: each prompt and its number of tokens.
@@ -63,7 +63,7 @@ class Seen:
         yield "action", own.labels(own.action, self.actions.shape[-1]), self.actions[self.real], self.normal_actions[self.real]
 
 
-def see(source: LeRobotSource, dataset: DatasetConfig, chain: Chain, horizon: int) -> Seen:
+def read_network_rows(source: LeRobotSource, dataset: DatasetConfig, chain: Chain, horizon: int) -> NetworkRows:
     """Read rows evenly spread over the data set, and moments with pictures of EPISODES episodes."""
     state_dim, action_dim = source.state.shape[1], source.action.shape[1]
     rows = np.unique(np.linspace(0, len(source.rows) - 1, min(MOST_ROWS, len(source.rows))).round().astype(np.int64))
@@ -77,7 +77,7 @@ def see(source: LeRobotSource, dataset: DatasetConfig, chain: Chain, horizon: in
     states = chain.forward(Sample(source.state[place], None)).state[:, :state_dim]
     prompts = [source.tasks[number] for number in source.task[place]]
     prompted = [(prompt, state) for prompt, state in zip(prompts, states, strict=True) if prompt.strip()]
-    return Seen(
+    return NetworkRows(
         source,
         source.state[rows],
         actions,
@@ -91,7 +91,7 @@ def see(source: LeRobotSource, dataset: DatasetConfig, chain: Chain, horizon: in
     )
 
 
-def judge_batch(seen: Seen, policy: PolicyConfig, stats: NormStats, chain: Chain, trained_here: bool) -> list[Finding]:
+def batch_findings(seen: NetworkRows, policy: PolicyConfig, stats: NormStats, chain: Chain, trained_here: bool) -> list[Finding]:
     """Judge a data set against a policy's statistics. trained_here: the statistics were computed from this data set."""
     found = [*_named(seen.source), *_columns(seen), *_relative(seen), *_units(seen.source), *_scales(seen, trained_here)]
     if not trained_here:
@@ -122,7 +122,7 @@ def _named(source: LeRobotSource) -> Iterator[Finding]:
             yield Finding("error" if order else "warning", "names", text, remedy)
 
 
-def _columns(seen: Seen) -> Iterator[Finding]:
+def _columns(seen: NetworkRows) -> Iterator[Finding]:
     for name, dims, values, _ in seen.columns():
         low, high = values.min(0), values.max(0)
         still = high - low <= 1e-6 * np.maximum(np.abs(low), np.abs(high))
@@ -148,7 +148,7 @@ def _two_valued(values: NDArray[np.float32], low: NDArray[np.float32], span: NDA
     return np.asarray(between.mean(0) < 0.02)
 
 
-def _relative(seen: Seen) -> Iterator[Finding]:
+def _relative(seen: NetworkRows) -> Iterator[Finding]:
     """Report dimensions trained as differences whose differences spread wider than the values, which positions do not."""
     source, listed = seen.source, list(seen.source.embodiment.delta_dims)
     shared = min(source.state.shape[1], source.action.shape[1])
@@ -206,7 +206,7 @@ def _units(source: LeRobotSource) -> Iterator[Finding]:
             yield Finding("error", "units", text, "convert them, or type --dataset.episodes without them, or a mixture of two data sets")
 
 
-def _scales(seen: Seen, trained_here: bool) -> Iterator[Finding]:
+def _scales(seen: NetworkRows, trained_here: bool) -> Iterator[Finding]:
     """Report normalised numbers far outside the network's range, or squashed to a point of it."""
     remedy = (
         "the scales are too narrow or wide: type --normalization z_score"
@@ -251,7 +251,7 @@ def _spread(stats: ColumnStats, dim: int) -> str:
     return f"{stats.mean[dim]:.3g} ± {stats.std[dim]:.3g}"
 
 
-def _pictures(seen: Seen) -> Iterator[Finding]:
+def _pictures(seen: NetworkRows) -> Iterator[Finding]:
     episode = seen.source.episode[seen.place]
     for number, camera in enumerate(seen.source.embodiment.cameras):
         shots = seen.pictures[:, number]

@@ -1,6 +1,6 @@
 """Examination of a policy before it is trained or served: against its data set, an environment, a server.
 
-Owns: the choice and order of checks, `Examined`. Does not know: the checks (batch, environment, answers), tables on a terminal.
+Owns: the choice and order of checks, `Examination`. Does not know: the checks (batch, environment, answers), tables on a terminal.
 
     CONFIG   policy and statistics that a run would make   --.
     BUNDLE   those that a run made, and weights              +-- data set -> a batch, the sheet, answers on it
@@ -25,7 +25,7 @@ from pi0fm.data.config import DatasetConfig
 from pi0fm.data.pictures.chosen import pictures_at
 from pi0fm.data.prompt import BYTES
 from pi0fm.doctor import answers
-from pi0fm.doctor.batch import Seen, judge_batch, see
+from pi0fm.doctor.batch import NetworkRows, batch_findings, read_network_rows
 from pi0fm.doctor.environment import PolicyAndData, environment_findings
 from pi0fm.doctor.finding import Finding, worst_first
 from pi0fm.doctor.sheet import write_sheet
@@ -63,7 +63,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Examined:
+class Examination:
     """Findings of an examination, worst first; measured: facts by name; sheet: the picture of a batch, if there was a data set."""
 
     name: str
@@ -94,40 +94,40 @@ def open_counterpart(subject: Subject, dataset: DatasetConfig) -> LeRobotSource:
     return open_source(dataset, subject.policy.embodiment)
 
 
-def examine(subject: Subject, dataset: DatasetConfig, source: LeRobotSource | None, counterparts: Counterparts) -> Examined:
+def examine(subject: Subject, dataset: DatasetConfig, source: LeRobotSource | None, counterparts: Counterparts) -> Examination:
     """Judge a policy against its counterparts. Raises ConfigError, SimulationError for a counterpart that cannot be opened."""
     found: list[Finding] = []
     measured: dict[str, str] = {}
     seen, sheet = None, None
     if subject.path is not None:
-        found += [*answers.judge_versions(subject.path)]
+        found += [*answers.version_findings(subject.path)]
         with progress.step("read weights", 1) as bar:
-            found += answers.judge_weights(subject.path, subject.policy.model)
+            found += answers.weight_findings(subject.path, subject.policy.model)
             bar.advance()
     if source is not None:
         fps = subject.policy.fps
         if fps and abs(fps - source.fps) > 1e-3 * source.fps:
             text = f"the policy was trained at {fps:g} Hz, the data set is at {source.fps:g} Hz"
             found.append(Finding("error", "rate", text, "name a data set of that rate"))
-        seen = see(source, dataset, subject.chain, subject.policy.model.action_horizon)
-        found += judge_batch(seen, subject.policy, subject.stats, subject.chain, subject.trained_here)
-        measured |= _of_batch(seen, subject.chain)
+        seen = read_network_rows(source, dataset, subject.chain, subject.policy.model.action_horizon)
+        found += batch_findings(seen, subject.policy, subject.stats, subject.chain, subject.trained_here)
+        measured |= _batch_figures(seen, subject.chain)
         sheet = write_sheet(counterparts.sheet, seen)
     broken = any(finding.kind == "weights" for finding in found)
     if subject.path is not None and seen is not None and counterparts.load and not broken:
-        more, figures = _asked(subject, seen)
+        more, figures = _bundle_findings(subject, seen)
         found, measured = found + more, measured | figures
     if counterparts.suite is not None:
-        judged = _judged(subject.facts, subject.chain, source, subject.stats)
+        judged = _policy_and_data(subject.facts, subject.chain, source, subject.stats)
         found += environment_findings(counterparts.suite, counterparts.max_steps, judged, _starts(source, dataset, subject.chain))
     if counterparts.server is not None:
         asked = [seen.observation(number) for number in range(len(seen.place))] if seen is not None else []
-        more, figures = _served(counterparts.server, subject.facts, asked, None if source is None else source.action)
+        more, figures = _server_findings(counterparts.server, subject.facts, asked, None if source is None else source.action)
         found, measured = found + more, measured | figures
-    return Examined(subject.name, tuple(worst_first(found)), measured, sheet)
+    return Examination(subject.name, tuple(worst_first(found)), measured, sheet)
 
 
-def examine_server(url: str, dataset: DatasetConfig | None, counterparts: Counterparts) -> Examined:
+def examine_server(url: str, dataset: DatasetConfig | None, counterparts: Counterparts) -> Examination:
     """Judge a server's greeting and its answers on a data set. Raises ServingError, and as `examine`."""
     served, close = _connect(url)
     close.close()
@@ -148,13 +148,13 @@ def examine_server(url: str, dataset: DatasetConfig | None, counterparts: Counte
         place = np.unique(np.linspace(0, len(source.rows) - 1, STARTS).round().astype(np.int64))
         pictures = pictures_at(source, dataset, place, int((served.get("image_size") or (224,))[0]))
         asked = [source.observation(row, shots) for row, shots in zip(place.tolist(), pictures, strict=True)]
-    more, measured = _served(url, served, asked, None if source is None else source.action)
+    more, measured = _server_findings(url, served, asked, None if source is None else source.action)
     if counterparts.suite is not None:
-        more += environment_findings(counterparts.suite, counterparts.max_steps, _judged(served, None, source, None), None)
-    return Examined(url, tuple(worst_first(found + more)), measured)
+        more += environment_findings(counterparts.suite, counterparts.max_steps, _policy_and_data(served, None, source, None), None)
+    return Examination(url, tuple(worst_first(found + more)), measured)
 
 
-def _judged(facts: Mapping[str, Any], chain: Chain | None, source: LeRobotSource | None, stats: NormStats | None) -> PolicyAndData:
+def _policy_and_data(facts: Mapping[str, Any], chain: Chain | None, source: LeRobotSource | None, stats: NormStats | None) -> PolicyAndData:
     """Select actions in the environment's form: the data set's, else those of a policy without differences."""
     low = high = None
     if source is not None:
@@ -171,7 +171,7 @@ def _starts(source: LeRobotSource | None, dataset: DatasetConfig, chain: Chain) 
     return pictures_at(source, dataset, begins[:STARTS], chain.image_size, chain.resize)
 
 
-def _of_batch(seen: Seen, chain: Chain) -> dict[str, str]:
+def _batch_figures(seen: NetworkRows, chain: Chain) -> dict[str, str]:
     limit = chain.tokenizer.max_tokens
     figures = {}
     for name, _, _, normal in seen.columns():
@@ -187,9 +187,9 @@ def _of_batch(seen: Seen, chain: Chain) -> dict[str, str]:
     return figures
 
 
-def _asked(subject: Subject, seen: Seen) -> tuple[list[Finding], dict[str, str]]:
+def _bundle_findings(subject: Subject, seen: NetworkRows) -> tuple[list[Finding], dict[str, str]]:
     assert subject.path is not None
-    if not answers.fits(subject.path):
+    if not answers.fits_in_memory(subject.path):
         text = "this machine has no memory for an inference of the policy: its answers and speed were not judged"
         return [Finding("note", "memory", text, "type it where it is served")], {}
     try:
@@ -204,13 +204,13 @@ def _asked(subject: Subject, seen: Seen) -> tuple[list[Finding], dict[str, str]]
     if not usable:
         return [], {}
     asked = [seen.observation(number) for number in usable]
-    found, seconds = answers.judge_answers(infer, asked, subject.facts, seen.source.action, "the policy")
+    found, seconds = answers.answer_findings(infer, asked, subject.facts, seen.source.action, "the policy")
     gib = sum(parameter.numel() * parameter.element_size() for parameter in policy.model.parameters()) / 2**30
     figures = {"inference": f"{answers.spoken(seconds)} per chunk on {policy.device} ({machine.describe_machine()['processor']})"}
     return found, figures | {"weights in memory": f"{gib:.2f} GiB"}
 
 
-def _fits_prompt(seen: Seen, number: int, chain: Chain) -> bool:
+def _fits_prompt(seen: NetworkRows, number: int, chain: Chain) -> bool:
     try:
         chain.check(seen.observation(number))
     except Pi0fmError:
@@ -225,7 +225,7 @@ def _connect(url: str) -> tuple[dict[str, Any], Any]:
     return dict(remote.metadata), remote
 
 
-def _served(
+def _server_findings(
     url: str, facts: Mapping[str, Any], asked: Sequence[Observation], actions: NDArray[np.float32] | None
 ) -> tuple[list[Finding], dict[str, str]]:
     try:
@@ -233,7 +233,7 @@ def _served(
     except Pi0fmError as error:
         return [Finding.of("server", error)], {}
     try:
-        found = [*answers.judge_server(url, facts, served)]
+        found = [*answers.greeting_findings(url, facts, served)]
         if not asked or actions is None:
             return found, {}
 
@@ -241,7 +241,7 @@ def _served(
             chunk: ActionChunk = remote.infer_batch([observation], [0])[0]
             return chunk
 
-        more, seconds = answers.judge_answers(infer, asked, served, actions, "the server")
+        more, seconds = answers.answer_findings(infer, asked, served, actions, "the server")
         return found + more, {"server": f"{answers.spoken(seconds)} per chunk, round trip"}
     finally:
         remote.close()

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0fm import files, pages
-from pi0fm.doctor.batch import Seen
+from pi0fm.doctor.batch import NetworkRows
 
 COLUMNS, MOST_DIMS, SHOWN = 8, 32, 8
 BEFORE, AFTER = "#5b5fc7", "#0f766e"
 
 
-def write_sheet(path: Path, seen: Seen) -> Path:
+def write_sheet(path: Path, seen: NetworkRows) -> Path:
     """Write the sheet. Raises OutputError where it cannot be written."""
     cameras = list(seen.source.embodiment.cameras)
     chosen = np.unique(np.linspace(0, len(seen.place) - 1, SHOWN).round().astype(int)).tolist()

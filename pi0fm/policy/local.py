@@ -127,12 +127,12 @@ class LocalPolicy:
         seeds = _seeds(observations, noise_seeds)
         inputs = self.chain.observe(observations)
         if led is not None:
-            self._refuse_led(led, observations)
-            normal, spread = _on_host(*self._led(inputs, observations, seeds, led))
-            each = self._judged({"spread": spread})
+            self._refuse_wrong_prefixes(led, observations)
+            normal, spread = _on_host(*self._sample_after_prefix(inputs, observations, seeds, led))
+            each = self._score_rows({"spread": spread})
         elif scores is False:
             normal, spread = _on_host(*self._sampled(inputs, seeds))
-            each = self._judged({"spread": spread})
+            each = self._score_rows({"spread": spread})
         else:
             sampled, found = self._sample_and_score(inputs, seeds, ScoreOptions() if scores is True else scores)
             normal, each = sampled.float().cpu().numpy(), found.each()
@@ -165,16 +165,16 @@ class LocalPolicy:
         """Raise ObservationError for a prefix that `infer_batch` would refuse."""
         check_prefix(prefix, self._shape[0], self.chain)
 
-    def _refuse_led(self, prefixes: Sequence[ActionPrefix | None], observations: Sequence[Observation]) -> None:
+    def _refuse_wrong_prefixes(self, prefixes: Sequence[ActionPrefix | None], observations: Sequence[Observation]) -> None:
         if len(prefixes) != len(observations):
             raise ObservationError(f"one action prefix or None for each observation: expected {len(observations)}, found {len(prefixes)}")
         self.refuse_prefixes()
         for prefix in prefixes:
             if prefix is not None:
                 self.check_prefix(prefix)
-                self._tell_of_delay(prefix)
+                self._warn_of_delay(prefix)
 
-    def _tell_of_delay(self, prefix: ActionPrefix) -> None:
+    def _warn_of_delay(self, prefix: ActionPrefix) -> None:
         """Warn of a delay beyond training, each time that it is longer than any before."""
         if self.guidance == HARD_PREFIX and prefix.inference_delay > self._longest_delay:
             self._longest_delay = prefix.inference_delay
@@ -185,7 +185,7 @@ class LocalPolicy:
                 self._max_delay,
             )
 
-    def _led(
+    def _sample_after_prefix(
         self, inputs: ModelObservation, observations: Sequence[Observation], seeds: Sequence[int], prefixes: Sequence[ActionPrefix | None]
     ) -> tuple[Tensor, Tensor]:
         """Chunks that go on from prefixes, and their spread: with held rows as any others, with guidance operation by operation."""
@@ -202,7 +202,7 @@ class LocalPolicy:
             guided = GuidedVelocity(watched, target, weights, jacobian=self.guidance == GUIDED)
             return sample(self.flow, guided, start, mask, increments=increments), watched.deviation(mask)
 
-    def _judged(self, measures: Mapping[str, NDArray[np.float64]]) -> list[dict[str, float]]:
+    def _score_rows(self, measures: Mapping[str, NDArray[np.float64]]) -> list[dict[str, float]]:
         """The scores of each row, with the alarm where the policy is calibrated."""
         if self._alarm is not None and "spread" in measures:
             measures = {**measures, "alarm": np.array(self._alarm.alarms(measures["spread"].tolist()), np.float64)}
@@ -237,7 +237,7 @@ class LocalPolicy:
         chosen = choose(measures, options)
         actions = self._to_robot(inputs.state.cpu().numpy(), normal[chosen])
         timings = {"infer_ms": 1e3 * (time.perf_counter() - began)}
-        scores = self._judged({name: values[chosen] for name, values in measures.items()})
+        scores = self._score_rows({name: values[chosen] for name, values in measures.items()})
         return [ActionChunk(chunk, timings, each) for chunk, each in zip(actions, scores, strict=True)]
 
     def warm_up(self, max_batch: int) -> int:

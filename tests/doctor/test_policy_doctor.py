@@ -278,7 +278,7 @@ def test_a_speed_is_warned_of_where_every_call_was_too_slow(monkeypatch, seconds
         return ActionChunk(np.zeros((20, 2), np.float32))
 
     asked = [Observation({}, np.zeros(2, np.float32), "press")] * observations
-    found, measured = answers.judge_answers(infer, asked, {"fps": 10, "action_horizon": 20}, np.zeros((4, 2), np.float32), "the policy")
+    found, measured = answers.answer_findings(infer, asked, {"fps": 10, "action_horizon": 20}, np.zeros((4, 2), np.float32), "the policy")
     assert measured == pytest.approx(seconds), "the first call warms up, and a single observation is asked again"
     assert [(each.kind, each.severity) for each in found] == ([("speed", severity)] if severity else [])
     if severity:

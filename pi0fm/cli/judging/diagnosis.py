@@ -24,7 +24,7 @@ from pi0fm.data.config import LIKE_A_PATH, DatasetConfig, MixtureEntry
 from pi0fm.data.loading.mixture import entry_named
 from pi0fm.doctor.contents import write_contact_sheet
 from pi0fm.doctor.data import Findings, counted, find_faults
-from pi0fm.doctor.policy import Counterparts, Examined, Subject, examine, examine_server, of_bundle, open_counterpart
+from pi0fm.doctor.policy import Counterparts, Examination, Subject, examine, examine_server, of_bundle, open_counterpart
 from pi0fm.policy.device import choose_device
 from pi0fm.policy.saved.manifest import MANIFEST
 from pi0fm.train.data import policy_config
@@ -48,7 +48,7 @@ def diagnose(given: "DoctorOptions") -> None:
         _say(examined.json())
         _refuse(examined)
         return
-    judged = _judged(given)
+    judged = _examine_all(given)
     for findings, seen in judged:
         show(findings, _contact_sheet(given, findings))
         if seen is not None:
@@ -86,7 +86,7 @@ def _say(last: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _refuse(examined: Examined) -> None:
+def _refuse(examined: Examination) -> None:
     if examined.errors:
         first, more = examined.errors[0], len(examined.errors) - 1
         raise BundleError(
@@ -94,7 +94,7 @@ def _refuse(examined: Examined) -> None:
         )
 
 
-def _policy(given: "DoctorOptions") -> Examined | None:
+def _policy(given: "DoctorOptions") -> Examination | None:
     """Examine a bundle or a server; return None for anything else. Raises ConfigError for options that go with neither."""
     is_server = given.data.startswith(("ws://", "wss://"))
     if not is_server and not (Path(given.data) / MANIFEST).is_file():
@@ -116,7 +116,7 @@ def _counterparts(given: "DoctorOptions", name: str = "") -> Counterparts:
     return Counterparts(given.suite, given.server, given.max_steps, given.load, sheet)
 
 
-def _judged(given: "DoctorOptions") -> list[tuple[Findings, Examined | None]]:
+def _examine_all(given: "DoctorOptions") -> list[tuple[Findings, Examination | None]]:
     """Check each data set; with a configuration, also examine a batch as its network would see it."""
     _refuse_word(given.data)
     path = Path(given.data)
@@ -154,7 +154,7 @@ def _judged(given: "DoctorOptions") -> list[tuple[Findings, Examined | None]]:
     def chain(name: str, source: LeRobotSource) -> Chain:
         return subject(name, source).chain
 
-    found: list[tuple[Findings, Examined | None]] = []
+    found: list[tuple[Findings, Examination | None]] = []
     for name, entry in run_.entries().items():
         with entry_named(name):
             faults = find_faults(
@@ -234,7 +234,7 @@ def show(findings: Findings, sheet: Path | None = None) -> None:
     console.print(", ".join(f"{kind}: {count}" for kind, count in findings.counts().items()))
 
 
-def show_policy(examined: Examined) -> None:
+def show_policy(examined: Examination) -> None:
     """Print a policy's measurements and findings to standard error."""
     console = Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else WIDE)
     console.print(examined.name)

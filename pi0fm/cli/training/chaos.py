@@ -28,7 +28,7 @@ class ChaosRun(TrainingRun):
 
 
 Options = ChaosRun
-OFTEN = train.often_of(Options)
+OFTEN = train.short_help_options(Options)
 
 
 def run(options: ChaosRun) -> dict[str, Any]:

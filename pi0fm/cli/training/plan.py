@@ -68,7 +68,7 @@ class PlanOptions(TrainingRun):
 Options = PlanOptions
 
 
-OFTEN = train.often_of(PlanOptions)
+OFTEN = train.short_help_options(PlanOptions)
 
 
 def run(options: PlanOptions) -> dict[str, Any]:

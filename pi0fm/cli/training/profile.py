@@ -30,7 +30,7 @@ class ProfiledRun(TrainingRun):
 
 
 Options = ProfiledRun
-OFTEN = train.often_of(Options)
+OFTEN = train.short_help_options(Options)
 
 
 def run(options: ProfiledRun) -> dict[str, Any]:

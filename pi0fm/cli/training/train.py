@@ -29,7 +29,7 @@ OFTEN = frozenset(
 )
 
 
-def often_of(cls: type) -> frozenset[str]:
+def short_help_options(cls: type) -> frozenset[str]:
     """Return OFTEN and the options that `cls` adds to a training run's."""
     return OFTEN | {field.name for field in fields(cls)} - {field.name for field in fields(Options)}
 
