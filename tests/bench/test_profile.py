@@ -12,6 +12,7 @@ import yaml
 from pi0fm import options
 from pi0fm.bench import profile
 from pi0fm.bench.config import ProfileSteps
+from pi0fm.bench.harness import steps
 from pi0fm.bench.harness.steps import PARTS, StepClock
 from pi0fm.bench.profile import advise, measure
 from pi0fm.cli.main import main
@@ -93,15 +94,12 @@ def test_a_step_that_is_none_is_refused():
         options.decode(ProfiledRun, {"stepz": 3})
 
 
-def test_a_clock_sums_each_part_over_its_steps():
+def test_a_clock_sums_each_part_over_its_steps(monkeypatch):
+    times = iter([0.0, 0.02, 0.03, 0.08, 0.10, 0.11])  # from 0.03 to 0.08, between two steps: nobody's
+    monkeypatch.setattr(steps.time, "perf_counter", lambda: next(times))
     clock = StepClock(CPU)
-    for _ in range(2):
-        clock.mark("")
-        time.sleep(0.02)
-        clock.mark("forward")
-        clock.mark("backward")
-        time.sleep(0.05)  # between two steps: nobody's
+    for ended in ("", "forward", "backward") * 2:
+        clock.mark(ended)
     found = clock.seconds()
-    assert 0.04 <= found["forward"] < 0.09
-    assert found["backward"] < 0.01 and found["data"] == 0
+    assert (found["forward"], found["backward"], found["data"]) == (pytest.approx(0.04), pytest.approx(0.02), 0)
     assert sum(clock.seconds().values()) == 0
