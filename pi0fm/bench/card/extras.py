@@ -13,8 +13,6 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ import torch
 from pi0fm.bench.card.inference import BEST, Inference
 from pi0fm.bench.card.results import Results
 from pi0fm.bench.card.training import TrainingCase, clear, full_batch, prepared
-from pi0fm.bench.card.work import training_flops
+from pi0fm.bench.card.work import LAYERS, MEMORY_FOLDER, PLACE, training_flops, with_few_layers
 from pi0fm.bench.harness.cases import CAMERAS, random_observations
 from pi0fm.bench.harness.limits import host_seconds, percentile
 from pi0fm.bench.harness.measure import seconds_of
@@ -33,7 +31,6 @@ from pi0fm.train.components import Adaptation
 from pi0fm.train.plan.memory import estimate
 
 CANDIDATES = 8
-LAYERS, WORDS = 3, 8192  # of each tower and of the vocabulary, in the checkpoint's network; their widths are the whole network's
 EVERY = 100  # steps between checkpoints, in the target
 LONGEST = 8.0  # seconds of steps during one checkpoint, at most
 
@@ -79,12 +76,7 @@ def _likelihood(results: Results, shared: Inference) -> None:
 def _checkpoint(results: Results, device: torch.device, whole: bool) -> None:
     """Measure the second checkpoint, which reuses page-locked buffers, in full fine-tuning at the training part's batch size."""
     full = PI0 if whole else TINY
-    config = replace(
-        full,
-        vision=replace(full.vision, depth=LAYERS),
-        decoder=replace(full.decoder, depth=LAYERS),
-        vocab_size=min(WORDS, full.vocab_size),
-    )
+    config = with_few_layers(full)
     case = TrainingCase("full", Adaptation(activation_checkpointing="full"), False, ())
     trainer, batch = prepared(config, case, device), full_batch(config, 32 if whole else 2, device)
     given = itertools.repeat(batch), batch.action_mask.numel()
@@ -94,8 +86,7 @@ def _checkpoint(results: Results, device: torch.device, whole: bool) -> None:
 
     host_seconds(step, device, 2)
     quiet = percentile(host_seconds(step, device, 5), 0.5)
-    place = "/dev/shm" if Path("/dev/shm").is_dir() else None  # the copy and its sums are measured, not a disk
-    with tempfile.TemporaryDirectory(prefix="pi0fm-card-", dir=place) as folder:
+    with tempfile.TemporaryDirectory(prefix="pi0fm-card-", dir=MEMORY_FOLDER) as folder:
         checkpoints, waited = Checkpoints(folder, trainer.parallel, 1), []
         for number in (1, 2):
             state, beside, began = trainer.state, list[float](), time.monotonic()
@@ -116,7 +107,7 @@ def _checkpoint(results: Results, device: torch.device, whole: bool) -> None:
     during = f"{len(beside)} steps during it of {1e3 * percentile(beside, 0.5):.0f} ms, {1e3 * quiet:.0f} ms without"
     note = (
         f"scaled by arithmetic from {size / 1e9:.1f} to {entire / 1e9:.1f} GB and to {times:.1f} times the step of {LAYERS} layers; "
-        f"{1e9 * cost / size:.3f} s a GB, to {'memory' if place else 'disk'}; waited for {waited[1]:.2f} s ({waited[0]:.2f} the first "
+        f"{1e9 * cost / size:.3f} s a GB, to {PLACE}; waited for {waited[1]:.2f} s ({waited[0]:.2f} the first "
         f"time), {written:.1f} s until written, {during}"
     )
     share = cost * entire / size / (EVERY * quiet * times)

@@ -13,16 +13,27 @@ import functools
 import gc
 import itertools
 import resource
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pi0fm.bench.card.results import Results
-from pi0fm.bench.card.work import inference_work, least_seconds
-from pi0fm.bench.harness.cases import CAMERAS, FLOW_STEPS, CallSize, make_noise, make_observation, random_network, random_observations
+from pi0fm.bench.card.work import MEMORY_FOLDER, PLACE, inference_work, least_seconds, with_few_layers
+from pi0fm.bench.harness.cases import (
+    CAMERAS,
+    FLOW_STEPS,
+    CallSize,
+    make_noise,
+    make_observation,
+    random_network,
+    random_observations,
+    random_robot,
+)
 from pi0fm.bench.harness.cases import random_policy as make_policy
 from pi0fm.bench.harness.limits import (
     device_seconds,
@@ -45,6 +56,8 @@ from pi0fm.policy.device import set_threads
 from pi0fm.policy.local import LocalPolicy
 from pi0fm.policy.sampling.cuda_graphs import Recorder
 from pi0fm.policy.sampling.noise import starting_noise
+from pi0fm.policy.saved import bundle
+from pi0fm.policy.saved.manifest import WEIGHTS
 
 MODELS = {"pi0": PI0, "pi0.5": PI05}
 TRIED = {"pi0": TINY, "pi0.5": replace(TINY, state_input="prompt", time_conditioning="adaptive_norm")}
@@ -80,6 +93,7 @@ class Inference:
         for mode in (fast, "off"):
             self.call("pi0", mode, BEST)
         self.attempt("LeRobot's PI0, 3 cameras, batch 1", self.lerobot, 25)
+        self.attempt("first answer from a bundle", self.first_answer, 10)
         for size, mode in itertools.product((CallSize(1, 2), CallSize(1, 1)), (fast, "off")):
             self.call("pi0", mode, size)
         for mode in (fast, "off"):
@@ -231,6 +245,29 @@ class Inference:
             p50 = percentile(taken, 0.5)
             note = ", ".join(f"{p50 / ours:.2f} x ours {word}" for word in self.modes if (ours := self.p50.get(("pi0", word, BEST))))
             self.results.add(f"LeRobot's PI0, {BEST}, {name}", 1e3 * p50, "ms", target=">= 3 x graph, >= 1.3 x off", note=note)
+
+    def first_answer(self) -> None:
+        """Time what precedes a served policy's first answer, with few layers: the weights to the device, and recording."""
+        full: Pi0Config = PI0 if self.whole else TINY
+        config, mode = with_few_layers(full), self.modes[1] if self.device.type == "cuda" else self.modes[0]
+        network = random_network(config, self.device)
+        robot, stats = random_robot(config, BEST.cameras)
+        with tempfile.TemporaryDirectory(prefix="pi0fm-card-", dir=MEMORY_FOLDER) as folder:
+            path = Path(folder) / "bundle"
+            bundle.save(path, network.state_dict(), robot, stats)
+            size = (path / WEIGHTS).stat().st_size
+            began = time.perf_counter()
+            policy = bundle.load(path, device=str(self.device), compile=mode)
+            synchronize(self.device)
+            loaded = time.perf_counter() - began
+        first = seconds_of(lambda: policy.infer_batch(random_observations(policy, 1, 0), [0]))
+        with torch.device("meta"):
+            whole = 4 * sum(parameter.numel() for parameter in Pi0(full).parameters())
+        note = (
+            f"scaled by bytes from {size / 1e9:.2f} to {whole / 1e9:.2f} GB, from {PLACE}; "
+            f"{size / loaded / 1e9:.2f} GB/s with hashing and {mode}; then {first:.1f} s for the answer of few layers"
+        )
+        self.results.add("load of a bundle, scaled", loaded * whole / size, "s", note=note, load_seconds=loaded, first_call_seconds=first)
 
     def clear(self) -> None:
         """Release memory after a failure."""

@@ -1,11 +1,13 @@
-"""Operations and bytes of a call of pi0 by stage, and the least time that they take.
+"""Operations and bytes of a call of pi0 by stage, and the least time that they take; the network whose files are timed.
 
-Owns: the sums of each stage. Does not know: how they are counted (train/plan/flops.py), how a policy runs.
+Owns: the sums of each stage, the size of that network. Does not know: how they are counted (train/plan/flops.py), how a policy runs.
 
     bytes       weights: once per stage, in the flow steps once per evaluation of the velocity; keys and values: once per evaluation
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,16 @@ from pi0fm.bench.harness.limits import Rates
 from pi0fm.models.config import Pi0Config
 from pi0fm.train.components import Adaptation
 from pi0fm.train.plan.flops import stage_work, training_work
+
+LAYERS, WORDS = 3, 8192  # of each tower and of the vocabulary, in a network whose files and copies are timed
+MEMORY_FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None  # where such files go, so that no disk is measured
+PLACE = "memory" if MEMORY_FOLDER else "disk"
+
+
+def with_few_layers(config: Pi0Config) -> Pi0Config:
+    """Return the network with LAYERS layers and WORDS words, of the same widths."""
+    vision, decoder = replace(config.vision, depth=LAYERS), replace(config.decoder, depth=LAYERS)
+    return replace(config, vision=vision, decoder=decoder, vocab_size=min(WORDS, config.vocab_size))
 
 
 def inference_work(config: Pi0Config, batch: int, cameras: int, prompt_tokens: int, num_flow_steps: int) -> dict[str, tuple[float, float]]:
