@@ -9,6 +9,7 @@ of any option; each component owns its dataclass and checks ranges in `__post_in
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -292,9 +293,11 @@ def nearest(word: str, known: Collection[str], see: str = "") -> str:
 
 
 def _likeness(word: str, other: str) -> float:
-    (group, _, last), (of_other, _, last_of_other) = word.rpartition("."), other.rpartition(".")
-    of_last = difflib.SequenceMatcher(None, last_of_other, last).ratio()
-    return of_last if group == of_other else max(difflib.SequenceMatcher(None, other, word).ratio(), of_last - 0.1)
+    """Likeness of two dotted names without the groups in front that they share, or of their last words, which counts a little less."""
+    left, right = word.split("."), other.split(".")
+    shared = min(len(os.path.commonprefix([left, right])), len(left) - 1, len(right) - 1)
+    of_last = difflib.SequenceMatcher(None, right[-1], left[-1]).ratio()
+    return max(difflib.SequenceMatcher(None, ".".join(right[shared:]), ".".join(left[shared:])).ratio(), of_last - 0.1)
 
 
 def _either(words: Sequence[str]) -> str:

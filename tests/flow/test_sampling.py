@@ -113,7 +113,7 @@ def test_logit_normal_takes_its_constants_from_the_configuration():
         ({"noise_level": 0.5}, "belongs to solver euler_maruyama, found 0.5 with euler"),
         ({"solver": "ancestral", "noise_level": 0.5}, "found 0.5 with ancestral"),
         ({"solver": "euler_maruyama", "noise_level": -1.0}, "0 or more, found -1"),
-        ({"solver": "euler_maruyama", "noise_level": float("inf")}, "0 or more, found inf"),
+        ({"solver": "euler_maruyama", "noise_level": float("inf")}, "noise_level must be a finite number, found inf"),
         ({"solver": "ancestrall"}, "did you mean 'ancestral'"),
     ],
 )

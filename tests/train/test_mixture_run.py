@@ -236,7 +236,9 @@ def test_what_changed_is_refused_by_its_entry(mixed, tmp_path, capsys):
 
 def test_every_entry_is_refused_by_its_name(mixed, tmp_path):
     """Before a video of any entry is decoded."""
-    with pytest.raises(DatasetError, match=r"^mixture\.crane: dataset\.root must be a LeRobot data set, but /nowhere has no meta"):
+    with pytest.raises(
+        DatasetError, match=r"^mixture\.crane: dataset\.root must be the folder of a LeRobot data set, but /nowhere does not"
+    ):
         open_data(mixed(tmp_path / "any", crane={"dataset": DatasetConfig(root=Path("/nowhere"))}))
     narrow = tiny_dataset.NETWORK | {"action_dim": 4}
     with pytest.raises(ConfigError, match=r"^mixture\.crane: the robot's action is 5 wide, the model's 4"):

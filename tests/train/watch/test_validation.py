@@ -78,7 +78,7 @@ def validations(config) -> list[dict]:
         ({"samples": 0}, r"validation\.samples must be >= 1"),
         ({"probes": 0}, r"validation\.probes must be >= 1, found 0; type --validation\.probes 1"),
         ({"num_flow_steps": 0}, r"validation\.num_flow_steps must be >= 1"),
-        ({"solver": "euler_maruyama"}, r"must be a solver of an ODE.*found 'euler_maruyama': did you mean 'euler'"),
+        ({"solver": "euler_maruyama"}, r"must be a solver of an ODE.*found 'euler_maruyama': known: dopri5, euler, "),
         ({"probes": 1}, r"validation\.probes is for the log-likelihood, which is off; type --validation\.likelihood true"),
         ({"every": 10}, r"validation\.every 10 needs episodes.*type --validation\.episodes 6"),
     ],
