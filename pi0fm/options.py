@@ -8,8 +8,8 @@ of any option; each component owns its dataclass and checks ranges in `__post_in
 
 import dataclasses
 import difflib
+import itertools
 import math
-import os
 import re
 import types
 import typing
@@ -295,7 +295,7 @@ def nearest(word: str, known: Collection[str], see: str = "") -> str:
 def _likeness(word: str, other: str) -> float:
     """Likeness of two dotted names without the groups in front that they share, or of their last words, which counts a little less."""
     left, right = word.split("."), other.split(".")
-    shared = min(len(os.path.commonprefix([left, right])), len(left) - 1, len(right) - 1)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(left[:-1], right[:-1], strict=False)))
     of_last = difflib.SequenceMatcher(None, right[-1], left[-1]).ratio()
     return max(difflib.SequenceMatcher(None, ".".join(right[shared:]), ".".join(left[shared:])).ratio(), of_last - 0.1)
 
